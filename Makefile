@@ -1,0 +1,43 @@
+# The menu of this house. `make` alone prints it.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench soak test-lowest clean
+
+help: ## Show this menu
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+$(VENV)/.installed: pyproject.toml
+	@echo "setting up $(VENV) (once)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "restyle needs Python 3.11 or newer; $(PYTHON) is `$(PYTHON) --version`. Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	@echo "installing what the tests need (once)"
+	@$(PIP) install -e '.[test]'
+	@touch $@
+
+demo: $(VENV)/.installed ## Restyle a dozen pictures on this machine: no key, no cost, no model
+	@$(BIN)/restyle run manifests/demo.csv -o out/demo -c configs/demo.toml
+
+test: $(VENV)/.installed-test ## Run all tests (sets itself up)
+	@$(BIN)/python -m pytest -q -n auto
+
+lint: $(VENV)/.installed-test ## ruff and mypy --strict
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(VENV)/.installed-test ## Let ruff put the code in order
+	@$(BIN)/ruff check --fix-only -q .
+	@$(BIN)/ruff format .
+
+bench: $(VENV)/.installed-test ## Measure; writes docs/benchmarks.md
+	@$(BIN)/python -m tests.benchmarks
+
+clean: ## Remove what the targets above made
+	rm -rf $(VENV) out .mypy_cache .ruff_cache .pytest_cache .hypothesis

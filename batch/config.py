@@ -1,0 +1,306 @@
+"""Settings: flags over environment over TOML over defaults. Every default of the tool stands here.
+
+Environment names are `RESTYLE_<SECTION>__<KEY>`, for instance `RESTYLE_LIMITS__BUDGET_USD=25`. The API key is
+no setting: it comes from `FAL_KEY` alone and is never written anywhere. Durations are float seconds and may
+be written `"90s"`, `"50m"`, `"2h"`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+)
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
+
+from batch.errors import ConfigError
+from batch.fal.endpoint import APP_ID, ImageToImageInput
+from batch.model import AppId
+
+__all__ = [
+    "InputSettings",
+    "LimitSettings",
+    "ManifestSettings",
+    "OutputSettings",
+    "PriceSettings",
+    "Settings",
+    "TargetSettings",
+    "api_key",
+    "load_settings",
+    "parse_duration",
+]
+
+_UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_DURATION = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(ms|s|m|h|d)?\s*")
+_ENVIRONMENT_PREFIX = "RESTYLE_"
+_ROW_INPUTS = frozenset(ImageToImageInput.model_fields) - {"image_url", "sync_mode"}
+
+
+def parse_duration(value: object) -> object:
+    """`"50m"` to 3000.0; numbers pass through as seconds.
+
+    Raises:
+        ValueError: text that is no duration.
+    """
+    if not isinstance(value, str):
+        return value
+    match = _DURATION.fullmatch(value)
+    if match is None:
+        raise ValueError(f"{value!r} is not a duration; write for instance 90s, 50m or 2h")
+    return float(match[1]) * _UNITS[match[2] or ""]
+
+
+Duration = Annotated[float, BeforeValidator(parse_duration), Field(gt=0, allow_inf_nan=False)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ManifestSettings(_Section):
+    """Which columns mean what."""
+
+    image: str = "image_url"
+    """Column with the source picture."""
+    prompt: str = "prompt"
+    """Column name, or a template over columns: `a {animal} as a wizard`."""
+    id: str | None = None
+    """Column that identifies a row, for derived seeds; without it image and prompt do."""
+    on_bad_row: Literal["fail", "skip"] = "fail"
+
+
+class InputSettings(_Section):
+    """Endpoint inputs for every row; a manifest column of the same name wins. Unset means the endpoint's default."""
+
+    prompt: str | None = None
+    strength: Annotated[float | None, Field(ge=0.01, le=1, allow_inf_nan=False)] = None
+    num_inference_steps: Annotated[int | None, Field(ge=10, le=50)] = None
+    guidance_scale: Annotated[float | None, Field(ge=1, le=20, allow_inf_nan=False)] = None
+    seed: Annotated[int | None, Field(ge=0)] = None
+    num_images: Annotated[int | None, Field(ge=1, le=4)] = None
+    enable_safety_checker: bool | None = None
+    output_format: Literal["jpeg", "png"] | None = None
+    acceleration: Literal["none", "regular", "high"] | None = None
+
+
+class TargetSettings(_Section):
+    """Where the endpoint is reached."""
+
+    name: str = "local"
+    """`local` (embedded, costs nothing), `fal`, or the URL of a server that speaks the same protocol."""
+    app: AppId = APP_ID
+    engine: Literal["preview", "echo"] = "preview"
+    """What the embedded endpoint executes."""
+    service_time: Annotated[float, BeforeValidator(parse_duration), Field(ge=0)] = 0.0
+    """Of the embedded `echo` engine."""
+    slots: Annotated[int | None, Field(ge=1)] = None
+    """Requests that the embedded endpoint executes at once; default: one a core, 32 for `echo`."""
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value in {"local", "fal"} or re.match(r"https?://[^/]", value):
+            return value.rstrip("/")
+        raise ValueError(f"{value!r} is no target; it is local, fal, or a URL like http://gpu-box:8787")
+
+
+class LimitSettings(_Section):
+    """How much at once, how fast, how long, how dear."""
+
+    max_in_flight: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    submits_per_second: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """None: 20 for fal, unlimited elsewhere."""
+    budget_usd: Annotated[float | None, Field(ge=0, allow_inf_nan=False)] = None
+    deadline: Duration | None = None
+    drain: Duration = 60.0
+    """How long a stopping run collects what is in flight."""
+    max_failures: str | None = None
+    """`50` jobs, or `10%` of those that ended (judged from 20 jobs on)."""
+    attempts: Annotated[int, Field(ge=1, le=20)] = 3
+    """Of a job whose failure the service calls retryable."""
+    rows: Annotated[int | None, Field(ge=1)] = None
+    """Only the first rows of the manifest."""
+    on_unknown: str = "hold"
+    """`hold`, or `resubmit-after=30m`: what to do with a submit whose outcome nobody knows."""
+    max_image_megapixels: Annotated[float, Field(gt=0)] = 100.0
+    """A local picture above this is a bad row: it would be refused after its upload."""
+    max_download_bytes: Annotated[int, Field(gt=0)] = 64 * 2**20
+
+    @field_validator("max_failures", mode="before")
+    @classmethod
+    def _failures(cls, value: object) -> object:
+        text = str(value) if isinstance(value, int) else value
+        if text is not None and not re.fullmatch(r"\d+%?", str(text)):
+            raise ValueError(f"{value!r} is neither a number of jobs nor a percentage like 10%")
+        return text
+
+    @field_validator("on_unknown")
+    @classmethod
+    def _unknown(cls, value: str) -> str:
+        if value != "hold":
+            kind, _, span = value.partition("=")
+            if kind != "resubmit-after":
+                raise ValueError(f"{value!r} is neither hold nor resubmit-after=DURATION")
+            parse_duration(span)
+        return value
+
+
+class OutputSettings(_Section):
+    """What is kept."""
+
+    download: bool = True
+
+
+class PriceSettings(_Section):
+    """What the target charges; unset: the built-in, dated price for fal, nothing for any other target."""
+
+    usd_per_megapixel: Annotated[float | None, Field(ge=0, allow_inf_nan=False)] = None
+    as_of: date | None = None
+
+
+class Settings(BaseSettings):
+    """The resolved configuration of one command."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid", frozen=True, env_prefix=_ENVIRONMENT_PREFIX, env_nested_delimiter="__"
+    )
+
+    manifest: ManifestSettings = ManifestSettings()
+    input: InputSettings = InputSettings()
+    sweep: dict[str, list[Any]] = Field(default_factory=dict)
+    target: TargetSettings = TargetSettings()
+    limits: LimitSettings = LimitSettings()
+    output: OutputSettings = OutputSettings()
+    price: PriceSettings = PriceSettings()
+    run_seed: Annotated[int, Field(ge=0)] = 0
+    """Derived seeds come from it: another run seed, other pictures."""
+
+    @field_validator("sweep")
+    @classmethod
+    def _axes(cls, axes: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        for name, values in axes.items():
+            if name not in _ROW_INPUTS:
+                near = difflib.get_close_matches(name, sorted(_ROW_INPUTS), 1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"{name!r} cannot be swept{hint} (axes: {', '.join(sorted(_ROW_INPUTS))})")
+            if not values:
+                raise ValueError(f"the axis {name!r} has no values")
+        return axes
+
+
+def load_settings(path: Path | None = None, flags: dict[str, dict[str, Any]] | None = None) -> Settings:
+    """Resolve the configuration; `flags` are nested like the file and win.
+
+    Raises:
+        ConfigError: the file is missing or no TOML, a key is unknown (the nearest known one is named), a
+            value is out of its bounds. All problems are in one message.
+    """
+    if path is not None:
+        _check_toml(path)
+    _check_environment(os.environ)
+
+    class Loaded(Settings):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - pydantic-settings passes all by name
+            file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            if path is None:
+                return init_settings, env_settings
+            return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, path)
+
+    try:
+        loaded = Loaded(**(flags or {}))  # type: ignore[arg-type]
+    except ValidationError as error:
+        source = str(path) if path is not None else "the configuration"
+        raise ConfigError(_explain(error, source)) from error
+    except SettingsError as error:
+        raise ConfigError(f"the environment cannot be read: {error}; RESTYLE_* values are plain or JSON") from error
+    return Settings.model_construct(**{name: getattr(loaded, name) for name in Settings.model_fields})
+
+
+def api_key() -> SecretStr | None:
+    """The key from `FAL_KEY` (or `FAL_KEY_ID` and `FAL_KEY_SECRET`), as the official clients read it."""
+    key = os.environ.get("FAL_KEY", "")
+    pair = os.environ.get("FAL_KEY_ID", ""), os.environ.get("FAL_KEY_SECRET", "")
+    key = key or (":".join(pair) if all(pair) else "")
+    return SecretStr(key.strip()) if key.strip() else None
+
+
+def _check_toml(path: Path) -> None:
+    try:
+        tomllib.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"there is no config file {path}; examples are in configs/") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from error
+
+
+def _check_environment(environment: Mapping[str, str]) -> None:
+    """pydantic-settings passes over variables that it does not know; a misspelt limit must not be passed over."""
+    known = {
+        f"{_ENVIRONMENT_PREFIX}{section}__{key}".upper()
+        for section, field in Settings.model_fields.items()
+        for key in getattr(field.annotation, "model_fields", {})
+    } | {f"{_ENVIRONMENT_PREFIX}{name}".upper() for name in Settings.model_fields}
+    for name in environment:
+        upper = name.upper()
+        swept = upper.startswith(f"{_ENVIRONMENT_PREFIX}SWEEP__")
+        if upper.startswith(_ENVIRONMENT_PREFIX) and upper not in known and not swept:
+            raise ConfigError(f"the environment variable {name} is not known{_nearest(upper, known)}")
+
+
+def _explain(error: ValidationError, source: str) -> str:
+    """Every problem in one message, a line each."""
+    lines = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("constrained", "literal")))
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"unknown key {where}{_nearest(where, _known_keys())}")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"{where} = {problem['input']!r}: {message[0].lower()}{message[1:]}")
+    return f"{source}: " + "; ".join(dict.fromkeys(lines))
+
+
+def _known_keys() -> set[str]:
+    keys = set(Settings.model_fields)
+    for section, field in Settings.model_fields.items():
+        keys |= {f"{section}.{key}" for key in getattr(field.annotation, "model_fields", {})}
+    return keys
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?`, judged by the last part first, so that a key in the wrong section is found too."""
+    candidates = sorted(known)
+    near = difflib.get_close_matches(name, candidates, 1, 0.6)
+    if not near:
+        last = {candidate.rsplit(".", 1)[-1]: candidate for candidate in candidates}
+        near = [last[hit] for hit in difflib.get_close_matches(name.rsplit(".", 1)[-1], sorted(last), 1, 0.6)]
+    return f"; did you mean {near[0]}?" if near else f"; known are {', '.join(candidates)}"

@@ -1,0 +1,65 @@
+"""The endpoint `fal-ai/flux/dev/image-to-image`: its input and output types. Pure; needs pydantic only.
+
+Fields, bounds and defaults are those of the endpoint's documentation as of autumn 2026. Client, planner and
+server all validate with these models, so that they cannot disagree.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from batch.model import AppId
+
+__all__ = ["APP_ID", "SEED_LIMIT", "Image", "ImageToImageInput", "ImageToImageOutput"]
+
+APP_ID = AppId("fal-ai/flux/dev/image-to-image")
+SEED_LIMIT = 2**63 - 1
+"""The results keep seeds as int64. The service states no bound; its own examples exceed 2^53."""
+
+
+class ImageToImageInput(BaseModel):
+    """What the endpoint takes. Unknown keys are ignored, as the service does."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    image_url: Annotated[str, Field(min_length=1, description="URL or data URI of the source picture")]
+    prompt: Annotated[str, Field(description="what the picture shall become")]
+    strength: Annotated[
+        float,
+        Field(ge=0.01, le=1, allow_inf_nan=False, description="how far from the source, 1 is all the way"),
+    ] = 0.95
+    num_inference_steps: Annotated[int, Field(ge=10, le=50)] = 40
+    guidance_scale: Annotated[float, Field(ge=1, le=20, allow_inf_nan=False)] = 3.5
+    seed: Annotated[int | None, Field(ge=0, le=SEED_LIMIT)] = None
+    num_images: Annotated[int, Field(ge=1, le=4)] = 1
+    enable_safety_checker: bool = True
+    sync_mode: Annotated[bool, Field(description="answer with data URIs; nothing is kept")] = False
+    output_format: Literal["jpeg", "png"] = "jpeg"
+    acceleration: Literal["none", "regular", "high"] = "none"
+
+
+class Image(BaseModel):
+    """One result picture."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    url: str
+    width: int | None = None
+    height: int | None = None
+    content_type: str | None = "image/jpeg"
+    file_name: str | None = None
+    file_size: int | None = None
+
+
+class ImageToImageOutput(BaseModel):
+    """What the endpoint answers."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    images: list[Image]
+    timings: dict[str, float] = Field(default_factory=dict)
+    seed: int
+    has_nsfw_concepts: list[bool] = Field(default_factory=list)
+    prompt: str = ""

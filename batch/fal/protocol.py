@@ -1,0 +1,495 @@
+"""The queue protocol without I/O, for both roles: values in, requests and replies out, and back.
+
+Owns the wire: paths, headers, bodies, status codes. Refuses to know sockets, clocks and storage. The client
+edge (`batch.fal.client`) and our server (`batch.server.app`) both speak through it, so that they cannot
+drift apart. Facts are those of fal's reference as read in autumn 2026; where the real service was seen to
+differ from its pages, the comment says so. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NamedTuple, TypeGuard
+from urllib.parse import urlsplit
+
+import orjson
+
+from batch.model import AppId, Json, JsonObject, QueueState, RequestId, Ticket, TicketStatus
+
+__all__ = [
+    "BILLABLE_UNITS",
+    "CONTENT_JSON",
+    "ENGINE",
+    "ERROR_TYPE",
+    "FAL",
+    "IDEMPOTENCY_KEY",
+    "NEEDS_RETRY",
+    "REQUEST_ID",
+    "RETRYABLE",
+    "Address",
+    "Call",
+    "CancelOutcome",
+    "Malformed",
+    "Operation",
+    "Origins",
+    "Reply",
+    "accepted_reply",
+    "cancel_reply",
+    "completed_reply",
+    "error_body_of",
+    "model_error_reply",
+    "origin_of",
+    "parse_path",
+    "progress_reply",
+    "read_cancel",
+    "read_output",
+    "read_status",
+    "read_ticket",
+    "request_error_reply",
+    "request_path",
+    "split_app",
+    "submit_call",
+    "ticket_call",
+]
+
+CONTENT_JSON = "application/json"
+# Header names are lower case everywhere inside; HTTP does not care.
+REQUEST_ID = "x-fal-request-id"
+ERROR_TYPE = "x-fal-error-type"
+NEEDS_RETRY = "x-fal-needs-retry"  # newer name; values 1, true, false were seen
+RETRYABLE = "x-fal-retryable"  # older name of the same
+BILLABLE_UNITS = "x-fal-billable-units"
+IDEMPOTENCY_KEY = "idempotency-key"  # ours: honoured by our server, ignored by fal
+ENGINE = "x-restyle-engine"  # ours: what executed the request
+
+
+class Malformed(ValueError):
+    """The other side sent something that the protocol does not allow. The message says what."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One HTTP request to make. It carries no key: the edge adds it where the origin is the target's own."""
+
+    method: str
+    url: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """One HTTP answer, headers in lower case."""
+
+    status: int
+    body: bytes = b""
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+# --- where things are -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Origins:
+    """The origins that belong to one target. Only these ever see its key."""
+
+    queue: str
+    run: str
+    rest: str
+    cdn: str
+    platform: str
+
+    @classmethod
+    def of_server(cls, url: str) -> Origins:
+        """All roles on one origin, as our own server has them. `url` is `scheme://host[:port][/prefix]`."""
+        base = url.rstrip("/")
+        return cls(queue=base, run=base + "/run", rest=base, cdn=base, platform=base + "/v1")
+
+    def own(self, url: str) -> bool:
+        """Whether `url` lies on one of these origins, that is: whether it may be shown the key."""
+        return origin_of(url) in {origin_of(o) for o in (self.queue, self.run, self.rest, self.cdn, self.platform)}
+
+
+FAL = Origins(
+    queue="https://queue.fal.run",
+    run="https://fal.run",
+    rest="https://rest.fal.ai",
+    cdn="https://v3.fal.media",
+    platform="https://api.fal.ai/v1",
+)
+
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+def origin_of(url: str) -> tuple[str, str, int]:
+    """Scheme, host and port of a URL; `("", "", 0)` for one that has no usable origin."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        return ("", "", 0)
+    if parts.scheme not in _DEFAULT_PORTS or not parts.hostname:
+        return ("", "", 0)
+    return (parts.scheme, parts.hostname, port or _DEFAULT_PORTS[parts.scheme])
+
+
+# --- paths ------------------------------------------------------------------------------------------------
+
+
+class Operation(StrEnum):
+    """What a queue path asks for."""
+
+    SUBMIT = "submit"
+    STATUS = "status"
+    STREAM = "stream"
+    RESULT = "result"
+    CANCEL = "cancel"
+
+
+class Address(NamedTuple):
+    """A parsed queue path. For everything but SUBMIT `app` may be the owner/alias form or the full id."""
+
+    operation: Operation
+    app: AppId
+    request_id: RequestId | None
+
+
+class App(NamedTuple):
+    """An app id in its parts."""
+
+    owner: str
+    alias: str
+    path: str
+
+
+_NAMESPACES = frozenset({"workflows", "comfy"})
+_TAILS = {
+    "": Operation.RESULT,
+    "response": Operation.RESULT,  # older examples end the result URL so
+    "status": Operation.STATUS,
+    "status/stream": Operation.STREAM,
+    "cancel": Operation.CANCEL,
+}
+_METHODS = {Operation.CANCEL: "PUT", Operation.SUBMIT: "POST"}
+_SUFFIXES = {
+    Operation.RESULT: "",
+    Operation.STATUS: "/status",
+    Operation.STREAM: "/status/stream",
+    Operation.CANCEL: "/cancel",
+}
+
+
+def split_app(app: str) -> App:
+    """Split `owner/alias/path`; with `workflows/` or `comfy/` in front the owner has two segments.
+
+    Raises:
+        Malformed: fewer than two segments, or an empty one.
+    """
+    parts = app.strip("/").split("/")
+    head = 2 if parts[0] in _NAMESPACES else 1
+    if len(parts) <= head or not all(parts):
+        raise Malformed(f"{app!r} is not an app id: it needs at least owner/alias")
+    return App("/".join(parts[:head]), parts[head], "/".join(parts[head + 1 :]))
+
+
+def request_path(operation: Operation, app: str, request_id: str) -> str:
+    """Path of a read or cancel, in the owner/alias form that the newest reference calls right."""
+    owner, alias, _ = split_app(app)
+    return f"/{owner}/{alias}/requests/{request_id}{_SUFFIXES[operation]}"
+
+
+def parse_path(path: str) -> Address | None:
+    """Read a queue path: owner/alias or full id, `/response`, trailing slash; None where it is not one.
+
+    A path without `/requests/` is a submit to the app that it names.
+    """
+    clean = path.strip("/")
+    app, found, rest = clean.partition("/requests/")
+    try:
+        split_app(app)
+    except Malformed:
+        return None
+    if not found:
+        return Address(Operation.SUBMIT, AppId(app), None)
+    request_id, _, tail = rest.partition("/")
+    operation = _TAILS.get(tail)
+    if operation is None or not request_id:
+        return None
+    return Address(operation, AppId(app), RequestId(request_id))
+
+
+# --- client role ------------------------------------------------------------------------------------------
+
+
+def submit_call(origins: Origins, app: AppId, body: bytes, idempotency_key: str) -> Call:
+    """The one POST that costs money.
+
+    Fallback models are switched off under both names that the documentation has used, so that a seed means
+    something; a server that knows neither ignores them.
+    """
+    return Call(
+        "POST",
+        f"{origins.queue}/{app}",
+        {
+            "content-type": CONTENT_JSON,
+            IDEMPOTENCY_KEY: idempotency_key,
+            "x-app-fal-disable-fallback": "true",
+            "x-fal-disable-fallbacks": "true",
+        },
+        body,
+    )
+
+
+def ticket_call(origins: Origins, app: AppId, ticket: Ticket, operation: Operation, *, logs: bool = False) -> Call:
+    """A read or cancel of an accepted request.
+
+    The URL that the server returned is used where it lies on the target's own origins; a foreign one, or
+    one of a server that has since moved to another port, is rebuilt from the request id.
+    """
+    given = {
+        Operation.STATUS: ticket.status_url,
+        Operation.RESULT: ticket.response_url,
+        Operation.CANCEL: ticket.cancel_url,
+    }.get(operation, "")
+    url = given if given and origin_of(given) == origin_of(origins.queue) else ""
+    url = url or origins.queue + request_path(operation, app, ticket.request_id)
+    if logs and operation in {Operation.STATUS, Operation.STREAM}:
+        url += ("&" if "?" in url else "?") + "logs=1"
+    return Call(_METHODS.get(operation, "GET"), url)
+
+
+def read_ticket(reply: Reply) -> Ticket:
+    """The ticket in a 2xx answer to a submit.
+
+    Raises:
+        Malformed: no JSON object, or no `request_id` in it. Whether the job was accepted is then unknown.
+    """
+    answer = _object(reply.body)
+    request_id = answer.get("request_id")
+    if not isinstance(request_id, str) or not _plain_id(request_id):
+        raise Malformed("the answer to the submit has no usable request_id")
+    urls = (answer.get(name) for name in ("status_url", "response_url", "cancel_url"))
+    return Ticket(RequestId(request_id), *(url if isinstance(url, str) else "" for url in urls))
+
+
+def read_status(reply: Reply) -> TicketStatus:
+    """A status answer (202 or 200).
+
+    Raises:
+        Malformed: no JSON object, or a status outside the three that exist.
+    """
+    answer = _object(reply.body)
+    try:
+        state = QueueState(str(answer.get("status")))
+    except ValueError:
+        raise Malformed(f"unknown status {str(answer.get('status'))[:40]!r}") from None
+    position, metrics, logs = answer.get("queue_position"), answer.get("metrics"), answer.get("logs")
+    inference = metrics.get("inference_time") if isinstance(metrics, dict) else None
+    return TicketStatus(
+        state,
+        position if isinstance(position, int) and not isinstance(position, bool) else None,
+        float(inference) if _number(inference) else None,
+        _text(answer.get("error")),
+        _text(answer.get("error_type")),
+        tuple(line for line in logs if isinstance(line, dict)) if isinstance(logs, list) else (),
+    )
+
+
+def read_output(reply: Reply) -> JsonObject:
+    """The bare model output of a 200 result.
+
+    Raises:
+        Malformed: not a JSON object.
+    """
+    return _object(reply.body)
+
+
+class CancelOutcome(StrEnum):
+    """What a cancel may answer. Each is a request, not a fact: a running job may finish all the same."""
+
+    REQUESTED = "CANCELLATION_REQUESTED"
+    ALREADY_COMPLETED = "ALREADY_COMPLETED"
+    NOT_FOUND = "NOT_FOUND"
+
+
+def read_cancel(reply: Reply) -> CancelOutcome | None:
+    """What became of a cancel; None where the answer says nothing of it (401, 5xx, ...)."""
+    if 200 <= reply.status < 300:
+        return CancelOutcome.REQUESTED
+    return {400: CancelOutcome.ALREADY_COMPLETED, 404: CancelOutcome.NOT_FOUND}.get(reply.status)
+
+
+class ErrorBody(NamedTuple):
+    """What an error answer says, as far as it is fal's own shape."""
+
+    type: str | None
+    """Machine word: `error_type`, else the type of the first model error, else the header."""
+    message: str
+    is_fal: bool
+    """Whether the body has one of fal's shapes: a proxy's HTML page says nothing about a job."""
+    needs_retry: bool | None
+    """What the service says about another try; None where it says nothing."""
+
+
+def error_body_of(reply: Reply) -> ErrorBody:
+    """Read an error answer of any kind; never raises."""
+    header = reply.headers.get(ERROR_TYPE)
+    flag = reply.headers.get(NEEDS_RETRY, reply.headers.get(RETRYABLE))
+    needs_retry = None if flag is None else flag.strip().lower() in {"1", "true", "yes"}
+    try:
+        answer = _object(reply.body)
+    except Malformed:
+        text = reply.body[:200].decode("utf-8", "replace").strip()
+        return ErrorBody(header, text, header is not None, needs_retry)
+    detail, error_type = answer.get("detail"), _text(answer.get("error_type"))
+    if isinstance(detail, list) and detail and isinstance(detail[0], dict):
+        first = detail[0]
+        message = "; ".join(_describe(item) for item in detail[:5] if isinstance(item, dict))
+        return ErrorBody(error_type or _text(first.get("type")) or header, message, True, needs_retry)
+    if isinstance(detail, str):
+        return ErrorBody(error_type or header, detail[:1000], True, needs_retry)
+    if isinstance(answer.get("status"), str):  # {"status": "NOT_FOUND"}
+        return ErrorBody(
+            error_type or header or str(answer["status"]).lower(), str(answer["status"]), True, needs_retry
+        )
+    text = reply.body[:200].decode("utf-8", "replace")
+    return ErrorBody(error_type or header, text, bool(error_type or header), needs_retry)
+
+
+def _describe(item: JsonObject) -> str:
+    where = item.get("loc")
+    place = ".".join(str(part) for part in where if part != "body") if isinstance(where, list) else ""
+    message = str(item.get("msg", item.get("type", "")))[:500]
+    return f"{place}: {message}" if place else message
+
+
+# --- server role ------------------------------------------------------------------------------------------
+
+
+def accepted_reply(base: str, app: AppId, request_id: RequestId, position: int) -> Reply:
+    """HTTP 200 with all eight fields; `base` is the scheme and host that the caller used."""
+    return _json(
+        200,
+        {
+            "status": QueueState.IN_QUEUE,
+            **_request_urls(base, app, request_id),
+            "logs": None,
+            "metrics": {},
+            "queue_position": position,
+        },
+        request_id,
+    )
+
+
+def progress_reply(
+    base: str,
+    app: AppId,
+    request_id: RequestId,
+    state: QueueState,
+    *,
+    position: int | None = None,
+    logs: list[JsonObject] | None = None,
+) -> Reply:
+    """HTTP 202 while IN_QUEUE or IN_PROGRESS. Clients subscript `queue_position` and `logs`: always there."""
+    body: JsonObject = {"status": state, **_request_urls(base, app, request_id)}
+    if state is QueueState.IN_QUEUE:
+        body["queue_position"] = position or 0
+    else:
+        body["logs"] = list(logs or [])
+    return _json(202, body, request_id)
+
+
+def completed_reply(
+    base: str,
+    app: AppId,
+    request_id: RequestId,
+    *,
+    inference_time: float | None,
+    error: str | None = None,
+    error_type: str | None = None,
+    logs: list[JsonObject] | None = None,
+) -> Reply:
+    """HTTP 200: the work ended. A failure is COMPLETED too, with `error` (and `error_type`)."""
+    body: JsonObject = {
+        "status": QueueState.COMPLETED,
+        **_request_urls(base, app, request_id),
+        "logs": list(logs or []),
+        "metrics": {} if inference_time is None else {"inference_time": inference_time},
+    }
+    if error is not None:
+        body["error"] = error
+    if error_type is not None:
+        body["error_type"] = error_type
+    return _json(200, body, request_id)
+
+
+def cancel_reply(outcome: CancelOutcome, request_id: RequestId) -> Reply:
+    """202, 400 or 404 with the status word."""
+    status = {CancelOutcome.REQUESTED: 202, CancelOutcome.ALREADY_COMPLETED: 400}.get(outcome, 404)
+    return _json(status, {"status": outcome}, request_id)
+
+
+def request_error_reply(
+    status: int, error_type: str | None, detail: str, request_id: RequestId | None = None, **headers: str
+) -> Reply:
+    """An infrastructure error: `{"detail": text, "error_type": word}` and the header of the same name."""
+    body: JsonObject = {"detail": detail}
+    if error_type is not None:
+        body["error_type"] = error_type
+        headers = {ERROR_TYPE: error_type, **headers}
+    return _json(status, body, request_id, headers)
+
+
+def model_error_reply(
+    status: int, errors: list[JsonObject], request_id: RequestId | None = None, **headers: str
+) -> Reply:
+    """A model error: `{"detail": [{loc, msg, type, url, ctx, input}, ...]}`."""
+    return _json(status, {"detail": list(errors)}, request_id, headers)
+
+
+def _request_urls(base: str, app: AppId, request_id: RequestId) -> JsonObject:
+    def url(operation: Operation) -> str:
+        return base + request_path(operation, app, request_id)
+
+    return {
+        "request_id": request_id,
+        "response_url": url(Operation.RESULT),
+        "status_url": url(Operation.STATUS),
+        "cancel_url": url(Operation.CANCEL),
+    }
+
+
+def _json(
+    status: int, body: JsonObject, request_id: RequestId | None, headers: Mapping[str, str] | None = None
+) -> Reply:
+    # Python's official client retries errors that lack a request id as "ingress errors": always set one.
+    own = {"content-type": CONTENT_JSON, REQUEST_ID: request_id or ""}
+    return Reply(status, orjson.dumps(body), own | dict(headers or {}))
+
+
+# --- reading foreign JSON ---------------------------------------------------------------------------------
+
+
+def _object(body: bytes) -> JsonObject:
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise Malformed(f"not JSON: {body[:80]!r}") from error
+    if not isinstance(value, dict):
+        raise Malformed(f"a JSON object was expected, not {body[:80]!r}")
+    return value
+
+
+def _text(value: Json) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _number(value: Json) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _plain_id(text: str) -> bool:
+    """A request id becomes part of URLs that we build: letters, digits, dash and underscore only."""
+    return 0 < len(text) <= 200 and text.replace("-", "").replace("_", "").isalnum() and text.isascii()

@@ -1,0 +1,158 @@
+"""The values that travel through the house: jobs, tickets, statuses, answers. Pure, knows no library.
+
+All durations are float seconds, all instants are float Unix seconds (UTC).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import NewType, TypeAlias
+
+__all__ = [
+    "Answer",
+    "AppId",
+    "Attempt",
+    "Failed",
+    "Job",
+    "JobKey",
+    "Json",
+    "JsonObject",
+    "LocalImage",
+    "Problem",
+    "QueueState",
+    "RequestId",
+    "StoredImage",
+    "Ticket",
+    "TicketStatus",
+]
+
+Json: TypeAlias = "None | bool | int | float | str | list[Json] | dict[str, Json]"
+JsonObject: TypeAlias = dict[str, Json]
+
+AppId = NewType("AppId", str)
+"""`owner/alias[/path]`, for instance `fal-ai/flux/dev/image-to-image`."""
+JobKey = NewType("JobKey", str)
+"""32 hex digits: BLAKE2b-128 of the app id and the canonical JSON of the complete input."""
+RequestId = NewType("RequestId", str)
+"""The id that a server gave to one accepted submission."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Why one manifest row cannot become a job. `type` is a stable word, `message` a sentence for a person."""
+
+    row: int
+    """0-based position in the manifest."""
+    line: int | None
+    """1-based line of a text manifest; None where the format has no lines (Parquet)."""
+    column: str
+    value: str
+    type: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class LocalImage:
+    """A picture that has to be uploaded before its job can be submitted."""
+
+    sha256: str
+    size_bytes: int
+    path: Path | None = None
+    """Where its bytes are; None where the manifest itself carried them."""
+    data: bytes | None = field(default=None, repr=False)
+    name: str = "image"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One image-to-image call that has to happen, with every input resolved."""
+
+    key: JobKey
+    input: JsonObject
+    """The complete input, defaults filled in and seed included. For a local image `image_url` holds the
+    token `sha256:<hex>`; the runner puts the uploaded URL in its place when it submits."""
+    image: LocalImage | None = None
+    megapixels: float | None = None
+    """Of the source picture, where it is known without a download."""
+
+
+class QueueState(StrEnum):
+    """The three states that the queue protocol knows. There is no FAILED and no CANCELLED."""
+
+    IN_QUEUE = "IN_QUEUE"
+    IN_PROGRESS = "IN_PROGRESS"
+    COMPLETED = "COMPLETED"
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """What an accepted submit gives: the request id, and the URLs that the server wants to be asked at."""
+
+    request_id: RequestId
+    status_url: str = ""
+    response_url: str = ""
+    cancel_url: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TicketStatus:
+    """One status answer. COMPLETED says that the work ended, not that it went well."""
+
+    state: QueueState
+    position: int | None = None
+    """0-based place in the queue while IN_QUEUE."""
+    inference_time: float | None = None
+    error: str | None = None
+    error_type: str | None = None
+    logs: tuple[JsonObject, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A finished request: the endpoint's output as it came, and what the headers said."""
+
+    output: JsonObject
+    billable_units: float | None = None
+    engine: str | None = None
+    """What our own server says executed it (`preview`, `flux`, `echo`); None from fal."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredImage:
+    """One result picture: what the endpoint said of it, and where our copy lies."""
+
+    url: str
+    width: int | None = None
+    height: int | None = None
+    content_type: str | None = None
+    file_name: str | None = None
+    file_size: int | None = None
+    path: str | None = None
+    """Relative to the run directory; None when downloads are off."""
+    sha256: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One try at a job, as it is about to be sent."""
+
+    job_key: JobKey
+    number: int
+    """From 1. A repeat of a submit whose outcome is unknown keeps its number, hence its idempotency key."""
+    body: bytes = field(repr=False)
+
+    @property
+    def idempotency_key(self) -> str:
+        """Same job and attempt, same key: our server then answers with the same request id."""
+        return f"{self.job_key}-{self.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Why a job has no result. `error_type` is the service's machine word where it gave one."""
+
+    error_type: str
+    message: str
+    billable_units: float | None = None

@@ -1,0 +1,1 @@
+"""The endpoint, ours: the same protocol on your own machine."""

@@ -1,0 +1,1 @@
+"""What the endpoint executes: preview (no model), echo (rehearsal), later flux."""
