@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import lru_cache
 from typing import NamedTuple, TypeGuard
 from urllib.parse import urlsplit
 
@@ -181,6 +182,7 @@ _SUFFIXES = {
 }
 
 
+@lru_cache(maxsize=256)
 def split_app(app: str) -> App:
     """Split `owner/alias/path`; with `workflows/` or `comfy/` in front the owner has two segments.
 

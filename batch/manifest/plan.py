@@ -1,15 +1,32 @@
-"""From rows and cells to jobs: every input resolved, every key known, nothing sent."""
+"""From rows and cells to jobs: every input resolved, every key known, nothing sent. Pure but for polars types.
+
+Owns what a column means and which value wins; refuses to know where rows and pictures come from.
+"""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from string import Formatter
+from typing import Any, NamedTuple
 
 import polars as pl
 
-from batch.model import Job, Problem
+from batch.config import Settings
+from batch.errors import ConfigError, ManifestError
+from batch.manifest.inputs import DEFAULTS, check_column, check_value, shorten
+from batch.manifest.keys import derived_seed, job_key
+from batch.manifest.ports import Fault, PictureResolver, Resolved, RowBatch, Rows
+from batch.manifest.sweep import Cell, cells
+from batch.model import AppId, Job, JsonObject, Problem
 
-__all__ = ["Planned", "PlannedBatch"]
+__all__ = ["Checked", "Planned", "PlannedBatch", "Planner"]
+
+_BATCH_JOBS = 4096
+_DEFAULT_PROMPT = "prompt"
+_NO_SYNC = Fault("sync_mode", "sync_mode is refused: results are not kept; leave the cell empty")
+_NO_PROMPT = "the cell is empty; fill it, or set input.prompt for all rows"
 
 
 class Planned(NamedTuple):
@@ -30,3 +47,238 @@ class PlannedBatch:
     """The manifest's own columns, unchanged, one line a row."""
     items: list[Planned]
     """Row by row, within a row cell by cell: `len(frame) * cells` of them."""
+
+
+class Checked(NamedTuple):
+    """A planned batch with all that is wrong in it, one problem for each bad cell of the manifest."""
+
+    batch: PlannedBatch
+    problems: list[Problem]
+
+
+class Planner:
+    """Plans the jobs of one manifest; it can be run through any number of times and always plans the same.
+
+    An input's value comes from, the last that there is winning: the endpoint's default, `[input]`, the manifest
+    column of the same name (an empty cell falls back), the sweep. So where an input is swept, a column of its
+    name is not even looked at. The prompt's column is what `manifest.prompt` names, or a template over columns
+    (`a {animal} as a wizard`, literal braces doubled); a missing part makes it fall back as a whole. In formats
+    with types an empty text is a prompt like any other; only null is missing.
+
+    Args:
+        manifest: its rows.
+        settings: resolved configuration; `manifest`, `input`, `sweep`, `target.app` and `run_seed` are used.
+        pictures: turns the cells of the image column into tokens.
+
+    Raises:
+        ManifestError: a column that the settings need is not there (the nearest is named), or of no use.
+        ConfigError: a template that is none, a value of `[input]` or `[sweep]` out of its bounds.
+    """
+
+    def __init__(self, manifest: Rows, settings: Settings, pictures: PictureResolver) -> None:
+        self._manifest = manifest
+        self._pictures = pictures
+        self._app: AppId = settings.target.app
+        self._run_seed = settings.run_seed
+        self.cells = cells(settings.sweep)
+        swept = set(settings.sweep)
+        self._base = DEFAULTS | _given(settings)
+
+        schema = manifest.schema
+        self._image = _image_column(schema, settings.manifest.image)
+        self._prompt = None if "prompt" in swept else _prompt(schema, settings.manifest.prompt, self._base)
+        self._prompt_name = settings.manifest.prompt
+        self._id = _id_column(schema, settings.manifest.id)
+        mapped = {"image_url", "prompt"}
+        self._columns = tuple(name for name in DEFAULTS if name in schema and name not in swept | mapped)
+
+    def __repr__(self) -> str:
+        return f"Planner({self._manifest!r}, cells={len(self.cells)})"
+
+    def batches(self) -> Iterator[PlannedBatch]:
+        """Everything planned, in manifest order, a few thousand jobs at a time.
+
+        Raises:
+            ManifestError: the manifest can no longer be read.
+        """
+        for checked in self.checked():
+            yield checked.batch
+
+    def checked(self) -> Iterator[Checked]:
+        """The same with all problems; a row's first one is what its `Planned` carry.
+
+        Raises:
+            ManifestError: the manifest can no longer be read.
+        """
+        for rows in self._manifest.batches(max(1, _BATCH_JOBS // len(self.cells))):
+            yield self._batch(rows)
+
+    def _batch(self, rows: RowBatch) -> Checked:
+        first_row, frame, found = rows.first_row, rows.frame, _Problems(rows)
+        pictures = self._resolved(frame, found)
+        inputs: dict[str, list[Any]] = {"image_url": [picture and picture.token for picture in pictures]}
+        if self._prompt is not None:
+            inputs["prompt"] = self._prompts(frame, self._prompt, found)
+        for name in self._columns:
+            inputs[name] = self._values(name, frame[name].to_list(), found)
+        identities = self._identities(frame, found)
+
+        items: list[Planned] = []
+        bad = found.first()
+        by_row = zip(*inputs.values(), strict=True)
+        for row, (picture, identity, values) in enumerate(zip(pictures, identities, by_row, strict=True), first_row):
+            if picture is None or row in bad:
+                items += [Planned(row, cell.id, None, bad[row]) for cell in self.cells]
+                continue
+            given = self._base.copy()
+            given.update(zip(inputs, values, strict=True))
+            items += [Planned(row, cell.id, self._job(given, cell, identity, picture), None) for cell in self.cells]
+        return Checked(PlannedBatch(first_row, frame, items), found.ordered())
+
+    def _job(self, given: JsonObject, cell: Cell, identity: str | None, picture: Resolved) -> Job:
+        complete = given | cell.values if cell.values else given
+        if complete["seed"] is None:
+            # Without an id a row is the picture that it shows and what is asked of it.
+            who = f"id\n{identity}" if identity is not None else f"row\n{picture.token}\n{complete['prompt']}"
+            complete["seed"] = derived_seed(self._run_seed, who, cell.id)
+        return Job(job_key(self._app, complete), complete, picture.image, picture.megapixels)
+
+    # --- columns: each gives one value a row, None where it noted a problem ---
+
+    def _resolved(self, frame: pl.DataFrame, found: _Problems) -> list[Resolved | None]:
+        references = frame[self._image].to_list()
+        answers = self._pictures.resolve(references)
+        for index, answer in enumerate(answers):
+            if isinstance(answer, Fault):
+                found.add(index, self._image, references[index], answer)
+        return [None if isinstance(answer, Fault) else answer for answer in answers]
+
+    def _prompts(self, frame: pl.DataFrame, expression: pl.Expr, found: _Problems) -> list[Any]:
+        fallback = self._base.get("prompt")
+        texts = frame.select(expression).to_series().to_list()
+        filled = [fallback if text is None else text for text in texts]
+        if None in filled:
+            for index in (index for index, text in enumerate(filled) if text is None):
+                found.add(index, self._prompt_name, None, Fault("missing", _NO_PROMPT))
+                filled[index] = ""
+        return self._checked("prompt", self._prompt_name, filled, found)
+
+    def _values(self, name: str, cells_of_column: list[Any], found: _Problems) -> list[Any]:
+        fallback = self._base[name]
+        filled = [fallback if value is None or value == "" else value for value in cells_of_column]
+        checked = self._checked(name, name, filled, found)
+        if name == "sync_mode":
+            for index in (index for index, value in enumerate(checked) if value):
+                found.add(index, name, filled[index], _NO_SYNC)
+        return checked
+
+    def _checked(self, name: str, column: str, values: list[Any], found: _Problems) -> list[Any]:
+        checked, faults = check_column(name, values, column)
+        for index, fault in faults.items():
+            found.add(index, column, values[index], fault)
+        return checked
+
+    def _identities(self, frame: pl.DataFrame, found: _Problems) -> list[str | None]:
+        if self._id is None:
+            return [None] * len(frame)
+        identities: list[str | None] = frame[self._id].cast(pl.String).to_list()
+        for index in (index for index, identity in enumerate(identities) if not identity):
+            found.add(index, self._id, None, Fault("missing", "the cell is empty; a row's id has to be filled"))
+        return identities
+
+
+class _Problems:
+    """What is wrong in one batch."""
+
+    def __init__(self, rows: RowBatch) -> None:
+        self._rows = rows
+        self._found: dict[int, list[Problem]] = {}
+
+    def add(self, index: int, column: str, value: object, fault: Fault) -> None:
+        line = self._rows.lines[index] if self._rows.lines is not None else None
+        problem = Problem(self._rows.first_row + index, line, column, shorten(value), fault.type, fault.message)
+        self._found.setdefault(index, []).append(problem)
+
+    def first(self) -> dict[int, Problem]:
+        """The first one of each bad row, by row."""
+        return {problems[0].row: problems[0] for problems in self._found.values()}
+
+    def ordered(self) -> list[Problem]:
+        return [problem for index in sorted(self._found) for problem in self._found[index]]
+
+
+# --- what the settings ask of the columns -----------------------------------------------------------------
+
+
+def _given(settings: Settings) -> JsonObject:
+    values: JsonObject = {}
+    for name, value in settings.input.model_dump(exclude_none=True).items():
+        checked = check_value(name, value)
+        if isinstance(checked, Fault):
+            raise ConfigError(f"input.{checked.message}")
+        values[name] = checked
+    return values
+
+
+def _image_column(schema: pl.Schema, name: str) -> str:
+    kind = _kind_of(schema, name, "manifest.image")
+    fields = {field.name for field in kind.fields} if isinstance(kind, pl.Struct) else set()
+    text = kind in {pl.String, pl.Binary, pl.Null} or isinstance(kind, pl.Categorical | pl.Enum)
+    if not text and not fields & {"bytes", "path"}:
+        raise ManifestError(
+            f"the column {name!r} holds {kind}, not pictures; set manifest.image to one with URLs, paths, "
+            "or a struct of bytes and path"
+        )
+    return name
+
+
+def _id_column(schema: pl.Schema, name: str | None) -> str | None:
+    if name is not None:
+        _plain(schema, name, "manifest.id")
+    return name
+
+
+def _prompt(schema: pl.Schema, text: str, base: JsonObject) -> pl.Expr | None:
+    """Where a row's prompt comes from; None where it is the same for all rows."""
+    if text in schema:
+        return pl.col(text)
+    try:
+        parts = list(Formatter().parse(text))
+    except ValueError as error:
+        raise ConfigError(
+            f"manifest.prompt = {text!r} is no template ({error}); write {{{{ and }}}} for braces"
+        ) from error
+    if all(field is None for _, field, _, _ in parts):
+        # A default that nobody wrote may be absent; a column that somebody named may not.
+        if text == _DEFAULT_PROMPT and "prompt" in base:
+            return None
+        raise ManifestError(f"{_no_column(schema, text, 'manifest.prompt')}; input.prompt sets one prompt for all rows")
+    pieces: list[pl.Expr] = []
+    for literal, field, spec, conversion in parts:
+        pieces += [pl.lit(literal)] if literal else []
+        if field is None:
+            continue
+        if not field or spec or conversion:
+            raise ConfigError(f"manifest.prompt = {text!r}: braces hold a column's name and nothing else")
+        _plain(schema, field, "manifest.prompt")
+        pieces.append(pl.col(field).cast(pl.String))
+    return pl.concat_str(pieces)
+
+
+def _plain(schema: pl.Schema, name: str, key: str) -> None:
+    kind = _kind_of(schema, name, key)
+    if kind.is_nested() or kind == pl.Binary:
+        raise ManifestError(f"the column {name!r} holds {kind}; {key} needs one with text or numbers")
+
+
+def _kind_of(schema: pl.Schema, name: str, key: str) -> pl.DataType:
+    if name not in schema:
+        raise ManifestError(_no_column(schema, name, key))
+    return schema[name]
+
+
+def _no_column(schema: pl.Schema, name: str, key: str) -> str:
+    near = difflib.get_close_matches(name, schema.names(), 1, 0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    columns = ", ".join(schema.names())
+    return f"the manifest has no column {name!r} ({key}){hint} Its columns are: {columns}"

@@ -6,7 +6,7 @@ in, the tests plug in the fakes of `batch.testing`. All instants are Unix second
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, TypeAlias
 
@@ -25,7 +25,6 @@ __all__ = [
     "Finished",
     "Images",
     "Intended",
-    "JobSource",
     "Journal",
     "Known",
     "Lost",
@@ -121,7 +120,7 @@ class FailedForGood:
 
 @dataclass(frozen=True, slots=True)
 class Retried:
-    """A failed job is taken up again."""
+    """A failed job is taken up again, as a new attempt: its number grows by one here."""
 
     job_key: JobKey
     at: float
@@ -133,6 +132,7 @@ class Uploaded:
     """A local picture now has a URL at the target. Not a job's event."""
 
     sha256: str
+    """Of its content, with the target's name in front."""
     at: float
     url: str
 
@@ -148,6 +148,8 @@ class Known(NamedTuple):
     state: State
     session: int
     """Number of the `restyle run` that last changed it; the present one is `Journal.session`."""
+    attempt: int = 1
+    """The last attempt's number; of a PENDING job, the number that its next attempt gets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +214,7 @@ class Journal(Protocol):
     async def find(self, keys: Sequence[JobKey]) -> dict[JobKey, Known]:
         """Those of the keys that the journal knows."""
 
-    def entries(self, states: Collection[State]) -> AsyncIterator[Entry]:
+    def entries(self, states: Collection[State]) -> AsyncGenerator[Entry, None]:
         """Jobs in these states, the one intended first coming first."""
 
     async def uploaded(self, sha256: str, since: float) -> str | None:
@@ -297,17 +299,10 @@ class Images(Protocol):
             PictureError: it cannot be used; a message for the row.
         """
 
-    async def store(self, data: bytes, content_type: str | None) -> StoredImage:
+    async def store(self, data: bytes) -> StoredImage:
         """Decode, hash, write, fsync, rename. Equal bytes are stored once. `url` of the answer is empty.
 
         Raises:
             PictureError: the bytes are no complete picture.
             StorageError: the disk refused.
         """
-
-
-class JobSource(Protocol):
-    """Where the runner gets its jobs from, in manifest order."""
-
-    def __aiter__(self) -> AsyncIterator[Job]:
-        """Jobs that may have to be done; duplicates are allowed."""

@@ -1,0 +1,340 @@
+"""The library: plan, run, status, export and cancel, as coroutines and as plain functions.
+
+    from batch.api import plan_sync, run_sync
+    print(plan_sync("manifests/demo.csv").survey.render())
+    summary = run_sync("manifests/demo.csv", "out/demo")
+
+The plain functions also work inside a running event loop (a notebook): they run in a thread of their own.
+Every command of `batch.cli` is one of these calls. Settings are those of the config file: pass `config` (a
+path) or `settings` nested like the file, `settings={"input": {"strength": 0.8}}`, or both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from threading import Thread
+from typing import Any, ParamSpec, TypeVar
+
+import anyio
+import anyio.to_thread
+
+from batch.config import Settings, load_settings
+from batch.errors import ConfigError, RunDirectoryError
+from batch.manifest.read import Manifest
+from batch.model import JsonObject
+from batch.results.sink import Totals
+from batch.run.directory import RunDirectory
+from batch.run.journal import open_journal
+from batch.run.journal_file import JournalFile
+from batch.run.lifecycle import State
+from batch.run.observe import Observer, Tally
+from batch.run.ports import CallFailed, Counts
+from batch.session import Plan, Request, Summary, open_planner, project, run_session, survey_of, tool_version
+from batch.targets import open_target, terms_of
+
+__all__ = [
+    "Cancelled",
+    "Plan",
+    "Status",
+    "Summary",
+    "cancel",
+    "cancel_sync",
+    "event_loop",
+    "export",
+    "export_sync",
+    "plan",
+    "plan_sync",
+    "run",
+    "run_sync",
+    "status",
+    "status_sync",
+]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+async def plan(
+    manifest: str | Path,
+    out: str | Path | None = None,
+    *,
+    config: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Plan:
+    """What a run would do and cost. Spends nothing, sends nothing, writes nothing.
+
+    Args:
+        manifest: CSV, TSV, JSONL or Parquet file, or a folder or glob of Parquet files.
+        out: run directory of an earlier run, to count what is already done there.
+        config: TOML file.
+        settings: nested like the file; wins over it.
+
+    Raises:
+        ConfigError, ManifestError, RunDirectoryError: with a sentence that says what to do.
+    """
+    resolved = _resolve(config, settings)
+    return await anyio.to_thread.run_sync(partial(_plan, Path(manifest), resolved, None if out is None else Path(out)))
+
+
+async def run(
+    manifest: str | Path,
+    out: str | Path,
+    *,
+    config: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    yes: bool = False,
+    retry_failed: bool = False,
+    new_config: bool = False,
+    observer: Observer | None = None,
+    tally: Tally | None = None,
+    confirm: Callable[[Plan], bool] | None = None,
+    signals: bool = False,
+) -> Summary:
+    """Do it, or go on with it: the same call again submits nothing that was accepted before.
+
+    Args:
+        manifest: as for `plan`.
+        out: the run directory, created where there is none.
+        config: TOML file.
+        settings: nested like the file; wins over it.
+        yes: agree to what a paid run costs; without it a paid run needs a budget or `confirm`.
+        retry_failed: take up jobs again that failed in earlier runs.
+        new_config: accept that the run directory was made with another configuration.
+        observer: is told what happens.
+        tally: counts while it runs; for a display of your own.
+        confirm: is shown the plan and may say no.
+        signals: stop in order on SIGINT and SIGTERM; in a process's main thread only.
+
+    Raises:
+        InputError: config, manifest or run directory are wrong; nothing was submitted.
+        StoppedEarly: the plan was not confirmed, or a disk refused to be written.
+        RunLocked: another process works in this run directory.
+    """
+    request = Request(
+        manifest=manifest,
+        out=Path(out),
+        settings=_resolve(config, settings),
+        retry_failed=retry_failed,
+        new_config=new_config,
+        signals=signals,
+        observer=observer or Observer(),
+        tally=tally or Tally(),
+        confirm=confirm or ((lambda _: True) if yes else None),
+    )
+    return await run_session(request)
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What a run directory's journal says; `running` is False also for a run that was killed."""
+
+    counts: Counts
+    done_per_minute: float | None
+    """Of the last session; None before anything ended."""
+    target: str
+    manifest: str
+    running: bool
+
+    def to_json(self) -> JsonObject:
+        """Plain JSON values."""
+        counts = self.counts
+        return {
+            "jobs": {str(state): counts.by_state.get(state, 0) for state in State},
+            "spent_usd": round(counts.spent_usd, 6),
+            "reserved_usd": round(counts.reserved_usd, 6),
+            "done_per_minute": self.done_per_minute,
+            "oldest_open_at": counts.oldest_open_at,
+            "target": self.target,
+            "manifest": self.manifest,
+            "running": self.running,
+        }
+
+
+async def status(out: str | Path) -> Status:
+    """Counts by state, spend, rate, the oldest open request; also while a run works there.
+
+    Raises:
+        RunDirectoryError: there is no run.
+    """
+    return await anyio.to_thread.run_sync(_status, RunDirectory(Path(out)))
+
+
+async def export(out: str | Path, to: str | Path | None = None, *, manifest: str | Path | None = None) -> Totals:
+    """Rebuild the results from the journal and the manifest; free, and as often as one likes.
+
+    Args:
+        out: the run directory.
+        to: another file than its `results.parquet`.
+        manifest: where the manifest is now, if it has moved.
+
+    Raises:
+        RunDirectoryError: there is no run. ManifestError: the manifest is gone; say where it is.
+    """
+    return await anyio.to_thread.run_sync(partial(_export, RunDirectory(Path(out)), to, manifest))
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """Answers to the cancel requests of one call."""
+
+    asked: int
+    requested: int
+    too_late: int
+    unanswered: int
+
+
+async def cancel(out: str | Path) -> Cancelled:
+    """Ask the target to cancel every open request of a run that does not work at present.
+
+    A cancel is a request, not a fact: what runs already may finish and be billed. The next `run` reads how each
+    ended.
+
+    Raises:
+        RunDirectoryError: there is no run. RunLocked: it works at present; stop it first.
+    """
+    directory = RunDirectory(Path(out))
+    directory.require()
+    settings = _settings_of(directory)
+    answers = {"requested": 0, "too_late": 0, "unanswered": 0}
+    with directory.locked("restyle cancel"):
+        async with (
+            open_journal(directory.journal, version=tool_version()) as journal,
+            open_target(settings, directory.endpoint, version=tool_version()) as target,
+        ):
+            async for entry in journal.entries({State.ACCEPTED}):
+                assert entry.ticket is not None, "accepted means that there is a ticket"
+                try:
+                    outcome = await target.client.cancel(entry.ticket)
+                except CallFailed:
+                    outcome = None
+                word = {None: "unanswered", "CANCELLATION_REQUESTED": "requested"}.get(outcome, "too_late")
+                answers[word] += 1
+    return Cancelled(sum(answers.values()), answers["requested"], answers["too_late"], answers["unanswered"])
+
+
+def _plan(manifest: Path, settings: Settings, out: Path | None) -> Plan:
+    terms = terms_of(settings)
+    opened = Manifest.open(manifest, settings.limits.rows)
+    file = None
+    if out is not None and RunDirectory(out).journal.exists():
+        RunDirectory(out).check_config(settings, accept=True)
+        file = JournalFile.open_read_only(RunDirectory(out).journal)
+    try:
+        planner = open_planner(opened, settings, None)
+        spent = 0.0 if file is None else file.counts().spent_usd
+        return Plan(terms, opened, survey_of(planner, settings, terms, file), spent)
+    finally:
+        if file is not None:
+            file.close()
+
+
+def _status(directory: RunDirectory) -> Status:
+    directory.require()
+    facts = directory.read_run() or {}
+    file = JournalFile.open_read_only(directory.journal)
+    try:
+        counts, rate = file.counts(), _rate(file)
+    finally:
+        file.close()
+    manifest = facts.get("manifest")
+    return Status(
+        counts=counts,
+        done_per_minute=rate,
+        target=str(facts.get("target", "")),
+        manifest=str(manifest.get("source", "")) if isinstance(manifest, dict) else "",
+        running=directory.is_locked(),
+    )
+
+
+def _rate(file: JournalFile) -> float | None:
+    """Jobs done a minute while the last session worked."""
+    sessions = file.sessions()
+    if not sessions:
+        return None
+    last = sessions[-1]
+    finished = file.finished_since(last.started_at)
+    if finished.count < 2 or finished.last_at <= last.started_at:
+        return None
+    return finished.count / (finished.last_at - last.started_at) * 60.0
+
+
+def _export(directory: RunDirectory, to: str | Path | None, manifest: str | Path | None) -> Totals:
+    directory.require()
+    facts = directory.read_run() or {}
+    said = facts.get("manifest")
+    source = manifest or (said.get("source") if isinstance(said, dict) else None)
+    if not source:
+        raise RunDirectoryError(f"{directory.run_file} does not say which manifest; name it with --manifest")
+    settings = _settings_of(directory)
+    opened = Manifest.open(str(source), settings.limits.rows)
+    file = JournalFile.open_read_only(directory.journal)
+    try:
+        planner = open_planner(opened, settings, None)
+        identity: JsonObject = {"fingerprint": opened.fingerprint(), "rows": opened.rows}
+        return project(Path(to) if to else directory.results, planner, opened, file, settings, identity)
+    finally:
+        file.close()
+
+
+def _resolve(config: str | Path | None, settings: Mapping[str, Any] | None) -> Settings:
+    return load_settings(None if config is None else Path(config), dict(settings or {}))
+
+
+def _settings_of(directory: RunDirectory) -> Settings:
+    """The configuration that the run directory was last used with."""
+    config = (directory.read_run() or {}).get("config")
+    if not isinstance(config, dict):
+        raise RunDirectoryError(f"{directory.run_file} holds no config; run the `restyle run` command once more")
+    try:
+        return Settings.model_validate(config)
+    except ValueError as error:
+        raise ConfigError(f"{directory.run_file} holds a config of another version of restyle: {error}") from error
+
+
+# --- plain functions --------------------------------------------------------------------------------------
+
+
+def _plainly(function: Callable[P, Awaitable[T]]) -> Callable[P, T]:
+    """The same call without `await`: an event loop of its own, in a thread of its own where one runs already."""
+    name = getattr(function, "__name__", "call")
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        async def main() -> T:
+            return await function(*args, **kwargs)
+
+        result: Future[T] = Future()
+
+        def work() -> None:
+            try:
+                result.set_result(anyio.run(main, backend_options=event_loop()))
+            except BaseException as error:
+                result.set_exception(error)
+
+        thread = Thread(target=work, name=f"restyle {name}")
+        thread.start()
+        thread.join()
+        return result.result()
+
+    call.__name__ = f"{name}_sync"
+    call.__doc__ = f"`{name}` without `await`.\n\n{function.__doc__}"
+    return call
+
+
+def event_loop() -> dict[str, Any]:
+    """Options for `anyio.run`: uvloop where it is installed."""
+    try:
+        import uvloop  # noqa: F401 - only whether it is there
+    except ImportError:
+        return {}
+    return {"use_uvloop": True}
+
+
+plan_sync = _plainly(plan)
+run_sync = _plainly(run)
+status_sync = _plainly(status)
+export_sync = _plainly(export)
+cancel_sync = _plainly(cancel)

@@ -1,0 +1,266 @@
+"""The client edge: one exchange with a target over aiohttp, nothing repeated, nothing decided.
+
+Owns the HTTP session, the key, timeouts and size limits, and the one translation of aiohttp's exceptions
+into `Trouble`. What a trouble means is `batch.run.retry`'s; what the bytes mean is `batch.fal.protocol`'s.
+
+The key is added to a request only where its URL lies on the target's own origins; redirects are never
+followed with it.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
+from urllib.parse import urljoin
+
+import aiohttp
+import orjson
+from pydantic import SecretStr, ValidationError
+
+from batch.fal import protocol
+from batch.fal.endpoint import ImageToImageOutput
+from batch.fal.protocol import Call, CancelOutcome, Malformed, Operation, Origins, Reply
+from batch.model import Answer, AppId, Attempt, Ticket, TicketStatus
+from batch.run.ports import CallFailed, Trouble
+
+__all__ = ["FalClient", "trouble_of"]
+
+CONNECT_TIMEOUT = 10.0
+"""Seconds until a connection stands; nothing of the request was sent before."""
+READ_TIMEOUT = 60.0
+"""Seconds without a byte."""
+KEEP_ALIVE = 8.0
+"""Seconds that an idle connection is kept: well under what servers and balancers keep (15 - 75 s). A server
+that closes one just as a submit is written would leave that submit's outcome unknown."""
+JSON_LIMIT_BYTES = 16 * 2**20
+REDIRECTS = 5
+
+
+class FalClient:
+    """Implements `batch.run.ports.Service` for one target."""
+
+    def __init__(
+        self,
+        origins: Origins,
+        app: AppId,
+        key: SecretStr | None = None,
+        *,
+        connections: int = 256,
+        download_limit_bytes: int = 64 * 2**20,
+        user_agent: str = "restyle",
+    ) -> None:
+        self._origins, self._app, self._key = origins, app, key
+        self._download_limit_bytes = download_limit_bytes
+        self._connections, self._user_agent = connections, user_agent
+        self._session: aiohttp.ClientSession | None = None
+
+    def __repr__(self) -> str:
+        return f"<FalClient {self._origins.queue} app={self._app} key={'set' if self._key else 'none'}>"
+
+    async def __aenter__(self) -> Self:
+        connector = aiohttp.TCPConnector(limit=self._connections, keepalive_timeout=KEEP_ALIVE, ttl_dns_cache=60)
+        self._session = aiohttp.ClientSession(
+            connector=connector,
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT, sock_read=READ_TIMEOUT),
+            headers={"user-agent": self._user_agent},
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,  # a small body must not unpack to a large one; nobody needs it here
+            trust_env=True,
+        )
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    # --- Service ---------------------------------------------------------------------------------------
+
+    async def submit(self, attempt: Attempt) -> Ticket:
+        """Send the POST that costs money, once."""
+        call = protocol.submit_call(self._origins, self._app, attempt.body, attempt.idempotency_key)
+        reply = await self._exchange("submit", call)
+        with _reading("submit"):
+            return protocol.read_ticket(reply)
+
+    async def status(self, ticket: Ticket) -> TicketStatus:
+        """Read the status once."""
+        reply = await self._exchange("status", self._ticket_call(ticket, Operation.STATUS))
+        with _reading("status"):
+            return protocol.read_status(reply)
+
+    async def result(self, ticket: Ticket) -> Answer:
+        """Read the output once, and check that it has the endpoint's shape."""
+        reply = await self._exchange("result", self._ticket_call(ticket, Operation.RESULT))
+        with _reading("result"):
+            output = protocol.read_output(reply)
+            ImageToImageOutput.model_validate(output)
+        units = reply.headers.get(protocol.BILLABLE_UNITS)
+        return Answer(output, _float(units), reply.headers.get(protocol.ENGINE))
+
+    async def cancel(self, ticket: Ticket) -> CancelOutcome | None:
+        """Ask for cancellation once."""
+        try:
+            reply = await self._exchange("cancel", self._ticket_call(ticket, Operation.CANCEL))
+        except CallFailed as error:
+            outcome = protocol.read_cancel(error.trouble.reply) if error.trouble.reply else None
+            if outcome is None:
+                raise
+            return outcome
+        return protocol.read_cancel(reply)
+
+    async def upload(self, data: bytes, content_type: str, name: str) -> str:
+        """Store a picture at the target: initiate with the key, PUT without it. Its URL."""
+        start = Call(
+            "POST",
+            f"{self._origins.rest}/storage/upload/initiate?storage_type=fal-cdn-v3",
+            {"content-type": protocol.CONTENT_JSON},
+            orjson.dumps({"content_type": content_type, "file_name": name}),
+        )
+        reply = await self._exchange("upload", start)
+        with _reading("upload"):
+            answer = protocol.read_output(reply)
+            upload_url, file_url = answer.get("upload_url"), answer.get("file_url")
+            if not isinstance(upload_url, str) or not isinstance(file_url, str):
+                raise Malformed("the upload answer lacks upload_url or file_url")
+        await self._exchange("upload", Call("PUT", upload_url, {"content-type": content_type}, data), key=False)
+        return file_url
+
+    async def download(self, url: str) -> bytes:
+        """Fetch a result picture, without the key, over at most five redirects, within the size limit."""
+        if url.startswith("data:"):
+            return _decode_data_uri(url)
+        for _ in range(REDIRECTS + 1):
+            reply = await self._request("download", Call("GET", url), self._download_limit_bytes, key=False)
+            target = reply.headers.get("location")
+            if reply.status not in {301, 302, 303, 307, 308} or target is None:
+                return _successful("download", reply).body
+            url = urljoin(url, target)
+        raise CallFailed(Trouble("download", "redirect", detail=f"more than {REDIRECTS} redirects"))
+
+    # --- one exchange ----------------------------------------------------------------------------------
+
+    def _ticket_call(self, ticket: Ticket, operation: Operation) -> Call:
+        return protocol.ticket_call(self._origins, self._app, ticket, operation)
+
+    async def _exchange(self, phase: str, call: Call, *, key: bool = True) -> Reply:
+        return _successful(phase, await self._request(phase, call, JSON_LIMIT_BYTES, key=key))
+
+    async def _request(self, phase: str, call: Call, limit_bytes: int, *, key: bool) -> Reply:
+        assert self._session is not None, "use `async with FalClient(...)`"
+        headers = dict(call.headers)
+        if key and self._key is not None and self._origins.own(call.url):
+            headers["authorization"] = f"Key {self._key.get_secret_value()}"
+        try:
+            async with self._session.request(
+                call.method, call.url, headers=headers, data=call.body or None, allow_redirects=False
+            ) as response:
+                body = await _bounded(response, phase, limit_bytes)
+                return Reply(response.status, body, _lower(response.headers))
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            raise CallFailed(trouble_of(phase, error)) from error
+
+
+async def _bounded(response: aiohttp.ClientResponse, phase: str, limit_bytes: int) -> bytes:
+    """The whole body, or a `CallFailed` as soon as it is longer than the limit."""
+    if (response.content_length or 0) <= limit_bytes and response.content_length is not None:
+        return await response.read()
+    parts: list[bytes] = []
+    size = 0
+    async for part in response.content.iter_any():
+        size += len(part)
+        if size > limit_bytes:
+            raise CallFailed(Trouble(phase, "oversize", detail=f"an answer of more than {limit_bytes} bytes"))
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _lower(headers: Mapping[str, str]) -> dict[str, str]:
+    return {name.lower(): value for name, value in headers.items()}
+
+
+def _successful(phase: str, reply: Reply) -> Reply:
+    if 200 <= reply.status < 300:
+        return reply
+    raise CallFailed(Trouble(phase, reply=reply, detail=f"HTTP {reply.status}"))
+
+
+class _reading:  # noqa: N801 - used as a with statement: reads as a phrase
+    """Turns a body that breaks the protocol into a `CallFailed` of its phase."""
+
+    def __init__(self, phase: str) -> None:
+        self._phase = phase
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, ValidationError):
+            first = error.errors(include_url=False, include_input=False)[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise CallFailed(Trouble(self._phase, "malformed", detail=f"{where}: {first['msg']}")) from error
+        if isinstance(error, Malformed):
+            raise CallFailed(Trouble(self._phase, "malformed", detail=str(error))) from error
+
+
+def _decode_data_uri(url: str) -> bytes:
+    _, _, payload = url.partition(",")
+    try:
+        return base64.b64decode(payload, validate=True)
+    except binascii.Error as error:
+        raise CallFailed(Trouble("download", "malformed", detail="the result's data URI is no base64")) from error
+
+
+def _float(text: str | None) -> float | None:
+    try:
+        value = float(text) if text else None
+    except ValueError:
+        return None
+    return value if value is not None and 0 <= value < float("inf") else None
+
+
+# --- aiohttp's exceptions as values -----------------------------------------------------------------------
+
+# Most specific first. `sent` is False only where no byte of the request can have left this machine.
+_TRANSLATION: tuple[tuple[type[BaseException], str, bool], ...] = (
+    (aiohttp.ClientConnectorDNSError, "dns", False),
+    (aiohttp.ClientConnectorCertificateError, "tls", False),
+    (aiohttp.ClientConnectorSSLError, "tls", False),
+    (aiohttp.ClientProxyConnectionError, "connect", False),
+    (aiohttp.ClientConnectorError, "connect", False),
+    (aiohttp.ClientHttpProxyError, "proxy", False),
+    (aiohttp.ConnectionTimeoutError, "connect timeout", False),
+    (aiohttp.InvalidURL, "bad url", False),
+    (aiohttp.SocketTimeoutError, "timeout", True),
+    (aiohttp.ServerTimeoutError, "timeout", True),
+    (aiohttp.ServerDisconnectedError, "disconnected", True),
+    (aiohttp.ClientOSError, "reset", True),
+    (aiohttp.ClientPayloadError, "broken body", True),
+    (aiohttp.ClientResponseError, "bad answer", True),
+    (aiohttp.ClientError, "client error", True),
+    (TimeoutError, "timeout", True),
+    (OSError, "reset", True),
+    (ValueError, "bad answer", True),
+)
+
+
+def trouble_of(phase: str, error: BaseException) -> Trouble:
+    """Translate what aiohttp raised. The detail names the kind of fault and the host, never headers."""
+    for kind, name, sent in _TRANSLATION:
+        if isinstance(error, kind):
+            return Trouble(phase, name, sent=sent, detail=f"{name}: {_detail(error)}")
+    raise AssertionError(f"{error!r} is not aiohttp's") from error
+
+
+def _detail(error: BaseException) -> str:
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return f"{error.host}:{error.port} ({error.os_error.strerror or type(error).__name__})"
+    if isinstance(error, aiohttp.ClientResponseError):
+        return f"HTTP {error.status}, {type(error).__name__}"
+    return type(error).__name__

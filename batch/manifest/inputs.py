@@ -1,0 +1,90 @@
+"""Endpoint inputs as columns: defaults, types and bounds for many values at once. Pure.
+
+Everything is taken from the fields of `ImageToImageInput`; no bound and no default stands here a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from batch.fal.endpoint import ImageToImageInput
+from batch.manifest.ports import Fault
+from batch.model import Json, JsonObject
+
+__all__ = ["DEFAULTS", "INPUTS", "allowed", "check_column", "check_value", "shorten"]
+
+_FIELDS = ImageToImageInput.model_fields
+INPUTS: frozenset[str] = frozenset(_FIELDS)
+"""Names of all inputs of the endpoint."""
+DEFAULTS: JsonObject = {name: field.default for name, field in _FIELDS.items() if not field.is_required()}
+"""Every input that has a default, `seed: None` among them."""
+
+
+def _column_adapter(field: FieldInfo) -> TypeAdapter[list[Any]]:
+    item: Any = field.annotation
+    for constraint in field.metadata:
+        item = Annotated[item, constraint]
+    return TypeAdapter(list[item])
+
+
+_COLUMNS = {name: _column_adapter(field) for name, field in _FIELDS.items()}
+
+
+def check_column(name: str, values: Sequence[object], column: str | None = None) -> tuple[list[Any], dict[int, Fault]]:
+    """Validate many values of the input `name`, as the endpoint itself would each.
+
+    Returns the values in the endpoint's types (None where one is wrong), and a fault for each wrong index whose
+    `type` is pydantic's word (`less_than_equal`, `int_parsing`, ...). `column` is what the message calls it.
+    """
+    adapter = _COLUMNS[name]
+    try:
+        return adapter.validate_python(list(values)), {}
+    except ValidationError as error:
+        types: dict[int, str] = {}
+        for problem in error.errors(include_url=False, include_context=False, include_input=False):
+            types.setdefault(int(problem["loc"][0]), problem["type"])
+    good = iter(adapter.validate_python([value for index, value in enumerate(values) if index not in types]))
+    checked = [None if index in types else next(good) for index in range(len(values))]
+    faults = {
+        index: Fault(word, f"{column or name} is {shorten(values[index])!r}; it must be {allowed(name)}")
+        for index, word in types.items()
+    }
+    return checked, faults
+
+
+def check_value(name: str, value: object) -> Json | Fault:
+    """One value of the input `name` in the endpoint's type, or what is wrong with it."""
+    checked, faults = check_column(name, [value])
+    return faults[0] if faults else checked[0]
+
+
+def allowed(name: str) -> str:
+    """What the endpoint takes for an input, in words: `a number from 0.01 to 1`."""
+    field = _FIELDS[name]
+    kind: Any = field.annotation
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, get_args(kind)))
+    kinds = [part for part in get_args(kind) or (kind,) if part is not type(None)]
+    noun = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}[kinds[0]]
+    if _bound(field, "min_length"):
+        noun += " that is not empty"
+    low, high = _bound(field, "ge"), _bound(field, "le")
+    return noun if low is None or high is None else f"{noun} from {low} to {high}"
+
+
+def _bound(field: FieldInfo, word: str) -> object:
+    return next((getattr(limit, word) for limit in field.metadata if hasattr(limit, word)), None)
+
+
+def shorten(value: object, limit: int = 80) -> str:
+    """A value as text for a message, at most `limit` characters."""
+    if isinstance(value, bytes):
+        return f"{len(value)} bytes"
+    if isinstance(value, dict):
+        return shorten(value.get("path") or value.get("bytes") or "", limit)
+    text = "" if value is None else str(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,0 +1,214 @@
+"""What a plan adds up to, before any money moves: jobs, duplicates, problems, megapixels, dollars, hours. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from batch.manifest.plan import Checked, Planner
+from batch.model import JobKey, Json, JsonObject, Problem
+from batch.run.lifecycle import OPEN, State
+from batch.run.ports import Known
+
+__all__ = ["Find", "Survey", "render_problems", "survey"]
+
+Find: TypeAlias = Callable[[Sequence[JobKey]], Mapping[JobKey, Known]]
+"""Those of the keys that the journal knows; asked for a few thousand at a time."""
+
+SHOWN_PROBLEMS = 20
+_ASSUMED_MEGAPIXELS = 1.0  # of a picture whose size is not known without a download
+_MERGE_JOBS = 65_536
+_FIND_JOBS = 4096
+_HOUR = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """The sum of a plan. Megapixels, dollars and hours are those of the jobs that are still to do."""
+
+    rows: int
+    bad_rows: int
+    """Rows that cannot become a job."""
+    cells: int
+    jobs: int
+    """Distinct ones, finished ones included."""
+    duplicates: int
+    """Rows x cells that are the same job as an earlier one: asked twice, paid once."""
+    done: int
+    failed: int
+    """Failed in an earlier run; done again only when that is asked for."""
+    in_flight: int
+    """Sent in an earlier run, their end not known: paid already, or held."""
+    to_do: int
+    megapixels: float
+    """Where the size of the source is known; every picture of `num_images` counts."""
+    unknown_sizes: int
+    """Pictures whose size is not known; each is counted as 1 megapixel in `dollars`."""
+    price_per_megapixel: float
+    dollars: float
+    max_in_flight: int
+    service_seconds: float
+    hours: float
+    problem_count: int
+    problems: tuple[Problem, ...]
+    """The first of them."""
+
+    def to_json(self) -> JsonObject:
+        """All fields as plain JSON values."""
+        return asdict(self) | {"problems": [asdict(problem) for problem in self.problems]}
+
+    def render(self) -> str:
+        """The survey as aligned plain text; problems are listed by `render_problems`."""
+        dollars = f"${self.dollars:,.2f} at ${self.price_per_megapixel:g} a megapixel"
+        if self.unknown_sizes:
+            dollars += f", {self.unknown_sizes:,} unknown sizes taken as 1 megapixel each"
+        lines = [
+            ("rows", f"{self.rows:,}" + (f", {self.bad_rows:,} of them bad" if self.bad_rows else "")),
+            ("cells", f"{self.cells:,} a row"),
+            ("jobs", f"{self.jobs:,} distinct, {self.duplicates:,} duplicates"),
+            ("done", f"{self.done:,}"),
+            ("failed", f"{self.failed:,}"),
+            ("in flight", f"{self.in_flight:,}"),
+            ("to do", f"{self.to_do:,}"),
+            ("megapixels", f"{self.megapixels:,.1f} known, {self.unknown_sizes:,} pictures of unknown size"),
+            ("cost", dollars),
+            ("time", f"{_duration(self.hours)} at {self.max_in_flight:,} in flight, {self.service_seconds:g} s each"),
+            ("problems", f"{self.problem_count:,}"),
+        ]
+        return "\n".join(f"{name:<12}{text}" for name, text in lines)
+
+
+def survey(
+    planner: Planner,
+    find: Find | None,
+    price_per_megapixel: float,
+    max_in_flight: int,
+    service_seconds: float,
+) -> Survey:
+    """Run through the whole plan once and add it up.
+
+    Memory is 8 bytes a distinct job (three times that for a moment while they are merged): jobs are told apart by
+    the first 64 bits of their keys. The odds that any two of n jobs are taken for one are n**2 / 2**65, one in
+    400,000 for ten million; the run itself compares whole keys.
+
+    Args:
+        planner: what is planned.
+        find: what the journal knows; None where there is none yet.
+        price_per_megapixel: US dollars.
+        max_in_flight: jobs at once, at least 1.
+        service_seconds: how long one job takes.
+
+    Raises:
+        ManifestError: the manifest can no longer be read.
+    """
+    tally = _Tally(find)
+    for checked in planner.checked():
+        tally.add(checked)
+    tally.merge()
+    to_do = tally.states[State.PENDING]
+    dollars = (tally.megapixels + tally.unknown_sizes * _ASSUMED_MEGAPIXELS) * price_per_megapixel
+    return Survey(
+        rows=tally.rows,
+        bad_rows=tally.bad_rows,
+        cells=len(planner.cells),
+        jobs=len(tally.seen),
+        duplicates=tally.planned - len(tally.seen),
+        done=tally.states[State.DONE],
+        failed=tally.states[State.FAILED],
+        in_flight=sum(tally.states[state] for state in OPEN),
+        to_do=to_do,
+        megapixels=tally.megapixels,
+        unknown_sizes=tally.unknown_sizes,
+        price_per_megapixel=price_per_megapixel,
+        dollars=dollars,
+        max_in_flight=max_in_flight,
+        service_seconds=service_seconds,
+        hours=to_do * service_seconds / max(1, max_in_flight) / _HOUR,
+        problem_count=tally.problem_count,
+        problems=tuple(tally.problems),
+    )
+
+
+class _Tally:
+    """Running sums; a job counts when its key is seen for the first time."""
+
+    def __init__(self, find: Find | None) -> None:
+        self._find = find
+        # Of the jobs that were not merged yet; the jobs themselves may carry pictures and are let go.
+        self._keys: list[JobKey] = []
+        self._pictures: list[Json] = []
+        self._sizes: list[float | None] = []
+        self.seen: npt.NDArray[np.uint64] = np.empty(0, np.uint64)
+        """Sorted first halves of the keys."""
+        self.rows = self.bad_rows = self.planned = self.unknown_sizes = self.problem_count = 0
+        self.megapixels = 0.0
+        self.states = dict.fromkeys(State, 0)
+        self.problems: list[Problem] = []
+
+    def add(self, checked: Checked) -> None:
+        self.rows += len(checked.batch.frame)
+        self.bad_rows += len({problem.row for problem in checked.problems})
+        self.problem_count += len(checked.problems)
+        self.problems += checked.problems[: SHOWN_PROBLEMS - len(self.problems)]
+        jobs = [item.job for item in checked.batch.items if item.job is not None]
+        self.planned += len(jobs)
+        self._keys += [job.key for job in jobs]
+        self._pictures += [job.input["num_images"] for job in jobs]
+        self._sizes += [job.megapixels for job in jobs]
+        if len(self._keys) >= _MERGE_JOBS:
+            self.merge()
+
+    def merge(self) -> None:
+        halves = np.frombuffer(bytes.fromhex("".join([key[:16] for key in self._keys])), ">u8").astype(np.uint64)
+        unique, where = np.unique(halves, return_index=True)
+        places = np.searchsorted(self.seen, unique)
+        is_new = np.ones(len(unique), bool)
+        inside = places < len(self.seen)
+        is_new[inside] = self.seen[places[inside]] != unique[inside]
+        self._count(where[is_new])
+        # Both parts are sorted, which is what a stable sort is quick at.
+        self.seen = np.sort(np.concatenate([self.seen, unique[is_new]]), kind="stable")
+        self._keys, self._pictures, self._sizes = [], [], []
+
+    def _count(self, new: npt.NDArray[np.intp]) -> None:
+        """Add up the jobs at these places: their states, and the pictures of those to do."""
+        to_do = np.ones(len(new), bool)
+        if self._find is not None:
+            for start in range(0, len(new), _FIND_JOBS):
+                keys = [self._keys[place] for place in new[start : start + _FIND_JOBS]]
+                known = self._find(keys)
+                for index, key in enumerate(keys, start):
+                    if key in known and known[key].state is not State.PENDING:
+                        self.states[known[key].state] += 1
+                        to_do[index] = False
+        self.states[State.PENDING] += int(to_do.sum())
+        sizes = np.array(self._sizes, float)[new[to_do]]
+        pictures = np.array(self._pictures, int)[new[to_do]]
+        unknown = np.isnan(sizes)
+        self.unknown_sizes += int(pictures[unknown].sum())
+        self.megapixels += float((sizes * pictures)[~unknown].sum())
+
+
+def _duration(hours: float) -> str:
+    if hours >= 48:
+        return f"{hours / 24:,.1f} days"
+    return f"{hours:.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes"
+
+
+def render_problems(name: str, problems: Iterable[Problem], total: int) -> str:
+    """`file:line column 'value' message`, one a line, at most 20, and always how many there are in all.
+
+    A manifest without lines shows the row, counted from 0. Empty text where there are none.
+    """
+    lines = []
+    for problem in list(problems)[:SHOWN_PROBLEMS]:
+        place = f"row {problem.row}" if problem.line is None else f"{problem.line}"
+        lines.append(f"{name}:{place} {problem.column} {problem.value!r} {problem.message}")
+    if not total:
+        return ""
+    rest = total - len(lines)
+    return "\n".join([*lines, f"{total:,} problems" + (f", {rest:,} more not shown" if rest > 0 else "")])

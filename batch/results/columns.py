@@ -1,0 +1,279 @@
+"""The columns of `results.parquet`: their schema, and how planned rows and outcomes become them. Pure.
+
+Owns names, order, types and the meaning of each column. Refuses to know the journal, files and row groups:
+`sink` brings batches and outcomes, and writes what comes back. Needs pyarrow and numpy for the arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from operator import attrgetter
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+
+from batch.fal.endpoint import SEED_LIMIT
+from batch.manifest.plan import Planned, PlannedBatch
+from batch.model import Answer, JobKey, Json, JsonObject
+from batch.run.lifecycle import State
+from batch.run.ports import Outcome
+
+__all__ = ["IMAGE", "INPUT_COLUMNS", "OWN_SCHEMA", "TIMINGS", "OnBadRow", "record_batch", "results_schema"]
+
+OnBadRow: TypeAlias = Literal["fail", "skip"]
+
+_SUFFIX = "_manifest"
+_INSTANT = pa.timestamp("us", tz="UTC")
+_INFERENCE = "inference"
+_UNHEARD = Outcome(State.PENDING, attempts=0)
+_UNANSWERED = Answer({})
+_NOTHING: JsonObject = {}
+_UNDECIDED = "its submit may have been accepted, nobody knows; `restyle reconcile` or the next run settles it"
+
+IMAGE = pa.struct(
+    [
+        ("url", pa.string()),
+        ("width", pa.int64()),
+        ("height", pa.int64()),
+        ("content_type", pa.string()),
+        ("file_name", pa.string()),
+        ("file_size", pa.int64()),
+        ("path", pa.string()),
+        ("sha256", pa.string()),
+    ]
+)
+"""One result picture; `file_size` in bytes, `path` relative to the run directory."""
+
+TIMINGS = pa.struct([(name, pa.float64()) for name in ("inference", "queue", "total", "download")])
+"""Seconds."""
+
+_INPUTS = [
+    ("prompt", pa.string()),
+    ("strength", pa.float64()),
+    ("num_inference_steps", pa.int64()),
+    ("guidance_scale", pa.float64()),
+    ("num_images", pa.int64()),
+    ("enable_safety_checker", pa.bool_()),
+    ("output_format", pa.string()),
+    ("acceleration", pa.string()),
+]
+INPUT_COLUMNS = tuple(name for name, _ in _INPUTS)
+"""The effective input, but for the picture (the manifest's own column) and the seed (a column of its own)."""
+
+OWN_SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("cell", pa.string()),
+        ("job_key", pa.string()),
+        ("status", pa.string()),
+        *_INPUTS,
+        ("seed", pa.int64()),
+        ("images", pa.list_(IMAGE)),
+        ("has_nsfw_concepts", pa.list_(pa.bool_())),
+        ("timings", TIMINGS),
+        ("timings_extra", pa.map_(pa.string(), pa.float64())),
+        ("request_id", pa.string()),
+        ("attempts", pa.int32()),
+        ("submitted_at", _INSTANT),
+        ("completed_at", _INSTANT),
+        ("billable_units", pa.float64()),
+        ("cost_usd", pa.float64()),
+        ("error_type", pa.string()),
+        ("error_message", pa.string()),
+        ("target", pa.string()),
+        ("engine", pa.string()),
+    ]
+)
+"""Our columns, behind those of the manifest. The same for every run: a column without values keeps its type."""
+
+_STATUS = {
+    State.PENDING: "pending",
+    State.INTENDED: "unknown",
+    State.ACCEPTED: "pending",
+    State.ANSWERED: "pending",
+    State.DONE: "done",
+    State.FAILED: "failed",
+    State.UNKNOWN: "unknown",
+}
+
+
+def results_schema(manifest: pa.Schema) -> pa.Schema:
+    """The schema of the results of a manifest: its columns, then ours.
+
+    A manifest column with one of our names gets the suffix `_manifest`, as often as it takes to be unique.
+    """
+    own = set(OWN_SCHEMA.names)
+    taken = own | set(manifest.names)
+    fields = []
+    for field in manifest:
+        name = field.name
+        if name in own:
+            while name in taken:
+                name += _SUFFIX
+            taken.add(name)
+        fields.append(pa.field(name, field.type))
+    return pa.schema(fields + list(OWN_SCHEMA))
+
+
+def record_batch(
+    batch: PlannedBatch,
+    outcomes: Mapping[JobKey, Outcome],
+    *,
+    schema: pa.Schema,
+    target: str,
+    on_bad_row: OnBadRow,
+) -> pa.Table:
+    """The results of one planned batch, a record for each of its items, in their order.
+
+    Args:
+        batch: planned rows.
+        outcomes: of their jobs; one that is missing is pending.
+        schema: what `results_schema` made for the manifest.
+        target: the name for the column `target`.
+        on_bad_row: whether a row that cannot work is called failed or skipped.
+
+    Raises:
+        pyarrow.ArrowInvalid: a manifest column does not fit its type in the schema.
+    """
+    width = len(schema) - len(OWN_SCHEMA)
+    columns = _manifest_columns(batch, pa.schema([schema.field(i) for i in range(width)]))
+    own = _own_columns(batch.items, outcomes, target, on_bad_row)
+    return pa.Table.from_arrays(columns + [own[name] for name in OWN_SCHEMA.names], schema=schema)
+
+
+def _manifest_columns(batch: PlannedBatch, schema: pa.Schema) -> list[pa.ChunkedArray]:
+    table = batch.frame.to_arrow()
+    rows = np.fromiter((item.row for item in batch.items), np.int64, len(batch.items)) - batch.first_row
+    if len(rows) != len(table) or (rows != np.arange(len(table))).any():
+        table = table.take(pa.array(rows))
+    return [
+        column if column.type == field.type else column.cast(field.type)
+        for column, field in zip(table.columns, schema, strict=True)
+    ]
+
+
+def _own_columns(
+    items: Sequence[Planned], outcomes: Mapping[JobKey, Outcome], target: str, on_bad_row: OnBadRow
+) -> dict[str, pa.Array]:
+    jobs = [item.job for item in items]
+    inputs = [_NOTHING if job is None else job.input for job in jobs]
+    found = [_UNHEARD if job is None else outcomes.get(job.key, _UNHEARD) for job in jobs]
+    answers = [_UNANSWERED if outcome.answer is None else outcome.answer for outcome in found]
+    outputs = [answer.output for answer in answers]
+    endpoint_timings = list(map(_endpoint_timings, outputs))
+    bad = "failed" if on_bad_row == "fail" else "skipped"
+    statuses = [bad if job is None else _STATUS[outcome.state] for job, outcome in zip(jobs, found, strict=True)]
+    errors = list(map(_error, items, found, statuses))
+    plain: dict[str, list[Any]] = {
+        "row": [item.row for item in items],
+        "cell": [item.cell for item in items],
+        "job_key": [None if job is None else job.key for job in jobs],
+        "status": statuses,
+        **{name: [values.get(name) for values in inputs] for name in INPUT_COLUMNS},
+        "seed": list(map(_seed, outputs, inputs)),
+        # An empty list says that nothing was checked, not that nothing was found.
+        "has_nsfw_concepts": [output.get("has_nsfw_concepts") or None for output in outputs],
+        "timings_extra": list(map(_extra, endpoint_timings)),
+        "request_id": [None if outcome.ticket is None else outcome.ticket.request_id for outcome in found],
+        "attempts": [outcome.attempts for outcome in found],
+        "billable_units": list(map(_billable_units, found)),
+        "cost_usd": [outcome.cost_usd for outcome in found],
+        "error_type": [error[0] for error in errors],
+        "error_message": [error[1] for error in errors],
+        "engine": [answer.engine for answer in answers],
+    }
+    columns = {name: _array(values, OWN_SCHEMA.field(name).type) for name, values in plain.items()}
+    columns["images"] = _images(found)
+    columns["timings"] = _timings(found, endpoint_timings)
+    columns["submitted_at"] = _instants([outcome.submitted_at for outcome in found])
+    columns["completed_at"] = _instants([outcome.completed_at for outcome in found])
+    columns["target"] = pa.repeat(pa.scalar(target, pa.string()), len(items))
+    return columns
+
+
+def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
+    try:
+        return pa.array(values, kind)
+    except (TypeError, ValueError, OverflowError):
+        # Outputs are kept as they came, and an integer of JSON has no bound: what does not fit is null.
+        return pa.array([_fitting(value, kind) for value in values], kind)
+
+
+def _fitting(value: Any, kind: pa.DataType) -> Any:
+    try:
+        pa.scalar(value, kind)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return value
+
+
+def _error(item: Planned, outcome: Outcome, status: str) -> tuple[str | None, str | None]:
+    if item.problem is not None:
+        return item.problem.type, item.problem.message
+    failure = outcome.failure
+    if status == "unknown":
+        return "unknown", _UNDECIDED if failure is None else failure.message or _UNDECIDED
+    if status == "failed" and failure is not None:
+        return failure.error_type, failure.message
+    return None, None
+
+
+def _seed(output: JsonObject, values: JsonObject) -> Json:
+    """The seed that the endpoint reports, else the one that was asked for."""
+    seed = output.get("seed")
+    return seed if type(seed) is int and seed <= SEED_LIMIT else values.get("seed")
+
+
+def _billable_units(outcome: Outcome) -> float | None:
+    if outcome.answer is not None:
+        return outcome.answer.billable_units
+    return None if outcome.failure is None else outcome.failure.billable_units
+
+
+def _endpoint_timings(output: JsonObject) -> JsonObject:
+    timings = output.get("timings")
+    return timings if isinstance(timings, dict) else _NOTHING
+
+
+def _extra(timings: JsonObject) -> list[tuple[str, Json]] | None:
+    if not timings or (len(timings) == 1 and _INFERENCE in timings):
+        return None
+    return [(name, seconds) for name, seconds in timings.items() if name != _INFERENCE]
+
+
+def _timings(outcomes: Sequence[Outcome], endpoint: Sequence[JsonObject]) -> pa.Array:
+    children = [
+        _array(values, pa.float64())
+        for values in (
+            [timings.get(_INFERENCE) for timings in endpoint],
+            [outcome.queue_seconds for outcome in outcomes],
+            [outcome.total_seconds for outcome in outcomes],
+            [outcome.download_seconds for outcome in outcomes],
+        )
+    ]
+    nothing = np.logical_and.reduce([child.is_null().to_numpy(zero_copy_only=False) for child in children])
+    return pa.StructArray.from_arrays(children, fields=list(TIMINGS), mask=pa.array(nothing))
+
+
+def _images(outcomes: Sequence[Outcome]) -> pa.Array:
+    """A list for each job that is done, null for any other."""
+    done = [outcome.state is State.DONE for outcome in outcomes]
+    lists = [outcome.images if outcome.state is State.DONE else () for outcome in outcomes]
+    flat = list(chain.from_iterable(lists))
+    values = pa.StructArray.from_arrays(
+        [_array(list(map(attrgetter(field.name), flat)), field.type) for field in IMAGE], fields=list(IMAGE)
+    )
+    offsets = np.zeros(len(lists) + 1, np.int32)
+    np.cumsum(list(map(len, lists)), out=offsets[1:])
+    return pa.ListArray.from_arrays(
+        pa.array(offsets), values, type=pa.list_(IMAGE), mask=pa.array(np.logical_not(np.array(done, np.bool_)))
+    )
+
+
+def _instants(seconds: Sequence[float | None]) -> pa.Array:
+    exact = np.array(seconds, np.float64)  # None becomes NaN
+    missing = np.isnan(exact)
+    microseconds = np.rint(np.where(missing, 0.0, exact) * 1e6).astype(np.int64)
+    return pa.array(microseconds, mask=missing).cast(_INSTANT)

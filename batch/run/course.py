@@ -1,0 +1,75 @@
+"""One job on its way, in memory, and the three ways in which its way can end early. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from batch.model import Answer, Failed, Job, JobKey, QueueState, Ticket
+from batch.run.lifecycle import State
+from batch.run.ports import Entry
+
+__all__ = ["Course", "Held", "JobFailed", "TurnedBack"]
+
+
+class JobFailed(Exception):
+    """This attempt ended without a result; `new_attempt` says whether another may go better."""
+
+    def __init__(self, failure: Failed, *, new_attempt: bool = False) -> None:
+        super().__init__(failure.message)
+        self.failure, self.new_attempt = failure, new_attempt
+
+
+class Held(Exception):
+    """The submit's outcome is unknown, and that is written down."""
+
+
+class TurnedBack(Exception):
+    """The run is stopping: this job was not submitted."""
+
+
+@dataclass(slots=True)
+class Course:
+    """Where one job is on its way. The journal is the truth; this is what its task holds in hand."""
+
+    key: JobKey
+    job: Job | None
+    """None where the job comes from the journal: its body is there."""
+    attempt: int = 1
+    body: bytes = field(default=b"", repr=False)
+    state: State = State.PENDING
+    ticket: Ticket | None = None
+    answer: Answer | None = None
+    intended_at: float = 0.0
+    accepted_at: float = 0.0
+    reserved_usd: float = 0.0
+    resumed: bool = False
+    """Whether an earlier session submitted it: its times teach nothing about the service's pace."""
+    seen: QueueState | None = None
+    unfinished_at: float | None = None
+    """When a status read last said that it was not finished."""
+    inference_seconds: float | None = None
+    in_window: bool = False
+
+    @classmethod
+    def of_entry(cls, entry: Entry) -> Course:
+        """Go on with what the journal says."""
+        return cls(
+            key=entry.job_key,
+            job=None,
+            attempt=entry.attempt,
+            body=entry.body,
+            state=entry.state,
+            ticket=entry.ticket,
+            answer=entry.answer,
+            intended_at=entry.intended_at,
+            accepted_at=entry.accepted_at or entry.intended_at,
+            reserved_usd=entry.reserved_usd,
+            resumed=True,
+        )
+
+    def renew(self) -> None:
+        """A new attempt at the same job."""
+        self.attempt += 1
+        self.state, self.ticket, self.answer, self.resumed = State.PENDING, None, None, False
+        self.seen, self.unfinished_at, self.inference_seconds = None, None, None
+        self.reserved_usd = 0.0

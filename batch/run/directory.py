@@ -1,0 +1,215 @@
+"""The run directory: where each file lies, who may write in it, and which command it belongs to. Edge: disk.
+
+Owns the lock, `run.json` and `summary.json`. The journal, the results, the images and the log have owners of
+their own; this module only says where they are.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import orjson
+from filelock import FileLock, Timeout
+
+from batch.config import Settings
+from batch.errors import RunDirectoryError, RunLocked, StorageError
+from batch.model import Json, JsonObject
+
+__all__ = ["RunDirectory", "write_whole"]
+
+_DEFINING = ("manifest", "input", "sweep", "run_seed")
+"""Settings that decide which jobs there are. Limits may change from run to run."""
+
+
+class RunDirectory:
+    """One `-o`. Nothing is created until `prepare`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.results = root / "results.parquet"
+        self.journal = root / "journal.db"
+        self.run_file = root / "run.json"
+        self.summary_file = root / "summary.json"
+        self.log = root / "log.jsonl"
+        self.images = root / "images"
+        self.endpoint = root / "endpoint"
+        self._lock_file, self._owner_file = root / ".lock", root / ".owner.json"
+
+    def __repr__(self) -> str:
+        return f"<RunDirectory {self.root}>"
+
+    def prepare(self) -> None:
+        """Make it.
+
+        Raises:
+            RunDirectoryError: a file lies there, or a folder of something else.
+            StorageError: it cannot be written.
+        """
+        if self.root.is_file():
+            raise RunDirectoryError(f"{self.root} is a file; -o names the folder of the run")
+        if (
+            self.root.is_dir()
+            and not self.journal.exists()
+            and not self._lock_file.exists()
+            and any(self.root.iterdir())
+        ):
+            raise RunDirectoryError(f"{self.root} holds other files and no run; name a new or empty folder with -o")
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.root):
+                pass
+        except OSError as error:
+            raise StorageError(
+                f"{self.root} cannot be written ({error.strerror}); name another folder with -o"
+            ) from error
+
+    def require(self) -> None:
+        """Check that a run is here.
+
+        Raises:
+            RunDirectoryError: it is not.
+        """
+        if not self.journal.exists():
+            raise RunDirectoryError(f"there is no run in {self.root}; `restyle run MANIFEST -o {self.root}` starts one")
+
+    @contextmanager
+    def locked(self, started_at: str) -> Iterator[None]:
+        """Hold the directory for this process; a dead owner's lock is free, the kernel sees to that.
+
+        Raises:
+            RunLocked: another process holds it; its host, process id and start are named.
+        """
+        lock = FileLock(self._lock_file, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise RunLocked(f"another run works in {self.root} ({self._owner()}); wait for it, or stop it") from None
+        except OSError as error:
+            raise StorageError(
+                f"{self._lock_file} cannot be locked ({error.strerror}); is the disk writable?"
+            ) from error
+        try:
+            owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": started_at}
+            write_whole(self._owner_file, orjson.dumps(owner))
+            yield
+        finally:
+            self._owner_file.unlink(missing_ok=True)
+            lock.release()
+
+    def is_locked(self) -> bool:
+        """Whether a process works here now."""
+        lock = FileLock(self._lock_file, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            return True
+        except OSError:  # a read-only disk: nobody can work on it
+            return False
+        lock.release()
+        return False
+
+    def _owner(self) -> str:
+        try:
+            owner = orjson.loads(self._owner_file.read_bytes())
+        except (OSError, orjson.JSONDecodeError):
+            return "its owner has not said who it is"
+        return f"process {owner.get('pid')} on {owner.get('host')} since {owner.get('since')}"
+
+    def read_run(self) -> JsonObject | None:
+        """`run.json`, or None where there is none yet.
+
+        Raises:
+            RunDirectoryError: it is not readable.
+        """
+        try:
+            value = orjson.loads(self.run_file.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, orjson.JSONDecodeError) as error:
+            raise RunDirectoryError(f"{self.run_file} cannot be read ({error}); name another folder with -o") from error
+        return value if isinstance(value, dict) else None
+
+    def check_config(self, settings: Settings, *, accept: bool) -> None:
+        """Refuse a configuration that would make other jobs than this directory's, unless it is accepted.
+
+        Raises:
+            RunDirectoryError: it differs, and how; or the target is another kind, which is never accepted:
+                results of different services do not belong into one table.
+        """
+        before = self.read_run()
+        config = before.get("config") if before is not None else None
+        if not isinstance(config, dict):
+            return
+        now = config_of(settings)
+        kinds = [_kind(_part(c, "target").get("name")) for c in (config, now)]
+        app = [_part(c, "target").get("app") for c in (config, now)]
+        if kinds[0] != kinds[1] or app[0] != app[1]:
+            raise RunDirectoryError(
+                f"{self.root} was made with target {kinds[0]} ({app[0]}), not {kinds[1]} ({app[1]});"
+                " results of different services do not mix: name another folder with -o"
+            )
+        different = list(_differences({n: config.get(n) for n in _DEFINING}, {n: now[n] for n in _DEFINING}))
+        engines = [_part(c, "target").get("engine") for c in (config, now)]
+        if kinds[1] == "local" and engines[0] != engines[1]:
+            different.append(f"target.engine was {engines[0]!r}, is {engines[1]!r}")
+        if different and not accept:
+            raise RunDirectoryError(
+                f"{self.root} was made with another config: {'; '.join(different)}."
+                " Take the old one, or name another folder with -o, or say --new-config to go on with the new one"
+            )
+
+    def write_run(self, facts: JsonObject) -> None:
+        """Replace `run.json`."""
+        write_whole(self.run_file, orjson.dumps(facts, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+
+    def write_summary(self, facts: JsonObject) -> None:
+        """Replace `summary.json`: one line, for a cron job's reader."""
+        write_whole(self.summary_file, orjson.dumps(facts, option=orjson.OPT_APPEND_NEWLINE))
+
+
+def config_of(settings: Settings) -> dict[str, Any]:
+    """The resolved configuration as JSON values. There is no secret in it: the key is no setting."""
+    return settings.model_dump(mode="json")
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Replace a small file: temporary name, fsync, rename.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(
+            f"{path} cannot be written ({error.strerror}); make room or unlock it, and run again"
+        ) from error
+
+
+def _kind(target: Json) -> Json:
+    return target if target in {"local", "fal"} else "a URL"
+
+
+def _part(config: JsonObject, name: str) -> JsonObject:
+    part = config.get(name)
+    return part if isinstance(part, dict) else {}
+
+
+def _differences(before: Json, now: Json, path: str = "") -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in sorted(before.keys() | now.keys()):
+            yield from _differences(before.get(name), now.get(name), f"{path}.{name}" if path else name)
+    elif before != now:
+        yield f"{path} was {before!r}, is {now!r}"

@@ -1,0 +1,217 @@
+"""What lets a job through: the window, pauses, the rate, the money; and what stops letting them through.
+
+Owns every wait that is not about an answer. Decides nothing itself: it asks `pacing` and `budget` and does
+the waiting, on anyio's clock.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+from random import Random
+
+import anyio
+import orjson
+
+from batch.run.budget import Budget, Price
+from batch.run.course import Course, TurnedBack
+from batch.run.observe import Observer
+from batch.run.pacing import Pauses, TokenBucket, Window, WindowChange
+from batch.run.retry import Verdict
+
+__all__ = ["Gate", "Stop", "Stopping"]
+
+_BEYOND_WINDOW = 32
+"""Jobs that may still fetch their pictures while the window is already given to others."""
+_NOTICE_EVERY = 30.0
+"""Seconds between two notices to a person: one dead network is a thousand equal faults."""
+
+
+class Stop(StrEnum):
+    """Why a run ended before its manifest did."""
+
+    SIGNAL = "signal"
+    DEADLINE = "deadline"
+    BUDGET = "budget"
+    FAILURES = "too many failures"
+    ACCOUNT = "account refused"
+    TARGET = "no such endpoint"
+    STORAGE = "storage"
+
+
+@dataclass(frozen=True, slots=True)
+class Stopping:
+    """A stop that was called, and its reason in words."""
+
+    why: Stop
+    reason: str
+
+
+class Gate:
+    """One for a run; jobs enter, take their turn, settle, and leave."""
+
+    def __init__(
+        self,
+        *,
+        window: Window,
+        budget: Budget,
+        price: Price | None,
+        submits: TokenBucket | None,
+        observer: Observer,
+        rng: Random,
+    ) -> None:
+        """`price` None: nothing costs anything. `submits` None: no rate limit."""
+        self._window, self._budget, self._price, self._submits = window, budget, price, submits
+        self._observer, self._pauses = observer, Pauses(rng)
+        self._stopping: Stopping | None = None
+        self._stop_called = anyio.Event()
+        self._moved = anyio.Event()
+        self._reserving: set[str] = set()
+        self._inside = 0
+        self._noticed_at = -math.inf
+
+    # --- stopping ----------------------------------------------------------------------------------------
+
+    @property
+    def stopping(self) -> Stopping | None:
+        """The stop that was called first, if any."""
+        return self._stopping
+
+    def stop(self, why: Stop, reason: str) -> None:
+        """Let nothing more through. The first reason stays."""
+        if self._stopping is None:
+            self._stopping = Stopping(why, reason)
+            self._observer.happened("stopping", reason=reason)
+            self._stop_called.set()
+            self._wake()
+
+    async def stopped(self) -> None:
+        """Wait until a stop is called."""
+        await self._stop_called.wait()
+
+    # --- the window ----------------------------------------------------------------------------------------
+
+    async def enter(self, course: Course) -> bool:
+        """Wait for room; False where the run is stopping first and the job was not submitted before."""
+        while self._window.full or self._inside >= self._window.size + _BEYOND_WINDOW:
+            if self._stopping is not None and not course.resumed:
+                return False
+            await self._movement()
+        if self._stopping is not None and not course.resumed:
+            return False
+        self._window.entered()
+        self._inside += 1
+        course.in_window = True
+        return True
+
+    def saw(self, course: Course, state: str) -> None:
+        """A status read told where the job is."""
+        if course.in_window:
+            self._window.seen(course.seen, state)
+
+    def answered(self, course: Course) -> None:
+        """The job is out of the service's hands: its place goes to another."""
+        if course.in_window:
+            course.in_window = False
+            self._changed(self._window.left(course.seen))
+            self._wake()
+
+    def left(self, course: Course) -> None:
+        """The job's task is over."""
+        self.answered(course)
+        self._reserving.discard(course.key)
+        self._inside -= 1
+        self._wake()
+
+    # --- a turn --------------------------------------------------------------------------------------------
+
+    async def turn(self, course: Course) -> None:
+        """Wait until this submit may be sent: no pause, a token, money.
+
+        Raises:
+            TurnedBack: the run is stopping.
+        """
+        while left := self._pauses.left(anyio.current_time()):
+            await self._sleep(left)
+        if self._submits is not None and (wait := self._submits.reserve(anyio.current_time())):
+            await self._sleep(wait)
+        if self._price is not None and not course.reserved_usd:
+            await self._reserve(course, self._price)
+        self._turn_back_if_stopping()
+
+    def turned_away(self, verdict: Verdict, detail: str, *, throttled: bool) -> None:
+        """A submit was certainly not accepted: pause all of them for a while."""
+        if throttled:
+            self._changed(self._window.throttled(anyio.current_time()))
+        pause = self._pauses.begin(anyio.current_time(), verdict.retry_after)
+        self.notice("paused", f"{verdict.reason} ({detail}); submits pause for {pause:.1f} s")
+
+    def accepted(self) -> None:
+        """A submit was accepted."""
+        self._pauses.succeeded()
+
+    def settle(self, course: Course, units: float | None) -> float | None:
+        """The job's request is over; its cost in dollars, None where there is no price.
+
+        `units` is what was billed, None where the service did not say: then the reservation counts.
+        """
+        if self._price is None:
+            return None
+        cost = course.reserved_usd if units is None else self._price.charge(units)
+        self._budget.settle(course.reserved_usd, cost)
+        course.reserved_usd = 0.0
+        self._reserving.discard(course.key)
+        self._observer.happened("spent", total_usd=self._budget.spent)
+        self._wake()
+        return cost
+
+    def notice(self, action: str, reason: str) -> None:
+        """Tell a person, not too often."""
+        if anyio.current_time() - self._noticed_at >= _NOTICE_EVERY:
+            self._noticed_at = anyio.current_time()
+            self._observer.happened(action, reason=reason)
+
+    # --- inside --------------------------------------------------------------------------------------------
+
+    async def _reserve(self, course: Course, price: Price) -> None:
+        usd = _cost_ahead(course, price)
+        while not self._budget.fits(usd):
+            if not self._reserving:  # nothing that is under way can free any
+                spent, limit = self._budget.spent + self._budget.reserved, self._budget.limit_usd
+                self.stop(Stop.BUDGET, f"${spent:.2f} of the budget of ${limit:.2f} is gone, a job needs ${usd:.2f}")
+            self._turn_back_if_stopping()
+            await self._movement()
+        self._turn_back_if_stopping()
+        self._budget.reserve(usd)
+        self._reserving.add(course.key)
+        course.reserved_usd = usd
+
+    def _changed(self, change: WindowChange | None) -> None:
+        if change is not None:
+            self._observer.happened("window", size=change.size, reason=change.reason)
+
+    async def _movement(self) -> None:
+        """Wait until something moved. One event for all who wait: each looks again whether it was for him."""
+        if self._moved.is_set():
+            self._moved = anyio.Event()
+        await self._moved.wait()
+
+    def _wake(self) -> None:
+        self._moved.set()
+
+    def _turn_back_if_stopping(self) -> None:
+        if self._stopping is not None:
+            raise TurnedBack
+
+    async def _sleep(self, seconds: float) -> None:
+        with anyio.move_on_after(seconds):
+            await self._stop_called.wait()
+        self._turn_back_if_stopping()
+
+
+def _cost_ahead(course: Course, price: Price) -> float:
+    if course.job is None:  # taken up again from the journal: its body says how many pictures
+        return price.reservation(None, int(orjson.loads(course.body).get("num_images", 1)))
+    images = course.job.input.get("num_images")
+    return price.reservation(course.job.megapixels, images if isinstance(images, int) else 1)

@@ -1,0 +1,205 @@
+"""The journal that the runner awaits: calls from many tasks, committed in groups by one worker thread.
+
+Owns the grouping: whatever was handed over while a transaction was on its way to the disk goes into the next
+one, so that hundreds of callers share one fsync. Refuses to know SQL; `journal_file` does the writing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import anyio
+import anyio.to_thread
+
+from batch.errors import StorageError
+from batch.model import JobKey
+from batch.run.journal_file import JournalFile
+from batch.run.lifecycle import State
+from batch.run.ports import Counts, Entry, Event, Known
+
+__all__ = ["Journal", "JournalStatistics", "open_journal"]
+
+_PAGE = 256
+"""Entries read at a time."""
+_CLOSE_SECONDS = 30.0
+"""How long closing waits for the disk."""
+
+_T = TypeVar("_T")
+
+
+class JournalStatistics(NamedTuple):
+    """What one open journal has done so far."""
+
+    events: int
+    """Handed over and on disk."""
+    commits: int
+    """Transactions that took."""
+    largest_group: int
+    """Calls in one transaction."""
+
+
+class _Group:
+    """Calls that become one transaction, and what became of each."""
+
+    __slots__ = ("calls", "errors", "settled")
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Event, ...]] = []
+        self.errors: list[Exception | None] = []
+        self.settled = anyio.Event()
+
+    def give_up(self) -> None:
+        """Tell the callers that closing did not wait for them any longer."""
+        late = StorageError("the disk did not take the last journal entries in time; run the same command again")
+        self.errors = [late] * len(self.calls)
+        self.settled.set()
+
+
+class Journal:
+    """Implements `batch.run.ports.Journal` on a file. Made by `open_journal`."""
+
+    def __init__(self, file: JournalFile) -> None:
+        self.file = file
+        """The synchronous core, for the planner's and the projection's threads."""
+        self.session = file.session
+        self._one_at_a_time = anyio.CapacityLimiter(1)
+        self._group = _Group()
+        self._wake = anyio.Event()
+        self._shield = anyio.CancelScope(shield=True)
+        self._closed = False
+        self._events = self._commits = self._largest_group = 0
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "open"
+        return f"<Journal {state} session={self.session} pending={len(self._group.calls)}>"
+
+    def statistics(self) -> JournalStatistics:
+        """Counters since it was opened."""
+        return JournalStatistics(self._events, self._commits, self._largest_group)
+
+    async def record(self, *events: Event) -> None:
+        """Write events in this order; durable when it returns.
+
+        Once called the events are written even if the caller is cancelled while it waits.
+
+        Raises:
+            StorageError: the disk refused; nothing of this call is written.
+            IllegalTransition: an event that the lifecycle does not allow; nothing of this call is written.
+            RuntimeError: the journal is closed.
+        """
+        if self._closed:
+            raise RuntimeError("the journal is closed")
+        group = self._group
+        place = len(group.calls)
+        group.calls.append(events)
+        self._wake.set()
+        await group.settled.wait()
+        error = group.errors[place]
+        if error is not None:
+            # One error may belong to the whole group; each caller raises its own copy, with its own traceback.
+            raise type(error)(*error.args) from error
+
+    async def find(self, keys: Sequence[JobKey]) -> dict[JobKey, Known]:
+        """Those of the keys that the journal knows."""
+        return await self._in_thread(partial(self.file.find, keys))
+
+    async def entries(self, states: Collection[State]) -> AsyncGenerator[Entry, None]:
+        """Jobs in these states, the one intended first coming first; read in pages.
+
+        A job is met at most once: those that were in one of the states at the start and still are when
+        their page is read.
+        """
+        ids = await self._in_thread(partial(self.file.entry_ids, states))
+        for start in range(0, len(ids), _PAGE):
+            page = ids[start : start + _PAGE]
+            for entry in await self._in_thread(partial(self.file.read_entries, page, states)):
+                yield entry
+
+    async def uploaded(self, sha256: str, since: float) -> str | None:
+        """URL of a picture uploaded at or after `since`, or None."""
+        return await self._in_thread(partial(self.file.uploaded, sha256, since))
+
+    async def counts(self) -> Counts:
+        """Totals over all sessions."""
+        return await self._in_thread(self.file.counts)
+
+    @asynccontextmanager
+    async def flushing(self, clock: Callable[[], float]) -> AsyncIterator[None]:
+        """Commit what is recorded while the block lasts; then flush the rest and close the file."""
+        failure: Exception | None = None
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._flush_until_closed)
+                try:
+                    yield
+                except Exception as error:  # carried around the task group, which would wrap it
+                    failure = error
+                finally:
+                    self._closed = True
+                    self._shield.deadline = anyio.current_time() + _CLOSE_SECONDS
+                    self._wake.set()
+        finally:
+            if not self._shield.cancelled_caught:  # else a thread is still stuck in the file
+                with anyio.CancelScope(shield=True):
+                    await anyio.to_thread.run_sync(partial(self.file.close, now=clock()))
+        if failure is not None:
+            raise failure
+
+    async def _in_thread(self, work: Callable[[], _T]) -> _T:
+        return await anyio.to_thread.run_sync(work, limiter=self._one_at_a_time)
+
+    async def _flush_until_closed(self) -> None:
+        with self._shield:
+            while not (self._closed and not self._group.calls):
+                if self._group.calls:
+                    await self._flush()
+                else:
+                    self._wake = anyio.Event()
+                    await self._wake.wait()
+        self._group.give_up()
+
+    async def _flush(self) -> None:
+        group, self._group = self._group, _Group()
+        size = len(group.calls)
+        try:
+            group.errors = await anyio.to_thread.run_sync(
+                self.file.commit, group.calls, limiter=self._one_at_a_time, abandon_on_cancel=True
+            )
+        except Exception as error:  # whatever it is, it belongs to the callers, who wait for it
+            group.errors = [error] * size
+        else:
+            refused = {place for place, error in enumerate(group.errors) if error is not None}
+            self._events += sum(len(call) for place, call in enumerate(group.calls) if place not in refused)
+            self._commits += 1
+            self._largest_group = max(self._largest_group, size)
+        finally:
+            if not group.errors:
+                group.give_up()
+            group.settled.set()
+
+
+@asynccontextmanager
+async def open_journal(
+    path: Path, *, version: str = "", clock: Callable[[], float] = time.time
+) -> AsyncIterator[Journal]:
+    """Open a journal for writing, create where there is none; a new session begins.
+
+    On leaving, what is pending is flushed, shielded from cancellation for at most 30 s.
+
+    Args:
+        path: the SQLite file; its folder exists.
+        version: of the tool, noted with the session.
+        clock: Unix seconds, for the session's start and end.
+
+    Raises:
+        RunDirectoryError: no journal of ours, or one of a newer restyle.
+        StorageError: the disk refused.
+    """
+    journal = Journal(await anyio.to_thread.run_sync(partial(JournalFile.open, path, now=clock(), version=version)))
+    async with journal.flushing(clock):
+        yield journal

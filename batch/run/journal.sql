@@ -1,0 +1,191 @@
+-- The journal's statements, by name. `journal_file` parses this file once and runs nothing else.
+-- Instants are Unix seconds, durations seconds, money US dollars.
+
+-- name: create_meta
+CREATE TABLE meta (
+    name TEXT PRIMARY KEY,
+    value TEXT NOT NULL
+) STRICT, WITHOUT ROWID
+
+-- name: create_sessions
+-- One row for each time that the journal was opened for writing. `spent_usd` is what was settled in it.
+CREATE TABLE sessions (
+    number INTEGER PRIMARY KEY,
+    started_at REAL NOT NULL,
+    ended_at REAL,
+    version TEXT NOT NULL,
+    spent_usd REAL NOT NULL DEFAULT 0
+) STRICT
+
+-- name: create_jobs
+-- Narrow on purpose: it is written at every step of a job. `id` counts up in the order of first mention;
+-- `answer_id` and `end_id` point at the outcomes that count, those of earlier attempts stay where they are.
+-- `cost_usd` is what the job has cost so far, failed attempts included.
+CREATE TABLE jobs (
+    id INTEGER PRIMARY KEY,
+    key TEXT NOT NULL UNIQUE,
+    state TEXT NOT NULL,
+    session INTEGER NOT NULL,
+    attempt INTEGER NOT NULL,
+    intended_at REAL,
+    accepted_at REAL,
+    request_id TEXT,
+    status_url TEXT,
+    response_url TEXT,
+    cancel_url TEXT,
+    reserved_usd REAL NOT NULL,
+    cost_usd REAL,
+    reason TEXT,
+    answer_id INTEGER,
+    end_id INTEGER
+) STRICT
+
+-- name: create_open_jobs
+-- Small whatever the size of the run: it holds only what was sent and has not ended.
+CREATE INDEX open_jobs ON jobs (intended_at, id) WHERE state IN ('intended', 'accepted', 'answered', 'unknown')
+
+-- name: create_bodies
+-- What was intended last, for each job. Read only when a job is taken up again.
+CREATE TABLE bodies (
+    job_id INTEGER PRIMARY KEY,
+    body BLOB NOT NULL
+) STRICT
+
+-- name: create_outcomes
+-- Append-only: one row for each answer, each finish and each failure. `images` is a JSON list of lists
+-- [url, width, height, content_type, file_name, file_size, path, sha256].
+CREATE TABLE outcomes (
+    id INTEGER PRIMARY KEY,
+    job_id INTEGER NOT NULL,
+    happening TEXT NOT NULL,
+    session INTEGER NOT NULL,
+    attempt INTEGER NOT NULL,
+    at REAL NOT NULL,
+    request_id TEXT,
+    output BLOB,
+    engine TEXT,
+    billable_units REAL,
+    cost_usd REAL,
+    queue_seconds REAL,
+    total_seconds REAL,
+    images BLOB,
+    download_seconds REAL,
+    error_type TEXT,
+    error_message TEXT
+) STRICT
+
+-- name: create_uploads
+CREATE TABLE uploads (
+    sha256 TEXT PRIMARY KEY,
+    at REAL NOT NULL,
+    url TEXT NOT NULL
+) STRICT, WITHOUT ROWID
+
+-- name: create_files
+-- What is known of local pictures, good as long as size and time of change stay the same.
+CREATE TABLE files (
+    path BLOB PRIMARY KEY,
+    size_bytes INTEGER NOT NULL,
+    mtime_ns INTEGER NOT NULL,
+    sha256 TEXT NOT NULL,
+    megapixels REAL NOT NULL
+) STRICT, WITHOUT ROWID
+
+-- name: begin_session
+INSERT INTO sessions (started_at, version) VALUES (:at, :version) RETURNING number
+
+-- name: end_session
+UPDATE sessions SET ended_at = :at WHERE number = :session
+
+-- name: add_spend
+UPDATE sessions SET spent_usd = spent_usd + :usd WHERE number = :session
+
+-- name: last_ids
+SELECT (SELECT coalesce(max(number), 0) FROM sessions),
+       (SELECT coalesce(max(id), 0) FROM jobs),
+       (SELECT coalesce(max(id), 0) FROM outcomes)
+
+-- name: load_jobs
+SELECT id, key, state, session, attempt, intended_at, accepted_at, request_id, status_url, response_url,
+       cancel_url, reserved_usd, cost_usd, reason, answer_id, end_id
+FROM jobs WHERE key IN (SELECT value FROM json_each(?))
+
+-- name: insert_job
+INSERT INTO jobs (state, session, attempt, intended_at, accepted_at, request_id, status_url, response_url,
+                  cancel_url, reserved_usd, cost_usd, reason, answer_id, end_id, id, key)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+
+-- name: update_job
+UPDATE jobs SET state = ?, session = ?, attempt = ?, intended_at = ?, accepted_at = ?, request_id = ?,
+                status_url = ?, response_url = ?, cancel_url = ?, reserved_usd = ?, cost_usd = ?, reason = ?,
+                answer_id = ?, end_id = ?
+WHERE id = ?
+
+-- name: put_body
+INSERT OR REPLACE INTO bodies (job_id, body) VALUES (?, ?)
+
+-- name: insert_outcome
+INSERT INTO outcomes (id, job_id, happening, session, attempt, at, request_id, output, engine, billable_units,
+                      cost_usd, queue_seconds, total_seconds, images, download_seconds, error_type, error_message)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+
+-- name: put_upload
+INSERT OR REPLACE INTO uploads (sha256, at, url) VALUES (?, ?, ?)
+
+-- name: find_upload
+SELECT url FROM uploads WHERE sha256 = ? AND at >= ?
+
+-- name: find_jobs
+SELECT key, state, session, attempt FROM jobs WHERE key IN (SELECT value FROM json_each(?))
+
+-- name: open_ids
+SELECT id FROM jobs
+WHERE state IN ('intended', 'accepted', 'answered', 'unknown') AND state IN (SELECT value FROM json_each(?))
+ORDER BY intended_at, id
+
+-- name: all_ids
+SELECT id FROM jobs WHERE state IN (SELECT value FROM json_each(?)) ORDER BY intended_at, id
+
+-- name: read_entries
+SELECT j.key, j.state, j.attempt, j.intended_at, b.body, j.accepted_at, j.request_id, j.status_url,
+       j.response_url, j.cancel_url, a.output, a.billable_units, a.engine, j.reserved_usd
+FROM json_each(:ids) AS wanted
+CROSS JOIN jobs AS j ON j.id = wanted.value
+LEFT JOIN bodies AS b ON b.job_id = j.id
+LEFT JOIN outcomes AS a ON a.id = j.answer_id
+WHERE j.state IN (SELECT value FROM json_each(:states))
+ORDER BY wanted.key
+
+-- name: read_outcomes
+SELECT j.key, j.state, j.attempt, j.intended_at, j.request_id, j.status_url, j.response_url, j.cancel_url,
+       j.cost_usd, j.reason, a.at, a.output, a.billable_units, a.engine, a.queue_seconds, a.total_seconds,
+       e.at, e.images, e.download_seconds, e.error_type, e.error_message, e.billable_units
+FROM json_each(?) AS wanted
+CROSS JOIN jobs AS j ON j.key = wanted.value
+LEFT JOIN outcomes AS a ON a.id = j.answer_id
+LEFT JOIN outcomes AS e ON e.id = j.end_id
+
+-- name: count_states
+SELECT state, count(*) FROM jobs GROUP BY state
+
+-- name: sum_spent
+SELECT coalesce(sum(spent_usd), 0.0) FROM sessions
+
+-- name: sum_open
+SELECT coalesce(sum(reserved_usd), 0.0), min(intended_at) FROM jobs
+WHERE state IN ('intended', 'accepted', 'answered', 'unknown')
+
+-- name: read_sessions
+SELECT number, started_at, ended_at, version, spent_usd FROM sessions ORDER BY number
+
+-- name: find_file
+SELECT sha256, megapixels FROM files WHERE path = ? AND size_bytes = ? AND mtime_ns = ?
+
+-- name: put_file
+INSERT OR REPLACE INTO files (path, size_bytes, mtime_ns, sha256, megapixels) VALUES (?, ?, ?, ?, ?)
+
+-- name: get_meta
+SELECT value FROM meta WHERE name = ?
+
+-- name: put_meta
+INSERT OR REPLACE INTO meta (name, value) VALUES (?, ?)

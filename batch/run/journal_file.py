@@ -1,0 +1,407 @@
+"""The journal's SQLite file: opening, one transaction for a group of events, and reading. Synchronous.
+
+Owns the schema (`journal.sql`), durability (WAL, synchronous=FULL: what is committed survives a power cut)
+and the translation of SQLite's errors. What events mean is decided in `ledger`; the awaitable skin is
+`journal`. An edge: imported by the composition root only.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+from array import array
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
+from importlib import resources
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import orjson
+
+from batch.errors import RunDirectoryError, StorageError
+from batch.manifest.ports import FileFact, FileKey
+from batch.model import Answer, Failed, JobKey, RequestId, StoredImage, Ticket
+from batch.run.ledger import JobRow, Ledger
+from batch.run.lifecycle import OPEN, State
+from batch.run.ports import Counts, Entry, Event, Known, Outcome, Uploaded
+
+__all__ = ["APPLICATION_ID", "SCHEMA_VERSION", "JournalFile", "Session"]
+
+APPLICATION_ID = 0x52535459
+"""`RSTY`, in the header of the file: another program's database is refused, not written to."""
+SCHEMA_VERSION = 1
+_BUSY_SECONDS = 10.0
+_CACHE_KIB = 16_000
+_WAL_LIMIT_BYTES = 64 * 2**20
+_STATES = {str(state): state for state in State}
+
+
+class Session(NamedTuple):
+    """One opening for writing, as a rule one `restyle run`."""
+
+    number: int
+    started_at: float
+    ended_at: float | None
+    """None while it runs, and for ever after a kill."""
+    version: str
+    spent_usd: float
+
+
+class JournalFile:
+    """One open journal; also the planner's `FileFacts`.
+
+    All methods may be called from any thread: a lock keeps one thread's reads and writes out of another
+    thread's transaction, they share the connection. All of them raise `StorageError` where the disk or
+    another process refuses.
+    """
+
+    def __init__(self, connection: sqlite3.Connection, path: Path, session: int) -> None:
+        """Use `open` or `open_read_only`."""
+        self._connection, self._path = connection, path
+        self._lock = threading.RLock()
+        self.session = session
+        _, self._last_job, self._last_outcome = self._one("last_ids")
+
+    def __repr__(self) -> str:
+        return f"<JournalFile {self._path} session={self.session} jobs={self._last_job}>"
+
+    # --- opening and closing ----------------------------------------------------------------------------------
+
+    @classmethod
+    def open(cls, path: Path, *, now: float, version: str) -> JournalFile:
+        """Open for writing, create where there is none, and begin a session of this tool version.
+
+        Raises:
+            RunDirectoryError: no journal of ours, or one of a newer restyle.
+            StorageError: the disk refused.
+        """
+        connection = _connect(path, "rwc")
+        try:
+            with _translated(path):
+                _check_ours(connection, path)
+                connection.execute("PRAGMA journal_mode = WAL")
+                connection.execute("PRAGMA synchronous = FULL")
+                connection.execute(f"PRAGMA journal_size_limit = {_WAL_LIMIT_BYTES}")
+                connection.execute("BEGIN IMMEDIATE")
+                if _is_fresh(connection):
+                    _create(connection)
+                connection.execute("COMMIT")
+            journal = cls(connection, path, 0)
+            with journal.atomic():
+                (journal.session,) = journal._one("begin_session", {"at": now, "version": version})
+        except BaseException:
+            connection.close()
+            raise
+        return journal
+
+    @classmethod
+    def open_read_only(cls, path: Path) -> JournalFile:
+        """Open for reading, also while a run writes. `session` is the number of the last one.
+
+        Raises:
+            RunDirectoryError: there is no journal, none of ours, or one of a newer restyle.
+            StorageError: the disk refused.
+        """
+        if not path.exists():
+            raise RunDirectoryError(f"there is no journal at {path}; is this the folder that `restyle run -o` named?")
+        connection = _connect(path, "ro")
+        try:
+            with _translated(path):
+                _check_ours(connection, path, may_be_fresh=False)
+            journal = cls(connection, path, 0)
+            journal.session, _, _ = journal._one("last_ids")
+        except BaseException:
+            connection.close()
+            raise
+        return journal
+
+    def close(self, *, now: float | None = None) -> None:
+        """Close the file; with `now` the session is noted as ended, where the disk still takes it."""
+        with self._lock:
+            try:
+                if now is not None:
+                    with suppress(StorageError), self.atomic():
+                        self._execute("end_session", {"at": now, "session": self.session})
+            finally:
+                self._connection.close()
+
+    @contextmanager
+    def atomic(self) -> Iterator[None]:
+        """All or nothing: the only way that anything is written."""
+        with self._lock, _translated(self._path):
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._connection.execute("COMMIT")
+            except BaseException:
+                if self._connection.in_transaction:  # SQLite itself rolls back on a full disk
+                    self._connection.execute("ROLLBACK")
+                raise
+
+    # --- writing ----------------------------------------------------------------------------------------------
+
+    def commit(self, calls: Sequence[Sequence[Event]]) -> list[Exception | None]:
+        """Write a group of calls in one transaction; durable when it returns.
+
+        Returns:
+            For each call None, or the `IllegalTransition` that kept it, and it alone, from being written.
+        """
+        keys = {event.job_key for event in chain.from_iterable(calls) if not isinstance(event, Uploaded)}
+        with self.atomic():
+            loaded = self._all("load_jobs", [_json(keys)]) if keys else []
+            ledger = Ledger(
+                map(JobRow.of, loaded),
+                session=self.session,
+                last_job=self._last_job,
+                last_outcome=self._last_outcome,
+            )
+            refusals: list[Exception | None] = [ledger.take(call) for call in calls]
+            self._write(ledger)
+        self._last_job, self._last_outcome = ledger.last_job, ledger.last_outcome
+        return refusals
+
+    def _write(self, ledger: Ledger) -> None:
+        rows = [job.columns() for job in ledger.touched.values()]
+        old = [row[:-1] for row in rows if row[-2] <= self._last_job]
+        new = [row for row in rows if row[-2] > self._last_job]
+        for statement, parameters in (
+            ("insert_job", new),
+            ("update_job", old),
+            ("put_body", ledger.bodies),
+            ("insert_outcome", ledger.outcomes),
+            ("put_upload", ledger.uploads),
+        ):
+            if parameters:
+                self._connection.executemany(_sql()[statement], parameters)
+        if ledger.spent_usd:
+            self._execute("add_spend", {"usd": ledger.spent_usd, "session": self.session})
+
+    def put_many(self, facts: Mapping[FileKey, FileFact]) -> None:
+        """Remember what reading local pictures told, so that the next plan need not read them."""
+        rows = [(os.fsencode(k.path), k.size_bytes, k.mtime_ns, f.sha256, f.megapixels) for k, f in facts.items()]
+        with self.atomic():
+            self._connection.executemany(_sql()["put_file"], rows)
+
+    def note(self, name: str, value: str) -> None:
+        """Keep one fact about the run as a whole."""
+        with self.atomic():
+            self._execute("put_meta", [name, value])
+
+    # --- reading ----------------------------------------------------------------------------------------------
+
+    def find(self, keys: Sequence[JobKey]) -> dict[JobKey, Known]:
+        """Those of the keys that the journal knows."""
+        rows = self._all("find_jobs", [_json(keys)])
+        return {key: Known(_STATES[state], session, attempt) for key, state, session, attempt in rows}
+
+    def entry_ids(self, states: Collection[State]) -> array[int]:
+        """Row ids of the jobs in these states, the one intended first coming first. Eight bytes a job."""
+        statement = "open_ids" if OPEN.issuperset(states) else "all_ids"
+        return array("q", [row_id for (row_id,) in self._all(statement, [_json(states)])])
+
+    def read_entries(self, ids: Sequence[int], states: Collection[State]) -> list[Entry]:
+        """The jobs of these ids that are in one of the states, in the order of the ids."""
+        rows = self._all("read_entries", {"ids": _json(ids), "states": _json(states)})
+        return [_entry(row) for row in rows]
+
+    def uploaded(self, sha256: str, since: float) -> str | None:
+        """URL of a picture uploaded at or after `since`, or None."""
+        rows = self._all("find_upload", [sha256, since])
+        return rows[0][0] if rows else None
+
+    def counts(self) -> Counts:
+        """Totals over all sessions. Reads the narrow table once: about 0.2 s for a million jobs."""
+        with self._lock:
+            by_state = {_STATES[state]: count for state, count in self._all("count_states")}
+            (spent,) = self._one("sum_spent")
+            reserved, oldest = self._one("sum_open")
+        return Counts(by_state, spent, reserved, oldest)
+
+    def sessions(self) -> list[Session]:
+        """All openings for writing, the first one first."""
+        return [Session(*row) for row in self._all("read_sessions")]
+
+    def outcomes(self, keys: Sequence[JobKey]) -> dict[JobKey, Outcome]:
+        """What the results table shows of those of the keys that the journal knows; a few thousand at a time."""
+        return {row[0]: _outcome(row) for row in self._all("read_outcomes", [_json(keys)])}
+
+    def get_many(self, keys: Sequence[FileKey]) -> dict[FileKey, FileFact]:
+        """Those of the local pictures that were read before and have not changed since."""
+        found: dict[FileKey, FileFact] = {}
+        with self._lock:
+            for key in keys:
+                rows = self._all("find_file", [os.fsencode(key.path), key.size_bytes, key.mtime_ns])
+                if rows:
+                    found[key] = FileFact(*rows[0])
+        return found
+
+    def noted(self, name: str) -> str | None:
+        """A fact about the run as a whole, or None."""
+        rows = self._all("get_meta", [name])
+        return rows[0][0] if rows else None
+
+    # --- the statements ---------------------------------------------------------------------------------------
+
+    def _execute(self, statement: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> sqlite3.Cursor:
+        return self._connection.execute(_sql()[statement], parameters)
+
+    def _all(self, statement: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[tuple[Any, ...]]:
+        with self._lock, _translated(self._path):
+            return self._execute(statement, parameters).fetchall()
+
+    def _one(self, statement: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> tuple[Any, ...]:
+        (row,) = self._all(statement, parameters)
+        return row
+
+
+@cache
+def _sql() -> Mapping[str, str]:
+    text = resources.files("batch.run").joinpath("journal.sql").read_text("utf-8")
+    named = (part.partition("\n") for part in text.split("-- name: ")[1:])
+    return {name.strip(): body.strip() for name, _, body in named}
+
+
+def _json(values: Iterable[str | int]) -> str:
+    return orjson.dumps(list(values)).decode()
+
+
+# --- from rows to values ----------------------------------------------------------------------------------
+
+
+def _entry(row: tuple[Any, ...]) -> Entry:
+    key, state, attempt, intended_at, body, accepted_at, request_id, *urls, output, units, engine, reserved = row
+    return Entry(
+        job_key=key,
+        state=_STATES[state],
+        attempt=attempt,
+        intended_at=intended_at or 0.0,
+        body=body or b"",
+        accepted_at=accepted_at,
+        ticket=None if request_id is None else Ticket(RequestId(request_id), *urls),
+        answer=None if output is None else Answer(orjson.loads(output), units, engine),
+        reserved_usd=reserved,
+    )
+
+
+def _outcome(row: tuple[Any, ...]) -> Outcome:
+    # Positional and flat, because an export makes one for each of a million rows.
+    (
+        _, state, attempts, intended_at, request_id, status_url, response_url, cancel_url, cost, reason,
+        answered_at, output, units, engine, queue_seconds, total_seconds,
+        ended_at, images, download_seconds, error_type, message, failed_units,
+    ) = row  # fmt: skip
+    failure = None
+    if error_type is not None:
+        failure = Failed(error_type, message, failed_units)
+    elif state == "unknown":
+        failure = Failed("unknown", reason or "")
+    return Outcome(
+        _STATES[state],
+        attempts,
+        None if request_id is None else Ticket(request_id, status_url, response_url, cancel_url),
+        intended_at,
+        ended_at if answered_at is None else answered_at,
+        None if output is None else Answer(orjson.loads(output), units, engine),
+        tuple([StoredImage(*image) for image in orjson.loads(images)]) if images else (),
+        queue_seconds,
+        total_seconds,
+        download_seconds,
+        cost,
+        failure,
+    )
+
+
+# --- SQLite's own ways ------------------------------------------------------------------------------------
+
+
+def _connect(path: Path, mode: str) -> sqlite3.Connection:
+    location = path.absolute().as_uri()
+    try:
+        connection = _try_connect(f"{location}?mode={mode}")
+    except sqlite3.OperationalError as error:
+        # A journal at rest in a folder that may not be written: SQLite cannot make its helper files there.
+        at_rest = not path.with_name(path.name + "-wal").exists()
+        if mode != "ro" or not at_rest:
+            raise _storage_error(path, error) from error
+        with _translated(path):
+            connection = _try_connect(f"{location}?mode=ro&immutable=1")
+    except sqlite3.DatabaseError as error:
+        raise _foreign(path) from error
+    return connection
+
+
+def _try_connect(uri: str) -> sqlite3.Connection:
+    connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=_BUSY_SECONDS)
+    try:
+        connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
+        connection.execute("SELECT count(*) FROM sqlite_schema")  # the first thing that reads the file
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _is_fresh(connection: sqlite3.Connection) -> bool:
+    (tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+    return bool(tables == 0)
+
+
+def _check_ours(connection: sqlite3.Connection, path: Path, *, may_be_fresh: bool = True) -> None:
+    (application,) = connection.execute("PRAGMA application_id").fetchone()
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if application == 0 and version == 0 and _is_fresh(connection):
+        if may_be_fresh:
+            return
+        raise RunDirectoryError(f"the journal {path} is empty: its run stopped before it began; start it again")
+    if application != APPLICATION_ID:
+        raise _foreign(path)
+    if version > SCHEMA_VERSION:
+        raise RunDirectoryError(
+            f"{path}: journal was written by a newer restyle "
+            f"(version {version}, this one knows {SCHEMA_VERSION}); upgrade"
+        )
+
+
+def _create(connection: sqlite3.Connection) -> None:
+    for name, statement in _sql().items():
+        if name.startswith("create_"):
+            connection.execute(statement)
+    connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+
+@contextmanager
+def _translated(path: Path) -> Iterator[None]:
+    """The one place where SQLite's errors become ours. Its errors about our statements are defects and pass."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise _storage_error(path, error) from error
+    except sqlite3.DatabaseError as error:
+        if type(error) is not sqlite3.DatabaseError:
+            raise
+        raise _storage_error(path, error) from error
+
+
+_ADVICE = {
+    "SQLITE_FULL": "the disk is full; free some space and run the same command again",
+    "SQLITE_IOERR": "the disk failed; look at its health and space, then run the same command again",
+    "SQLITE_READONLY": "it may not be written; check the permissions of the folder",
+    "SQLITE_CANTOPEN": "it cannot be opened; check that the folder exists and its permissions",
+    "SQLITE_BUSY": "another process is writing to it; wait until that has ended",
+    "SQLITE_CORRUPT": "the file is damaged; restore it from a copy, it knows what was paid for",
+    "SQLITE_NOTADB": "the file is damaged; restore it from a copy, it knows what was paid for",
+}
+
+
+def _storage_error(path: Path, error: sqlite3.Error) -> StorageError:
+    name = getattr(error, "sqlite_errorname", "")  # absent where Python itself refused
+    advice = next((text for code, text in _ADVICE.items() if name.startswith(code)), "run the same command again")
+    return StorageError(f"the journal {path} was refused ({error}): {advice}. What was durable before is still there.")
+
+
+def _foreign(path: Path) -> RunDirectoryError:
+    return RunDirectoryError(f"{path} is not a journal of restyle; name another folder with -o, or move that file away")

@@ -1,0 +1,232 @@
+"""Watching a run: one small Observer, and the three that people look at. Edge: writes lines and a bar.
+
+The runner tells an observer what happens and never waits for it; an observer decides nothing. Log lines
+carry a stable `action` word, so that they can be searched.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Never, Self, TextIO
+
+import orjson
+from tqdm import tqdm
+
+from batch.errors import StorageError
+from batch.model import Json
+
+__all__ = ["JsonLog", "Observer", "PlainLines", "ProgressBar", "Several", "Tally"]
+
+
+class Observer:
+    """Does nothing; override what you want to see. `action` is one of the words in `docs/observing.md`."""
+
+    def happened(self, action: str, **facts: Json) -> None:
+        """Something happened to one job or to the run; facts are JSON values."""
+
+    def expected(self, jobs: int, already_done: int) -> None:
+        """How many jobs this run has to do, and how many were done before it."""
+
+
+class Several(Observer):
+    """Hands everything on to each of its observers, in order."""
+
+    def __init__(self, *observers: Observer) -> None:
+        self._observers = observers
+
+    def happened(self, action: str, **facts: Json) -> None:
+        """Pass on."""
+        for observer in self._observers:
+            observer.happened(action, **facts)
+
+    def expected(self, jobs: int, already_done: int) -> None:
+        """Pass on."""
+        for observer in self._observers:
+            observer.expected(jobs, already_done)
+
+
+@dataclass(slots=True)
+class Tally(Observer):
+    """Counts what a person wants to know while it runs."""
+
+    jobs: int = 0
+    already_done: int = 0
+    done: int = 0
+    failed: int = 0
+    held: int = 0
+    in_flight: int = 0
+    spent_usd: float = 0.0
+    errors: Counter[str] = field(default_factory=Counter)
+    note: str = ""
+    """The last thing that slows the run down: a pause, a refused key, a service that does not answer."""
+
+    def expected(self, jobs: int, already_done: int) -> None:
+        """Remember the totals."""
+        self.jobs, self.already_done = jobs, already_done
+
+    def happened(self, action: str, **facts: Json) -> None:
+        """Count it."""
+        match action:
+            case "started":
+                self.in_flight += 1
+            case "done":
+                self.done, self.note = self.done + 1, ""
+            case "failed":
+                self.failed += 1
+                self.errors[str(facts.get("error_type"))] += 1
+            case "held":
+                self.held += 1
+            case "ended":
+                self.in_flight -= 1
+            case "spent":
+                cost = facts.get("total_usd")
+                self.spent_usd = float(cost) if isinstance(cost, int | float) else self.spent_usd
+            case "paused" | "unreachable" | "stopping":
+                self.note = f"{action}: {facts.get('reason', '')}"
+            case _:
+                pass
+
+    def line(self) -> str:
+        """One line for a person."""
+        parts = [f"{self.done}/{self.jobs} done", f"{self.failed} failed", f"{self.in_flight} in flight"]
+        if self.held:
+            parts.append(f"{self.held} unknown")
+        if self.spent_usd:
+            parts.append(f"${self.spent_usd:.2f} spent")
+        return ", ".join(parts) + (f" ({self.note})" if self.note else "")
+
+
+class ProgressBar(Observer):
+    """One tqdm bar on a terminal."""
+
+    def __init__(self, tally: Tally, stream: TextIO) -> None:
+        self._tally, self._stream = tally, stream
+        self._bar: tqdm[Never] | None = None
+
+    def expected(self, jobs: int, already_done: int) -> None:
+        """Draw it; what was done before is in the count from the start."""
+        self._bar = tqdm(
+            total=already_done + jobs,
+            initial=already_done,
+            unit="job",
+            file=self._stream,
+            dynamic_ncols=True,
+            smoothing=0.1,
+        )
+
+    def happened(self, action: str, **facts: Json) -> None:
+        """Move it on for each job that ended; tqdm itself decides when to redraw."""
+        if self._bar is None or action not in {"done", "failed", "held", "paused", "stopping", "unreachable"}:
+            return
+        tally = self._tally
+        shown = {"failed": tally.failed, "in_flight": tally.in_flight}
+        if tally.spent_usd:
+            shown["$"] = round(tally.spent_usd, 2)  # type: ignore[assignment]  # tqdm shows any value
+        self._bar.set_postfix(shown, refresh=False)
+        if action in {"done", "failed", "held"}:
+            self._bar.update(1)
+        else:
+            self._bar.write(f"{action}: {facts.get('reason', '')}", file=self._stream)
+
+    def close(self) -> None:
+        """Leave the last state standing."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class PlainLines(Observer):
+    """One plain line every `every` seconds, for logs and cron; nothing while nothing happens."""
+
+    def __init__(
+        self,
+        tally: Tally,
+        stream: TextIO,
+        *,
+        every: float = 30.0,
+        as_json: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._tally, self._stream, self._every, self._as_json, self._clock = tally, stream, every, as_json, clock
+        self._next = clock() + every
+
+    def happened(self, action: str, **facts: Json) -> None:
+        """Print when it is time, and at once what a person has to know."""
+        if action in {"paused", "stopping", "unreachable", "warning"}:
+            self._print(action, f"{action}: {facts.get('reason', '')}")
+        elif self._clock() >= self._next:
+            self._next = self._clock() + self._every
+            self._print("progress", self._tally.line())
+
+    def _print(self, action: str, text: str) -> None:
+        if self._as_json:
+            tally = self._tally
+            line = {
+                "at": _timestamp(),
+                "action": action,
+                "message": text,
+                "jobs": tally.jobs,
+                "done": tally.done,
+                "failed": tally.failed,
+                "in_flight": tally.in_flight,
+                "spent_usd": round(tally.spent_usd, 4),
+            }
+            text = orjson.dumps(line).decode()
+        print(text, file=self._stream, flush=True)
+
+
+class JsonLog(Observer):
+    """`log.jsonl`: a line for everything that happened, appended over all sessions.
+
+    Written through a buffer that is flushed every second at the latest while things happen, and at the end:
+    the journal is the truth, this is for reading.
+    """
+
+    FLUSH_SECONDS = 1.0
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: IO[bytes] | None = None
+        self._flushed_at = 0.0
+
+    def __enter__(self) -> Self:
+        try:
+            self._file = self._path.open("ab")
+        except OSError as error:
+            raise StorageError(f"{self._path} cannot be written: {error.strerror}; free or unlock the disk") from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            try:
+                self._file.close()
+            except OSError:
+                return  # the log is no promise: a full disk was already reported by the journal
+
+    def happened(self, action: str, **facts: Json) -> None:
+        """Append one line."""
+        if self._file is None:
+            return
+        line = orjson.dumps({"at": _timestamp(), "action": action, **facts}, option=orjson.OPT_APPEND_NEWLINE)
+        try:
+            self._file.write(line)
+            if (now := time.monotonic()) - self._flushed_at > self.FLUSH_SECONDS:
+                self._file.flush()
+                self._flushed_at = now
+        except OSError:
+            self._file = None  # a full disk stops the run through the journal, with a sentence
+
+    def expected(self, jobs: int, already_done: int) -> None:
+        """Append the totals."""
+        self.happened("expected", jobs=jobs, already_done=already_done)
+
+
+def _timestamp() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -1,0 +1,219 @@
+"""What a failed exchange means for its job: one table, decided by status and type, never by text. Pure.
+
+A verdict is a value; nothing here sleeps. The submit POST has no row that says "send it again" unless it is
+certain that it was not accepted. Source: `docs/design-notes.md`, "What an answer proves".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from random import Random
+from typing import TypeVar
+
+import anyio
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_never
+from tenacity.stop import stop_base
+
+from batch.fal.protocol import ErrorBody, Reply, error_body_of
+from batch.model import Failed
+from batch.run.ports import CallFailed, Trouble
+
+__all__ = ["Action", "Verdict", "backoff", "failure_of", "judge", "kind_of", "reading", "retry_after_of"]
+
+Answered = TypeVar("Answered")
+
+
+class Action(StrEnum):
+    """What to do next."""
+
+    READ_AGAIN = "read again"
+    """It says nothing about the job."""
+    SUBMIT_AGAIN = "submit again"
+    """The submit was certainly not accepted; waiting may help."""
+    UNKNOWN = "unknown"
+    """The submit may have been accepted."""
+    JOB_FAILED = "job failed"
+    STOP_ACCOUNT = "stop: account refused"
+    STOP_TARGET = "stop: no such endpoint"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A decision and its reason."""
+
+    action: Action
+    reason: str
+    retry_after: float | None = None
+    """Seconds that the service asked for."""
+    new_attempt: bool = False
+    """With JOB_FAILED: whether another attempt may go better."""
+
+
+# Gateways and our own server speak of a 4xx as a complete, considered refusal; these cannot have been queued.
+_REFUSED = frozenset({400, 405, 406, 410, 411, 413, 414, 415, 422, 431})
+_ACCOUNT = frozenset({401, 402, 403})
+# Infrastructure failures that fal's pages call transient: the job ended, another try may work.
+_TRANSIENT_TYPES = frozenset({
+    "request_timeout",
+    "startup_timeout",
+    "runner_scheduling_failure",
+    "runner_connection_timeout",
+    "runner_disconnected",
+    "runner_connection_refused",
+    "runner_connection_error",
+    "runner_incomplete_response",
+    "runner_server_error",
+    "internal_error",
+})  # fmt: skip
+# On a read these are about the key, the gateway or our pace, never about the job.
+_SAYS_NOTHING = frozenset({401, 402, 403, 407, 408, 409, 423, 425, 429})
+_CONFIRMATIONS = 2
+"""A 5xx with a fal body must be seen twice, each after a fresh COMPLETED: a gateway's 503 looks alike."""
+_NOT_FOUND_LIMIT = 6
+"""A request id that the server once gave and now does not know: believed after so many reads."""
+_MALFORMED_LIMIT = 4
+
+
+def judge(trouble: Trouble, *, seen: int = 1) -> Verdict:
+    """The verdict on one failed exchange; `seen` counts equal answers for this job so far, this one included."""
+    if trouble.phase == "submit":
+        return _judge_submit(trouble)
+    if trouble.reply is None:
+        if trouble.transport == "malformed" and trouble.phase == "result" and seen >= _MALFORMED_LIMIT:
+            return Verdict(Action.JOB_FAILED, f"the result has not the endpoint's shape: {trouble.detail}")
+        return Verdict(Action.READ_AGAIN, trouble.transport or "no answer")
+    if trouble.phase == "result":
+        return _judge_result(trouble.reply, seen)
+    if trouble.phase == "status" and trouble.reply.status == 404 and seen >= _NOT_FOUND_LIMIT:
+        return Verdict(Action.JOB_FAILED, "the target no longer knows this request")
+    if trouble.phase in {"upload", "download"} and _for_good(trouble.reply, seen):
+        return Verdict(Action.JOB_FAILED, f"HTTP {trouble.reply.status}")
+    return Verdict(Action.READ_AGAIN, f"HTTP {trouble.reply.status}", retry_after_of(trouble.reply))
+
+
+def _judge_submit(trouble: Trouble) -> Verdict:
+    if trouble.reply is None:
+        if trouble.sent:
+            return Verdict(Action.UNKNOWN, f"{trouble.transport} after the request was sent")
+        return Verdict(Action.SUBMIT_AGAIN, f"{trouble.transport}: nothing was sent")
+    status = trouble.reply.status
+    if status in _ACCOUNT:
+        return Verdict(Action.STOP_ACCOUNT, f"HTTP {status}")
+    if status == 404:
+        return Verdict(Action.STOP_TARGET, "HTTP 404")
+    if status == 429:
+        return Verdict(Action.SUBMIT_AGAIN, "HTTP 429", retry_after_of(trouble.reply))
+    if status in _REFUSED:
+        return Verdict(Action.JOB_FAILED, f"HTTP {status}")
+    return Verdict(Action.UNKNOWN, f"HTTP {status} says nothing certain about a submit")
+
+
+def _judge_result(reply: Reply, seen: int) -> Verdict:
+    error = error_body_of(reply)
+    if reply.status in _SAYS_NOTHING or reply.status < 400:
+        return Verdict(Action.READ_AGAIN, f"HTTP {reply.status}", retry_after_of(reply))
+    if reply.status == 404:
+        gone = seen >= _NOT_FOUND_LIMIT
+        return Verdict(Action.JOB_FAILED if gone else Action.READ_AGAIN, "HTTP 404")
+    if reply.status == 400 and error.type in {None, "bad_request"}:
+        # "Request is still in progress": only a repeated one, after COMPLETED each time, is the job's own.
+        return Verdict(Action.JOB_FAILED if seen >= _NOT_FOUND_LIMIT else Action.READ_AGAIN, "HTTP 400")
+    if not error.is_fal:
+        return Verdict(Action.READ_AGAIN, f"HTTP {reply.status} without fal's body", retry_after_of(reply))
+    if reply.status >= 500 and seen < _CONFIRMATIONS:
+        return Verdict(Action.READ_AGAIN, f"HTTP {reply.status}, to be confirmed", retry_after_of(reply))
+    return Verdict(Action.JOB_FAILED, f"HTTP {reply.status}", new_attempt=_may_go_better(reply, error))
+
+
+def _may_go_better(reply: Reply, error: ErrorBody) -> bool:
+    if reply.headers.get("x-fal-request-timeout-type") == "user" or reply.status == 499:
+        return False
+    if error.needs_retry is not None:
+        return error.needs_retry
+    return reply.status >= 500 and error.type in _TRANSIENT_TYPES
+
+
+def _for_good(reply: Reply, seen: int) -> bool:
+    """An upload refused as such, or a file that is gone and stays gone."""
+    if reply.status in {404, 410}:
+        return seen >= _NOT_FOUND_LIMIT
+    return 400 <= reply.status < 500 and reply.status not in _SAYS_NOTHING
+
+
+def failure_of(trouble: Trouble, verdict: Verdict) -> Failed:
+    """The row's error, from the service's own words where it has any."""
+    if trouble.reply is None:
+        return Failed(trouble.transport or "malformed_output", trouble.detail or verdict.reason)
+    error = error_body_of(trouble.reply)
+    units = trouble.reply.headers.get("x-fal-billable-units", "")
+    try:
+        billable = float(units) if units else None
+    except ValueError:
+        billable = None
+    if billable is None and trouble.reply.status >= 500:
+        billable = 0.0  # fal never charges for them
+    word = error.type or f"http_{trouble.reply.status}"
+    return Failed(word, error.message or verdict.reason, billable)
+
+
+def retry_after_of(reply: Reply) -> float | None:
+    """Seconds in `Retry-After`, bounded to an hour; None where absent or a date (fal documents neither)."""
+    try:
+        seconds = float(reply.headers.get("retry-after", ""))
+    except ValueError:
+        return None
+    return min(seconds, 3600.0) if seconds >= 0 else None
+
+
+def backoff(tries: int, rng: Random, *, base: float = 0.2, cap: float = 30.0) -> float:
+    """Full jitter: uniform in [0, min(cap, base * 2^(tries-1))] seconds, for tries from 1 on.
+
+    The whole delay is drawn at random, so that hundreds of requests in step do not come back in step.
+    """
+    return rng.uniform(0.0, min(cap, base * 2.0 ** min(tries - 1, 30)))
+
+
+async def reading(
+    call: Callable[[], Awaitable[Answered]],
+    rng: Random,
+    *,
+    notice: Callable[[Verdict], None] | None = None,
+    stop: stop_base = stop_never,
+) -> Answered:
+    """Do a read (or an upload: repeating one costs bandwidth only) until its verdict is not READ_AGAIN.
+
+    Never for a submit. `notice` is told of each fault that is read again. Ends with the answer, with the
+    `CallFailed` that ended it, or by cancellation.
+    """
+    seen: dict[str, int] = {}
+
+    def again(error: BaseException) -> bool:
+        if not isinstance(error, CallFailed):
+            return False
+        kind = kind_of(error.trouble)
+        seen[kind] = seen.get(kind, 0) + 1
+        verdict = judge(error.trouble, seen=seen[kind])
+        if notice is not None and verdict.action is Action.READ_AGAIN:
+            notice(verdict)
+        return verdict.action is Action.READ_AGAIN
+
+    def wait(state: RetryCallState) -> float:
+        error = state.outcome.exception() if state.outcome else None
+        asked = judge(error.trouble).retry_after if isinstance(error, CallFailed) else None
+        return (asked or 0.0) + backoff(state.attempt_number, rng)
+
+    try:
+        return await call()  # nearly always: the machinery below is for the bad days
+    except CallFailed as error:
+        if not again(error):
+            raise
+        await anyio.sleep(backoff(1, rng))
+    retrying = AsyncRetrying(retry=retry_if_exception(again), wait=wait, stop=stop, sleep=anyio.sleep, reraise=True)
+    return await retrying(call)
+
+
+def kind_of(trouble: Trouble) -> str:
+    """Which troubles count as "the same again"."""
+    return trouble.transport or (f"{trouble.reply.status}" if trouble.reply else "")

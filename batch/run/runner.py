@@ -1,0 +1,499 @@
+"""The runner: `drive` is one job's whole life, read from top to bottom; `run` lets jobs in and ends.
+
+Sees Protocols only (`batch.run.ports`); every wait is `anyio.sleep` or an event, so that its tests run in
+virtual time. It decides nothing about answers (`retry`), pace and money (`gate`) or legal states
+(`lifecycle`): it asks them, does the one thing they say, and has it written down before it goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from random import Random
+from typing import NamedTuple
+
+import anyio
+import anyio.abc
+import orjson
+
+from batch.errors import StorageError
+from batch.model import Answer, Attempt, Failed, Job, JobKey, QueueState, StoredImage, Ticket, TicketStatus
+from batch.run.course import Course, Held, JobFailed, TurnedBack
+from batch.run.gate import Gate, Stop, Stopping
+from batch.run.lifecycle import OPEN, State
+from batch.run.observe import Observer
+from batch.run.pacing import PollTimes
+from batch.run.ports import (
+    Accepted,
+    Answered,
+    CallFailed,
+    FailedForGood,
+    Finished,
+    Images,
+    Intended,
+    Journal,
+    Known,
+    Lost,
+    PictureError,
+    Refused,
+    Retried,
+    Service,
+    Trouble,
+    Uploaded,
+)
+from batch.run.retry import Action, Verdict, backoff, failure_of, judge, kind_of, reading
+
+__all__ = ["Policy", "Report", "Runner"]
+
+_UPLOAD_VALID = 3 * 86400.0
+"""Seconds for which an uploaded source picture is used again; fal promises its files for seven days."""
+_DOWNLOAD_TRIES = 4
+_DOWNLOADS_AT_ONCE = 16
+_JUDGE_FAILURES_FROM = 20
+"""A percentage of failures means nothing among fewer ended jobs."""
+_BOUNDED = frozenset({Stop.SIGNAL, Stop.DEADLINE, Stop.STORAGE})
+"""Stops that wait only `Policy.drain` for what is in flight; the others collect all that is paid for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What the user decided; durations in seconds."""
+
+    download: bool = True
+    attempts: int = 3
+    idempotent: bool = False
+    """Whether the target honours `Idempotency-Key`: then a submit of unknown outcome may be repeated."""
+    retry_failed: bool = False
+    resubmit_unknown_after: float | None = None
+    drain: float = 60.0
+    deadline: float | None = None
+    max_failures: int | None = None
+    max_failure_share: float | None = None
+    target: str = "local"
+    """Uploaded pictures are remembered under its name: another target does not have them."""
+
+
+class Report(NamedTuple):
+    """How a run ended."""
+
+    done: int
+    failed: int
+    held: int
+    """Jobs whose submit has no known outcome."""
+    stopped: Stopping | None
+
+
+class Runner:
+    """Carries out jobs against a service, with a journal; see `run`."""
+
+    def __init__(
+        self,
+        *,
+        service: Service,
+        journal: Journal,
+        images: Images,
+        observer: Observer,
+        gate: Gate,
+        policy: Policy,
+        now: Callable[[], float],
+        rng: Random,
+    ) -> None:
+        """`now` is wall time in Unix seconds, for what is written down; waits use anyio's clock."""
+        self._service, self._journal, self._images, self._observer = service, journal, images, observer
+        self._gate, self._policy, self._now, self._rng = gate, policy, now, rng
+        self._polls = PollTimes()
+        self._underway: set[JobKey] = set()
+        self._handled: set[JobKey] = set()
+        self._uploads: dict[str, anyio.Event] = {}
+        self._downloads = anyio.Semaphore(_DOWNLOADS_AT_ONCE)
+        self._scope = anyio.CancelScope()
+        self._done = self._failed = self._held = 0
+
+    def __repr__(self) -> str:
+        return f"<Runner {len(self._underway)} under way, {self._done} done, {self._failed} failed>"
+
+    # --- the run -----------------------------------------------------------------------------------------
+
+    async def run(self, source: AsyncGenerator[Sequence[Job], None]) -> Report:
+        """Collect what is open in the journal, then do the source's jobs that are not done.
+
+        Args:
+            source: batches of jobs in manifest order; duplicates are allowed and done once.
+
+        Raises:
+            StorageError: the disk refused; what was durable before is still there.
+        """
+        async with anyio.create_task_group() as watch:
+            watch.start_soon(self._bound_the_end)
+            with self._scope:
+                async with anyio.create_task_group() as jobs:
+                    await self._resume(jobs)
+                    await self._feed(source, jobs)
+            watch.cancel_scope.cancel()
+        stopping = self._gate.stopping
+        if stopping is not None and stopping.why is Stop.STORAGE:
+            raise StorageError(stopping.reason)
+        return Report(self._done, self._failed, self._held, stopping)
+
+    def stop(self, why: Stop, reason: str) -> None:
+        """Submit nothing more and collect what is in flight. Called a second time: give that up too."""
+        if self._gate.stopping is not None or why is Stop.STORAGE:
+            self._scope.cancel()
+        self._gate.stop(why, reason)
+
+    async def _bound_the_end(self) -> None:
+        """Stop in time for the deadline, and give a bounded stop its last moment."""
+        drain, deadline = self._policy.drain, self._policy.deadline
+        if deadline is not None:
+            drain = min(drain, deadline / 4)
+            with anyio.move_on_after(deadline - drain):
+                await self._gate.stopped()
+            self._gate.stop(Stop.DEADLINE, f"the deadline of {deadline:g} s is near")
+        await self._gate.stopped()
+        if self._gate.stopping is not None and self._gate.stopping.why in _BOUNDED:
+            self._scope.deadline = anyio.current_time() + drain
+
+    async def _resume(self, jobs: anyio.abc.TaskGroup) -> None:
+        """What was submitted before comes first, oldest first: its results do not wait for ever."""
+        async with aclosing(self._journal.entries(OPEN)) as entries:
+            async for entry in entries:
+                course = Course.of_entry(entry)
+                if not await self._held_back(course):
+                    await self._let_in(course, jobs)
+
+    async def _held_back(self, course: Course) -> bool:
+        """Whether an unknown submit has to stay unknown for now; its state is brought up to date."""
+        if course.state not in {State.INTENDED, State.UNKNOWN} or self._policy.idempotent:
+            return False
+        if course.state is State.INTENDED:
+            await self._journal.record(Lost(course.key, self._now(), "the run ended before the answer came"))
+        after = self._policy.resubmit_unknown_after
+        if after is not None and self._now() - course.intended_at >= after:
+            course.renew()
+            course.state = State.UNKNOWN
+            return False
+        self._hold(course, "the outcome of its submit is unknown")
+        return True
+
+    async def _feed(self, source: AsyncGenerator[Sequence[Job], None], jobs: anyio.abc.TaskGroup) -> None:
+        async with aclosing(source) as batches:
+            async for batch in batches:
+                # What was started before this look-up and is no longer under way is in the journal by now.
+                self._handled = set(self._underway)
+                known = await self._journal.find([job.key for job in batch])
+                for job in batch:
+                    if self._gate.stopping is not None:
+                        return
+                    course = None if job.key in self._handled else self._due(job, known.get(job.key))
+                    if course is not None:
+                        await self._let_in(course, jobs)
+
+    def _due(self, job: Job, known: Known | None) -> Course | None:
+        """The job's course where it still has to be driven."""
+        if known is None:
+            return Course(job.key, job)
+        again = self._policy.retry_failed and known.session != self._journal.session
+        if known.state is State.PENDING or (known.state is State.FAILED and again):
+            return Course(job.key, job, known.attempt, state=known.state)
+        return None
+
+    async def _let_in(self, course: Course, jobs: anyio.abc.TaskGroup) -> None:
+        if await self._gate.enter(course):
+            self._handled.add(course.key)
+            self._underway.add(course.key)
+            jobs.start_soon(self._guard, course)
+
+    async def _guard(self, course: Course) -> None:
+        """One task of the run: a disk that refuses ends the run in order, anything else is a defect."""
+        self._observer.happened("started", job=course.key)
+        try:
+            await self.drive(course)
+        except (Held, TurnedBack):
+            pass
+        except StorageError as error:
+            self.stop(Stop.STORAGE, str(error))
+        finally:
+            self._underway.discard(course.key)
+            self._gate.left(course)
+            self._observer.happened("ended", job=course.key)
+
+    # --- one job -----------------------------------------------------------------------------------------
+
+    async def drive(self, course: Course) -> None:
+        """One job's whole life: submit it once, wait for it, keep its answer, store its pictures.
+
+        Raises:
+            Held: the outcome of its submit is unknown, and written down as such.
+            TurnedBack: the run is stopping, and it was not submitted.
+            StorageError: the disk refused.
+        """
+        if course.state is State.FAILED:
+            await self._take_up_again(course)
+        while True:
+            try:
+                ticket = course.ticket or await self._submitted(course)
+                answer = await self._answered(course, ticket)
+                await self._finished(course, answer)
+            except JobFailed as error:
+                if await self._another_attempt(course, error):
+                    continue
+            return
+
+    async def _submitted(self, course: Course) -> Ticket:
+        """Send the submit of this attempt, once, after its intent is durable."""
+        doubtful = course.state in {State.INTENDED, State.UNKNOWN}  # an earlier POST of it may have arrived
+        tries = 0
+        while True:
+            course.body = course.body or await self._body_of(course)
+            if course.state is not State.INTENDED:
+                await self._gate.turn(course)
+                await self._intend(course)
+            tries += 1
+            try:
+                ticket = await self._service.submit(Attempt(course.key, course.attempt, course.body))
+            except CallFailed as error:
+                verdict = judge(error.trouble)
+                doubtful = doubtful or verdict.action is Action.UNKNOWN
+                if doubtful:
+                    await self._doubt(course, verdict, tries)
+                else:
+                    await self._turned_away(course, error.trouble, verdict)
+                continue
+            self._gate.accepted()
+            course.ticket, course.accepted_at, course.state = ticket, self._now(), State.ACCEPTED
+            await self._journal.record(Accepted(course.key, course.accepted_at, ticket))
+            self._observer.happened("accepted", job=course.key, request_id=ticket.request_id)
+            return ticket
+
+    async def _intend(self, course: Course) -> None:
+        course.intended_at = self._now()
+        await self._journal.record(
+            Intended(course.key, course.intended_at, course.attempt, course.body, course.reserved_usd)
+        )
+        course.state = State.INTENDED
+
+    async def _turned_away(self, course: Course, trouble: Trouble, verdict: Verdict) -> None:
+        """A submit that was certainly not accepted: the job failed, the run stops, or it is sent again later."""
+        if verdict.action is Action.JOB_FAILED:
+            raise JobFailed(failure_of(trouble, verdict), new_attempt=verdict.new_attempt)
+        await self._journal.record(Refused(course.key, self._now(), verdict.reason))
+        course.state = State.PENDING
+        self._gate.settle(course, 0.0)
+        if verdict.action is Action.SUBMIT_AGAIN:
+            self._gate.turned_away(verdict, trouble.detail, throttled=trouble.reply is not None)
+            return
+        words = failure_of(trouble, verdict).message
+        self._gate.stop(Stop.ACCOUNT if verdict.action is Action.STOP_ACCOUNT else Stop.TARGET, words)
+        raise TurnedBack
+
+    async def _doubt(self, course: Course, verdict: Verdict, tries: int) -> None:
+        """A submit of unknown outcome: repeat it under the same key where that is safe, else hold it."""
+        if self._policy.idempotent and verdict.action in {Action.UNKNOWN, Action.SUBMIT_AGAIN}:
+            self._gate.notice("unreachable", f"{verdict.reason}; asking again under the same idempotency key")
+            await anyio.sleep((verdict.retry_after or 0.0) + backoff(tries, self._rng))
+            return
+        if verdict.action is Action.STOP_ACCOUNT:
+            self._gate.stop(Stop.ACCOUNT, verdict.reason)
+        await self._journal.record(Lost(course.key, self._now(), verdict.reason))
+        self._hold(course, verdict.reason)
+        raise Held
+
+    def _hold(self, course: Course, reason: str) -> None:
+        self._held += 1
+        self._observer.happened("held", job=course.key, reason=reason)
+
+    async def _body_of(self, course: Course) -> bytes:
+        """The bytes to submit: the job's input, with the uploaded URL where its picture is local."""
+        job = course.job
+        assert job is not None, "a job from the journal brings its body"
+        url = job.input["image_url"] if job.image is None else await self._uploaded(job)
+        return orjson.dumps({**job.input, "image_url": url}, option=orjson.OPT_SORT_KEYS)
+
+    async def _uploaded(self, job: Job) -> str:
+        """The picture's URL at the target; uploaded once, however many jobs wait for it."""
+        image = job.image
+        assert image is not None, "only a local picture is uploaded"
+        name = f"{self._policy.target} {image.sha256}"
+        while (other := self._uploads.get(image.sha256)) is not None:
+            await other.wait()
+        ready = self._uploads[image.sha256] = anyio.Event()
+        try:
+            known = await self._journal.uploaded(name, self._now() - _UPLOAD_VALID)
+            if known is not None:
+                return known
+            picture = await self._images.load(image)
+            url = await reading(
+                lambda: self._service.upload(picture.data, picture.content_type, image.name),
+                self._rng,
+                notice=self._unanswered,
+            )
+            await self._journal.record(Uploaded(name, self._now(), url))
+        except PictureError as error:
+            raise JobFailed(Failed(error.type, str(error))) from error
+        except CallFailed as error:
+            raise JobFailed(failure_of(error.trouble, judge(error.trouble))) from error
+        finally:
+            del self._uploads[image.sha256]
+            ready.set()
+        return url
+
+    async def _answered(self, course: Course, ticket: Ticket) -> Answer:
+        """Wait for the request to end and fetch its output; durable when this returns."""
+        if course.answer is not None:
+            return await self._renewed(course, ticket, course.answer)
+        faults: dict[str, int] = {}
+        pause = 0.0 if course.resumed else self._polls.delay(0.0)
+        while True:
+            await anyio.sleep(pause)
+            status = await self._status(course, ticket)
+            if status.state is not QueueState.COMPLETED:
+                pause = self._polls.delay(self._now() - course.accepted_at)
+                continue
+            try:
+                answer = await self._service.result(ticket)
+            except CallFailed as error:
+                # Read again means: after a fresh status, for a gateway's 503 and a job's own look alike.
+                pause = self._disbelief(error.trouble, faults)
+                continue
+            await self._keep(course, answer)
+            return answer
+
+    def _disbelief(self, trouble: Trouble, faults: dict[str, int]) -> float:
+        """Seconds until the result is asked for again; raises where the fault is the job's own."""
+        kind = kind_of(trouble)
+        faults[kind] = faults.get(kind, 0) + 1
+        verdict = judge(trouble, seen=faults[kind])
+        if verdict.action is not Action.READ_AGAIN:
+            raise JobFailed(failure_of(trouble, verdict), new_attempt=verdict.new_attempt)
+        self._unanswered(verdict)
+        return (verdict.retry_after or 0.0) + backoff(faults[kind], self._rng)
+
+    async def _status(self, course: Course, ticket: Ticket) -> TicketStatus:
+        try:
+            status = await reading(lambda: self._service.status(ticket), self._rng, notice=self._unanswered)
+        except CallFailed as error:
+            raise JobFailed(failure_of(error.trouble, judge(error.trouble))) from error
+        if status.state is not course.seen:
+            self._gate.saw(course, status.state)
+            course.seen = status.state
+        if status.state is not QueueState.COMPLETED:
+            course.unfinished_at = self._now()
+        course.inference_seconds = status.inference_time
+        return status
+
+    async def _keep(self, course: Course, answer: Answer) -> None:
+        """Write the answer down, and what it cost."""
+        at = self._now()
+        if not course.resumed:
+            last = course.unfinished_at
+            self._polls.took(None if last is None else last - course.accepted_at, at - course.accepted_at)
+        total, inference = at - course.intended_at, course.inference_seconds
+        queued = None if inference is None else max(0.0, total - inference)
+        cost = self._gate.settle(course, answer.billable_units)
+        await self._journal.record(Answered(course.key, at, answer, cost, queued, total))
+        course.answer, course.state = answer, State.ANSWERED
+        self._gate.answered(course)
+
+    async def _renewed(self, course: Course, ticket: Ticket, kept: Answer) -> Answer:
+        """A kept answer whose pictures were not stored: fresh URLs where the target still has them."""
+        self._gate.answered(course)
+        try:
+            return await self._service.result(ticket)
+        except CallFailed:
+            return kept
+
+    async def _finished(self, course: Course, answer: Answer) -> None:
+        """Store every picture, then call the job done."""
+        started = anyio.current_time()
+        images: list[StoredImage] = []
+        for said in _images_of(answer):
+            if not self._policy.download:
+                images.append(said)
+                continue
+            async with self._downloads:
+                images.append(await self._stored(said))
+        seconds = anyio.current_time() - started if self._policy.download else None
+        await self._journal.record(Finished(course.key, self._now(), tuple(images), seconds))
+        self._done += 1
+        self._observer.happened("done", job=course.key, attempt=course.attempt, images=[i.path for i in images])
+
+    async def _stored(self, said: StoredImage) -> StoredImage:
+        """Download, verify by decoding, store. A damaged file is fetched again: transfers break."""
+        tries = 0
+        while True:
+            tries += 1
+            try:
+                data = await reading(lambda: self._service.download(said.url), self._rng, notice=self._unanswered)
+                kept = await self._images.store(data)
+            except CallFailed as error:
+                verdict = judge(error.trouble)
+                raise JobFailed(Failed("result_file_gone", f"{said.url[:200]}: {verdict.reason}")) from error
+            except PictureError as error:
+                if tries >= _DOWNLOAD_TRIES:
+                    raise JobFailed(Failed("result_file_damaged", f"{said.url[:200]}: {error}")) from error
+                await anyio.sleep(backoff(tries, self._rng))
+                continue
+            return _joined(said, kept)
+
+    # --- the ends ----------------------------------------------------------------------------------------
+
+    async def _another_attempt(self, course: Course, error: JobFailed) -> bool:
+        """Write the failure down; whether a new attempt follows, and its pause is over."""
+        failure = error.failure
+        # What was never accepted costs nothing; what was, costs what the service says or was reserved.
+        units = failure.billable_units if course.state is State.ACCEPTED else 0.0
+        cost = self._gate.settle(course, units)
+        await self._journal.record(FailedForGood(course.key, self._now(), failure, cost))
+        said = {"job": course.key, "error_type": failure.error_type, "message": failure.message}
+        if error.new_attempt and course.attempt < self._policy.attempts and self._gate.stopping is None:
+            await self._take_up_again(course)
+            self._observer.happened("retried", attempt=course.attempt, **said)
+            await anyio.sleep(backoff(course.attempt, self._rng, base=1.0))
+            return True
+        self._failed += 1
+        self._observer.happened("failed", attempt=course.attempt, **said)
+        self._stop_if_all_fails(failure)
+        return False
+
+    async def _take_up_again(self, course: Course) -> None:
+        await self._journal.record(Retried(course.key, self._now()))
+        course.renew()
+
+    def _stop_if_all_fails(self, last: Failed) -> None:
+        ended = self._done + self._failed
+        share, most = self._policy.max_failure_share, self._policy.max_failures
+        too_many = most is not None and self._failed > most
+        too_large = share is not None and ended >= _JUDGE_FAILURES_FROM and self._failed > share * ended
+        if too_many or too_large:
+            self._gate.stop(Stop.FAILURES, f"{self._failed} of {ended} jobs failed, the last with {last.error_type}")
+
+    def _unanswered(self, verdict: Verdict) -> None:
+        self._gate.notice("unreachable", f"a read was answered by {verdict.reason}; it is read again")
+
+
+def _joined(said: StoredImage, kept: StoredImage) -> StoredImage:
+    """What the endpoint said of a picture, and what its bytes proved."""
+    return StoredImage(
+        url=said.url,
+        width=kept.width,
+        height=kept.height,
+        content_type=said.content_type or kept.content_type,
+        file_name=said.file_name,
+        file_size=kept.file_size,
+        path=kept.path,
+        sha256=kept.sha256,
+    )
+
+
+def _images_of(answer: Answer) -> list[StoredImage]:
+    """What the output says of its pictures. Its shape was checked when it was read."""
+    images = answer.output.get("images")
+    found: list[StoredImage] = []
+    for image in images if isinstance(images, list) else []:
+        assert isinstance(image, dict), "checked against the endpoint's schema"
+        found.append(StoredImage(**{name: image.get(name) for name in _SAID}))  # type: ignore[arg-type]  # likewise
+    return found
+
+
+_SAID = ("url", "width", "height", "content_type", "file_name", "file_size")

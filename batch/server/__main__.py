@@ -1,0 +1,75 @@
+"""`python -m batch.server`: the embedded endpoint's process.
+
+Says where it listens as one JSON line on standard output, logs to standard error, and with `--with-parent` ends when
+its standard input closes: whatever becomes of the process that started it, even kill -9, it is not left behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+from batch.errors import InputError, RestyleError
+from batch.server.serve import ServeOptions, run_server
+
+__all__ = ["main"]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a server; the process's exit code."""
+    parser = argparse.ArgumentParser(prog="python -m batch.server", description="The endpoint, on your own machine.")
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=0, help="0: the last one, if it is free, else any")
+    parser.add_argument("--engine", default="preview")
+    parser.add_argument("--slots", type=int, default=None)
+    parser.add_argument("--service-time", type=float, default=0.0, help="seconds that a job of echo takes")
+    parser.add_argument("--with-parent", action="store_true", help="end when standard input closes")
+    given = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    options = ServeOptions(
+        data_dir=given.data_dir,
+        host=given.host,
+        port=given.port,
+        engine=given.engine,
+        slots=given.slots,
+        service_time=given.service_time,
+    )
+    try:
+        run_server(options, ready=_say, stop=partial(_stop_event, with_parent=given.with_parent))
+    except RestyleError as error:
+        sys.stderr.write(f"{error}\n")
+        return int(error.exit_code)
+    return 0
+
+
+def _say(url: str) -> None:
+    sys.stdout.write(json.dumps({"url": url, "pid": os.getpid()}) + "\n")
+    sys.stdout.flush()
+
+
+def _stop_event(*, with_parent: bool) -> asyncio.Event:
+    stop = asyncio.Event()
+    if with_parent:
+        loop, stdin = asyncio.get_running_loop(), sys.stdin.fileno()
+
+        def read() -> None:
+            if not os.read(stdin, 4096):
+                loop.remove_reader(stdin)
+                stop.set()
+
+        try:
+            loop.add_reader(stdin, read)
+        except (OSError, ValueError) as error:
+            raise InputError(f"--with-parent needs a pipe as standard input: {error}") from error
+    return stop
+
+
+if __name__ == "__main__":
+    sys.exit(main())

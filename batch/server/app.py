@@ -1,0 +1,245 @@
+"""The HTTP face of the queue: parse a request, ask the service, answer. Owns routes, limits and error answers.
+
+Decides nothing about requests (that is the broker) and knows no wire shapes (they are `batch.fal.protocol`'s and
+`answers`'). Every error answer is JSON with an `x-fal-request-id`, which stops the official Python client from
+taking it for a proxy's.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TypeAlias
+
+import orjson
+from aiohttp import web
+
+from batch.errors import StorageError
+from batch.fal import protocol
+from batch.fal.endpoint import APP_ID
+from batch.fal.protocol import Address, Malformed, Operation, Reply
+from batch.model import AppId, RequestId
+from batch.server import answers, uploads
+from batch.server.records import Ending, Priority
+from batch.server.service import Known, QueueFull, QueueService, Wishes
+
+__all__ = ["BODY_LIMIT_BYTES", "Handler", "application", "response"]
+
+_log = logging.getLogger(__name__)
+
+BODY_LIMIT_BYTES = 72 * 2**20
+"""Of a submit: a source picture of 50 MiB as a data URI, and the rest."""
+KEEP_ALIVE_SECONDS = 5.0
+"""Of a status stream: clients want a sign of life every 10 s."""
+_TRUE = frozenset({"1", "true", "yes"})
+_READS = frozenset({"GET", "HEAD"})
+
+Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def application(service: QueueService, app_id: AppId = APP_ID) -> web.Application:
+    """The server's routes. Paths that have none of their own belong to the queue."""
+    face = _Face(service, app_id)
+    app = web.Application(client_max_size=BODY_LIMIT_BYTES)
+    guarded = face.guarded
+    app.router.add_get("/health", guarded(face.health))
+    app.router.add_post("/run/{app:.+}", guarded(face.run))
+    for method, path, handler in uploads.routes(service):
+        app.router.add_route(method, path, guarded(handler))
+    app.router.add_route("*", "/{path:.*}", guarded(face.queue))
+    return app
+
+
+def response(reply: Reply) -> web.Response:
+    """A protocol reply as aiohttp sends it."""
+    return web.Response(status=reply.status, body=reply.body, headers=reply.headers)
+
+
+class _Face:
+    """The handlers, with what they need."""
+
+    def __init__(self, service: QueueService, app_id: AppId) -> None:
+        self._service = service
+        self._app_id = app_id
+        self._owner, self._alias, _ = protocol.split_app(app_id)
+
+    def guarded(self, handler: Handler) -> Handler:
+        """Turn what a handler raises into an answer."""
+
+        async def handle(request: web.Request) -> web.StreamResponse:
+            try:
+                return await handler(request)
+            except StorageError as error:
+                return self._refuse(503, str(error), "internal_error")
+            except web.HTTPException as error:
+                return self._refuse(error.status, error.text or error.reason)
+            except ConnectionError:
+                raise  # the client has gone: there is nobody to answer
+            except Exception:  # the boundary between one call and the server
+                _log.exception("%s %s failed in a way that nobody foresaw", request.method, request.path)
+                return self._refuse(500, "Internal Server Error", "internal_error")
+
+        return handle
+
+    async def health(self, _: web.Request) -> web.Response:
+        """What runs here and how much of it."""
+        info, counts = self._service.engine, self._service.statistics()
+        body = {
+            "engine": info.name,
+            "model": info.model,
+            "revision": info.revision,
+            "safety_checker": info.safety_checker or "not checked",
+            "safety_checked": info.safety_checker is not None,
+            "slots": info.slots,
+            "queue_depth": counts.waiting,
+            "running": counts.running,
+            "accepted": counts.accepted,
+            "submit_posts": self._service.submit_posts,
+        }
+        return web.Response(body=orjson.dumps(body), content_type=protocol.CONTENT_JSON)
+
+    async def queue(self, request: web.Request) -> web.StreamResponse:
+        """Everything below an app id."""
+        address = protocol.parse_path(request.path)
+        if address is None:
+            return self._refuse(404, f"Path {request.path} not found", **{protocol.BILLABLE_UNITS: "0"})
+        allowed = {Operation.SUBMIT: {"POST"}, Operation.CANCEL: {"PUT", "POST"}}.get(address.operation, _READS)
+        if request.method not in allowed:
+            return self._refuse(405, f"{request.method} is not allowed here, {' or '.join(sorted(allowed))} is")
+        if address.operation is Operation.SUBMIT:
+            return await self._submit(request, address.app)
+        return await self._read(request, address)
+
+    async def run(self, request: web.Request) -> web.StreamResponse:
+        """The direct call: the output on the same connection. A lost connection does not cancel the work."""
+        accepted = await self._accept(request, AppId(request.match_info["app"].strip("/")))
+        if isinstance(accepted, web.Response):
+            return accepted
+        known = await self._service.find(accepted)
+        while known is not None and not isinstance(known.state, Ending):
+            if self._service.stopping:
+                return self._refuse(503, "The server goes down; the request stays queued", "runner_disconnected")
+            await self._service.changed(accepted, KEEP_ALIVE_SECONDS)
+            known = await self._service.find(accepted)
+        assert known is not None, "it was accepted"
+        return await self._result(request, accepted, known)
+
+    # --- submit -------------------------------------------------------------------------------------------
+
+    async def _submit(self, request: web.Request, app: AppId) -> web.Response:
+        accepted = await self._accept(request, app)
+        if isinstance(accepted, web.Response):
+            return accepted
+        return response(protocol.accepted_reply(_base(request), app, accepted, self._service.position(accepted)))
+
+    async def _accept(self, request: web.Request, app: AppId) -> RequestId | web.Response:
+        """The id of the accepted request, or the answer that refuses it."""
+        self._service.submit_posts += 1
+        if app != self._app_id:
+            return self._unknown_app(app)
+        try:
+            admission = await self._service.submit(app, await request.read(), _wishes(request))
+        except web.HTTPRequestEntityTooLarge:
+            limit = BODY_LIMIT_BYTES // 2**20
+            return self._refuse(413, f"The body is larger than {limit} MiB; upload the picture and send its URL")
+        except Malformed as error:
+            errors = [answers.model_error("json_invalid", str(error), ("body",), {}, None)]
+            return response(protocol.model_error_reply(422, errors, self._service.new_id()))
+        except QueueFull as full:
+            return self._refuse(429, f"Not accepted: {full}")
+        if not admission.same_input:
+            message = "This Idempotency-Key was used before with another input; use a new key for a new request"
+            errors = [answers.model_error("idempotency_key_reused", message, ("header", "idempotency-key"), {}, None)]
+            return response(protocol.model_error_reply(422, errors, self._service.new_id()))
+        return admission.request_id
+
+    def _unknown_app(self, app: AppId) -> web.Response:
+        owner, alias, path = protocol.split_app(app) if "/" in app else protocol.App(app, "", "")
+        if (owner, alias) == (self._owner, self._alias):
+            return self._refuse(404, f"Path /{path} not found", **{protocol.BILLABLE_UNITS: "0"})
+        return self._refuse(404, f'Application "{app}" not found; this server has {self._app_id}')
+
+    # --- reads --------------------------------------------------------------------------------------------
+
+    async def _read(self, request: web.Request, address: Address) -> web.StreamResponse:
+        request_id = address.request_id
+        assert request_id is not None, "only a submit has none"
+        known = await self._service.find(request_id) if len(request_id) == 36 else None
+        if known is None or protocol.split_app(address.app)[:2] != (self._owner, self._alias):
+            return response(answers.not_found_reply(self._service.new_id()))
+        match address.operation:
+            case Operation.STATUS:
+                return self._status(request, request_id, known)
+            case Operation.STREAM:
+                return await self._stream(request, request_id, known)
+            case Operation.CANCEL:
+                outcome = await self._service.cancel(request_id)
+                return response(protocol.cancel_reply(outcome, request_id))
+            case _:
+                return await self._result(request, request_id, known)
+
+    def _status(self, request: web.Request, request_id: RequestId, known: Known) -> web.Response:
+        logs = _wants_logs(request)
+        return response(answers.status_reply(_base(request), known.app, request_id, known.state, logs=logs))
+
+    async def _result(self, request: web.Request, request_id: RequestId, known: Known) -> web.Response:
+        if not isinstance(known.state, Ending):
+            return response(answers.still_running_reply(request_id))
+        inlined = await self._service.inlined(known.state) if known.state.inline else None
+        return response(answers.result_reply(_base(request), known.state, self._service.engine.name, inlined))
+
+    async def _stream(self, request: web.Request, request_id: RequestId, known: Known | None) -> web.StreamResponse:
+        """Server-sent events: one at each change, a comment in silence, the end after COMPLETED."""
+        stream = web.StreamResponse(
+            headers={
+                "content-type": "text/event-stream",
+                "cache-control": "no-cache",
+                protocol.REQUEST_ID: request_id,
+            }
+        )
+        await stream.prepare(request)
+        logs, base, last = _wants_logs(request), _base(request), b""
+        while known is not None:
+            body = answers.status_reply(base, known.app, request_id, known.state, logs=logs).body
+            await stream.write(b"data: " + body + b"\n\n" if body != last else b": still here\n\n")
+            if isinstance(known.state, Ending) or self._service.stopping:
+                break
+            last = body
+            await self._service.changed(request_id, KEEP_ALIVE_SECONDS)
+            known = await self._service.find(request_id)
+        await stream.write_eof()
+        return stream
+
+    def _refuse(self, status: int, detail: str, error_type: str | None = None, **headers: str) -> web.Response:
+        new_id = self._service.new_id()
+        return response(protocol.request_error_reply(status, error_type, detail, new_id, **headers))
+
+
+def _base(request: web.Request) -> str:
+    """Scheme and host as the caller sees them: the URLs that he gets work for him."""
+    return f"{request.scheme}://{request.host}"
+
+
+def _wants_logs(request: web.Request) -> bool:
+    return bool(request.query_string) and request.query.get("logs", "").lower() in _TRUE
+
+
+def _wishes(request: web.Request) -> Wishes:
+    headers = request.headers
+    limit = request.query.get("fal_max_queue_length", "") if request.query_string else ""
+    return Wishes(
+        idempotency_key=headers.get(protocol.IDEMPOTENCY_KEY),
+        priority=Priority.LOW if headers.get("x-fal-queue-priority") == "low" else Priority.NORMAL,
+        start_timeout=_start_timeout(headers),
+        queue_limit=int(limit) if limit.isdecimal() else None,
+    )
+
+
+def _start_timeout(headers: Mapping[str, str]) -> float | None:
+    """Seconds; the newer name wins over the one that all released clients still send. Nonsense is no deadline."""
+    text = headers.get("x-fal-request-start-timeout") or headers.get("x-fal-request-timeout")
+    try:
+        seconds = float(text) if text else 0.0
+    except ValueError:
+        return None
+    return seconds if 0.1 < seconds < 1e9 else None

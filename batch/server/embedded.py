@@ -1,0 +1,185 @@
+"""The embedded endpoint: our server as a child process of a run, started, watched and ended with it.
+
+Owns the child. It listens on loopback, works in a process group of its own (Ctrl-C at the terminal reaches the run
+alone, which then collects what is in flight), and ends when its standard input closes, which the kernel does even for
+a parent that was killed. A child that dies is started again on the same port: URLs and request ids stay good.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import anyio
+from anyio.abc import Process
+
+from batch.errors import RestyleError, StoppedEarly
+
+__all__ = ["Endpoint", "embedded_endpoint"]
+
+START_SECONDS = 60.0
+"""How long a child may take until it answers: an engine may have to load a model."""
+STOP_SECONDS = 10.0
+"""How long a child may take to end when it is asked to; then it is killed."""
+RESTARTS = 5
+RESTART_WINDOW_SECONDS = 60.0
+_LINES_SHOWN = 8
+
+
+@dataclass(slots=True)
+class Endpoint:
+    """A running embedded endpoint."""
+
+    url: str
+    """`http://127.0.0.1:PORT`; it does not change while the endpoint runs."""
+    pid: int
+    """Of the present child."""
+    restarts: int = 0
+    """Children that died and were replaced."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Command:
+    """How to start the child."""
+
+    data_dir: Path
+    engine: str
+    slots: int | None
+    service_time: float
+    log_path: Path
+
+    def line(self, port: int) -> list[str]:
+        options = ["--data-dir", str(self.data_dir), "--engine", self.engine, "--port", str(port)]
+        if self.slots is not None:
+            options += ["--slots", str(self.slots)]
+        options += ["--service-time", str(self.service_time), "--with-parent"]
+        return [sys.executable, "-m", "batch.server", *options]
+
+
+@asynccontextmanager
+async def embedded_endpoint(
+    data_dir: Path, engine: str, slots: int | None, service_time: float, log_path: Path | None = None
+) -> AsyncIterator[Endpoint]:
+    """Run the endpoint as a child process while the block lasts.
+
+    Args:
+        data_dir: where its queue, files and last port are kept; requests of an earlier run go on.
+        engine: `preview` or `echo`.
+        slots: requests executed at once; None: what suits the engine.
+        service_time: seconds that a job of `echo` takes.
+        log_path: the child's log is appended here; None: `data_dir/server.log`.
+
+    Raises:
+        RestyleError: the child did not start; the last lines of its log are in the message.
+        StoppedEarly: it died more than `RESTARTS` times a minute.
+    """
+    await anyio.Path(data_dir).mkdir(parents=True, exist_ok=True)
+    command = _Command(data_dir, engine, slots, service_time, log_path or data_dir / "server.log")
+    with command.log_path.open("ab") as log:
+        child, endpoint = await _start(command, 0, log)
+        holder = _Holder(child)
+        failure: BaseException | None = None
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(_supervise, command, holder, endpoint, log)
+                try:
+                    yield endpoint
+                except Exception as error:  # the block's own: it must leave as it came, not in the group's wrapping
+                    failure = error
+                tasks.cancel_scope.cancel()
+        except BaseExceptionGroup as group:
+            # Only the supervisor is left in the group; what it raises ends the run.
+            raise group.exceptions[0] from None
+        finally:
+            await _end(holder.child)
+        if failure is not None:
+            raise failure
+
+
+@dataclass(slots=True)
+class _Holder:
+    child: Process
+
+
+async def _supervise(command: _Command, holder: _Holder, endpoint: Endpoint, log: IO[bytes]) -> None:
+    """Replace a child that dies, on the port that its callers know."""
+    port = int(endpoint.url.rpartition(":")[2])
+    deaths: deque[float] = deque(maxlen=RESTARTS)
+    while True:
+        code = await holder.child.wait()
+        await holder.child.aclose()
+        now = anyio.current_time()
+        earliest = deaths[0] if len(deaths) == RESTARTS else -math.inf
+        if now - earliest < RESTART_WINDOW_SECONDS:
+            raise StoppedEarly(_given_up(code, command.log_path))
+        deaths.append(now)
+        holder.child, replaced = await _start(command, port, log)
+        endpoint.pid, endpoint.restarts = replaced.pid, endpoint.restarts + 1
+
+
+async def _start(command: _Command, port: int, log: IO[bytes]) -> tuple[Process, Endpoint]:
+    seen = command.log_path.stat().st_size
+    child = await anyio.open_process(command.line(port), stderr=log, start_new_session=True)
+    try:
+        with anyio.fail_after(START_SECONDS):
+            said = json.loads(await _first_line(child))
+    except BaseException as error:
+        await _end(child, STOP_SECONDS if isinstance(error, ValueError) else 0.0)
+        if isinstance(error, ValueError | TimeoutError):
+            what = (
+                f"within {START_SECONDS:.0f} s"
+                if isinstance(error, TimeoutError)
+                else f"(exit code {child.returncode})"
+            )
+            lines = _last_lines(command.log_path, seen)
+            raise RestyleError(
+                f"the embedded endpoint did not start {what}; see {command.log_path}\n{lines}"
+            ) from error
+        raise
+    return child, Endpoint(said["url"], said["pid"])
+
+
+async def _first_line(child: Process) -> bytes:
+    """The child's one line; what came of it where the child ended before."""
+    assert child.stdout is not None, "it is a pipe"
+    line = b""
+    async for chunk in child.stdout:
+        line += chunk
+        if b"\n" in chunk:
+            break
+    return line
+
+
+async def _end(child: Process, grace: float = STOP_SECONDS) -> None:
+    """Close its standard input, which asks it to end; kill it if it does not."""
+    with anyio.CancelScope(shield=True):
+        if child.stdin is not None:
+            await child.stdin.aclose()
+        with anyio.move_on_after(grace):
+            await child.wait()
+        if child.returncode is None:
+            child.kill()
+        await child.wait()
+        await child.aclose()
+
+
+def _given_up(code: int, log_path: Path) -> str:
+    return (
+        f"the embedded endpoint died {RESTARTS + 1} times within {RESTART_WINDOW_SECONDS:.0f} s, last with exit code "
+        f"{code}; see {log_path}, then run the same command again\n{_last_lines(log_path, 0)}"
+    )
+
+
+def _last_lines(log_path: Path, since: int) -> str:
+    """The end of what the child has logged after byte `since`."""
+    with log_path.open("rb") as file:
+        file.seek(max(since, log_path.stat().st_size - 8192))
+        lines = file.read().decode("utf-8", "replace").splitlines()
+    return "\n".join(lines[-_LINES_SHOWN:])

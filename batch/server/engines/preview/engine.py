@@ -1,0 +1,48 @@
+"""The preview engine: a pool of processes, one a core, that render previews. Imports no OpenCV itself."""
+
+from __future__ import annotations
+
+from batch.server.engines.base import Cancelled, EngineInfo, EngineJob, EngineResult, OnStep
+from batch.server.engines.workers import WorkerPool, WorkerStatistics
+
+__all__ = ["PreviewEngine"]
+
+_RENDERER = "batch.server.engines.preview.renderer:open_renderer"
+
+
+class PreviewEngine:
+    """Filters instead of a model; see the package.
+
+    Args:
+        slots: pictures rendered at once, each in a process of its own; None: one a core.
+    """
+
+    def __init__(self, slots: int | None = None) -> None:
+        self._pool = WorkerPool(_RENDERER, size=slots)
+
+    def info(self) -> EngineInfo:
+        """What this engine is."""
+        return EngineInfo(
+            name="preview",
+            model="none (OpenCV filters that show how a batch will look)",
+            revision="1",
+            safety_checker=None,
+            slots=self._pool.size,
+            fetches_source=True,
+        )
+
+    def statistics(self) -> WorkerStatistics:
+        """Counts of worker processes."""
+        return self._pool.statistics()
+
+    async def start(self) -> None:
+        """Start one worker and return while it loads; more start as jobs need them."""
+        await self._pool.start()
+
+    async def aclose(self) -> None:
+        """End all workers."""
+        await self._pool.aclose()
+
+    async def generate(self, job: EngineJob, on_step: OnStep, cancelled: Cancelled) -> EngineResult:
+        """Render one job's previews; see `Engine.generate` for the errors."""
+        return await self._pool.run(job, on_step, cancelled)

@@ -1,0 +1,81 @@
+"""Random fields: noise, grain, distance from the border. Every number comes from the generator given.
+
+Pixels are float32; a field has the picture's height and width and no channels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, TypeAlias
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Array", "clouds", "coordinates", "generator", "grain", "ragged_border", "smear", "warp"]
+
+Array: TypeAlias = npt.NDArray[Any]
+"""uint8 for pictures (BGR), float32 for fields."""
+
+
+def generator(seed: int, prompt: str) -> np.random.Generator:
+    """The same stream for the same seed and prompt, on every machine. Any integer seed."""
+    digest = hashlib.sha256(f"{seed}\0{prompt}".encode()).digest()
+    return np.random.Generator(np.random.Philox(key=np.frombuffer(digest[:16], np.uint64)))
+
+
+def coordinates(height: int, width: int) -> tuple[Array, Array]:
+    """Columns and rows, x and y, of each pixel; they broadcast to the whole field."""
+    return np.arange(width, dtype=np.float32)[None, :], np.arange(height, dtype=np.float32)[:, None]
+
+
+def clouds(rng: np.random.Generator, height: int, width: int, cells: int, octaves: int = 1) -> Array:
+    """Smooth noise of about -1 to 1; `cells` soft spots along the long side, half their size each octave."""
+    field = np.zeros((height, width), np.float32)
+    for octave in range(octaves):
+        across = cells * 2**octave / max(height, width)
+        grid = rng.random((max(2, round(across * height)) + 3, max(2, round(across * width)) + 3), dtype=np.float32)
+        spots = cv2.resize(grid, (width, height), interpolation=cv2.INTER_CUBIC)
+        field += (spots * 2 - 1) * 0.5**octave
+    return field / np.float32(2 - 0.5 ** (octaves - 1))
+
+
+def grain(rng: np.random.Generator, height: int, width: int, size_px: float) -> Array:
+    """Fine noise of -1 to 1, blurred to grains of about `size_px`."""
+    shape = (int(height / size_px) + 1, int(width / size_px) + 1)
+    coarse = rng.integers(0, 256, shape, dtype=np.uint8)
+    field = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_LINEAR)
+    return field.astype(np.float32) / 127.5 - 1
+
+
+def shift(picture: Array, dx: Array, dy: Array) -> Array:
+    """Each pixel fetched from (x + dx, y + dy)."""
+    height, width = picture.shape[:2]
+    x, y = coordinates(height, width)
+    return cv2.remap(picture, x + dx, y + dy, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
+
+
+def warp(picture: Array, rng: np.random.Generator, amount_px: float, cells: int) -> Array:
+    """Bend a picture by smooth noise, as a hand does."""
+    height, width = picture.shape[:2]
+    dx, dy = (amount_px * clouds(rng, height, width, cells, 2) for _ in range(2))
+    return shift(picture, dx, dy)
+
+
+def smear(picture: Array, along: tuple[Array, Array], steps: int, step_px: float) -> Array:
+    """Average along a direction field, to both sides: strokes out of noise, brushed colour out of a picture."""
+    total = picture.astype(np.float32)
+    source = total.copy()
+    for step in range(1, steps + 1):
+        for way in (-1, 1):
+            total += shift(source, along[0] * (way * step * step_px), along[1] * (way * step * step_px))
+    return total / (2 * steps + 1)
+
+
+def ragged_border(rng: np.random.Generator, height: int, width: int, margin: float) -> Array:
+    """0 on the edge, 1 inside, with a ragged shore in between; `margin` as a share of the shorter side."""
+    x, y = coordinates(height, width)
+    near_x, near_y = np.minimum(x, width - 1 - x), np.minimum(y, height - 1 - y)
+    depth = np.minimum(near_x, near_y) / min(height, width)
+    shore = depth - margin + margin * 0.9 * clouds(rng, height, width, 9, 4)
+    return np.asarray(np.clip(shore / (margin * 0.35), 0, 1))

@@ -1,0 +1,185 @@
+"""Picture bytes in and out: what a user sent becomes RGB at output size, a result becomes JPEG or PNG.
+
+Owns the rules of size, rotation, colour and refusal that every engine with a picture shares. Refuses to know
+where bytes come from. Errors are the endpoint's own (`image_load_error`, `image_too_small`, `image_too_large`).
+Colour profiles are not applied: numbers are read as sRGB.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from typing import Literal, NamedTuple
+
+import numpy as np
+from PIL import Image, PngImagePlugin
+
+from batch.server.engines.base import EngineFailure, EnginePicture
+
+__all__ = ["MAX_AREA_PX", "MAX_SOURCE_PX", "MIN_SOURCE_SIDE_PX", "Size", "encode", "output_size", "read_source"]
+
+MAX_AREA_PX = 1440 * 1440
+"""Of a result, about 2 megapixels."""
+MAX_SOURCE_PX = 100_000_000
+"""Of a source picture; above it the picture is refused before it is decoded."""
+MIN_SOURCE_SIDE_PX = 16
+"""A source with a shorter side shows nothing that could be restyled: most often it is a tracking pixel."""
+
+_GRID_PX = 16  # FLUX packs 8 px latents two by two
+_MIN_SIDE_PX = 256
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "MPO", "TIFF", "BMP")
+_ROTATIONS = {  # EXIF orientation, tag 0x0112
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class Size(NamedTuple):
+    """Sides in pixels."""
+
+    width: int
+    height: int
+
+
+def output_size(width: int, height: int) -> Size:
+    """Size of the result for a source of this size.
+
+    Sources above 1440x1440 px of area are scaled down to it, those with a side under 256 up, both keeping
+    their aspect; then each side goes to the nearest multiple of 16. Sides are never under 256 and the area
+    is never above the limit: where a long strip cannot have both, its long side gives way.
+    """
+    scale = min(1.0, math.sqrt(MAX_AREA_PX / (width * height)))
+    scale = max(scale, _MIN_SIDE_PX / min(width, height))
+    sides = [max(_MIN_SIDE_PX, round(side * scale / _GRID_PX) * _GRID_PX) for side in (width, height)]
+    if sides[0] * sides[1] > MAX_AREA_PX:
+        long = 0 if sides[0] >= sides[1] else 1
+        sides[long] = MAX_AREA_PX // sides[1 - long] // _GRID_PX * _GRID_PX
+    return Size(*sides)
+
+
+def read_source(data: bytes, max_pixels: int = MAX_SOURCE_PX) -> Image.Image:
+    """The picture in `data` as RGB at output size.
+
+    Rotated as its EXIF says, first frame of an animation, alpha over white. `max_pixels` above Pillow's own
+    limit (about 179 million) have no effect.
+
+    Raises:
+        EngineFailure: 422 with `image_load_error`, `image_too_small` or `image_too_large`.
+    """
+    image = _open(data, max_pixels)
+    try:
+        rotation = _ROTATIONS.get(_orientation(image))
+        width, height = image.size
+        # A JPEG may decode itself at 1/2, 1/4 or 1/8 where that is still enough: less memory, less time.
+        image.draft(None, output_size(width, height))
+        rgb = _to_rgb(image)
+        if rotation is not None:
+            rgb = rgb.transpose(rotation)
+            width, height = (height, width) if rotation in _TURNED else (width, height)
+        size = output_size(width, height)
+        return rgb if rgb.size == size else rgb.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders of foreign bytes raise anything, from OSError to IndexError
+        raise _unreadable(f"cannot be decoded ({_reason(error)})") from error
+
+
+_TURNED = frozenset(
+    {
+        Image.Transpose.ROTATE_90,
+        Image.Transpose.ROTATE_270,
+        Image.Transpose.TRANSPOSE,
+        Image.Transpose.TRANSVERSE,
+    }
+)
+
+
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    """Read the header only, and refuse by it."""
+    Image.init()
+    known = [name for name in _FORMATS if name in Image.OPEN]
+    try:
+        with warnings.catch_warnings():
+            # Our own limit stands below; Pillow's warning would only repeat it.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=known)
+    except Image.DecompressionBombError as error:
+        raise _too_large(str(error), max_pixels) from error
+    except Exception as error:  # decoders of foreign bytes raise anything
+        start = data[:12].hex(" ") if data else "no bytes at all"
+        raise _unreadable(f"is none that we can read (it starts with {start}); use JPEG, PNG or WebP") from error
+    width, height = image.size
+    if width * height > max_pixels:
+        raise _too_large(f"{width}x{height} px are {width * height / 1e6:.0f} megapixels", max_pixels)
+    if min(width, height) < MIN_SOURCE_SIDE_PX:
+        least = MIN_SOURCE_SIDE_PX
+        message = f"the source picture is {width}x{height} px; each side must have {least} at least"
+        raise EngineFailure(422, "image_too_small", message, ctx={"min_width": least, "min_height": least})
+    return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Decode and convert; numbers of more than 8 bits are scaled, not clipped."""
+    image.load()
+    if image.mode in {"I", "F"} or image.mode.startswith("I;"):
+        image = Image.fromarray(_eight_bits(np.asarray(image)))
+    if image.has_transparency_data:
+        over = image.convert("RGBA")
+        paper = Image.new("RGBA", over.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(paper, over)
+    return image.convert("RGB")
+
+
+def _eight_bits(values: np.ndarray) -> np.ndarray:
+    """Grey levels of any depth to 0-255.
+
+    The depth is not written down for floats and 32-bit integers: the narrowest usual range that holds the
+    brightest pixel is taken.
+    """
+    levels = np.nan_to_num(values.astype(np.float64), posinf=0.0, neginf=0.0).clip(min=0)
+    brightest = float(levels.max(initial=0))
+    if np.issubdtype(values.dtype, np.floating):
+        full = next((top for top in (1.0, 255.0, 65535.0) if brightest <= top), brightest)
+    else:
+        full = 65535.0 if brightest <= 65535 else brightest
+    return np.asarray(np.rint(levels * (255.0 / full)), np.uint8)
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 (upright) where there is none or it cannot be read: a picture is worth more."""
+    try:
+        return int(image.getexif().get(0x0112, 1))
+    except Exception:  # foreign bytes
+        return 1
+
+
+def encode(image: Image.Image, output_format: Literal["jpeg", "png"], note: str) -> EnginePicture:
+    """JPEG at quality 95 or PNG at compression level 1, with `note` as JPEG comment or PNG text."""
+    buffer = io.BytesIO()
+    if output_format == "png":
+        text = PngImagePlugin.PngInfo()
+        text.add_itxt("Comment", note)
+        image.save(buffer, "PNG", compress_level=1, pnginfo=text)
+    else:
+        image.save(buffer, "JPEG", quality=95, comment=note.encode())
+    return EnginePicture(buffer.getvalue(), f"image/{output_format}", *image.size)
+
+
+def _unreadable(what: str) -> EngineFailure:
+    return EngineFailure(422, "image_load_error", f"the source picture {what}")
+
+
+def _too_large(what: str, max_pixels: int) -> EngineFailure:
+    side = math.isqrt(max_pixels)
+    message = f"the source picture is too large: {what}; at most {max_pixels / 1e6:g} megapixels are read"
+    return EngineFailure(422, "image_too_large", message, ctx={"max_width": side, "max_height": side})
+
+
+def _reason(error: Exception) -> str:
+    return (str(error) or type(error).__name__)[:200]

@@ -1,0 +1,108 @@
+"""What the server remembers of a request: how it came in and how it ended. Pure values.
+
+Instants are Unix seconds, durations seconds. Nothing here knows where a record is kept or how it is answered.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import NamedTuple
+
+from batch.model import AppId, RequestId
+
+__all__ = ["Admission", "Ending", "LogLine", "Priority", "Recovered", "Stored", "Submission", "uuid7"]
+
+
+class Priority(IntEnum):
+    """`low` waits behind every normal request. Kept by the store as these numbers."""
+
+    NORMAL = 0
+    LOW = 1
+
+
+class LogLine(NamedTuple):
+    """One line of a request's log."""
+
+    at: float
+    level: str
+    """`INFO`, `ERROR`, ..., as the wire names them."""
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A request as it was accepted."""
+
+    request_id: RequestId
+    app: AppId
+    accepted_at: float
+    body: bytes = field(repr=False)
+    """The input as JSON. Pictures that came inside it lie in the storage; their `/files/...` path stands here."""
+    digest: bytes = field(default=b"", repr=False)
+    """Of app and input as they were received: what an idempotency key is compared with."""
+    idempotency_key: str | None = None
+    priority: Priority = Priority.NORMAL
+    start_by: float | None = None
+    """If it was not started by then it ends with 504."""
+
+
+class Admission(NamedTuple):
+    """What became of a submission."""
+
+    request_id: RequestId
+    """Its own, or that of the earlier request with the same idempotency key."""
+    fresh: bool
+    """False: a repeat, nothing was added."""
+    same_input: bool = True
+    """False: the idempotency key was used before with another input."""
+
+
+class Recovered(NamedTuple):
+    """A request that had not ended when the server stopped."""
+
+    request_id: RequestId
+    app: AppId
+    priority: Priority
+    start_by: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a request ended: what its result URL answers from now on."""
+
+    request_id: RequestId
+    app: AppId
+    ended_at: float
+    status: int
+    """HTTP status of the result: 200, 422, 499, 500, 504, ..."""
+    payload: bytes = field(repr=False)
+    """JSON body of the result. Pictures stand in it as `/files/...` paths: a server may move to another port."""
+    started_at: float | None = None
+    inference_time: float | None = None
+    billable_units: float = 0.0
+    error_type: str | None = None
+    """Set for infrastructure errors only; a model error names itself in its payload."""
+    retryable: bool | None = None
+    """Whether another try may help; None where that says itself."""
+    inline: bool = False
+    """`sync_mode`: pictures are answered as data URIs."""
+    logs: tuple[LogLine, ...] = ()
+
+
+class Stored(NamedTuple):
+    """What the store knows of a request."""
+
+    app: AppId
+    ending: Ending | None
+    """None: accepted, and not ended as far as the store knows."""
+
+
+def uuid7(now: float, chance: int) -> RequestId:
+    """A UUID version 7: its first 48 bits are `now` in milliseconds, 74 bits of `chance` follow.
+
+    fal's own ids have been of this kind since 2026; their age can be read off them.
+    """
+    high = (int(now * 1000) << 16) | 0x7000 | (chance >> 62 & 0xFFF)
+    digits = f"{high & (1 << 64) - 1:016x}{1 << 63 | chance & (1 << 62) - 1:016x}"
+    return RequestId(f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}")

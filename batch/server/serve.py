@@ -1,0 +1,210 @@
+"""The server as a process: lock, store, engine, socket, and the way down. The server's composition root.
+
+Owns what is outside of any request: the data dir's lock, the port, signals. A server that is stopped lets go of
+what it executes; the next one on the same data dir goes on with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import logging
+import signal
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from aiohttp import web
+
+from batch.errors import InputError
+from batch.server.app import application
+from batch.server.engines import engine_of
+from batch.server.engines.base import Engine
+from batch.server.service import queue_service
+from batch.server.sources import AddressRule, Sources, allow_any_address
+from batch.server.storage import Storage
+from batch.server.store import Store
+
+__all__ = ["ServeOptions", "run_server", "serve"]
+
+_log = logging.getLogger(__name__)
+
+LOCK_SECONDS = 15.0
+"""How long a new server waits for the one before it to be gone."""
+DRAIN_SECONDS = 2.0
+"""How long open calls may take to end when the server goes down."""
+_BACKLOG = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """How to run a server."""
+
+    data_dir: Path
+    host: str = "127.0.0.1"
+    port: int = 8787
+    """0: the one that this data dir had last, if it is free, else any."""
+    engine: str = "preview"
+    slots: int | None = None
+    """Requests executed at once; None: what suits the engine."""
+    service_time: float = 0.0
+    """Seconds that a job of the `echo` engine takes."""
+    permitted: AddressRule = allow_any_address
+    """Where source pictures may be fetched from."""
+
+
+async def serve(
+    options: ServeOptions,
+    *,
+    ready: Callable[[str], None],
+    engine: Engine | None = None,
+    stop: asyncio.Event | None = None,
+) -> None:
+    """Serve until cancelled, until SIGTERM or SIGINT, or until `stop` is set.
+
+    Args:
+        options: see there.
+        ready: is told the server's URL as soon as it answers.
+        engine: one that is made already; `options.engine` is then only a name.
+        stop: ends the server when it is set.
+
+    Raises:
+        InputError: the port or the data dir is in use or cannot be used, or the engine is not known.
+    """
+    stop = stop or asyncio.Event()
+    options.data_dir.mkdir(parents=True, exist_ok=True)
+    async with contextlib.AsyncExitStack() as stack:
+        await stack.enter_async_context(_locked(options.data_dir / "lock"))
+        listener = stack.enter_context(contextlib.closing(_listen(options)))
+        store = await stack.enter_async_context(await Store.open(options.data_dir / "server.db"))
+        storage = await stack.enter_async_context(Storage(options.data_dir))
+        sources = await stack.enter_async_context(Sources(storage, options.permitted))
+        engine = engine or _engine(options)
+        stack.push_async_callback(engine.aclose)
+        await engine.start()
+        service = await stack.enter_async_context(queue_service(store, storage, engine, sources))
+        stack.enter_context(_signals(stop))
+        runner = web.AppRunner(application(service), access_log=None, shutdown_timeout=DRAIN_SECONDS)
+        await runner.setup()
+        stack.push_async_callback(runner.cleanup)
+        stack.callback(service.stop)  # first of all, so that nobody waits on a stream while the calls drain
+        await web.SockSite(runner, listener, backlog=_BACKLOG).start()
+        ready(_url(options.host, listener))
+        await stop.wait()
+        _log.info("stopping")
+
+
+def run_server(
+    options: ServeOptions, *, ready: Callable[[str], None], stop: Callable[[], asyncio.Event] | None = None
+) -> None:
+    """`serve` in an event loop of its own, uvloop's where there is one.
+
+    Args:
+        options: see there.
+        ready: see `serve`.
+        stop: makes the event that ends the server; called inside the loop.
+    """
+
+    async def main() -> None:
+        await serve(options, ready=ready, stop=stop() if stop is not None else None)
+
+    try:
+        import uvloop
+    except ImportError:
+        asyncio.run(main())
+    else:
+        uvloop.run(main())
+
+
+def _engine(options: ServeOptions) -> Engine:
+    try:
+        return engine_of(options.engine, options.slots, options.service_time)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def _listen(options: ServeOptions) -> socket.socket:
+    """A listening socket. With port 0 the data dir's last port is tried first, so that URLs given out stay valid."""
+    memory = options.data_dir / "port"
+    last = _last_port(memory) if options.port == 0 else None
+    try:
+        try:
+            listener = _bound(options.host, last if last is not None else options.port)
+        except OSError:
+            if last is None:
+                raise
+            listener = _bound(options.host, 0)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise InputError(
+                f"port {options.port} of {options.host} is in use by another program; choose another with --port"
+            ) from error
+        raise InputError(f"cannot listen on {options.host}:{options.port}: {error}; check host and port") from error
+    memory.write_text(str(listener.getsockname()[1]), "ascii")
+    return listener
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(_BACKLOG)
+        listener.setblocking(False)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _last_port(memory: Path) -> int | None:
+    try:
+        port = int(memory.read_text("ascii"))
+    except (OSError, ValueError):
+        return None
+    return port if 0 < port < 65536 else None
+
+
+def _url(host: str, listener: socket.socket) -> str:
+    name = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104 - read, not bound
+    return f"http://{name}:{listener.getsockname()[1]}"
+
+
+@contextlib.asynccontextmanager
+async def _locked(path: Path) -> AsyncIterator[None]:
+    """Two servers on one data dir would each execute everything. The kernel frees the lock of a killed one."""
+    with path.open("a") as file:
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise InputError(
+                        f"{path.parent} is in use by another server; stop it or choose another data dir"
+                    ) from error
+                await asyncio.sleep(0.05)
+        yield
+
+
+@contextlib.contextmanager
+def _signals(stop: asyncio.Event) -> Iterator[None]:
+    """SIGTERM and SIGINT end the server; left alone where this is not the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)

@@ -1,0 +1,431 @@
+"""One `restyle run` from the lock to the summary: survey, ask, carry out, project. Assembly.
+
+Everything that one run opens is opened here, in the order in which it is needed, and closed in reverse.
+"""
+
+from __future__ import annotations
+
+import platform
+import signal
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from random import Random
+from typing import NamedTuple, TypeVar
+
+import anyio
+import anyio.to_thread
+import orjson
+
+from batch.config import Settings, parse_duration
+from batch.errors import ConfigError, ExitCode, RestyleError, StoppedEarly
+from batch.manifest.keys import content_hash
+from batch.manifest.pictures import Pictures
+from batch.manifest.plan import Planner
+from batch.manifest.read import Manifest
+from batch.manifest.survey import Survey, survey
+from batch.model import Job, JsonObject
+from batch.results.sink import Totals, write_results
+from batch.run.budget import Budget
+from batch.run.directory import RunDirectory, config_of
+from batch.run.gate import Gate, Stop, Stopping
+from batch.run.images import ImageFolder
+from batch.run.journal import Journal, open_journal
+from batch.run.journal_file import JournalFile
+from batch.run.lifecycle import State
+from batch.run.observe import JsonLog, Observer, Several, Tally
+from batch.run.pacing import TokenBucket, Window
+from batch.run.ports import Counts
+from batch.run.runner import Policy, Report, Runner
+from batch.targets import Terms, open_target, terms_of
+
+__all__ = ["Plan", "Request", "Summary", "open_planner", "project", "run_session", "survey_of", "tool_version"]
+
+T = TypeVar("T")
+
+_AUTO_GUESS = 16
+"""Jobs at once that a plan reckons with where the window finds its own size."""
+
+
+class Plan(NamedTuple):
+    """What a run would do: shown before it does it."""
+
+    terms: Terms
+    manifest: Manifest
+    survey: Survey
+    spent_usd: float = 0.0
+    """By earlier sessions of the same run directory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the user asked for, besides the settings."""
+
+    manifest: str | Path
+    out: Path
+    settings: Settings
+    retry_failed: bool = False
+    new_config: bool = False
+    signals: bool = False
+    """Whether SIGINT and SIGTERM stop the run in order: a process's main thread only."""
+    observer: Observer = field(default_factory=Observer)
+    tally: Tally = field(default_factory=Tally)
+    confirm: Callable[[Plan], bool] | None = None
+    """Asked once the plan is known; False ends the run before anything is submitted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """How a run ended; `summary.json` holds the same."""
+
+    exit_code: ExitCode
+    rows: int
+    done: int
+    failed: int
+    unknown: int
+    pending: int
+    skipped: int
+    errors: dict[str, int]
+    """Failed rows by error type, the commonest first."""
+    submitted: int
+    """Jobs that this session finished or failed."""
+    spent_usd: float
+    """By this session; `spent_total_usd` by all of this run directory."""
+    spent_total_usd: float
+    reserved_usd: float
+    """For what is in flight or unknown."""
+    seconds: float
+    stopped: str | None
+    reason: str
+    started_at: str
+    results: Path
+    images: Path | None
+    target: str
+
+    def to_json(self) -> JsonObject:
+        """Plain JSON values."""
+        return {
+            "exit_code": int(self.exit_code),
+            "status": self.exit_code.name.lower(),
+            "rows": self.rows,
+            "done": self.done,
+            "failed": self.failed,
+            "unknown": self.unknown,
+            "pending": self.pending,
+            "skipped": self.skipped,
+            "errors": dict(self.errors),
+            "submitted": self.submitted,
+            "spent_usd": round(self.spent_usd, 6),
+            "spent_total_usd": round(self.spent_total_usd, 6),
+            "reserved_usd": round(self.reserved_usd, 6),
+            "seconds": round(self.seconds, 3),
+            "stopped": self.stopped,
+            "reason": self.reason,
+            "started_at": self.started_at,
+            "ended_at": _timestamp(),
+            "results": str(self.results),
+            "images": None if self.images is None else str(self.images),
+            "target": self.target,
+        }
+
+
+async def run_session(request: Request) -> Summary:
+    """Do it, or go on with it; see `batch.api.run`."""
+    settings, directory = request.settings, RunDirectory(request.out)
+    terms, began, started_at = terms_of(settings), time.monotonic(), _timestamp()
+    manifest = await _in_thread(partial(Manifest.open, request.manifest, settings.limits.rows))
+    directory.prepare()
+    with directory.locked(started_at):
+        directory.check_config(settings, accept=request.new_config)
+        async with open_journal(directory.journal, version=tool_version()) as journal:
+            planner = await _in_thread(partial(open_planner, manifest, settings, journal.file))
+            before = await journal.counts()
+            found = await _in_thread(partial(survey_of, planner, settings, terms, journal.file))
+            plan = Plan(terms, manifest, found, before.spent_usd)
+            _refuse_unasked(plan, request)
+            identity = await _in_thread(partial(_identity, manifest, settings))
+            directory.write_run(_run_facts(identity, request, terms, started_at))
+            report = await _carried_out(request, directory, journal, planner, plan, before)
+            totals = await _projected(request, directory, journal, planner, manifest, identity, report)
+            after = await journal.counts()
+    summary = _summary(request, directory, report, totals, before, after, began, started_at)
+    directory.write_summary(summary.to_json())
+    return summary
+
+
+def open_planner(manifest: Manifest, settings: Settings, file: JournalFile | None) -> Planner:
+    """The manifest's planner; with a journal the hashes of local pictures are kept from run to run."""
+    return Planner(manifest, settings, Pictures(manifest.folder, settings.limits.max_image_megapixels, file))
+
+
+def survey_of(planner: Planner, settings: Settings, terms: Terms, file: JournalFile | None) -> Survey:
+    """Run once through the manifest: counts, problems, cost."""
+    at_once = settings.limits.max_in_flight
+    return survey(
+        planner,
+        None if file is None else file.find,
+        terms.price.usd_per_megapixel if terms.price else 0.0,
+        _AUTO_GUESS if at_once == "auto" else at_once,
+        terms.service_seconds,
+    )
+
+
+def tool_version() -> str:
+    """Of the installed distribution; `0+unknown` in a bare checkout."""
+    try:
+        return version("restyle-batch")
+    except PackageNotFoundError:
+        return "0+unknown"
+
+
+# --- asking -----------------------------------------------------------------------------------------------
+
+
+def _refuse_unasked(plan: Plan, request: Request) -> None:
+    """Money moves only with a yes: a confirmed plan, or a budget.
+
+    Raises:
+        ConfigError: a paid run that nobody agreed to.
+        StoppedEarly: the answer was no.
+    """
+    if request.confirm is not None:
+        if not request.confirm(plan):
+            raise StoppedEarly("nothing was submitted: the plan was not confirmed")
+    elif plan.terms.paid and plan.survey.to_do and request.settings.limits.budget_usd is None:
+        raise ConfigError(
+            f"this run would cost about ${plan.survey.dollars:,.2f}; say yes=True (--yes), or set a budget"
+        )
+
+
+# --- carrying out -----------------------------------------------------------------------------------------
+
+
+async def _carried_out(
+    request: Request, directory: RunDirectory, journal: Journal, planner: Planner, plan: Plan, before: Counts
+) -> Report | None:
+    """Run what is to do; None where there is nothing, and nothing was opened."""
+    settings, found = request.settings, plan.survey
+    is_open = any(before.by_state.get(state) for state in (State.INTENDED, State.ACCEPTED, State.ANSWERED))
+    again = before.by_state.get(State.UNKNOWN) or (request.retry_failed and found.failed)
+    request.observer.expected(found.to_do + (found.failed if request.retry_failed else 0), found.done)
+    if not (found.to_do or is_open or again):
+        return None
+    await _in_thread(partial(journal.file.note, _PROJECTED, ""))
+    with JsonLog(directory.log) as log:
+        observer = Several(request.tally, request.observer, log)
+        observer.happened("session", number=journal.session, target=plan.terms.name, to_do=found.to_do)
+        async with open_target(settings, directory.endpoint, version=tool_version()) as target:
+            rng = Random()
+            images = ImageFolder(directory.root, limit_megapixels=settings.limits.max_image_megapixels)
+            runner = Runner(
+                service=target.client,
+                journal=journal,
+                images=images,
+                observer=observer,
+                gate=_gate(settings, plan.terms, before, observer, rng),
+                policy=_policy(request, idempotent=target.idempotent),
+                now=time.time,
+                rng=rng,
+            )
+            return await _with_signals(runner, _jobs(planner), signals=request.signals)
+
+
+async def _with_signals(runner: Runner, jobs: AsyncGenerator[Sequence[Job], None], *, signals: bool) -> Report:
+    """The run, while SIGINT and SIGTERM stop it: the first in order, the second at once."""
+    if not signals:
+        return await runner.run(jobs)
+    report: Report | None = None
+    failure: RestyleError | None = None
+    async with anyio.create_task_group() as tasks:
+
+        async def listen() -> None:
+            with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as received:
+                async for number in received:
+                    name = signal.Signals(number).name
+                    runner.stop(Stop.SIGNAL, f"{name}: collecting what is in flight; once more stops at once")
+
+        tasks.start_soon(listen)
+        try:
+            report = await runner.run(jobs)
+        except RestyleError as error:  # carried around the task group, which would wrap it
+            failure = error
+        tasks.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+    assert report is not None, "a run ends with a report or an error"
+    return report
+
+
+async def _jobs(planner: Planner) -> AsyncGenerator[Sequence[Job], None]:
+    """The manifest's jobs, a batch at a time; the next is read when this one is used up."""
+    batches = planner.batches()
+    while (batch := await _in_thread(partial(next, batches, None))) is not None:
+        yield [item.job for item in batch.items if item.job is not None]
+
+
+def _gate(settings: Settings, terms: Terms, before: Counts, observer: Observer, rng: Random) -> Gate:
+    limits = settings.limits
+    fixed = limits.max_in_flight
+    window = Window(terms.window_start, floor=2, ceiling=terms.window_ceiling) if fixed == "auto" else Window(fixed)
+    rate = terms.submits_per_second
+    return Gate(
+        window=window,
+        budget=Budget(limits.budget_usd, spent=before.spent_usd, reserved=before.reserved_usd),
+        price=terms.price,
+        submits=None if rate is None else TokenBucket(rate, burst=max(1.0, rate / 10)),
+        observer=observer,
+        rng=rng,
+    )
+
+
+def _policy(request: Request, *, idempotent: bool) -> Policy:
+    settings = request.settings
+    limits = settings.limits
+    failures = limits.max_failures or ""
+    _, _, after = limits.on_unknown.partition("=")
+    seconds = parse_duration(after) if after else None
+    return Policy(
+        download=settings.output.download,
+        attempts=limits.attempts,
+        idempotent=idempotent,
+        retry_failed=request.retry_failed,
+        resubmit_unknown_after=seconds if isinstance(seconds, float) else None,
+        drain=limits.drain,
+        deadline=limits.deadline,
+        max_failures=int(failures) if failures and not failures.endswith("%") else None,
+        max_failure_share=float(failures[:-1]) / 100 if failures.endswith("%") else None,
+        target=settings.target.name,
+    )
+
+
+# --- projecting -------------------------------------------------------------------------------------------
+
+_PROJECTED = "projected"
+"""Journal note: which manifest and config `results.parquet` shows; empty while it may be behind."""
+
+
+def _identity(manifest: Manifest, settings: Settings) -> JsonObject:
+    """What the results are made from: they are rewritten only when it, or the journal, has changed."""
+    config = orjson.dumps(config_of(settings), option=orjson.OPT_SORT_KEYS)
+    return {"fingerprint": manifest.fingerprint(), "rows": manifest.rows, "config": content_hash(config)}
+
+
+async def _projected(
+    request: Request,
+    directory: RunDirectory,
+    journal: Journal,
+    planner: Planner,
+    manifest: Manifest,
+    identity: JsonObject,
+    report: Report | None,
+) -> Totals:
+    """Write `results.parquet`, unless it is there and shows all of this already."""
+    mark = orjson.dumps(identity, option=orjson.OPT_SORT_KEYS).decode()
+    noted = await _in_thread(partial(journal.file.noted, _PROJECTED)) or ""
+    if report is None and directory.results.exists() and noted.startswith(mark + "\n"):
+        return _totals_of(noted.removeprefix(mark + "\n"))
+    totals = await _in_thread(
+        partial(project, directory.results, planner, manifest, journal.file, request.settings, identity)
+    )
+    kept = orjson.dumps(totals._asdict(), option=orjson.OPT_NON_STR_KEYS).decode()
+    await _in_thread(partial(journal.file.note, _PROJECTED, f"{mark}\n{kept}"))
+    return totals
+
+
+def project(
+    path: Path, planner: Planner, manifest: Manifest, file: JournalFile, settings: Settings, identity: JsonObject
+) -> Totals:
+    """Manifest and journal as one table. Free, and as often as one likes."""
+    metadata = {
+        "restyle_version": tool_version(),
+        "python": platform.python_version(),
+        "run_seed": settings.run_seed,
+        "manifest": {"source": str(manifest.source), **identity},
+        "config": config_of(settings),
+    }
+    return write_results(
+        path,
+        planner.batches(),
+        file.outcomes,
+        manifest_schema=manifest.schema.to_frame().to_arrow().schema,
+        target=settings.target.name,
+        on_bad_row=settings.manifest.on_bad_row,
+        metadata={"restyle": orjson.dumps(metadata).decode()},
+    )
+
+
+def _totals_of(kept: str) -> Totals:
+    fields = orjson.loads(kept)
+    return Totals(**{**fields, "errors": Counter(fields["errors"])})
+
+
+# --- the end ----------------------------------------------------------------------------------------------
+
+
+def _run_facts(identity: JsonObject, request: Request, terms: Terms, started_at: str) -> JsonObject:
+    return {
+        "restyle_version": tool_version(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "last_started_at": started_at,
+        "target": terms.name,
+        "manifest": {"source": str(Path(request.manifest).resolve()), **identity},
+        "config": config_of(request.settings),
+    }
+
+
+def _summary(
+    request: Request,
+    directory: RunDirectory,
+    report: Report | None,
+    totals: Totals,
+    before: Counts,
+    after: Counts,
+    began: float,
+    started_at: str,
+) -> Summary:
+    stopping = None if report is None else report.stopped
+    return Summary(
+        exit_code=_exit_code(totals, stopping),
+        rows=totals.rows,
+        done=totals.done,
+        failed=totals.failed,
+        unknown=totals.unknown,
+        pending=totals.pending,
+        skipped=totals.skipped,
+        errors=dict(totals.errors.most_common()),
+        submitted=0 if report is None else report.done + report.failed,
+        spent_usd=after.spent_usd - before.spent_usd,
+        spent_total_usd=after.spent_usd,
+        reserved_usd=after.reserved_usd,
+        seconds=time.monotonic() - began,
+        stopped=None if stopping is None else str(stopping.why),
+        reason="" if stopping is None else stopping.reason,
+        started_at=started_at,
+        results=directory.results,
+        images=directory.images if request.settings.output.download else None,
+        target=request.settings.target.name,
+    )
+
+
+def _exit_code(totals: Totals, stopping: Stopping | None) -> ExitCode:
+    if stopping is not None:
+        if stopping.why is Stop.ACCOUNT:
+            return ExitCode.ACCOUNT_REFUSED
+        return ExitCode.BAD_INPUT if stopping.why is Stop.TARGET else ExitCode.STOPPED_EARLY
+    if totals.unknown or totals.pending:
+        return ExitCode.STOPPED_EARLY
+    return ExitCode.SOME_FAILED if totals.failed else ExitCode.COMPLETE
+
+
+def _timestamp() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+async def _in_thread(work: Callable[[], T]) -> T:
+    return await anyio.to_thread.run_sync(work)

@@ -1,0 +1,143 @@
+"""Targets: what each costs and allows, and how it is opened. Assembly: the one place that knows all three."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import NamedTuple
+
+import aiohttp
+import orjson
+
+from batch.config import Settings, api_key
+from batch.errors import ConfigError
+from batch.fal.client import FalClient
+from batch.fal.protocol import FAL, Origins
+from batch.run.budget import PRICES, Price
+
+__all__ = ["Connection", "Terms", "open_target", "terms_of"]
+
+_LOCAL_ECHO_SLOTS = 32
+_FAL_SECONDS = 6.0
+"""Of 38 steps at one megapixel on a data-centre GPU, by published figures (4 - 9 s)."""
+_PREVIEW_SECONDS = 0.15
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What is known about a target without asking it."""
+
+    name: str
+    price: Price | None
+    """None: nothing costs anything."""
+    submits_per_second: float | None
+    window_start: int
+    window_ceiling: int
+    service_seconds: float
+    """What a plan reckons for one job. A guess; a run learns the truth."""
+    headline: str
+    """The first line that a person sees: where the pictures go, and what it costs."""
+
+    @property
+    def paid(self) -> bool:
+        """Whether a run there is asked about first."""
+        return self.name == "fal" and self.price is not None
+
+
+def terms_of(settings: Settings) -> Terms:
+    """The terms of the configured target.
+
+    Raises:
+        ConfigError: fal, and no price is known for the app.
+    """
+    target, limits = settings.target, settings.limits
+    price = _price(settings)
+    rate = limits.submits_per_second
+    if target.name == "fal":
+        if price is None:
+            raise ConfigError(
+                f"no price is known for {target.app}; set [price] usd_per_megapixel, else no budget can be kept"
+            )
+        words = f"target: fal ({target.app}), ${price.usd_per_megapixel:g} a megapixel as of {price.as_of}"
+        return Terms("fal", price, rate or 20.0, 16, 1024, _FAL_SECONDS, words)
+    cost = "costs nothing" if price is None else f"${price.usd_per_megapixel:g} a megapixel"
+    if target.name == "local":
+        what = {
+            "preview": "engine preview: filters, no model runs",
+            "echo": f"engine echo: a rehearsal, {target.service_time:g} s a job, no picture is restyled",
+        }[target.engine]
+        start, seconds = (
+            (4, _PREVIEW_SECONDS) if target.engine == "preview" else (_LOCAL_ECHO_SLOTS, target.service_time)
+        )
+        words = f"target: local, the embedded endpoint ({what}); {cost}"
+        return Terms("local", price, rate, start, 512, seconds, words)
+    return Terms(target.name, price, rate, 8, 1024, _FAL_SECONDS, f"target: {target.name} ({target.app}); {cost}")
+
+
+def _price(settings: Settings) -> Price | None:
+    if settings.price.usd_per_megapixel is not None:
+        return Price(settings.price.usd_per_megapixel, settings.price.as_of or date.today())  # noqa: DTZ011 - a label
+    return PRICES.get(settings.target.app) if settings.target.name == "fal" else None
+
+
+class Connection(NamedTuple):
+    """An opened target."""
+
+    client: FalClient
+    idempotent: bool
+    """Whether it honours `Idempotency-Key`."""
+
+
+@asynccontextmanager
+async def open_target(settings: Settings, endpoint_directory: Path, *, version: str) -> AsyncIterator[Connection]:
+    """Connect to the configured target; the embedded endpoint is started, and ends with the block.
+
+    Raises:
+        ConfigError: fal without a key.
+        RestyleError: the embedded endpoint does not start; the end of its log is in the message.
+    """
+    target = settings.target
+    if target.name == "fal":
+        key = api_key()
+        if key is None:
+            raise ConfigError("FAL_KEY is not set; export FAL_KEY=key_id:key_secret, or use --target local")
+        async with _client(settings, FAL, version, key=True) as client:
+            yield Connection(client, idempotent=False)
+    elif target.name == "local":
+        from batch.server.embedded import embedded_endpoint
+
+        slots = target.slots or (_LOCAL_ECHO_SLOTS if target.engine == "echo" else None)
+        async with (
+            embedded_endpoint(
+                endpoint_directory, engine=target.engine, slots=slots, service_time=target.service_time
+            ) as endpoint,
+            _client(settings, Origins.of_server(endpoint.url), version, key=False) as client,
+        ):
+            yield Connection(client, idempotent=True)
+    else:
+        async with _client(settings, Origins.of_server(target.name), version, key=True) as client:
+            yield Connection(client, idempotent=await _honours_keys(target.name))
+
+
+def _client(settings: Settings, origins: Origins, version: str, *, key: bool) -> FalClient:
+    return FalClient(
+        origins,
+        settings.target.app,
+        api_key() if key else None,
+        download_limit_bytes=settings.limits.max_download_bytes,
+        user_agent=f"restyle/{version}",
+    )
+
+
+async def _honours_keys(url: str) -> bool:
+    """Ask a server of unknown make; only one that says so is trusted to repeat a submit safely."""
+    timeout = aiohttp.ClientTimeout(total=10)
+    try:
+        async with aiohttp.ClientSession(timeout=timeout) as session, session.get(f"{url}/health") as answer:
+            said = orjson.loads(await answer.content.read(65536))
+    except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
+        return False
+    return isinstance(said, dict) and said.get("honours_idempotency_key") is True

@@ -1,0 +1,34 @@
+"""`MemoryImages`: the picture files of a run in memory, decoded for real."""
+
+from __future__ import annotations
+
+import hashlib
+
+from batch.model import LocalImage, StoredImage
+from batch.run.images import decode
+from batch.run.ports import Picture, PictureError
+
+__all__ = ["MemoryImages"]
+
+
+class MemoryImages:
+    """Implements `batch.run.ports.Images` without a disk or threads."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        """Stored pictures by their path."""
+
+    async def load(self, image: LocalImage) -> Picture:
+        """The picture that the manifest itself carried."""
+        if image.data is None:
+            raise PictureError("image_load_error", f"{image.name} has no bytes in memory")
+        seen = decode(image.data)
+        return Picture(image.data, seen.content_type, seen.width * seen.height / 1e6)
+
+    async def store(self, data: bytes) -> StoredImage:
+        """Keep it under its hash."""
+        seen = decode(data)
+        digest = hashlib.sha256(data).hexdigest()
+        path = f"images/{digest[:2]}/{digest}"
+        self.files[path] = data
+        return StoredImage("", seen.width, seen.height, seen.content_type, None, len(data), path, digest)

@@ -1,0 +1,210 @@
+"""A journal in memory, for tests in virtual time: no threads, no file, every event kept for assertions.
+
+Held to the same contract as `batch.run.journal` by `tests/contract/test_journal.py`. Nothing survives it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncGenerator, Collection, Sequence
+from dataclasses import dataclass, replace
+
+import anyio.lowlevel
+
+from batch.model import Failed, JobKey, Ticket
+from batch.run.ledger import slim_body
+from batch.run.lifecycle import OPEN, State, advance
+from batch.run.ports import (
+    Accepted,
+    Answered,
+    Counts,
+    Entry,
+    Event,
+    FailedForGood,
+    Finished,
+    Intended,
+    Known,
+    Lost,
+    Outcome,
+    Refused,
+    Retried,
+    Uploaded,
+)
+
+__all__ = ["MemoryJournal"]
+
+
+@dataclass(slots=True)
+class _Kept:
+    """What is known of one job."""
+
+    state: State = State.PENDING
+    session: int = 0
+    attempt: int = 0
+    intended_at: float | None = None
+    body: bytes = b""
+    accepted_at: float | None = None
+    ticket: Ticket | None = None
+    reserved_usd: float = 0.0
+    cost_usd: float | None = None
+    reason: str | None = None
+    answered: Answered | None = None
+    ended: Finished | FailedForGood | None = None
+
+    def forget(self) -> None:
+        """Leave the last attempt behind; what it cost stays."""
+        self.accepted_at = self.ticket = self.reason = self.answered = self.ended = None
+
+
+class MemoryJournal:
+    """Implements `batch.run.ports.Journal`. `events` holds everything that was recorded, in order.
+
+    `reopened` plays the next run of the same command.
+    """
+
+    def __init__(self, session: int = 1) -> None:
+        self.session = session
+        self.events: list[Event] = []
+        self._jobs: dict[JobKey, _Kept] = {}
+        self._uploads: dict[str, Uploaded] = {}
+        self._spent_usd = 0.0
+
+    def __repr__(self) -> str:
+        return f"<MemoryJournal session={self.session} jobs={len(self._jobs)} events={len(self.events)}>"
+
+    def reopened(self) -> MemoryJournal:
+        """The same content in the next session, as after a crash: what still holds the old one changes nothing here."""
+        journal = MemoryJournal(self.session + 1)
+        journal.events = list(self.events)
+        journal._jobs = {key: replace(job) for key, job in self._jobs.items()}
+        journal._uploads = dict(self._uploads)
+        journal._spent_usd = self._spent_usd
+        return journal
+
+    async def record(self, *events: Event) -> None:
+        """Keep events in this order, all of them or none.
+
+        Raises:
+            IllegalTransition: an event that the lifecycle does not allow.
+        """
+        states: dict[JobKey, State] = {}
+        for event in events:
+            if not isinstance(event, Uploaded):
+                state = states.get(event.job_key, self.state(event.job_key))
+                states[event.job_key] = advance(state, event.happening)
+        for event in events:
+            self._apply(event)
+            self.events.append(event)
+        await anyio.lowlevel.checkpoint()
+
+    async def find(self, keys: Sequence[JobKey]) -> dict[JobKey, Known]:
+        """Those of the keys that the journal knows."""
+        await anyio.lowlevel.checkpoint()
+        jobs = {key: self._jobs[key] for key in keys if key in self._jobs}
+        return {key: Known(job.state, job.session, job.attempt) for key, job in jobs.items()}
+
+    async def entries(self, states: Collection[State]) -> AsyncGenerator[Entry, None]:
+        """Jobs in these states, the one intended first coming first."""
+        wanted = [key for key, job in self._jobs.items() if job.state in states]
+        wanted.sort(key=lambda key: self._jobs[key].intended_at or 0.0)
+        for key in wanted:
+            await anyio.lowlevel.checkpoint()
+            if self._jobs[key].state in states:
+                yield _entry(key, self._jobs[key])
+
+    async def uploaded(self, sha256: str, since: float) -> str | None:
+        """URL of a picture uploaded at or after `since`, or None."""
+        await anyio.lowlevel.checkpoint()
+        upload = self._uploads.get(sha256)
+        return None if upload is None or upload.at < since else upload.url
+
+    async def counts(self) -> Counts:
+        """Totals over all sessions."""
+        await anyio.lowlevel.checkpoint()
+        is_open = [job for job in self._jobs.values() if job.state in OPEN]
+        return Counts(
+            by_state=dict(Counter(job.state for job in self._jobs.values())),
+            spent_usd=self._spent_usd,
+            reserved_usd=sum(job.reserved_usd for job in is_open),
+            oldest_open_at=min((job.intended_at or 0.0 for job in is_open), default=None),
+        )
+
+    def state(self, key: JobKey) -> State:
+        """Of one job; PENDING where it was never heard of."""
+        return self._jobs[key].state if key in self._jobs else State.PENDING
+
+    def outcomes(self, keys: Sequence[JobKey]) -> dict[JobKey, Outcome]:
+        """What the results table shows of those of the keys that the journal knows."""
+        return {key: _outcome(self._jobs[key]) for key in keys if key in self._jobs}
+
+    def _apply(self, event: Event) -> None:
+        if isinstance(event, Uploaded):
+            self._uploads[event.sha256] = event
+            return
+        job = self._jobs.setdefault(event.job_key, _Kept())
+        was, job.state, job.session = job.state, advance(job.state, event.happening), self.session
+        match event:
+            case Intended():
+                job.forget()
+                job.attempt, job.intended_at, job.reserved_usd = event.attempt, event.at, event.reserved_usd
+                job.body = slim_body(event.body)
+            case Accepted():
+                job.accepted_at, job.ticket, job.reason = event.at, event.ticket, None
+            case Refused():
+                job.reserved_usd, job.reason = 0.0, event.reason
+            case Lost():
+                job.reason = event.reason
+            case Answered():
+                job.reserved_usd, job.answered = 0.0, event
+                self._spend(job, event.cost_usd)
+            case Finished():
+                job.ended = event
+            case FailedForGood():
+                job.reserved_usd, job.ended = 0.0, event
+                self._spend(job, None if was is State.ANSWERED else event.cost_usd)
+            case Retried():
+                job.forget()
+                job.attempt += 1
+
+    def _spend(self, job: _Kept, usd: float | None) -> None:
+        if usd is not None:
+            job.cost_usd = (job.cost_usd or 0.0) + usd
+            self._spent_usd += usd
+
+
+def _entry(key: JobKey, job: _Kept) -> Entry:
+    return Entry(
+        job_key=key,
+        state=job.state,
+        attempt=job.attempt,
+        intended_at=job.intended_at or 0.0,
+        body=job.body,
+        accepted_at=job.accepted_at,
+        ticket=job.ticket,
+        answer=None if job.answered is None else job.answered.answer,
+        reserved_usd=job.reserved_usd,
+    )
+
+
+def _outcome(job: _Kept) -> Outcome:
+    answered, ended = job.answered, job.ended
+    failure = None
+    if isinstance(ended, FailedForGood):
+        failure = ended.failure
+    elif job.state is State.UNKNOWN:
+        failure = Failed("unknown", job.reason or "")
+    last = answered or ended
+    return Outcome(
+        state=job.state,
+        attempts=job.attempt,
+        ticket=job.ticket,
+        submitted_at=job.intended_at,
+        completed_at=None if last is None else last.at,
+        answer=None if answered is None else answered.answer,
+        images=ended.images if isinstance(ended, Finished) else (),
+        queue_seconds=None if answered is None else answered.queue_seconds,
+        total_seconds=None if answered is None else answered.total_seconds,
+        download_seconds=ended.download_seconds if isinstance(ended, Finished) else None,
+        cost_usd=job.cost_usd,
+        failure=failure,
+    )

@@ -1,0 +1,316 @@
+"""`FakeService`: the queue API in memory, on anyio's clock, with faults named for what they do.
+
+Implements `batch.run.ports.Service`. Under Trio's MockClock a run of hours takes milliseconds. It counts what
+matters: POSTs that arrived, requests accepted (each would be billed), reads, uploads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import anyio
+import orjson
+from PIL import Image
+
+from batch.fal.protocol import CancelOutcome, Reply, model_error_reply, request_error_reply
+from batch.model import Answer, Attempt, Json, JsonObject, QueueState, RequestId, Ticket, TicketStatus
+from batch.run.ports import CallFailed, Trouble
+
+__all__ = [
+    "AnswersReadsWith",
+    "CompletesWith",
+    "DropsAfterAccept",
+    "DropsBeforeAccept",
+    "FakeService",
+    "Fault",
+    "RefusesConnection",
+    "RefusesSubmits",
+    "SendsDamagedFiles",
+]
+
+
+@dataclass(slots=True)
+class Request:
+    """One accepted request of the fake."""
+
+    id: RequestId
+    body: JsonObject
+    accepted_at: float
+    ends_at: float
+    starts_at: float
+    cancelled: bool = False
+
+
+class Fault:
+    """Does nothing; a fault overrides the moment at which it strikes. `n` counts that moment from 1."""
+
+    def connecting(self, phase: str, n: int) -> None:
+        """Before any byte is sent."""
+
+    def submitting(self, attempt: Attempt, n: int) -> Reply | None:
+        """A submit arrived: the reply that is given instead of accepting it."""
+
+    def accepted(self, attempt: Attempt, n: int) -> None:
+        """A submit was accepted, its answer is about to be sent."""
+
+    def reading(self, phase: str, n: int) -> Reply | None:
+        """A status or result read arrived: the reply given instead."""
+
+    def completing(self, request: Request, n: int) -> Reply | None:
+        """A result is about to be answered: the job's own failure instead."""
+
+    def downloading(self, data: bytes, n: int) -> bytes:
+        """A file is about to be sent."""
+        return data
+
+
+@dataclass(slots=True)
+class RefusesConnection(Fault):
+    """No connection between two moments of the clock: certainly nothing was sent."""
+
+    since: float
+    until: float
+
+    def connecting(self, phase: str, n: int) -> None:
+        """Refuse."""
+        if self.since <= anyio.current_time() < self.until:
+            raise CallFailed(Trouble(phase, "connect", sent=False, detail="connect: refused"))
+
+
+@dataclass(slots=True)
+class DropsAfterAccept(Fault):
+    """The submit is accepted, and the connection drops before the answer: the costly one."""
+
+    every: int = 1
+
+    def accepted(self, attempt: Attempt, n: int) -> None:
+        """Drop."""
+        if n % self.every == 0:
+            raise CallFailed(Trouble("submit", "disconnected", detail="disconnected"))
+
+
+@dataclass(slots=True)
+class DropsBeforeAccept(Fault):
+    """The submit's bytes were sent, and the connection drops before it was accepted; nobody can tell."""
+
+    every: int = 1
+
+    def submitting(self, attempt: Attempt, n: int) -> Reply | None:
+        """Drop."""
+        if n % self.every == 0:
+            raise CallFailed(Trouble("submit", "disconnected", detail="disconnected"))
+        return None
+
+
+@dataclass(slots=True)
+class RefusesSubmits(Fault):
+    """Answers submits with a status, from the `first`-th on, `times` of them."""
+
+    status: int
+    first: int = 1
+    times: int = 1_000_000_000
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def submitting(self, attempt: Attempt, n: int) -> Reply | None:
+        """Refuse."""
+        if self.first <= n < self.first + self.times:
+            return Reply(self.status, orjson.dumps({"detail": "refused on purpose"}), self.headers)
+        return None
+
+
+@dataclass(slots=True)
+class AnswersReadsWith(Fault):
+    """Answers every `every`-th status and result read with a status that says nothing about the job."""
+
+    status: int
+    every: int = 2
+    body: bytes = b"<html>nginx</html>"
+
+    def reading(self, phase: str, n: int) -> Reply | None:
+        """Answer it."""
+        return Reply(self.status, self.body) if n % self.every == 0 else None
+
+
+@dataclass(slots=True)
+class CompletesWith(Fault):
+    """Jobs whose prompt contains a word end with an error of the job's own, the first `times` times."""
+
+    word: str
+    status: int
+    type: str
+    times: int = 1_000_000_000
+    needs_retry: bool | None = None
+    _seen: int = 0
+    _ids: set[str] = field(default_factory=set)
+
+    def completing(self, request: Request, n: int) -> Reply | None:
+        """Fail it."""
+        if self.word not in str(request.body["prompt"]):
+            return None
+        if request.id not in self._ids:
+            self._seen += 1
+            self._ids.add(request.id)
+        if self._seen > self.times:
+            return None
+        if self.status == 422:
+            return model_error_reply(422, [{"loc": ["body"], "msg": "failed on purpose", "type": self.type}])
+        headers = {} if self.needs_retry is None else {"x-fal-needs-retry": str(self.needs_retry).lower()}
+        return request_error_reply(self.status, self.type, "failed on purpose", None, **headers)
+
+
+@dataclass(slots=True)
+class SendsDamagedFiles(Fault):
+    """Every `every`-th download is cut in half."""
+
+    every: int = 2
+
+    def downloading(self, data: bytes, n: int) -> bytes:
+        """Cut it."""
+        return data[: len(data) // 2] if n % self.every == 0 else data
+
+
+class FakeService:
+    """See the module. `slots` None: every request runs at once."""
+
+    def __init__(
+        self,
+        *,
+        service_time: float | Callable[[int], float] = 1.0,
+        slots: int | None = None,
+        honours_keys: bool = False,
+        faults: Sequence[Fault] = (),
+        round_trip: float = 0.0,
+    ) -> None:
+        self._service_time = service_time if callable(service_time) else (lambda _: service_time)
+        self._free_at = [0.0] * slots if slots else None
+        self._honours_keys, self._faults, self._round_trip = honours_keys, list(faults), round_trip
+        self._by_key: dict[str, RequestId] = {}
+        self._counts: Counter[str] = Counter()
+        self.requests: dict[RequestId, Request] = {}
+        self.bodies: list[JsonObject] = []
+        """Bodies of all POSTs that arrived."""
+
+    @property
+    def accepted(self) -> int:
+        """Requests accepted: each would be billed."""
+        return len(self.requests)
+
+    @property
+    def posts(self) -> int:
+        """Submit POSTs that arrived."""
+        return self._counts["submit"]
+
+    def count(self, phase: str) -> int:
+        """Exchanges of a phase that arrived."""
+        return self._counts[phase]
+
+    async def submit(self, attempt: Attempt) -> Ticket:
+        """Accept, or commit a fault."""
+        n = await self._arrive("submit")
+        self.bodies.append(orjson.loads(attempt.body))
+        for fault in self._faults:
+            self._refuse("submit", fault.submitting(attempt, n))
+        request_id = self._by_key.get(attempt.idempotency_key) if self._honours_keys else None
+        if request_id is None:
+            request_id = self._accept(attempt)
+        for fault in self._faults:
+            fault.accepted(attempt, n)
+        return Ticket(request_id)
+
+    async def status(self, ticket: Ticket) -> TicketStatus:
+        """Where the request is by the clock."""
+        request = await self._read("status", ticket)
+        now = anyio.current_time()
+        if now >= request.ends_at or request.cancelled:
+            return TicketStatus(QueueState.COMPLETED, inference_time=request.ends_at - request.starts_at)
+        if now >= request.starts_at:
+            return TicketStatus(QueueState.IN_PROGRESS)
+        ahead = sum(1 for other in self.requests.values() if now < other.starts_at < request.starts_at)
+        return TicketStatus(QueueState.IN_QUEUE, position=ahead)
+
+    async def result(self, ticket: Ticket) -> Answer:
+        """The output; one picture whose pixels come from the input."""
+        request = await self._read("result", ticket)
+        if anyio.current_time() < request.ends_at:
+            self._refuse("result", Reply(400, b'{"detail":"Request is still in progress"}'))
+        for fault in self._faults:
+            self._refuse("result", fault.completing(request, self._counts["result"]))
+        body = request.body
+        count = body.get("num_images")
+        images: list[Json] = [
+            {"url": f"fake://{request.id}/{i}", "width": 8, "height": 8, "content_type": "image/png"}
+            for i in range(count if isinstance(count, int) else 1)
+        ]
+        output: JsonObject = {
+            "images": images,
+            "seed": body["seed"],
+            "timings": {"inference": 1.0},
+            "prompt": body["prompt"],
+            "has_nsfw_concepts": [],
+        }
+        return Answer(output, billable_units=0.5)
+
+    async def cancel(self, ticket: Ticket) -> CancelOutcome | None:
+        """Cancel what has not ended."""
+        request = await self._read("cancel", ticket)
+        if anyio.current_time() >= request.ends_at:
+            return CancelOutcome.ALREADY_COMPLETED
+        request.cancelled = True
+        return CancelOutcome.REQUESTED
+
+    async def upload(self, data: bytes, content_type: str, name: str) -> str:
+        """A URL by content."""
+        await self._arrive("upload")
+        return f"fake://uploads/{hashlib.sha256(data).hexdigest()}"
+
+    async def download(self, url: str) -> bytes:
+        """A small PNG whose colour comes from the URL's request and the seed."""
+        n = await self._arrive("download")
+        request_id = url.removeprefix("fake://").partition("/")[0]
+        seed = self.requests[RequestId(request_id)].body["seed"]
+        colour = hashlib.sha256(f"{seed}{url.rpartition('/')[2]}".encode()).digest()
+        buffer = io.BytesIO()
+        Image.new("RGB", (8, 8), (colour[0], colour[1], colour[2])).save(buffer, "PNG")
+        data = buffer.getvalue()
+        for fault in self._faults:
+            data = fault.downloading(data, n)
+        return data
+
+    async def _arrive(self, phase: str) -> int:
+        await anyio.sleep(self._round_trip)
+        for fault in self._faults:
+            fault.connecting(phase, self._counts[phase] + 1)
+        self._counts[phase] += 1
+        return self._counts[phase]
+
+    async def _read(self, phase: str, ticket: Ticket) -> Request:
+        await self._arrive(phase)
+        self._counts["reads"] += 1
+        for fault in self._faults:
+            self._refuse(phase, fault.reading(phase, self._counts["reads"]))
+        request = self.requests.get(ticket.request_id)
+        if request is None:
+            raise CallFailed(Trouble(phase, reply=Reply(404, b'{"status":"NOT_FOUND"}')))
+        return request
+
+    def _accept(self, attempt: Attempt) -> RequestId:
+        now, number = anyio.current_time(), len(self.requests)
+        request_id = RequestId(f"request-{number}")
+        starts = now
+        if self._free_at is not None:
+            slot = min(range(len(self._free_at)), key=self._free_at.__getitem__)
+            starts = max(now, self._free_at[slot])
+        ends = starts + self._service_time(number)
+        if self._free_at is not None:
+            self._free_at[slot] = ends
+        self._by_key[attempt.idempotency_key] = request_id
+        self.requests[request_id] = Request(request_id, orjson.loads(attempt.body), now, ends, starts)
+        return request_id
+
+    def _refuse(self, phase: str, reply: Reply | None) -> None:
+        if reply is not None:
+            raise CallFailed(Trouble(phase, reply=reply, detail=f"HTTP {reply.status}"))

@@ -1,0 +1,65 @@
+"""A runner with fakes around it, for tests in virtual time."""
+
+from __future__ import annotations
+
+from random import Random
+
+import anyio
+
+from batch.fal.endpoint import APP_ID
+from batch.manifest.keys import job_key
+from batch.model import Job
+from batch.run.budget import Budget
+from batch.run.gate import Gate
+from batch.run.pacing import Window
+from batch.run.runner import Policy, Runner
+from batch.testing.images import MemoryImages
+from batch.testing.journal import MemoryJournal
+from batch.testing.observer import RecordingObserver
+
+
+def jobs(count: int, word: str = "as a watercolor") -> list[Job]:
+    made = []
+    for number in range(count):
+        body = {"image_url": f"https://pictures.example/{number}.jpg", "prompt": f"{number} {word}", "seed": number}
+        made.append(Job(job_key(APP_ID, body), body, megapixels=1.0))
+    return made
+
+
+async def batches(made, size: int = 50):
+    for start in range(0, len(made), size):
+        yield made[start : start + size]
+
+
+class World:
+    """A runner with fakes around it; `again()` is the next session after a crash or an end."""
+
+    def __init__(self, service, *, window=16, price=None, budget=None, submits=None, policy=None, seed=7):
+        self.service, self.journal = service, MemoryJournal()
+        self.images, self.observer = MemoryImages(), RecordingObserver()
+        self.window, self.price, self.limit, self.submits = window, price, budget, submits
+        self.policy, self.seed = policy or Policy(), seed
+        self.runner = None
+
+    async def run(self, made, policy=None):
+        counts = await self.journal.counts()
+        rng = Random(self.seed)
+        window = self.window if isinstance(self.window, Window) else Window(self.window)
+        gate = Gate(
+            window=window,
+            budget=Budget(self.limit, spent=counts.spent_usd, reserved=counts.reserved_usd),
+            price=self.price,
+            submits=self.submits,
+            observer=self.observer,
+            rng=rng,
+        )
+        self.runner = Runner(
+            service=self.service, journal=self.journal, images=self.images, observer=self.observer,
+            gate=gate, policy=policy or self.policy, now=anyio.current_time, rng=rng,
+        )  # fmt: skip
+        with anyio.fail_after(7 * 86400):
+            return await self.runner.run(batches(made))
+
+    def again(self):
+        self.journal.session += 1
+        return self
