@@ -58,6 +58,10 @@ def check_column(name: str, values: Sequence[object], column: str | None = None)
 
 def check_value(name: str, value: object) -> Json | Fault:
     """One value of the input `name` in the endpoint's type, or what is wrong with it."""
+    try:
+        str(value).encode()
+    except UnicodeEncodeError:  # cannot come out of a file, but can out of Python
+        return Fault("string_unicode", f"{name} is {value!r}; it holds half a character, write it again")
     checked, faults = check_column(name, [value])
     return faults[0] if faults else checked[0]
 

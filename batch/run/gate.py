@@ -69,7 +69,7 @@ class Gate:
         self._moved = anyio.Event()
         self._reserving: set[str] = set()
         self._inside = 0
-        self._noticed_at = -math.inf
+        self._noticed_at: dict[str, float] = {}
 
     # --- stopping ----------------------------------------------------------------------------------------
 
@@ -167,9 +167,9 @@ class Gate:
         return cost
 
     def notice(self, action: str, reason: str) -> None:
-        """Tell a person, not too often."""
-        if anyio.current_time() - self._noticed_at >= _NOTICE_EVERY:
-            self._noticed_at = anyio.current_time()
+        """Tell a person, each kind not too often."""
+        if anyio.current_time() - self._noticed_at.get(action, -math.inf) >= _NOTICE_EVERY:
+            self._noticed_at[action] = anyio.current_time()
             self._observer.happened(action, reason=reason)
 
     # --- inside --------------------------------------------------------------------------------------------

@@ -8,13 +8,16 @@ CREATE TABLE meta (
 ) STRICT, WITHOUT ROWID
 
 -- name: create_sessions
--- One row for each time that the journal was opened for writing. `spent_usd` is what was settled in it.
+-- One row for each time that the journal was opened for writing. `spent_usd` is what was settled in it,
+-- `finished` the jobs that were done in it, the last one at `last_finished_at`.
 CREATE TABLE sessions (
     number INTEGER PRIMARY KEY,
     started_at REAL NOT NULL,
     ended_at REAL,
     version TEXT NOT NULL,
-    spent_usd REAL NOT NULL DEFAULT 0
+    spent_usd REAL NOT NULL DEFAULT 0,
+    finished INTEGER NOT NULL DEFAULT 0,
+    last_finished_at REAL
 ) STRICT
 
 -- name: create_jobs
@@ -97,8 +100,11 @@ INSERT INTO sessions (started_at, version) VALUES (:at, :version) RETURNING numb
 -- name: end_session
 UPDATE sessions SET ended_at = :at WHERE number = :session
 
--- name: add_spend
-UPDATE sessions SET spent_usd = spent_usd + :usd WHERE number = :session
+-- name: sum_up
+UPDATE sessions
+SET spent_usd = spent_usd + :usd, finished = finished + :finished,
+    last_finished_at = coalesce(:last_finished_at, last_finished_at)
+WHERE number = :session
 
 -- name: last_ids
 SELECT (SELECT coalesce(max(number), 0) FROM sessions),
@@ -176,7 +182,10 @@ SELECT coalesce(sum(reserved_usd), 0.0), min(intended_at) FROM jobs
 WHERE state IN ('intended', 'accepted', 'answered', 'unknown')
 
 -- name: read_sessions
-SELECT number, started_at, ended_at, version, spent_usd FROM sessions ORDER BY number
+SELECT number, started_at, ended_at, version, spent_usd, finished, last_finished_at FROM sessions ORDER BY number
+
+-- name: finished_since
+SELECT coalesce(sum(finished), 0), max(last_finished_at) FROM sessions WHERE started_at >= ?
 
 -- name: find_file
 SELECT sha256, megapixels FROM files WHERE path = ? AND size_bytes = ? AND mtime_ns = ?

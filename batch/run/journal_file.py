@@ -13,6 +13,7 @@ import threading
 from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from itertools import chain
@@ -28,7 +29,7 @@ from batch.run.ledger import JobRow, Ledger
 from batch.run.lifecycle import OPEN, State
 from batch.run.ports import Counts, Entry, Event, Known, Outcome, Uploaded
 
-__all__ = ["APPLICATION_ID", "SCHEMA_VERSION", "JournalFile", "Session"]
+__all__ = ["APPLICATION_ID", "SCHEMA_VERSION", "Finishes", "JournalFile", "Session"]
 
 APPLICATION_ID = 0x52535459
 """`RSTY`, in the header of the file: another program's database is refused, not written to."""
@@ -48,6 +49,17 @@ class Session(NamedTuple):
     """None while it runs, and for ever after a kill."""
     version: str
     spent_usd: float
+    finished: int
+    """Jobs that were done in it."""
+    last_finished_at: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Finishes:
+    """How many jobs were done, and when the last one was; 0.0 where none was."""
+
+    count: int
+    last_at: float
 
 
 class JournalFile:
@@ -176,8 +188,9 @@ class JournalFile:
         ):
             if parameters:
                 self._connection.executemany(_sql()[statement], parameters)
-        if ledger.spent_usd:
-            self._execute("add_spend", {"usd": ledger.spent_usd, "session": self.session})
+        if ledger.spent_usd or ledger.finished:
+            totals = {"usd": ledger.spent_usd, "finished": ledger.finished, "last_finished_at": ledger.last_finished_at}
+            self._execute("sum_up", {**totals, "session": self.session})
 
     def put_many(self, facts: Mapping[FileKey, FileFact]) -> None:
         """Remember what reading local pictures told, so that the next plan need not read them."""
@@ -223,6 +236,11 @@ class JournalFile:
     def sessions(self) -> list[Session]:
         """All openings for writing, the first one first."""
         return [Session(*row) for row in self._all("read_sessions")]
+
+    def finished_since(self, at: float) -> Finishes:
+        """What was done in the sessions that started at or after `at`. Costs nothing."""
+        count, last_at = self._one("finished_since", [at])
+        return Finishes(count, last_at or 0.0)
 
     def outcomes(self, keys: Sequence[JobKey]) -> dict[JobKey, Outcome]:
         """What the results table shows of those of the keys that the journal knows; a few thousand at a time."""

@@ -109,6 +109,8 @@ class Ledger:
         self.outcomes: list[tuple[Value, ...]] = []
         self.uploads: list[tuple[Value, ...]] = []
         self.spent_usd = 0.0
+        self.finished = 0
+        self.last_finished_at: float | None = None
 
     def take(self, events: Sequence[Event]) -> IllegalTransition | None:
         """Enter the events of one call; the error, with nothing entered, where one of them is illegal."""
@@ -151,6 +153,7 @@ class Ledger:
                 job.answer_id = self._answer(job, event)
             case Finished():
                 job.end_id = self._finish(job, event)
+                self.finished, self.last_finished_at = self.finished + 1, event.at
             case FailedForGood():
                 job.reserved_usd = 0.0
                 if was is not State.ANSWERED:  # else its answer has settled the cost

@@ -204,6 +204,9 @@ async def reading(
         asked = judge(error.trouble).retry_after if isinstance(error, CallFailed) else None
         return (asked or 0.0) + backoff(state.attempt_number, rng)
 
+    async def once() -> Answered:  # tenacity awaits coroutine functions only
+        return await call()
+
     try:
         return await call()  # nearly always: the machinery below is for the bad days
     except CallFailed as error:
@@ -211,7 +214,7 @@ async def reading(
             raise
         await anyio.sleep(backoff(1, rng))
     retrying = AsyncRetrying(retry=retry_if_exception(again), wait=wait, stop=stop, sleep=anyio.sleep, reraise=True)
-    return await retrying(call)
+    return await retrying(once)
 
 
 def kind_of(trouble: Trouble) -> str:

@@ -48,7 +48,7 @@ __all__ = ["Policy", "Report", "Runner"]
 
 _UPLOAD_VALID = 3 * 86400.0
 """Seconds for which an uploaded source picture is used again; fal promises its files for seven days."""
-_DOWNLOAD_TRIES = 4
+_DOWNLOAD_TRIES = 6
 _DOWNLOADS_AT_ONCE = 16
 _JUDGE_FAILURES_FROM = 20
 """A percentage of failures means nothing among fewer ended jobs."""

@@ -76,7 +76,7 @@ async def test_window_bounds_what_is_in_flight():
 async def test_auto_window_fills_the_slots_without_piling_up():
     """With 20 slots an automatic window keeps them full and queues little more than twice of that."""
     service = FakeService(service_time=5.0, slots=20)
-    window = Window(4, floor=2, ceiling=1000)
+    window = Window(8, floor=2, ceiling=1000)
     world = World(service, window=window)
     await world.run(jobs(600))
     ended = max(r.ends_at for r in service.requests.values())
@@ -130,7 +130,7 @@ async def test_refused_connection_waits_and_goes_on():
     world = World(FakeService(service_time=2.0, faults=[RefusesConnection(since=5.0, until=605.0)]))
     report = await world.run(jobs(80))
     assert (report.done, world.service.accepted, report.held) == (80, 80, 0)
-    assert world.observer.actions("paused")
+    assert world.observer.actions("unreachable")
 
 
 async def test_throttled_submits_wait_for_retry_after():

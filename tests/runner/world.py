@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import aclosing
 from random import Random
 
 import anyio
@@ -58,7 +59,8 @@ class World:
             gate=gate, policy=policy or self.policy, now=anyio.current_time, rng=rng,
         )  # fmt: skip
         with anyio.fail_after(7 * 86400):
-            return await self.runner.run(batches(made))
+            async with aclosing(batches(made)) as source:
+                return await self.runner.run(source)
 
     def again(self):
         self.journal.session += 1

@@ -62,10 +62,8 @@ def test_long_text_is_a_readable_prefix_and_a_hash() -> None:
 def test_an_id_does_not_change_when_axes_grow_or_change_places(axes, random) -> None:
     """Adding values, or writing axes and values in another order, keeps every id and its values."""
     before = {cell.id: cell.values for cell in cells(axes)}
-    grown = {
-        name: [*values, {"strength": 0.31, "guidance_scale": 7.7, "seed": 99, "prompt": "new, here"}.get(name, "png")]
-        for name, values in axes.items()
-    }
+    more = {"strength": 0.31, "guidance_scale": 7.7, "seed": 99, "prompt": "new, here", "output_format": "png"}
+    grown = {name: [*values, more[name]] for name, values in axes.items()}
     shuffled = list(grown.items())
     random.shuffle(shuffled)
     for _, values in shuffled:

@@ -35,7 +35,7 @@ class _Look(NamedTuple):
 
 _LOOKS = {
     Scene.NIGHT: _Look(0.55, -4, Tint(2, -26), Tint(4, -12), 0.85, 0.8),
-    Scene.SUNSET: _Look(0.95, 0, Tint(16, 2), Tint(14, 34), 1.15, 0.7),
+    Scene.SUNSET: _Look(0.95, 0, Tint(24, 4), Tint(22, 50), 1.2, 0.75),
     Scene.WINTER: _Look(0.85, 38, Tint(-2, -12), Tint(-2, -8), 0.55, 0.7),
     Scene.AUTUMN: _Look(0.97, 2, Tint(14, 18), Tint(12, 36), 1.2, 0.65),
     Scene.FOREST: _Look(0.92, 2, Tint(-22, 10), Tint(-18, 30), 1.1, 0.6),

@@ -44,7 +44,7 @@ def cartoon(picture: Array, rng: np.random.Generator, power: float) -> Array:
     flat = picture
     for _ in range(2):
         flat = cv2.bilateralFilter(flat, 7, 45, 7)
-    flat = saturated(kuwahara(flat, int(2 + 4 * power)), 1.4, 1.05, 8)
+    flat = saturated(kuwahara(flat, int(2 + 2 * power)), 1.4, 1.05, 12)
     toned = soft_steps(flat, round(9 - 4 * power), rng.uniform(-0.35, 0.35))
     ink = lines(kuwahara(picture, 3), 1.4, 1.1)
     return clipped(toned * (1 - (1 - ink) * (0.45 + 0.5 * power))[..., None])

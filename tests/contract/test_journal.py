@@ -1,0 +1,404 @@
+"""What every journal promises: one suite over the SQLite file and over the journal in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import anyio
+import orjson
+import pytest
+from anyio.lowlevel import checkpoint
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from batch.model import Answer, Failed, JobKey, RequestId, StoredImage, Ticket
+from batch.run.journal import open_journal
+from batch.run.lifecycle import TABLE, Happening, IllegalTransition, State
+from batch.run.ports import (
+    Accepted,
+    Answered,
+    Entry,
+    FailedForGood,
+    Finished,
+    Intended,
+    Known,
+    Lost,
+    Outcome,
+    Refused,
+    Retried,
+    Uploaded,
+)
+from batch.testing.journal import MemoryJournal
+
+A, B, C = JobKey("a" * 32), JobKey("b" * 32), JobKey("c" * 32)
+TICKET = Ticket(RequestId("r-1"), "http://x/status", "http://x/response", "http://x/cancel")
+ANSWER = Answer({"images": [{"url": "http://x/1.jpg"}], "seed": 2**62, "timings": {"inference": 1.5}}, 1.25, "preview")
+IMAGE = StoredImage("http://x/1.jpg", 64, 48, "image/jpeg", "1.jpg", 9, "images/ab/abc.jpg", "abc")
+
+
+@pytest.fixture
+def anyio_backend():
+    return "asyncio"
+
+
+pytestmark = pytest.mark.anyio
+
+
+@asynccontextmanager
+async def opened_file(path):
+    async with open_journal(path, version="1.2.3", clock=lambda: 1000.0) as journal:
+        journal.outcomes = journal.file.outcomes
+        yield journal
+
+
+@asynccontextmanager
+async def opened_memory():
+    yield MemoryJournal()
+
+
+@pytest.fixture(params=["file", "memory"])
+async def journal(request, tmp_path):
+    async with opened_file(tmp_path / "journal.db") if request.param == "file" else opened_memory() as journal:
+        yield journal
+
+
+def intended(key=A, at=1.0, attempt=1, body=b'{"prompt": "x"}', usd=0.03):
+    return Intended(key, at, attempt, body, usd)
+
+
+def whole_life(key=A, at=1.0):
+    return [
+        intended(key, at),
+        Accepted(key, at + 1, TICKET),
+        Answered(key, at + 2, ANSWER, 0.04, 0.5, 2.0),
+        Finished(key, at + 3, (IMAGE,), 0.25),
+    ]
+
+
+async def entries(journal, *states):
+    return [entry async for entry in journal.entries(states)]
+
+
+async def test_unheard_job_is_not_known(journal):
+    """A job that was never recorded is in no answer."""
+    assert await journal.find([A]) == {}
+    assert journal.outcomes([A]) == {}
+    assert (await journal.counts()).by_state == {}
+
+
+async def test_done_job_tells_everything(journal):
+    """Every field of the events comes back in the outcome."""
+    for event in whole_life():
+        await journal.record(event)
+    assert await journal.find([B, A]) == {A: Known(State.DONE, journal.session, 1)}
+    assert journal.outcomes([A, B]) == {
+        A: Outcome(
+            state=State.DONE,
+            attempts=1,
+            ticket=TICKET,
+            submitted_at=1.0,
+            completed_at=3.0,
+            answer=ANSWER,
+            images=(IMAGE,),
+            queue_seconds=0.5,
+            total_seconds=2.0,
+            download_seconds=0.25,
+            cost_usd=0.04,
+        )
+    }
+
+
+async def test_one_call_may_carry_a_whole_life(journal):
+    """Events of one call apply in their order, also to the same job."""
+    await journal.record(*whole_life(A), *whole_life(B, 10.0)[:2])
+    assert {key: known.state for key, known in (await journal.find([A, B])).items()} == {
+        A: State.DONE,
+        B: State.ACCEPTED,
+    }
+
+
+async def test_record_without_events_returns(journal):
+    """Nothing to write is no error."""
+    await journal.record()
+    assert (await journal.counts()).by_state == {}
+
+
+async def test_entry_can_be_taken_up(journal):
+    """An entry has all that going on needs."""
+    await journal.record(*whole_life()[:3])
+    await journal.record(intended(B, 0.5, attempt=1, usd=0.06))
+    assert await entries(journal, State.ANSWERED, State.INTENDED) == [
+        Entry(B, State.INTENDED, 1, 0.5, b'{"prompt": "x"}', reserved_usd=0.06),
+        Entry(A, State.ANSWERED, 1, 1.0, b'{"prompt": "x"}', 2.0, TICKET, ANSWER, 0.0),
+    ]
+
+
+async def test_entries_come_oldest_intended_first(journal):
+    """Paid for longest, collected first; whatever order they became known in, and over several pages."""
+    keys = [JobKey(f"{i:032x}") for i in range(700)]
+    order = sorted(range(700), key=lambda i: i * 7919 % 700)
+    await journal.record(*(intended(key, float(at)) for key, at in zip(keys, order, strict=True)))
+    found = [entry.intended_at for entry in await entries(journal, State.INTENDED)]
+    assert found == [float(i) for i in range(700)]
+
+
+async def test_entries_skip_what_has_moved_on(journal):
+    """A job that leaves the states while others are read is not met, one that is intended anew not twice."""
+    keys = [JobKey(f"{i:032x}") for i in range(600)]
+    for key in keys:
+        await journal.record(intended(key, 1.0), Lost(key, 2.0, "reset"))
+    met = []
+    async for entry in journal.entries({State.UNKNOWN, State.INTENDED}):
+        if not met:
+            await journal.record(intended(entry.job_key, 99.0), Accepted(keys[-1], 3.0, TICKET))
+        met.append(entry.job_key)
+    assert met == keys[:-1]
+
+
+async def test_failed_before_it_was_sent(journal):
+    """A picture that cannot be read fails its job without an attempt, and it can be taken up."""
+    await journal.record(FailedForGood(A, 5.0, Failed("image_load_error", "not a picture")))
+    assert journal.outcomes([A])[A] == Outcome(
+        State.FAILED, 0, completed_at=5.0, failure=Failed("image_load_error", "not a picture")
+    )
+    assert await entries(journal, State.FAILED) == [Entry(A, State.FAILED, 0, 0.0, b"")]
+    await journal.record(Retried(A, 6.0))
+    assert await journal.find([A]) == {A: Known(State.PENDING, journal.session, 1)}
+
+
+async def test_refusal_frees_the_reservation_and_keeps_the_attempt(journal):
+    """What was certainly not accepted costs nothing and is tried again under its number."""
+    await journal.record(intended(usd=0.03))
+    assert (await journal.counts()).reserved_usd == 0.03
+    await journal.record(Refused(A, 2.0, "503"))
+    counts = await journal.counts()
+    assert (counts.reserved_usd, counts.spent_usd, counts.oldest_open_at) == (0.0, 0.0, None)
+    assert await journal.find([A]) == {A: Known(State.PENDING, journal.session, 1)}
+    await journal.record(intended(attempt=1, at=3.0))
+    assert journal.outcomes([A])[A].submitted_at == 3.0
+
+
+async def test_lost_submit_stays_reserved_and_says_why(journal):
+    """It may have been accepted: its money stays set aside, and the results can name the reason."""
+    await journal.record(intended(usd=0.03), Lost(A, 2.0, "timeout after 30 s"))
+    counts = await journal.counts()
+    assert (counts.reserved_usd, counts.oldest_open_at) == (0.03, 1.0)
+    assert journal.outcomes([A])[A].failure == Failed("unknown", "timeout after 30 s")
+    await journal.record(Accepted(A, 3.0, TICKET))
+    assert journal.outcomes([A])[A].failure is None
+
+
+async def test_answer_settles_the_cost(journal):
+    """Spent replaces reserved at the answer; finishing changes no money."""
+    first = whole_life()
+    await journal.record(*first[:3])
+    counts = await journal.counts()
+    assert (counts.spent_usd, counts.reserved_usd) == (0.04, 0.0)
+    await journal.record(first[3])
+    assert (await journal.counts()).spent_usd == 0.04
+
+
+async def test_failure_of_an_answered_job_costs_nothing_more(journal):
+    """Its answer has settled the cost; both the answer and the failure are told."""
+    await journal.record(*whole_life()[:3])
+    await journal.record(FailedForGood(A, 9.0, Failed("result_file_gone", "404"), 0.04))
+    outcome = journal.outcomes([A])[A]
+    assert (outcome.cost_usd, outcome.completed_at, outcome.answer) == (0.04, 3.0, ANSWER)
+    assert outcome.failure == Failed("result_file_gone", "404")
+    assert (await journal.counts()).spent_usd == 0.04
+
+
+async def test_retry_replaces_the_outcome_and_keeps_the_spend(journal):
+    """Of a job that was taken up again the last attempt is shown, and all of its money."""
+    await journal.record(*whole_life()[:2], FailedForGood(A, 4.0, Failed("generation_timeout", "late", 0.5), 0.01))
+    await journal.record(Retried(A, 5.0))
+    outcome = journal.outcomes([A])[A]
+    assert (outcome.state, outcome.ticket, outcome.failure, outcome.cost_usd) == (State.PENDING, None, None, 0.01)
+    second = Ticket(RequestId("r-2"))
+    await journal.record(
+        intended(at=6.0, attempt=2),
+        Accepted(A, 7.0, second),
+        Answered(A, 8.0, ANSWER, 0.03),
+        Finished(A, 9.0, ()),
+    )
+    outcome = journal.outcomes([A])[A]
+    assert (outcome.state, outcome.attempts, outcome.ticket, outcome.failure) == (State.DONE, 2, second, None)
+    assert outcome.images == ()
+    assert outcome.cost_usd == pytest.approx(0.04)
+    assert (await journal.counts()).spent_usd == pytest.approx(0.04)
+
+
+async def test_illegal_event_is_refused_with_its_call(journal):
+    """The lifecycle holds for every event, and a call is written whole or not at all."""
+    with pytest.raises(IllegalTransition, match="pending cannot accept"):
+        await journal.record(intended(B), Uploaded("s", 1.0, "http://u"), Accepted(A, 1.0, TICKET))
+    assert await journal.find([A, B]) == {}
+    assert await journal.uploaded("s", 0.0) is None
+    with pytest.raises(IllegalTransition, match="intended cannot intend"):
+        await journal.record(intended(A), intended(A))
+    assert await journal.find([A]) == {}
+
+
+async def test_illegal_event_hurts_its_caller_alone(journal):
+    """Callers of the same moment are written although one of them is wrong."""
+    failures = []
+
+    async def record(event):
+        try:
+            await journal.record(event)
+        except IllegalTransition as error:
+            failures.append(str(error))
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(record, intended(A))
+        tasks.start_soon(record, Finished(B, 1.0, ()))
+        tasks.start_soon(record, intended(C))
+    assert failures == ["a job that is pending cannot finish"]
+    assert (await journal.find([A, B, C])).keys() == {A, C}
+
+
+async def test_cancelled_caller_is_written_all_the_same(journal):
+    """What was handed over becomes durable, whether or not anybody waits for it."""
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        await journal.record(intended(A))
+    assert scope.cancelled_caught
+    await journal.record(intended(B))
+    assert (await journal.find([A, B])).keys() == {A, B}
+
+
+async def test_long_strings_of_a_body_are_kept_by_hash(journal):
+    """A data URI would bloat the journal: its SHA-256 stands for it; anything up to 4096 characters stays."""
+    uri = "data:" + "é" * 4092
+    body = orjson.dumps({"image_url": uri, "prompt": "y" * 4096, "nested": [{"x": "z" * 5000}]})
+    await journal.record(intended(body=body))
+    (entry,) = await entries(journal, State.INTENDED)
+    kept = orjson.loads(entry.body)
+    assert kept == {
+        "image_url": "sha256:" + hashlib.sha256(uri.encode()).hexdigest(),
+        "prompt": "y" * 4096,
+        "nested": [{"x": "sha256:" + hashlib.sha256(b"z" * 5000).hexdigest()}],
+    }
+
+
+async def test_upload_is_found_while_it_is_fresh(journal):
+    """A URL counts from the given instant on, and a newer upload replaces an older one."""
+    await journal.record(Uploaded("s", 10.0, "http://u/1"))
+    assert await journal.uploaded("s", 10.0) == "http://u/1"
+    assert await journal.uploaded("s", 10.5) is None
+    await journal.record(Uploaded("s", 11.0, "http://u/2"))
+    assert await journal.uploaded("s", 10.5) == "http://u/2"
+    assert await journal.uploaded("t", 0.0) is None
+
+
+async def test_messages_with_undecodable_names_are_kept(journal):
+    """An error message may quote a file name that is no UTF-8; it must not stop the run."""
+    await journal.record(FailedForGood(A, 1.0, Failed("image_load_error", "no \udcff.jpg")))
+    assert journal.outcomes([A])[A].failure.message.startswith("no ")
+
+
+# --- any legal history ------------------------------------------------------------------------------------
+
+_KEYS = [A, B, C]
+_MONEY = st.sampled_from([None, 0.0, 0.03, 0.06])
+
+
+def _event(draw, happening, key, at, attempt):
+    match happening:
+        case Happening.INTEND:
+            return Intended(key, at, attempt, b'{"n": %d}' % attempt, draw(st.sampled_from([0.0, 0.03, 0.25])))
+        case Happening.ACCEPT:
+            return Accepted(key, at, Ticket(RequestId(f"r{at}"), "s", "r", draw(st.sampled_from(["", "c"]))))
+        case Happening.REFUSE:
+            return Refused(key, at, "busy")
+        case Happening.LOSE:
+            return Lost(key, at, draw(st.sampled_from(["", "reset"])))
+        case Happening.ANSWER:
+            return Answered(key, at, draw(st.sampled_from([ANSWER, Answer({"seed": 1})])), draw(_MONEY), None, 1.0)
+        case Happening.FINISH:
+            return Finished(key, at, draw(st.sampled_from([(), (IMAGE,), (IMAGE, IMAGE)])), draw(_MONEY))
+        case Happening.FAIL:
+            return FailedForGood(key, at, Failed("e", "m", draw(_MONEY)), draw(_MONEY))
+        case Happening.RETRY:
+            return Retried(key, at)
+
+
+@st.composite
+def histories(draw):
+    """Random legal walks of three jobs, cut into calls."""
+    states, attempts = dict.fromkeys(_KEYS, State.PENDING), dict.fromkeys(_KEYS, 0)
+    calls = [[]]
+    for step in range(draw(st.integers(1, 25))):
+        key = draw(st.sampled_from(_KEYS))
+        legal = [happening for state, happening in TABLE if state is states[key]]
+        if legal:
+            happening = draw(st.sampled_from(legal))
+            attempts[key] += happening is Happening.INTEND
+            calls[-1].append(_event(draw, happening, key, float(step), attempts[key]))
+            states[key] = TABLE[states[key], happening]
+        if draw(st.booleans()):
+            calls.append([])
+    return calls
+
+
+async def _told(journal):
+    counts = await journal.counts()
+    return (
+        await journal.find(_KEYS),
+        journal.outcomes(_KEYS),
+        [entry async for entry in journal.entries(set(State))],
+        counts.by_state,
+        (pytest.approx(counts.spent_usd), pytest.approx(counts.reserved_usd), counts.oldest_open_at),
+    )
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(calls=histories(), together=st.booleans())
+def test_both_journals_tell_the_same_of_any_history(calls, together):
+    """Whatever legal things happen, call by call or all in one group, file and memory cannot be told apart."""
+
+    async def run():
+        with tempfile.TemporaryDirectory() as folder:
+            memory = MemoryJournal()
+            async with opened_file(Path(folder) / "journal.db") as file:
+                async with anyio.create_task_group() as tasks:
+                    for call in calls:
+                        await memory.record(*call)
+                        if together:
+                            tasks.start_soon(file.record, *call)
+                            await checkpoint()
+                        else:
+                            await file.record(*call)
+                assert await _told(file) == await _told(memory)
+            async with opened_file(Path(folder) / "journal.db") as again:
+                assert again.session == 2
+                assert await _told(again) == await _told(memory)
+
+    anyio.run(run)
+
+
+async def test_memory_journal_reopens_in_the_next_session():
+    """What the old session still does is not seen by the new one."""
+    first = MemoryJournal()
+    await first.record(intended(A))
+    second = first.reopened()
+    await first.record(Accepted(A, 2.0, TICKET))
+    assert await second.find([A]) == {A: Known(State.INTENDED, 1, 1)}
+    await second.record(Lost(A, 3.0, "crash"))
+    assert await second.find([A]) == {A: Known(State.UNKNOWN, 2, 1)}
+    assert [type(event) for event in second.events] == [Intended, Lost]
+
+
+async def test_calls_that_wait_together_are_one_transaction(tmp_path):
+    """While one group is on its way to the disk everybody else gathers in the next."""
+    async with opened_file(tmp_path / "journal.db") as journal:
+        async with anyio.create_task_group() as tasks:
+            for number in range(300):
+                tasks.start_soon(journal.record, intended(JobKey(f"{number:032x}")))
+            await anyio.wait_all_tasks_blocked()
+        assert journal.statistics().events == 300
+        assert journal.statistics().commits <= 3
+        assert journal.statistics().largest_group >= 100

@@ -1,0 +1,405 @@
+"""Planning: which value wins, what a bad row becomes, and that keys and seeds stay. Rows are real frames in memory."""
+
+from collections.abc import Iterator
+
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batch.config import Settings
+from batch.errors import ConfigError, ManifestError
+from batch.fal.endpoint import ImageToImageInput
+from batch.manifest.plan import Planned, Planner
+from batch.manifest.ports import Fault, Resolved, RowBatch
+from batch.manifest.survey import render_problems, survey
+from batch.model import LocalImage
+from batch.run.lifecycle import State
+from batch.run.ports import Known
+
+
+class Table:
+    """A manifest in memory, its first row on line 2."""
+
+    def __init__(self, frame: pl.DataFrame, *, lines: bool = True) -> None:
+        self.frame, self.schema, self._lines = frame, frame.schema, lines
+
+    def batches(self, size: int = 4096) -> Iterator[RowBatch]:
+        for first in range(0, len(self.frame), size):
+            part = self.frame.slice(first, size)
+            yield RowBatch(first, part, list(range(first + 2, first + 2 + len(part))) if self._lines else None)
+
+
+class Shelf:
+    """Resolves URLs to themselves and `local:HEX` to a local picture of two megapixels."""
+
+    def resolve(self, references):
+        return [self._one(reference) for reference in references]
+
+    def _one(self, reference):
+        if reference is None:
+            return Fault("missing", "the cell is empty")
+        if str(reference).startswith("local:"):
+            name = reference.removeprefix("local:")
+            return Resolved(f"sha256:{name}", LocalImage(name, 10), 2.0)
+        return Resolved(str(reference))
+
+
+def planner(columns, configuration=None, *, lines=True) -> Planner:
+    frame = columns if isinstance(columns, pl.DataFrame) else pl.DataFrame(columns)
+    return Planner(Table(frame, lines=lines), Settings(**(configuration or {})), Shelf())
+
+
+def items(columns, configuration=None) -> list[Planned]:
+    return [item for batch in planner(columns, configuration).batches() for item in batch.items]
+
+
+def inputs(columns, configuration=None):
+    return [item.job.input for item in items(columns, configuration)]
+
+
+def problems(columns, configuration=None):
+    return [problem for checked in planner(columns, configuration).checked() for problem in checked.problems]
+
+
+ONE = {"image_url": ["https://a/1.png"], "prompt": ["a fresco"]}
+
+
+def test_a_job_holds_every_input_of_the_endpoint() -> None:
+    """What is sent depends on no default of the service: all fields are there, the seed too."""
+    (complete,) = inputs(ONE)
+    assert set(complete) == set(ImageToImageInput.model_fields)
+    assert ImageToImageInput.model_validate(complete, strict=True).model_dump() == complete
+    assert complete["sync_mode"] is False
+    assert 0 <= complete["seed"] < 2**31
+
+
+def test_the_sweep_wins_over_the_column_over_the_input_section_over_the_default() -> None:
+    """Each source is used exactly where no later one speaks."""
+    columns = {
+        "image_url": ["https://a/1.png"] * 2,
+        "prompt": ["p"] * 2,
+        "strength": ["0.3", None],
+        "guidance_scale": ["2", "nonsense"],
+        "num_images": ["2", ""],
+    }
+    found = inputs(columns, {"input": {"strength": 0.6, "num_inference_steps": 20}, "sweep": {"guidance_scale": [5]}})
+    assert [
+        (row["strength"], row["num_inference_steps"], row["guidance_scale"], row["num_images"]) for row in found
+    ] == [
+        (0.3, 20, 5.0, 2),
+        (0.6, 20, 5.0, 1),
+    ]
+
+
+def test_text_and_typed_columns_give_the_same_job() -> None:
+    """A CSV and a Parquet with the same content are the same jobs."""
+    text = {
+        **ONE,
+        "strength": ["0.50"],
+        "num_inference_steps": ["20"],
+        "enable_safety_checker": ["false"],
+        "seed": ["7"],
+    }
+    typed = {**ONE, "strength": [0.5], "num_inference_steps": [20.0], "enable_safety_checker": [False], "seed": [7]}
+    assert [item.job.key for item in items(text)] == [item.job.key for item in items(typed)]
+
+
+def test_items_come_row_by_row_and_cell_by_cell() -> None:
+    """The results table is written in this order."""
+    columns = {"image_url": ["https://a/1", "https://a/2"], "prompt": ["p", "q"]}
+    found = items(columns, {"sweep": {"seed": [1, 2]}})
+    assert [(item.row, item.cell, item.job.input["seed"]) for item in found] == [
+        (0, "seed=1", 1),
+        (0, "seed=2", 2),
+        (1, "seed=1", 1),
+        (1, "seed=2", 2),
+    ]
+
+
+def test_a_batch_keeps_the_manifests_columns_and_stays_small_under_a_sweep() -> None:
+    """Memory is bounded by jobs, not rows: a wide sweep makes short batches."""
+    columns = pl.DataFrame({"image_url": [f"https://a/{i}" for i in range(100)], "prompt": "p", "extra": "007"})
+    batches = list(planner(columns, {"sweep": {"seed": list(range(1000))}}).batches())
+    assert max(len(batch.items) for batch in batches) <= 4096
+    assert pl.concat([batch.frame for batch in batches]).equals(columns)
+    assert [batch.first_row for batch in batches] == list(range(0, 100, 4))
+
+
+# --- prompts ---
+
+
+def test_a_template_is_filled_from_columns() -> None:
+    """Braces name columns, doubled braces are braces, numbers are written as they are."""
+    columns = {"image_url": ["u://1"], "animal": ["cat"], "n": [3]}
+    (complete,) = inputs(columns, {"manifest": {"prompt": "{n} {{{animal}}} as wizards"}})
+    assert complete["prompt"] == "3 {cat} as wizards"
+
+
+def test_a_row_without_a_prompt_falls_back_or_is_a_problem() -> None:
+    """Null is no prompt; the prompt of `[input]` stands in for it, and without that the row is bad."""
+    columns = {"image_url": ["u://1", "u://2"], "prompt": ["own", None]}
+    assert [row["prompt"] for row in inputs(columns, {"input": {"prompt": "all"}})] == ["own", "all"]
+    (problem,) = problems(columns)
+    assert (problem.row, problem.line, problem.column, problem.type) == (1, 3, "prompt", "missing")
+    template = {"manifest": {"prompt": "a {prompt}"}}
+    assert [problem.type for problem in problems(columns, template)] == ["missing"]
+
+
+def test_an_empty_text_is_a_prompt_where_the_format_can_tell() -> None:
+    """The endpoint takes any text."""
+    (complete,) = inputs({"image_url": ["u://1"], "prompt": [""]}, {"input": {"prompt": "all"}})
+    assert complete["prompt"] == ""
+
+
+def test_the_prompt_may_come_from_the_settings_alone() -> None:
+    """Without a prompt column, `[input]` or a prompt axis gives it."""
+    columns = {"image_url": ["u://1"]}
+    assert [row["prompt"] for row in inputs(columns, {"input": {"prompt": "ink"}})] == ["ink"]
+    assert [row["prompt"] for row in inputs(columns, {"sweep": {"prompt": ["ink", "oil"]}})] == ["ink", "oil"]
+
+
+# --- settings that do not fit the manifest ---
+
+
+@pytest.mark.parametrize(
+    ("configuration", "error", "words"),
+    [
+        ({"manifest": {"image": "imageurl"}}, ManifestError, ["'imageurl'", "did you mean 'image_url'", "caption"]),
+        ({"manifest": {"image": "count"}}, ManifestError, ["'count'", "Int64", "manifest.image"]),
+        ({}, ManifestError, ["'prompt'", "input.prompt", "caption"]),
+        ({"manifest": {"prompt": "captoin"}, "input": {"prompt": "x"}}, ManifestError, ["did you mean 'caption'"]),
+        ({"manifest": {"prompt": "a {captoin}"}}, ManifestError, ["'captoin'", "did you mean 'caption'"]),
+        ({"manifest": {"prompt": "a {tags}"}}, ManifestError, ["'tags'", "List"]),
+        ({"manifest": {"prompt": "a {caption"}}, ConfigError, ["'a {caption'", "template"]),
+        ({"manifest": {"prompt": "a {caption:>9}"}}, ConfigError, ["braces"]),
+        ({"manifest": {"prompt": "a {}"}}, ConfigError, ["braces"]),
+        ({"manifest": {"prompt": "caption", "id": "sku"}}, ManifestError, ["'sku'", "manifest.id"]),
+        ({"manifest": {"prompt": "caption"}, "sweep": {"strength": [7]}}, ConfigError, ["sweep.strength", "'7'"]),
+        ({"manifest": {"prompt": "caption"}, "input": {"seed": 2**63}}, ConfigError, ["input.seed", str(2**63)]),
+    ],
+)
+def test_settings_that_do_not_fit_the_columns_stop_at_once(configuration, error, words) -> None:
+    """The message names what was asked for and what there is."""
+    columns = {"image_url": ["u://1"], "caption": ["c"], "count": [1], "tags": [["x"]]}
+    with pytest.raises(error) as raised:
+        planner(columns, configuration)
+    for word in words:
+        assert word in str(raised.value)
+
+
+# --- bad rows ---
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "type", "words"),
+    [
+        ("strength", "high", "float_parsing", ["'high'", "0.01 to 1"]),
+        ("strength", "1.5", "less_than_equal", ["'1.5'", "0.01 to 1"]),
+        ("strength", "nan", "finite_number", ["'nan'"]),
+        ("num_inference_steps", "9", "greater_than_equal", ["'9'", "10 to 50"]),
+        ("num_inference_steps", "20.5", "int_parsing", ["'20.5'", "whole number"]),
+        ("seed", "-1", "greater_than_equal", ["'-1'"]),
+        ("output_format", "PNG", "literal_error", ["'PNG'", "jpeg, png"]),
+        ("enable_safety_checker", "maybe", "bool_parsing", ["'maybe'", "true or false"]),
+        ("sync_mode", "true", "sync_mode", ["sync_mode is refused: results are not kept"]),
+    ],
+)
+def test_a_value_that_the_endpoint_would_refuse_is_a_problem_of_its_row(column, value, type, words) -> None:  # noqa: A002
+    """The rows around it become jobs as ever; the problem says line, column, value and what is allowed."""
+    columns = {"image_url": ["u://1", "u://2", "u://3"], "prompt": ["p"] * 3, column: [None, value, None]}
+    good, bad, also_good = items(columns)
+    assert good.job and also_good.job and bad.job is None
+    assert (bad.problem.row, bad.problem.line, bad.problem.column) == (1, 3, column)
+    assert (bad.problem.value, bad.problem.type) == (value, type)
+    for word in words:
+        assert word in bad.problem.message
+
+
+def test_sync_mode_that_is_off_is_no_problem() -> None:
+    """Only asking for it is refused."""
+    assert [row["sync_mode"] for row in inputs({**ONE, "sync_mode": ["false"]})] == [False]
+
+
+def test_each_bad_cell_is_a_problem_and_the_first_is_the_rows() -> None:
+    """A person sees everything that is wrong in one go; every cell of the sweep carries the same problem."""
+    columns = {"image_url": [None], "prompt": [None], "strength": ["high"], "seed": ["x"]}
+    configuration = {"sweep": {"num_images": [1, 2]}}
+    assert [problem.column for problem in problems(columns, configuration)] == [
+        "image_url",
+        "prompt",
+        "strength",
+        "seed",
+    ]
+    assert [(item.cell, item.problem.column) for item in items(columns, configuration)] == [
+        ("num_images=1", "image_url"),
+        ("num_images=2", "image_url"),
+    ]
+
+
+def test_a_row_without_its_id_is_a_problem() -> None:
+    """An id that is mapped is what the row's seed comes from."""
+    (problem,) = problems({**ONE, "sku": [None]}, {"manifest": {"id": "sku"}})
+    assert (problem.column, problem.type) == ("sku", "missing")
+
+
+# --- identity ---
+
+
+def test_a_local_picture_stands_in_the_input_as_its_hash() -> None:
+    """A renamed file is the same job; the job knows what to upload and its size."""
+    (item,) = items({"image_url": ["local:ab"], "prompt": ["p"]})
+    assert item.job.input["image_url"] == "sha256:ab"
+    assert item.job.image == LocalImage("ab", 10)
+    assert item.job.megapixels == 2.0
+
+
+def test_given_and_swept_seeds_are_kept_and_empty_ones_derived() -> None:
+    """A seed in the cell, in `[input]` or in the sweep is used as it is."""
+    columns = {"image_url": ["u://1"] * 2, "prompt": ["p"] * 2, "seed": [5, None]}
+    given_seed, derived = (row["seed"] for row in inputs(columns))
+    assert given_seed == 5
+    assert derived != 5
+    assert [row["seed"] for row in inputs(columns, {"input": {"seed": 9}})] == [5, 9]
+    assert [row["seed"] for row in inputs(columns, {"sweep": {"seed": [4]}})] == [4, 4]
+
+
+def test_the_run_seed_changes_derived_seeds_only() -> None:
+    """Another run seed gives other pictures, but never touches a seed that was given."""
+    columns = {"image_url": ["u://1"] * 2, "prompt": ["p", "q"], "seed": [5, None]}
+    before, after = inputs(columns), inputs(columns, {"run_seed": 1})
+    assert before[0] == after[0]
+    assert before[1]["seed"] != after[1]["seed"]
+
+
+def test_with_an_id_the_seed_outlives_a_new_prompt_and_without_it_does_not() -> None:
+    """A row is its id where one is mapped, else its picture and prompt."""
+    old = {"image_url": ["u://1"], "prompt": ["p"], "sku": [7]}
+    new = {"image_url": ["u://1"], "prompt": ["other"], "sku": ["7"]}
+    with_id = {"manifest": {"id": "sku"}}
+    assert inputs(old, with_id)[0]["seed"] == inputs(new, with_id)[0]["seed"]
+    assert inputs(old)[0]["seed"] != inputs(new)[0]["seed"]
+
+
+ROWS = st.lists(
+    st.fixed_dictionaries(
+        {
+            "image_url": st.sampled_from(["https://a/1", "https://a/2", "local:ab"]),
+            "prompt": st.text(max_size=4),
+            "strength": st.sampled_from([None, "0.5", "0.50", "1", "high"]),
+        }
+    ),
+    min_size=1,
+    max_size=8,
+)
+SCHEMA = {"image_url": pl.String, "prompt": pl.String, "strength": pl.String}
+
+
+def keys(rows, configuration=None):
+    return [item.job and item.job.key for item in items(pl.DataFrame(rows, schema=SCHEMA), configuration)]
+
+
+@settings(deadline=None, max_examples=60)
+@given(ROWS, ROWS, st.integers(0, 8))
+def test_rows_inserted_anywhere_change_no_other_job(rows, more, place) -> None:
+    """Position is no part of a job: what was paid for stays paid for."""
+    place = min(place, len(rows))
+    changed = keys(rows[:place] + more + rows[place:])
+    assert changed[:place] + changed[place + len(more) :] == keys(rows)
+    assert changed[place : place + len(more)] == keys(more)
+
+
+@settings(deadline=None, max_examples=60)
+@given(ROWS)
+def test_two_equal_rows_are_one_job(rows) -> None:
+    """Asked twice, paid once."""
+    once = keys(rows)
+    assert keys(rows + rows) == once + once
+
+
+@settings(deadline=None, max_examples=60)
+@given(ROWS, st.lists(st.sampled_from([2, 3, 4, 5]), unique=True, min_size=1))
+def test_a_growing_axis_keeps_every_job_that_was_there(rows, scales) -> None:
+    """Ids, seeds and keys of the old cells are those of the grown sweep."""
+    frame = pl.DataFrame(rows, schema=SCHEMA)
+
+    def jobs(axis):
+        return {
+            (item.row, item.cell): item.job.key
+            for item in items(frame, {"sweep": {"guidance_scale": axis}})
+            if item.job
+        }
+
+    assert jobs(scales).items() <= jobs([9, *reversed(scales)]).items()
+
+
+# --- survey ---
+
+
+def test_a_survey_counts_distinct_jobs_pictures_dollars_and_hours() -> None:
+    """Two equal rows are paid once; unknown sizes are one megapixel each and said so; each of `num_images` counts."""
+    columns = {
+        "image_url": ["local:a", "local:a", "https://a/1", "local:b", None],
+        "prompt": ["p"] * 5,
+        "num_images": [2, 2, 3, 1, 1],
+    }
+    found = survey(planner(columns), None, 0.5, 2, 3600)
+    assert (found.rows, found.bad_rows, found.cells) == (5, 1, 1)
+    assert (found.jobs, found.duplicates, found.to_do) == (3, 1, 3)
+    assert (found.megapixels, found.unknown_sizes) == (6.0, 3)
+    assert found.dollars == pytest.approx(4.5)
+    assert found.hours == pytest.approx(1.5)
+    text = found.render()
+    assert "$4.50 at $0.5 a megapixel, 3 unknown sizes taken as 1 megapixel each" in text
+    assert len({line.index(line[12:].lstrip()[0], 12) for line in text.splitlines()}) == 1
+    assert found.to_json()["problems"][0]["type"] == "missing"
+
+
+def test_what_the_journal_knows_is_not_to_do_and_costs_nothing() -> None:
+    """Done, failed and sent jobs are counted apart; a job that the journal holds as pending is to do."""
+    states = [State.DONE, State.FAILED, State.ACCEPTED, State.UNKNOWN, State.PENDING, None]
+    columns = {"image_url": [f"local:{i}" for i in range(6)] * 2, "prompt": ["p"] * 12}
+    known = {
+        item.job.key: Known(state, 1)
+        for item, state in zip(items(columns), states * 2, strict=True)
+        if state is not None
+    }
+    asked = []
+
+    def find(keys):
+        asked.extend(keys)
+        return {key: known[key] for key in keys if key in known}
+
+    found = survey(planner(columns), find, 1.0, 1, 1.0)
+    assert (found.done, found.failed, found.in_flight, found.to_do) == (1, 1, 2, 2)
+    assert (found.jobs, found.duplicates) == (6, 6)
+    assert found.dollars == pytest.approx(4.0)
+    assert len(asked) == len(set(asked)) == 6
+
+
+def test_duplicates_are_found_however_far_apart_they_stand() -> None:
+    """Distinctness holds over many merges: 150,000 jobs of which each is there twice."""
+    count = 75_000
+    frame = pl.DataFrame({"image_url": [f"https://a/{i}" for i in range(count)] * 2, "prompt": "p", "seed": 1})
+    found = survey(planner(frame), None, 0.03, 10, 1)
+    assert (found.rows, found.jobs, found.duplicates) == (2 * count, count, count)
+    assert found.unknown_sizes == count
+
+
+def test_at_most_twenty_problems_are_shown_and_all_are_counted() -> None:
+    """A person gets the first ones with file and line, and always the total."""
+    columns = {"image_url": ["u://1"] * 30, "prompt": ["p"] * 30, "strength": ["high"] * 30}
+    found = survey(planner(columns), None, 0, 1, 1)
+    assert (found.problem_count, len(found.problems), found.bad_rows, found.jobs) == (30, 20, 30, 0)
+    lines = render_problems("pets.csv", found.problems, found.problem_count).splitlines()
+    assert lines[0] == "pets.csv:2 strength 'high' strength is 'high'; it must be a number from 0.01 to 1"
+    assert lines[-1] == "30 problems, 10 more not shown"
+    assert len(lines) == 21
+
+
+def test_problems_of_a_manifest_without_lines_name_the_row() -> None:
+    """Parquet has no lines."""
+    columns = pl.DataFrame({**ONE, "strength": [7.0]})
+    found = survey(planner(columns, lines=False), None, 0, 1, 1)
+    assert render_problems("pets.parquet", found.problems, 1).startswith("pets.parquet:row 0 strength '7.0' ")
+    assert render_problems("pets.parquet", (), 0) == ""

@@ -1,0 +1,128 @@
+"""The preview's decisions and filters: which style, which light, how much, and the same again."""
+
+import numpy as np
+import pytest
+
+from batch.server.engines.preview.grade import Tint, graded, tint_of
+from batch.server.engines.preview.renderer import STYLES, restyled
+from batch.server.engines.preview.texture import clouds, generator, grain
+from batch.server.engines.preview.wording import Scene, Style, scene_of, style_of
+
+
+@pytest.fixture(scope="module")
+def picture():
+    """A colourful 160x224 scene with shapes, BGR."""
+    y, x = np.mgrid[0:160, 0:224].astype(np.float32)
+    scene = np.stack([x, 255 - y, (x + y) / 2], -1)
+    scene[(x - 120) ** 2 + (y - 80) ** 2 < 50**2] = (40, 60, 220)
+    scene[100:140, 20:90] = (200, 220, 230)
+    return scene.clip(0, 255).astype(np.uint8)
+
+
+def distance(one, other):
+    return float(np.abs(one.astype(np.float32) - other).mean())
+
+
+PROMPTS = {
+    Style.PIXEL: "a castle, 16-bit pixel art",
+    Style.MOSAIC: "a stained glass window",
+    Style.BLUEPRINT: "BLUEPRINT of a ship",
+    Style.PENCIL: "a pencil drawing",
+    Style.POPART: "in the manner of Warhol",
+    Style.CARTOON: "anime girl",
+    Style.WATERCOLOR: "a watercolour painting",
+    Style.NEON: "cyberpunk alley",
+    Style.VINTAGE: "old photo of a harbour",
+    Style.OIL: "thick oil painting",
+    Style.PAINTERLY: "a turtle",
+}
+
+
+@pytest.mark.parametrize("style", Style)
+def test_style_is_chosen_by_words_in_the_prompt(style):
+    """Each style has words that lead to it, in any case."""
+    assert style_of(PROMPTS[style]) is style
+
+
+@pytest.mark.parametrize(
+    ("prompt", "scene"),
+    [("a street by night", Scene.NIGHT), ("deep snow", Scene.WINTER), ("a wizard", Scene.MAGIC), ("a chair", None)],
+)
+def test_scene_is_chosen_by_words_in_the_prompt(prompt, scene):
+    """Light and colour follow the scene; no scene word, no scene."""
+    assert scene_of(prompt) is scene
+
+
+@pytest.mark.parametrize("prompt", ["a boiling pot", "drinking tea", "a nice price", "ascetic monk"])
+def test_words_inside_other_words_choose_nothing(prompt):
+    """`oil` in boiling, `ink` in drinking, `ice` in nice are not meant."""
+    assert (style_of(prompt), scene_of(prompt)) == (Style.PAINTERLY, None)
+
+
+@pytest.mark.parametrize("style", Style)
+def test_each_style_repeats_itself_and_varies_with_the_seed(style, picture):
+    """Same seed and input, same pixels; another seed, other pixels; and never just the source."""
+    prompt = PROMPTS[style]
+    first = restyled(picture, prompt, 7, 0.95, 3.5)
+    assert first.dtype == np.uint8
+    assert first.shape == picture.shape
+    assert np.array_equal(first, restyled(picture, prompt, 7, 0.95, 3.5))
+    assert not np.array_equal(first, restyled(picture, prompt, 8, 0.95, 3.5))
+    assert distance(first, picture) > 3
+
+
+@pytest.mark.parametrize("style", Style)
+@pytest.mark.parametrize("shape", [(16, 16), (256, 48), (33, 1000)])
+def test_each_style_takes_any_shape_and_flat_pictures(style, shape):
+    """Tiny, narrow and featureless pictures come out in their own size."""
+    flat = np.full((*shape, 3), 128, np.uint8)
+    assert restyled(flat, PROMPTS[style], 0, 1.0, 20.0).shape == flat.shape
+
+
+def test_every_style_has_a_filter():
+    """The table and the enumeration name the same styles."""
+    assert set(STYLES) == set(Style)
+
+
+@pytest.mark.parametrize("style", Style)
+def test_strength_leads_away_from_the_source(style, picture):
+    """Small strength stays close to the input; more strength, more change."""
+    away = [distance(restyled(picture, PROMPTS[style], 3, s, 3.5), picture) for s in (0.01, 0.3, 0.6, 0.95)]
+    assert away[0] < 2
+    assert away == sorted(away)
+
+
+def test_guidance_has_a_mild_effect(picture):
+    """It changes the pixels, but far less than the style does."""
+    low, high = (restyled(picture, "oil painting at night", 3, 0.95, g) for g in (1.0, 20.0))
+    assert 0.5 < distance(low, high) < distance(low, picture)
+
+
+def test_any_change_of_the_prompt_shows(picture):
+    """Two prompts of the same style and scene are not the same picture."""
+    one, other = (restyled(picture, f"an oil painting of a {what}", 3, 0.95, 3.5) for what in ("cat", "dog"))
+    assert distance(one, other) > 0.5
+
+
+def test_night_is_darker_and_winter_is_paler(picture):
+    """The grade does what the word says."""
+    day = graded(picture, None, Tint(0, 0), 1.0)
+    assert graded(picture, Scene.NIGHT, Tint(0, 0), 1.0).mean() < day.mean() - 20
+    spread = np.ptp(graded(picture, Scene.WINTER, Tint(0, 0), 1.0).astype(int), axis=-1).mean()
+    assert spread < 0.75 * np.ptp(day.astype(int), axis=-1).mean()
+
+
+def test_no_amount_of_grading_is_no_grading(picture):
+    """Amount 0 gives the picture back, up to rounding."""
+    assert distance(graded(picture, Scene.FIRE, Tint(9, 9), 0.0), picture) < 1.5
+
+
+@pytest.mark.parametrize("seed", [0, 2**63 - 1, 2**63 + 3])
+def test_random_fields_are_bounded_and_belong_to_seed_and_prompt(seed):
+    """Any seed is good for a generator; noise stays about within -1 and 1."""
+    rng = generator(seed, "p")
+    assert np.abs(clouds(rng, 40, 60, 5, 3)).max() < 1.6
+    assert np.abs(grain(rng, 40, 60, 1.5)).max() <= 1
+    assert generator(seed, "p").random() == generator(seed, "p").random()
+    assert generator(seed, "p").random() != generator(seed, "q").random()
+    assert tint_of("p", generator(1, "p")) != tint_of("p", generator(2, "p"))
