@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import base64
 import binascii
+import ipaddress
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 from urllib.parse import urljoin
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 import orjson
 from pydantic import SecretStr, ValidationError
+from yarl import URL
 
 from batch.fal import protocol
 from batch.fal.endpoint import ImageToImageOutput
@@ -56,6 +59,7 @@ class FalClient:
         self._download_limit_bytes = download_limit_bytes
         self._connections, self._user_agent = connections, user_agent
         self._session: aiohttp.ClientSession | None = None
+        self._proxies = _Proxies()
 
     def __repr__(self) -> str:
         return f"<FalClient {self._origins.queue} app={self._app} key={'set' if self._key else 'none'}>"
@@ -65,10 +69,10 @@ class FalClient:
         self._session = aiohttp.ClientSession(
             connector=connector,
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT, sock_read=READ_TIMEOUT),
-            headers={"user-agent": self._user_agent},
+            # Nothing is unpacked, so that no small body becomes a large one; hence nothing packed is asked for.
+            headers={"user-agent": self._user_agent, "accept-encoding": "identity"},
+            auto_decompress=False,
             cookie_jar=aiohttp.DummyCookieJar(),
-            auto_decompress=False,  # a small body must not unpack to a large one; nobody needs it here
-            trust_env=True,
         )
         return self
 
@@ -155,14 +159,60 @@ class FalClient:
         headers = dict(call.headers)
         if key and self._key is not None and self._origins.own(call.url):
             headers["authorization"] = f"Key {self._key.get_secret_value()}"
+        proxy = self._proxies.of(call.url)
         try:
             async with self._session.request(
-                call.method, call.url, headers=headers, data=call.body or None, allow_redirects=False
+                call.method,
+                call.url,
+                headers=headers,
+                data=call.body or None,
+                allow_redirects=False,
+                proxy=proxy.url,
+                proxy_auth=proxy.auth,
             ) as response:
                 body = await _bounded(response, phase, limit_bytes)
                 return Reply(response.status, body, _lower(response.headers))
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             raise CallFailed(trouble_of(phase, error)) from error
+
+
+class _Proxy(NamedTuple):
+    url: URL | None = None
+    auth: aiohttp.BasicAuth | None = None
+
+
+class _Proxies:
+    """What the environment says (`HTTPS_PROXY`, `NO_PROXY`, ...), asked once for each host.
+
+    aiohttp's own `trust_env` asks at each request, sends loopback through the proxy too, and refuses a request
+    with our key where `.netrc` has an entry for its host.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, str], _Proxy] = {}
+
+    def of(self, url: str) -> _Proxy:
+        """The proxy for a URL; this machine itself is always reached directly."""
+        scheme, host, _ = protocol.origin_of(url)
+        if (scheme, host) not in self._known:
+            self._known[scheme, host] = _Proxy() if _is_loopback(host) or proxy_bypass(host) else _proxy_for(scheme)
+        return self._known[scheme, host]
+
+
+def _proxy_for(scheme: str) -> _Proxy:
+    given = getproxies().get(scheme)
+    if not given:
+        return _Proxy()
+    url = URL(given if "://" in given else f"http://{given}")
+    auth = aiohttp.BasicAuth(url.user, url.password or "") if url.user else None
+    return _Proxy(url.with_user(None), auth)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 async def _bounded(response: aiohttp.ClientResponse, phase: str, limit_bytes: int) -> bytes:
@@ -237,10 +287,12 @@ _TRANSLATION: tuple[tuple[type[BaseException], str, bool], ...] = (
     (aiohttp.ClientHttpProxyError, "proxy", False),
     (aiohttp.ConnectionTimeoutError, "connect timeout", False),
     (aiohttp.InvalidURL, "bad url", False),
+    (aiohttp.NonHttpUrlClientError, "bad url", False),
     (aiohttp.SocketTimeoutError, "timeout", True),
     (aiohttp.ServerTimeoutError, "timeout", True),
     (aiohttp.ServerDisconnectedError, "disconnected", True),
     (aiohttp.ClientOSError, "reset", True),
+    (aiohttp.ClientConnectionResetError, "reset", True),
     (aiohttp.ClientPayloadError, "broken body", True),
     (aiohttp.ClientResponseError, "bad answer", True),
     (aiohttp.ClientError, "client error", True),
@@ -259,6 +311,8 @@ def trouble_of(phase: str, error: BaseException) -> Trouble:
 
 
 def _detail(error: BaseException) -> str:
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):  # the one of its family without an OS error
+        return f"{error.host}:{error.port} ({error.certificate_error})"
     if isinstance(error, aiohttp.ClientConnectorError):
         return f"{error.host}:{error.port} ({error.os_error.strerror or type(error).__name__})"
     if isinstance(error, aiohttp.ClientResponseError):

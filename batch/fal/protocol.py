@@ -40,11 +40,13 @@ __all__ = [
     "cancel_reply",
     "completed_reply",
     "error_body_of",
+    "json_reply",
     "model_error_reply",
     "origin_of",
     "parse_path",
     "progress_reply",
     "read_cancel",
+    "read_object",
     "read_output",
     "read_status",
     "read_ticket",
@@ -268,7 +270,7 @@ def read_ticket(reply: Reply) -> Ticket:
     Raises:
         Malformed: no JSON object, or no `request_id` in it. Whether the job was accepted is then unknown.
     """
-    answer = _object(reply.body)
+    answer = read_object(reply.body)
     request_id = answer.get("request_id")
     if not isinstance(request_id, str) or not _plain_id(request_id):
         raise Malformed("the answer to the submit has no usable request_id")
@@ -282,7 +284,7 @@ def read_status(reply: Reply) -> TicketStatus:
     Raises:
         Malformed: no JSON object, or a status outside the three that exist.
     """
-    answer = _object(reply.body)
+    answer = read_object(reply.body)
     try:
         state = QueueState(str(answer.get("status")))
     except ValueError:
@@ -305,7 +307,7 @@ def read_output(reply: Reply) -> JsonObject:
     Raises:
         Malformed: not a JSON object.
     """
-    return _object(reply.body)
+    return read_object(reply.body)
 
 
 class CancelOutcome(StrEnum):
@@ -341,7 +343,7 @@ def error_body_of(reply: Reply) -> ErrorBody:
     flag = reply.headers.get(NEEDS_RETRY, reply.headers.get(RETRYABLE))
     needs_retry = None if flag is None else flag.strip().lower() in {"1", "true", "yes"}
     try:
-        answer = _object(reply.body)
+        answer = read_object(reply.body)
     except Malformed:
         text = reply.body[:200].decode("utf-8", "replace").strip()
         return ErrorBody(header, text, header is not None, needs_retry)
@@ -372,7 +374,7 @@ def _describe(item: JsonObject) -> str:
 
 def accepted_reply(base: str, app: AppId, request_id: RequestId, position: int) -> Reply:
     """HTTP 200 with all eight fields; `base` is the scheme and host that the caller used."""
-    return _json(
+    return json_reply(
         200,
         {
             "status": QueueState.IN_QUEUE,
@@ -400,7 +402,7 @@ def progress_reply(
         body["queue_position"] = position or 0
     else:
         body["logs"] = list(logs or [])
-    return _json(202, body, request_id)
+    return json_reply(202, body, request_id)
 
 
 def completed_reply(
@@ -424,13 +426,13 @@ def completed_reply(
         body["error"] = error
     if error_type is not None:
         body["error_type"] = error_type
-    return _json(200, body, request_id)
+    return json_reply(200, body, request_id)
 
 
 def cancel_reply(outcome: CancelOutcome, request_id: RequestId) -> Reply:
     """202, 400 or 404 with the status word."""
     status = {CancelOutcome.REQUESTED: 202, CancelOutcome.ALREADY_COMPLETED: 400}.get(outcome, 404)
-    return _json(status, {"status": outcome}, request_id)
+    return json_reply(status, {"status": outcome}, request_id)
 
 
 def request_error_reply(
@@ -441,14 +443,14 @@ def request_error_reply(
     if error_type is not None:
         body["error_type"] = error_type
         headers = {ERROR_TYPE: error_type, **headers}
-    return _json(status, body, request_id, headers)
+    return json_reply(status, body, request_id, headers)
 
 
 def model_error_reply(
     status: int, errors: list[JsonObject], request_id: RequestId | None = None, **headers: str
 ) -> Reply:
     """A model error: `{"detail": [{loc, msg, type, url, ctx, input}, ...]}`."""
-    return _json(status, {"detail": list(errors)}, request_id, headers)
+    return json_reply(status, {"detail": list(errors)}, request_id, headers)
 
 
 def _request_urls(base: str, app: AppId, request_id: RequestId) -> JsonObject:
@@ -463,9 +465,10 @@ def _request_urls(base: str, app: AppId, request_id: RequestId) -> JsonObject:
     }
 
 
-def _json(
-    status: int, body: JsonObject, request_id: RequestId | None, headers: Mapping[str, str] | None = None
+def json_reply(
+    status: int, body: JsonObject, request_id: RequestId | None = None, headers: Mapping[str, str] | None = None
 ) -> Reply:
+    """Any JSON answer, with the request id that clients look for."""
     # Python's official client retries errors that lack a request id as "ingress errors": always set one.
     own = {"content-type": CONTENT_JSON, REQUEST_ID: request_id or ""}
     return Reply(status, orjson.dumps(body), own | dict(headers or {}))
@@ -474,7 +477,12 @@ def _json(
 # --- reading foreign JSON ---------------------------------------------------------------------------------
 
 
-def _object(body: bytes) -> JsonObject:
+def read_object(body: bytes) -> JsonObject:
+    """A body that has to be a JSON object.
+
+    Raises:
+        Malformed: it is none.
+    """
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as error:

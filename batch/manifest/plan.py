@@ -132,7 +132,8 @@ class Planner:
                 continue
             given = self._base.copy()
             given.update(zip(inputs, values, strict=True))
-            items += [Planned(row, cell.id, self._job(given, cell, identity, picture), None) for cell in self.cells]
+            for cell in self.cells:
+                items.append(Planned(row, cell.id, self._job(given, cell, identity, picture), None))
         return Checked(PlannedBatch(first_row, frame, items), found.ordered())
 
     def _job(self, given: JsonObject, cell: Cell, identity: str | None, picture: Resolved) -> Job:

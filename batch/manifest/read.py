@@ -36,7 +36,7 @@ __all__ = ["Manifest", "RowBatch"]
 _BATCH_ROWS = 4096
 _PICTURE_ROWS = 64  # of a Parquet that carries the pictures themselves
 _BATCH_BYTES = 32 * 2**20  # of text; rows with data URIs are long
-_STEP_ROWS = 256
+_STEP_ROWS = 16  # between two looks at how long rows are
 _LINE_BREAK = re.compile(r"\r\n|\r|\n")
 _FIELD_CHARACTERS = 64 * 2**20
 _TEXT = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".jsonl": None, ".ndjson": None}
@@ -229,6 +229,7 @@ class _Csv:
     def chunks(self, size: int) -> Iterator[_Chunk]:
         for lines, records in self._blocks(size):
             columns = dict(zip(self._names, map(list, zip(*records, strict=True)), strict=True))
+            records.clear()  # let go of thousands of lists before anything is made of them
             frame = pl.DataFrame(columns, schema=self.schema)
             yield _Chunk(frame.with_columns(pl.when(pl.all() != "").then(pl.all())), lines)
 
@@ -251,10 +252,11 @@ class _Csv:
                 line = reader.line_num + 1
                 if not records:
                     return
-                filled = [(start, record) for start, record in zip(lines, records, strict=False) if record]
-                left -= len(filled)
-                if filled:
-                    yield [start for start, _ in filled], [record for _, record in filled]
+                lines = [start for start, record in zip(lines, records, strict=False) if record]
+                records = [record for record in records if record]
+                left -= len(records)
+                if records:
+                    yield lines, records
 
     def _check_widths(self, lines: list[int], records: list[list[str]]) -> None:
         width = len(self._names)

@@ -211,4 +211,5 @@ def render_problems(name: str, problems: Iterable[Problem], total: int) -> str:
     if not total:
         return ""
     rest = total - len(lines)
-    return "\n".join([*lines, f"{total:,} problems" + (f", {rest:,} more not shown" if rest > 0 else "")])
+    noun = "problem" if total == 1 else "problems"
+    return "\n".join([*lines, f"{total:,} {noun}" + (f", {rest:,} more not shown" if rest > 0 else "")])

@@ -117,8 +117,14 @@ class JournalFile:
             RunDirectoryError: there is no journal, none of ours, or one of a newer restyle.
             StorageError: the disk refused.
         """
-        if not path.exists():
-            raise RunDirectoryError(f"there is no journal at {path}; is this the folder that `restyle run -o` named?")
+        try:
+            path.stat()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise RunDirectoryError(
+                f"there is no journal at {path}; is this the folder that `restyle run -o` named?"
+            ) from error
+        except OSError as error:
+            raise StorageError(f"the journal {path} cannot be read ({error.strerror}); check permissions") from error
         connection = _connect(path, "ro")
         try:
             with _translated(path):
@@ -341,8 +347,7 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
         connection = _try_connect(f"{location}?mode={mode}")
     except sqlite3.OperationalError as error:
         # A journal at rest in a folder that may not be written: SQLite cannot make its helper files there.
-        at_rest = not path.with_name(path.name + "-wal").exists()
-        if mode != "ro" or not at_rest:
+        if mode != "ro" or path.with_name(path.name + "-wal").exists():
             raise _storage_error(path, error) from error
         with _translated(path):
             connection = _try_connect(f"{location}?mode=ro&immutable=1")

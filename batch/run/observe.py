@@ -188,6 +188,7 @@ class JsonLog(Observer):
     """
 
     FLUSH_SECONDS = 1.0
+    _LIVE = frozenset({"started", "ended", "spent"})
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -211,8 +212,8 @@ class JsonLog(Observer):
                 return  # the log is no promise: a full disk was already reported by the journal
 
     def happened(self, action: str, **facts: Json) -> None:
-        """Append one line."""
-        if self._file is None:
+        """Append one line; what only a live display needs is left out."""
+        if self._file is None or action in self._LIVE:
             return
         line = orjson.dumps({"at": _timestamp(), "action": action, **facts}, option=orjson.OPT_APPEND_NEWLINE)
         try:

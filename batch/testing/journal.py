@@ -5,6 +5,7 @@ Held to the same contract as `batch.run.journal` by `tests/contract/test_journal
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import AsyncGenerator, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -106,7 +107,7 @@ class MemoryJournal:
     async def entries(self, states: Collection[State]) -> AsyncGenerator[Entry, None]:
         """Jobs in these states, the one intended first coming first."""
         wanted = [key for key, job in self._jobs.items() if job.state in states]
-        wanted.sort(key=lambda key: self._jobs[key].intended_at or 0.0)
+        wanted.sort(key=lambda key: _age_order(self._jobs[key]))
         for key in wanted:
             await anyio.lowlevel.checkpoint()
             if self._jobs[key].state in states:
@@ -170,6 +171,10 @@ class MemoryJournal:
         if usd is not None:
             job.cost_usd = (job.cost_usd or 0.0) + usd
             self._spent_usd += usd
+
+
+def _age_order(job: _Kept) -> float:
+    return -math.inf if job.intended_at is None else job.intended_at
 
 
 def _entry(key: JobKey, job: _Kept) -> Entry:

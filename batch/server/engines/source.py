@@ -20,7 +20,7 @@ from batch.server.engines.base import EngineFailure, EnginePicture
 __all__ = ["MAX_AREA_PX", "MAX_SOURCE_PX", "MIN_SOURCE_SIDE_PX", "Size", "encode", "output_size", "read_source"]
 
 MAX_AREA_PX = 1440 * 1440
-"""Of a result, about 2 megapixels."""
+"""Of a result, about 2 megapixels; before its sides are rounded."""
 MAX_SOURCE_PX = 100_000_000
 """Of a source picture; above it the picture is refused before it is decoded."""
 MIN_SOURCE_SIDE_PX = 16
@@ -51,16 +51,14 @@ def output_size(width: int, height: int) -> Size:
     """Size of the result for a source of this size.
 
     Sources above 1440x1440 px of area are scaled down to it, those with a side under 256 up, both keeping
-    their aspect; then each side goes to the nearest multiple of 16. Sides are never under 256 and the area
-    is never above the limit: where a long strip cannot have both, its long side gives way.
+    their aspect; then each side goes to the nearest multiple of 16, which may add a little to the area. A strip
+    so long that it cannot have both loses of its long side.
     """
     scale = min(1.0, math.sqrt(MAX_AREA_PX / (width * height)))
     scale = max(scale, _MIN_SIDE_PX / min(width, height))
-    sides = [max(_MIN_SIDE_PX, round(side * scale / _GRID_PX) * _GRID_PX) for side in (width, height)]
-    if sides[0] * sides[1] > MAX_AREA_PX:
-        long = 0 if sides[0] >= sides[1] else 1
-        sides[long] = MAX_AREA_PX // sides[1 - long] // _GRID_PX * _GRID_PX
-    return Size(*sides)
+    longest_px = MAX_AREA_PX / (min(width, height) * scale)
+    sides = (min(side * scale, longest_px) for side in (width, height))
+    return Size(*(max(_MIN_SIDE_PX, round(side / _GRID_PX) * _GRID_PX) for side in sides))
 
 
 def read_source(data: bytes, max_pixels: int = MAX_SOURCE_PX) -> Image.Image:

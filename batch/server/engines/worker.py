@@ -20,7 +20,7 @@ import sys
 import threading
 import traceback
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Protocol, TypeAlias
+from typing import Any, BinaryIO, NoReturn, Protocol, TypeAlias
 
 from batch.server.engines.base import (
     Cancelled,
@@ -177,13 +177,19 @@ def _execute(renderer: Renderer, order: Order, inbox: _Inbox, answers: BinaryIO)
         return Raised(order.number, EngineFailure(500, "internal_server_error", message, loc=("body",)))
 
 
-def main(reference: str, arguments: dict[str, Any]) -> None:
+def main(reference: str, arguments: dict[str, Any]) -> NoReturn:
     """Serve jobs until stdin ends. `reference` is `module:function`."""
-    with contextlib.suppress(BrokenPipeError):  # the parent is gone: nobody is left to answer
+    # The process leaves without the interpreter's clean-up, which would wait for the inbox to stop reading.
+    try:
         _serve(reference, arguments)
+    except BrokenPipeError:  # the parent is gone: nobody is left to answer
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
 
 
-def _serve(reference: str, arguments: dict[str, Any]) -> None:
+def _serve(reference: str, arguments: dict[str, Any]) -> NoReturn:
     for number in (signal.SIGINT, signal.SIGTERM):
         # A terminal's Ctrl-C and a service manager's stop reach the whole group: the parent decides when we end.
         signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,486 @@
+"""The journal's file: what it survives, what it refuses, and what it says."""
+
+from __future__ import annotations
+
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+from array import array
+from pathlib import Path
+
+import anyio
+import pytest
+
+from batch.errors import RestyleError, RunDirectoryError, StorageError
+from batch.manifest.ports import FileFact, FileKey
+from batch.model import Answer, Failed, JobKey, RequestId, Ticket
+from batch.run.journal import open_journal
+from batch.run.journal_file import APPLICATION_ID, SCHEMA_VERSION, JournalFile, _sql
+from batch.run.lifecycle import State
+from batch.run.ports import Accepted, Answered, FailedForGood, Finished, Intended, Retried
+
+KEY = JobKey("a" * 32)
+
+
+@pytest.fixture
+def anyio_backend():
+    return "asyncio"
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "journal.db"
+
+
+def opened(path, now=1000.0):
+    return JournalFile.open(path, now=now, version="1.2.3")
+
+
+def intended(number=0, at=1.0):
+    return Intended(JobKey(f"{number:032x}"), at, 1, b"{}", 0.03)
+
+
+def schema_of(path):
+    with sqlite3.connect(path) as connection:
+        rows = connection.execute("SELECT name, type, sql FROM sqlite_schema WHERE name NOT LIKE 'sqlite_%'").fetchall()
+    connection.close()
+    return {name: (kind, sql) for name, kind, sql in rows}
+
+
+# --- what is in it ----------------------------------------------------------------------------------------
+
+
+def test_fresh_schema_is_the_documented_one(path):
+    """Tables and columns are an interface to people with the sqlite3 shell; all of them are STRICT."""
+    opened(path).close()
+    schema = schema_of(path)
+    assert {name for name, (kind, _) in schema.items() if kind == "table"} == {
+        "meta", "sessions", "jobs", "bodies", "outcomes", "uploads", "files",
+    }  # fmt: skip
+    assert [name for name, (kind, _) in schema.items() if kind == "index"] == ["open_jobs"]
+    assert all("STRICT" in sql for kind, sql in schema.values() if kind == "table")
+    connection = sqlite3.connect(path)
+    columns = [row[1] for row in connection.execute("PRAGMA table_info(jobs)")]
+    assert columns == [
+        "id", "key", "state", "session", "attempt", "intended_at", "accepted_at", "request_id", "status_url",
+        "response_url", "cancel_url", "reserved_usd", "cost_usd", "reason", "answer_id", "end_id",
+    ]  # fmt: skip
+    assert connection.execute("PRAGMA application_id").fetchone() == (APPLICATION_ID,)
+    assert connection.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
+    assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    connection.close()
+
+
+def test_commits_reach_the_disk(path):
+    """The file is written with synchronous=FULL: a commit survives a power cut."""
+    file = opened(path)
+    assert file._connection.execute("PRAGMA synchronous").fetchone() == (2,)
+    file.close()
+
+
+def test_reopening_changes_nothing_but_the_session(path):
+    """Opening again keeps schema and content."""
+    file = opened(path)
+    file.commit([[intended()]])
+    file.close(now=2000.0)
+    before = schema_of(path)
+    again = opened(path, 3000.0)
+    assert schema_of(path) == before
+    assert (again.session, again.counts().by_state) == (2, {State.INTENDED: 1})
+    first, second = again.sessions()
+    assert (first.started_at, first.ended_at, first.version) == (1000.0, 2000.0, "1.2.3")
+    assert (second.number, second.ended_at) == (2, None)
+    again.close()
+
+
+def test_sessions_know_what_was_spent_and_done_in_them(path):
+    """Spend and finished jobs are counted where they happened."""
+    for session in (1, 2):
+        file = opened(path, session * 1000.0)
+        key = JobKey(f"{session:032x}")
+        life = [
+            Intended(key, 1.0, 1, b"{}", 0.03),
+            Accepted(key, 2.0, Ticket(RequestId("r"))),
+            Answered(key, 3.0, Answer({}), 0.01 * session),
+            Finished(key, 1500.0 * session, ()),
+        ]
+        file.commit([life])
+        assert file.finished_since(session * 1000.0).last_at == 1500.0 * session
+        file.close()
+    reader = JournalFile.open_read_only(path)
+    assert [(s.spent_usd, s.finished, s.last_finished_at) for s in reader.sessions()] == [
+        (0.01, 1, 1500.0),
+        (0.02, 1, 3000.0),
+    ]
+    assert reader.finished_since(0.0).count == 2
+    assert reader.finished_since(5000.0).count == 0
+    reader.close()
+
+
+def test_earlier_outcomes_stay_in_the_file(path):
+    """Outcomes are only ever appended: what a failed attempt said and cost can be looked up."""
+    file = opened(path)
+    for attempt in (1, 2):
+        ticket = Ticket(RequestId(f"r-{attempt}"))
+        file.commit([[Intended(KEY, 1.0, attempt, b"{}"), Accepted(KEY, 2.0, ticket)]])
+        file.commit([[FailedForGood(KEY, 3.0, Failed("e", "m"), 0.01), Retried(KEY, 4.0)]])
+    rows = file._connection.execute("SELECT request_id, attempt, cost_usd FROM outcomes ORDER BY id").fetchall()
+    assert rows == [("r-1", 1, 0.01), ("r-2", 2, 0.01)]
+    file.close()
+
+
+def test_open_jobs_are_found_without_reading_the_others(path):
+    """Looking for what is to be collected uses the small index, whatever the size of the table."""
+    file = opened(path)
+    for name in ("open_ids", "sum_open"):
+        parameters = ['["accepted"]'] if name == "open_ids" else []
+        plan = file._connection.execute("EXPLAIN QUERY PLAN " + _sql()[name], parameters).fetchall()
+        assert any("open_jobs" in row[3] for row in plan), plan
+    file.close()
+
+
+def test_facts_of_local_pictures_are_good_until_the_file_changes(path):
+    """The cache answers for path, size and time of change together, for any file name."""
+    file = opened(path)
+    key = FileKey("/pictures/\udcff é.jpg", 10, 123)
+    file.put_many({key: FileFact("abc", 1.5), FileKey("/b", 1, 1): FileFact("b", 0.5)})
+    assert file.get_many([key, FileKey("/pictures/\udcff é.jpg", 11, 123), FileKey("/c", 1, 1)]) == {
+        key: FileFact("abc", 1.5)
+    }
+    file.put_many({key._replace(mtime_ns=124): FileFact("def", 1.0)})
+    assert file.get_many([key]) == {}
+    file.close()
+
+
+def test_notes_are_kept(path):
+    """Facts about the run as a whole: one value a name, the last one."""
+    file = opened(path)
+    file.note("fingerprint", "a")
+    file.note("fingerprint", "b")
+    assert (file.noted("fingerprint"), file.noted("other")) == ("b", None)
+    file.close()
+
+
+def test_entry_ids_are_small(path):
+    """Ids of millions of jobs are eight bytes each."""
+    file = opened(path)
+    file.commit([[intended(n) for n in range(10)]])
+    ids = file.entry_ids({State.INTENDED})
+    assert isinstance(ids, array)
+    assert (ids.itemsize, len(ids)) == (8, 10)
+    file.close()
+
+
+# --- what it refuses --------------------------------------------------------------------------------------
+
+
+def both_openings(path):
+    return [lambda: opened(path), lambda: JournalFile.open_read_only(path)]
+
+
+def test_newer_journal_is_refused(path):
+    """A journal of a newer tool is left alone, and the sentence says what to do."""
+    opened(path).close()
+    connection = sqlite3.connect(path)
+    connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
+    connection.close()
+    for opening in both_openings(path):
+        with pytest.raises(RunDirectoryError, match=r"newer restyle \(version 2, this one knows 1\); upgrade"):
+            opening()
+
+
+def test_foreign_database_is_refused_and_untouched(path):
+    """Another program's SQLite file is not ours to write to."""
+    connection = sqlite3.connect(path)
+    connection.execute("CREATE TABLE theirs (a)")
+    connection.commit()
+    connection.close()
+    before = path.read_bytes()
+    for opening in both_openings(path):
+        with pytest.raises(RunDirectoryError, match="not a journal of restyle"):
+            opening()
+    assert path.read_bytes() == before
+
+
+def test_file_that_is_no_database_is_refused(path):
+    """Neither is a text file."""
+    path.write_text("hello, this is certainly no database\n" * 100)
+    for opening in both_openings(path):
+        with pytest.raises(RunDirectoryError, match="not a journal of restyle"):
+            opening()
+
+
+def test_missing_journal_cannot_be_read(path):
+    """Reading makes no file."""
+    with pytest.raises(RunDirectoryError, match="there is no journal at"):
+        JournalFile.open_read_only(path)
+    assert not path.exists()
+
+
+def test_journal_that_was_never_begun_is_made_or_refused(path):
+    """A crash before the schema was there leaves an empty file: a run makes it, a reader says so."""
+    path.touch()
+    with pytest.raises(RunDirectoryError, match="is empty"):
+        JournalFile.open_read_only(path)
+    opened(path).close()
+    JournalFile.open_read_only(path).close()
+
+
+def test_missing_folder_is_a_sentence(tmp_path):
+    """The folder has to be there."""
+    with pytest.raises(StorageError, match="check that the folder exists"):
+        opened(tmp_path / "no" / "journal.db")
+
+
+def test_reader_cannot_write(path):
+    """A journal that was opened for reading refuses to change."""
+    opened(path).close()
+    reader = JournalFile.open_read_only(path)
+    with pytest.raises(StorageError, match="may not be written"):
+        reader.note("a", "b")
+    reader.close()
+
+
+def test_reader_sees_what_a_writer_commits(path):
+    """Status and plan work while a run writes."""
+    writer = opened(path)
+    reader = JournalFile.open_read_only(path)
+    writer.commit([[intended()]])
+    assert reader.counts().by_state == {State.INTENDED: 1}
+    reader.close()
+    writer.close()
+
+
+_WITHOUT_PRIVILEGES = """
+    import os, sys, tempfile
+    from pathlib import Path
+    from batch.errors import RestyleError
+    from batch.run.journal_file import JournalFile
+
+    with tempfile.TemporaryDirectory() as folder:  # loads what is loaded late
+        JournalFile.open(Path(folder, "journal.db"), now=1.0, version="").close()
+    if os.getuid() == 0:
+        os.setuid(65534)  # permissions do not bind root
+    path = Path(sys.argv[1])
+    for opening in (JournalFile.open_read_only, lambda path: JournalFile.open(path, now=1.0, version="")):
+        try:
+            journal = opening(path)
+            print(dict(journal.counts().by_state))
+            journal.close()
+        except RestyleError as error:
+            print(f"{type(error).__name__}: {error}")
+"""
+
+
+def openings_without_privileges(path):
+    """What a reader and then a writer, bound by permissions, are told."""
+    command = [sys.executable, "-c", textwrap.dedent(_WITHOUT_PRIVILEGES), str(path)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def test_folder_that_may_not_be_entered_is_a_sentence():
+    """Permissions are named as what they are, not as a missing journal."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o000)
+        told = openings_without_privileges(folder / "journal.db")
+        folder.chmod(0o700)
+    assert len(told) == 2
+    assert all(line.startswith("StorageError") and "permissions" in line for line in told)
+
+
+def test_read_only_folder_can_be_read_and_is_refused_for_writing():
+    """An archived run can be looked at; a run in it ends with a sentence."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        file = opened(folder / "journal.db")
+        file.commit([[intended()]])
+        file.close()
+        (folder / "journal.db").chmod(0o444)
+        folder.chmod(0o555)
+        told = openings_without_privileges(folder / "journal.db")
+        folder.chmod(0o700)
+    assert told[0] == "{<State.INTENDED: 'intended'>: 1}"
+    assert told[1].startswith("StorageError")
+    assert "permissions" in told[1]
+
+
+# --- what it survives -------------------------------------------------------------------------------------
+
+
+@pytest.mark.anyio
+async def test_full_disk_is_told_to_every_caller_and_leaves_nothing(path):
+    """Nothing of a group is written when the disk is full; with space again it goes on."""
+    async with open_journal(path, clock=lambda: 1.0) as journal:
+        await journal.record(intended(0))
+        connection = journal.file._connection
+        (pages,) = connection.execute("PRAGMA page_count").fetchone()
+        connection.execute(f"PRAGMA max_page_count = {pages}")
+        told = []
+
+        async def record(number):
+            try:
+                await journal.record(Intended(JobKey(f"{number:032x}"), 1.0, 1, b"x" * 4000))
+            except StorageError as error:
+                told.append(str(error))
+
+        async with anyio.create_task_group() as tasks:
+            for number in range(1, 21):
+                tasks.start_soon(record, number)
+        assert len(told) == 20
+        assert all("the disk is full; free some space and run the same command again" in text for text in told)
+        assert (await journal.counts()).by_state == {State.INTENDED: 1}
+        connection.execute("PRAGMA max_page_count = 100000")
+        await journal.record(intended(1))
+        assert (await journal.counts()).by_state == {State.INTENDED: 2}
+
+
+@pytest.mark.anyio
+async def test_other_writer_is_a_sentence(path, monkeypatch):
+    """A second writer gets neither a hang nor a stack trace."""
+    monkeypatch.setattr("batch.run.journal_file._BUSY_SECONDS", 0.01)
+    async with open_journal(path, clock=lambda: 1.0) as journal:
+        other = sqlite3.connect(path, isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(StorageError, match="another process is writing"):
+            await journal.record(intended())
+        other.execute("ROLLBACK")
+        other.close()
+        await journal.record(intended())
+
+
+@pytest.mark.anyio
+async def test_damaged_file_is_a_sentence(path):
+    """A page of garbage is reported as what it is."""
+    file = opened(path)
+    file.commit([[intended(n) for n in range(200)]])
+    file.close()
+    content = bytearray(path.read_bytes())
+    content[4096 * 2 :] = b"\xff" * (len(content) - 4096 * 2)
+    path.write_bytes(content)
+    with pytest.raises(RestyleError, match="damaged"):
+        async with open_journal(path, clock=lambda: 1.0) as journal:
+            await journal.counts()
+
+
+@pytest.mark.anyio
+async def test_closing_flushes_what_is_pending(path):
+    """What was handed over before the end is on disk after it, also when the run is cancelled."""
+    with anyio.CancelScope() as scope:
+        async with open_journal(path, clock=lambda: 5.0) as journal, anyio.create_task_group() as tasks:
+            for number in range(50):
+                tasks.start_soon(journal.record, intended(number))
+            await anyio.wait_all_tasks_blocked()
+            scope.cancel()
+    reader = JournalFile.open_read_only(path)
+    assert reader.counts().by_state == {State.INTENDED: 50}
+    assert reader.sessions()[0].ended_at == 5.0
+    reader.close()
+
+
+@pytest.mark.anyio
+async def test_errors_of_the_block_pass_as_they_are(path):
+    """The journal's task group wraps nobody's exception in a group."""
+    with pytest.raises(ZeroDivisionError):
+        async with open_journal(path, clock=lambda: 1.0):
+            raise ZeroDivisionError
+
+
+@pytest.mark.anyio
+async def test_closed_journal_takes_nothing(path):
+    """A call after the end is a defect and says so."""
+    async with open_journal(path, clock=lambda: 1.0) as journal:
+        pass
+    with pytest.raises(RuntimeError, match="closed"):
+        await journal.record(intended())
+
+
+@pytest.mark.anyio
+async def test_stuck_disk_does_not_hold_the_end_for_ever(path, monkeypatch):
+    """Closing waits for a bounded time; whoever still waits is told so."""
+    monkeypatch.setattr("batch.run.journal._CLOSE_SECONDS", 0.05)
+    disk = threading.Event()
+    told = []
+
+    async def record(journal, number):
+        try:
+            await journal.record(intended(number))
+        except StorageError as error:
+            told.append(str(error))
+
+    async with anyio.create_task_group() as tasks, open_journal(path, clock=lambda: 1.0) as journal:
+        real = journal.file.commit
+        journal.file.commit = lambda calls: (disk.wait(), real(calls))[1]
+        tasks.start_soon(record, journal, 1)
+        await anyio.wait_all_tasks_blocked()
+        tasks.start_soon(record, journal, 2)
+        await anyio.wait_all_tasks_blocked()
+    assert len(told) == 2
+    assert all("did not take" in text for text in told)
+    disk.set()
+    with journal.file._lock:
+        pass
+    await anyio.to_thread.run_sync(journal.file.close)
+
+
+_WRITER = """
+    import anyio, sys
+    from pathlib import Path
+    from batch.model import Answer, JobKey, RequestId, Ticket
+    from batch.run.journal import open_journal
+    from batch.run.ports import Accepted, Answered, Intended
+
+    async def main():
+        async with open_journal(Path(sys.argv[1])) as journal:
+            async def job(start):
+                for number in range(start, 10**9, 32):
+                    key = JobKey(f"{number:032x}")
+                    for step, event in enumerate([
+                        Intended(key, 1.0, 1, b"{}", 0.03),
+                        Accepted(key, 2.0, Ticket(RequestId(key))),
+                        Answered(key, 3.0, Answer({"seed": number}), 0.01),
+                    ]):
+                        await journal.record(event)
+                        sys.stdout.write(f"{key} {step}\\n")
+                        sys.stdout.flush()
+            async with anyio.create_task_group() as tasks:
+                for start in range(32):
+                    tasks.start_soon(job, start)
+    anyio.run(main)
+"""
+
+
+def test_kill_loses_nothing_that_was_recorded(path):
+    """After kill -9 in the middle of recording, everything for which record() had returned is there."""
+    writer = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(_WRITER), str(path)], stdout=subprocess.PIPE, text=True
+    )
+    told = [writer.stdout.readline() for _ in range(3000)]
+    writer.send_signal(signal.SIGKILL)
+    told += writer.stdout.readlines()
+    writer.wait()
+    writer.stdout.close()
+    if not told[-1].endswith("\n"):
+        told.pop()
+    reached = {}
+    for line in told:
+        key, step = line.split()
+        reached[JobKey(key)] = int(step)
+    assert len(reached) > 500
+
+    file = opened(path)
+    order = [State.INTENDED, State.ACCEPTED, State.ANSWERED]
+    known = file.find(list(reached))
+    assert all(order.index(known[key].state) >= step for key, step in reached.items())
+    counts = file.counts()
+    answered = counts.by_state[State.ANSWERED]
+    assert counts.spent_usd == pytest.approx(0.01 * answered)
+    assert counts.reserved_usd == pytest.approx(0.03 * (sum(counts.by_state.values()) - answered))
+    outcomes = file.outcomes(list(reached))
+    assert all(o.answer is not None for o in outcomes.values() if o.state is State.ANSWERED)
+    assert file._connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    file.close()

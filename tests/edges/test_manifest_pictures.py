@@ -1,0 +1,241 @@
+"""Image references: real files of every kind, what passes, what is refused, and what is read again."""
+
+import base64
+import hashlib
+import io
+import os
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from batch.manifest.pictures import MemoryFacts, Pictures
+from batch.manifest.ports import Fault, FileFact, FileKey, Resolved
+from batch.model import LocalImage
+
+
+def picture(kind: str = "PNG", size: tuple[int, int] = (40, 25)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, "teal").save(buffer, kind)
+    return buffer.getvalue()
+
+
+def huge_png(width: int, height: int) -> bytes:
+    """A PNG that states a size and has hardly any pixels: decoding it would take gigabytes."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Pictures:
+    return Pictures(tmp_path, 100)
+
+
+def one(pictures: Pictures, reference: object) -> Resolved | Fault:
+    (answer,) = pictures.resolve([reference])
+    return answer
+
+
+# --- what passes ---
+
+
+@pytest.mark.parametrize("url", ["https://a.example/1.png?x=y", "http://localhost:8000/a b.jpg", "HTTPS://A.EXAMPLE"])
+def test_web_urls_pass_through_unknown_in_size(pictures, url) -> None:
+    """Nothing is downloaded to plan."""
+    assert one(pictures, url) == Resolved(url, None, None)
+
+
+def test_a_data_uri_passes_through_with_its_size(pictures) -> None:
+    """It is checked to be a picture, as far as that is free."""
+    uri = "data:image/png;base64," + base64.b64encode(picture()).decode()
+    assert one(pictures, uri) == Resolved(uri, None, 0.001)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"])
+def test_a_local_picture_is_its_content_hash_and_size(tmp_path, pictures, kind) -> None:
+    """Every kind that the endpoint is given; the size comes from the header."""
+    data = picture(kind)
+    path = tmp_path / "a cat.bin"
+    path.write_bytes(data)
+    digest = hashlib.sha256(data).hexdigest()
+    image = LocalImage(digest, len(data), path=path, name="a cat.bin")
+    assert one(pictures, "a cat.bin") == Resolved(f"sha256:{digest}", image, 0.001)
+
+
+def test_paths_and_file_urls_name_the_same_file(tmp_path, pictures) -> None:
+    """Relative ones start at the manifest's folder, wherever the command is run; `%20` in a URL is a space."""
+    (tmp_path / "sub").mkdir()
+    path = tmp_path / "sub" / "a cat.png"
+    path.write_bytes(picture())
+    names = ["sub/a cat.png", "./sub/../sub/a cat.png", str(path), path.as_uri(), "file://sub/a%20cat.png"]
+    names.append("file://localhost" + path.as_uri().removeprefix("file://"))
+    for answer in pictures.resolve(names):
+        assert isinstance(answer, Resolved), answer
+        assert answer.image.path == path
+
+
+def test_a_struct_gives_its_bytes_or_else_its_path(tmp_path, pictures) -> None:
+    """As Hugging Face datasets write pictures; a bytes cell works alike."""
+    data = picture()
+    (tmp_path / "cat.png").write_bytes(data)
+    digest = hashlib.sha256(data).hexdigest()
+    embedded = LocalImage(digest, len(data), data=data, name="dog.png")
+    assert one(pictures, {"bytes": data, "path": "x/dog.png"}) == Resolved(f"sha256:{digest}", embedded, 0.001)
+    assert one(pictures, {"bytes": data, "path": None}).image.name == "image"
+    assert one(pictures, data).token == f"sha256:{digest}"
+    assert one(pictures, {"bytes": None, "path": "cat.png"}).image.path == tmp_path / "cat.png"
+    assert one(pictures, {"bytes": None, "path": "https://a/1.png"}) == Resolved("https://a/1.png")
+
+
+def test_answers_keep_the_order_of_the_references(tmp_path, pictures) -> None:
+    """Also where files are read by several threads, and one is named more than once."""
+    names = [f"{index}.png" for index in range(40)]
+    for index, name in enumerate(names):
+        (tmp_path / name).write_bytes(picture(size=(index + 1, 10)))
+    references = [*names, "https://a/1", *reversed(names), None]
+    answers = pictures.resolve(references)
+    assert [answer.image.name for answer in answers[:40]] == names
+    assert [answer.megapixels for answer in answers[41:81]] == [(40 - index) / 100_000 for index in range(40)]
+    assert answers[40] == Resolved("https://a/1")
+    assert answers[81].type == "missing"
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("reference", "type", "words"),
+    [
+        (None, "missing", ["empty"]),
+        ("", "missing", ["empty"]),
+        ("  ", "missing", ["empty"]),
+        (b"", "missing", ["empty"]),
+        ({"bytes": None, "path": None}, "missing", ["empty"]),
+        ("nowhere.png", "file_not_found", ["nowhere.png", "manifest's folder"]),
+        ("text.png/deeper.png", "file_not_found", ["deeper.png"]),
+        ("folder", "is_a_folder", ["folder", "name a picture in it"]),
+        ("nul\0.png", "unreadable", ["cannot be read"]),
+        ("x" * 300, "unreadable", ["cannot be read", "File name too long"]),
+        ("pipe", "unreadable", ["not a regular file"]),
+        ("text.png", "image_load_error", ["text.png", "JPEG, PNG"]),
+        ("empty.png", "image_load_error", ["empty.png"]),
+        ("cut.png", "image_load_error", ["cut.png"]),
+        (b"not a picture", "image_load_error", ["JPEG, PNG"]),
+        ({"bytes": b"no", "path": "dog.png"}, "image_load_error", ["dog.png"]),
+        ("s3://bucket/cat.png", "unsupported_scheme", ["s3://bucket/cat.png", "http(s) URL"]),
+        ("ftp://host/cat.png", "unsupported_scheme", ["ftp://host/cat.png"]),
+        ("https:///cat.png", "unsupported_scheme", ["has no host"]),
+        ("data:text/plain;base64,aGk=", "data_uri", ["data:text/plain", "data:image/"]),
+        ("data:image/png,raw", "data_uri", ["base64"]),
+        ("data:image/png;base64,!!!", "data_uri", ["not base64"]),
+        ("data:image/png;base64,aGVsbG8=", "image_load_error", ["data:image/png"]),
+    ],
+)
+def test_what_cannot_be_a_picture_says_so(tmp_path, pictures, reference, type, words) -> None:  # noqa: A002
+    """A stable word, and a sentence with the value and what to do; nothing is raised."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "text.png").write_bytes(b"I am no picture, whatever my name")
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "cut.png").write_bytes(picture()[:20])
+    os.mkfifo(tmp_path / "pipe")
+    answer = one(pictures, reference)
+    assert isinstance(answer, Fault)
+    assert answer.type == type
+    for word in words:
+        assert word in answer.message
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read_says_so(tmp_path, pictures) -> None:
+    """Permissions are a fault of the row, not of the run."""
+    path = tmp_path / "secret.png"
+    path.write_bytes(picture())
+    path.chmod(0)
+    assert one(pictures, "secret.png").type == "unreadable"
+
+
+@pytest.mark.parametrize(("width", "height"), [(20_000, 20_000), (12_000, 9_000)])
+def test_a_picture_above_the_limit_is_refused_by_its_header(tmp_path, pictures, width, height) -> None:
+    """Pillow's own limits, the one that warns and the one that raises, do not get a say; nothing is decoded."""
+    data = huge_png(width, height)
+    (tmp_path / "huge.png").write_bytes(data)
+    uri = "data:image/png;base64," + base64.b64encode(data).decode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        answers = pictures.resolve(["huge.png", data, uri])
+        allowed = one(Pictures(tmp_path, 400), "huge.png")
+    for answer in answers:
+        assert answer.type == "image_too_large"
+        assert f"{width * height / 1e6:.1f} megapixels" in answer.message
+        assert "limits.max_image_megapixels is 100" in answer.message
+    assert allowed.megapixels == width * height / 1e6
+
+
+# --- facts ---
+
+
+class RecordingFacts(MemoryFacts):
+    """Facts that remember what was put."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.put: list[FileKey] = []
+
+    def put_many(self, facts) -> None:
+        self.put += facts
+        super().put_many(facts)
+
+
+def test_a_file_is_read_once_until_it_changes(tmp_path) -> None:
+    """A resumed run looks at names, sizes and times only; a changed file is another picture."""
+    path = tmp_path / "cat.png"
+    path.write_bytes(picture())
+    facts = RecordingFacts()
+    first = one(Pictures(tmp_path, 100, facts), "cat.png")
+    assert one(Pictures(tmp_path, 100, facts), "cat.png") == first
+    assert facts.put == [FileKey(str(path), path.stat().st_size, path.stat().st_mtime_ns)]
+    path.write_bytes(picture(size=(80, 25)))
+    os.utime(path, ns=(1, 1))
+    assert one(Pictures(tmp_path, 100, facts), "cat.png").token != first.token
+    assert len(facts.put) == 2
+
+
+def test_known_facts_are_believed_without_reading_and_judged_by_todays_limit(tmp_path) -> None:
+    """The facts say what a file holds; whether it is too large is asked anew."""
+    path = tmp_path / "cat.png"
+    path.write_bytes(b"never read")
+    facts = MemoryFacts()
+    facts.put_many({FileKey(str(path), 10, path.stat().st_mtime_ns): FileFact("ab" * 32, 50.0)})
+    assert one(Pictures(tmp_path, 100, facts), "cat.png").token == "sha256:" + "ab" * 32
+    assert one(Pictures(tmp_path, 10, facts), "cat.png").type == "image_too_large"
+
+
+def test_what_is_no_picture_leaves_no_fact(tmp_path) -> None:
+    """A file that is repaired is looked at again."""
+    (tmp_path / "cat.png").write_bytes(b"broken")
+    facts = RecordingFacts()
+    one(Pictures(tmp_path, 100, facts), "cat.png")
+    assert facts.put == []
+
+
+def test_facts_in_memory_are_bounded() -> None:
+    """A manifest of millions of files does not fill the memory; the newest stay."""
+    facts = MemoryFacts(limit=10)
+    keys = [FileKey(f"/{index}", 1, 1) for index in range(25)]
+    for key in keys:
+        facts.put_many({key: FileFact("ab", 1.0)})
+    assert list(facts.get_many(keys)) == keys[15:]
+
+
+def test_the_folder_may_be_relative(tmp_path, monkeypatch) -> None:
+    """Facts and images carry absolute paths all the same."""
+    (tmp_path / "cat.png").write_bytes(picture())
+    monkeypatch.chdir(tmp_path)
+    assert one(Pictures(Path(), 100), "cat.png").image.path == tmp_path / "cat.png"

@@ -1,0 +1,380 @@
+"""Reading manifests: real files of every format, their lines, and every way in which they can be wrong."""
+
+import bz2
+import gzip
+import lzma
+import shutil
+import subprocess
+import sys
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batch.errors import ManifestError
+from batch.manifest.read import Manifest
+
+CSV = b"image_url,prompt,id\nhttps://a/1.png,a cat,007\nhttps://a/2.png,,008\n"
+PACKERS = {
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "zst": lambda data: pa.Codec("zstd").compress(data, asbytes=True),
+}
+
+
+def rows_of(manifest: Manifest, size: int = 4096) -> list[dict]:
+    return [row for batch in manifest.batches(size) for row in batch.frame.to_dicts()]
+
+
+def lines_of(manifest: Manifest, size: int = 4096) -> list[int]:
+    return [line for batch in manifest.batches(size) for line in batch.lines]
+
+
+@pytest.fixture
+def write(tmp_path):
+    def _write(name: str, data: bytes):
+        path = tmp_path / name
+        path.write_bytes(data)
+        return path
+
+    return _write
+
+
+# --- what comes out ---
+
+
+def test_csv_columns_are_text_and_empty_fields_are_null(write) -> None:
+    """`007` stays `007`, so that columns which pass through come out unchanged."""
+    manifest = Manifest.open(write("m.csv", CSV))
+    assert manifest.columns == ("image_url", "prompt", "id")
+    assert set(manifest.schema.dtypes()) == {pl.String()}
+    assert (manifest.rows, manifest.has_lines) == (2, True)
+    assert rows_of(manifest) == [
+        {"image_url": "https://a/1.png", "prompt": "a cat", "id": "007"},
+        {"image_url": "https://a/2.png", "prompt": None, "id": "008"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("bom.csv", b"\xef\xbb\xbf" + CSV),
+        ("crlf.csv", CSV.replace(b"\n", b"\r\n")),
+        ("open.csv", CSV.rstrip(b"\n")),
+        ("tabs.tsv", CSV.replace(b",", b"\t")),
+        ("quoted.csv", CSV.replace(b"a cat", b'"a cat"')),
+        ("LOUD.CSV", CSV),
+        ("v1.2.csv", CSV),
+    ],
+)
+def test_dialects_of_one_table_read_alike(write, name, data) -> None:
+    """A byte order mark, Windows line ends, quotes, tabs and a missing last newline change nothing."""
+    assert rows_of(Manifest.open(write(name, data))) == rows_of(Manifest.open(write("plain.csv", CSV)))
+
+
+@pytest.mark.parametrize("packing", PACKERS)
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "ndjson"])
+def test_packed_text_reads_like_plain_text(write, packing, kind) -> None:
+    """gz, bz2, xz and zst are unpacked on the way, whatever the format inside; line numbers are those inside."""
+    data = {"csv": CSV, "tsv": CSV.replace(b",", b"\t")}.get(kind, b'{"a":1,"b":"x"}\n{"a":2}\n')
+    plain = Manifest.open(write(f"m.{kind}", data))
+    packed = Manifest.open(write(f"m.{kind}.{packing}", PACKERS[packing](data)))
+    assert rows_of(packed) == rows_of(plain)
+    assert lines_of(packed) == lines_of(plain)
+
+
+def test_a_packed_file_of_several_parts_is_read_to_its_end(write) -> None:
+    """`cat a.gz b.gz` is a valid file, for gzip as for zstd."""
+    for packing, pack in PACKERS.items():
+        data = pack(CSV) + pack(b"https://a/3.png,dog,009\n")
+        assert Manifest.open(write(f"m.csv.{packing}", data)).rows == 3, packing
+
+
+def test_jsonl_keeps_types_and_finds_columns_that_come_late(write) -> None:
+    """A column's type fits all its values; a key that a line lacks is null; empty lines are passed over."""
+    lines = [b'{"a":1,"s":{"x":1}}'] * 5000 + [
+        b"",
+        b'{"a":2.5,"late":"v","t":[1,2],"n":null}',
+        b'{"mixed":1}',
+        b'{"mixed":"x"}',
+    ]
+    manifest = Manifest.open(write("m.jsonl", b"\n".join(lines)))
+    assert manifest.columns == ("a", "s", "late", "t", "n", "mixed")
+    found = rows_of(manifest)
+    assert [found[0][name] for name in ("a", "s", "late")] == [1.0, {"x": 1}, None]
+    assert [found[5000][name] for name in ("a", "late", "t")] == [2.5, "v", [1, 2]]
+    assert [row["mixed"] for row in found[5001:]] == ["1", "x"]
+    assert lines_of(manifest)[-3:] == [5002, 5003, 5004]
+    assert all(batch.frame.schema == manifest.schema for batch in manifest.batches())
+
+
+def test_a_jsonl_with_a_byte_order_mark_reads(write) -> None:
+    """Windows editors write one."""
+    assert rows_of(Manifest.open(write("m.jsonl", b'\xef\xbb\xbf{"a":"\xc3\xa9"}\r\n'))) == [{"a": "é"}]
+
+
+def test_parquet_keeps_its_types_and_has_no_lines(tmp_path) -> None:
+    """Columns come out as they went in."""
+    frame = pl.DataFrame({"image_url": ["a", None], "n": [1, 2], "when": [0, 1]}).with_columns(
+        pl.col("when").cast(pl.Datetime("us", "UTC"))
+    )
+    frame.write_parquet(tmp_path / "m.parquet")
+    manifest = Manifest.open(tmp_path / "m.parquet")
+    (batch,) = manifest.batches()
+    assert batch.frame.equals(frame)
+    assert batch.frame.schema == manifest.schema == frame.schema
+    assert (batch.lines, manifest.has_lines) == (None, False)
+
+
+def test_a_folder_and_a_glob_of_parquet_are_one_manifest_in_order_of_names(tmp_path) -> None:
+    """Datasets come in shards; their columns may be in another order, an all-null shard may lack the type."""
+    folder = tmp_path / "data"
+    (folder / "train").mkdir(parents=True)
+    pl.DataFrame({"a": ["x", "y"], "n": [1, 2]}).write_parquet(folder / "train" / "part-0.parquet")
+    pl.DataFrame({"n": [3], "a": ["z"]}).write_parquet(folder / "train" / "part-1.parquet")
+    pq.write_table(pa.table({"a": ["w"], "n": pa.nulls(1)}), folder / "train" / "part-2.parquet")
+    (folder / "_metadata.parquet").write_bytes(b"not a shard")
+    for source in (folder, folder / "train" / "part-*.parquet", folder / "*" / "*.parquet"):
+        manifest = Manifest.open(source)
+        assert [(row["a"], row["n"]) for row in rows_of(manifest, 1)] == [("x", 1), ("y", 2), ("z", 3), ("w", None)]
+        assert [batch.first_row for batch in manifest.batches(1)] == [0, 1, 2, 3]
+    assert Manifest.open(folder).folder == folder
+    assert Manifest.open(folder / "*" / "*.parquet").folder == folder
+
+
+def test_batches_are_no_larger_than_asked_and_continue_each_other(write) -> None:
+    """`first_row` is the position in the whole manifest."""
+    data = b"a\n" + b"".join(b"%d\n" % i for i in range(1000))
+    manifest = Manifest.open(write("m.csv", data))
+    batches = list(manifest.batches(300))
+    assert [(batch.first_row, len(batch.frame)) for batch in batches] == [(0, 300), (300, 300), (600, 300), (900, 100)]
+    assert [row["a"] for row in rows_of(manifest, 7)] == [str(i) for i in range(1000)]
+
+
+def test_only_the_first_rows_are_read_where_that_is_asked(write, tmp_path) -> None:
+    """What stands after them may be broken: it is not looked at."""
+    csv = Manifest.open(write("m.csv", CSV + b"ragged\n"), rows=2)
+    jsonl = Manifest.open(write("m.jsonl", b'{"a":1}\n\n{"a":2}\nnonsense\n'), rows=2)
+    pl.DataFrame({"a": [1, 2, 3]}).write_parquet(tmp_path / "m.parquet", row_group_size=1)
+    parquet = Manifest.open(tmp_path / "m.parquet", rows=2)
+    for manifest in (csv, jsonl, parquet):
+        assert manifest.rows == len(rows_of(manifest)) == len(rows_of(manifest, 1)) == 2
+
+
+# --- lines ---
+
+
+def test_a_row_is_on_the_line_on_which_it_starts(write) -> None:
+    """Newlines inside quotes and empty lines count, as in an editor."""
+    data = b'a,b\n1,"two\nlines"\n\n2,x\r\n"3\r\n\r\n",y\n4,z\n'
+    manifest = Manifest.open(write("m.csv", data))
+    assert lines_of(manifest) == lines_of(manifest, 1) == [2, 5, 6, 9]
+    assert [row["b"] for row in rows_of(manifest)] == ["two\nlines", "x", "y", "z"]
+
+
+FIELDS = st.text(alphabet='ab,"\n\r é', max_size=5)
+
+
+@settings(deadline=None, max_examples=80)
+@given(st.lists(st.tuples(FIELDS, FIELDS), min_size=1, max_size=8), st.sampled_from(["\n", "\r\n"]), st.integers(1, 4))
+def test_lines_are_right_for_any_text_in_any_batch_size(tmp_path_factory, records, end, size) -> None:
+    """The line of a row is one more than the line breaks before it; its fields are those that were written."""
+    path = tmp_path_factory.mktemp("csv") / "m.csv"
+    text, expected = f"a,b{end}", []
+    for record in records:
+        breaks = text.replace("\r\n", "\n").replace("\r", "\n").count("\n")
+        expected.append(breaks + 1)
+        text += ",".join('"' + field.replace('"', '""') + '"' for field in record) + end
+    path.write_bytes(text.encode())
+    manifest = Manifest.open(path)
+    assert lines_of(manifest, size) == expected
+    assert [tuple(row.values()) for row in rows_of(manifest, size)] == [(a or None, b or None) for a, b in records]
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("m.csv", b"", ["empty", "first line"]),
+        ("m.csv", b"\n\n", ["empty"]),
+        ("m.csv", b"a,b\n", ["header and no rows"]),
+        ("m.csv", b"a,b\n\n\n", ["header and no rows"]),
+        ("m.csv", b"a,b,a\n1,2,3\n", ["more than one column 'a'"]),
+        ("m.csv", b"a,b\n1,2\n1,2,3\n", ["line 3", "3 fields where the header has 2", "1,2,3"]),
+        ("m.csv", b'a,b\n"1\n",2\n1\n', ["line 4", "1 field where"]),
+        ("m.csv", b'a,b\n1,2\n1,"two\n3,4\n5,6\n', ["line 3", "not parseable", "quote"]),
+        ("m.csv", b'a,b\n1,"two"x\n', ["line 2", "not parseable"]),
+        ("m.csv", b'"a,b\n1,2\n', ["line 1", "not parseable"]),
+        ("m.csv", b"a,b\n1,2\n1,caf\xe9\n", ["line 3", "not UTF-8"]),
+        ("m.csv", "a,b\n1,2\n".encode("utf-16"), ["line 1", "not UTF-8"]),
+        ("m.csv.gz", b"a,b\n1,2\n", ["cannot be read", "suffix"]),
+        ("m.csv.gz", gzip.compress(CSV * 99)[:-20], ["cannot be read", "complete"]),
+        ("m.csv.xz", lzma.compress(CSV * 99)[:-20], ["cannot be read"]),
+        ("m.csv.bz2", bz2.compress(CSV * 99)[:-20], ["cannot be read"]),
+        ("m.csv.zst", b"a,b\n1,2\n", ["cannot be read"]),
+        ("m.csv.gz", gzip.compress(b"a,b\n1,caf\xe9\n"), ["line 2", "not UTF-8"]),
+        ("m.jsonl", b"", ["empty"]),
+        ("m.jsonl", b"\n \n", ["empty"]),
+        ("m.jsonl", b"{}\n{}\n", ["no columns"]),
+        ("m.jsonl", b'{"a":1}\n\n{"a":2\n{"a":3}\n', ["line 3", "not parseable"]),
+        ("m.jsonl", b'{"a":1}\n[1]\n', ["line 2", "not a JSON object"]),
+        ("m.jsonl", b'{"a":1}\n3\n', ["line 2", "not a JSON object"]),
+        ("m.jsonl", b'[{"a":1}]', ["line 1", "not a JSON object"]),
+        ("m.jsonl", b'{"a":1}\n{"a":"caf\xe9"}\n', ["line 2", "not UTF-8"]),
+        ("m.jsonl", b'{"a":1}\n{"a":[1]}\n', ["lines 1 to 2", "fit together"]),
+        ("m.parquet", b"", ["cannot be read"]),
+        ("m.parquet", b"PAR1 but not for long PAR1", ["cannot be read"]),
+        ("m.txt", CSV, [".txt", ".csv", ".jsonl", ".parquet"]),
+        ("m.parquet.gz", b"", [".parquet.gz", "no known format"]),
+        ("m", CSV, ["no suffix", ".csv"]),
+    ],
+)
+def test_a_manifest_that_cannot_be_used_is_one_clear_sentence(write, name, data, words) -> None:
+    """It says what is wrong, on which line, and is raised by opening: before anything is planned or paid."""
+    path = write(name, data)
+    with pytest.raises(ManifestError) as raised:
+        Manifest.open(path)
+    assert str(path) in str(raised.value)
+    for word in words:
+        assert word in str(raised.value)
+
+
+def test_a_bad_line_far_down_is_found_by_opening(write) -> None:
+    """A run of a day must not find at its end that the manifest breaks off."""
+    good = b"".join(b"%d,x\n" % i for i in range(20_000))
+    with pytest.raises(ManifestError, match="line 20002: 1 field "):
+        Manifest.open(write("m.csv", b"a,b\n" + good + b"oops\n"))
+    good = b'{"a":1}\n' * 20_000
+    with pytest.raises(ManifestError, match="line 20001: not parseable"):
+        Manifest.open(write("m.jsonl", good + b'{"a":\n'))
+
+
+def test_a_column_that_changes_its_kind_far_down_is_refused(write) -> None:
+    """A number cannot become a list; the lines are named."""
+    with pytest.raises(ManifestError, match="lines 4097 to 4098: a column has another kind of value"):
+        Manifest.open(write("m.jsonl", b'{"a":1}\n' * 4096 + b'{"a":[1]}\n' * 2))
+
+
+def test_a_missing_manifest_names_its_neighbours(write, tmp_path) -> None:
+    """Most missing files are misspelt."""
+    write("pictures.csv", CSV)
+    with pytest.raises(ManifestError, match=r"there is no manifest .*pcitures\.csv; did you mean pictures\.csv\?"):
+        Manifest.open(tmp_path / "pcitures.csv")
+    with pytest.raises(ManifestError, match="look at what is in"):
+        Manifest.open(tmp_path / "zzz.jsonl")
+    with pytest.raises(ManifestError, match=r"the folder .*nowhere is not there either"):
+        Manifest.open(tmp_path / "nowhere" / "m.csv")
+
+
+def test_folders_and_globs_without_parquet_are_refused(write, tmp_path) -> None:
+    """Only Parquet comes in parts."""
+    write("m.csv", CSV)
+    with pytest.raises(ManifestError, match="has no Parquet file in it"):
+        Manifest.open(tmp_path)
+    with pytest.raises(ManifestError, match="no Parquet file matches"):
+        Manifest.open(tmp_path / "*.csv")
+
+
+def test_shards_with_other_columns_are_refused(tmp_path) -> None:
+    """The odd column and the shard are named."""
+    pl.DataFrame({"a": [1]}).write_parquet(tmp_path / "0.parquet")
+    pl.DataFrame({"a": [1], "b": [1]}).write_parquet(tmp_path / "1.parquet")
+    with pytest.raises(ManifestError, match=r"1\.parquet and .*0\.parquet differ in columns: b"):
+        Manifest.open(tmp_path)
+    pl.DataFrame({"a": [["list"]]}).write_parquet(tmp_path / "1.parquet")
+    with pytest.raises(ManifestError, match="cannot be read"):
+        Manifest.open(tmp_path)
+
+
+def test_parquet_without_rows_or_with_a_name_twice_is_refused(tmp_path) -> None:
+    """The same rules as for text."""
+    pl.DataFrame({"a": []}).write_parquet(tmp_path / "empty.parquet")
+    with pytest.raises(ManifestError, match="has no rows"):
+        Manifest.open(tmp_path / "empty.parquet")
+    twice = pa.Table.from_arrays([pa.array([1]), pa.array([2])], ["a", "a"])
+    pq.write_table(twice, tmp_path / "twice.parquet")
+    with pytest.raises(ManifestError, match="more than one column 'a'"):
+        Manifest.open(tmp_path / "twice.parquet")
+
+
+def test_a_manifest_that_changes_while_it_is_read_is_an_error(write) -> None:
+    """Rows that were counted must be there when they are planned."""
+    path = write("m.csv", CSV)
+    manifest = Manifest.open(path)
+    write("m.csv", CSV + CSV.splitlines(keepends=True)[1])
+    with pytest.raises(ManifestError, match="had 2 rows and now has 3"):
+        list(manifest.batches())
+    path.unlink()
+    with pytest.raises(ManifestError, match="cannot be read"):
+        list(manifest.batches())
+
+
+# --- fingerprint ---
+
+
+def test_a_fingerprint_is_of_the_contents(write, tmp_path) -> None:
+    """A copy elsewhere has the same one, any change another; a folder's depends on all of its shards."""
+    path = write("m.csv", CSV)
+    before = Manifest.open(path).fingerprint()
+    shutil.copy(path, tmp_path / "copy.csv")
+    assert Manifest.open(tmp_path / "copy.csv").fingerprint() == before
+    write("m.csv", CSV.replace(b"007", b"070"))
+    assert Manifest.open(path).fingerprint() != before
+    for shard in ("0", "1"):
+        pl.DataFrame({"a": [shard]}).write_parquet(tmp_path / f"{shard}.parquet")
+    whole = Manifest.open(tmp_path).fingerprint()
+    pl.DataFrame({"a": ["2"]}).write_parquet(tmp_path / "1.parquet")
+    assert Manifest.open(tmp_path).fingerprint() != whole
+
+
+# --- memory ---
+
+
+def test_embedded_pictures_come_a_few_at_a_time(tmp_path) -> None:
+    """A Parquet with a struct of bytes and path gives at most 64 rows, whatever is asked."""
+    image = pa.array([{"bytes": b"x" * 100, "path": f"{i}.png"} for i in range(200)])
+    pq.write_table(pa.table({"image": image}), tmp_path / "m.parquet")
+    sizes = [len(batch.frame) for batch in Manifest.open(tmp_path / "m.parquet").batches(4096)]
+    assert sum(sizes) == 200
+    assert max(sizes) <= 64
+
+
+def test_long_text_rows_come_a_few_at_a_time(write) -> None:
+    """Rows with data URIs are cut by bytes, not only by count: a batch is 32 MiB and a few rows."""
+    manifest = Manifest.open(write("m.csv", b"a\n" + (b"x" * 2**20 + b"\n") * 60))
+    assert max(len(batch.frame) for batch in manifest.batches()) <= 48
+    assert manifest.rows == 60
+    manifest = Manifest.open(write("m.jsonl", (b'{"a":"' + b"x" * 2**20 + b'"}\n') * 60))
+    assert max(len(batch.frame) for batch in manifest.batches()) <= 32
+
+
+MEASURE = """
+import resource, sys
+from batch.manifest.read import Manifest
+for source in sys.argv[1:3]:
+    rows = sum(len(batch.frame) for batch in Manifest.open(source).batches())
+    print(rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_memory_does_not_grow_with_the_manifest(tmp_path, kind) -> None:
+    """Reading 60 times as many rows takes less than 60 MiB more."""
+    for name, count in (("small", 5_000), ("large", 300_000)):
+        numbers = pl.int_range(count, eager=True).cast(pl.String)
+        frame = pl.DataFrame(
+            {"image_url": "https://a.example/" + numbers, "prompt": "a painting of " + numbers + "!" * 150}
+        )
+        writer = {"csv": frame.write_csv, "jsonl": frame.write_ndjson, "parquet": frame.write_parquet}[kind]
+        writer(tmp_path / f"{name}.{kind}")
+    sources = [str(tmp_path / f"{name}.{kind}") for name in ("small", "large")]
+    done = subprocess.run([sys.executable, "-c", MEASURE, *sources], capture_output=True, text=True, check=True)
+    (small, before), (large, after) = (map(int, line.split()) for line in done.stdout.splitlines())
+    assert (small, large) == (5_000, 300_000)
+    assert after - before < 60
