@@ -6,6 +6,7 @@ anything else is a defect of ours, exit code 1, and says how to report it.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Coroutine
@@ -269,6 +270,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _run(call: Callable[[], Coroutine[Any, Any, T]]) -> T:
     from batch.api import event_loop
 
+    gc.freeze()  # what was imported stays: a quarter of a large plan would go into walking through it again
     try:
         return anyio.run(call, backend_options=event_loop())
     except BaseExceptionGroup as group:
@@ -345,7 +347,7 @@ def _confirmed(found: Any, manifest: str, *, yes: bool, budget: float | None, qu
         _print(render_problems(manifest, survey.problems, survey.problem_count), flush=True)
     if not paid or yes or not survey.to_do or budget is not None:
         return True
-    cost = f"about ${survey.dollars:,.2f} for {survey.to_do:,} jobs"
+    cost = f"about ${survey.dollars:,.2f} (at most ${survey.dollars_at_most:,.2f}) for {survey.to_do:,} jobs"
     if not sys.stdin.isatty():
         raise ConfigError(f"this run would cost {cost}; say --yes, or set --budget USD")
     return input(f"This costs {cost}. Go on? [y/N] ").strip().lower() in {"y", "yes"}

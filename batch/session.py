@@ -169,7 +169,7 @@ def survey_of(planner: Planner, settings: Settings, terms: Terms, file: JournalF
     return survey(
         planner,
         None if file is None else file.find,
-        terms.price.usd_per_megapixel if terms.price else 0.0,
+        terms.price,
         _AUTO_GUESS if at_once == "auto" else at_once,
         terms.service_seconds,
     )
@@ -198,7 +198,7 @@ def _refuse_unasked(plan: Plan, request: Request) -> None:
             raise StoppedEarly("nothing was submitted: the plan was not confirmed")
     elif plan.terms.paid and plan.survey.to_do and request.settings.limits.budget_usd is None:
         raise ConfigError(
-            f"this run would cost about ${plan.survey.dollars:,.2f}; say yes=True (--yes), or set a budget"
+            f"this run would cost ${plan.survey.dollars_at_most:,.2f} at most; say yes=True (--yes), or set a budget"
         )
 
 

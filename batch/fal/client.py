@@ -14,14 +14,13 @@ import binascii
 import ipaddress
 from collections.abc import Mapping
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Self
 from urllib.parse import urljoin
 from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 import orjson
 from pydantic import SecretStr, ValidationError
-from yarl import URL
 
 from batch.fal import protocol
 from batch.fal.endpoint import ImageToImageOutput
@@ -159,7 +158,6 @@ class FalClient:
         headers = dict(call.headers)
         if key and self._key is not None and self._origins.own(call.url):
             headers["authorization"] = f"Key {self._key.get_secret_value()}"
-        proxy = self._proxies.of(call.url)
         try:
             async with self._session.request(
                 call.method,
@@ -167,18 +165,12 @@ class FalClient:
                 headers=headers,
                 data=call.body or None,
                 allow_redirects=False,
-                proxy=proxy.url,
-                proxy_auth=proxy.auth,
+                proxy=self._proxies.of(call.url),
             ) as response:
                 body = await _bounded(response, phase, limit_bytes)
                 return Reply(response.status, body, _lower(response.headers))
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             raise CallFailed(trouble_of(phase, error)) from error
-
-
-class _Proxy(NamedTuple):
-    url: URL | None = None
-    auth: aiohttp.BasicAuth | None = None
 
 
 class _Proxies:
@@ -189,23 +181,21 @@ class _Proxies:
     """
 
     def __init__(self) -> None:
-        self._known: dict[tuple[str, str], _Proxy] = {}
+        self._known: dict[tuple[str, str], str | None] = {}
 
-    def of(self, url: str) -> _Proxy:
-        """The proxy for a URL; this machine itself is always reached directly."""
+    def of(self, url: str) -> str | None:
+        """The proxy for a URL, with its credentials if it has any; this machine itself is reached directly."""
         scheme, host, _ = protocol.origin_of(url)
         if (scheme, host) not in self._known:
-            self._known[scheme, host] = _Proxy() if _is_loopback(host) or proxy_bypass(host) else _proxy_for(scheme)
+            direct = _is_loopback(host) or proxy_bypass(host)
+            self._known[scheme, host] = None if direct else _with_scheme(getproxies().get(scheme))
         return self._known[scheme, host]
 
 
-def _proxy_for(scheme: str) -> _Proxy:
-    given = getproxies().get(scheme)
-    if not given:
-        return _Proxy()
-    url = URL(given if "://" in given else f"http://{given}")
-    auth = aiohttp.BasicAuth(url.user, url.password or "") if url.user else None
-    return _Proxy(url.with_user(None), auth)
+def _with_scheme(proxy: str | None) -> str | None:
+    """`host:port` becomes a URL. None for a SOCKS proxy: aiohttp speaks none."""
+    url = proxy if not proxy or "://" in proxy else f"http://{proxy}"
+    return url if url and url.startswith(("http://", "https://")) else None
 
 
 def _is_loopback(host: str) -> bool:

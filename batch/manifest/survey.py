@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TypeAlias
@@ -10,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from batch.manifest.plan import Checked, Planner
-from batch.model import JobKey, Json, JsonObject, Problem
+from batch.model import JobKey, JsonObject, Problem
+from batch.run.budget import UNKNOWN_MEGAPIXELS, Price
 from batch.run.lifecycle import OPEN, State
 from batch.run.ports import Known
 
@@ -20,7 +22,6 @@ Find: TypeAlias = Callable[[Sequence[JobKey]], Mapping[JobKey, Known]]
 """Those of the keys that the journal knows; asked for a few thousand at a time."""
 
 SHOWN_PROBLEMS = 20
-_ASSUMED_MEGAPIXELS = 1.0  # of a picture whose size is not known without a download
 _MERGE_JOBS = 65_536
 _FIND_JOBS = 4096
 _HOUR = 3600.0
@@ -47,9 +48,12 @@ class Survey:
     megapixels: float
     """Where the size of the source is known; every picture of `num_images` counts."""
     unknown_sizes: int
-    """Pictures whose size is not known; each is counted as 1 megapixel in `dollars`."""
+    """Pictures whose size is not known; each is counted as `UNKNOWN_MEGAPIXELS`."""
     price_per_megapixel: float
     dollars: float
+    """By the megapixels as they are."""
+    dollars_at_most: float
+    """What a budget has to hold: each picture rounded up to whole megapixels, as reservations are."""
     max_in_flight: int
     service_seconds: float
     hours: float
@@ -64,8 +68,10 @@ class Survey:
     def render(self) -> str:
         """The survey as aligned plain text; problems are listed by `render_problems`."""
         dollars = f"${self.dollars:,.2f} at ${self.price_per_megapixel:g} a megapixel"
-        if self.unknown_sizes:
-            dollars += f", {self.unknown_sizes:,} unknown sizes taken as 1 megapixel each"
+        if self.dollars_at_most:
+            dollars += f", at most ${self.dollars_at_most:,.2f} if every picture is rounded up"
+        if self.unknown_sizes and self.price_per_megapixel:
+            dollars += f"; {self.unknown_sizes:,} unknown sizes taken as {UNKNOWN_MEGAPIXELS:g} megapixels each"
         lines = [
             ("rows", f"{self.rows:,}" + (f", {self.bad_rows:,} of them bad" if self.bad_rows else "")),
             ("cells", f"{self.cells:,} a row"),
@@ -85,7 +91,7 @@ class Survey:
 def survey(
     planner: Planner,
     find: Find | None,
-    price_per_megapixel: float,
+    price: Price | None,
     max_in_flight: int,
     service_seconds: float,
 ) -> Survey:
@@ -98,19 +104,20 @@ def survey(
     Args:
         planner: what is planned.
         find: what the journal knows; None where there is none yet.
-        price_per_megapixel: US dollars.
+        price: what the target charges; None where nothing costs anything.
         max_in_flight: jobs at once, at least 1.
         service_seconds: how long one job takes.
 
     Raises:
         ManifestError: the manifest can no longer be read.
     """
-    tally = _Tally(find)
+    tally = _Tally(find, price)
     for checked in planner.checked():
         tally.add(checked)
     tally.merge()
     to_do = tally.states[State.PENDING]
-    dollars = (tally.megapixels + tally.unknown_sizes * _ASSUMED_MEGAPIXELS) * price_per_megapixel
+    each = price.usd_per_megapixel if price is not None else 0.0
+    dollars = (tally.megapixels + tally.unknown_sizes * UNKNOWN_MEGAPIXELS) * each
     return Survey(
         rows=tally.rows,
         bad_rows=tally.bad_rows,
@@ -123,8 +130,9 @@ def survey(
         to_do=to_do,
         megapixels=tally.megapixels,
         unknown_sizes=tally.unknown_sizes,
-        price_per_megapixel=price_per_megapixel,
+        price_per_megapixel=each,
         dollars=dollars,
+        dollars_at_most=tally.reserved,
         max_in_flight=max_in_flight,
         service_seconds=service_seconds,
         hours=to_do * service_seconds / max(1, max_in_flight) / _HOUR,
@@ -136,11 +144,12 @@ def survey(
 class _Tally:
     """Running sums; a job counts when its key is seen for the first time."""
 
-    def __init__(self, find: Find | None) -> None:
-        self._find = find
+    def __init__(self, find: Find | None, price: Price | None) -> None:
+        self._find, self._price = find, price
+        self.reserved = 0.0
         # Of the jobs that were not merged yet; the jobs themselves may carry pictures and are let go.
         self._keys: list[JobKey] = []
-        self._pictures: list[Json] = []
+        self._pictures: list[int] = []
         self._sizes: list[float | None] = []
         self.seen: npt.NDArray[np.uint64] = np.empty(0, np.uint64)
         """Sorted first halves of the keys."""
@@ -157,7 +166,7 @@ class _Tally:
         jobs = [item.job for item in checked.batch.items if item.job is not None]
         self.planned += len(jobs)
         self._keys += [job.key for job in jobs]
-        self._pictures += [job.input["num_images"] for job in jobs]
+        self._pictures += [int(job.input["num_images"]) for job in jobs]  # type: ignore[arg-type]  # checked by the planner
         self._sizes += [job.megapixels for job in jobs]
         if len(self._keys) >= _MERGE_JOBS:
             self.merge()
@@ -191,6 +200,12 @@ class _Tally:
         unknown = np.isnan(sizes)
         self.unknown_sizes += int(pictures[unknown].sum())
         self.megapixels += float((sizes * pictures)[~unknown].sum())
+        if self._price is not None:
+            alike = Counter((self._sizes[place], self._pictures[place]) for place in new[to_do].tolist())
+            self.reserved += sum(
+                count * self._price.reservation(megapixels, int(images))
+                for (megapixels, images), count in alike.items()
+            )
 
 
 def _duration(hours: float) -> str:
@@ -200,14 +215,14 @@ def _duration(hours: float) -> str:
 
 
 def render_problems(name: str, problems: Iterable[Problem], total: int) -> str:
-    """`file:line column 'value' message`, one a line, at most 20, and always how many there are in all.
+    """`file:line column: message`, one a line; messages name the value, at most 20, and always how many there are in all.
 
     A manifest without lines shows the row, counted from 0. Empty text where there are none.
     """
     lines = []
     for problem in list(problems)[:SHOWN_PROBLEMS]:
         place = f"row {problem.row}" if problem.line is None else f"{problem.line}"
-        lines.append(f"{name}:{place} {problem.column} {problem.value!r} {problem.message}")
+        lines.append(f"{name}:{place} {problem.column}: {problem.message}")
     if not total:
         return ""
     rest = total - len(lines)

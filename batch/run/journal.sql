@@ -130,6 +130,9 @@ WHERE id = ?
 -- name: put_body
 INSERT OR REPLACE INTO bodies (job_id, body) VALUES (?, ?)
 
+-- name: slim_body
+UPDATE bodies SET body = slim_body(body) WHERE job_id = ? AND length(body) > 4096
+
 -- name: insert_outcome
 INSERT INTO outcomes (id, job_id, happening, session, attempt, at, request_id, output, engine, billable_units,
                       cost_usd, queue_seconds, total_seconds, images, download_seconds, error_type, error_message)

@@ -25,7 +25,7 @@ import orjson
 from batch.errors import RunDirectoryError, StorageError
 from batch.manifest.ports import FileFact, FileKey
 from batch.model import Answer, Failed, JobKey, RequestId, StoredImage, Ticket
-from batch.run.ledger import JobRow, Ledger
+from batch.run.ledger import JobRow, Ledger, slim_body
 from batch.run.lifecycle import OPEN, State
 from batch.run.ports import Counts, Entry, Event, Known, Outcome, Uploaded
 
@@ -189,6 +189,7 @@ class JournalFile:
             ("insert_job", new),
             ("update_job", old),
             ("put_body", ledger.bodies),
+            ("slim_body", ledger.slimmed),
             ("insert_outcome", ledger.outcomes),
             ("put_upload", ledger.uploads),
         ):
@@ -358,6 +359,7 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
 
 def _try_connect(uri: str) -> sqlite3.Connection:
     connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=_BUSY_SECONDS)
+    connection.create_function("slim_body", 1, slim_body, deterministic=True)
     try:
         connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
         connection.execute("SELECT count(*) FROM sqlite_schema")  # the first thing that reads the file

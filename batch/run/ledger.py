@@ -106,6 +106,8 @@ class Ledger:
         self.session, self.last_job, self.last_outcome = session, last_job, last_outcome
         self.touched: dict[str, JobRow] = {}
         self.bodies: list[tuple[Value, ...]] = []
+        self.slimmed: list[tuple[Value, ...]] = []
+        """Jobs that ended: their bodies are needed whole only to be sent again."""
         self.outcomes: list[tuple[Value, ...]] = []
         self.uploads: list[tuple[Value, ...]] = []
         self.spent_usd = 0.0
@@ -139,7 +141,7 @@ class Ledger:
             case Intended():
                 job.forget()
                 job.attempt, job.intended_at, job.reserved_usd = event.attempt, event.at, event.reserved_usd
-                self.bodies.append((job.id, slim_body(event.body)))
+                self.bodies.append((job.id, event.body))
             case Accepted(ticket=ticket):
                 job.accepted_at, job.request_id, job.reason = event.at, ticket.request_id, None
                 job.urls = (ticket.status_url, ticket.response_url, ticket.cancel_url)
@@ -153,12 +155,14 @@ class Ledger:
                 job.answer_id = self._answer(job, event)
             case Finished():
                 job.end_id = self._finish(job, event)
+                self.slimmed.append((job.id,))
                 self.finished, self.last_finished_at = self.finished + 1, event.at
             case FailedForGood():
                 job.reserved_usd = 0.0
                 if was is not State.ANSWERED:  # else its answer has settled the cost
                     self._spend(job, event.cost_usd)
                 job.end_id = self._fail(job, event)
+                self.slimmed.append((job.id,))
             case Retried():
                 job.forget()
                 job.attempt += 1

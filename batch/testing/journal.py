@@ -148,7 +148,7 @@ class MemoryJournal:
             case Intended():
                 job.forget()
                 job.attempt, job.intended_at, job.reserved_usd = event.attempt, event.at, event.reserved_usd
-                job.body = slim_body(event.body)
+                job.body = event.body
             case Accepted():
                 job.accepted_at, job.ticket, job.reason = event.at, event.ticket, None
             case Refused():
@@ -159,9 +159,9 @@ class MemoryJournal:
                 job.reserved_usd, job.answered = 0.0, event
                 self._spend(job, event.cost_usd)
             case Finished():
-                job.ended = event
+                job.ended, job.body = event, slim_body(job.body)
             case FailedForGood():
-                job.reserved_usd, job.ended = 0.0, event
+                job.reserved_usd, job.ended, job.body = 0.0, event, slim_body(job.body)
                 self._spend(job, None if was is State.ANSWERED else event.cost_usd)
             case Retried():
                 job.forget()

@@ -271,11 +271,14 @@ async def test_cancelled_caller_is_written_all_the_same(journal):
 
 
 async def test_long_strings_of_a_body_are_kept_by_hash(journal):
-    """A data URI would bloat the journal: its SHA-256 stands for it; anything up to 4096 characters stays."""
+    """Whole while it may have to be sent again; then a data URI's SHA-256 stands for it, up to 4096 characters stay."""
     uri = "data:" + "é" * 4092
     body = orjson.dumps({"image_url": uri, "prompt": "y" * 4096, "nested": [{"x": "z" * 5000}]})
     await journal.record(intended(body=body))
     (entry,) = await entries(journal, State.INTENDED)
+    assert entry.body == body
+    await journal.record(Accepted(A, 2.0, TICKET), FailedForGood(A, 3.0, Failed("x", "y")))
+    (entry,) = await entries(journal, State.FAILED)
     kept = orjson.loads(entry.body)
     assert kept == {
         "image_url": "sha256:" + hashlib.sha256(uri.encode()).hexdigest(),

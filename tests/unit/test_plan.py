@@ -1,6 +1,7 @@
 """Planning: which value wins, what a bad row becomes, and that keys and seeds stay. Rows are real frames in memory."""
 
 from collections.abc import Iterator
+from datetime import date
 
 import polars as pl
 import pytest
@@ -14,6 +15,7 @@ from batch.manifest.plan import Planned, Planner
 from batch.manifest.ports import Fault, Resolved, RowBatch
 from batch.manifest.survey import render_problems, survey
 from batch.model import LocalImage
+from batch.run.budget import Price
 from batch.run.lifecycle import State
 from batch.run.ports import Known
 
@@ -337,20 +339,23 @@ def test_a_growing_axis_keeps_every_job_that_was_there(rows, scales) -> None:
 
 
 def test_a_survey_counts_distinct_jobs_pictures_dollars_and_hours() -> None:
-    """Two equal rows are paid once; unknown sizes are one megapixel each and said so; each of `num_images` counts."""
+    """Two equal rows are paid once; unknown sizes are taken as 2.1 megapixels and said so; each of `num_images` counts."""
     columns = {
         "image_url": ["local:a", "local:a", "https://a/1", "local:b", None],
         "prompt": ["p"] * 5,
         "num_images": [2, 2, 3, 1, 1],
     }
-    found = survey(planner(columns), None, 0.5, 2, 3600)
+    found = survey(planner(columns), None, Price(0.5, date(2026, 11, 1)), 2, 3600)
     assert (found.rows, found.bad_rows, found.cells) == (5, 1, 1)
     assert (found.jobs, found.duplicates, found.to_do) == (3, 1, 3)
     assert (found.megapixels, found.unknown_sizes) == (6.0, 3)
-    assert found.dollars == pytest.approx(4.5)
+    assert found.dollars == pytest.approx((6.0 + 3 * 2.1) * 0.5)
+    assert found.dollars_at_most == pytest.approx((2 * 2 + 3 * 3 + 1 * 2) * 0.5)
     assert found.hours == pytest.approx(1.5)
     text = found.render()
-    assert "$4.50 at $0.5 a megapixel, 3 unknown sizes taken as 1 megapixel each" in text
+    assert (
+        "$6.15 at $0.5 a megapixel, at most $7.50 if every picture is rounded up; 3 unknown sizes taken as 2.1" in text
+    )
     assert len({line.index(line[12:].lstrip()[0], 12) for line in text.splitlines()}) == 1
     assert found.to_json()["problems"][0]["type"] == "missing"
 
@@ -370,7 +375,7 @@ def test_what_the_journal_knows_is_not_to_do_and_costs_nothing() -> None:
         asked.extend(keys)
         return {key: known[key] for key in keys if key in known}
 
-    found = survey(planner(columns), find, 1.0, 1, 1.0)
+    found = survey(planner(columns), find, Price(1.0, date(2026, 11, 1)), 1, 1.0)
     assert (found.done, found.failed, found.in_flight, found.to_do) == (1, 1, 2, 2)
     assert (found.jobs, found.duplicates) == (6, 6)
     assert found.dollars == pytest.approx(4.0)
@@ -381,7 +386,7 @@ def test_duplicates_are_found_however_far_apart_they_stand() -> None:
     """Distinctness holds over many merges: 150,000 jobs of which each is there twice."""
     count = 75_000
     frame = pl.DataFrame({"image_url": [f"https://a/{i}" for i in range(count)] * 2, "prompt": "p", "seed": 1})
-    found = survey(planner(frame), None, 0.03, 10, 1)
+    found = survey(planner(frame), None, None, 10, 1)
     assert (found.rows, found.jobs, found.duplicates) == (2 * count, count, count)
     assert found.unknown_sizes == count
 
@@ -389,10 +394,10 @@ def test_duplicates_are_found_however_far_apart_they_stand() -> None:
 def test_at_most_twenty_problems_are_shown_and_all_are_counted() -> None:
     """A person gets the first ones with file and line, and always the total."""
     columns = {"image_url": ["u://1"] * 30, "prompt": ["p"] * 30, "strength": ["high"] * 30}
-    found = survey(planner(columns), None, 0, 1, 1)
+    found = survey(planner(columns), None, None, 1, 1)
     assert (found.problem_count, len(found.problems), found.bad_rows, found.jobs) == (30, 20, 30, 0)
     lines = render_problems("pets.csv", found.problems, found.problem_count).splitlines()
-    assert lines[0] == "pets.csv:2 strength 'high' strength is 'high'; it must be a number from 0.01 to 1"
+    assert lines[0] == "pets.csv:2 strength: strength is 'high'; it must be a number from 0.01 to 1"
     assert lines[-1] == "30 problems, 10 more not shown"
     assert len(lines) == 21
 
@@ -400,6 +405,6 @@ def test_at_most_twenty_problems_are_shown_and_all_are_counted() -> None:
 def test_problems_of_a_manifest_without_lines_name_the_row() -> None:
     """Parquet has no lines."""
     columns = pl.DataFrame({**ONE, "strength": [7.0]})
-    found = survey(planner(columns, lines=False), None, 0, 1, 1)
-    assert render_problems("pets.parquet", found.problems, 1).startswith("pets.parquet:row 0 strength '7.0' ")
+    found = survey(planner(columns, lines=False), None, None, 1, 1)
+    assert render_problems("pets.parquet", found.problems, 1).startswith("pets.parquet:row 0 strength: ")
     assert render_problems("pets.parquet", (), 0) == ""

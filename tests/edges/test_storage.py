@@ -1,0 +1,309 @@
+"""The server's files and the sources that requests name."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import ipaddress
+
+import pytest
+from aiohttp import web
+
+from batch.errors import StorageError
+from batch.server import sources as sources_module
+from batch.server.engines.base import EngineFailure
+from batch.server.sources import Sources, parse_data_uri
+from batch.server.storage import Storage, TooLarge
+
+SMALL, LARGE = b"small picture", b"large picture" * 10_000
+
+
+def in_storage(root, use):
+    """Run `use(storage)` with a storage in `root`, as one server's life."""
+
+    async def life():
+        async with Storage(root) as storage:
+            return await use(storage)
+
+    return asyncio.run(life())
+
+
+async def pieces(*chunks):
+    for chunk in chunks:
+        yield chunk
+
+
+@pytest.mark.parametrize("data", [SMALL, LARGE, b""], ids=["small", "large", "empty"])
+def test_what_is_saved_is_found_by_the_next_server(tmp_path, data):
+    """Small files lie together, large ones alone; nobody who reads them can tell."""
+
+    async def first(storage):
+        return await storage.save(data, "image/png")
+
+    async def second(storage):
+        assert await storage.read(path) == data
+        assert storage.path_in("http://10.1.2.3:99" + path + "?x=1") == path
+
+    path = in_storage(tmp_path, first)
+    assert path.endswith(".png")
+    in_storage(tmp_path, second)
+
+
+@pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
+def test_equal_bytes_are_kept_once(tmp_path, data):
+    """By content, whoever sends them and however often."""
+
+    async def use(storage):
+        one, two = await asyncio.gather(storage.save(data, "image/png"), storage.save(data, "image/png"))
+        three = await storage.receive(pieces(data), "image/png", 1 << 20)
+        assert one == two == three
+        return await storage.save(data + b".", "image/png") != one
+
+    assert in_storage(tmp_path, use)
+
+
+def test_a_name_cannot_be_made_from_the_content_alone(tmp_path):
+    """Another data dir gives the same bytes another name: names are keyed."""
+
+    async def use(storage):
+        return await storage.save(SMALL, "image/png")
+
+    assert in_storage(tmp_path / "a", use) != in_storage(tmp_path / "b", use)
+    assert (tmp_path / "a" / "secret").stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/files/../secret",
+        "/files/ab/../../secret",
+        "/files/ab/..%2f..%2fsecret",
+        "/files//etc/passwd",
+        "/files/ab/" + "c" * 32,  # the prefix is not the name's own
+        "/files/ab/ab" + "0" * 30 + ".png/..",
+        "/files/ab/ab" + "0" * 30 + ".PNG\x00",
+        "/files/ab/ab" + "0" * 30 + "\n",
+        "file:///etc/passwd",
+        "http://[::1/files",
+    ],
+)
+def test_a_path_that_we_would_not_give_out_names_nothing(tmp_path, path):
+    """No traversal, no absolute path, no odd byte."""
+
+    async def use(storage):
+        assert storage.path_in(path) is None
+        assert await storage.find(path) is None
+
+    in_storage(tmp_path, use)
+
+
+def test_an_upload_that_grows_too_large_leaves_nothing(tmp_path):
+    """Neither a file nor a half one."""
+
+    async def use(storage):
+        with pytest.raises(TooLarge):
+            await storage.receive(pieces(b"x" * 900_000, b"x" * 900_000, b"x" * 900_000), "image/png", 2_000_000)
+
+    in_storage(tmp_path, use)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size > 500_000]
+    assert not list((tmp_path / "incoming").iterdir())
+
+
+def test_a_half_written_file_of_a_killed_server_is_removed(tmp_path):
+    """Files appear by rename; what never appeared is rubbish."""
+    (tmp_path / "incoming").mkdir()
+    (tmp_path / "incoming" / "half").write_bytes(b"ha")
+
+    async def use(storage):
+        return storage
+
+    in_storage(tmp_path, use)
+    assert not list((tmp_path / "incoming").iterdir())
+
+
+def test_a_reserved_name_can_be_written_with_its_token_only(tmp_path):
+    """The token is a signature of the path, good after a restart too."""
+
+    async def first(storage):
+        return storage.reserve("image/jpeg"), storage.reserve("image/jpeg")
+
+    async def second(storage):
+        assert storage.may_write(one.path, one.token)
+        assert not storage.may_write(one.path, other.token)
+        assert not storage.may_write(one.path, "ü")
+        await storage.receive(pieces(SMALL), None, 100, one.path)
+        assert await storage.read(one.path) == SMALL
+
+    one, other = in_storage(tmp_path, first)
+    in_storage(tmp_path, second)
+
+
+def test_a_disk_that_refuses_is_a_storage_error(tmp_path):
+    """The caller decides what to do; nothing is said to be stored."""
+
+    async def use(storage):
+        for folder in (tmp_path / "files", tmp_path / "incoming"):
+            folder.rmdir()
+            folder.write_bytes(b"in the way")
+        with pytest.raises(StorageError, match="free space"):
+            await storage.save(LARGE, "image/png")
+
+    in_storage(tmp_path, use)
+
+
+# --- sources ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("uri", "data", "content_type"),
+    [
+        ("data:image/png;base64," + base64.b64encode(b"abc").decode(), b"abc", "image/png"),
+        ("DATA:image/png;charset=x;BASE64,YWJj", b"abc", "image/png"),
+        ("data:image/png;base64,YWI%3D", b"ab", "image/png"),
+        ("data:,a%20b", b"a b", "text/plain"),
+    ],
+)
+def test_data_uris_are_decoded(uri, data, content_type):
+    """Base64 or percent-encoded, as RFC 2397 has them."""
+    assert parse_data_uri(uri) == (data, content_type)
+
+
+@contextlib.asynccontextmanager
+async def web_server(handler):
+    """A real web server on loopback; yields its origin."""
+    server = web.Server(handler)
+    runner = web.ServerRunner(server)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
+def fetched(root, handler, path="/a.png", **options):
+    """What `Sources.fetch` gives for a path on a server with that handler."""
+
+    async def use(storage):
+        async with web_server(handler) as origin, Sources(storage, **options) as sources:
+            return await sources.fetch(origin + path)
+
+    return in_storage(root, use)
+
+
+def test_a_picture_is_fetched_over_redirects(tmp_path):
+    """Up to five."""
+
+    async def handler(request):
+        hops = int(request.query.get("hops", "5"))
+        if hops:
+            raise web.HTTPFound(f"/a.png?hops={hops - 1}")
+        return web.Response(body=b"picture")
+
+    assert fetched(tmp_path, handler) == b"picture"
+    with pytest.raises(EngineFailure, match="redirects"):
+        fetched(tmp_path, handler, "/a.png?hops=6")
+
+
+@pytest.mark.parametrize(("status", "retryable"), [(404, False), (403, False), (429, True), (503, True)])
+def test_a_server_that_refuses_is_a_download_error(tmp_path, status, retryable):
+    """422 `file_download_error`; another try may help where the server itself is in trouble."""
+
+    async def handler(request):
+        return web.Response(status=status)
+
+    with pytest.raises(EngineFailure, match=str(status)) as caught:
+        fetched(tmp_path, handler)
+    assert (caught.value.status, caught.value.type) == (422, "file_download_error")
+    assert caught.value.retryable is retryable
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["length told", "length hidden"])
+def test_a_source_above_the_limit_is_cut_off(tmp_path, monkeypatch, told):
+    """`file_too_large` with its limit, whether the server tells the length or not."""
+    monkeypatch.setattr(sources_module, "SOURCE_LIMIT_BYTES", 1000)
+
+    async def handler(request):
+        if told:
+            return web.Response(body=b"x" * 1001)
+        answer = web.StreamResponse()
+        await answer.prepare(request)
+        with contextlib.suppress(ConnectionError):
+            for _ in range(1001):
+                await answer.write(b"x")
+        return answer
+
+    with pytest.raises(EngineFailure) as caught:
+        fetched(tmp_path, handler)
+    assert (caught.value.type, caught.value.ctx) == ("file_too_large", {"max_size": 1000})
+
+
+def test_a_silent_server_is_given_up(tmp_path, monkeypatch):
+    """A bounded time for the whole download; retryable."""
+    monkeypatch.setattr(sources_module, "FETCH_SECONDS", 0.2)
+
+    async def handler(request):
+        await asyncio.Event().wait()
+
+    with pytest.raises(EngineFailure, match="could not be fetched") as caught:
+        fetched(tmp_path, handler)
+    assert caught.value.retryable
+
+
+@pytest.mark.parametrize("url", ["ftp://host/a.png", "file:///etc/passwd", "/a.png", "http://", "nonsense", "http://["])
+def test_anything_but_http_and_data_is_refused(tmp_path, url):
+    """No file of the server's own disk, no other protocol; never a stack trace."""
+
+    async def use(storage):
+        async with Sources(storage) as sources:
+            with pytest.raises(EngineFailure) as caught:
+                await sources.fetch(url)
+            assert caught.value.type == "file_download_error"
+            assert not caught.value.retryable
+
+    in_storage(tmp_path, use)
+
+
+def test_a_broken_data_uri_is_an_image_load_error(tmp_path):
+    """Said before an engine sees it."""
+
+    async def use(storage):
+        async with Sources(storage) as sources:
+            with pytest.raises(EngineFailure) as caught:
+                await sources.fetch("data:image/png;base64,!!!")
+            assert caught.value.type == "image_load_error"
+
+    in_storage(tmp_path, use)
+
+
+def test_own_files_are_read_from_disk_whatever_origin_gave_them_out(tmp_path):
+    """A server that moved to another port still knows its files."""
+
+    async def use(storage):
+        path = await storage.save(LARGE, "image/png")
+        async with Sources(storage) as sources:
+            assert await sources.fetch("http://127.0.0.1:1" + path) == LARGE
+            assert await sources.fetch(path) == LARGE
+
+    in_storage(tmp_path, use)
+
+
+@pytest.mark.parametrize("name", ["127.0.0.1", "localhost"])
+def test_the_address_rule_decides_about_literals_and_names(tmp_path, name):
+    """One function says which addresses may be asked; a redirect does not get around it."""
+    asked = []
+
+    async def handler(request):
+        asked.append(request.path)
+        return web.Response(body=b"secret")
+
+    async def use(storage):
+        rule = lambda address: address not in ipaddress.ip_network("127.0.0.0/8")  # noqa: E731
+        async with web_server(handler) as origin, Sources(storage, rule) as sources:
+            with pytest.raises(EngineFailure, match="not permitted"):
+                await sources.fetch(origin.replace("127.0.0.1", name) + "/a.png")
+
+    in_storage(tmp_path, use)
+    assert asked == []

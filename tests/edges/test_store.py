@@ -1,0 +1,174 @@
+"""The server's memory, on a real file."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sqlite3
+
+import pytest
+
+from batch.errors import InputError, StorageError
+from batch.fal.endpoint import APP_ID
+from batch.model import RequestId
+from batch.server import store as store_module
+from batch.server.records import Ending, LogLine, Priority, Submission
+from batch.server.store import Store
+
+
+def submission(name: str, **changes) -> Submission:
+    given = {"request_id": RequestId(name), "app": APP_ID, "accepted_at": 1.0, "body": b"{}", **changes}
+    return Submission(**given)
+
+
+def ending(name: str, **changes) -> Ending:
+    given = {"request_id": RequestId(name), "app": APP_ID, "ended_at": 2.0, "status": 200, "payload": b"{}", **changes}
+    return Ending(**given)
+
+
+def in_store(path, use):
+    """Run `use(store)` with a store on `path`, as one server's life."""
+
+    async def life():
+        async with await Store.open(path) as store:
+            return await use(store)
+
+    return asyncio.run(life())
+
+
+def test_what_was_accepted_is_to_do_after_a_restart_in_its_order(tmp_path):
+    """Accepted and not ended: the next server does it, the first one first."""
+
+    async def first(store):
+        await asyncio.gather(*(store.accept(submission(f"r{n}", priority=Priority(n % 2))) for n in range(50)))
+        await store.end(ending("r3"))
+
+    async def second(store):
+        found = await store.to_do()
+        assert [one.request_id for one in found] == [f"r{n}" for n in range(50) if n != 3]
+        assert [one.priority for one in found[:2]] == [Priority.NORMAL, Priority.LOW]
+        assert store.accepted == 50
+
+    in_store(tmp_path / "server.db", first)
+    in_store(tmp_path / "server.db", second)
+
+
+def test_an_acceptance_is_on_disk_when_the_call_returns(tmp_path):
+    """Another process that opens the file sees it: only then may a 200 be sent."""
+
+    async def use(store):
+        await store.accept(submission("r1", body=b'{"prompt": "x"}'))
+        with contextlib.closing(sqlite3.connect(tmp_path / "server.db")) as other:
+            assert other.execute("SELECT body FROM request").fetchall() == [(b'{"prompt": "x"}',)]
+        assert await store.body(RequestId("r1")) == b'{"prompt": "x"}'
+
+    in_store(tmp_path / "server.db", use)
+
+
+def test_an_ending_comes_back_whole_from_memory_and_from_disk(tmp_path):
+    """Every field, log lines included; the same before and after a restart."""
+    full = ending(
+        "r1",
+        status=422,
+        payload=b'{"detail":[]}',
+        started_at=1.5,
+        inference_time=0.25,
+        billable_units=0.7864,
+        error_type="internal_error",
+        retryable=False,
+        inline=True,
+        logs=(LogLine(1.5, "INFO", "step 1 of 2"),),
+    )
+
+    async def first(store):
+        await store.accept(submission("r1"))
+        assert (await store.find(RequestId("r1"))).ending is None
+        await store.end(full)
+        assert store.recent(RequestId("r1")) == full
+        return await store.find(RequestId("r1"))
+
+    async def second(store):
+        assert store.recent(RequestId("r1")) is None
+        return await store.find(RequestId("r1"))
+
+    assert in_store(tmp_path / "server.db", first) == in_store(tmp_path / "server.db", second) == (APP_ID, full)
+
+
+def test_the_first_ending_of_a_request_stands(tmp_path):
+    """A result that was shown does not change."""
+
+    async def first(store):
+        await store.accept(submission("r1"))
+        await store.end(ending("r1", payload=b'"one"'))
+        await store.end(ending("r1", payload=b'"two"'))
+
+    async def second(store):
+        return (await store.find(RequestId("r1"))).ending.payload
+
+    in_store(tmp_path / "server.db", first)
+    assert in_store(tmp_path / "server.db", second) == b'"one"'
+
+
+def test_an_idempotency_key_is_accepted_once_even_in_one_group(tmp_path):
+    """Same key and input: the first id, not counted again. Same key, other input: said so."""
+
+    async def use(store):
+        same = [submission(f"r{n}", idempotency_key="k", digest=b"a") for n in range(3)]
+        answers = await asyncio.gather(*(store.accept(one) for one in same))
+        assert answers == [("r0", True, True), ("r0", False, True), ("r0", False, True)]
+        other = await store.accept(submission("r9", idempotency_key="k", digest=b"b"))
+        assert other == ("r0", False, False)
+        assert store.accepted == 1
+        assert len(await store.to_do()) == 1
+
+    in_store(tmp_path / "server.db", use)
+
+
+def test_an_id_that_was_never_given_out_is_not_found(tmp_path):
+    """None, not an error."""
+
+    async def use(store):
+        return await store.find(RequestId("nobody"))
+
+    assert in_store(tmp_path / "server.db", use) is None
+
+
+def test_only_the_latest_endings_stay_in_memory(tmp_path, monkeypatch):
+    """Memory does not grow with the number of requests; older ones are read from disk."""
+    monkeypatch.setattr(store_module, "REMEMBERED", 3)
+
+    async def use(store):
+        for number in range(5):
+            await store.accept(submission(f"r{number}"))
+            await store.end(ending(f"r{number}"))
+        assert [store.recent(RequestId(f"r{n}")) is not None for n in range(5)] == [False, False, True, True, True]
+        assert (await store.find(RequestId("r0"))).ending == ending("r0")
+
+    in_store(tmp_path / "server.db", use)
+
+
+def test_a_full_disk_refuses_and_accepts_again_when_there_is_room(tmp_path):
+    """Nothing of the refused group is kept; the server lives on."""
+
+    async def use(store):
+        pages = store._database.execute("PRAGMA page_count").fetchone()[0]
+        store._database.execute(f"PRAGMA max_page_count = {pages}")
+        with pytest.raises(StorageError, match="full"):
+            await store.accept(submission("r1", body=b"x" * 100_000))
+        assert store.accepted == 0
+        store._database.execute("PRAGMA max_page_count = 1000000")
+        assert (await store.accept(submission("r1"))).fresh
+
+    in_store(tmp_path / "server.db", use)
+
+
+def test_a_file_of_a_newer_version_or_of_no_database_is_refused(tmp_path):
+    """One sentence with the path, nothing overwritten."""
+    newer, junk = tmp_path / "newer.db", tmp_path / "junk.db"
+    with contextlib.closing(sqlite3.connect(newer)) as database:
+        database.execute("PRAGMA user_version = 99")
+    junk.write_bytes(b"not a database, but long enough to look like one" * 100)
+    with pytest.raises(InputError, match="99"):
+        asyncio.run(Store.open(newer))
+    with pytest.raises(InputError, match="junk"):
+        asyncio.run(Store.open(junk))

@@ -1,0 +1,60 @@
+"""The table of a job's life: what is legal is exactly what stands in it."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from batch.run.lifecycle import OPEN, TABLE, TERMINAL, Happening, IllegalTransition, State, advance
+
+S, H = State, Happening
+
+# Written out a second time on purpose: a slip in the table has to be made twice to go unnoticed.
+LEGAL = [
+    (S.PENDING, H.INTEND, S.INTENDED),
+    (S.PENDING, H.FAIL, S.FAILED),
+    (S.INTENDED, H.ACCEPT, S.ACCEPTED),
+    (S.INTENDED, H.REFUSE, S.PENDING),
+    (S.INTENDED, H.FAIL, S.FAILED),
+    (S.INTENDED, H.LOSE, S.UNKNOWN),
+    (S.UNKNOWN, H.ACCEPT, S.ACCEPTED),
+    (S.UNKNOWN, H.INTEND, S.INTENDED),
+    (S.ACCEPTED, H.ANSWER, S.ANSWERED),
+    (S.ACCEPTED, H.FAIL, S.FAILED),
+    (S.ANSWERED, H.FINISH, S.DONE),
+    (S.ANSWERED, H.FAIL, S.FAILED),
+    (S.FAILED, H.RETRY, S.PENDING),
+]
+ILLEGAL = sorted(set(itertools.product(S, H)) - {(state, happening) for state, happening, _ in LEGAL})
+
+
+@pytest.mark.parametrize(("state", "happening", "after"), LEGAL)
+def test_a_legal_happening_leads_on(state, happening, after):
+    """Each row of the table."""
+    assert advance(state, happening) is after
+
+
+@pytest.mark.parametrize(("state", "happening"), ILLEGAL)
+def test_an_illegal_happening_raises_and_names_both(state, happening):
+    """A defect of ours is loud: state and event stand in the message."""
+    with pytest.raises(IllegalTransition, match=rf"\b{state}\b.*\b{happening}\b"):
+        advance(state, happening)
+
+
+def test_the_table_has_no_other_rows():
+    """What is tested above is all there is."""
+    assert len(TABLE) == len(LEGAL)
+
+
+def test_every_state_is_reached_and_left_as_it_should_be():
+    """Terminal and open states part the rest of the states; done is the one that nothing leaves."""
+    assert {S.PENDING} | TERMINAL | OPEN == set(S)
+    assert not TERMINAL & OPEN
+    assert set(TABLE.values()) == set(S)
+    assert set(S) - {state for state, _ in TABLE} == {S.DONE}
+
+
+def test_a_job_that_may_have_been_paid_for_is_never_simply_pending_again():
+    """From accepted, answered or unknown no single event leads back to a state in which it counts as unsent."""
+    assert all(after is not S.PENDING for (state, _), after in TABLE.items() if state in {S.ACCEPTED, S.ANSWERED, S.UNKNOWN})  # fmt: skip # noqa: E501

@@ -1,0 +1,264 @@
+"""Rate, window, pauses and poll times, without a clock: `now` is an argument."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batch.run.pacing import Pauses, PollTimes, TokenBucket, Window
+
+gaps = st.lists(st.floats(0, 5), min_size=1, max_size=200)
+
+# --- token bucket -----------------------------------------------------------------------------------------
+
+
+@given(gaps, st.floats(0.1, 100), st.floats(1, 50))
+def test_a_token_bucket_is_never_over_its_rate_in_any_window(waits, rate, burst):
+    """Between any two permits lie at most burst + rate x time of them; permits come in the order of asking."""
+    bucket, now, times = TokenBucket(rate, burst), 0.0, []
+    for wait in waits:
+        now += wait
+        delay = bucket.reserve(now)
+        assert delay >= 0
+        times.append(now + delay)
+    assert times == sorted(times) or all(b - a > -1e-9 for a, b in zip(times, times[1:], strict=False))
+    for first in range(len(times)):
+        for last in range(first, len(times)):
+            count, seconds = last - first + 1, times[last] - times[first]
+            assert count <= burst + rate * seconds + 1e-6 * (1 + rate)
+
+
+@given(st.floats(0.1, 100), st.integers(1, 50))
+def test_a_rested_bucket_gives_its_burst_at_once_and_no_more(rate, burst):
+    """Rest earns no more than the burst, however long it was."""
+    bucket = TokenBucket(rate, burst)
+    delays = [bucket.reserve(1e6) for _ in range(burst + 1)]
+    assert all(delay < 1e-6 for delay in delays[:-1])
+    assert delays[-1] == pytest.approx(1 / rate, rel=1e-3)
+
+
+def test_a_busy_bucket_serves_at_its_rate():
+    """A hundred asked at once at 20 a second: the last is let through after five seconds, less the burst."""
+    bucket = TokenBucket(20, 2)
+    assert [bucket.reserve(0.0) for _ in range(100)][-1] == pytest.approx(98 / 20)
+
+
+@pytest.mark.parametrize(("rate", "burst"), [(0, 1), (-1, 1), (1, 0.5)])
+def test_a_bucket_that_would_never_give_is_refused(rate, burst):
+    """A rate of nothing is no rate."""
+    with pytest.raises(ValueError, match="rate must be above 0"):
+        TokenBucket(rate, burst)
+
+
+# --- pauses -----------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 2**32), st.integers(1, 1100))
+def test_pauses_grow_up_to_their_cap_and_never_vanish(seed, times):
+    """Without a word from the service: between a quarter of a second and a minute, also the 1,100th."""
+    pauses, now = Pauses(Random(seed)), 0.0
+    for _ in range(times):
+        pause = pauses.begin(now)
+        assert 0.25 <= pause <= 60.0
+        now += pause
+        assert pauses.left(now) == pytest.approx(0.0, abs=1e-6)
+        now += 1e-6 * max(1.0, now)  # beyond float fuzz
+    if times > 10:
+        assert pause >= 30.0
+
+
+def test_what_the_service_asks_for_is_waited_for_and_a_little_more():
+    """`Retry-After` is a lower bound; the rest is random, so that not all come back at once."""
+    pauses = Pauses(Random(1))
+    assert 5.0 < pauses.begin(0.0, 5.0) <= 5.5
+
+
+def test_many_refusals_at_once_are_one_pause():
+    """A thousand submits turned away together are one event, not a thousand doublings."""
+    pauses = Pauses(Random(1))
+    first = pauses.begin(0.0)
+    assert [pauses.begin(0.0) for _ in range(1000)] == [first] * 1000
+    assert pauses.begin(0.0, 7.0) == 7.0
+    assert pauses.left(0.0) == 7.0
+
+
+def test_success_makes_the_next_pause_small_again():
+    """Trouble that is over is forgotten."""
+    pauses = Pauses(Random(1))
+    for n in range(10):
+        pauses.begin(n * 1000.0)
+    pauses.succeeded()
+    assert pauses.begin(1e6) <= 0.5
+
+
+def test_there_is_no_pause_before_the_first():
+    """Nothing is waited for at the start."""
+    assert Pauses(Random(1)).left(0.0) == 0.0
+
+
+# --- window -----------------------------------------------------------------------------------------------
+
+happenings = st.lists(st.sampled_from(["enter", "queued", "running", "leave", "429"]), max_size=300)
+
+
+@given(happenings, st.integers(1, 30), st.integers(0, 30))
+def test_a_window_stays_within_its_bounds(script, start, room):
+    """Whatever happens the size lies between floor and ceiling, moves by one at a leave, and says why."""
+    floor, ceiling = max(1, start // 2), start + room
+    window, inside, now = Window(start, floor=floor, ceiling=ceiling), [], 0.0
+    for what in script:
+        now += 0.3
+        before, change = window.size, None
+        if what == "enter" and not window.full:
+            window.entered()
+            inside.append(None)
+        elif what in {"queued", "running"} and inside:
+            state = {"queued": "IN_QUEUE", "running": "IN_PROGRESS"}[what]
+            window.seen(inside[0], state)
+            inside[0] = state
+        elif what == "leave" and inside:
+            change = window.left(inside.pop(0))
+            assert abs(window.size - before) <= 1
+        elif what == "429":
+            change = window.throttled(now)
+        assert floor <= window.size <= ceiling
+        assert window.in_flight == len(inside)
+        assert (change is not None and change.size == window.size and change.reason) or window.size == before
+
+
+def fill(window: Window, state: str | None) -> list[str | None]:
+    entered = []
+    while not window.full:
+        window.entered()
+        if state:
+            window.seen(None, state)
+        entered.append(state)
+    return entered
+
+
+def test_a_full_window_whose_jobs_run_grows():
+    """The service takes all that it is given: it doubles in the time of one job."""
+    window = Window(4, ceiling=100)
+    for state in fill(window, "IN_PROGRESS"):
+        change = window.left(state)
+        if change is None:
+            continue
+        assert change.reason.startswith("full")
+        while not window.full:
+            window.entered()
+            window.seen(None, "IN_PROGRESS")
+    assert window.size == 8
+
+
+def test_a_window_that_is_not_full_does_not_grow():
+    """The manifest or the rate is what holds it back, not the window."""
+    window = Window(4, ceiling=100)
+    window.entered()
+    assert window.left("IN_PROGRESS") is None
+    assert window.size == 4
+
+
+def test_a_window_that_mostly_waits_in_the_queue_shrinks():
+    """What the service keeps waiting gains nothing, and would be paid for after a stop."""
+    window = Window(10, floor=2, ceiling=100)
+    entered = fill(window, "IN_QUEUE")
+    change = window.left(entered[0])
+    assert change is not None
+    assert change.size == window.size == 9
+    assert "queue" in change.reason
+
+
+def test_a_429_cuts_at_most_once_a_second():
+    """A burst of refusals is one sign."""
+    window = Window(100, floor=10, ceiling=200)
+    change = window.throttled(5.0)
+    assert change is not None
+    assert (change.size, change.reason) == (80, "the service answered 429")
+    assert window.throttled(5.9) is None
+    assert window.throttled(6.0).size == 64
+    for second in range(7, 60):
+        window.throttled(float(second))
+    assert window.size == 10
+
+
+def test_a_fixed_window_keeps_its_size():
+    """`--max-in-flight 5` is five."""
+    window = Window(5)
+    for state in fill(window, "IN_PROGRESS"):
+        assert window.left(state) is None
+    assert window.throttled(1.0) is None
+    assert window.size == 5
+
+
+# --- poll times -------------------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(st.tuples(st.none() | st.floats(0, 1e4), st.floats(0, 1e4)), max_size=300),
+    st.floats(0, 1e6),
+)
+def test_a_poll_time_is_within_its_bounds(finished, waited):
+    """Never more than ten seconds apart, never a busy loop, whatever was learned."""
+    times = PollTimes()
+    for unfinished, noticed in finished:
+        times.took(None if unfinished is None else min(unfinished, noticed), noticed)
+    delay = times.delay(waited)
+    least = PollTimes.FINEST if finished else PollTimes.FIRST
+    assert min(PollTimes.LONGEST, max(least, waited * PollTimes.CLOSEST)) <= delay <= PollTimes.LONGEST
+
+
+def polled(times: PollTimes, duration: float) -> tuple[int, float]:
+    """Reads of one job that takes so long, and how late its end was noticed."""
+    waited, unfinished, reads = 0.0, None, 0
+    while True:
+        waited += times.delay(waited)
+        reads += 1
+        if waited >= duration:
+            times.took(unfinished, waited)
+            return reads, waited - duration
+        unfinished = waited
+
+
+@pytest.mark.parametrize("duration", [0.2, 2.0, 6.0, 40.0])
+def test_poll_times_learn_how_long_a_job_takes(duration):
+    """Jobs of one length: after some of them a few reads are enough, and the end is noticed soon after it."""
+    times, rng = PollTimes(), Random(3)
+    for _ in range(200):
+        polled(times, duration * rng.uniform(0.95, 1.05))
+    reads, late = zip(*(polled(times, duration * rng.uniform(0.95, 1.05)) for _ in range(200)), strict=True)
+    assert sum(reads) / 200 < 5
+    assert sum(late) / 200 < max(0.05, 0.1 * duration)
+
+
+@pytest.mark.parametrize(("before", "after"), [(6.0, 1.0), (1.0, 6.0)], ids=["faster", "slower"])
+def test_poll_times_follow_a_service_that_changes(before, after):
+    """A service that becomes faster or slower is believed within one memory of jobs."""
+    times = PollTimes()
+    for _ in range(300):
+        polled(times, before)
+    for _ in range(PollTimes.MEMORY + 20):
+        polled(times, after)
+    reads, late = polled(times, after)
+    assert reads <= 6
+    assert late <= 0.25 * after
+
+
+def test_a_mixture_of_fast_and_slow_jobs_is_read_at_both_ends():
+    """Cached answers in 0.1 s, real ones in 8 s: the fast ones do not wait for the slow ones' time."""
+    times = PollTimes()
+    for n in range(300):
+        polled(times, 0.1 if n % 2 else 8.0)
+    assert polled(times, 0.1)[1] < 0.2
+    assert polled(times, 8.0)[0] < 12
+
+
+def test_the_memory_is_bounded():
+    """A run of a million jobs remembers the last few hundred."""
+    times = PollTimes()
+    for n in range(5000):
+        times.took(None, n % 7 + 0.5)
+    assert len(times._recent) == len(times._sorted) == PollTimes.MEMORY
+    assert times._sorted == sorted(times._recent)

@@ -1,0 +1,160 @@
+"""The wire without a wire: what one role writes the other reads."""
+
+from __future__ import annotations
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batch.fal import protocol
+from batch.fal.endpoint import APP_ID
+from batch.fal.protocol import Address, CancelOutcome, Malformed, Operation, Origins, Reply
+from batch.model import AppId, QueueState, RequestId, Ticket
+
+ID = RequestId("0199c0de-0000-7000-8000-000000000001")
+BASE = "http://127.0.0.1:8787"
+
+
+@pytest.mark.parametrize(
+    ("path", "operation", "app", "request_id"),
+    [
+        ("/fal-ai/flux/dev/image-to-image", Operation.SUBMIT, APP_ID, None),
+        ("/fal-ai/flux/dev/image-to-image/", Operation.SUBMIT, APP_ID, None),
+        (f"/fal-ai/flux/requests/{ID}", Operation.RESULT, "fal-ai/flux", ID),
+        (f"/fal-ai/flux/requests/{ID}/", Operation.RESULT, "fal-ai/flux", ID),
+        (f"/fal-ai/flux/requests/{ID}/response", Operation.RESULT, "fal-ai/flux", ID),
+        (f"/fal-ai/flux/requests/{ID}/status", Operation.STATUS, "fal-ai/flux", ID),
+        (f"/fal-ai/flux/requests/{ID}/status/", Operation.STATUS, "fal-ai/flux", ID),
+        (f"/fal-ai/flux/dev/image-to-image/requests/{ID}/status", Operation.STATUS, APP_ID, ID),
+        (f"/fal-ai/flux/requests/{ID}/status/stream", Operation.STREAM, "fal-ai/flux", ID),
+        (f"/fal-ai/flux/requests/{ID}/cancel", Operation.CANCEL, "fal-ai/flux", ID),
+        (f"/workflows/me/mine/requests/{ID}/status", Operation.STATUS, "workflows/me/mine", ID),
+        ("/comfy/me/mine", Operation.SUBMIT, "comfy/me/mine", None),
+    ],
+)
+def test_every_path_form_in_the_field_is_understood(path, operation, app, request_id):
+    """Owner/alias and full id, `/response`, trailing slash, namespaces."""
+    assert protocol.parse_path(path) == Address(operation, AppId(app), request_id)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["", "/", "/flux", "/workflows/me", "//flux", f"/fal-ai/flux/requests/{ID}/logs", "/fal-ai/flux/requests//status"],
+)
+def test_a_path_that_is_none_of_the_queue_s_is_refused(path):
+    """Half an app id, an unknown ending, no request id."""
+    assert protocol.parse_path(path) is None
+
+
+@pytest.mark.parametrize("operation", [Operation.STATUS, Operation.STREAM, Operation.RESULT, Operation.CANCEL])
+def test_a_path_that_the_client_builds_is_the_one_that_the_server_reads(operation):
+    """Round trip of reads and cancels, always in the owner/alias form."""
+    path = protocol.request_path(operation, APP_ID, ID)
+    assert protocol.parse_path(path) == Address(operation, AppId("fal-ai/flux"), ID)
+
+
+def test_an_accepted_reply_has_all_eight_fields_and_is_a_ticket():
+    """Python's client subscripts the URLs, JavaScript's wants logs and metrics."""
+    reply = protocol.accepted_reply(BASE, APP_ID, ID, 7)
+    body = orjson.loads(reply.body)
+    assert reply.status == 200
+    assert body == {
+        "status": "IN_QUEUE",
+        "request_id": ID,
+        "response_url": f"{BASE}/fal-ai/flux/requests/{ID}",
+        "status_url": f"{BASE}/fal-ai/flux/requests/{ID}/status",
+        "cancel_url": f"{BASE}/fal-ai/flux/requests/{ID}/cancel",
+        "logs": None,
+        "metrics": {},
+        "queue_position": 7,
+    }
+    assert reply.headers["x-fal-request-id"] == ID
+    assert protocol.read_ticket(reply) == Ticket(ID, body["status_url"], body["response_url"], body["cancel_url"])
+
+
+@pytest.mark.parametrize("state", [QueueState.IN_QUEUE, QueueState.IN_PROGRESS])
+def test_progress_is_202_and_reads_back(state):
+    """`queue_position` while it waits, `logs` while it runs: clients subscript them."""
+    line = {"message": "step 1 of 2"}
+    reply = protocol.progress_reply(BASE, APP_ID, ID, state, position=3, logs=[line])
+    read = protocol.read_status(reply)
+    assert (reply.status, read.state) == (202, state)
+    assert (read.position, read.logs) == ((3, ()) if state is QueueState.IN_QUEUE else (None, (line,)))
+    assert "logs" in orjson.loads(reply.body) or state is QueueState.IN_QUEUE
+
+
+def test_completed_is_200_whether_it_went_well_or_not():
+    """There is no FAILED: a failure is COMPLETED with `error`."""
+    well = protocol.completed_reply(BASE, APP_ID, ID, inference_time=1.5)
+    badly = protocol.completed_reply(BASE, APP_ID, ID, inference_time=None, error="bad", error_type="internal_error")
+    assert well.status == badly.status == 200
+    assert protocol.read_status(well).inference_time == 1.5
+    assert protocol.read_status(well).error is None
+    assert protocol.read_status(badly).error == "bad"
+    assert protocol.read_status(badly).error_type == "internal_error"
+
+
+@pytest.mark.parametrize(
+    ("outcome", "status"),
+    [(CancelOutcome.REQUESTED, 202), (CancelOutcome.ALREADY_COMPLETED, 400), (CancelOutcome.NOT_FOUND, 404)],
+)
+def test_a_cancel_answers_with_its_outcome(outcome, status):
+    """202, 400, 404, with the word in the body."""
+    reply = protocol.cancel_reply(outcome, ID)
+    assert (reply.status, orjson.loads(reply.body)) == (status, {"status": outcome.value})
+    assert protocol.read_cancel(reply) is outcome
+
+
+def test_a_request_error_is_read_back_with_its_type():
+    """Body and header say the same."""
+    reply = protocol.request_error_reply(503, "runner_disconnected", "gone", ID)
+    read = protocol.error_body_of(reply)
+    assert (read.type, read.message, read.is_fal) == ("runner_disconnected", "gone", True)
+    assert reply.headers["x-fal-error-type"] == "runner_disconnected"
+    assert reply.headers["x-fal-request-id"] == ID
+
+
+def test_a_model_error_is_read_back_with_its_first_type_and_all_messages():
+    """`detail` is a list; the field stands before the message."""
+    errors = [{"loc": ["body", "strength"], "msg": "too large", "type": "less_than_equal"}, {"loc": [], "msg": "odd"}]
+    read = protocol.error_body_of(protocol.model_error_reply(422, errors, ID))
+    assert (read.type, read.message) == ("less_than_equal", "strength: too large; odd")
+
+
+@pytest.mark.parametrize("body", [b"", b"<html>nginx</html>", b"[]", b"\xff\xfe", b'{"detail": 5}'])
+def test_a_foreign_error_page_says_nothing_about_the_job(body):
+    """Never raises, and is not taken for fal's."""
+    assert not protocol.error_body_of(Reply(502, body)).is_fal
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"[]", b"{}", b'{"request_id": 5}', b'{"request_id": "../../etc"}', b'{"request_id": ""}']
+)
+def test_a_submit_answer_without_a_usable_id_is_malformed(body):
+    """Whether the job was accepted is then unknown, and the caller has to know that."""
+    with pytest.raises(Malformed):
+        protocol.read_ticket(Reply(200, body))
+
+
+def test_a_status_outside_the_three_is_malformed():
+    """FAILED and CANCELLED do not exist."""
+    with pytest.raises(Malformed, match="FAILED"):
+        protocol.read_status(Reply(200, b'{"status": "FAILED"}'))
+
+
+def test_reads_use_returned_urls_on_the_own_origin_and_rebuild_foreign_ones():
+    """A server that moved to another port, or a foreign host, is asked at the origin that we know."""
+    origins = Origins.of_server(BASE)
+    own = Ticket(ID, f"{BASE}/custom/status")
+    moved = Ticket(ID, "http://127.0.0.1:1/custom/status")
+    assert protocol.ticket_call(origins, APP_ID, own, Operation.STATUS).url == f"{BASE}/custom/status"
+    rebuilt = f"{BASE}/fal-ai/flux/requests/{ID}/status?logs=1"
+    assert protocol.ticket_call(origins, APP_ID, moved, Operation.STATUS, logs=True).url == rebuilt
+
+
+@given(st.text(max_size=80))
+def test_no_path_breaks_the_parser(path):
+    """Any text is a path or none; nothing raises."""
+    address = protocol.parse_path(path)
+    assert address is None or address.app
