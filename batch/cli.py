@@ -132,7 +132,8 @@ def run(
     observer, close = _display_for(tally, quiet=quiet, log_format=log_format)
 
     def confirm(found: api.Plan) -> bool:
-        return _confirmed(found, str(manifest), yes=yes, budget=_budget(found), quiet=quiet)
+        _announce(found, str(manifest), quiet=quiet, log_format=log_format)
+        return _confirmed(found, yes=yes, budget=_budget(found))
 
     def _budget(found: api.Plan) -> float | None:
         from batch.config import load_settings
@@ -334,20 +335,29 @@ def _display_for(tally: Any, *, quiet: bool, log_format: str) -> tuple[Any, Call
     return PlainLines(tally, sys.stderr), lambda: None
 
 
-def _confirmed(found: Any, manifest: str, *, yes: bool, budget: float | None, quiet: bool) -> bool:
-    """Say what is about to happen; ask where it costs money and nobody agreed yet."""
-    from batch.errors import ConfigError
+def _announce(found: Any, manifest: str, *, quiet: bool, log_format: str) -> None:
+    """Say what is about to happen: to a person on standard output, to a machine as the first of its log lines."""
     from batch.manifest.survey import render_problems
 
-    survey, paid = found.survey, found.terms.paid
-    if not quiet:
+    survey = found.survey
+    if log_format == "json":
+        line = {"action": "plan", "message": found.terms.headline, "target": found.terms.name, **survey.to_json()}
+        print(orjson.dumps(line).decode(), file=sys.stderr, flush=True)
+    elif not quiet:
         _print(found.terms.headline, flush=True)
-        _print(survey.render() if paid else _short(survey), flush=True)
-    if survey.problem_count and not quiet:
-        _print(render_problems(manifest, survey.problems, survey.problem_count), flush=True)
-    if not paid or yes or not survey.to_do or budget is not None:
+        _print(survey.render() if found.terms.paid else _short(survey), flush=True)
+        if survey.problem_count:
+            _print(render_problems(manifest, survey.problems, survey.problem_count), flush=True)
+
+
+def _confirmed(found: Any, *, yes: bool, budget: float | None) -> bool:
+    """Ask where it costs money and nobody agreed yet."""
+    from batch.errors import ConfigError
+
+    survey = found.survey
+    if not found.terms.paid or yes or not survey.to_do or budget is not None:
         return True
-    cost = f"about ${survey.dollars:,.2f} (at most ${survey.dollars_at_most:,.2f}) for {survey.to_do:,} jobs"
+    cost = f"about ${survey.dollars:,.2f} for {survey.to_do:,} jobs"
     if not sys.stdin.isatty():
         raise ConfigError(f"this run would cost {cost}; say --yes, or set --budget USD")
     return input(f"This costs {cost}. Go on? [y/N] ").strip().lower() in {"y", "yes"}

@@ -92,8 +92,8 @@ class Summary:
     skipped: int
     errors: dict[str, int]
     """Failed rows by error type, the commonest first."""
-    submitted: int
-    """Jobs that this session finished or failed."""
+    ended: int
+    """Jobs that this session finished, or that failed in it."""
     spent_usd: float
     """By this session; `spent_total_usd` by all of this run directory."""
     spent_total_usd: float
@@ -119,7 +119,7 @@ class Summary:
             "pending": self.pending,
             "skipped": self.skipped,
             "errors": dict(self.errors),
-            "submitted": self.submitted,
+            "ended": self.ended,
             "spent_usd": round(self.spent_usd, 6),
             "spent_total_usd": round(self.spent_total_usd, 6),
             "reserved_usd": round(self.reserved_usd, 6),
@@ -212,12 +212,12 @@ async def _carried_out(
     settings, found = request.settings, plan.survey
     is_open = any(before.by_state.get(state) for state in (State.INTENDED, State.ACCEPTED, State.ANSWERED))
     again = before.by_state.get(State.UNKNOWN) or (request.retry_failed and found.failed)
-    request.observer.expected(found.to_do + (found.failed if request.retry_failed else 0), found.done)
     if not (found.to_do or is_open or again):
         return None
     await _in_thread(partial(journal.file.note, _PROJECTED, ""))
     with JsonLog(directory.log) as log:
         observer = Several(request.tally, request.observer, log)
+        observer.expected(found.to_do + found.in_flight + (found.failed if request.retry_failed else 0), found.done)
         observer.happened("session", number=journal.session, target=plan.terms.name, to_do=found.to_do)
         async with open_target(settings, directory.endpoint, version=tool_version()) as target:
             rng = Random()
@@ -399,7 +399,7 @@ def _summary(
         pending=totals.pending,
         skipped=totals.skipped,
         errors=dict(totals.errors.most_common()),
-        submitted=0 if report is None else report.done + report.failed,
+        ended=0 if report is None else report.done + report.failed,
         spent_usd=after.spent_usd - before.spent_usd,
         spent_total_usd=after.spent_usd,
         reserved_usd=after.reserved_usd,

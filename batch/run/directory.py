@@ -26,6 +26,9 @@ __all__ = ["RunDirectory", "write_whole"]
 _DEFINING = ("manifest", "input", "sweep", "run_seed")
 """Settings that decide which jobs there are. Limits may change from run to run."""
 
+_LOCK_SECONDS = 0.3
+"""How long a run waits for the lock before it believes that another one works there."""
+
 
 class RunDirectory:
     """One `-o`. Nothing is created until `prepare`."""
@@ -85,9 +88,10 @@ class RunDirectory:
         Raises:
             RunLocked: another process holds it; its host, process id and start are named.
         """
-        lock = FileLock(self._lock_file, timeout=0)
+        # Not at once: `is_locked` of a `restyle status` holds it for a moment, to see whether it is free.
+        lock = FileLock(self._lock_file, timeout=_LOCK_SECONDS)
         try:
-            lock.acquire()
+            lock.acquire(poll_interval=0.02)
         except Timeout:
             raise RunLocked(f"another run works in {self.root} ({self._owner()}); wait for it, or stop it") from None
         except OSError as error:

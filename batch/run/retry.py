@@ -6,6 +6,7 @@ certain that it was not accepted. Source: `docs/design-notes.md`, "What an answe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -147,15 +148,20 @@ def failure_of(trouble: Trouble, verdict: Verdict) -> Failed:
     if trouble.reply is None:
         return Failed(trouble.transport or "malformed_output", trouble.detail or verdict.reason)
     error = error_body_of(trouble.reply)
-    units = trouble.reply.headers.get("x-fal-billable-units", "")
-    try:
-        billable = float(units) if units else None
-    except ValueError:
-        billable = None
+    billable = _amount(trouble.reply.headers.get("x-fal-billable-units", ""))
     if billable is None and trouble.reply.status >= 500:
         billable = 0.0  # fal never charges for them
     word = error.type or f"http_{trouble.reply.status}"
     return Failed(word, error.message or verdict.reason, billable)
+
+
+def _amount(text: str) -> float | None:
+    """A number from 0 on; None for anything else: not-a-number would poison every sum after it."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if 0 <= value < math.inf else None
 
 
 def retry_after_of(reply: Reply) -> float | None:
@@ -212,7 +218,7 @@ async def reading(
     except CallFailed as error:
         if not again(error):
             raise
-        await anyio.sleep(backoff(1, rng))
+        await anyio.sleep((judge(error.trouble).retry_after or 0.0) + backoff(1, rng))
     retrying = AsyncRetrying(retry=retry_if_exception(again), wait=wait, stop=stop, sleep=anyio.sleep, reraise=True)
     return await retrying(once)
 

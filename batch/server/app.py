@@ -74,7 +74,7 @@ class _Face:
             except web.HTTPException as error:
                 return self._refuse(error.status, error.text or error.reason)
             except ConnectionError:
-                raise  # the client has gone: there is nobody to answer
+                return self._refuse(499, "The caller hung up", "client_disconnected")  # nobody reads it
             except Exception:  # the boundary between one call and the server
                 _log.exception("%s %s failed in a way that nobody foresaw", request.method, request.path)
                 return self._refuse(500, "Internal Server Error", "internal_error")
@@ -91,6 +91,7 @@ class _Face:
             "safety_checker": info.safety_checker or "not checked",
             "safety_checked": info.safety_checker is not None,
             "slots": info.slots,
+            "honours_idempotency_key": True,
             "queue_depth": counts.waiting,
             "running": counts.running,
             "accepted": counts.accepted,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import errno
 import ipaddress
 import socket
 from collections.abc import Callable
@@ -166,7 +167,7 @@ class _CheckedResolver(AbstractResolver):
         found = await self._inner.resolve(host, port, family)
         allowed = [entry for entry in found if self._permitted(ipaddress.ip_address(entry["host"].partition("%")[0]))]
         if found and not allowed:
-            raise OSError(f"fetching from {host} is not permitted here")
+            raise PermissionError(errno.EACCES, f"fetching from {host} is not permitted here")
         return allowed
 
     async def close(self) -> None:

@@ -72,7 +72,9 @@ def finish(process: subprocess.Popen[str], timeout: float = 90) -> Ended:
 
 
 @contextmanager
-def started(*arguments: object, env: dict[str, str] | None = None, **options: object) -> Iterator[subprocess.Popen[str]]:
+def started(
+    *arguments: object, env: dict[str, str] | None = None, **options: object
+) -> Iterator[subprocess.Popen[str]]:
     """The same for a block, killed at its end where it still runs."""
     with start(*arguments, env=env, **options) as process:
         try:

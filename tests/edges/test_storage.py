@@ -83,7 +83,7 @@ def test_a_name_cannot_be_made_from_the_content_alone(tmp_path):
         "/files/ab/" + "c" * 32,  # the prefix is not the name's own
         "/files/ab/ab" + "0" * 30 + ".png/..",
         "/files/ab/ab" + "0" * 30 + ".PNG\x00",
-        "/files/ab/ab" + "0" * 30 + "\n",
+        "/files/ab/ab" + "0" * 31,
         "file:///etc/passwd",
         "http://[::1/files",
     ],
@@ -173,7 +173,7 @@ def test_data_uris_are_decoded(uri, data, content_type):
 async def web_server(handler):
     """A real web server on loopback; yields its origin."""
     server = web.Server(handler)
-    runner = web.ServerRunner(server)
+    runner = web.ServerRunner(server, shutdown_timeout=0)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
@@ -244,12 +244,20 @@ def test_a_silent_server_is_given_up(tmp_path, monkeypatch):
     """A bounded time for the whole download; retryable."""
     monkeypatch.setattr(sources_module, "FETCH_SECONDS", 0.2)
 
-    async def handler(request):
-        await asyncio.Event().wait()
+    async def use(storage):
+        over = asyncio.Event()
 
-    with pytest.raises(EngineFailure, match="could not be fetched") as caught:
-        fetched(tmp_path, handler)
-    assert caught.value.retryable
+        async def handler(request):
+            await over.wait()
+            return web.Response()
+
+        async with web_server(handler) as origin, Sources(storage) as sources:
+            with pytest.raises(EngineFailure, match="could not be fetched") as caught:
+                await sources.fetch(origin + "/a.png")
+            over.set()
+        assert caught.value.retryable
+
+    in_storage(tmp_path, use)
 
 
 @pytest.mark.parametrize("url", ["ftp://host/a.png", "file:///etc/passwd", "/a.png", "http://", "nonsense", "http://["])

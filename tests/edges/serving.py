@@ -1,0 +1,117 @@
+"""A server for tests: ours, in this process, on loopback, with an engine whose pace the test decides."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import dataclass, field
+
+import aiohttp
+import orjson
+
+from batch.fal.endpoint import APP_ID
+from batch.server.engines.base import (
+    EngineCancelled,
+    EngineFailure,
+    EngineInfo,
+    EnginePicture,
+    EngineResult,
+    WorkerCrashed,
+)
+from batch.server.serve import ServeOptions, serve
+
+SUBMIT = f"/{APP_ID}"
+INPUT = {"image_url": "https://example.com/cat.png", "prompt": "a cat"}
+
+
+@dataclass
+class ScriptedEngine:
+    """Does what the prompt says: `fail`, `crash`, `crash once`, `boom`, `hold` (until let go), else a picture."""
+
+    slots: int = 2
+    fetches_source: bool = False
+    size: int = 100
+    seen: list = field(default_factory=list)
+    go: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def info(self):
+        return EngineInfo("scripted", "no model", "7", None, self.slots, self.fetches_source)
+
+    async def start(self):
+        pass
+
+    async def aclose(self):
+        pass
+
+    async def generate(self, job, on_step, cancelled):
+        self.seen.append(job)
+        prompt = job.input.prompt
+        if prompt == "fail":
+            raise EngineFailure(422, "image_too_small", "too small", ctx={"min_width": 16})
+        if prompt == "crash" or (prompt == "crash once" and len(self.seen) == 1):
+            raise WorkerCrashed("killed by signal 9")
+        if prompt == "boom":
+            raise RuntimeError("nobody foresaw this")
+        while prompt.startswith("hold") and not self.go.is_set():
+            if cancelled():
+                raise EngineCancelled
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.go.wait(), 0.01)
+        on_step(1, 2)
+        on_step(2, 2)
+        pictures = tuple(
+            EnginePicture(f"{job.request_id}-{n}".encode().ljust(self.size, b"."), "image/png", 1000, 500)
+            for n in range(job.input.num_images)
+        )
+        return EngineResult(pictures, job.seed, (), {"inference": 0.5}, prompt)
+
+
+@contextlib.asynccontextmanager
+async def serving(data_dir, engine=None, **options):
+    """A running server; yields an aiohttp session whose base URL it is."""
+    url, stop = asyncio.get_running_loop().create_future(), asyncio.Event()
+    given = ServeOptions(data_dir, port=0, **options)
+    task = asyncio.create_task(serve(given, ready=url.set_result, engine=engine or ScriptedEngine(), stop=stop))
+    await asyncio.wait([task, url], return_when=asyncio.FIRST_COMPLETED)
+    if task.done():
+        await task
+    try:
+        async with aiohttp.ClientSession(url.result()) as session:
+            yield session
+    finally:
+        stop.set()
+        await task
+
+
+async def call(session, method, path, **options):
+    """Status, headers and JSON body of one call."""
+    async with session.request(method, path, **options) as response:
+        return response.status, response.headers, orjson.loads(await response.read() or b"null")
+
+
+async def submit(session, prompt="a cat", headers=None, **inputs):
+    """Submit and give the request id."""
+    status, _, body = await call(session, "POST", SUBMIT, json={**INPUT, "prompt": prompt, **inputs}, headers=headers)
+    assert status == 200, body
+    return body["request_id"]
+
+
+def read(request_id, tail=""):
+    """Path of a read."""
+    return f"/fal-ai/flux/requests/{request_id}{tail}"
+
+
+async def completed(session, request_id):
+    """Wait for the end over the status stream; the last status."""
+    last = None
+    async with session.get(read(request_id, "/status/stream?logs=1")) as response:
+        async for line in response.content:
+            if line.startswith(b"data: "):
+                last = orjson.loads(line[6:])
+    return last
+
+
+async def result(session, request_id):
+    """Wait for the end; status, headers and body of the result."""
+    assert (await completed(session, request_id))["status"] == "COMPLETED"
+    return await call(session, "GET", read(request_id))

@@ -1,0 +1,257 @@
+"""Settings: which source wins, what an unknown key is told, durations, and each bound."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batch.config import Settings, api_key, load_settings, parse_duration
+from batch.errors import ConfigError, ExitCode
+
+
+@pytest.fixture
+def toml(tmp_path):
+    """Writes a config file and gives its path."""
+
+    def write(text):
+        path = tmp_path / "config.toml"
+        path.write_text(text, "utf-8")
+        return path
+
+    return write
+
+
+def refusal(flags=None, path=None):
+    """The sentence of a configuration that is refused."""
+    with pytest.raises(ConfigError) as caught:
+        load_settings(path, flags)
+    assert caught.value.exit_code is ExitCode.BAD_INPUT
+    return str(caught.value)
+
+
+# --- which source wins ------------------------------------------------------------------------------------
+
+
+def test_flags_win_over_environment_over_file_over_defaults(toml, monkeypatch):
+    """Each key is taken from the first source that has it, key by key, not section by section."""
+    path = toml("[limits]\nattempts = 7\nrows = 7\nbudget_usd = 7\n")
+    monkeypatch.setenv("RESTYLE_LIMITS__ATTEMPTS", "8")
+    monkeypatch.setenv("RESTYLE_LIMITS__ROWS", "8")
+    limits = load_settings(path, {"limits": {"attempts": 9}}).limits
+    assert (limits.attempts, limits.rows, limits.budget_usd, limits.drain) == (9, 8, 7.0, 60.0)
+
+
+def test_without_any_source_the_defaults_hold():
+    """The default target costs nothing."""
+    assert load_settings() == Settings.model_construct()
+    assert load_settings().target.name == "local"
+
+
+def test_environment_names_may_be_lower_case_and_lists_are_json(monkeypatch):
+    """A sweep can be set from the environment, as JSON."""
+    monkeypatch.setenv("restyle_sweep", json.dumps({"strength": [0.5, 0.75]}))
+    assert load_settings().sweep == {"strength": [0.5, 0.75]}
+
+
+def test_one_axis_can_be_set_from_the_environment(monkeypatch):
+    """`RESTYLE_SWEEP__<AXIS>` is known though no axis is a field."""
+    monkeypatch.setenv("RESTYLE_SWEEP__SEED", "[1, 2]")
+    assert load_settings().sweep == {"seed": [1, 2]}
+
+
+def test_the_environment_that_is_no_json_is_a_sentence(monkeypatch):
+    """A half-written value is refused, not passed over."""
+    monkeypatch.setenv("RESTYLE_SWEEP", "{half")
+    assert "the environment cannot be read" in refusal()
+
+
+def test_settings_cannot_be_changed_later():
+    """What was resolved stays."""
+    settings = load_settings()
+    with pytest.raises(ValueError, match="frozen"):
+        settings.limits.attempts = 4
+
+
+# --- unknown keys -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("[limits]\nbuget_usd = 3", "limits.buget_usd; did you mean limits.budget_usd?"),
+        ("[limit]\nrows = 3", "limit; did you mean limits?"),
+        ("budget_usd = 3", "budget_usd; did you mean limits.budget_usd?"),
+        ("[input]\nbudget_usd = 3", "input.budget_usd; did you mean limits.budget_usd?"),
+        ("[input]\nguidance = 3.5", "input.guidance; did you mean input.guidance_scale?"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_known_one(toml, text, named):
+    """Also one that stands in the wrong section."""
+    path = toml(text)
+    said = refusal(path=path)
+    assert f"unknown key {named}" in said
+    assert str(path) in said
+
+
+def test_a_key_that_resembles_nothing_is_told_what_there_is(toml):
+    """With no near key all are listed."""
+    said = refusal(path=toml("xyzzy = 1"))
+    assert "known are input, input.acceleration" in said
+
+
+def test_an_unknown_variable_names_the_nearest_known_one(monkeypatch):
+    """A misspelt limit in the environment must not be passed over."""
+    monkeypatch.setenv("RESTYLE_LIMITS__DEADLIN", "5m")
+    assert "RESTYLE_LIMITS__DEADLIN is not known; did you mean RESTYLE_LIMITS__DEADLINE?" in refusal()
+
+
+def test_an_unknown_axis_names_the_nearest_input():
+    """Only inputs of the endpoint can be swept, the picture cannot."""
+    assert "'strenght' cannot be swept; did you mean 'strength'?" in refusal({"sweep": {"strenght": [0.5]}})
+    assert "'image_url' cannot be swept" in refusal({"sweep": {"image_url": ["a"]}})
+    assert "the axis 'seed' has no values" in refusal({"sweep": {"seed": []}})
+
+
+def test_all_problems_are_in_one_message(toml):
+    """Nobody mends a file one error at a time."""
+    said = refusal(path=toml("[limits]\nattempts = 0\nrows = 0\nfoo = 1\n[target]\nname = 'nowhere'"))
+    for part in ("limits.attempts = 0", "limits.rows = 0", "unknown key limits.foo", "'nowhere' is no target"):
+        assert part in said
+
+
+# --- files ------------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_cannot_be_used_is_named(tmp_path, toml):
+    """Missing, no TOML, no text: each has its sentence."""
+    assert "there is no config file" in refusal(path=tmp_path / "none.toml")
+    assert "is not TOML" in refusal(path=toml("[limits"))
+    assert "cannot be read" in refusal(path=tmp_path)
+    (tmp_path / "latin.toml").write_bytes(b"# \xff")
+    assert "cannot be read" in refusal(path=tmp_path / "latin.toml")
+
+
+# --- durations --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90s", 90.0), ("50m", 3000.0), ("2h", 7200.0), ("1d", 86400.0), ("250ms", 0.25), ("1.5h", 5400.0),
+     (" 3 s ", 3.0), ("12", 12.0), (".5s", 0.5), (7, 7), (2.5, 2.5)],
+)  # fmt: skip
+def test_a_duration_is_float_seconds(text, seconds):
+    """Numbers are seconds already; text may carry a unit."""
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "soon", "5 weeks", "-5s", "1h30m", "s", "5.m.", "1e3s"])
+def test_what_is_no_duration_is_refused_with_an_example(text):
+    """The value is named, and what would do."""
+    with pytest.raises(ValueError, match="is not a duration; write for instance 90s"):
+        parse_duration(text)
+
+
+@given(st.floats(0.001, 1e6).map(lambda value: round(value, 3)), st.sampled_from(["ms", "s", "m", "h", "d"]))
+def test_a_duration_is_its_number_times_its_unit(number, unit):
+    """For any number and unit."""
+    factor = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}[unit]
+    assert math.isclose(parse_duration(f"{number:.3f}{unit}"), number * factor, rel_tol=1e-9)
+
+
+def test_a_setting_that_is_a_duration_is_read_as_one():
+    """Text becomes seconds, whatever the source."""
+    assert load_settings(None, {"limits": {"deadline": "50m"}}).limits.deadline == 3000.0
+
+
+# --- bounds -----------------------------------------------------------------------------------------------
+
+IN_BOUNDS = [
+    ("input.strength", [0.01, 1], [0, 0.009, 1.01, math.nan, "much"]),
+    ("input.num_inference_steps", [10, 50], [9, 51, 20.5]),
+    ("input.guidance_scale", [1, 20], [0.99, 20.01, math.inf]),
+    ("input.seed", [0, 2**53 + 1], [-1, 1.5]),
+    ("input.num_images", [1, 4], [0, 5]),
+    ("input.output_format", ["jpeg", "png"], ["webp"]),
+    ("input.acceleration", ["none", "regular", "high"], ["warp"]),
+    ("input.enable_safety_checker", [True, False], ["perhaps"]),
+    ("manifest.on_bad_row", ["fail", "skip"], ["drop"]),
+    ("target.name", ["local", "fal", "http://box:8787", "https://box"], ["lokal", "ftp://box", "http://", "box:80"]),
+    ("target.engine", ["preview", "echo"], ["oil"]),
+    ("target.service_time", [0, "2s"], [-1, "soon"]),
+    ("target.slots", [1, 512], [0]),
+    ("limits.max_in_flight", ["auto", 1], [0, "many"]),
+    ("limits.submits_per_second", [0.1, 1000], [0, -1, math.inf]),
+    ("limits.budget_usd", [0, 25.5], [-0.01, math.inf, math.nan]),
+    ("limits.deadline", ["1s", 5], [0, "0s", math.inf, math.nan, "soon"]),
+    ("limits.drain", ["1s", 5], [0, "-1s"]),
+    ("limits.max_failures", ["50", "10%", 50], ["half", "-1", "10.5%"]),
+    ("limits.attempts", [1, 20], [0, 21]),
+    ("limits.rows", [1], [0]),
+    ("limits.on_unknown", ["hold", "resubmit-after=30m"], ["resubmit", "resubmit-after=soon", "resubmit-after="]),
+    ("limits.max_image_megapixels", [0.1], [0]),
+    ("limits.max_download_bytes", [1], [0]),
+    ("output.download", [True, False], ["perhaps"]),
+    ("price.usd_per_megapixel", [0, 0.03], [-0.01, math.inf]),
+    ("price.as_of", ["2026-11-01"], ["yesterday"]),
+    ("run_seed", [0, 2**31], [-1]),
+]
+
+
+def nested(key, value):
+    section, _, name = key.partition(".")
+    return {section: {name: value}} if name else {section: value}
+
+
+@pytest.mark.parametrize(("key", "good", "bad"), IN_BOUNDS, ids=[key for key, _, _ in IN_BOUNDS])
+def test_each_key_takes_its_bounds_and_nothing_beyond(key, good, bad):
+    """Both ends are inside; what is outside is refused by the key's name."""
+    for value in good:
+        load_settings(None, nested(key, value))
+    for value in bad:
+        assert key in refusal(nested(key, value)), value
+
+
+def test_every_bounded_key_is_tested():
+    """A new key with a bound needs a line above; free text has none."""
+    free = {"manifest.image", "manifest.prompt", "manifest.id", "input.prompt", "target.app", "sweep"}
+    keys = set()
+    for section, field in Settings.model_fields.items():
+        names = getattr(field.annotation, "model_fields", None)
+        keys |= {section} if names is None else {f"{section}.{name}" for name in names}
+    assert keys - free == {key for key, _, _ in IN_BOUNDS}
+
+
+def test_a_target_url_loses_its_last_slash():
+    """So that URLs are joined alike."""
+    assert load_settings(None, {"target": {"name": "http://box:8787/"}}).target.name == "http://box:8787"
+
+
+# --- the key ----------------------------------------------------------------------------------------------
+
+
+def test_the_api_key_comes_from_the_environment_and_is_never_shown(monkeypatch):
+    """`FAL_KEY`, else the pair of id and secret; absent or blank is None."""
+    assert api_key() is None
+    monkeypatch.setenv("FAL_KEY_ID", "id")
+    assert api_key() is None
+    monkeypatch.setenv("FAL_KEY_SECRET", "secret")
+    pair = api_key()
+    assert pair is not None
+    assert pair.get_secret_value() == "id:secret"
+    monkeypatch.setenv("FAL_KEY", " a:b ")
+    key = api_key()
+    assert key is not None
+    assert key.get_secret_value() == "a:b"
+    assert "a:b" not in f"{key!r} {key}"
+    monkeypatch.setenv("FAL_KEY", " ")
+    monkeypatch.delenv("FAL_KEY_ID")
+    assert api_key() is None
+
+
+def test_the_api_key_is_no_setting(toml):
+    """It cannot be written into a config file by mistake."""
+    assert "unknown key" in refusal(path=toml("[target]\nkey = 'a:b'"))

@@ -1,0 +1,297 @@
+"""What an answer proves: one case a line of the table, decided by status and type and never by text."""
+
+from __future__ import annotations
+
+from random import Random
+
+import anyio
+import orjson
+import pytest
+import trio.testing
+from hypothesis import given
+from hypothesis import strategies as st
+from tenacity.stop import stop_after_attempt
+
+from batch.fal.protocol import Reply
+from batch.run.ports import CallFailed, Trouble
+from batch.run.retry import Action, Verdict, backoff, failure_of, judge, kind_of, reading, retry_after_of
+
+A = Action
+MODEL_ERROR = orjson.dumps({"detail": [{"loc": ["body", "image_url"], "msg": "cannot be read", "type": "image_load_error"}]})  # fmt: skip # noqa: E501
+GATEWAY = b"<html><h1>502 Bad Gateway</h1></html>"
+
+
+def request_error(word: str) -> bytes:
+    return orjson.dumps({"detail": "it failed", "error_type": word})
+
+
+def answered(phase: str, status: int, body: bytes = b'{"detail": "no"}', **headers: str) -> Trouble:
+    return Trouble(phase, reply=Reply(status, body, {k.replace("_", "-"): v for k, v in headers.items()}))
+
+
+# --- the table: a line of "classification a runner needs" after the other ---------------------------------
+
+UNSENT = ["connect", "dns", "tls", "connect timeout"]
+SENT = ["reset", "timeout", "disconnected", "broken body", "bad answer", "malformed", "oversize"]
+TABLE = [
+    # submit: no request byte was sent: certainly not accepted
+    *[(Trouble("submit", word, sent=False), 1, A.SUBMIT_AGAIN) for word in UNSENT],
+    # submit: a complete refusal: not accepted, and not sent in a loop
+    *[(answered("submit", status), 1, A.JOB_FAILED) for status in (400, 413, 415, 422)],
+    (answered("submit", 422, MODEL_ERROR), 1, A.JOB_FAILED),
+    *[(answered("submit", status), 1, A.STOP_ACCOUNT) for status in (401, 402, 403)],
+    (answered("submit", 404), 1, A.STOP_TARGET),
+    # submit: 429: not accepted, wait
+    (answered("submit", 429), 1, A.SUBMIT_AGAIN),
+    # submit: anything else after a byte was sent is ambiguous
+    *[(Trouble("submit", word), 1, A.UNKNOWN) for word in SENT],
+    *[(answered("submit", status), 1, A.UNKNOWN) for status in (301, 302, 307, 408, 409, 418, 499)],
+    *[(answered("submit", status, GATEWAY), 1, A.UNKNOWN) for status in (500, 502, 503, 504, 520)],
+    *[(answered("submit", status, request_error("internal_error")), 1, A.UNKNOWN) for status in (500, 503, 504)],
+    # status and result: nothing about the job
+    *[(Trouble(phase, word, sent=s), 1, A.READ_AGAIN)
+      for phase in ("status", "result", "upload", "download")
+      for word, s in [*((w, False) for w in UNSENT), *((w, True) for w in SENT)]],
+    *[(answered(phase, status), 9, A.READ_AGAIN)
+      for phase in ("status", "result") for status in (401, 403, 408, 409, 429)],
+    *[(answered(phase, status, GATEWAY), 9, A.READ_AGAIN)
+      for phase in ("status", "result") for status in (500, 502, 503, 504)],
+    *[(answered("status", status, request_error("internal_error")), 9, A.READ_AGAIN) for status in (500, 503)],
+    # result: the job's own failure; a 5xx is believed when it is seen twice
+    *[(answered("result", status, MODEL_ERROR), 1, A.JOB_FAILED) for status in (422, 406, 415)],
+    *[(answered("result", status, request_error("runner_server_error")), seen, action)
+      for status in (500, 503, 504) for seen, action in ((1, A.READ_AGAIN), (2, A.JOB_FAILED))],
+    (answered("result", 503, GATEWAY, x_fal_error_type="runner_disconnected"), 2, A.JOB_FAILED),
+    (answered("result", 500, MODEL_ERROR), 2, A.JOB_FAILED),
+    # result: still in progress, although the status said otherwise
+    (answered("result", 400, b'{"detail": "Request is still in progress"}'), 1, A.READ_AGAIN),
+    (answered("result", 400, b'{"detail": "Request is still in progress"}'), 6, A.JOB_FAILED),
+    # a request that is not known is suspicious: believed after several reads
+    *[(answered(phase, 404, b'{"status": "NOT_FOUND"}'), seen, action)
+      for phase in ("status", "result") for seen, action in ((1, A.READ_AGAIN), (5, A.READ_AGAIN), (6, A.JOB_FAILED))],
+    # a result of another shape
+    (Trouble("result", "malformed"), 3, A.READ_AGAIN),
+    (Trouble("result", "malformed"), 4, A.JOB_FAILED),
+    (Trouble("status", "malformed"), 99, A.READ_AGAIN),
+    # files
+    (answered("upload", 413), 1, A.JOB_FAILED),
+    (answered("upload", 500), 9, A.READ_AGAIN),
+    (answered("upload", 429), 9, A.READ_AGAIN),
+    (answered("download", 404), 5, A.READ_AGAIN),
+    (answered("download", 404), 6, A.JOB_FAILED),
+    (answered("download", 410), 6, A.JOB_FAILED),
+    (answered("download", 503), 99, A.READ_AGAIN),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("trouble", "seen", "action"), TABLE, ids=str)
+def test_a_trouble_means(trouble, seen, action):
+    """Each line of the table."""
+    verdict = judge(trouble, seen=seen)
+    assert verdict.action is action
+    assert verdict.reason
+
+
+@given(st.integers(300, 599), st.binary(max_size=40), st.booleans())
+def test_a_submit_is_sent_again_only_where_nothing_was_accepted(status, body, with_type):
+    """Of all answers only 429 lets a submit go out again; the text decides nothing."""
+    headers = {"x-fal-error-type": "internal_error"} if with_type else {}
+    verdict = judge(Trouble("submit", reply=Reply(status, body, headers)))
+    assert (verdict.action is A.SUBMIT_AGAIN) is (status == 429)
+    assert verdict.action is judge(Trouble("submit", reply=Reply(status))).action
+
+
+@given(st.sampled_from(["status", "result"]), st.integers(500, 599), st.binary(max_size=40), st.integers(1, 50))
+def test_a_gateways_page_never_fails_a_job(phase, status, body, seen):
+    """Without fal's own shape a 5xx says nothing about the job, however often it comes."""
+    assert judge(Trouble(phase, reply=Reply(status, b"<" + body)), seen=seen).action is A.READ_AGAIN
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        (Reply(503, request_error("runner_disconnected")), True),
+        (Reply(500, request_error("internal_error")), True),
+        (Reply(500, request_error("a_word_of_tomorrow")), False),
+        (Reply(422, MODEL_ERROR), False),
+        (Reply(422, MODEL_ERROR, {"x-fal-needs-retry": "true"}), True),
+        (Reply(422, MODEL_ERROR, {"x-fal-retryable": "1"}), True),
+        (Reply(503, request_error("runner_disconnected"), {"x-fal-needs-retry": "false"}), False),
+        (Reply(504, request_error("request_timeout"), {"x-fal-request-timeout-type": "user"}), False),
+        (Reply(499, request_error("client_cancelled"), {"x-fal-needs-retry": "true"}), False),
+    ],
+)
+def test_another_attempt_is_made_where_it_may_go_better(reply, expected):
+    """The service's own word first, then what is known to pass; never after a cancel or our own timeout."""
+    verdict = judge(Trouble("result", reply=reply), seen=2)
+    assert verdict.action is A.JOB_FAILED
+    assert verdict.new_attempt is expected
+
+
+# --- what the row is told ---------------------------------------------------------------------------------
+
+
+def test_a_failure_speaks_the_services_own_words():
+    """The machine word and where it was said, for the results."""
+    failure = failure_of(answered("result", 422, MODEL_ERROR, x_fal_billable_units="0.5"), Verdict(A.JOB_FAILED, "x"))
+    assert failure.error_type == "image_load_error"
+    assert failure.message == "image_url: cannot be read"
+    assert failure.billable_units == 0.5
+
+
+@pytest.mark.parametrize(("status", "header", "units"), [(500, "", 0.0), (503, "1", 1.0), (422, "", None), (422, "no number", None), (422, "nan", None), (422, "inf", None), (422, "-1", None)])  # fmt: skip # noqa: E501
+def test_an_error_of_the_server_is_free_unless_it_says_otherwise(status, header, units):
+    """Fal never charges for 5xx; for a 422 without a header nobody knows."""
+    trouble = answered("result", status, request_error("internal_error"), x_fal_billable_units=header)
+    assert failure_of(trouble, judge(trouble, seen=2)).billable_units == units
+
+
+def test_a_failure_without_words_has_its_status():
+    """Something to search for is always there."""
+    trouble = answered("upload", 413, b"")
+    failure = failure_of(trouble, judge(trouble))
+    assert (failure.error_type, failure.message) == ("http_413", "HTTP 413")
+
+
+@pytest.mark.parametrize(
+    ("said", "seconds"),
+    [("5", 5.0), ("0", 0.0), ("2.5", 2.5), ("9999999", 3600.0), ("-1", None), ("", None),
+     ("Wed, 21 Oct 2026 07:28:00 GMT", None), ("nan", None), ("inf", 3600.0)],
+)  # fmt: skip
+def test_retry_after_is_bounded_seconds_or_nothing(said, seconds):
+    """A hostile or broken header does not stop a run for a week."""
+    assert retry_after_of(Reply(429, headers={"retry-after": said})) == seconds
+
+
+def test_equal_faults_are_counted_together():
+    """By what happened, not by what was said."""
+    assert kind_of(answered("result", 503, b"a")) == kind_of(answered("result", 503, b"b")) == "503"
+    assert kind_of(Trouble("status", "timeout")) == "timeout"
+
+
+# --- waiting ----------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 1024), st.integers(0, 2**32))
+def test_backoff_is_within_its_bounds_for_any_attempt(tries, seed):
+    """From 0 to the cap, also at attempt 1,024, where 2^1023 no longer is a float to multiply with."""
+    assert 0.0 <= backoff(tries, Random(seed)) <= min(30.0, 0.2 * 2.0 ** min(tries - 1, 30))
+
+
+def test_backoff_is_drawn_over_the_whole_range():
+    """Full jitter: neither bunched at the cap nor at nothing."""
+    rng = Random(1)
+    drawn = sorted(backoff(20, rng) for _ in range(1000))
+    assert drawn[100] < 6
+    assert drawn[900] > 24
+
+
+class Flaky:
+    """Fails with each of the given troubles, then answers."""
+
+    def __init__(self, *troubles: Trouble) -> None:
+        self.left, self.calls = list(troubles), 0
+
+    async def __call__(self) -> str:
+        self.calls += 1
+        if self.left:
+            raise CallFailed(self.left.pop(0))
+        return "answer"
+
+
+def in_virtual_time(main):
+    """Run on Trio with a clock that jumps over every sleep; the answer and the seconds that went by."""
+
+    async def timed():
+        began = anyio.current_time()
+        return await main(), anyio.current_time() - began
+
+    clock = trio.testing.MockClock(autojump_threshold=0)
+    return anyio.run(timed, backend="trio", backend_options={"clock": clock})
+
+
+def test_a_read_that_works_is_done_once():
+    """No machinery in the way."""
+    call = Flaky()
+    assert in_virtual_time(lambda: reading(call, Random(1))) == ("answer", 0.0)
+    assert call.calls == 1
+
+
+@pytest.mark.parametrize("times", [1, 2, 3, 50])
+def test_a_read_goes_on_until_it_is_answered(times):
+    """Each fault is told to the one who watches; the pauses stay under the cap."""
+    call, told = Flaky(*[answered("status", 503, GATEWAY)] * times), []
+    answer, seconds = in_virtual_time(lambda: reading(call, Random(1), notice=told.append))
+    assert answer == "answer"
+    assert call.calls == times + 1
+    assert [verdict.action for verdict in told] == [A.READ_AGAIN] * times
+    assert 0 < seconds <= 30 * times
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_read_waits_for_what_the_service_asks(times):
+    """`Retry-After: 7` is a lower bound for every pause, the first one too."""
+    call = Flaky(*[answered("status", 429, retry_after="7")] * times)
+    _, seconds = in_virtual_time(lambda: reading(call, Random(1)))
+    assert seconds >= 7 * times
+
+
+def test_a_read_ends_with_the_fault_that_is_final():
+    """A request that nobody knows: six reads, then it is believed."""
+    call = Flaky(*[answered("status", 404)] * 50)
+
+    async def main():
+        with pytest.raises(CallFailed) as caught:
+            await reading(call, Random(1))
+        return caught.value.trouble.reply.status
+
+    assert in_virtual_time(main)[0] == 404
+    assert call.calls == 6
+
+
+def test_a_final_fault_is_raised_at_once():
+    """An upload that is refused as such is not repeated."""
+    call = Flaky(answered("upload", 413))
+
+    async def main():
+        with pytest.raises(CallFailed):
+            await reading(call, Random(1))
+
+    assert in_virtual_time(main)[1] == 0.0
+    assert call.calls == 1
+
+
+def test_a_read_can_be_bounded():
+    """`stop` is tenacity's; the last fault is what is raised."""
+    call = Flaky(*[answered("status", 503, GATEWAY)] * 50)
+
+    async def main():
+        with pytest.raises(CallFailed):
+            await reading(call, Random(1), stop=stop_after_attempt(3))
+
+    in_virtual_time(main)
+    assert call.calls == 4
+
+
+def test_a_defect_is_no_fault_of_the_network():
+    """What is not a `CallFailed` passes at once."""
+
+    async def broken():
+        raise KeyError("ours")
+
+    async def main():
+        with pytest.raises(KeyError):
+            await reading(broken, Random(1))
+
+    assert in_virtual_time(main)[1] == 0.0
+
+
+def test_a_cancelled_read_stops():
+    """A read that would go on for ever ends with the scope around it."""
+
+    async def main():
+        with anyio.move_on_after(100) as scope:
+            await reading(Flaky(*[answered("status", 503)] * 10_000), Random(1))
+        return scope.cancelled_caught
+
+    assert in_virtual_time(main) == (True, pytest.approx(100))
