@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import shutil
 import tempfile
 import warnings
 from pathlib import Path
@@ -73,6 +74,9 @@ class ImageFolder:
         self._limit_pixels = min(_HARD_LIMIT_PIXELS, int(limit_megapixels * 1e6))
         self._threads = anyio.CapacityLimiter(threads)
         self._folders: set[Path] = set()
+        # Beside the pictures, so that a rename moves it there; what a killed run left in it is of no use.
+        self._parts = run_directory / "images" / ".part"
+        shutil.rmtree(self._parts, ignore_errors=True)
 
     async def load(self, image: LocalImage) -> Picture:
         """Read a manifest picture, check that it is still the planned one, and decode it."""
@@ -122,7 +126,8 @@ class ImageFolder:
         folder = target.parent
         new = folder not in self._folders and not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=folder, prefix=".part-")
+        self._parts.mkdir(exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=self._parts)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)

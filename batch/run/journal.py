@@ -124,6 +124,10 @@ class Journal:
         """URL of a picture uploaded at or after `since`, or None."""
         return await self._in_thread(partial(self.file.uploaded, sha256, since))
 
+    async def requests(self, ids: Sequence[str]) -> set[str]:
+        """Those of the request ids that belong to a job, or to one of its ended attempts."""
+        return await self._in_thread(partial(self.file.requests, ids))
+
     async def counts(self) -> Counts:
         """Totals over all sessions."""
         return await self._in_thread(self.file.counts)

@@ -147,6 +147,10 @@ SELECT url FROM uploads WHERE sha256 = ? AND at >= ?
 -- name: find_jobs
 SELECT key, state, session, attempt FROM jobs WHERE key IN (SELECT value FROM json_each(?))
 
+-- name: find_requests
+SELECT request_id FROM jobs WHERE request_id IN (SELECT value FROM json_each(?))
+UNION SELECT request_id FROM outcomes WHERE request_id IN (SELECT value FROM json_each(?))
+
 -- name: open_ids
 SELECT id FROM jobs
 WHERE state IN ('intended', 'accepted', 'answered', 'unknown') AND state IN (SELECT value FROM json_each(?))

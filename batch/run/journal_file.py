@@ -232,6 +232,11 @@ class JournalFile:
         rows = self._all("find_upload", [sha256, since])
         return rows[0][0] if rows else None
 
+    def requests(self, ids: Sequence[str]) -> set[str]:
+        """Those of the request ids that belong to a job, or to one of its ended attempts. Scans both tables."""
+        wanted = _json(ids)
+        return {request_id for (request_id,) in self._all("find_requests", [wanted, wanted])} if ids else set()
+
     def counts(self) -> Counts:
         """Totals over all sessions. Reads the narrow table once: about 0.2 s for a million jobs."""
         with self._lock:

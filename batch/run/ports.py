@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, TypeAlias
 
 from batch.fal.protocol import CancelOutcome, Reply
-from batch.model import Answer, Attempt, Failed, Job, JobKey, LocalImage, StoredImage, Ticket, TicketStatus
+from batch.model import Answer, Attempt, Failed, JobKey, LocalImage, StoredImage, Ticket, TicketStatus
 from batch.run.lifecycle import Happening, State
 
 __all__ = [
@@ -219,6 +219,9 @@ class Journal(Protocol):
 
     async def uploaded(self, sha256: str, since: float) -> str | None:
         """URL of a picture uploaded at or after `since`, or None."""
+
+    async def requests(self, ids: Sequence[str]) -> set[str]:
+        """Those of the request ids that belong to a job, or to one of its ended attempts."""
 
     async def counts(self) -> Counts:
         """Totals over all sessions."""

@@ -119,6 +119,11 @@ class MemoryJournal:
         upload = self._uploads.get(sha256)
         return None if upload is None or upload.at < since else upload.url
 
+    async def requests(self, ids: Sequence[str]) -> set[str]:
+        """Those of the request ids that belong to a job, or to one of its ended attempts."""
+        given = {event.ticket.request_id for event in self.events if isinstance(event, Accepted)}
+        return given.intersection(ids)
+
     async def counts(self) -> Counts:
         """Totals over all sessions."""
         await anyio.lowlevel.checkpoint()

@@ -1,0 +1,253 @@
+"""The run directory on a real disk: who may work there, and whether it is the same command."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+
+import orjson
+import pytest
+
+from batch.config import Settings
+from batch.errors import RunDirectoryError, RunLocked, StorageError
+from batch.run import directory as module
+from batch.run.directory import RunDirectory, config_of, write_whole
+
+
+@pytest.fixture
+def root(tmp_path):
+    directory = RunDirectory(tmp_path / "run")
+    directory.prepare()
+    return directory
+
+
+def settings(**sections) -> Settings:
+    return Settings.model_validate(sections)
+
+
+# --- preparing --------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_made_before_it_is_asked_for(tmp_path):
+    """Naming a directory is not making it."""
+    RunDirectory(tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_directory_is_made_with_its_parents(tmp_path):
+    """And again without harm."""
+    directory = RunDirectory(tmp_path / "a" / "b")
+    directory.prepare()
+    directory.prepare()
+    assert list(directory.root.iterdir()) == []
+
+
+def test_a_file_in_its_place_is_refused(tmp_path):
+    """`-o results.parquet` is a likely slip."""
+    (tmp_path / "results.parquet").write_text("")
+    with pytest.raises(RunDirectoryError, match="is a file; -o names the folder"):
+        RunDirectory(tmp_path / "results.parquet").prepare()
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    """`-o .` would mix a run into a user's own files."""
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(RunDirectoryError, match="holds other files and no run"):
+        RunDirectory(tmp_path).prepare()
+
+
+def test_a_place_where_nothing_can_be_made_is_refused():
+    """The kernel's own folder: nobody may write there, root neither."""
+    with pytest.raises(StorageError, match="cannot be written") as caught:
+        RunDirectory(module.Path("/proc/nobody/run")).prepare()
+    assert "-o" in str(caught.value)
+
+
+def test_a_path_through_a_file_is_refused(tmp_path):
+    """`-o manifest.csv/out`."""
+    (tmp_path / "m.csv").write_text("")
+    with pytest.raises(StorageError, match="cannot be written"):
+        RunDirectory(tmp_path / "m.csv" / "out").prepare()
+
+
+def test_reading_needs_a_run(root):
+    """An empty folder is none."""
+    with pytest.raises(RunDirectoryError, match="there is no run in .*restyle run MANIFEST"):
+        root.require()
+    root.journal.touch()
+    root.require()
+
+
+# --- the lock ---------------------------------------------------------------------------------------------
+
+
+def hold(path, held, release):
+    with RunDirectory(path).locked("2026-11-22T09:00:00+00:00"):
+        held.set()
+        release.wait(30)
+
+
+@pytest.fixture
+def holder(root):
+    """Another process that works there."""
+    context = multiprocessing.get_context("spawn")
+    held, release = context.Event(), context.Event()
+    process = context.Process(target=hold, args=(root.root, held, release))
+    process.start()
+    assert held.wait(30)
+    yield process
+    release.set()
+    process.join(10)
+
+
+def test_a_second_run_is_told_who_works_there(root, holder):
+    """Process, host and start; and it does not wait long."""
+    with pytest.raises(RunLocked) as caught, root.locked("now"):
+        pass
+    words = str(caught.value)
+    assert f"process {holder.pid} on {socket.gethostname()} since 2026-11-22T09:00:00+00:00" in words
+    assert "wait for it, or stop it" in words
+    assert root.is_locked()
+
+
+def test_a_killed_owner_holds_nothing(root, holder):
+    """The kernel frees the lock; what the owner wrote about itself is passed over."""
+    holder.kill()
+    holder.join(10)
+    assert not root.is_locked()
+    with root.locked("now"):
+        assert json.loads((root.root / ".owner.json").read_text())["pid"] == os.getpid()
+    assert not (root.root / ".owner.json").exists()
+
+
+def test_a_look_at_the_lock_does_not_turn_a_run_away(root):
+    """`restyle status` holds it for a moment: a run that starts just then waits for that moment."""
+    import threading
+
+    from filelock import FileLock
+
+    look = FileLock(root.root / ".lock", thread_local=False)
+    look.acquire()
+    threading.Timer(0.1, look.release).start()
+    with root.locked("now"):
+        pass
+
+
+def test_an_owner_that_says_nothing_is_no_fault(root, holder):
+    """It may just be writing it."""
+    (root.root / ".owner.json").write_text("{")
+    with pytest.raises(RunLocked, match="has not said who it is"), root.locked("now"):
+        pass
+
+
+def test_an_error_inside_frees_the_lock(root):
+    """Whatever happens to the run."""
+    with pytest.raises(KeyError), root.locked("now"):
+        raise KeyError
+    assert not root.is_locked()
+
+
+# --- the same command? ------------------------------------------------------------------------------------
+
+
+def made_with(root: RunDirectory, **sections) -> None:
+    root.write_run({"config": config_of(settings(**sections))})
+
+
+def test_the_first_run_may_have_any_config(root):
+    """There is nothing to compare."""
+    root.check_config(settings(), accept=False)
+
+
+@pytest.mark.parametrize(
+    "now",
+    [
+        {"limits": {"max_in_flight": 3, "budget_usd": 5.0, "deadline": 60.0}},
+        {"output": {"download": False}},
+        {"target": {"slots": 9, "service_time": 2.0}},
+        {"price": {"usd_per_megapixel": 0.1}},
+    ],
+)
+def test_how_it_is_run_may_change(root, now):
+    """Limits, pace and downloads make no other jobs."""
+    made_with(root)
+    root.check_config(settings(**now), accept=False)
+
+
+@pytest.mark.parametrize(
+    ("now", "words"),
+    [
+        ({"input": {"strength": 0.5}}, "input.strength was None, is 0.5"),
+        ({"sweep": {"seed": [1, 2]}}, "sweep.seed was None, is [1, 2]"),
+        ({"manifest": {"image": "picture"}}, "manifest.image was 'image_url', is 'picture'"),
+        ({"run_seed": 7}, "run_seed was 0, is 7"),
+        ({"target": {"engine": "echo"}}, "target.engine was 'preview', is 'echo'"),
+    ],
+)
+def test_what_is_run_may_change_only_when_that_is_said(root, now, words):
+    """Other jobs than this directory's: named, refused, accepted by `--new-config`."""
+    made_with(root)
+    with pytest.raises(RunDirectoryError) as caught:
+        root.check_config(settings(**now), accept=False)
+    assert words in str(caught.value)
+    assert "--new-config" in str(caught.value)
+    root.check_config(settings(**now), accept=True)
+
+
+@pytest.mark.parametrize("now", [{"name": "fal"}, {"name": "http://gpu:1"}, {"app": "fal-ai/other/app"}])
+@pytest.mark.parametrize("accept", [False, True])
+def test_another_service_is_never_accepted(root, now, accept):
+    """Results of different services do not belong into one table."""
+    made_with(root)
+    with pytest.raises(RunDirectoryError, match="name another folder with -o"):
+        root.check_config(settings(target=now), accept=accept)
+
+
+def test_a_server_may_move(root):
+    """One URL or another is the same kind of target: a port changes from run to run."""
+    made_with(root, target={"name": "http://gpu:1"})
+    root.check_config(settings(target={"name": "http://gpu:2"}), accept=False)
+
+
+# --- small files ------------------------------------------------------------------------------------------
+
+
+def test_run_json_comes_back_as_it_was_written(root):
+    """JSON, replaced whole."""
+    assert root.read_run() is None
+    root.write_run({"a": 1})
+    root.write_run({"b": [None, "é"]})
+    assert root.read_run() == {"b": [None, "é"]}
+    assert [path.name for path in root.root.iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"\xff"])
+def test_a_damaged_run_json_is_said(root, data):
+    """It is not passed over: it says which config the journal belongs to."""
+    root.run_file.write_bytes(data)
+    with pytest.raises(RunDirectoryError, match=r"run\.json cannot be read"):
+        root.read_run()
+
+
+def test_the_summary_is_one_line(root):
+    """For `tail -1` and `jq`."""
+    root.write_summary({"a": {"b": 1}})
+    assert root.summary_file.read_bytes() == b'{"a":{"b":1}}\n'
+
+
+def test_a_refused_write_leaves_the_old_file(root):
+    """A temporary name in the way stands for a disk that refuses."""
+    path = root.root / "x.json"
+    write_whole(path, b"old")
+    (root.root / ".x.json.part").mkdir()
+    with pytest.raises(StorageError, match="cannot be written"):
+        write_whole(path, b"new")
+    assert path.read_bytes() == b"old"
+
+
+def test_the_config_that_is_kept_has_no_secret(monkeypatch):
+    """The key is no setting."""
+    monkeypatch.setenv("FAL_KEY", "marker-key")
+    assert b"marker-key" not in orjson.dumps(config_of(settings(target={"name": "fal"})))

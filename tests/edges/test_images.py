@@ -1,0 +1,209 @@
+"""Picture files on a real disk: what is decoded is what it says, what is stored is whole and stored once."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import struct
+import zlib
+
+import pytest
+from PIL import Image
+
+from batch.errors import StorageError
+from batch.model import LocalImage
+from batch.run.images import ImageFolder, decode
+from batch.run.ports import PictureError
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend():
+    return "asyncio"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return ImageFolder(tmp_path, limit_megapixels=100)
+
+
+def picture(kind: str = "PNG", size: tuple[int, int] = (20, 10), mode: str = "RGB", **options) -> bytes:
+    buffer = io.BytesIO()
+    noise = Image.effect_noise(size, 80).convert(mode)
+    noise.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def png_of(width: int, height: int) -> bytes:
+    """The header of a huge one-bit PNG, and almost nothing in it: cheap to make, dear to unpack."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    head = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    rows = zlib.compress(bytes(1 + width // 8) * min(height, 64))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def local(data: bytes, **where) -> LocalImage:
+    return LocalImage(hashlib.sha256(data).hexdigest(), len(data), **where)
+
+
+# --- decoding ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("PNG", "RGB"), ("PNG", "RGBA"), ("PNG", "L"), ("PNG", "P"), ("JPEG", "RGB"),
+                                            ("JPEG", "CMYK"), ("JPEG", "L"), ("WEBP", "RGB"), ("GIF", "L"), ("TIFF", "RGB"),
+                                            ("BMP", "RGB")])  # fmt: skip
+def test_a_picture_proves_its_size_and_format(kind, mode):
+    """By its bytes, not by a name or a header of HTTP."""
+    seen = decode(picture(kind, (31, 17), mode))
+    assert (seen.width, seen.height, seen.format) == (31, 17, kind)
+    assert seen.content_type == f"image/{kind.lower()}"
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_a_picture_that_was_cut_off_is_damaged(kind, share):
+    """A transfer that ended early must not become a result."""
+    data = picture(kind, (200, 200))
+    with pytest.raises(PictureError) as caught:
+        decode(data[: int(len(data) * share)])
+    assert caught.value.type == "image_load_error"
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"<html>not found</html>", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", os.urandom(5000)]
+)
+def test_what_is_no_picture_is_refused(data):
+    """With the endpoint's own word for it."""
+    with pytest.raises(PictureError) as caught:
+        decode(data)
+    assert caught.value.type == "image_load_error"
+
+
+@pytest.mark.parametrize("side", [20_000, 30_000])
+def test_a_picture_of_too_many_pixels_is_never_unpacked(side):
+    """A few kilobytes that would become gigabytes: refused by the header, at Pillow's own limit too."""
+    with pytest.raises(PictureError) as caught:
+        decode(png_of(side, side), limit_pixels=100_000_000)
+    assert caught.value.type == "image_too_large"
+
+
+def test_pillows_warning_of_large_pictures_is_not_ours():
+    """Between its warning and our limit a picture is fine."""
+    assert decode(picture("PNG", (10_000, 9_000), "1")).width == 10_000
+
+
+def test_a_picture_with_broken_metadata_is_still_one():
+    """EXIF that nobody can read is no reason to pay twice."""
+    assert decode(picture("JPEG", exif=b"Exif\x00\x00garbage")).width == 20
+
+
+# --- storing ----------------------------------------------------------------------------------------------
+
+
+async def test_a_result_is_stored_under_the_hash_of_its_content(folder, tmp_path):
+    """`images/ab/abcd....jpg`; the record says what the bytes proved."""
+    data = picture("JPEG", (64, 48))
+    stored = await folder.store(data)
+    digest = hashlib.sha256(data).hexdigest()
+    assert stored.path == f"images/{digest[:2]}/{digest}.jpg"
+    assert (tmp_path / stored.path).read_bytes() == data
+    assert (stored.width, stored.height, stored.file_size, stored.sha256) == (64, 48, len(data), digest)
+    assert stored.content_type == "image/jpeg"
+    assert (tmp_path / stored.path).stat().st_mode & 0o777 == 0o644
+
+
+async def test_equal_bytes_are_stored_once(folder, tmp_path):
+    """And a file that is there is not written again."""
+    data = picture()
+    first = await folder.store(data)
+    before = (tmp_path / first.path).stat().st_mtime_ns
+    assert await folder.store(data) == first
+    assert (tmp_path / first.path).stat().st_mtime_ns == before
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 1
+
+
+async def test_a_file_of_another_length_is_written_again(folder, tmp_path):
+    """Somebody cut it, or a disk did: the name promises the content."""
+    data = picture()
+    stored = await folder.store(data)
+    (tmp_path / stored.path).write_bytes(data[:10])
+    await folder.store(data)
+    assert (tmp_path / stored.path).read_bytes() == data
+
+
+async def test_a_damaged_result_leaves_no_file(folder, tmp_path):
+    """It is judged before it is written."""
+    with pytest.raises(PictureError):
+        await folder.store(picture()[:-20])
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_a_disk_that_refuses_is_named(tmp_path):
+    """What, where, and what to do; nothing half-written stays."""
+    (tmp_path / "images").write_text("in the way")
+    with pytest.raises(StorageError, match="cannot be written") as caught:
+        await ImageFolder(tmp_path, limit_megapixels=100).store(picture())
+    assert str(tmp_path / "images") in str(caught.value)
+    assert "run the same command again" in str(caught.value)
+
+
+async def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
+    """The next one starts clean, and keeps what is whole."""
+    whole = await ImageFolder(tmp_path, limit_megapixels=100).store(picture())
+    (tmp_path / "images" / ".part" / "leftover").write_bytes(b"half")
+    ImageFolder(tmp_path, limit_megapixels=100)
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()] == [whole.path]
+
+
+# --- loading ----------------------------------------------------------------------------------------------
+
+
+async def test_a_local_picture_is_read_verified_and_measured(folder, tmp_path):
+    """From a file and from the manifest's own bytes alike."""
+    data = picture("JPEG", (1000, 500))
+    path = tmp_path / "a.jpg"
+    path.write_bytes(data)
+    for image in (local(data, path=path), local(data, data=data)):
+        loaded = await folder.load(image)
+        assert (loaded.data, loaded.content_type, loaded.megapixels) == (data, "image/jpeg", 0.5)
+
+
+async def test_a_picture_that_changed_since_the_plan_is_refused(folder, tmp_path):
+    """What was planned is what is sent: the key says so."""
+    path = tmp_path / "a.png"
+    path.write_bytes(picture())
+    with pytest.raises(PictureError, match="changed while the run went on") as caught:
+        await folder.load(LocalImage("0" * 64, 100, path=path))
+    assert caught.value.type == "image_changed"
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder"])
+async def test_a_picture_that_cannot_be_read_is_a_fault_of_its_row(folder, tmp_path, kind):
+    """It may have gone between plan and submit."""
+    path = tmp_path if kind == "folder" else tmp_path / "gone.png"
+    with pytest.raises(PictureError, match="cannot be read") as caught:
+        await folder.load(LocalImage("0" * 64, 100, path=path))
+    assert caught.value.type == "image_load_error"
+
+
+async def test_a_picture_that_cannot_be_decoded_is_not_uploaded(folder):
+    """The service would refuse it after the upload, or charge for it."""
+    data = picture("JPEG", (100, 100))[:-500]
+    with pytest.raises(PictureError, match="damaged or incomplete"):
+        await folder.load(local(data, data=data))
+
+
+async def test_the_users_limit_counts_for_sources(tmp_path):
+    """`limits.max_image_megapixels`; results have only the hard limit."""
+    small = ImageFolder(tmp_path, limit_megapixels=0.0001)
+    data = picture(size=(20, 10))
+    with pytest.raises(PictureError) as caught:
+        await small.load(local(data, data=data))
+    assert caught.value.type == "image_too_large"
+    assert (await small.store(data)).width == 20
