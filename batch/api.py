@@ -31,8 +31,8 @@ from batch.run.directory import RunDirectory
 from batch.run.journal import open_journal
 from batch.run.journal_file import JournalFile
 from batch.run.lifecycle import State
-from batch.run.observe import Observer, Tally
-from batch.run.ports import CallFailed, Counts
+from batch.run.observe import Tally
+from batch.run.ports import CallFailed, Counts, Observer
 from batch.session import Plan, Request, Summary, open_planner, project, run_session, survey_of, tool_version
 from batch.targets import open_target, terms_of
 
@@ -48,6 +48,8 @@ __all__ = [
     "export_sync",
     "plan",
     "plan_sync",
+    "reconcile",
+    "reconcile_sync",
     "run",
     "run_sync",
     "status",
@@ -177,6 +179,29 @@ async def export(out: str | Path, to: str | Path | None = None, *, manifest: str
     return await anyio.to_thread.run_sync(partial(_export, RunDirectory(Path(out)), to, manifest))
 
 
+async def reconcile(out: str | Path, *, manifest: str | Path | None = None, signals: bool = False) -> Summary:
+    """Settle submits without a known outcome, and collect what is open; submit nothing.
+
+    Args:
+        out: the run directory.
+        manifest: where the manifest is now, if it has moved; the results are rewritten from it.
+        signals: as for `run`.
+
+    Raises:
+        RunDirectoryError: there is no run. RunLocked: another process works in it.
+    """
+    directory = RunDirectory(Path(out))
+    directory.require()
+    request = Request(
+        manifest=_manifest_of(directory, manifest),
+        out=directory.root,
+        settings=_settings_of(directory),
+        collect_only=True,
+        signals=signals,
+    )
+    return await run_session(request)
+
+
 @dataclass(frozen=True, slots=True)
 class Cancelled:
     """Answers to the cancel requests of one call."""
@@ -264,13 +289,8 @@ def _rate(file: JournalFile) -> float | None:
 
 def _export(directory: RunDirectory, to: str | Path | None, manifest: str | Path | None) -> Totals:
     directory.require()
-    facts = directory.read_run() or {}
-    said = facts.get("manifest")
-    source = manifest or (said.get("source") if isinstance(said, dict) else None)
-    if not source:
-        raise RunDirectoryError(f"{directory.run_file} does not say which manifest; name it with --manifest")
     settings = _settings_of(directory)
-    opened = Manifest.open(str(source), settings.limits.rows)
+    opened = Manifest.open(_manifest_of(directory, manifest), settings.limits.rows)
     file = JournalFile.open_read_only(directory.journal)
     try:
         planner = open_planner(opened, settings, None)
@@ -282,6 +302,15 @@ def _export(directory: RunDirectory, to: str | Path | None, manifest: str | Path
 
 def _resolve(config: str | Path | None, settings: Mapping[str, Any] | None) -> Settings:
     return load_settings(None if config is None else Path(config), dict(settings or {}))
+
+
+def _manifest_of(directory: RunDirectory, given: str | Path | None) -> str:
+    """Where the manifest is: as given, else where the last run found it."""
+    said = (directory.read_run() or {}).get("manifest")
+    source = given or (said.get("source") if isinstance(said, dict) else None)
+    if not source:
+        raise RunDirectoryError(f"{directory.run_file} does not say which manifest; name it with --manifest")
+    return str(source)
 
 
 def _settings_of(directory: RunDirectory) -> Settings:
@@ -337,4 +366,5 @@ plan_sync = _plainly(plan)
 run_sync = _plainly(run)
 status_sync = _plainly(status)
 export_sync = _plainly(export)
+reconcile_sync = _plainly(reconcile)
 cancel_sync = _plainly(cancel)

@@ -28,7 +28,7 @@ app = App(
     help="Restyle whole datasets of pictures through FLUX.1 [dev] image-to-image. Pay once, lose nothing, know the"
     " cost first, get the same result again.",
     help_format="plaintext",
-    version_flags=["--version"],
+    version=lambda: _version(),
     help_epilogue="Exit codes: 0 complete, 1 unexpected error, 2 wrong input, 3 some rows failed, 4 stopped early and"
     " resumable, 5 another run holds the lock, 6 the account was refused.",
 )
@@ -240,6 +240,24 @@ def serve(
     return ExitCode.COMPLETE
 
 
+@app.command
+def reconcile(
+    run_dir: RunDir,
+    /,
+    *,
+    manifest: Annotated[str | None, Parameter(help="where the manifest is now, if it has moved")] = None,
+    quiet: Annotated[
+        bool, Parameter(["--quiet", "-q"], negative="", help="one line at the end", group=_display)
+    ] = False,
+) -> int:
+    """Settle submits whose outcome is unknown and collect what is open; submits nothing."""
+    from batch import api
+
+    summary = _run(lambda: api.reconcile(run_dir, manifest=manifest, signals=True))
+    _conclude(summary, quiet=quiet, log_format="text")
+    return summary.exit_code
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the `restyle` script."""
     try:
@@ -323,7 +341,8 @@ def _flags(**given: Any) -> dict[str, dict[str, Any]]:
 
 
 def _display_for(tally: Any, *, quiet: bool, log_format: str) -> tuple[Any, Callable[[], None]]:
-    from batch.run.observe import Observer, PlainLines, ProgressBar
+    from batch.run.observe import PlainLines, ProgressBar
+    from batch.run.ports import Observer
 
     if log_format == "json":
         return PlainLines(tally, sys.stderr, as_json=True), lambda: None
@@ -409,7 +428,17 @@ def _age(at: float) -> str:
 
 def _command(arguments: list[str] | None) -> str:
     words = [word for word in (sys.argv[1:] if arguments is None else arguments) if not word.startswith("-")]
-    return f"{words[0]} " if words and words[0] in {"plan", "run", "status", "export", "cancel", "serve"} else ""
+    return (
+        f"{words[0]} "
+        if words and words[0] in {"plan", "run", "status", "export", "reconcile", "cancel", "serve"}
+        else ""
+    )
+
+
+def _version() -> str:
+    from batch.session import tool_version
+
+    return tool_version()
 
 
 def _print(text: str, *, flush: bool = False) -> None:

@@ -38,9 +38,10 @@ from batch.run.images import ImageFolder
 from batch.run.journal import Journal, open_journal
 from batch.run.journal_file import JournalFile
 from batch.run.lifecycle import State
-from batch.run.observe import JsonLog, Observer, Several, Tally
+from batch.run.observe import JsonLog, Several, Tally
 from batch.run.pacing import TokenBucket, Window
-from batch.run.ports import Counts
+from batch.run.ports import Counts, Observer
+from batch.run.reconcile import Reconciler
 from batch.run.runner import Policy, Report, Runner
 from batch.targets import Terms, open_target, terms_of
 
@@ -71,6 +72,8 @@ class Request:
     settings: Settings
     retry_failed: bool = False
     new_config: bool = False
+    collect_only: bool = False
+    """Settle and collect what was submitted before, submit nothing new."""
     signals: bool = False
     """Whether SIGINT and SIGTERM stop the run in order: a process's main thread only."""
     observer: Observer = field(default_factory=Observer)
@@ -196,7 +199,12 @@ def _refuse_unasked(plan: Plan, request: Request) -> None:
     if request.confirm is not None:
         if not request.confirm(plan):
             raise StoppedEarly("nothing was submitted: the plan was not confirmed")
-    elif plan.terms.paid and plan.survey.to_do and request.settings.limits.budget_usd is None:
+    elif (
+        plan.terms.paid
+        and plan.survey.to_do
+        and not request.collect_only
+        and request.settings.limits.budget_usd is None
+    ):
         raise ConfigError(
             f"this run would cost ${plan.survey.dollars_at_most:,.2f} at most; say yes=True (--yes), or set a budget"
         )
@@ -212,7 +220,7 @@ async def _carried_out(
     settings, found = request.settings, plan.survey
     is_open = any(before.by_state.get(state) for state in (State.INTENDED, State.ACCEPTED, State.ANSWERED))
     again = before.by_state.get(State.UNKNOWN) or (request.retry_failed and found.failed)
-    if not (found.to_do or is_open or again):
+    if not (is_open or again or (found.to_do and not request.collect_only)):
         return None
     await _in_thread(partial(journal.file.note, _PROJECTED, ""))
     with JsonLog(directory.log) as log:
@@ -231,8 +239,10 @@ async def _carried_out(
                 policy=_policy(request, idempotent=target.idempotent),
                 now=time.time,
                 rng=rng,
+                reconciler=None if target.idempotent else Reconciler(target.client, journal, observer, time.time, rng),
             )
-            return await _with_signals(runner, _jobs(planner), signals=request.signals)
+            jobs = _no_jobs() if request.collect_only else _jobs(planner)
+            return await _with_signals(runner, jobs, signals=request.signals)
 
 
 async def _with_signals(runner: Runner, jobs: AsyncGenerator[Sequence[Job], None], *, signals: bool) -> Report:
@@ -266,6 +276,11 @@ async def _jobs(planner: Planner) -> AsyncGenerator[Sequence[Job], None]:
     batches = planner.batches()
     while (batch := await _in_thread(partial(next, batches, None))) is not None:
         yield [item.job for item in batch.items if item.job is not None]
+
+
+async def _no_jobs() -> AsyncGenerator[Sequence[Job], None]:
+    for batch in list[Sequence[Job]]():
+        yield batch
 
 
 def _gate(settings: Settings, terms: Terms, before: Counts, observer: Observer, rng: Random) -> Gate:

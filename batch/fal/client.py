@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import io
 import ipaddress
 from collections.abc import Mapping
 from types import TracebackType
@@ -22,7 +23,7 @@ import aiohttp
 import orjson
 from pydantic import SecretStr, ValidationError
 
-from batch.fal import protocol
+from batch.fal import platform, protocol
 from batch.fal.endpoint import ImageToImageOutput
 from batch.fal.protocol import Call, CancelOutcome, Malformed, Operation, Origins, Reply
 from batch.model import Answer, AppId, Attempt, Ticket, TicketStatus
@@ -133,6 +134,19 @@ class FalClient:
         await self._exchange("upload", Call("PUT", upload_url, {"content-type": content_type}, data), key=False)
         return file_url
 
+    async def listing(self, start: float, end: float, cursor: str | None) -> platform.Page:
+        """Read one page of the platform's request listing, once; instants in Unix seconds."""
+        call = platform.listing_call(self._origins, self._app, start=start, end=end, cursor=cursor)
+        reply = await self._exchange("listing", call)
+        with _reading("listing"):
+            return platform.read_listing(reply)
+
+    async def price(self) -> tuple[float, str]:
+        """Read the endpoint's present unit price in US dollars, and its unit."""
+        reply = await self._exchange("price", platform.pricing_call(self._origins, self._app))
+        with _reading("price"):
+            return platform.read_price(reply, self._app)
+
     async def download(self, url: str) -> bytes:
         """Fetch a result picture, without the key, over at most five redirects, within the size limit."""
         if url.startswith("data:"):
@@ -203,6 +217,11 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _payload(body: bytes) -> bytes | io.BytesIO | None:
+    """Aiohttp writes bytes in one piece, and warns of large ones; a stream it writes in chunks."""
+    return io.BytesIO(body) if len(body) > 2**20 else body or None
 
 
 async def _bounded(response: aiohttp.ClientResponse, phase: str, limit_bytes: int) -> bytes:

@@ -16,8 +16,8 @@ import orjson
 
 from batch.run.budget import Budget, Price
 from batch.run.course import Course, TurnedBack
-from batch.run.observe import Observer
 from batch.run.pacing import Pauses, TokenBucket, Window, WindowChange
+from batch.run.ports import Observer
 from batch.run.retry import Verdict
 
 __all__ = ["Gate", "Stop", "Stopping"]

@@ -139,6 +139,8 @@ class Ledger:
         was, job.state, job.session = job.state, advance(job.state, event.happening), self.session
         match event:
             case Intended():
+                if was is State.UNKNOWN and event.attempt > job.attempt:
+                    self._spend(job, job.reserved_usd)  # the submit that it replaces may have been accepted
                 job.forget()
                 job.attempt, job.intended_at, job.reserved_usd = event.attempt, event.at, event.reserved_usd
                 self.bodies.append((job.id, event.body))

@@ -20,18 +20,9 @@ from tqdm import tqdm
 
 from batch.errors import StorageError
 from batch.model import Json
+from batch.run.ports import Observer
 
-__all__ = ["JsonLog", "Observer", "PlainLines", "ProgressBar", "Several", "Tally"]
-
-
-class Observer:
-    """Does nothing; override what you want to see. `action` is one of the words in `docs/observing.md`."""
-
-    def happened(self, action: str, **facts: Json) -> None:
-        """Something happened to one job or to the run; facts are JSON values."""
-
-    def expected(self, jobs: int, already_done: int) -> None:
-        """How many jobs this run has to do, and how many were done before it."""
+__all__ = ["JsonLog", "PlainLines", "ProgressBar", "Several", "Tally"]
 
 
 class Several(Observer):

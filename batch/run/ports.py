@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, TypeAlias
 
 from batch.fal.protocol import CancelOutcome, Reply
-from batch.model import Answer, Attempt, Failed, JobKey, LocalImage, StoredImage, Ticket, TicketStatus
+from batch.model import Answer, Attempt, Failed, JobKey, Json, LocalImage, StoredImage, Ticket, TicketStatus
 from batch.run.lifecycle import Happening, State
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "Journal",
     "Known",
     "Lost",
+    "Observer",
     "Outcome",
     "Picture",
     "PictureError",
@@ -309,3 +310,16 @@ class Images(Protocol):
             PictureError: the bytes are no complete picture.
             StorageError: the disk refused.
         """
+
+
+# --- who watches -------------------------------------------------------------------------------------------
+
+
+class Observer:
+    """Does nothing; override what you want to see. `action` is one of the words in `docs/results.md`."""
+
+    def happened(self, action: str, **facts: Json) -> None:
+        """Something happened to one job or to the run; facts are JSON values."""
+
+    def expected(self, jobs: int, already_done: int) -> None:
+        """How many jobs this run has to do, and how many were done before it."""

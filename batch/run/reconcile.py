@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from random import Random
 from typing import NamedTuple, Protocol
 
@@ -20,8 +21,7 @@ from tenacity import stop_after_attempt
 from batch.fal.platform import Listed, Page, minted_at
 from batch.model import Json, JsonObject, RequestId, Ticket
 from batch.run.lifecycle import State
-from batch.run.observe import Observer
-from batch.run.ports import Accepted, CallFailed, Entry, Journal
+from batch.run.ports import Accepted, CallFailed, Entry, Journal, Observer
 from batch.run.retry import reading
 
 __all__ = ["Finding", "Found", "Listing", "Reconciler", "Settled", "match", "same_input", "windows"]
@@ -161,13 +161,9 @@ class Reconciler:
         cursor: str | None = None
         seen: set[str] = set()
         while True:
-            at = cursor
+            read = partial(self._listing.listing, window.start, window.end, cursor)
             try:
-                page = await reading(
-                    lambda: self._listing.listing(window.start, window.end, at),
-                    self._rng,
-                    stop=stop_after_attempt(_READS),
-                )
+                page = await reading(read, self._rng, stop=stop_after_attempt(_READS))
             except CallFailed:
                 return None
             for item in page.items:

@@ -7,7 +7,7 @@ virtual time. It decides nothing about answers (`retry`), pace and money (`gate`
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from random import Random
@@ -22,7 +22,6 @@ from batch.model import Answer, Attempt, Failed, Job, JobKey, QueueState, Stored
 from batch.run.course import Course, Held, JobFailed, TurnedBack
 from batch.run.gate import Gate, Stop, Stopping
 from batch.run.lifecycle import OPEN, State
-from batch.run.observe import Observer
 from batch.run.pacing import PollTimes
 from batch.run.ports import (
     Accepted,
@@ -35,6 +34,7 @@ from batch.run.ports import (
     Journal,
     Known,
     Lost,
+    Observer,
     PictureError,
     Refused,
     Retried,
@@ -42,6 +42,7 @@ from batch.run.ports import (
     Trouble,
     Uploaded,
 )
+from batch.run.reconcile import Reconciler
 from batch.run.retry import Action, Verdict, backoff, failure_of, judge, kind_of, reading
 
 __all__ = ["Policy", "Report", "Runner"]
@@ -98,8 +99,14 @@ class Runner:
         policy: Policy,
         now: Callable[[], float],
         rng: Random,
+        reconciler: Reconciler | None = None,
     ) -> None:
-        """`now` is wall time in Unix seconds, for what is written down; waits use anyio's clock."""
+        """Plug it together.
+
+        `now` is wall time in Unix seconds, for what is written down; waits use anyio's clock. `reconciler` is for
+        targets that do not honour idempotency keys.
+        """
+        self._reconciler = reconciler
         self._service, self._journal, self._images, self._observer = service, journal, images, observer
         self._gate, self._policy, self._now, self._rng = gate, policy, now, rng
         self._polls = PollTimes()
@@ -108,7 +115,7 @@ class Runner:
         self._uploads: dict[str, anyio.Event] = {}
         self._downloads = anyio.Semaphore(_DOWNLOADS_AT_ONCE)
         self._scope = anyio.CancelScope()
-        self._done = self._failed = self._held = 0
+        self._done = self._failed = 0
 
     def __repr__(self) -> str:
         return f"<Runner {len(self._underway)} under way, {self._done} done, {self._failed} failed>"
@@ -127,14 +134,20 @@ class Runner:
         async with anyio.create_task_group() as watch:
             watch.start_soon(self._bound_the_end)
             with self._scope:
+                await self._doubt_what_was_cut_off()
+                await self._reconcile()
                 async with anyio.create_task_group() as jobs:
-                    await self._resume(jobs)
+                    await self._resume(jobs, OPEN)
                     await self._feed(source, jobs)
+                if await self._reconcile():
+                    async with anyio.create_task_group() as jobs:
+                        await self._resume(jobs, {State.ACCEPTED})
             watch.cancel_scope.cancel()
         stopping = self._gate.stopping
         if stopping is not None and stopping.why is Stop.STORAGE:
             raise StorageError(stopping.reason)
-        return Report(self._done, self._failed, self._held, stopping)
+        held = (await self._journal.counts()).by_state.get(State.UNKNOWN, 0)
+        return Report(self._done, self._failed, held, stopping)
 
     def stop(self, why: Stop, reason: str) -> None:
         """Submit nothing more and collect what is in flight. Called a second time: give that up too."""
@@ -154,27 +167,40 @@ class Runner:
         if self._gate.stopping is not None and self._gate.stopping.why in _BOUNDED:
             self._scope.deadline = anyio.current_time() + drain
 
-    async def _resume(self, jobs: anyio.abc.TaskGroup) -> None:
+    async def _doubt_what_was_cut_off(self) -> None:
+        """A submit that a crash cut off is unknown, unless it may be repeated under its key."""
+        if self._policy.idempotent:
+            return
+        async with aclosing(self._journal.entries({State.INTENDED})) as entries:
+            async for entry in entries:
+                await self._journal.record(Lost(entry.job_key, self._now(), "the run ended before the answer came"))
+
+    async def _reconcile(self) -> bool:
+        """Look up what is unknown; whether any of it was found, and is accepted now."""
+        if self._reconciler is None:
+            return False
+        return (await self._reconciler.settle()).adopted > 0
+
+    async def _resume(self, jobs: anyio.abc.TaskGroup, states: Collection[State]) -> None:
         """What was submitted before comes first, oldest first: its results do not wait for ever."""
-        async with aclosing(self._journal.entries(OPEN)) as entries:
+        async with aclosing(self._journal.entries(states)) as entries:
             async for entry in entries:
                 course = Course.of_entry(entry)
-                if not await self._held_back(course):
+                if not self._held_back(course):
                     await self._let_in(course, jobs)
 
-    async def _held_back(self, course: Course) -> bool:
-        """Whether an unknown submit has to stay unknown for now; its state is brought up to date."""
-        if course.state not in {State.INTENDED, State.UNKNOWN} or self._policy.idempotent:
+    def _held_back(self, course: Course) -> bool:
+        """Whether an unknown submit has to stay unknown for now."""
+        if course.state is not State.UNKNOWN or self._policy.idempotent:
             return False
-        if course.state is State.INTENDED:
-            await self._journal.record(Lost(course.key, self._now(), "the run ended before the answer came"))
         after = self._policy.resubmit_unknown_after
-        if after is not None and self._now() - course.intended_at >= after:
-            course.renew()
-            course.state = State.UNKNOWN
-            return False
-        self._hold(course, "the outcome of its submit is unknown")
-        return True
+        if after is None or self._now() - course.intended_at < after:
+            self._hold(course, "the outcome of its submit is unknown")
+            return True
+        self._gate.settle(course, None)  # it may have been accepted: its reservation counts as spent
+        course.renew()
+        course.state = State.UNKNOWN
+        return False
 
     async def _feed(self, source: AsyncGenerator[Sequence[Job], None], jobs: anyio.abc.TaskGroup) -> None:
         async with aclosing(source) as batches:
@@ -300,7 +326,6 @@ class Runner:
         raise Held
 
     def _hold(self, course: Course, reason: str) -> None:
-        self._held += 1
         self._observer.happened("held", job=course.key, reason=reason)
 
     async def _body_of(self, course: Course) -> bytes:

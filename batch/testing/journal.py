@@ -122,7 +122,7 @@ class MemoryJournal:
     async def requests(self, ids: Sequence[str]) -> set[str]:
         """Those of the request ids that belong to a job, or to one of its ended attempts."""
         given = {event.ticket.request_id for event in self.events if isinstance(event, Accepted)}
-        return given.intersection(ids)
+        return {request_id for request_id in ids if request_id in given}
 
     async def counts(self) -> Counts:
         """Totals over all sessions."""
@@ -151,6 +151,8 @@ class MemoryJournal:
         was, job.state, job.session = job.state, advance(job.state, event.happening), self.session
         match event:
             case Intended():
+                if was is State.UNKNOWN and event.attempt > job.attempt:
+                    self._spend(job, job.reserved_usd)
                 job.forget()
                 job.attempt, job.intended_at, job.reserved_usd = event.attempt, event.at, event.reserved_usd
                 job.body = event.body

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from batch.model import Json
-from batch.run.observe import Observer
+from batch.run.ports import Observer
 
 __all__ = ["RecordingObserver"]
 

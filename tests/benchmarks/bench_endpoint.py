@@ -168,7 +168,7 @@ def _session(url: str) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(url, connector=connector, cookie_jar=aiohttp.DummyCookieJar())
 
 
-async def _all(number: int, work, at_once: int = IN_FLIGHT) -> None:  # noqa: ANN001 - a function that gives a coroutine
+async def _all(number: int, work, at_once: int = IN_FLIGHT) -> None:
     left = iter(range(number))
 
     async def take() -> None:
