@@ -33,8 +33,9 @@ from batch.run.journal_file import JournalFile
 from batch.run.lifecycle import State
 from batch.run.observe import Tally
 from batch.run.ports import CallFailed, Counts, Observer
-from batch.session import Plan, Request, Summary, open_planner, project, run_session, survey_of, tool_version
+from batch.session import Plan, Request, Summary, open_planner, project, run_session, survey_of
 from batch.targets import open_target, terms_of
+from batch.version import tool_version
 
 __all__ = [
     "Cancelled",

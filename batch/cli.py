@@ -18,6 +18,7 @@ import orjson
 from cyclopts import App, CycloptsError, Group, Parameter
 
 from batch.errors import ExitCode, RestyleError
+from batch.version import tool_version
 
 __all__ = ["app", "main"]
 
@@ -28,7 +29,7 @@ app = App(
     help="Restyle whole datasets of pictures through FLUX.1 [dev] image-to-image. Pay once, lose nothing, know the"
     " cost first, get the same result again.",
     help_format="plaintext",
-    version=lambda: _version(),
+    version=tool_version,
     help_epilogue="Exit codes: 0 complete, 1 unexpected error, 2 wrong input, 3 some rows failed, 4 stopped early and"
     " resumable, 5 another run holds the lock, 6 the account was refused.",
 )
@@ -47,6 +48,7 @@ OnBadRow = Annotated[
     Parameter(help="what a row that cannot work becomes: a failed row (default) or a skipped one", group=_jobs),
 ]
 RunDir = Annotated[Path, Parameter(help="the folder that `restyle run -o` named")]
+Quiet = Annotated[bool, Parameter(["--quiet", "-q"], negative="", help="one line at the end", group=_display)]
 Json = Annotated[bool, Parameter(negative="", help="as JSON", group=_display)]
 
 
@@ -313,6 +315,7 @@ def _first_of(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0][:300]
 
 
+_COMMANDS = frozenset({"plan", "run", "status", "export", "reconcile", "cancel", "serve"})
 _PLACES = {
     "target": ("target", "name"),
     "engine": ("target", "engine"),
@@ -433,12 +436,6 @@ def _command(arguments: list[str] | None) -> str:
         if words and words[0] in {"plan", "run", "status", "export", "reconcile", "cancel", "serve"}
         else ""
     )
-
-
-def _version() -> str:
-    from batch.session import tool_version
-
-    return tool_version()
 
 
 def _print(text: str, *, flush: bool = False) -> None:

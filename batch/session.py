@@ -13,7 +13,6 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from random import Random
 from typing import NamedTuple, TypeVar
@@ -44,8 +43,9 @@ from batch.run.ports import Counts, Observer
 from batch.run.reconcile import Reconciler
 from batch.run.runner import Policy, Report, Runner
 from batch.targets import Terms, open_target, terms_of
+from batch.version import tool_version
 
-__all__ = ["Plan", "Request", "Summary", "open_planner", "project", "run_session", "survey_of", "tool_version"]
+__all__ = ["Plan", "Request", "Summary", "open_planner", "project", "run_session", "survey_of"]
 
 T = TypeVar("T")
 
@@ -176,14 +176,6 @@ def survey_of(planner: Planner, settings: Settings, terms: Terms, file: JournalF
         _AUTO_GUESS if at_once == "auto" else at_once,
         terms.service_seconds,
     )
-
-
-def tool_version() -> str:
-    """Of the installed distribution; `0+unknown` in a bare checkout."""
-    try:
-        return version("restyle-batch")
-    except PackageNotFoundError:
-        return "0+unknown"
 
 
 # --- asking -----------------------------------------------------------------------------------------------

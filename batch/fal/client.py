@@ -177,7 +177,7 @@ class FalClient:
                 call.method,
                 call.url,
                 headers=headers,
-                data=call.body or None,
+                data=_payload(call.body),
                 allow_redirects=False,
                 proxy=self._proxies.of(call.url),
             ) as response:

@@ -215,7 +215,7 @@ def _duration(hours: float) -> str:
 
 
 def render_problems(name: str, problems: Iterable[Problem], total: int) -> str:
-    """`file:line column: message`, one a line; messages name the value, at most 20, and always how many there are in all.
+    """`file:line column: message`, one a line, at most 20, and always how many there are in all.
 
     A manifest without lines shows the row, counted from 0. Empty text where there are none.
     """

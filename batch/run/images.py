@@ -26,6 +26,8 @@ from batch.run.ports import Picture, PictureError
 __all__ = ["ImageFolder", "decode"]
 
 _SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+_PNG_END = b"IEND\xaeB`\x82"
+"""Pillow calls a PNG whole when it has all pixels; one without this was cut off at the end."""
 _HARD_LIMIT_PIXELS = 400_000_000
 """No picture of more is ever decoded, whatever the configuration says: it would be several GB in memory."""
 
@@ -56,6 +58,8 @@ def decode(data: bytes, *, limit_pixels: int = _HARD_LIMIT_PIXELS) -> Decoded:
                         "image_too_large", f"{width} x {height} pixels are more than {limit_pixels / 1e6:g} megapixels"
                     )
                 picture.load()
+                if kind == "PNG" and _PNG_END not in data:
+                    raise PictureError("image_load_error", "the picture is damaged or incomplete (its end is missing)")
                 content_type = picture.get_format_mimetype() or "application/octet-stream"
     except Image.DecompressionBombError as error:
         raise PictureError("image_too_large", str(error)) from error
