@@ -291,7 +291,10 @@ def main(arguments: list[str] | None = None) -> None:
 def _run(call: Callable[[], Coroutine[Any, Any, T]]) -> T:
     from batch.api import event_loop
 
-    gc.freeze()  # what was imported stays: a quarter of a large plan would go into walking through it again
+    # What was imported stays: a quarter of a large plan would go into walking through it again and again. Jobs
+    # make few circles, so the collector may look for them more rarely than for every 700 objects.
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
     try:
         return anyio.run(call, backend_options=event_loop())
     except BaseExceptionGroup as group:

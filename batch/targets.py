@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import aiohttp
 import orjson
+from pydantic import SecretStr
 
 from batch.config import Settings, api_key
 from batch.errors import ConfigError
@@ -101,8 +102,7 @@ async def open_target(settings: Settings, endpoint_directory: Path, *, version: 
     """
     target = settings.target
     if target.name == "fal":
-        key = api_key()
-        if key is None:
+        if _key() is None:
             raise ConfigError("FAL_KEY is not set; export FAL_KEY=key_id:key_secret, or use --target local")
         async with _client(settings, FAL, version, key=True) as client:
             yield Connection(client, idempotent=False)
@@ -126,10 +126,18 @@ def _client(settings: Settings, origins: Origins, version: str, *, key: bool) ->
     return FalClient(
         origins,
         settings.target.app,
-        api_key() if key else None,
+        _key() if key else None,
         download_limit_bytes=settings.limits.max_download_bytes,
         user_agent=f"restyle/{version}",
     )
+
+
+def _key() -> SecretStr | None:
+    key = api_key()
+    text = "" if key is None else key.get_secret_value()
+    if not (text.isascii() and text.isprintable()):  # no header can carry it: each submit would break as it is sent
+        raise ConfigError("FAL_KEY holds a line break or a letter that no key has; copy it again, key_id:key_secret")
+    return key
 
 
 async def _honours_keys(url: str) -> bool:

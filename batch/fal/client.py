@@ -195,15 +195,16 @@ class _Proxies:
     """
 
     def __init__(self) -> None:
-        self._known: dict[tuple[str, str], str | None] = {}
+        self._known: dict[str, str | None] = {}
 
     def of(self, url: str) -> str | None:
         """The proxy for a URL, with its credentials if it has any; this machine itself is reached directly."""
-        scheme, host, _ = protocol.origin_of(url)
-        if (scheme, host) not in self._known:
+        origin = url[: url.find("/", len("https://"))]
+        if origin not in self._known:
+            scheme, host, _ = protocol.origin_of(url)
             direct = _is_loopback(host) or proxy_bypass(host)
-            self._known[scheme, host] = None if direct else _with_scheme(getproxies().get(scheme))
-        return self._known[scheme, host]
+            self._known[origin] = None if direct else _with_scheme(getproxies().get(scheme))
+        return self._known[origin]
 
 
 def _with_scheme(proxy: str | None) -> str | None:

@@ -103,6 +103,12 @@ class Origins:
     rest: str
     cdn: str
     platform: str
+    _prefixes: tuple[str, ...] = field(init=False, repr=False)
+    """Of URLs that lie on these origins beyond doubt: the slash ends the host."""
+
+    def __post_init__(self) -> None:
+        origins = (self.queue, self.run, self.rest, self.cdn, self.platform)
+        object.__setattr__(self, "_prefixes", tuple({origin + "/" for origin in origins}))
 
     @classmethod
     def of_server(cls, url: str) -> Origins:
@@ -112,7 +118,7 @@ class Origins:
 
     def own(self, url: str) -> bool:
         """Whether `url` lies on one of these origins, that is: whether it may be shown the key."""
-        return origin_of(url) in {origin_of(o) for o in (self.queue, self.run, self.rest, self.cdn, self.platform)}
+        return url.startswith(self._prefixes) or origin_of(url) in {origin_of(own) for own in self._prefixes}
 
 
 FAL = Origins(
@@ -257,7 +263,8 @@ def ticket_call(origins: Origins, app: AppId, ticket: Ticket, operation: Operati
         Operation.RESULT: ticket.response_url,
         Operation.CANCEL: ticket.cancel_url,
     }.get(operation, "")
-    url = given if given and origin_of(given) == origin_of(origins.queue) else ""
+    on_target = given.startswith(f"{origins.queue}/") or (given and origin_of(given) == origin_of(origins.queue))
+    url = given if on_target else ""
     url = url or origins.queue + request_path(operation, app, ticket.request_id)
     if logs and operation in {Operation.STATUS, Operation.STREAM}:
         url += ("&" if "?" in url else "?") + "logs=1"

@@ -6,6 +6,7 @@ their own; this module only says where they are.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import tempfile
@@ -51,8 +52,8 @@ class RunDirectory:
         """Make it.
 
         Raises:
-            RunDirectoryError: a file lies there, or a folder of something else.
-            StorageError: it cannot be written.
+            RunDirectoryError: a file lies there, or a folder of something else, or it cannot be written.
+            StorageError: the disk is full.
         """
         if self.root.is_file():
             raise RunDirectoryError(f"{self.root} is a file; -o names the folder of the run")
@@ -68,9 +69,10 @@ class RunDirectory:
             with tempfile.TemporaryFile(dir=self.root):
                 pass
         except OSError as error:
-            raise StorageError(
-                f"{self.root} cannot be written ({error.strerror}); name another folder with -o"
-            ) from error
+            full = error.errno in {errno.ENOSPC, errno.EDQUOT}
+            advice = "make room, or name another folder with -o" if full else "name another folder with -o"
+            kind = StorageError if full else RunDirectoryError
+            raise kind(f"{self.root} cannot be written ({error.strerror}); {advice}") from error
 
     def require(self) -> None:
         """Check that a run is here.

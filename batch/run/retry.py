@@ -193,6 +193,19 @@ async def reading(
     Never for a submit. `notice` is told of each fault that is read again. Ends with the answer, with the
     `CallFailed` that ended it, or by cancellation.
     """
+    try:
+        return await call()  # nearly always: the machinery below is for the bad days
+    except CallFailed as error:
+        return await _read_again(call, error, rng, notice, stop)
+
+
+async def _read_again(
+    call: Callable[[], Awaitable[Answered]],
+    first: CallFailed,
+    rng: Random,
+    notice: Callable[[Verdict], None] | None,
+    stop: stop_base,
+) -> Answered:
     seen: dict[str, int] = {}
 
     def again(error: BaseException) -> bool:
@@ -213,12 +226,9 @@ async def reading(
     async def once() -> Answered:  # tenacity awaits coroutine functions only
         return await call()
 
-    try:
-        return await call()  # nearly always: the machinery below is for the bad days
-    except CallFailed as error:
-        if not again(error):
-            raise
-        await anyio.sleep((judge(error.trouble).retry_after or 0.0) + backoff(1, rng))
+    if not again(first):
+        raise first
+    await anyio.sleep((judge(first.trouble).retry_after or 0.0) + backoff(1, rng))
     retrying = AsyncRetrying(retry=retry_if_exception(again), wait=wait, stop=stop, sleep=anyio.sleep, reraise=True)
     return await retrying(once)
 

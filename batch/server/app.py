@@ -19,7 +19,8 @@ from batch.fal import protocol
 from batch.fal.endpoint import APP_ID
 from batch.fal.protocol import Address, Malformed, Operation, Reply
 from batch.model import AppId, RequestId
-from batch.server import answers, uploads
+from batch.server import answers, metrics, uploads
+from batch.server.page import routes as page
 from batch.server.records import Ending, Priority
 from batch.server.service import Known, QueueFull, QueueService, Wishes
 
@@ -44,7 +45,7 @@ def application(service: QueueService, app_id: AppId = APP_ID) -> web.Applicatio
     guarded = face.guarded
     app.router.add_get("/health", guarded(face.health))
     app.router.add_post("/run/{app:.+}", guarded(face.run))
-    for method, path, handler in uploads.routes(service):
+    for method, path, handler in (*uploads.routes(service), *metrics.routes(service), *page.routes(service, app_id)):
         app.router.add_route(method, path, guarded(handler))
     app.router.add_route("*", "/{path:.*}", guarded(face.queue))
     return app
@@ -67,17 +68,20 @@ class _Face:
         """Turn what a handler raises into an answer."""
 
         async def handle(request: web.Request) -> web.StreamResponse:
+            answer: web.StreamResponse
             try:
-                return await handler(request)
+                answer = await handler(request)
             except StorageError as error:
-                return self._refuse(503, str(error), "internal_error")
+                answer = self._refuse(503, str(error), "internal_error")
             except web.HTTPException as error:
-                return self._refuse(error.status, error.text or error.reason)
+                answer = self._refuse(error.status, error.text or error.reason)
             except ConnectionError:
-                return self._refuse(499, "The caller hung up", "client_disconnected")  # nobody reads it
+                answer = self._refuse(499, "The caller hung up", "client_disconnected")  # nobody reads it
             except Exception:  # the boundary between one call and the server
                 _log.exception("%s %s failed in a way that nobody foresaw", request.method, request.path)
-                return self._refuse(500, "Internal Server Error", "internal_error")
+                answer = self._refuse(500, "Internal Server Error", "internal_error")
+            self._service.tally.answered(request.method, request.path, answer.status)
+            return answer
 
         return handle
 

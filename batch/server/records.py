@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from batch.model import AppId, RequestId
 
-__all__ = ["Admission", "Ending", "LogLine", "Priority", "Recovered", "Stored", "Submission", "uuid7"]
+__all__ = ["Admission", "Ending", "Listed", "LogLine", "Priority", "Recovered", "Stored", "Submission", "uuid7"]
 
 
 class Priority(IntEnum):
@@ -96,6 +96,25 @@ class Stored(NamedTuple):
     app: AppId
     ending: Ending | None
     """None: accepted, and not ended as far as the store knows."""
+
+
+class Listed(NamedTuple):
+    """A request as a list of many shows it."""
+
+    request_id: RequestId
+    accepted_at: float
+    body: bytes | None
+    """The input as it was accepted; None for one that is too long to be listed."""
+    started_at: float | None
+    """None as long as it has not ended, too: the store hears of it at the end."""
+    ended_at: float | None
+    status: int | None
+    payload: bytes | None
+    """The result's body; None for one that is too long to be listed."""
+    error_type: str | None
+    inference_time: float | None
+    inline: bool
+    """Its pictures belong to the answer alone and are not for a list."""
 
 
 def uuid7(now: float, chance: int) -> RequestId:

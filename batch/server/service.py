@@ -25,10 +25,11 @@ from batch.model import AppId, JsonObject, QueueState, RequestId
 from batch.server import answers
 from batch.server.broker import Broker, Cancellation, View
 from batch.server.engines.base import Engine, EngineInfo, WorkerCrashed
-from batch.server.records import Admission, Ending, LogLine, Priority, Submission, uuid7
+from batch.server.records import Admission, Ending, Listed, LogLine, Priority, Submission, uuid7
 from batch.server.sources import DataUri, Sources, parse_data_uri
 from batch.server.storage import Storage, content_type_of
 from batch.server.store import Store
+from batch.server.tally import Tally
 from batch.server.worker import Fault, Kept, Made, Worker
 
 __all__ = ["Known", "QueueFull", "QueueService", "Statistics", "Wishes", "queue_service"]
@@ -91,6 +92,7 @@ class QueueService:
         self.engine = info
         self.submit_posts = 0
         """Submits seen since the start, accepted or not; the HTTP face counts them."""
+        self.tally = Tally(store.accepted)
         self._store = store
         self._worker = worker
         self._broker = Broker(slots)
@@ -158,6 +160,11 @@ class QueueService:
             return None
         # Accepted and neither live nor ended: its acceptance became durable this very moment.
         return Known(stored.app, stored.ending or self._broker.view(request_id) or View(QueueState.IN_QUEUE, 0, ()))
+
+    async def latest(self, limit: int) -> list[tuple[Listed, View | None]]:
+        """The newest requests and how those stand that live; of a long queue only its head."""
+        listed = await self._store.latest(self.engine.slots + limit // 4, limit)
+        return [(one, self._broker.view(one.request_id) if one.ended_at is None else None) for one in listed]
 
     async def cancel(self, request_id: RequestId) -> CancelOutcome:
         """Take a request out of the queue, or tell its engine to stop."""
@@ -263,11 +270,13 @@ class QueueService:
         while True:
             try:
                 done = await self._worker.keep(outcome) if isinstance(outcome, Made) else outcome
-                await self._store.end(self._ending(request_id, app, outcome, done, started_at, logs))
+                ending = self._ending(request_id, app, outcome, done, started_at, logs)
+                await self._store.end(ending)
                 break
             except StorageError as error:
                 _log.error("request %s is executed but cannot be written down, trying again: %s", request_id, error)
                 await asyncio.sleep(_RETRY_SECONDS)
+        self.tally.ended(ending)
         self._broker.finish(request_id)
         self._bodies.pop(request_id, None)
         self._notify(request_id)

@@ -21,7 +21,7 @@ import orjson
 from batch.errors import InputError, StorageError
 from batch.model import AppId, RequestId
 from batch.server.grouping import Grouped
-from batch.server.records import Admission, Ending, LogLine, Priority, Recovered, Stored, Submission
+from batch.server.records import Admission, Ending, Listed, LogLine, Priority, Recovered, Stored, Submission
 
 __all__ = ["Store"]
 
@@ -128,6 +128,17 @@ class Store:
         """Requests that have not ended, the one accepted first coming first."""
         rows = await self._writer.call(lambda: self._database.execute(_SQL["to_do"]).fetchall())
         return [Recovered(RequestId(row[0]), AppId(row[1]), Priority(row[2]), row[3]) for row in rows]
+
+    async def latest(self, waiting: int, limit: int) -> list[Listed]:
+        """The newest requests, the newest one first.
+
+        Args:
+            waiting: of those that have not ended the first so many, and none that was accepted later.
+            limit: requests in all.
+        """
+        query = partial(self._database.execute, _SQL["latest"], (waiting, limit))
+        rows = await self._writer.call(lambda: query().fetchall())
+        return [Listed(*row[:9], bool(row[9])) for row in rows]
 
     def _remember(self, ending: Ending) -> None:
         self._recent[ending.request_id] = ending

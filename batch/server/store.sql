@@ -55,3 +55,13 @@ SELECT body FROM request WHERE request_id = ?;
 
 -- name: to_do
 SELECT request_id, app, priority, start_by FROM request WHERE ended_at IS NULL ORDER BY seq;
+
+-- name: latest
+-- The newest requests, but of a long queue only its head: there is where something happens.
+SELECT
+    request_id, accepted_at, CASE WHEN length(body) <= 65536 THEN body END, started_at, ended_at, status,
+    CASE WHEN length(payload) <= 65536 THEN payload END, error_type, inference_time, coalesce(inline, 0)
+FROM request
+WHERE seq <= coalesce((SELECT seq FROM request WHERE ended_at IS NULL ORDER BY seq LIMIT 1 OFFSET ?), 1 << 62)
+ORDER BY seq DESC
+LIMIT ?;

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import orjson
 import pytest
 
 from batch.config import Settings
 from batch.errors import RunDirectoryError, RunLocked, StorageError
-from batch.run import directory as module
 from batch.run.directory import RunDirectory, config_of, write_whole
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -60,21 +63,21 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
 def test_a_place_where_nothing_can_be_made_is_refused():
     """The kernel's own folder: nobody may write there, root neither."""
-    with pytest.raises(StorageError, match="cannot be written") as caught:
-        RunDirectory(module.Path("/proc/nobody/run")).prepare()
+    with pytest.raises(RunDirectoryError, match="cannot be written") as caught:
+        RunDirectory(Path("/proc/nobody/run")).prepare()
     assert "-o" in str(caught.value)
 
 
 def test_a_path_through_a_file_is_refused(tmp_path):
     """`-o manifest.csv/out`."""
     (tmp_path / "m.csv").write_text("")
-    with pytest.raises(StorageError, match="cannot be written"):
+    with pytest.raises(RunDirectoryError, match="cannot be written"):
         RunDirectory(tmp_path / "m.csv" / "out").prepare()
 
 
 def test_reading_needs_a_run(root):
     """An empty folder is none."""
-    with pytest.raises(RunDirectoryError, match="there is no run in .*restyle run MANIFEST"):
+    with pytest.raises(RunDirectoryError, match=r"there is no run in .*restyle run MANIFEST"):
         root.require()
     root.journal.touch()
     root.require()
@@ -83,23 +86,24 @@ def test_reading_needs_a_run(root):
 # --- the lock ---------------------------------------------------------------------------------------------
 
 
-def hold(path, held, release):
-    with RunDirectory(path).locked("2026-11-22T09:00:00+00:00"):
-        held.set()
-        release.wait(30)
+HOLD = """
+import sys
+from pathlib import Path
+from batch.run.directory import RunDirectory
+with RunDirectory(Path(sys.argv[1])).locked("2026-11-22T09:00:00+00:00"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
 
 
 @pytest.fixture
 def holder(root):
     """Another process that works there."""
-    context = multiprocessing.get_context("spawn")
-    held, release = context.Event(), context.Event()
-    process = context.Process(target=hold, args=(root.root, held, release))
-    process.start()
-    assert held.wait(30)
-    yield process
-    release.set()
-    process.join(10)
+    command = [sys.executable, "-c", HOLD, str(root.root)]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.stdin.close()
 
 
 def test_a_second_run_is_told_who_works_there(root, holder):
@@ -115,7 +119,7 @@ def test_a_second_run_is_told_who_works_there(root, holder):
 def test_a_killed_owner_holds_nothing(root, holder):
     """The kernel frees the lock; what the owner wrote about itself is passed over."""
     holder.kill()
-    holder.join(10)
+    holder.wait(10)
     assert not root.is_locked()
     with root.locked("now"):
         assert json.loads((root.root / ".owner.json").read_text())["pid"] == os.getpid()

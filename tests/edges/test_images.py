@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import struct
 import zlib
 
@@ -47,16 +46,24 @@ def png_of(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
-def local(data: bytes, **where) -> LocalImage:
-    return LocalImage(hashlib.sha256(data).hexdigest(), len(data), **where)
+def local(content: bytes, **where) -> LocalImage:
+    return LocalImage(hashlib.sha256(content).hexdigest(), len(content), **where)
 
 
 # --- decoding ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "mode"), [("PNG", "RGB"), ("PNG", "RGBA"), ("PNG", "L"), ("PNG", "P"), ("JPEG", "RGB"),
-                                            ("JPEG", "CMYK"), ("JPEG", "L"), ("WEBP", "RGB"), ("GIF", "L"), ("TIFF", "RGB"),
-                                            ("BMP", "RGB")])  # fmt: skip
+KINDS = [
+    *[("PNG", mode) for mode in ("RGB", "RGBA", "L", "P", "1")],
+    *[("JPEG", mode) for mode in ("RGB", "CMYK", "L")],
+    ("WEBP", "RGB"),
+    ("GIF", "L"),
+    ("TIFF", "RGB"),
+    ("BMP", "RGB"),
+]
+
+
+@pytest.mark.parametrize(("kind", "mode"), KINDS)
 def test_a_picture_proves_its_size_and_format(kind, mode):
     """By its bytes, not by a name or a header of HTTP."""
     seen = decode(picture(kind, (31, 17), mode))
@@ -74,9 +81,18 @@ def test_a_picture_that_was_cut_off_is_damaged(kind, share):
     assert caught.value.type == "image_load_error"
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"<html>not found</html>", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", os.urandom(5000)]
-)
+NO_PICTURES = [b"", b"<html>not found</html>", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", bytes(range(256)) * 20]
+
+
+@pytest.mark.parametrize("missing", [1, 4, 12, 20, 60])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_a_few_bytes_missing_at_the_end_are_noticed(kind, missing):
+    """All pixels may be there: the file still is not the one that was made."""
+    with pytest.raises(PictureError):
+        decode(picture(kind, (200, 200))[:-missing])
+
+
+@pytest.mark.parametrize("data", NO_PICTURES, ids=len)
 def test_what_is_no_picture_is_refused(data):
     """With the endpoint's own word for it."""
     with pytest.raises(PictureError) as caught:
@@ -94,7 +110,9 @@ def test_a_picture_of_too_many_pixels_is_never_unpacked(side):
 
 def test_pillows_warning_of_large_pictures_is_not_ours():
     """Between its warning and our limit a picture is fine."""
-    assert decode(picture("PNG", (10_000, 9_000), "1")).width == 10_000
+    buffer = io.BytesIO()
+    Image.new("1", (10_000, 9_000)).save(buffer, "PNG")
+    assert decode(buffer.getvalue()).width == 10_000
 
 
 def test_a_picture_with_broken_metadata_is_still_one():
