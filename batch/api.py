@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from threading import Thread
@@ -34,7 +35,8 @@ from batch.run.lifecycle import State
 from batch.run.observe import Tally
 from batch.run.ports import CallFailed, Counts, Observer
 from batch.session import Plan, Request, Summary, open_planner, project, run_session, survey_of
-from batch.targets import open_target, terms_of
+from batch.targets import Terms, open_target, terms_of
+from batch.targets import live_price as ask_live_price
 from batch.version import tool_version
 
 __all__ = [
@@ -67,20 +69,29 @@ async def plan(
     *,
     config: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
+    live_price: bool = False,
 ) -> Plan:
-    """What a run would do and cost. Spends nothing, sends nothing, writes nothing.
+    """What a run would do and cost. Spends nothing, writes nothing, and sends nothing but for a live price.
 
     Args:
         manifest: CSV, TSV, JSONL or Parquet file, or a folder or glob of Parquet files.
         out: run directory of an earlier run, to count what is already done there.
         config: TOML file.
         settings: nested like the file; wins over it.
+        live_price: ask the target what it costs at present, and reckon with that. A run does not: it keeps to the
+            configured or built-in price.
 
     Raises:
         ConfigError, ManifestError, RunDirectoryError: with a sentence that says what to do.
+        AccountRefused, StoppedEarly: no live price was to be had.
     """
     resolved = _resolve(config, settings)
-    return await anyio.to_thread.run_sync(partial(_plan, Path(manifest), resolved, None if out is None else Path(out)))
+    live = None
+    if live_price:
+        live = await ask_live_price(resolved, version=tool_version(), now=partial(datetime.now, UTC))
+    terms = terms_of(resolved, live)
+    run_directory = None if out is None else Path(out)
+    return await anyio.to_thread.run_sync(partial(_plan, Path(manifest), resolved, terms, run_directory))
 
 
 async def run(
@@ -242,8 +253,7 @@ async def cancel(out: str | Path) -> Cancelled:
     return Cancelled(sum(answers.values()), answers["requested"], answers["too_late"], answers["unanswered"])
 
 
-def _plan(manifest: Path, settings: Settings, out: Path | None) -> Plan:
-    terms = terms_of(settings)
+def _plan(manifest: Path, settings: Settings, terms: Terms, out: Path | None) -> Plan:
     opened = Manifest.open(manifest, settings.limits.rows)
     file = None
     if out is not None and RunDirectory(out).journal.exists():

@@ -65,16 +65,26 @@ def plan(
     max_in_flight: InFlight = None,
     limit: Rows = None,
     on_bad_row: OnBadRow = None,
+    live_price: Annotated[
+        bool, Parameter(negative="", help="ask the target for its present price; else nothing is sent", group=_jobs)
+    ] = False,
     json: Json = False,
 ) -> int:
-    """Show what a run would do and cost. Spends nothing, sends nothing."""
+    """Show what a run would do and cost. Spends nothing, and sends nothing but for --live-price."""
     from batch import api
     from batch.manifest.survey import render_problems
 
     flags = _flags(target=target, max_in_flight=max_in_flight, limit=limit, on_bad_row=on_bad_row)
-    found = _run(lambda: api.plan(manifest, out, config=config, settings=flags))
+    found = _run(lambda: api.plan(manifest, out, config=config, settings=flags, live_price=live_price))
     if json:
-        facts = {"target": found.terms.name, "spent_usd": found.spent_usd, **found.survey.to_json()}
+        price = found.terms.price
+        facts = {
+            "target": found.terms.name,
+            "price_as_of": None if price is None else price.as_of.isoformat(),
+            "price_is_live": found.terms.live,
+            "spent_usd": found.spent_usd,
+            **found.survey.to_json(),
+        }
         _print(orjson.dumps(facts, option=orjson.OPT_INDENT_2).decode())
         return ExitCode.COMPLETE
     _print(found.terms.headline)
@@ -101,6 +111,9 @@ def run(
         str | None, Parameter(help="of the embedded echo engine, for rehearsals: 2s", group=_jobs)
     ] = None,
     slots: Annotated[int | None, Parameter(help="what the embedded endpoint does at once", group=_jobs)] = None,
+    faults: Annotated[
+        str | None, Parameter(help="rehearse failures: a faults file for the embedded endpoint", group=_jobs)
+    ] = None,
     max_in_flight: InFlight = None,
     rate: Annotated[str | None, Parameter(help="submits a second, for instance 5/s", group=_limits)] = None,
     budget: Annotated[float | None, Parameter(help="US dollars that may be spent in all", group=_limits)] = None,
@@ -126,7 +139,7 @@ def run(
     from batch.run.observe import Tally
 
     flags = _flags(
-        target=target, engine=engine, service_time=service_time, slots=slots, max_in_flight=max_in_flight,
+        target=target, engine=engine, service_time=service_time, slots=slots, faults=faults, max_in_flight=max_in_flight,
         rate=rate, budget=budget, deadline=deadline, max_failures=max_failures, limit=limit,
         download=download, on_bad_row=on_bad_row,
     )  # fmt: skip
@@ -227,17 +240,30 @@ def serve(
     data_dir: Annotated[Path, Parameter(help="queue and files live here")] = Path("restyle-data"),
     slots: Annotated[int | None, Parameter(help="requests executed at once")] = None,
     service_time: Annotated[str, Parameter(help="of the echo engine: 2s")] = "0",
+    price: Annotated[float, Parameter(help="US dollars a megapixel, as its platform API tells it")] = 0.0,
+    faults: Annotated[Path | None, Parameter(help="commit the faults of this file on purpose")] = None,
+    keys: Annotated[Path | None, Parameter(help="file with the keys of those who may ask")] = None,
+    new_key: Annotated[str | None, Parameter(help="add a key of that name to the keys file, show it and end")] = None,
+    allow_private: Annotated[
+        bool, Parameter(negative="", help="fetch from, and call, loopback and private addresses too")
+    ] = False,
 ) -> int:
     """Run the endpoint on this machine: the same API as fal's, nothing to pay."""
     from batch.config import parse_duration
+    from batch.server.keys import load_keys
     from batch.server.serve import ServeOptions, run_server
 
+    if new_key is not None:
+        return _new_key(keys, new_key)
     try:
         seconds = parse_duration(service_time)
     except ValueError as error:
         return _fail(str(error), ExitCode.BAD_INPUT)
     assert isinstance(seconds, float)
-    options = ServeOptions(data_dir=data_dir, host=host, port=port, engine=engine, slots=slots, service_time=seconds)
+    options = ServeOptions(
+        data_dir=data_dir, host=host, port=port, engine=engine, slots=slots, service_time=seconds,
+        price_usd=price, faults=faults, keys=load_keys(keys, os.environ), allow_private=allow_private,
+    )  # fmt: skip
     run_server(options, ready=lambda url: _print(f"serving {engine} at {url}  (Ctrl-C stops)", flush=True))
     return ExitCode.COMPLETE
 
@@ -324,6 +350,7 @@ _PLACES = {
     "engine": ("target", "engine"),
     "service_time": ("target", "service_time"),
     "slots": ("target", "slots"),
+    "faults": ("target", "faults"),
     "max_in_flight": ("limits", "max_in_flight"),
     "rate": ("limits", "submits_per_second"),
     "budget": ("limits", "budget_usd"),
@@ -423,6 +450,19 @@ def _conclude(summary: Any, *, quiet: bool, log_format: str) -> None:
     _print(f"results   {summary.results}")
     if summary.images is not None:
         _print(f"pictures  {summary.images}")
+
+
+def _new_key(path: Path | None, name: str) -> int:
+    """The key alone goes to standard output, for a script to catch; it is shown this once."""
+    import secrets
+
+    from batch.server.keys import add_key
+
+    if path is None:
+        return _fail(f"--new-key {name} needs --keys FILE, where its hash is kept", ExitCode.BAD_INPUT)
+    _print(add_key(path, name, secrets.token_urlsafe(32)))
+    print(f"kept as a hash in {path}; give the key to {name} as FAL_KEY, it cannot be shown again", file=sys.stderr)
+    return ExitCode.COMPLETE
 
 
 def _age(at: float) -> str:

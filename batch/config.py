@@ -53,6 +53,13 @@ __all__ = [
 _UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(ms|s|m|h|d)?\s*")
 _ENVIRONMENT_PREFIX = "RESTYLE_"
+_REFUSED = {
+    "sync_mode": "its results are data URIs, kept for about six minutes and in no history; leave it out, restyle"
+    " downloads the pictures",
+    "store_io": "without stored payloads a result is kept for an hour at most, and a submit whose answer is lost cannot"
+    " be found again; leave it out",
+}
+"""Wishes that would lose what is paid for, each with the reason."""
 _ROW_INPUTS = frozenset(ImageToImageInput.model_fields) - {"image_url", "sync_mode"}
 
 
@@ -115,6 +122,8 @@ class TargetSettings(_Section):
     """Of the embedded `echo` engine."""
     slots: Annotated[int | None, Field(ge=1)] = None
     """Requests that the embedded endpoint executes at once; default: one a core, 32 for `echo`."""
+    faults: str | None = None
+    """Rehearse failures: a faults file for the embedded endpoint."""
 
     @field_validator("name")
     @classmethod
@@ -199,6 +208,8 @@ class Settings(BaseSettings):
     @classmethod
     def _axes(cls, axes: dict[str, list[Any]]) -> dict[str, list[Any]]:
         for name, values in axes.items():
+            if refusal := _refusal(name):
+                raise ValueError(refusal)
             if name not in _ROW_INPUTS:
                 near = difflib.get_close_matches(name, sorted(_ROW_INPUTS), 1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -273,7 +284,7 @@ def _check_environment(environment: Mapping[str, str]) -> None:
         upper = name.upper()
         swept = upper.startswith(f"{_ENVIRONMENT_PREFIX}SWEEP__")
         if upper.startswith(_ENVIRONMENT_PREFIX) and upper not in known and not swept:
-            raise ConfigError(f"the environment variable {name} is not known{_nearest(upper, known)}")
+            raise ConfigError(_refusal(name) or f"the environment variable {name} is not known{_nearest(upper, known)}")
 
 
 def _explain(error: ValidationError, source: str) -> str:
@@ -282,11 +293,19 @@ def _explain(error: ValidationError, source: str) -> str:
     for problem in error.errors():
         where = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("constrained", "literal")))
         if problem["type"] == "extra_forbidden":
-            lines.append(f"unknown key {where}{_nearest(where, _known_keys())}")
+            within = problem["input"] if isinstance(problem["input"], dict) else ()
+            refused = next(filter(None, map(_refusal, [where, *within])), None)
+            lines.append(refused or f"unknown key {where}{_nearest(where, _known_keys())}")
         else:
             message = problem["msg"].removeprefix("Value error, ")
             lines.append(f"{where} = {problem['input']!r}: {message[0].lower()}{message[1:]}")
     return f"{source}: " + "; ".join(dict.fromkeys(lines))
+
+
+def _refusal(name: str) -> str | None:
+    """Why a key is refused, however it is spelled: `input.sync_mode`, `target.headers.X-Fal-Store-IO`, ..."""
+    plain = name.lower().replace("-", "_")
+    return next((f"{name} is refused: {reason}" for word, reason in _REFUSED.items() if plain.endswith(word)), None)
 
 
 def _known_keys() -> set[str]:

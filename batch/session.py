@@ -301,11 +301,13 @@ def _policy(request: Request, *, idempotent: bool) -> Policy:
         attempts=limits.attempts,
         idempotent=idempotent,
         retry_failed=request.retry_failed,
+        collect_only=request.collect_only,
         resubmit_unknown_after=seconds if isinstance(seconds, float) else None,
         drain=limits.drain,
         deadline=limits.deadline,
         max_failures=int(failures) if failures and not failures.endswith("%") else None,
         max_failure_share=float(failures[:-1]) / 100 if failures.endswith("%") else None,
+        keeps_results=idempotent,  # our own server, the only one that says so, keeps them
         target=settings.target.name,
     )
 

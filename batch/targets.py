@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from datetime import date
+from dataclasses import dataclass, replace
+from datetime import date, datetime
 from pathlib import Path
+from random import Random
 from typing import NamedTuple
 
 import aiohttp
+import anyio
 import orjson
 from pydantic import SecretStr
+from tenacity import stop_after_attempt
 
 from batch.config import Settings, api_key
-from batch.errors import ConfigError
+from batch.errors import AccountRefused, ConfigError, RestyleError, StoppedEarly
 from batch.fal.client import FalClient
 from batch.fal.protocol import FAL, Origins
 from batch.run.budget import PRICES, Price
+from batch.run.ports import CallFailed, Trouble
+from batch.run.retry import reading
 
-__all__ = ["Connection", "Terms", "open_target", "terms_of"]
+__all__ = ["Connection", "LivePrice", "Terms", "live_price", "open_platform", "open_target", "terms_of"]
 
 _LOCAL_ECHO_SLOTS = 32
 _FAL_SECONDS = 6.0
 """Of 38 steps at one megapixel on a data-centre GPU, by published figures (4 - 9 s)."""
 _PREVIEW_SECONDS = 0.15
+_PRICE_READS = 4
+_PRICE_SECONDS = 30.0
+_MEGAPIXELS = frozenset({"megapixel", "megapixels", "mp"})
+"""fal's pages say `megapixels`; the word is not written down as a promise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +50,8 @@ class Terms:
     """What a plan reckons for one job. A guess; a run learns the truth."""
     headline: str
     """The first line that a person sees: where the pictures go, and what it costs."""
+    live: bool = False
+    """Whether the price was asked for just now."""
 
     @property
     def paid(self) -> bool:
@@ -48,14 +59,30 @@ class Terms:
         return self.name == "fal" and self.price is not None
 
 
-def terms_of(settings: Settings) -> Terms:
-    """The terms of the configured target.
+class LivePrice(NamedTuple):
+    """What the platform API said."""
+
+    price: Price
+    read_at: datetime
+
+
+def terms_of(settings: Settings, live: LivePrice | None = None) -> Terms:
+    """The terms of the configured target; `live` takes the place of the configured or built-in price.
 
     Raises:
         ConfigError: fal, and no price is known for the app.
     """
+    known = _terms_of(settings, _price(settings) if live is None else live.price)
+    if live is None:
+        return known
+    usual = _price(settings)
+    words = "none" if usual is None else f"${usual.usd_per_megapixel:g} as of {usual.as_of}"
+    when = f"read at {live.read_at:%Y-%m-%d %H:%M} UTC"
+    return replace(known, headline=f"{known.headline}, {when} (a run reckons with its own price: {words})", live=True)
+
+
+def _terms_of(settings: Settings, price: Price | None) -> Terms:
     target, limits = settings.target, settings.limits
-    price = _price(settings)
     rate = limits.submits_per_second
     if target.name == "fal":
         if price is None:
@@ -112,7 +139,11 @@ async def open_target(settings: Settings, endpoint_directory: Path, *, version: 
         slots = target.slots or (_LOCAL_ECHO_SLOTS if target.engine == "echo" else None)
         async with (
             embedded_endpoint(
-                endpoint_directory, engine=target.engine, slots=slots, service_time=target.service_time
+                endpoint_directory,
+                engine=target.engine,
+                slots=slots,
+                service_time=target.service_time,
+                faults=None if target.faults is None else Path(target.faults),
             ) as endpoint,
             _client(settings, Origins.of_server(endpoint.url), version, key=False) as client,
         ):
@@ -120,6 +151,60 @@ async def open_target(settings: Settings, endpoint_directory: Path, *, version: 
     else:
         async with _client(settings, Origins.of_server(target.name), version, key=True) as client:
             yield Connection(client, idempotent=await _honours_keys(target.name))
+
+
+@asynccontextmanager
+async def open_platform(settings: Settings, *, version: str) -> AsyncIterator[FalClient]:
+    """Connect to the target's platform API (prices, bills) and to nothing else; nothing is sent by opening it.
+
+    Raises:
+        ConfigError: the target has none, or no key is set for it.
+    """
+    name = settings.target.name
+    if name == "local":
+        raise ConfigError("the embedded endpoint costs nothing: it has no price and sends no bills")
+    if name == "fal" and _key() is None:
+        raise ConfigError("FAL_KEY is not set; export FAL_KEY=key_id:key_secret")
+    async with _client(settings, FAL if name == "fal" else Origins.of_server(name), version, key=True) as client:
+        yield client
+
+
+async def live_price(settings: Settings, *, version: str, now: Callable[[], datetime]) -> LivePrice:
+    """Ask the target what the app costs at present.
+
+    Raises:
+        ConfigError: the target has no price for it, or none by the megapixel.
+        AccountRefused: the key is not good for it.
+        StoppedEarly: no answer; another try may help.
+    """
+    async with open_platform(settings, version=version) as client:
+        try:
+            with anyio.fail_after(_PRICE_SECONDS):
+                usd, unit = await reading(client.price, Random(), stop=stop_after_attempt(_PRICE_READS))
+        except (CallFailed, TimeoutError) as error:
+            raise _unpriced(settings, error) from error
+    if unit.lower() not in _MEGAPIXELS:
+        raise ConfigError(
+            f"{settings.target.name} prices {settings.target.app} by {unit!r}, not by the megapixel; work out what that"
+            " means and set [price] usd_per_megapixel"
+        )
+    at = now()
+    return LivePrice(Price(usd, at.date()), at)
+
+
+def _unpriced(settings: Settings, error: CallFailed | TimeoutError) -> RestyleError:
+    name = settings.target.name
+    trouble = error.trouble if isinstance(error, CallFailed) else Trouble("price", "timeout", detail="timeout")
+    reply = trouble.reply
+    if reply is not None and reply.status in {401, 402, 403}:
+        return AccountRefused(f"{name} refused the key for its price list (HTTP {reply.status}); is FAL_KEY right?")
+    without = "or plan without --live-price"
+    refused = reply is not None and 400 <= reply.status < 500 and reply.status != 429
+    if refused or trouble.transport == "malformed":
+        return ConfigError(
+            f"{name} has no price for {settings.target.app} ({trouble.detail}); set price.usd_per_megapixel, {without}"
+        )
+    return StoppedEarly(f"the price could not be read from {name} ({trouble.detail}); try again, {without}")
 
 
 def _client(settings: Settings, origins: Origins, version: str, *, key: bool) -> FalClient:

@@ -134,12 +134,21 @@ class FalClient:
         await self._exchange("upload", Call("PUT", upload_url, {"content-type": content_type}, data), key=False)
         return file_url
 
-    async def listing(self, start: float, end: float, cursor: str | None) -> platform.Page:
+    async def listing(
+        self, start: float, end: float, cursor: str | None, limit: int = platform.PAGE_LIMIT
+    ) -> platform.Page:
         """Read one page of the platform's request listing, once; instants in Unix seconds."""
-        call = platform.listing_call(self._origins, self._app, start=start, end=end, cursor=cursor)
+        call = platform.listing_call(self._origins, self._app, start=start, end=end, cursor=cursor, limit=limit)
         reply = await self._exchange("listing", call)
         with _reading("listing"):
             return platform.read_listing(reply)
+
+    async def billing(self, start: float, end: float, cursor: str | None) -> platform.BillPage:
+        """Read one page of the endpoint's billing events, once; instants in Unix seconds, at most 90 days apart."""
+        call = platform.billing_call(self._origins, self._app, start=start, end=end, cursor=cursor)
+        reply = await self._exchange("billing", call)
+        with _reading("billing"):
+            return platform.read_billing(reply)
 
     async def price(self) -> tuple[float, str]:
         """Read the endpoint's present unit price in US dollars, and its unit."""
@@ -165,7 +174,14 @@ class FalClient:
         return protocol.ticket_call(self._origins, self._app, ticket, operation)
 
     async def _exchange(self, phase: str, call: Call, *, key: bool = True) -> Reply:
-        return _successful(phase, await self._request(phase, call, JSON_LIMIT_BYTES, key=key))
+        return _successful(phase, self._without_key(await self._request(phase, call, JSON_LIMIT_BYTES, key=key)))
+
+    def _without_key(self, reply: Reply) -> Reply:
+        """A service that echoes the key, in an error message say, does not bring it into our journal and log."""
+        key = b"" if self._key is None else self._key.get_secret_value().encode()
+        if not key or key not in reply.body:
+            return reply
+        return Reply(reply.status, reply.body.replace(key, b"[key]"), reply.headers)
 
     async def _request(self, phase: str, call: Call, limit_bytes: int, *, key: bool) -> Reply:
         assert self._session is not None, "use `async with FalClient(...)`"

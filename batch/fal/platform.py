@@ -13,17 +13,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeGuard, TypeVar
 from urllib.parse import urlencode
 from uuid import UUID
 
-from batch.fal.protocol import Call, Malformed, Origins, Reply, json_reply, read_object
+from batch.fal.protocol import Call, Malformed, Origins, Reply, is_plain_id, json_reply, read_object
 from batch.model import AppId, Json, JsonObject, RequestId
 
 __all__ = [
     "BILLING_LIMIT",
+    "BILLING_SPAN",
     "ID_LIMIT",
     "PAGE_LIMIT",
+    "Bill",
+    "BillPage",
     "BillingQuery",
     "Charge",
     "Estimate",
@@ -34,6 +37,7 @@ __all__ = [
     "Page",
     "PlatformError",
     "SortBy",
+    "billing_call",
     "billing_reply",
     "cursor_of",
     "estimate_reply",
@@ -44,6 +48,7 @@ __all__ = [
     "platform_error_reply",
     "pricing_call",
     "pricing_reply",
+    "read_billing",
     "read_billing_query",
     "read_estimate",
     "read_listing",
@@ -60,6 +65,7 @@ ID_LIMIT = 50
 """The most ids that one call may name."""
 DAY = 86400.0
 BILLING_SPAN = 90 * DAY
+"""The longest window that one call for billing events may name."""
 _LAST_PAGE = 10**9
 """Beyond it no cursor was ever given out; an offset has to fit an SQLite integer."""
 _NANO = 1_000_000_000
@@ -92,14 +98,16 @@ class Page:
 # --- client role ------------------------------------------------------------------------------------------
 
 
-def listing_call(origins: Origins, app: AppId, *, start: float, end: float, cursor: str | None = None) -> Call:
+def listing_call(
+    origins: Origins, app: AppId, *, start: float, end: float, cursor: str | None = None, limit: int = PAGE_LIMIT
+) -> Call:
     """List the endpoint's requests between two instants (`end` exclusive), with their payloads."""
     query = {
         "endpoint_id": app,
         "start": _iso(start),
         "end": _iso(end),
         "expand": "payloads",
-        "limit": str(PAGE_LIMIT),
+        "limit": str(limit),
     }
     if cursor is not None:
         query["cursor"] = cursor
@@ -123,8 +131,8 @@ def read_listing(reply: Reply) -> Page:
 
 
 def _listed(item: Json) -> Listed:
-    if not isinstance(item, dict) or not isinstance(item.get("request_id"), str):
-        raise Malformed("the request listing has an item without request_id")
+    if not isinstance(item, dict) or not is_plain_id(item.get("request_id")):
+        raise Malformed("the request listing has an item without a usable request_id")
     code, sent, output = item.get("status_code"), item.get("json_input"), item.get("json_output")
     return Listed(
         RequestId(str(item["request_id"])),
@@ -136,6 +144,66 @@ def _listed(item: Json) -> Listed:
         sent if isinstance(sent, dict) else None,
         output if isinstance(output, dict) else None,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Bill:
+    """One billing event as its payer reads it."""
+
+    request_id: RequestId
+    at: float
+    """Unix seconds."""
+    units: float
+    usd: float
+    """What it cost, discounts taken off."""
+
+
+class BillPage(NamedTuple):
+    """One page of billing events."""
+
+    bills: tuple[Bill, ...]
+    next_cursor: str | None
+
+
+def billing_call(origins: Origins, app: AppId, *, start: float, end: float, cursor: str | None = None) -> Call:
+    """Ask for the endpoint's billing events between two instants, at most `BILLING_SPAN` apart; scope ADMIN."""
+    query = {"endpoint_id": app, "start": _iso(start), "end": _iso(end), "limit": str(BILLING_LIMIT)}
+    if cursor is not None:
+        query["cursor"] = cursor
+    return Call("GET", f"{origins.platform}/models/billing-events?{urlencode(query)}")
+
+
+def read_billing(reply: Reply) -> BillPage:
+    """One page.
+
+    Raises:
+        Malformed: it has not the documented shape: then nothing may be concluded from it.
+    """
+    answer = read_object(reply.body)
+    events, cursor, more = answer.get("billing_events"), answer.get("next_cursor"), answer.get("has_more")
+    if not isinstance(events, list):
+        raise Malformed("the answer has no billing_events")
+    if more is True and not isinstance(cursor, str):
+        raise Malformed("the billing events say that there is more, and not where")
+    following = cursor if more is True and isinstance(cursor, str) else None
+    return BillPage(tuple(_bill(event) for event in events), following)
+
+
+def _bill(event: Json) -> Bill:
+    if not isinstance(event, dict) or not isinstance(event.get("request_id"), str):
+        raise Malformed("a billing event has no request_id")
+    at, units, usd = _instant(event.get("timestamp")), event.get("output_units"), event.get("cost_total")
+    if usd is None:  # fal's page shows both; the whole number is exact
+        nano = event.get("cost_estimate_nano_usd")
+        usd = nano / _NANO if _is_amount(nano) else None
+    if at is None or not _is_amount(units) or not _is_amount(usd):
+        raise Malformed(f"the billing event of {str(event['request_id'])[:60]!r} lacks its time, units or cost")
+    return Bill(RequestId(str(event["request_id"])), at, float(units), float(usd))
+
+
+def _is_amount(value: Json) -> TypeGuard[int | float]:
+    """A number from 0 on; orjson reads no NaN."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
 
 
 def pricing_call(origins: Origins, app: AppId) -> Call:

@@ -8,6 +8,7 @@ differ from its pages, the comment says so. Pure.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -40,6 +41,7 @@ __all__ = [
     "cancel_reply",
     "completed_reply",
     "error_body_of",
+    "is_plain_id",
     "json_reply",
     "model_error_reply",
     "origin_of",
@@ -173,6 +175,7 @@ class App(NamedTuple):
     path: str
 
 
+_PLAIN_ID = re.compile(r"(?=[-_]*[A-Za-z0-9])[A-Za-z0-9_-]{1,200}")
 _NAMESPACES = frozenset({"workflows", "comfy"})
 _TAILS = {
     "": Operation.RESULT,
@@ -279,7 +282,7 @@ def read_ticket(reply: Reply) -> Ticket:
     """
     answer = read_object(reply.body)
     request_id = answer.get("request_id")
-    if not isinstance(request_id, str) or not _plain_id(request_id):
+    if not is_plain_id(request_id):
         raise Malformed("the answer to the submit has no usable request_id")
     urls = (answer.get(name) for name in ("status_url", "response_url", "cancel_url"))
     return Ticket(RequestId(request_id), *(url if isinstance(url, str) else "" for url in urls))
@@ -507,6 +510,6 @@ def _number(value: Json) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _plain_id(text: str) -> bool:
-    """A request id becomes part of URLs that we build: letters, digits, dash and underscore only."""
-    return 0 < len(text) <= 200 and text.replace("-", "").replace("_", "").isalnum() and text.isascii()
+def is_plain_id(text: Json) -> TypeGuard[str]:
+    """A request id becomes part of URLs that we build: up to 200 letters, digits, dashes and underscores only."""
+    return isinstance(text, str) and _PLAIN_ID.fullmatch(text) is not None

@@ -20,7 +20,7 @@ from batch.model import Answer, JobKey, Json, JsonObject
 from batch.run.lifecycle import State
 from batch.run.ports import Outcome
 
-__all__ = ["IMAGE", "INPUT_COLUMNS", "OWN_SCHEMA", "TIMINGS", "OnBadRow", "record_batch", "results_schema"]
+__all__ = ["IMAGE", "INPUT_COLUMNS", "OWN_SCHEMA", "TIMINGS", "OnBadRow", "record_batch", "results_schema", "status_of"]
 
 OnBadRow: TypeAlias = Literal["fail", "skip"]
 
@@ -97,6 +97,11 @@ _STATUS = {
     State.FAILED: "failed",
     State.UNKNOWN: "unknown",
 }
+
+
+def status_of(state: State) -> str:
+    """The word for a job's state in the column `status`."""
+    return _STATUS[state]
 
 
 def results_schema(manifest: pa.Schema) -> pa.Schema:

@@ -68,6 +68,7 @@ class Gate:
         self._stop_called = anyio.Event()
         self._moved = anyio.Event()
         self._reserving: set[str] = set()
+        self._spent_before = budget.spent
         self._inside = 0
         self._noticed_at: dict[str, float] = {}
 
@@ -102,6 +103,8 @@ class Gate:
             return False
         self._window.entered()
         self._inside += 1
+        if course.reserved_usd:  # of an earlier run: its end frees money, so that it is worth waiting for
+            self._reserving.add(course.key)
         course.in_window = True
         return True
 
@@ -162,7 +165,7 @@ class Gate:
         self._budget.settle(course.reserved_usd, cost)
         course.reserved_usd = 0.0
         self._reserving.discard(course.key)
-        self._observer.happened("spent", total_usd=self._budget.spent)
+        self._observer.happened("spent", usd=self._budget.spent - self._spent_before, total_usd=self._budget.spent)
         self._wake()
         return cost
 

@@ -178,6 +178,25 @@ CROSS JOIN jobs AS j ON j.key = wanted.value
 LEFT JOIN outcomes AS a ON a.id = j.answer_id
 LEFT JOIN outcomes AS e ON e.id = j.end_id
 
+-- name: jobs_after
+SELECT j.id, j.key, j.state, j.request_id, j.reserved_usd, j.cost_usd, a.output, e.images
+FROM jobs AS j
+LEFT JOIN outcomes AS a ON a.id = j.answer_id
+LEFT JOIN outcomes AS e ON e.id = j.end_id
+WHERE j.id > ? ORDER BY j.id LIMIT ?
+
+-- name: jobs_of
+SELECT j.id, j.key, j.state, j.request_id, j.reserved_usd, j.cost_usd, a.output, e.images
+FROM json_each(?) AS wanted
+CROSS JOIN jobs AS j ON j.key = wanted.value
+LEFT JOIN outcomes AS a ON a.id = j.answer_id
+LEFT JOIN outcomes AS e ON e.id = j.end_id
+
+-- name: ended_after
+SELECT o.id, j.key, o.request_id, o.at, o.happening = 'fail', o.billable_units, o.cost_usd
+FROM outcomes AS o JOIN jobs AS j ON j.id = o.job_id
+WHERE o.id > ? AND o.happening <> 'finish' ORDER BY o.id LIMIT ?
+
 -- name: count_states
 SELECT state, count(*) FROM jobs GROUP BY state
 

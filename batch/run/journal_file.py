@@ -29,7 +29,7 @@ from batch.run.ledger import JobRow, Ledger, slim_body
 from batch.run.lifecycle import OPEN, State
 from batch.run.ports import Counts, Entry, Event, Known, Outcome, Uploaded
 
-__all__ = ["APPLICATION_ID", "SCHEMA_VERSION", "Finishes", "JournalFile", "Session"]
+__all__ = ["APPLICATION_ID", "SCHEMA_VERSION", "Ended", "Finishes", "JournalFile", "Kept", "Session"]
 
 APPLICATION_ID = 0x52535459
 """`RSTY`, in the header of the file: another program's database is refused, not written to."""
@@ -60,6 +60,34 @@ class Finishes:
 
     count: int
     last_at: float
+
+
+class Kept(NamedTuple):
+    """One job as an audit looks at it."""
+
+    id: int
+    """Rises in the order of first mention."""
+    key: JobKey
+    state: State
+    request_id: RequestId | None
+    reserved_usd: float
+    cost_usd: float | None
+    promised: int | None
+    """Pictures in its stored answer; None where no answer is stored."""
+    images: tuple[StoredImage, ...] | None
+    """Pictures noted when it was finished; None where it was not."""
+
+
+class Ended(NamedTuple):
+    """How one request, of whatever attempt, was answered or failed."""
+
+    id: int
+    job_key: JobKey
+    request_id: RequestId | None
+    at: float
+    failed: bool
+    billable_units: float | None
+    cost_usd: float | None
 
 
 class JournalFile:
@@ -258,6 +286,18 @@ class JournalFile:
         """What the results table shows of those of the keys that the journal knows; a few thousand at a time."""
         return {row[0]: _outcome(row) for row in self._all("read_outcomes", [_json(keys)])}
 
+    def jobs_after(self, row_id: int, count: int) -> list[Kept]:
+        """The next jobs behind that row id, at most `count`: all of them, a page at a time."""
+        return [_kept(row) for row in self._all("jobs_after", [row_id, count])]
+
+    def jobs_of(self, keys: Sequence[JobKey]) -> dict[JobKey, Kept]:
+        """Those of the keys that the journal knows; a few thousand at a time."""
+        return {row[1]: _kept(row) for row in self._all("jobs_of", [_json(keys)])}
+
+    def ended_after(self, row_id: int, count: int) -> list[Ended]:
+        """The next answers and failures behind that row id, those of earlier attempts included."""
+        return [Ended(*row[:4], bool(row[4]), *row[5:]) for row in self._all("ended_after", [row_id, count])]
+
     def get_many(self, keys: Sequence[FileKey]) -> dict[FileKey, FileFact]:
         """Those of the local pictures that were read before and have not changed since."""
         found: dict[FileKey, FileFact] = {}
@@ -313,6 +353,21 @@ def _entry(row: tuple[Any, ...]) -> Entry:
         ticket=None if request_id is None else Ticket(RequestId(request_id), *urls),
         answer=None if output is None else Answer(orjson.loads(output), units, engine),
         reserved_usd=reserved,
+    )
+
+
+def _kept(row: tuple[Any, ...]) -> Kept:
+    row_id, key, state, request_id, reserved, cost, output, images = row
+    promised = None if output is None else orjson.loads(output).get("images")
+    return Kept(
+        row_id,
+        key,
+        _STATES[state],
+        request_id,
+        reserved,
+        cost,
+        None if promised is None else len(promised),
+        None if images is None else tuple(StoredImage(*image) for image in orjson.loads(images)),
     )
 
 

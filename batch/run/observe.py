@@ -6,9 +6,11 @@ carry a stable `action` word, so that they can be searched.
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -53,6 +55,8 @@ class Tally(Observer):
     held: int = 0
     in_flight: int = 0
     spent_usd: float = 0.0
+    """By this run; `spent_total_usd` by all runs of its directory."""
+    spent_total_usd: float = 0.0
     errors: Counter[str] = field(default_factory=Counter)
     note: str = ""
     """The last thing that slows the run down: a pause, a refused key, a service that does not answer."""
@@ -76,8 +80,9 @@ class Tally(Observer):
             case "ended":
                 self.in_flight -= 1
             case "spent":
-                cost = facts.get("total_usd")
-                self.spent_usd = float(cost) if isinstance(cost, int | float) else self.spent_usd
+                cost, total = facts.get("usd"), facts.get("total_usd")
+                if isinstance(cost, int | float) and isinstance(total, int | float):
+                    self.spent_usd, self.spent_total_usd = float(cost), float(total)
             case "paused" | "unreachable" | "stopping":
                 self.note = f"{action}: {facts.get('reason', '')}"
             case _:
@@ -88,13 +93,17 @@ class Tally(Observer):
         parts = [f"{self.done}/{self.jobs} done", f"{self.failed} failed", f"{self.in_flight} in flight"]
         if self.held:
             parts.append(f"{self.held} unknown")
-        if self.spent_usd:
-            parts.append(f"${self.spent_usd:.2f} spent")
+        if self.spent_total_usd:
+            earlier = self.spent_total_usd - self.spent_usd > 0.005
+            in_all = f" (${self.spent_total_usd:,.2f} with earlier runs)" if earlier else ""
+            parts.append(f"${self.spent_usd:,.2f} spent{in_all}")
         return ", ".join(parts) + (f" ({self.note})" if self.note else "")
 
 
 class ProgressBar(Observer):
     """One tqdm bar on a terminal."""
+
+    _SHOWN = frozenset({"done", "failed", "held", "paused", "stopping", "unreachable", "warning"})
 
     def __init__(self, tally: Tally, stream: TextIO) -> None:
         self._tally, self._stream = tally, stream
@@ -113,12 +122,14 @@ class ProgressBar(Observer):
 
     def happened(self, action: str, **facts: Json) -> None:
         """Move it on for each job that ended; tqdm itself decides when to redraw."""
-        if self._bar is None or action not in {"done", "failed", "held", "paused", "stopping", "unreachable"}:
+        if self._bar is None or action not in self._SHOWN:
             return
         tally = self._tally
-        shown = {"failed": tally.failed, "in_flight": tally.in_flight}
-        if tally.spent_usd:
-            shown["$"] = round(tally.spent_usd, 2)  # type: ignore[assignment]  # tqdm shows any value
+        shown: dict[str, int | str] = {"failed": tally.failed, "in_flight": tally.in_flight}
+        if tally.spent_total_usd:
+            shown["$"] = f"{tally.spent_usd:,.2f}"
+            if tally.spent_total_usd - tally.spent_usd > 0.005:
+                shown["$ in all"] = f"{tally.spent_total_usd:,.2f}"
         self._bar.set_postfix(shown, refresh=False)
         if action in {"done", "failed", "held"}:
             self._bar.update(1)
@@ -166,6 +177,7 @@ class PlainLines(Observer):
                 "failed": tally.failed,
                 "in_flight": tally.in_flight,
                 "spent_usd": round(tally.spent_usd, 4),
+                "spent_total_usd": round(tally.spent_total_usd, 4),
             }
             text = orjson.dumps(line).decode()
         print(text, file=self._stream, flush=True)
@@ -189,6 +201,8 @@ class JsonLog(Observer):
     def __enter__(self) -> Self:
         try:
             self._file = self._path.open("ab")
+            if _is_torn(self._path):  # a full disk cut the last line off: the next one is not lost with it
+                self._file.write(b"\n")
         except OSError as error:
             raise StorageError(f"{self._path} cannot be written: {error.strerror}; free or unlock the disk") from error
         return self
@@ -212,12 +226,22 @@ class JsonLog(Observer):
             if (now := time.monotonic()) - self._flushed_at > self.FLUSH_SECONDS:
                 self._file.flush()
                 self._flushed_at = now
-        except OSError:
-            self._file = None  # a full disk stops the run through the journal, with a sentence
+        except OSError:  # a full disk stops the run through the journal, with a sentence
+            with suppress(OSError):
+                self._file.close()
+            self._file = None
 
     def expected(self, jobs: int, already_done: int) -> None:
         """Append the totals."""
         self.happened("expected", jobs=jobs, already_done=already_done)
+
+
+def _is_torn(path: Path) -> bool:
+    with path.open("rb") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
 
 
 def _timestamp() -> str:

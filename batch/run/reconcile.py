@@ -1,30 +1,32 @@
 """Unknown submits: find out through the platform's request listing whether they were accepted.
 
 `match` is pure and decides; `Reconciler` reads pages and has the adoption written down. A job is adopted only
-where exactly one listed request bears every key that was sent, in its window of time. Everything else, two
-matches, a request whose input is not shown, a page that failed, leaves it unknown: absence proves nothing,
-because requests that still wait may not be listed and the listing lags.
+where exactly one listed request bears every key that was sent, in its window of time, and no other unknown
+submit lays claim to it. Everything else, two matches, a request whose input is not shown, a page that failed,
+leaves it unknown: absence proves nothing, because requests that still wait may not be listed and the listing
+lags.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import partial
 from random import Random
 from typing import NamedTuple, Protocol
 
+import anyio
 import orjson
 from tenacity import stop_after_attempt
 
-from batch.fal.platform import Listed, Page, minted_at
-from batch.model import Json, JsonObject, RequestId, Ticket
+from batch.fal.platform import PAGE_LIMIT, Listed, Page, minted_at
+from batch.model import JobKey, Json, JsonObject, RequestId, Ticket
 from batch.run.lifecycle import State
 from batch.run.ports import Accepted, CallFailed, Entry, Journal, Observer
 from batch.run.retry import reading
 
-__all__ = ["Finding", "Found", "Listing", "Reconciler", "Settled", "match", "same_input", "windows"]
+__all__ = ["Finding", "Found", "Listing", "Reconciler", "Search", "Settled", "Window", "match", "same_input", "windows"]
 
 BEFORE_SECONDS = 300.0
 """The clocks of two machines differ, and which of its instants the listing filters on is not documented."""
@@ -32,6 +34,14 @@ AFTER_SECONDS = 900.0
 """A submit may have hung for its whole timeout before it was accepted, and the listing filter may mean the end."""
 _READS = 5
 """Tries at one page. A page that cannot be read leaves its window's jobs unknown."""
+_PAGE_SECONDS = 60.0
+"""For all tries at one page, whatever `Retry-After` says: a listing that is not to be had must not hold up a run."""
+_PAGE_SIZES = (PAGE_LIMIT, 10, 1)
+"""Requests a page. Inputs that carry their picture make a page too large to be read: then fewer are asked for."""
+_PAGES = 10_000
+"""Of one window; a listing of more does not end."""
+_UNREADABLE_WINDOWS = 3
+"""So many, and the rest of this time's are not tried: the listing is out of order, and each try takes its time."""
 
 
 class Finding(StrEnum):
@@ -117,11 +127,71 @@ def windows(entries: Sequence[Entry], now: float) -> list[Window]:
     ]
 
 
+class Search:
+    """One window's search: is given its pages, keeps what may be one of its submits, and concludes at the end.
+
+    A busy account has many more requests in a window than unknown submits: only those that bear one's seed, or
+    show no input at all, are kept. Every job has a seed before it is sent.
+    """
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        self._entries = entries
+        self._seeds = [_seed_of(orjson.loads(entry.body)) for entry in entries]
+        self._by_seed: dict[str, dict[RequestId, Listed]] = {seed: {} for seed in self._seeds}
+        self._hidden: dict[RequestId, Listed] = {}
+        self._shown: set[RequestId] = set()
+
+    def take(self, items: Iterable[Listed]) -> None:
+        """One page. Pages shift while they are read: a request that comes twice counts once, as it was shown last."""
+        for item in items:
+            if item.input is None:
+                self._hidden[item.request_id] = item
+                continue
+            for seed in {_seed_of(item.input), _NO_SEED} & self._by_seed.keys():
+                self._by_seed[seed][item.request_id] = item
+                self._shown.add(item.request_id)
+
+    def ids(self) -> list[RequestId]:
+        """Of everything that was kept."""
+        return [*self._shown, *self._hidden]
+
+    def findings(self, known: Collection[str]) -> dict[JobKey, Found]:
+        """Decide about each submit of the window; `known` as for `match`."""
+        hidden = [item for item in self._hidden.values() if item.request_id not in self._shown]
+        found: dict[JobKey, Found] = {}
+        for entry, seed in zip(self._entries, self._seeds, strict=True):
+            found[entry.job_key] = match(entry, [*self._by_seed[seed].values(), *hidden], known)
+        claims = Counter(finding.request_id for finding in found.values() if finding.request_id is not None)
+        for key, finding in found.items():
+            if finding.request_id is not None and claims[finding.request_id] > 1:
+                found[key] = Found(Finding.AMBIGUOUS)
+        return found
+
+
+_NO_SEED = ""
+
+
+def _seed_of(values: JsonObject) -> str:
+    """The same for equal numbers, whatever their type. What is no whole number is left to the comparison."""
+    seed = values.get("seed")
+    if isinstance(seed, int | float) and not isinstance(seed, bool) and seed == int(seed):
+        return str(int(seed))
+    return _NO_SEED
+
+
 class Listing(Protocol):
     """The platform's request listing; raises `CallFailed`."""
 
-    async def listing(self, start: float, end: float, cursor: str | None) -> Page:
-        """One page, payloads included."""
+    async def listing(self, start: float, end: float, cursor: str | None, limit: int) -> Page:
+        """One page of at most so many requests, payloads included."""
+
+
+class _Unreadable(Exception):
+    """A window's listing could not be read to its end: nothing may be concluded from it."""
+
+
+class _TooLarge(Exception):
+    """A page is larger than the client takes."""
 
 
 class Reconciler:
@@ -134,46 +204,72 @@ class Reconciler:
         self._now, self._rng = now, rng
 
     async def settle(self) -> Settled:
-        """Look every unknown submit up; those that are found are accepted in the journal when this returns."""
+        """Look every unknown submit up; those that are found are accepted in the journal when this returns.
+
+        Raises:
+            StorageError: the disk refused.
+        """
         entries = [entry async for entry in self._journal.entries({State.UNKNOWN})]
-        adopted, rest = 0, dict.fromkeys(Finding, 0)
+        adopted, rest, unreadable = 0, dict.fromkeys(Finding, 0), 0
         for window in windows(entries, self._now()):
-            listed = await self._all_pages(window)
-            known = await self._journal.requests([item.request_id for item in listed or ()])
+            try:
+                found = await self._search(window) if unreadable < _UNREADABLE_WINDOWS else None
+            except _Unreadable:
+                found, unreadable = None, unreadable + 1
             for entry in window.entries:
-                found = Found(Finding.UNREADABLE) if listed is None else match(entry, listed, known)
-                if found.request_id is not None:
-                    await self._journal.record(Accepted(entry.job_key, self._now(), Ticket(found.request_id)))
+                finding, request_id = Found(Finding.UNREADABLE) if found is None else found[entry.job_key]
+                if request_id is not None:
+                    await self._journal.record(Accepted(entry.job_key, self._now(), Ticket(request_id)))
                     adopted += 1
                 else:
-                    rest[found.finding] += 1
-                facts: dict[str, Json] = {"job": entry.job_key, "finding": found.finding}
-                self._observer.happened("reconciled", request_id=found.request_id, **facts)
+                    rest[finding] += 1
+                self._observer.happened("reconciled", job=entry.job_key, finding=finding, request_id=request_id)
         return Settled(adopted, {finding: count for finding, count in rest.items() if count})
 
-    async def _all_pages(self, window: Window) -> list[Listed] | None:
-        """Every request of a window; None where a page failed, for then nothing may be concluded.
+    async def _search(self, window: Window) -> dict[JobKey, Found]:
+        """What the listing says of a window's submits, all pages read.
 
-        The cursor encodes a page number, and new requests shift pages: `end` is fixed, and requests that come
-        twice count once.
+        Raises:
+            _Unreadable: a page failed.
         """
-        found: dict[RequestId, Listed] = {}
+        for limit in _PAGE_SIZES:
+            search = Search(window.entries)
+            try:
+                await self._all_pages(window, limit, search)
+            except _TooLarge:
+                continue
+            return search.findings(await self._journal.requests(search.ids()))
+        raise _Unreadable
+
+    async def _all_pages(self, window: Window, limit: int, search: Search) -> None:
+        """The cursor encodes a page number, and new requests shift pages: `end` stays the same for all of them."""
         cursor: str | None = None
         seen: set[str] = set()
-        while True:
-            read = partial(self._listing.listing, window.start, window.end, cursor)
-            try:
-                page = await reading(read, self._rng, stop=stop_after_attempt(_READS))
-            except CallFailed:
-                return None
-            for item in page.items:
-                found[item.request_id] = item
-            if page.next_cursor is None:
-                return list(found.values())
-            if page.next_cursor in seen:
-                return None  # pages that go round in circles never end
-            seen.add(page.next_cursor)
+        for _ in range(_PAGES):
+            page = await self._page(window, cursor, limit)
+            search.take(page.items)
             cursor = page.next_cursor
+            if cursor is None:
+                return
+            if cursor in seen:  # pages that go round in circles never end
+                break
+            seen.add(cursor)
+        raise _Unreadable
+
+    async def _page(self, window: Window, cursor: str | None, limit: int) -> Page:
+        async def read() -> Page:
+            try:
+                return await self._listing.listing(window.start, window.end, cursor, limit)
+            except CallFailed as error:
+                if error.trouble.transport == "oversize":
+                    raise _TooLarge from error
+                raise
+
+        try:
+            with anyio.fail_after(_PAGE_SECONDS):
+                return await reading(read, self._rng, stop=stop_after_attempt(_READS))
+        except (CallFailed, TimeoutError) as error:
+            raise _Unreadable from error
 
 
 def _in_time(entry: Entry, item: Listed) -> bool:

@@ -7,8 +7,9 @@ virtual time. It decides nothing about answers (`retry`), pace and money (`gate`
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple
@@ -43,6 +44,7 @@ from batch.run.ports import (
     Uploaded,
 )
 from batch.run.reconcile import Reconciler
+from batch.run.retention import Retention
 from batch.run.retry import Action, Verdict, backoff, failure_of, judge, kind_of, reading
 
 __all__ = ["Policy", "Report", "Runner"]
@@ -53,6 +55,7 @@ _DOWNLOAD_TRIES = 6
 _DOWNLOADS_AT_ONCE = 16
 _JUDGE_FAILURES_FROM = 20
 """A percentage of failures means nothing among fewer ended jobs."""
+_REASONS_SHOWN = 3
 _BOUNDED = frozenset({Stop.SIGNAL, Stop.DEADLINE, Stop.STORAGE})
 """Stops that wait only `Policy.drain` for what is in flight; the others collect all that is paid for."""
 
@@ -66,11 +69,15 @@ class Policy:
     idempotent: bool = False
     """Whether the target honours `Idempotency-Key`: then a submit of unknown outcome may be repeated."""
     retry_failed: bool = False
+    collect_only: bool = False
+    """Settle and collect what was submitted before; no attempt is submitted that was not begun before."""
     resubmit_unknown_after: float | None = None
     drain: float = 60.0
     deadline: float | None = None
     max_failures: int | None = None
     max_failure_share: float | None = None
+    keeps_results: bool = False
+    """Whether the target keeps results until they are fetched, as our own server does: then none can be late."""
     target: str = "local"
     """Uploaded pictures are remembered under its name: another target does not have them."""
 
@@ -114,6 +121,10 @@ class Runner:
         self._handled: set[JobKey] = set()
         self._uploads: dict[str, anyio.Event] = {}
         self._downloads = anyio.Semaphore(_DOWNLOADS_AT_ONCE)
+        self._late_downloads = anyio.Semaphore(_DOWNLOADS_AT_ONCE)
+        self._retention = Retention(for_good=policy.keeps_results)
+        self._reads = 0
+        self._errors: Counter[str] = Counter()
         self._scope = anyio.CancelScope()
         self._done = self._failed = 0
 
@@ -134,20 +145,26 @@ class Runner:
         async with anyio.create_task_group() as watch:
             watch.start_soon(self._bound_the_end)
             with self._scope:
-                await self._doubt_what_was_cut_off()
-                await self._reconcile()
-                async with anyio.create_task_group() as jobs:
-                    await self._resume(jobs, OPEN)
-                    await self._feed(source, jobs)
-                if await self._reconcile():
-                    async with anyio.create_task_group() as jobs:
-                        await self._resume(jobs, {State.ACCEPTED})
+                try:
+                    await self._work(source)
+                except* StorageError as errors:  # not of a job's task: of the reading and settling between them
+                    self.stop(Stop.STORAGE, _words(errors))
             watch.cancel_scope.cancel()
         stopping = self._gate.stopping
         if stopping is not None and stopping.why is Stop.STORAGE:
             raise StorageError(stopping.reason)
         held = (await self._journal.counts()).by_state.get(State.UNKNOWN, 0)
         return Report(self._done, self._failed, held, stopping)
+
+    async def _work(self, source: AsyncGenerator[Sequence[Job], None]) -> None:
+        await self._doubt_what_was_cut_off()
+        await self._reconcile()
+        async with anyio.create_task_group() as jobs:
+            await self._resume(jobs, OPEN)
+            await self._feed(source, jobs)
+        if await self._reconcile():
+            async with anyio.create_task_group() as jobs:
+                await self._resume(jobs, {State.ACCEPTED})
 
     def stop(self, why: Stop, reason: str) -> None:
         """Submit nothing more and collect what is in flight. Called a second time: give that up too."""
@@ -166,6 +183,16 @@ class Runner:
         await self._gate.stopped()
         if self._gate.stopping is not None and self._gate.stopping.why in _BOUNDED:
             self._scope.deadline = anyio.current_time() + drain
+        elif self._gate.stopping is not None and self._gate.stopping.why is Stop.ACCOUNT:
+            await self._while_reads_succeed(max(drain, 3 * PollTimes.LONGEST))
+            self._scope.cancel()
+
+    async def _while_reads_succeed(self, seconds: float) -> None:
+        """Until no read succeeded for so long: a refused account may still be shown its results, or not."""
+        seen = -1
+        while self._reads != seen:
+            seen = self._reads
+            await anyio.sleep(seconds)
 
     async def _doubt_what_was_cut_off(self) -> None:
         """A submit that a crash cut off is unknown, unless it may be repeated under its key."""
@@ -186,6 +213,9 @@ class Runner:
         async with aclosing(self._journal.entries(states)) as entries:
             async for entry in entries:
                 course = Course.of_entry(entry)
+                if course.state in {State.ACCEPTED, State.ANSWERED}:
+                    is_answered = course.state is State.ANSWERED
+                    self._warn(self._retention.resumed(course.intended_at, self._now(), answered=is_answered))
                 if not self._held_back(course):
                     await self._let_in(course, jobs)
 
@@ -194,7 +224,7 @@ class Runner:
         if course.state is not State.UNKNOWN or self._policy.idempotent:
             return False
         after = self._policy.resubmit_unknown_after
-        if after is None or self._now() - course.intended_at < after:
+        if after is None or self._policy.collect_only or self._now() - course.intended_at < after:
             self._hold(course, "the outcome of its submit is unknown")
             return True
         self._gate.settle(course, None)  # it may have been accepted: its reservation counts as spent
@@ -273,6 +303,8 @@ class Runner:
         while True:
             course.body = course.body or await self._body_of(course)
             if course.state is not State.INTENDED:
+                if self._policy.collect_only and not doubtful:
+                    raise TurnedBack
                 await self._gate.turn(course)
                 await self._intend(course)
             tries += 1
@@ -391,14 +423,16 @@ class Runner:
         verdict = judge(trouble, seen=faults[kind])
         if verdict.action is not Action.READ_AGAIN:
             raise JobFailed(failure_of(trouble, verdict), new_attempt=verdict.new_attempt)
-        self._unanswered(verdict)
+        self._unread(verdict)
         return (verdict.retry_after or 0.0) + backoff(faults[kind], self._rng)
 
     async def _status(self, course: Course, ticket: Ticket) -> TicketStatus:
         try:
-            status = await reading(lambda: self._service.status(ticket), self._rng, notice=self._unanswered)
+            status = await reading(lambda: self._service.status(ticket), self._rng, notice=self._unread)
         except CallFailed as error:
             raise JobFailed(failure_of(error.trouble, judge(error.trouble))) from error
+        self._reads += 1
+        self._retention.read()
         if status.state is not course.seen:
             self._gate.saw(course, status.state)
             course.seen = status.state
@@ -409,7 +443,10 @@ class Runner:
 
     async def _keep(self, course: Course, answer: Answer) -> None:
         """Write the answer down, and what it cost."""
+        self._reads += 1
         at = self._now()
+        waited = 0.0 if course.resumed else at - (course.unfinished_at or course.accepted_at)
+        self._warn(self._retention.collected(waited, len(orjson.dumps(answer.output))))
         if not course.resumed:
             last = course.unfinished_at
             self._polls.took(None if last is None else last - course.accepted_at, at - course.accepted_at)
@@ -436,30 +473,42 @@ class Runner:
             if not self._policy.download:
                 images.append(said)
                 continue
-            async with self._downloads:
-                images.append(await self._stored(said))
+            images.append(await self._stored(said))
         seconds = anyio.current_time() - started if self._policy.download else None
         await self._journal.record(Finished(course.key, self._now(), tuple(images), seconds))
         self._done += 1
         self._observer.happened("done", job=course.key, attempt=course.attempt, images=[i.path for i in images])
 
     async def _stored(self, said: StoredImage) -> StoredImage:
-        """Download, verify by decoding, store. A damaged file is fetched again: transfers break."""
-        tries = 0
+        """Download, verify by decoding, store. A damaged file is fetched again: transfers break.
+
+        What failed once leaves the line: it holds up none of the others, and does not queue behind them again.
+        """
+        with suppress(CallFailed, PictureError):
+            return await self._fetched(said, self._downloads)
+        tries, since = 1, self._now()
+
+        def notice(verdict: Verdict) -> None:
+            self._unanswered(verdict)
+            self._warn(self._retention.undownloaded(since, self._now()))
+
         while True:
+            await anyio.sleep(backoff(tries, self._rng))
             tries += 1
             try:
-                data = await reading(lambda: self._service.download(said.url), self._rng, notice=self._unanswered)
-                kept = await self._images.store(data)
+                return await reading(lambda: self._fetched(said, self._late_downloads), self._rng, notice=notice)
             except CallFailed as error:
                 verdict = judge(error.trouble)
                 raise JobFailed(Failed("result_file_gone", f"{said.url[:200]}: {verdict.reason}")) from error
             except PictureError as error:
                 if tries >= _DOWNLOAD_TRIES:
                     raise JobFailed(Failed("result_file_damaged", f"{said.url[:200]}: {error}")) from error
-                await anyio.sleep(backoff(tries, self._rng))
-                continue
-            return _joined(said, kept)
+
+    async def _fetched(self, said: StoredImage, line: anyio.Semaphore) -> StoredImage:
+        async with line:
+            data = await self._service.download(said.url)
+            self._reads += 1
+            return _joined(said, await self._images.store(data))
 
     # --- the ends ----------------------------------------------------------------------------------------
 
@@ -471,30 +520,48 @@ class Runner:
         cost = self._gate.settle(course, units)
         await self._journal.record(FailedForGood(course.key, self._now(), failure, cost))
         said = {"job": course.key, "error_type": failure.error_type, "message": failure.message}
-        if error.new_attempt and course.attempt < self._policy.attempts and self._gate.stopping is None:
+        if error.new_attempt and course.attempt < self._policy.attempts:  # where the run stops: in the next one
             await self._take_up_again(course)
             self._observer.happened("retried", attempt=course.attempt, **said)
             await anyio.sleep(backoff(course.attempt, self._rng, base=1.0))
             return True
         self._failed += 1
+        self._errors[failure.error_type] += 1
         self._observer.happened("failed", attempt=course.attempt, **said)
-        self._stop_if_all_fails(failure)
+        self._stop_if_all_fails()
         return False
 
     async def _take_up_again(self, course: Course) -> None:
         await self._journal.record(Retried(course.key, self._now()))
         course.renew()
 
-    def _stop_if_all_fails(self, last: Failed) -> None:
+    def _stop_if_all_fails(self) -> None:
         ended = self._done + self._failed
         share, most = self._policy.max_failure_share, self._policy.max_failures
         too_many = most is not None and self._failed > most
         too_large = share is not None and ended >= _JUDGE_FAILURES_FROM and self._failed > share * ended
         if too_many or too_large:
-            self._gate.stop(Stop.FAILURES, f"{self._failed} of {ended} jobs failed, the last with {last.error_type}")
+            commonest = ", ".join(f"{count} {name}" for name, count in self._errors.most_common(_REASONS_SHOWN))
+            self._gate.stop(Stop.FAILURES, f"{self._failed} of {ended} jobs failed: {commonest}")
+
+    def _warn(self, sentence: str | None) -> None:
+        if sentence is not None:
+            self._observer.happened("warning", reason=sentence)
+
+    def _unread(self, verdict: Verdict) -> None:
+        self._unanswered(verdict)
+        self._warn(self._retention.unread(self._now()))
 
     def _unanswered(self, verdict: Verdict) -> None:
         self._gate.notice("unreachable", f"a read was answered by {verdict.reason}; it is read again")
+
+
+def _words(errors: BaseExceptionGroup[StorageError]) -> str:
+    """The first sentence in a group."""
+    first: BaseException = errors
+    while isinstance(first, BaseExceptionGroup):
+        first = first.exceptions[0]
+    return str(first)
 
 
 def _joined(said: StoredImage, kept: StoredImage) -> StoredImage:

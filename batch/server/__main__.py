@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from batch.errors import InputError, RestyleError
+from batch.server.keys import load_keys
 from batch.server.serve import ServeOptions, run_server
 
 __all__ = ["main"]
@@ -30,18 +31,27 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--engine", default="preview")
     parser.add_argument("--slots", type=int, default=None)
     parser.add_argument("--service-time", type=float, default=0.0, help="seconds that a job of echo takes")
+    parser.add_argument("--allow-private", action="store_true", help="fetch from loopback and private addresses too")
+    parser.add_argument("--price", type=float, default=0.0, help="US dollars a megapixel, for the platform API")
+    parser.add_argument("--faults", type=Path, default=None, help="commit the faults of this file on purpose")
+    parser.add_argument("--keys", type=Path, default=None, help="file with the keys of those who may ask")
     parser.add_argument("--with-parent", action="store_true", help="end when standard input closes")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    options = ServeOptions(
-        data_dir=given.data_dir,
-        host=given.host,
-        port=given.port,
-        engine=given.engine,
-        slots=given.slots,
-        service_time=given.service_time,
-    )
     try:
+        options = ServeOptions(
+            data_dir=given.data_dir,
+            host=given.host,
+            port=given.port,
+            engine=given.engine,
+            slots=given.slots,
+            service_time=given.service_time,
+            allow_private=given.allow_private,
+            price_usd=given.price,
+            faults=given.faults,
+            # An embedded endpoint is its parent's alone: the variable belongs to another server on this machine.
+            keys=load_keys(given.keys, {} if given.with_parent else os.environ),
+        )
         run_server(options, ready=_say, stop=partial(_stop_event, with_parent=given.with_parent))
     except RestyleError as error:
         sys.stderr.write(f"{error}\n")

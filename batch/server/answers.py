@@ -33,6 +33,7 @@ __all__ = [
     "status_reply",
     "still_running_reply",
     "validation_payload",
+    "with_urls",
 ]
 
 CANCELLED = (499, "client_cancelled", "Request was cancelled")
@@ -51,7 +52,7 @@ def status_reply(base: str, app: AppId, request_id: RequestId, known: View | End
         app,
         request_id,
         inference_time=known.inference_time,
-        error=f"Invalid status code: {known.status}" if known.status >= 400 else None,
+        error=f"Invalid status code: {known.status}" if known.status >= 400 and not _is_silent(known) else None,
         error_type=known.error_type,
         logs=lines,
     )
@@ -78,7 +79,7 @@ def result_reply(base: str, ending: Ending, engine: str, inlined: Mapping[str, s
         headers[protocol.NEEDS_RETRY] = "true" if ending.retryable else "false"
     if ending.status == NOT_STARTED[0] and ending.error_type == NOT_STARTED[1]:
         headers["x-fal-request-timeout-type"] = "user"
-    return Reply(ending.status, _with_urls(base, ending.payload, inlined), headers)
+    return Reply(ending.status, with_urls(base, ending.payload, inlined), headers)
 
 
 def still_running_reply(request_id: RequestId) -> Reply:
@@ -161,7 +162,7 @@ def error_payload(error_type: str, detail: str) -> bytes:
     return orjson.dumps({"detail": detail, "error_type": error_type})
 
 
-def _with_urls(base: str, payload: bytes, inlined: Mapping[str, str] | None) -> bytes:
+def with_urls(base: str, payload: bytes, inlined: Mapping[str, str] | None = None) -> bytes:
     """Absolute URLs in place of stored paths.
 
     A plain replacement is safe: inside a JSON string every quote is escaped, so that the searched bytes can
@@ -172,6 +173,11 @@ def _with_urls(base: str, payload: bytes, inlined: Mapping[str, str] | None) -> 
     for path, data_uri in (inlined or {}).items():
         payload = payload.replace(b'"url":"' + path.encode(), b'"url":"' + data_uri.encode())
     return payload.replace(_OWN_URL, b'"url":' + orjson.dumps(base)[:-1] + b"/files/")
+
+
+def _is_silent(ending: Ending) -> bool:
+    """Of a content-policy rejection fal was seen to say nothing in the status: only the result does."""
+    return ending.status == 422 and b'"type":"content_policy_violation"' in ending.payload
 
 
 def _log_json(line: LogLine) -> JsonObject:

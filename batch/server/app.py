@@ -8,7 +8,7 @@ taking it for a proxy's.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import TypeAlias
 
 import orjson
@@ -17,12 +17,18 @@ from aiohttp import web
 from batch.errors import StorageError
 from batch.fal import protocol
 from batch.fal.endpoint import APP_ID
+from batch.fal.platform import PlatformError, platform_error_reply
 from batch.fal.protocol import Address, Malformed, Operation, Reply
 from batch.model import AppId, RequestId
-from batch.server import answers, metrics, uploads
+from batch.server import answers, metrics, openapi, uploads
+from batch.server.addresses import AddressRule, Refused
+from batch.server.keys import Access, Authenticator, Denied, access_of
 from batch.server.page import routes as page
 from batch.server.records import Ending, Priority
+from batch.server.rehearsal import Rehearsal
 from batch.server.service import Known, QueueFull, QueueService, Wishes
+from batch.server.webhooks import webhook_of
+from batch.version import tool_version
 
 __all__ = ["BODY_LIMIT_BYTES", "Handler", "application", "response"]
 
@@ -38,16 +44,36 @@ _READS = frozenset({"GET", "HEAD"})
 Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def application(service: QueueService, app_id: AppId = APP_ID) -> web.Application:
-    """The server's routes. Paths that have none of their own belong to the queue."""
-    face = _Face(service, app_id)
+def application(
+    service: QueueService,
+    authenticator: Authenticator,
+    permitted: AddressRule,
+    app_id: AppId = APP_ID,
+    more: Iterable[tuple[str, str, Handler]] = (),
+    rehearsal: Rehearsal | None = None,
+) -> web.Application:
+    """The server's routes. Paths that have none of their own belong to the queue.
+
+    Args:
+        service: the queue.
+        authenticator: says whose a call is.
+        permitted: which addresses webhooks may go to.
+        app_id: the one endpoint that is served.
+        more: method, path and handler of routes beside the queue's and the files'.
+        rehearsal: faults on purpose.
+    """
+    face = _Face(service, app_id, authenticator, permitted)
     app = web.Application(client_max_size=BODY_LIMIT_BYTES)
     guarded = face.guarded
-    app.router.add_get("/health", guarded(face.health))
+    app.router.add_get("/health", guarded(face.health, access_of("GET", "/health")))
+    app.router.add_get("/openapi.json", guarded(face.schema, access_of("GET", "/openapi.json")))
     app.router.add_post("/run/{app:.+}", guarded(face.run))
-    for method, path, handler in (*uploads.routes(service), *metrics.routes(service), *page.routes(service, app_id)):
-        app.router.add_route(method, path, guarded(handler))
+    known = (*uploads.routes(service, authenticator), *metrics.routes(service), *page.routes(service, app_id), *more)
+    for method, path, handler in known:
+        app.router.add_route(method, path, guarded(handler, access_of(method, path)))
     app.router.add_route("*", "/{path:.*}", guarded(face.queue))
+    if rehearsal is not None:
+        app.middlewares.append(rehearsal.middleware(service, app_id))
     return app
 
 
@@ -59,18 +85,26 @@ def response(reply: Reply) -> web.Response:
 class _Face:
     """The handlers, with what they need."""
 
-    def __init__(self, service: QueueService, app_id: AppId) -> None:
+    def __init__(
+        self, service: QueueService, app_id: AppId, authenticator: Authenticator, permitted: AddressRule
+    ) -> None:
         self._service = service
+        self._authenticator = authenticator
+        self._permitted = permitted
         self._app_id = app_id
         self._owner, self._alias, _ = protocol.split_app(app_id)
+        self._schema = b""
 
-    def guarded(self, handler: Handler) -> Handler:
-        """Turn what a handler raises into an answer."""
+    def guarded(self, handler: Handler, access: Access = Access.KEY) -> Handler:
+        """Find out whose the call is (`request["owner"]`), and turn what a handler raises into an answer."""
 
         async def handle(request: web.Request) -> web.StreamResponse:
             answer: web.StreamResponse
             try:
+                request["owner"] = self._authenticator.owner(request.headers.get("authorization"), access)
                 answer = await handler(request)
+            except Denied as denied:
+                answer = self._deny(request, denied)
             except StorageError as error:
                 answer = self._refuse(503, str(error), "internal_error")
             except web.HTTPException as error:
@@ -102,6 +136,13 @@ class _Face:
             "submit_posts": self._service.submit_posts,
         }
         return web.Response(body=orjson.dumps(body), content_type=protocol.CONTENT_JSON)
+
+    async def schema(self, _: web.Request) -> web.Response:
+        """The API in OpenAPI, made when first asked for."""
+        if not self._schema:
+            self._schema = orjson.dumps(openapi.document(self._app_id, tool_version()))
+        headers = {"content-type": protocol.CONTENT_JSON, protocol.REQUEST_ID: self._service.new_id()}
+        return web.Response(body=self._schema, headers=headers)
 
     async def queue(self, request: web.Request) -> web.StreamResponse:
         """Everything below an app id."""
@@ -143,12 +184,17 @@ class _Face:
         if app != self._app_id:
             return self._unknown_app(app)
         try:
-            admission = await self._service.submit(app, await request.read(), _wishes(request))
+            wishes = _wishes(request, self._permitted)
+            admission = await self._service.submit(app, await request.read(), wishes, request["owner"])
         except web.HTTPRequestEntityTooLarge:
             limit = BODY_LIMIT_BYTES // 2**20
             return self._refuse(413, f"The body is larger than {limit} MiB; upload the picture and send its URL")
         except Malformed as error:
             errors = [answers.model_error("json_invalid", str(error), ("body",), {}, None)]
+            return response(protocol.model_error_reply(422, errors, self._service.new_id()))
+        except Refused as refusal:
+            message = f"This webhook cannot be called: {refusal}"
+            errors = [answers.model_error("url_error", message, ("query", "fal_webhook"), {}, None)]
             return response(protocol.model_error_reply(422, errors, self._service.new_id()))
         except QueueFull as full:
             return self._refuse(429, f"Not accepted: {full}")
@@ -170,7 +216,10 @@ class _Face:
         request_id = address.request_id
         assert request_id is not None, "only a submit has none"
         known = await self._service.find(request_id) if len(request_id) == 36 else None
-        if known is None or protocol.split_app(address.app)[:2] != (self._owner, self._alias):
+        # Another owner's request is no request: whoever asks does not learn that it is there.
+        if known is None or (request["owner"] and known.owner != request["owner"]):
+            return response(answers.not_found_reply(self._service.new_id()))
+        if protocol.split_app(address.app)[:2] != (self._owner, self._alias):
             return response(answers.not_found_reply(self._service.new_id()))
         match address.operation:
             case Operation.STATUS:
@@ -215,6 +264,14 @@ class _Face:
         await stream.write_eof()
         return stream
 
+    def _deny(self, request: web.Request, denied: Denied) -> web.Response:
+        if request.path.startswith("/v1/"):
+            reply = platform_error_reply(
+                denied.status, PlatformError.AUTHORIZATION, denied.detail, self._service.new_id()
+            )
+            return response(reply)
+        return self._refuse(denied.status, denied.detail, **{"www-authenticate": "Key"})
+
     def _refuse(self, status: int, detail: str, error_type: str | None = None, **headers: str) -> web.Response:
         new_id = self._service.new_id()
         return response(protocol.request_error_reply(status, error_type, detail, new_id, **headers))
@@ -229,14 +286,16 @@ def _wants_logs(request: web.Request) -> bool:
     return bool(request.query_string) and request.query.get("logs", "").lower() in _TRUE
 
 
-def _wishes(request: web.Request) -> Wishes:
+def _wishes(request: web.Request, permitted: AddressRule) -> Wishes:
     headers = request.headers
     limit = request.query.get("fal_max_queue_length", "") if request.query_string else ""
+    webhook = request.query.get("fal_webhook", "") if request.query_string else ""
     return Wishes(
         idempotency_key=headers.get(protocol.IDEMPOTENCY_KEY),
         priority=Priority.LOW if headers.get("x-fal-queue-priority") == "low" else Priority.NORMAL,
         start_timeout=_start_timeout(headers),
         queue_limit=int(limit) if limit.isdecimal() else None,
+        webhook=webhook_of(webhook, _base(request), permitted) if webhook else None,
     )
 
 

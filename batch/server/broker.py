@@ -150,6 +150,7 @@ class Line:
 class _Entry:
     app: AppId
     priority: Priority
+    owner: str
     phase: Phase = Phase.WAITING
     crashes: int = 0
     tenths: int = 0
@@ -184,11 +185,11 @@ class Broker:
         """Counts, each in O(1)."""
         return BrokerStatistics(sum(map(len, self._lines.values())), self._running, self._ending)
 
-    def accept(self, request_id: RequestId, app: AppId, priority: Priority = Priority.NORMAL) -> int:
+    def accept(self, request_id: RequestId, app: AppId, priority: Priority = Priority.NORMAL, owner: str = "") -> int:
         """Queue a request whose acceptance is durable; its position."""
         if request_id in self._entries:
             raise IllegalMove(f"{request_id} is in the queue already")
-        self._entries[request_id] = _Entry(app, priority)
+        self._entries[request_id] = _Entry(app, priority, owner)
         self._lines[priority].append(request_id)
         return self._position(request_id, priority)
 
@@ -275,6 +276,11 @@ class Broker:
         """The app that it was submitted to; None for a request that is not here."""
         entry = self._entries.get(request_id)
         return entry.app if entry is not None else None
+
+    def owner_of(self, request_id: RequestId) -> str:
+        """Whose it is; empty for a request that is not here, too."""
+        entry = self._entries.get(request_id)
+        return entry.owner if entry is not None else ""
 
     def view(self, request_id: RequestId) -> View | None:
         """What its status is; None for a request that is not here."""

@@ -54,18 +54,26 @@ class _Command:
     slots: int | None
     service_time: float
     log_path: Path
+    faults: Path | None
 
     def line(self, port: int) -> list[str]:
         options = ["--data-dir", str(self.data_dir), "--engine", self.engine, "--port", str(port)]
         if self.slots is not None:
             options += ["--slots", str(self.slots)]
-        options += ["--service-time", str(self.service_time), "--with-parent"]
+        options += ["--service-time", str(self.service_time), "--allow-private", "--with-parent"]
+        if self.faults is not None:
+            options += ["--faults", str(self.faults)]
         return [sys.executable, "-m", "batch.server", *options]
 
 
 @asynccontextmanager
 async def embedded_endpoint(
-    data_dir: Path, engine: str, slots: int | None, service_time: float, log_path: Path | None = None
+    data_dir: Path,
+    engine: str,
+    slots: int | None,
+    service_time: float,
+    log_path: Path | None = None,
+    faults: Path | None = None,
 ) -> AsyncIterator[Endpoint]:
     """Run the endpoint as a child process while the block lasts.
 
@@ -75,13 +83,14 @@ async def embedded_endpoint(
         slots: requests executed at once; None: what suits the engine.
         service_time: seconds that a job of `echo` takes.
         log_path: the child's log is appended here; None: `data_dir/server.log`.
+        faults: failures that it shall rehearse.
 
     Raises:
         RestyleError: the child did not start; the last lines of its log are in the message.
         StoppedEarly: it died more than `RESTARTS` times a minute.
     """
     await anyio.Path(data_dir).mkdir(parents=True, exist_ok=True)
-    command = _Command(data_dir, engine, slots, service_time, log_path or data_dir / "server.log")
+    command = _Command(data_dir, engine, slots, service_time, log_path or data_dir / "server.log", faults)
     with command.log_path.open("ab") as log:
         child, endpoint = await _start(command, 0, log)
         holder = _Holder(child)

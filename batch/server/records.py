@@ -11,7 +11,20 @@ from typing import NamedTuple
 
 from batch.model import AppId, RequestId
 
-__all__ = ["Admission", "Ending", "Listed", "LogLine", "Priority", "Recovered", "Stored", "Submission", "uuid7"]
+__all__ = [
+    "Admission",
+    "Delivery",
+    "Ending",
+    "Listed",
+    "LogLine",
+    "Priority",
+    "Recovered",
+    "Settlement",
+    "Stored",
+    "Submission",
+    "Webhook",
+    "uuid7",
+]
 
 
 class Priority(IntEnum):
@@ -30,6 +43,33 @@ class LogLine(NamedTuple):
     message: str
 
 
+class Webhook(NamedTuple):
+    """Whom to tell when a request has ended."""
+
+    url: str
+    host: str
+    """Of the URL: a host that does not answer must not hold up the others."""
+    base: str
+    """Scheme and host of the server as the submitter saw it: the pictures' URLs are built on it."""
+
+
+class Delivery(NamedTuple):
+    """A callback that is due."""
+
+    request_id: RequestId
+    webhook: Webhook
+    tries: int
+    """Made so far."""
+
+
+class Settlement(NamedTuple):
+    """What a try at a callback left."""
+
+    request_id: RequestId
+    due_at: float | None
+    """Of the next try; None: there is nothing more to do."""
+
+
 @dataclass(frozen=True, slots=True)
 class Submission:
     """A request as it was accepted."""
@@ -45,6 +85,9 @@ class Submission:
     priority: Priority = Priority.NORMAL
     start_by: float | None = None
     """If it was not started by then it ends with 504."""
+    owner: str = ""
+    """Whose key it came with; empty on a server without keys. His idempotency keys are his own."""
+    webhook: Webhook | None = None
 
 
 class Admission(NamedTuple):
@@ -65,6 +108,7 @@ class Recovered(NamedTuple):
     app: AppId
     priority: Priority
     start_by: float | None
+    owner: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +132,7 @@ class Ending:
     inline: bool = False
     """`sync_mode`: pictures are answered as data URIs."""
     logs: tuple[LogLine, ...] = ()
+    owner: str = ""
 
 
 class Stored(NamedTuple):
@@ -96,6 +141,7 @@ class Stored(NamedTuple):
     app: AppId
     ending: Ending | None
     """None: accepted, and not ended as far as the store knows."""
+    owner: str = ""
 
 
 class Listed(NamedTuple):

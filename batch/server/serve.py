@@ -10,23 +10,33 @@ import asyncio
 import contextlib
 import errno
 import fcntl
+import ipaddress
 import logging
+import math
+import random
 import signal
 import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from aiohttp import web
 
-from batch.errors import InputError
+from batch.errors import ConfigError, InputError
+from batch.fal.endpoint import APP_ID
+from batch.server import listing, webhooks
+from batch.server.addresses import address_rule
 from batch.server.app import application
 from batch.server.engines import engine_of
 from batch.server.engines.base import Engine
+from batch.server.guard import Guard
+from batch.server.history import History
+from batch.server.keys import ENVIRONMENT, Authenticator, Keys
+from batch.server.rehearsal import Rehearsal, read_faults
 from batch.server.service import queue_service
-from batch.server.sources import AddressRule, Sources, allow_any_address
+from batch.server.sources import Sources
 from batch.server.storage import Storage
 from batch.server.store import Store
 
@@ -54,8 +64,14 @@ class ServeOptions:
     """Requests executed at once; None: what suits the engine."""
     service_time: float = 0.0
     """Seconds that a job of the `echo` engine takes."""
-    permitted: AddressRule = allow_any_address
-    """Where source pictures may be fetched from."""
+    allow_private: bool = False
+    """Whether source pictures may be fetched from, and webhooks sent to, loopback and private addresses."""
+    keys: Keys = field(default_factory=Keys)
+    """None of them: everybody may ask, and it listens on loopback only."""
+    price_usd: float = 0.0
+    """Of a megapixel, as the price list and the billing events tell it."""
+    faults: Path | None = None
+    """A faults file: failures on purpose, to rehearse."""
 
 
 async def serve(
@@ -74,22 +90,38 @@ async def serve(
         stop: ends the server when it is set.
 
     Raises:
-        InputError: the port or the data dir is in use or cannot be used, or the engine is not known.
+        InputError: the port or the data dir is in use or cannot be used, the engine is not known, the price is none,
+            or the faults file is wrong.
     """
     stop = stop or asyncio.Event()
+    if not 0 <= options.price_usd < math.inf:
+        raise InputError(f"{options.price_usd} is no price of a megapixel; say US dollars, for instance --price 0.03")
+    rehearsal = Rehearsal(read_faults(options.faults)) if options.faults is not None else None
     options.data_dir.mkdir(parents=True, exist_ok=True)
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(_locked(options.data_dir / "lock"))
         listener = stack.enter_context(contextlib.closing(_listen(options)))
+        _check_exposure(options, listener)
         store = await stack.enter_async_context(await Store.open(options.data_dir / "server.db"))
         storage = await stack.enter_async_context(Storage(options.data_dir))
-        sources = await stack.enter_async_context(Sources(storage, options.permitted))
+        guard = await stack.enter_async_context(Guard(address_rule(allow_private=options.allow_private)))
+        sources = Sources(storage, guard)
         engine = engine or _engine(options)
+        if rehearsal is not None:
+            engine = rehearsal.engine(engine)
+        rules = rehearsal.listing if rehearsal is not None else None
+        history = await stack.enter_async_context(History(options.data_dir / "server.db", rules))
         stack.push_async_callback(engine.aclose)
         await engine.start()
         service = await stack.enter_async_context(queue_service(store, storage, engine, sources))
+        signer = webhooks.signing_key(options.data_dir / "webhook-key.pem")
+        sender = webhooks.Webhooks(service, store, guard, signer, time.time, random.random)
+        await stack.enter_async_context(webhooks.sending(sender))
         stack.enter_context(_signals(stop))
-        runner = web.AppRunner(application(service), access_log=None, shutdown_timeout=DRAIN_SECONDS)
+        authenticator = Authenticator(options.keys, storage.derived(b"cdn tokens"), APP_ID, time.time)
+        more = [*listing.routes(service, APP_ID, history, options.price_usd), *webhooks.routes(signer)]
+        app = application(service, authenticator, guard.permitted, more=more, rehearsal=rehearsal)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=DRAIN_SECONDS)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
         stack.callback(service.stop)  # first of all, so that nobody waits on a stream while the calls drain
@@ -147,6 +179,15 @@ def _listen(options: ServeOptions) -> socket.socket:
         raise InputError(f"cannot listen on {options.host}:{options.port}: {error}; check host and port") from error
     memory.write_text(str(listener.getsockname()[1]), "ascii")
     return listener
+
+
+def _check_exposure(options: ServeOptions, listener: socket.socket) -> None:
+    """Without keys nobody but this machine may reach the server; judged by what it is really bound to."""
+    if not options.keys and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
+        raise ConfigError(
+            f"without keys the endpoint listens on loopback only, not on {options.host}; make a key with"
+            f" `restyle serve --keys FILE --new-key NAME` and start with --keys FILE (or {ENVIRONMENT})"
+        )
 
 
 def _bound(host: str, port: int) -> socket.socket:

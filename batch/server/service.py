@@ -25,7 +25,7 @@ from batch.model import AppId, JsonObject, QueueState, RequestId
 from batch.server import answers
 from batch.server.broker import Broker, Cancellation, View
 from batch.server.engines.base import Engine, EngineInfo, WorkerCrashed
-from batch.server.records import Admission, Ending, Listed, LogLine, Priority, Submission, uuid7
+from batch.server.records import Admission, Ending, Listed, LogLine, Priority, Submission, Webhook, uuid7
 from batch.server.sources import DataUri, Sources, parse_data_uri
 from batch.server.storage import Storage, content_type_of
 from batch.server.store import Store
@@ -56,6 +56,8 @@ class Wishes(NamedTuple):
     """Seconds from acceptance in which the request has to be started."""
     queue_limit: int | None = None
     """Refuse the request if more than that many wait."""
+    webhook: Webhook | None = None
+    """Whom to tell when it has ended."""
 
 
 class Known(NamedTuple):
@@ -63,6 +65,8 @@ class Known(NamedTuple):
 
     app: AppId
     state: View | Ending
+    owner: str
+    """Whose key it came with; empty for a request of a server without keys."""
 
 
 class Statistics(NamedTuple):
@@ -93,6 +97,8 @@ class QueueService:
         self.submit_posts = 0
         """Submits seen since the start, accepted or not; the HTTP face counts them."""
         self.tally = Tally(store.accepted)
+        self.ended = asyncio.Event()
+        """Set whenever a request has ended; whoever waits for it clears it."""
         self._store = store
         self._worker = worker
         self._broker = Broker(slots)
@@ -113,7 +119,7 @@ class QueueService:
 
     # --- what callers ask ---------------------------------------------------------------------------------
 
-    async def submit(self, app: AppId, body: bytes, wishes: Wishes) -> Admission:
+    async def submit(self, app: AppId, body: bytes, wishes: Wishes, owner: str = "") -> Admission:
         """Accept a request; durable when it returns. The input itself is judged when the request is executed.
 
         Raises:
@@ -133,13 +139,22 @@ class QueueService:
         now = self._clock()
         start_by = now + wishes.start_timeout if wishes.start_timeout is not None else None
         submission = Submission(
-            self.new_id(), app, now, kept, given.digest, wishes.idempotency_key, wishes.priority, start_by
+            self.new_id(),
+            app,
+            now,
+            kept,
+            given.digest,
+            wishes.idempotency_key,
+            wishes.priority,
+            start_by,
+            owner,
+            wishes.webhook,
         )
         admission = await self._store.accept(submission)
         if admission.fresh:
             if waiting < _HELD_BODIES:
                 self._bodies[submission.request_id] = kept
-            self._enqueue(submission.request_id, app, wishes.priority, start_by)
+            self._enqueue(submission.request_id, app, wishes.priority, start_by, owner)
             self._start_next()
         return admission
 
@@ -154,16 +169,23 @@ class QueueService:
         if view is not None:
             app = self._broker.app_of(request_id)
             assert app is not None, "it has a view"
-            return Known(app, view)
+            return Known(app, view, self._broker.owner_of(request_id))
         stored = await self._store.find(request_id)
         if stored is None:
             return None
         # Accepted and neither live nor ended: its acceptance became durable this very moment.
-        return Known(stored.app, stored.ending or self._broker.view(request_id) or View(QueueState.IN_QUEUE, 0, ()))
+        state = stored.ending or self._broker.view(request_id) or View(QueueState.IN_QUEUE, 0, ())
+        return Known(stored.app, state, stored.owner)
 
-    async def latest(self, limit: int) -> list[tuple[Listed, View | None]]:
-        """The newest requests and how those stand that live; of a long queue only its head."""
-        listed = await self._store.latest(self.engine.slots + limit // 4, limit)
+    async def latest(self, limit: int, owner: str = "") -> list[tuple[Listed, View | None]]:
+        """The newest requests and those around the head of the queue, at most `limit`; how those stand that live.
+
+        Args:
+            limit: requests in all, from 4.
+            owner: whose; empty: everybody's.
+        """
+        newest = limit // 4
+        listed = await self._store.latest(newest, limit - newest, self.engine.slots + newest, owner)
         return [(one, self._broker.view(one.request_id) if one.ended_at is None else None) for one in listed]
 
     async def cancel(self, request_id: RequestId) -> CancelOutcome:
@@ -209,8 +231,8 @@ class QueueService:
     async def recover(self) -> int:
         """Queue what had not ended when the last server stopped, in the order of acceptance; how many."""
         found = await self._store.to_do()
-        for request_id, app, priority, start_by in found:
-            self._enqueue(request_id, app, priority, start_by)
+        for request_id, app, priority, start_by, owner in found:
+            self._enqueue(request_id, app, priority, start_by, owner)
         self._start_next()
         return len(found)
 
@@ -222,8 +244,10 @@ class QueueService:
         for request_id in list(self._watchers):
             self._notify(request_id)
 
-    def _enqueue(self, request_id: RequestId, app: AppId, priority: Priority, start_by: float | None) -> None:
-        self._broker.accept(request_id, app, priority)
+    def _enqueue(
+        self, request_id: RequestId, app: AppId, priority: Priority, start_by: float | None, owner: str
+    ) -> None:
+        self._broker.accept(request_id, app, priority, owner)
         if start_by is not None:
             delay = max(0.0, start_by - self._clock())
             asyncio.get_running_loop().call_later(delay, self._expire, request_id)
@@ -248,6 +272,8 @@ class QueueService:
             self._log(request_id, "ERROR", f"the worker died: {crash}")
             if self._broker.crash(request_id):
                 _log.warning("the worker of request %s died (%s); it is tried once more", request_id, crash)
+                if crash.pause:
+                    await asyncio.sleep(crash.pause)
                 self._start_next()
                 return
             outcome = Fault.of(500, "internal_error", "The worker died twice while it executed this request")
@@ -280,6 +306,7 @@ class QueueService:
         self._broker.finish(request_id)
         self._bodies.pop(request_id, None)
         self._notify(request_id)
+        self.ended.set()
         self._start_next()
 
     def _ending(
@@ -306,6 +333,7 @@ class QueueService:
             retryable=fault.retryable if fault else None,
             inline=kept.inline if kept else False,
             logs=logs,
+            owner=self._broker.owner_of(request_id),
         )
 
     def _expire(self, request_id: RequestId) -> None:

@@ -123,6 +123,10 @@ class Storage:
         path = f"/files/{name[:2]}/{name}{_suffix(content_type)}"
         return Reservation(path, self._sign(path))
 
+    def derived(self, purpose: bytes) -> bytes:
+        """32 secret bytes for another purpose, named in 16 bytes at most; the same as long as the data dir lives."""
+        return hashlib.blake2b(key=self._secret, digest_size=32, person=purpose).digest()
+
     def may_write(self, path: str, token: str) -> bool:
         """Whether the token belongs to that reserved path."""
         return hmac.compare_digest(self._sign(path).encode(), token.encode())

@@ -21,11 +21,23 @@ import orjson
 from batch.errors import InputError, StorageError
 from batch.model import AppId, RequestId
 from batch.server.grouping import Grouped
-from batch.server.records import Admission, Ending, Listed, LogLine, Priority, Recovered, Stored, Submission
+from batch.server.records import (
+    Admission,
+    Delivery,
+    Ending,
+    Listed,
+    LogLine,
+    Priority,
+    Recovered,
+    Settlement,
+    Stored,
+    Submission,
+    Webhook,
+)
 
 __all__ = ["Store"]
 
-VERSION = 1
+VERSION = 2
 REMEMBERED = 8192
 """Endings kept in memory: a client that waits for its result asks within seconds of its end."""
 
@@ -44,10 +56,12 @@ class Store:
 
     def __init__(self, database: sqlite3.Connection) -> None:
         self._database = database
-        self._writer: Grouped[Submission | Ending, Admission | None] = Grouped(self._write, "store")
+        self._writer: Grouped[Submission | Ending | Settlement, Admission | None] = Grouped(self._write, "store")
         self._recent: OrderedDict[RequestId, Ending] = OrderedDict()
         self.accepted: int = database.execute(_SQL["accepted"]).fetchone()[0]
         """Submits accepted ever. Repeats with the same idempotency key are not counted."""
+        self.webhooks: int = database.execute(_SQL["webhooks"]).fetchone()[0]
+        """Callbacks that are owed, now or when their request ends; those that expired since the start included."""
 
     @classmethod
     async def open(cls, path: Path) -> Self:
@@ -62,8 +76,9 @@ class Store:
             database.execute("PRAGMA synchronous = FULL")
             database.execute("PRAGMA cache_size = -16000")
             version = database.execute("PRAGMA user_version").fetchone()[0]
-            if version == 0:
-                database.executescript(f"BEGIN IMMEDIATE; {_SQL['schema']} PRAGMA user_version = {VERSION}; COMMIT;")
+            if version < VERSION:
+                steps = _SQL["upgrade_1" if version else "schema"] + _SQL["schema_2"]
+                database.executescript(f"BEGIN IMMEDIATE; {steps} PRAGMA user_version = {VERSION}; COMMIT;")
         except sqlite3.Error as error:
             raise InputError(
                 f"{path} cannot be used as the server's memory: {error}; choose another data dir"
@@ -90,6 +105,7 @@ class Store:
         """
         admission = cast(Admission, await self._writer.put(submission))
         self.accepted += admission.fresh
+        self.webhooks += admission.fresh and submission.webhook is not None
         return admission
 
     async def end(self, ending: Ending) -> None:
@@ -109,7 +125,7 @@ class Store:
         """What is known of a request; None for an id that was never given out."""
         ending = self._recent.get(request_id)
         if ending is not None:
-            return Stored(ending.app, ending)
+            return Stored(ending.app, ending, ending.owner)
         row = await self._writer.call(partial(self._row, "find", request_id))
         if row is None:
             return None
@@ -127,18 +143,53 @@ class Store:
     async def to_do(self) -> list[Recovered]:
         """Requests that have not ended, the one accepted first coming first."""
         rows = await self._writer.call(lambda: self._database.execute(_SQL["to_do"]).fetchall())
-        return [Recovered(RequestId(row[0]), AppId(row[1]), Priority(row[2]), row[3]) for row in rows]
+        return [Recovered(RequestId(row[0]), AppId(row[1]), Priority(row[2]), row[3], row[4]) for row in rows]
 
-    async def latest(self, waiting: int, limit: int) -> list[Listed]:
-        """The newest requests, the newest one first.
+    async def latest(self, newest: int, around: int, ahead: int, owner: str = "") -> list[Listed]:
+        """The newest requests and those around the head of the queue, the newest one first.
 
         Args:
-            waiting: of those that have not ended the first so many, and none that was accepted later.
-            limit: requests in all.
+            newest: how many of those accepted last.
+            around: how many of those that ended last, run, or are the next in line.
+            ahead: how many of these have not ended.
+            owner: whose; empty: everybody's.
+
+        Raises:
+            StorageError: the disk refused.
         """
-        query = partial(self._database.execute, _SQL["latest"], (waiting, limit))
-        rows = await self._writer.call(lambda: query().fetchall())
-        return [Listed(*row[:9], bool(row[9])) for row in rows]
+        values: dict[str, int | str] = {"newest": newest, "around": around, "ahead": ahead, "owner": owner}
+        rows = await self._writer.call(partial(self._latest, "latest_of" if owner else "latest", values))
+        return [Listed._make((*row[:-1], bool(row[-1]))) for row in rows]
+
+    async def webhooks_due(
+        self, now: float, limit: int, *, busy_hosts: Sequence[str], under_way: Sequence[RequestId]
+    ) -> list[Delivery]:
+        """Callbacks whose time has come, the one that has waited longest first, and none of those named.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        values = (now, orjson.dumps(busy_hosts).decode(), orjson.dumps(under_way).decode(), limit)
+        rows = await self._writer.call(partial(self._rows, "webhooks_due", *values))
+        return [Delivery(RequestId(row[0]), Webhook(*row[1:4]), row[4]) for row in rows]
+
+    async def webhook_next(self, now: float) -> float | None:
+        """When the next callback comes due after `now`; None where none is waited for.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        rows = await self._writer.call(partial(self._rows, "webhook_next", now))
+        return cast("float | None", rows[0][0])
+
+    async def settle(self, settlement: Settlement) -> None:
+        """Write down what a try at a callback left; durable when it returns.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        await self._writer.put(settlement)
+        self.webhooks -= settlement.due_at is None
 
     def _remember(self, ending: Ending) -> None:
         self._recent[ending.request_id] = ending
@@ -147,10 +198,23 @@ class Store:
 
     # --- in the writer's thread ---------------------------------------------------------------------------
 
+    def _latest(self, statement: str, values: dict[str, int | str]) -> list[tuple[Any, ...]]:
+        try:
+            found = [row[0] for row in self._database.execute(_SQL[statement], values)]
+        except sqlite3.Error as error:
+            raise StorageError(f"the server's memory cannot be read: {error}; check its data dir") from error
+        return self._rows("listed", orjson.dumps(found).decode())
+
     def _row(self, statement: str, *values: object) -> tuple[Any, ...] | None:
         return cast("tuple[Any, ...] | None", self._database.execute(_SQL[statement], values).fetchone())
 
-    def _write(self, group: list[Submission | Ending]) -> Sequence[Admission | None]:
+    def _rows(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
+        try:
+            return self._database.execute(_SQL[statement], values).fetchall()
+        except sqlite3.Error as error:
+            raise StorageError(f"the server's memory cannot be read: {error}; check its data dir") from error
+
+    def _write(self, group: list[Submission | Ending | Settlement]) -> Sequence[Admission | None]:
         with self._atomic():
             gains = [self._apply(item) for item in group]
             fresh = sum(gain is not None and gain.fresh for gain in gains)
@@ -170,18 +234,28 @@ class Store:
             raise StorageError(f"the server's memory cannot be written: {error}; free space in its data dir") from error
 
     def _accept(self, item: Submission) -> Admission:
-        values = (item.request_id, item.app, item.accepted_at, item.body, item.digest, item.idempotency_key)
-        cursor = self._database.execute(_SQL["accept"], (*values, item.priority, item.start_by))
+        # A header holds no line break: no two owners' keys can come to the same.
+        key = f"{item.owner}\n{item.idempotency_key}" if item.owner and item.idempotency_key else item.idempotency_key
+        values = (item.request_id, item.app, item.accepted_at, item.body, item.digest, key, item.priority)
+        cursor = self._database.execute(_SQL["accept"], (*values, item.start_by, item.owner))
         if cursor.rowcount == 1:
+            if item.webhook is not None:
+                self._database.execute(_SQL["webhook"], (item.request_id, *item.webhook))
             return Admission(item.request_id, fresh=True)
-        earlier = self._row("earlier", item.idempotency_key)
+        earlier = self._row("earlier", key)
         assert earlier is not None, "only an idempotency key can be in the way"
         return Admission(RequestId(earlier[0]), fresh=False, same_input=earlier[1] == item.digest)
 
-    def _apply(self, item: Submission | Ending) -> Admission | None:
-        if isinstance(item, Submission):
-            return self._accept(item)
-        self._end(item)
+    def _apply(self, item: Submission | Ending | Settlement) -> Admission | None:
+        match item:
+            case Submission():
+                return self._accept(item)
+            case Ending():
+                self._end(item)
+            case Settlement(request_id, None):
+                self._database.execute(_SQL["webhook_over"], (request_id,))
+            case Settlement(request_id, due_at):
+                self._database.execute(_SQL["webhook_again"], (due_at, request_id))
         return None
 
     def _end(self, item: Ending) -> None:
@@ -193,9 +267,9 @@ class Store:
 
 
 def _stored(request_id: RequestId, row: tuple[Any, ...]) -> Stored:
-    app, ended_at, status, payload, started_at, inference_time, units, error_type, retryable, inline, logs = row
+    app, ended_at, status, payload, started_at, inference_time, units, error_type, retryable, inline, logs, owner = row
     if ended_at is None:
-        return Stored(app, None)
+        return Stored(app, None, owner)
     return Stored(
         app,
         Ending(
@@ -211,5 +285,7 @@ def _stored(request_id: RequestId, row: tuple[Any, ...]) -> Stored:
             retryable=None if retryable is None else bool(retryable),
             inline=bool(inline),
             logs=tuple(LogLine(*line) for line in orjson.loads(logs)) if logs else (),
+            owner=owner,
         ),
+        owner,
     )

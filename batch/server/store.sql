@@ -1,4 +1,5 @@
--- The statements of store.py, by name. One table: a request is one row from its acceptance to its end.
+-- The statements of store.py, by name. A request is one row from its acceptance to its end; who wants to be told of its
+-- end stands beside it.
 
 -- name: schema
 CREATE TABLE request (
@@ -20,15 +21,38 @@ CREATE TABLE request (
     error_type TEXT,
     retryable INTEGER,
     inline INTEGER,
-    logs BLOB
+    logs BLOB,
+    owner TEXT NOT NULL DEFAULT ''      -- since version 2
 ) STRICT;
 CREATE INDEX request_to_do ON request (seq) WHERE ended_at IS NULL;
 CREATE TABLE counter (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT, WITHOUT ROWID;
 INSERT INTO counter VALUES ('accepted', 0);
 
+-- name: schema_2
+CREATE INDEX request_of ON request (owner, seq) WHERE owner != '';  -- costs nothing on a server without keys
+CREATE INDEX request_sent ON request (accepted_at, ended_at);  -- what history.py walks along
+CREATE TABLE webhook (
+    request_id TEXT PRIMARY KEY,
+    url TEXT NOT NULL,
+    host TEXT NOT NULL,
+    base TEXT NOT NULL,                 -- origin of the server as the submitter saw it
+    due_at REAL,                        -- NULL: the request has not ended
+    tries INTEGER NOT NULL DEFAULT 0
+) STRICT, WITHOUT ROWID;
+CREATE INDEX webhook_due ON webhook (due_at, host) WHERE due_at IS NOT NULL;
+CREATE TRIGGER webhook_begins AFTER UPDATE OF ended_at ON request BEGIN
+    UPDATE webhook SET due_at = NEW.ended_at WHERE request_id = NEW.request_id;
+END;
+CREATE TRIGGER webhook_expires AFTER DELETE ON request BEGIN
+    DELETE FROM webhook WHERE request_id = OLD.request_id;
+END;
+
+-- name: upgrade_1
+ALTER TABLE request ADD COLUMN owner TEXT NOT NULL DEFAULT '';
+
 -- name: accept
-INSERT INTO request (request_id, app, accepted_at, body, digest, idempotency_key, priority, start_by)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?)
+INSERT INTO request (request_id, app, accepted_at, body, digest, idempotency_key, priority, start_by, owner)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT (idempotency_key) DO NOTHING;
 
 -- name: earlier
@@ -47,21 +71,66 @@ SET ended_at = ?, status = ?, payload = ?, started_at = ?, inference_time = ?, b
 WHERE request_id = ? AND ended_at IS NULL;
 
 -- name: find
-SELECT app, ended_at, status, payload, started_at, inference_time, billable_units, error_type, retryable, inline, logs
+SELECT app, ended_at, status, payload, started_at, inference_time, billable_units, error_type, retryable, inline, logs,
+    owner
 FROM request WHERE request_id = ?;
 
 -- name: body
 SELECT body FROM request WHERE request_id = ?;
 
 -- name: to_do
-SELECT request_id, app, priority, start_by FROM request WHERE ended_at IS NULL ORDER BY seq;
+SELECT request_id, app, priority, start_by, owner FROM request WHERE ended_at IS NULL ORDER BY seq;
 
 -- name: latest
--- The newest requests, but of a long queue only its head: there is where something happens.
+-- The newest requests, and those around the head of the queue: in a long queue it is there that something happens.
+WITH head (seq) AS (
+    SELECT coalesce((SELECT seq FROM request WHERE ended_at IS NULL ORDER BY seq LIMIT 1 OFFSET :ahead), 1 << 62)
+)
+SELECT seq FROM (SELECT seq FROM request ORDER BY seq DESC LIMIT :newest)
+UNION
+SELECT seq FROM (SELECT seq FROM request WHERE seq <= (SELECT seq FROM head) ORDER BY seq DESC LIMIT :around);
+
+-- name: latest_of
+-- The same for one owner; that the owner is not empty has to be said for the index's sake.
+WITH head (seq) AS (
+    SELECT coalesce((SELECT seq FROM request WHERE ended_at IS NULL ORDER BY seq LIMIT 1 OFFSET :ahead), 1 << 62)
+)
+SELECT seq FROM (SELECT seq FROM request WHERE owner = :owner AND owner != '' ORDER BY seq DESC LIMIT :newest)
+UNION
+SELECT seq FROM (
+    SELECT seq FROM request
+    WHERE owner = :owner AND owner != '' AND seq <= (SELECT seq FROM head)
+    ORDER BY seq DESC
+    LIMIT :around
+);
+
+-- name: listed
 SELECT
     request_id, accepted_at, CASE WHEN length(body) <= 65536 THEN body END, started_at, ended_at, status,
     CASE WHEN length(payload) <= 65536 THEN payload END, error_type, inference_time, coalesce(inline, 0)
 FROM request
-WHERE seq <= coalesce((SELECT seq FROM request WHERE ended_at IS NULL ORDER BY seq LIMIT 1 OFFSET ?), 1 << 62)
-ORDER BY seq DESC
+WHERE seq IN (SELECT value FROM json_each(?))
+ORDER BY seq DESC;
+
+-- name: webhooks
+SELECT count(*) FROM webhook;
+
+-- name: webhook
+INSERT INTO webhook (request_id, url, host, base) VALUES (?, ?, ?, ?);
+
+-- name: webhooks_due
+-- The oldest ones first, without those that are under way and without hosts that have enough of them.
+SELECT request_id, url, host, base, tries
+FROM webhook
+WHERE due_at <= ? AND host NOT IN (SELECT value FROM json_each(?)) AND request_id NOT IN (SELECT value FROM json_each(?))
+ORDER BY due_at
 LIMIT ?;
+
+-- name: webhook_next
+SELECT min(due_at) FROM webhook WHERE due_at > ?;
+
+-- name: webhook_again
+UPDATE webhook SET due_at = ?, tries = tries + 1 WHERE request_id = ?;
+
+-- name: webhook_over
+DELETE FROM webhook WHERE request_id = ?;

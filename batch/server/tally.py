@@ -28,6 +28,7 @@ _ROUTES = {
     "openapi.json": "schema",
     "page": "page",
     "run": "run",
+    "static": "page",
     "storage": "upload",
     "v1": "platform",
 }

@@ -7,7 +7,7 @@ be guessed. Parts of larger uploads are a later room.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeAlias
 
@@ -15,6 +15,7 @@ import orjson
 from aiohttp import web
 
 from batch.fal import protocol
+from batch.server.keys import Authenticator
 from batch.server.service import QueueService
 from batch.server.storage import TooLarge, content_type_of
 
@@ -22,7 +23,6 @@ __all__ = ["UPLOAD_LIMIT_BYTES", "routes"]
 
 UPLOAD_LIMIT_BYTES = 100 * 2**20
 """The official clients send anything larger in parts."""
-_TOKEN_LIFE = timedelta(days=1)
 _FILE_HEADERS = {
     # Somebody else's bytes under our origin: a browser must neither guess what they are nor run them.
     "x-content-type-options": "nosniff",
@@ -34,9 +34,9 @@ _FILE_HEADERS = {
 _Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def routes(service: QueueService) -> list[tuple[str, str, _Handler]]:
+def routes(service: QueueService, authenticator: Authenticator) -> list[tuple[str, str, _Handler]]:
     """Method, path and handler of each route."""
-    files = _Files(service)
+    files = _Files(service, authenticator)
     return [
         ("POST", "/storage/auth/token", files.token),
         ("POST", "/storage/upload/initiate", files.initiate),
@@ -50,18 +50,20 @@ def routes(service: QueueService) -> list[tuple[str, str, _Handler]]:
 class _Files:
     """The handlers, with what they need."""
 
-    def __init__(self, service: QueueService) -> None:
+    def __init__(self, service: QueueService, authenticator: Authenticator) -> None:
         self._service = service
+        self._authenticator = authenticator
         self._storage = service.storage
 
     async def token(self, request: web.Request) -> web.Response:
-        """A CDN token, as Python's client wants one before it uploads. Nothing is locked here, so that any will do."""
+        """A CDN token, as Python's client wants one before it uploads: it stands in for the caller's key."""
+        token = self._authenticator.token(request["owner"])
         answer = {
-            "token": self._service.new_id(),
+            "token": token.text,
             "token_type": "Bearer",
             "base_url": _base(request),
             # With an offset, not with Z: older Pythons cannot read that.
-            "expires_at": (datetime.now(UTC) + _TOKEN_LIFE).isoformat(),
+            "expires_at": datetime.fromtimestamp(token.expires_at, UTC).isoformat(),
         }
         return self._json(answer)
 

@@ -16,6 +16,8 @@ import anyio
 import orjson
 from PIL import Image
 
+from batch.fal.endpoint import APP_ID
+from batch.fal.platform import PAGE_LIMIT, Listed, Page
 from batch.fal.protocol import CancelOutcome, Reply, model_error_reply, request_error_reply
 from batch.model import Answer, Attempt, Json, JsonObject, QueueState, RequestId, Ticket, TicketStatus
 from batch.run.ports import CallFailed, Trouble
@@ -27,6 +29,7 @@ __all__ = [
     "DropsBeforeAccept",
     "FakeService",
     "Fault",
+    "Listing",
     "RefusesConnection",
     "RefusesSubmits",
     "SendsDamagedFiles",
@@ -66,6 +69,29 @@ class Fault:
     def downloading(self, data: bytes, n: int) -> bytes:
         """A file is about to be sent."""
         return data
+
+    def listing(self, n: int) -> Reply | None:
+        """A page of the request listing was asked for: the reply given instead."""
+
+
+@dataclass(slots=True)
+class Listing:
+    """How the fake lists its requests; the defaults are those of an obliging service."""
+
+    lag: float = 0.0
+    """Seconds until an accepted request is listed."""
+    waiting: bool = True
+    """Whether requests are listed that have not ended."""
+    hidden: Callable[[Request], bool] = lambda _: False
+    """Whose input is not shown."""
+    page_limit: int = PAGE_LIMIT
+    """The most requests a page, whatever is asked for."""
+    arrivals: int = 0
+    """Other people's requests that come in before each page is read, and shift what follows."""
+    page_bytes: int | None = None
+    """What a page may weigh until it is too large for the client."""
+    others: list[Listed] = field(default_factory=list)
+    """Requests that are no jobs of this run."""
 
 
 @dataclass(slots=True)
@@ -184,10 +210,12 @@ class FakeService:
         honours_keys: bool = False,
         faults: Sequence[Fault] = (),
         round_trip: float = 0.0,
+        listing: Listing | None = None,
     ) -> None:
         self._service_time = service_time if callable(service_time) else (lambda _: service_time)
         self._free_at = [0.0] * slots if slots else None
         self._honours_keys, self._faults, self._round_trip = honours_keys, list(faults), round_trip
+        self.lists = listing or Listing()
         self._by_key: dict[str, RequestId] = {}
         self._counts: Counter[str] = Counter()
         self.requests: dict[RequestId, Request] = {}
@@ -279,6 +307,33 @@ class FakeService:
         for fault in self._faults:
             data = fault.downloading(data, n)
         return data
+
+    async def listing(self, start: float, end: float, cursor: str | None, limit: int = PAGE_LIMIT) -> Page:
+        """A page of the requests between two instants, the newest first; the cursor is a page number."""
+        n = await self._arrive("listing")
+        for fault in self._faults:
+            self._refuse("listing", fault.listing(n))
+        how, now = self.lists, anyio.current_time()
+        for number in range(how.arrivals):
+            name = RequestId(f"other-{n}-{number}")
+            how.others.append(Listed(name, APP_ID, min(now, end - 1e-3), None, None, None, {"seed": -1}))
+        own = [
+            self._listed(request)
+            for request in self.requests.values()
+            if request.accepted_at + how.lag <= now and (how.waiting or request.ends_at <= now)
+        ]
+        found = [item for item in own + how.others if item.sent_at is not None and start <= item.sent_at < end]
+        found.sort(key=lambda item: item.sent_at or 0.0, reverse=True)
+        size, number = min(limit, how.page_limit), int(cursor or 0)
+        page = found[number * size : (number + 1) * size]
+        if how.page_bytes is not None and sum(len(orjson.dumps(item.input)) for item in page) > how.page_bytes:
+            raise CallFailed(Trouble("listing", "oversize", detail="oversize"))
+        return Page(tuple(page), str(number + 1) if len(found) > (number + 1) * size else None)
+
+    def _listed(self, request: Request) -> Listed:
+        ended = request.ends_at if request.ends_at <= anyio.current_time() else None
+        shown = None if self.lists.hidden(request) else request.body
+        return Listed(request.id, APP_ID, request.accepted_at, request.starts_at, ended, 200 if ended else None, shown)
 
     async def _arrive(self, phase: str) -> int:
         await anyio.sleep(self._round_trip)

@@ -39,10 +39,12 @@ def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
     return kept | {"PYTHONPATH": str(REPOSITORY)} | (extra or {})
 
 
-def start(*arguments: object, env: dict[str, str] | None = None, **options: object) -> subprocess.Popen[str]:
-    """Start `restyle ...`; the caller ends it."""
+def start(
+    *arguments: object, env: dict[str, str] | None = None, through: tuple[str, ...] = (), **options: object
+) -> subprocess.Popen[str]:
+    """Start `restyle ...`; the caller ends it. `through` is a command that executes it, a shell with a limit say."""
     return subprocess.Popen(
-        [sys.executable, "-m", "batch", *map(str, arguments)],
+        [*through, sys.executable, "-m", "batch", *map(str, arguments)],
         env=environment(env),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

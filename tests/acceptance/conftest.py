@@ -53,7 +53,7 @@ def picture_server(tmp_path) -> Iterator[PictureServer]:
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder))) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
         try:
             yield PictureServer(f"http://127.0.0.1:{server.server_port}", folder, requests)

@@ -24,6 +24,7 @@ from batch.fal.endpoint import APP_ID
 from batch.server import app as app_module
 from batch.server import service as service_module
 from batch.server import uploads as uploads_module
+from batch.server.guard import Guard
 from batch.server.records import Ending
 from batch.server.serve import ServeOptions, serve
 from batch.server.sources import Sources
@@ -515,8 +516,8 @@ def test_an_ending_that_the_disk_refuses_is_written_when_there_is_room(tmp_path,
         async with (
             await Store.open(tmp_path / "server.db") as store,
             Storage(tmp_path) as storage,
-            Sources(storage) as sources,
-            service_module.queue_service(store, storage, engine, sources) as service,
+            Guard() as guard,
+            service_module.queue_service(store, storage, engine, Sources(storage, guard)) as service,
         ):
             body = orjson.dumps({**INPUT, "prompt": "hold" + "x" * 100_000})
             request_id = (await service.submit(APP_ID, body, service_module.Wishes())).request_id

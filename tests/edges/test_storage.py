@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import ipaddress
 
 import pytest
 from aiohttp import web
 
 from batch.errors import StorageError
 from batch.server import sources as sources_module
+from batch.server.addresses import private_too
 from batch.server.engines.base import EngineFailure
+from batch.server.guard import Guard
 from batch.server.sources import Sources, parse_data_uri
 from batch.server.storage import Storage, TooLarge
 
@@ -183,12 +184,12 @@ async def web_server(handler):
         await runner.cleanup()
 
 
-def fetched(root, handler, path="/a.png", **options):
+def fetched(root, handler, path="/a.png"):
     """What `Sources.fetch` gives for a path on a server with that handler."""
 
     async def use(storage):
-        async with web_server(handler) as origin, Sources(storage, **options) as sources:
-            return await sources.fetch(origin + path)
+        async with web_server(handler) as origin, Guard(private_too) as guard:
+            return await Sources(storage, guard).fetch(origin + path)
 
     return in_storage(root, use)
 
@@ -251,9 +252,9 @@ def test_a_silent_server_is_given_up(tmp_path, monkeypatch):
             await over.wait()
             return web.Response()
 
-        async with web_server(handler) as origin, Sources(storage) as sources:
+        async with web_server(handler) as origin, Guard(private_too) as guard:
             with pytest.raises(EngineFailure, match="could not be fetched") as caught:
-                await sources.fetch(origin + "/a.png")
+                await Sources(storage, guard).fetch(origin + "/a.png")
             over.set()
         assert caught.value.retryable
 
@@ -265,9 +266,9 @@ def test_anything_but_http_and_data_is_refused(tmp_path, url):
     """No file of the server's own disk, no other protocol; never a stack trace."""
 
     async def use(storage):
-        async with Sources(storage) as sources:
+        async with Guard() as guard:
             with pytest.raises(EngineFailure) as caught:
-                await sources.fetch(url)
+                await Sources(storage, guard).fetch(url)
             assert caught.value.type == "file_download_error"
             assert not caught.value.retryable
 
@@ -278,9 +279,9 @@ def test_a_broken_data_uri_is_an_image_load_error(tmp_path):
     """Said before an engine sees it."""
 
     async def use(storage):
-        async with Sources(storage) as sources:
+        async with Guard() as guard:
             with pytest.raises(EngineFailure) as caught:
-                await sources.fetch("data:image/png;base64,!!!")
+                await Sources(storage, guard).fetch("data:image/png;base64,!!!")
             assert caught.value.type == "image_load_error"
 
     in_storage(tmp_path, use)
@@ -291,27 +292,9 @@ def test_own_files_are_read_from_disk_whatever_origin_gave_them_out(tmp_path):
 
     async def use(storage):
         path = await storage.save(LARGE, "image/png")
-        async with Sources(storage) as sources:
+        async with Guard() as guard:
+            sources = Sources(storage, guard)
             assert await sources.fetch("http://127.0.0.1:1" + path) == LARGE
             assert await sources.fetch(path) == LARGE
 
     in_storage(tmp_path, use)
-
-
-@pytest.mark.parametrize("name", ["127.0.0.1", "localhost"])
-def test_the_address_rule_decides_about_literals_and_names(tmp_path, name):
-    """One function says which addresses may be asked; a redirect does not get around it."""
-    asked = []
-
-    async def handler(request):
-        asked.append(request.path)
-        return web.Response(body=b"secret")
-
-    async def use(storage):
-        rule = lambda address: address not in ipaddress.ip_network("127.0.0.0/8")  # noqa: E731
-        async with web_server(handler) as origin, Sources(storage, rule) as sources:
-            with pytest.raises(EngineFailure, match="not permitted"):
-                await sources.fetch(origin.replace("127.0.0.1", name) + "/a.png")
-
-    in_storage(tmp_path, use)
-    assert asked == []

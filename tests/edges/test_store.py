@@ -91,7 +91,7 @@ def test_an_ending_comes_back_whole_from_memory_and_from_disk(tmp_path):
         assert store.recent(RequestId("r1")) is None
         return await store.find(RequestId("r1"))
 
-    assert in_store(tmp_path / "server.db", first) == in_store(tmp_path / "server.db", second) == (APP_ID, full)
+    assert in_store(tmp_path / "server.db", first) == in_store(tmp_path / "server.db", second) == (APP_ID, full, "")
 
 
 def test_the_first_ending_of_a_request_stands(tmp_path):

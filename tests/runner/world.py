@@ -13,6 +13,7 @@ from batch.model import Job
 from batch.run.budget import Budget
 from batch.run.gate import Gate
 from batch.run.pacing import Window
+from batch.run.reconcile import Reconciler
 from batch.run.runner import Policy, Runner
 from batch.testing.images import MemoryImages
 from batch.testing.journal import MemoryJournal
@@ -35,8 +36,11 @@ async def batches(made, size: int = 50):
 class World:
     """A runner with fakes around it; `again()` is the next session after a crash or an end."""
 
-    def __init__(self, service, *, window=16, price=None, budget=None, submits=None, policy=None, seed=7):
+    def __init__(
+        self, service, *, window=16, price=None, budget=None, submits=None, policy=None, seed=7, reconciles=False
+    ):
         self.service, self.journal = service, MemoryJournal()
+        self.reconciles = reconciles
         self.images, self.observer = MemoryImages(), RecordingObserver()
         self.window, self.price, self.limit, self.submits = window, price, budget, submits
         self.policy, self.seed = policy or Policy(), seed
@@ -54,9 +58,11 @@ class World:
             observer=self.observer,
             rng=rng,
         )
+        reconciler = Reconciler(self.service, self.journal, self.observer, anyio.current_time, rng)
         self.runner = Runner(
             service=self.service, journal=self.journal, images=self.images, observer=self.observer,
             gate=gate, policy=policy or self.policy, now=anyio.current_time, rng=rng,
+            reconciler=reconciler if self.reconciles else None,
         )  # fmt: skip
         with anyio.fail_after(7 * 86400):
             async with aclosing(batches(made)) as source:

@@ -75,17 +75,31 @@ TABLE: dict[str, tuple[str, int]] = {
     # the endpoint, ours
     "batch.server": (PURE, 0),
     "batch.server.grouping": ("edge: server's disk", 0),
+    "batch.server.faults": (PURE, 1),
     "batch.server.records": (PURE, 1),
     "batch.server.embedded": ("edge: endpoint process", 1),
+    "batch.server.keys": ("edge: keys file", 1),
     "batch.server.smallfiles": ("edge: server's disk", 1),
     "batch.server.broker": (PURE, 2),
     "batch.server.storage": ("edge: server's disk", 2),
     "batch.server.store": ("edge: server's disk", 2),
+    "batch.server.tally": (PURE, 2),
     "batch.server.answers": (PURE, 3),
-    "batch.server.sources": ("edge: source pictures of requests", 3),
+    "batch.server.history": ("edge: server's disk", 3),
+    "batch.server.openapi": (PURE, 3),
+    "batch.server.addresses": ("edge: other people's servers", 1),
+    "batch.server.guard": ("edge: other people's servers", 2),
+    "batch.server.sources": ("edge: other people's servers", 3),
     "batch.server.worker": (ASSEMBLY, 4),
     "batch.server.service": (ASSEMBLY, 5),
+    "batch.server.metrics": (ASSEMBLY, 6),
+    "batch.server.page": (PURE, 0),
+    "batch.server.page.state": (PURE, 3),
+    "batch.server.page.routes": (ASSEMBLY, 6),
+    "batch.server.listing": (ASSEMBLY, 6),
+    "batch.server.rehearsal": (ASSEMBLY, 6),
     "batch.server.uploads": (ASSEMBLY, 6),
+    "batch.server.webhooks": (ASSEMBLY, 6),
     "batch.server.app": (ASSEMBLY, 7),
     "batch.server.serve": (ASSEMBLY, 8),
     "batch.server.__main__": (ASSEMBLY, 9),
@@ -218,7 +232,7 @@ def test_every_exception_is_still_needed():
 def test_the_server_knows_nothing_of_the_client_side():
     """The server shares the wire protocol, the values and the errors with the runner, and nothing else."""
     shared = ("batch.server", "batch.fal.endpoint", "batch.fal.platform", "batch.fal.protocol", "batch.fal.signing")
-    shared += ("batch.model", "batch.errors")
+    shared += ("batch.model", "batch.errors", "batch.version")
     for name in SOURCES:
         if name.startswith("batch.server"):
             assert [other for other in ours(name) if not other.startswith(shared)] == [], name

@@ -144,6 +144,9 @@ class EngineCancelled(EngineError):
 class WorkerCrashed(EngineError):
     """The worker process died under the job. Another one takes its place; the job may be tried again."""
 
+    pause: float = 0.0
+    """Seconds until another one is there: as long a request that is alone stays in its queue."""
+
 
 class Engine(Protocol):
     """What the server drives. `generate` may be called from up to `info().slots` tasks at once."""

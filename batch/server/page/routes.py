@@ -1,8 +1,8 @@
 """The page over HTTP: one template, a few static files, and the JSON that keeps it live.
 
-Owns the routes `/` and `/page/...` and what browsers are told to refuse. The page does its work through the public
-API, as any other client; only what it shows of the server comes from here. Nothing is read or made before somebody
-looks, and nothing here is on the way of a request to the queue.
+Owns the routes `/`, `/static/...` and `/page/state`, and what browsers are told to refuse. The page does its work
+through the public API, as any other client; only what it shows of the server comes from here. Nothing is read or made
+before somebody looks, and nothing here is on the way of a request to the queue.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ _Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
 def routes(service: QueueService, app_id: AppId) -> list[tuple[str, str, _Handler]]:
     """Method, path and handler of each route."""
     page = _Page(service, app_id)
-    paths = {"/": page.show, "/page/state": page.state, "/page/{name}": page.static}
+    paths = {"/": page.show, "/page/state": page.state, "/static/{name}": page.static}
     return [(method, path, handler) for path, handler in paths.items() for method in ("GET", "HEAD")]
 
 
@@ -98,7 +98,7 @@ class _Page:
         if request.headers.get("sec-fetch-site", "none") not in _SAME_SITE:
             # Another site's script in the same browser: prompts and pictures are none of its business.
             raise web.HTTPForbidden(text="The page's state is for the page itself")
-        latest = await self._service.latest(SHOWN_REQUESTS)
+        latest = await self._service.latest(SHOWN_REQUESTS, request["owner"])
         counts, path_in = self._service.statistics(), self._service.storage.path_in
         body = {
             **numbers(self._service.tally, waiting=counts.waiting, running=counts.running, now=time.time()),

@@ -1,0 +1,167 @@
+// The form: one picture in, one picture out, through the same calls that any client makes.
+
+import { cancel, own, result, statuses, submit, upload } from "./api.js";
+
+const $ = (id) => document.getElementById(id);
+const form = $("playground");
+const SLIDERS = ["strength", "num_inference_steps", "guidance_scale"];
+const uploads = new WeakMap();
+
+let file = null;
+let ticket = null;
+let busy = false;
+
+/** Wire the form up. `changed` is told when a request was sent or has ended. */
+export function start(changed) {
+  for (const name of SLIDERS) $(name).addEventListener("input", () => ($(`${name}-value`).textContent = $(name).value));
+  $("file").addEventListener("change", () => choose($("file").files[0] ?? null));
+  $("image_url").addEventListener("input", () => {
+    if ($("image_url").value !== "") choose(null);
+    showSource($("image_url").value.trim());
+  });
+  $("cancel").addEventListener("click", () => ticket && cancel(ticket).catch((error) => say(error.message, true)));
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    if (!busy) work(changed);
+  });
+  for (const kind of ["dragover", "dragleave", "drop"]) $("drop").addEventListener(kind, dragged);
+}
+
+/** Fill the form with what an earlier request used. */
+export function fill(request) {
+  choose(null);
+  const { picture } = request.source;
+  $("image_url").value = picture === null ? "" : location.origin + picture;
+  showSource($("image_url").value);
+  $("prompt").value = request.prompt;
+  $("seed").value = request.seed ?? "";
+  for (const name of SLIDERS) {
+    if (!(name in request.settings)) continue;
+    $(name).value = request.settings[name];
+    $(`${name}-value`).textContent = $(name).value;
+  }
+  const format = form.querySelector(`[name=output_format][value="${CSS.escape(request.settings.output_format ?? "jpeg")}"]`);
+  if (format !== null) format.checked = true;
+  $("try-heading").scrollIntoView({ behavior: "smooth" });
+  $("prompt").focus({ preventScroll: true });
+}
+
+async function work(changed) {
+  const problem = missing();
+  if (problem !== null) {
+    say(problem.text, true);
+    problem.element.focus();
+    return;
+  }
+  const prompt = $("prompt").value.trim();
+  begin();
+  try {
+    ticket = await submit(document.body.dataset.app, { ...(await input()), prompt }, $("seed").value.trim());
+    $("cancel").hidden = false;
+    changed();
+    for await (const status of statuses(ticket)) progress(status);
+    showResult(await result(ticket), prompt);
+  } catch (error) {
+    say(error.message, true);
+    $("result-note").textContent = "No result";
+  }
+  end();
+  changed();
+}
+
+function missing() {
+  if (file === null && $("image_url").value.trim() === "") return { element: $("file"), text: "Choose a picture, or give its URL." };
+  if ($("prompt").value.trim() === "") return { element: $("prompt"), text: "Say in the prompt what the picture shall become." };
+  if (!/^\d{0,19}$/.test($("seed").value.trim())) return { element: $("seed"), text: "A seed is a whole number of at most 19 digits." };
+  return null;
+}
+
+async function input() {
+  if (file !== null && !uploads.has(file)) {
+    say("Uploading the picture…");
+    uploads.set(file, await upload(file));
+  }
+  const numbers = Object.fromEntries(SLIDERS.map((name) => [name, Number($(name).value)]));
+  const format = form.querySelector("[name=output_format]:checked").value;
+  return { image_url: file === null ? $("image_url").value.trim() : uploads.get(file), ...numbers, output_format: format };
+}
+
+function begin() {
+  busy = true;
+  $("submit").disabled = true;
+  $("progress").removeAttribute("value");
+  $("progress").hidden = false;
+  $("result-picture").hidden = $("made").hidden = true;
+  $("result-note").hidden = false;
+  $("result-note").textContent = "Under way";
+  say("Sending…");
+}
+
+function end() {
+  busy = false;
+  ticket = null;
+  $("submit").disabled = false;
+  $("cancel").hidden = $("progress").hidden = true;
+}
+
+function progress(status) {
+  if (status.status === "IN_QUEUE") {
+    const before = status.queue_position;
+    say(before === 0 ? "In the queue, next in line" : `In the queue, ${before} before it`);
+  } else if (status.status === "IN_PROGRESS") {
+    const steps = (status.logs ?? []).map((line) => /^step (\d+) of (\d+)$/.exec(line.message)).findLast(Boolean);
+    if (steps) $("progress").value = steps[1] / steps[2];
+    say(steps ? `At work, step ${steps[1]} of ${steps[2]}` : "At work");
+  } else {
+    $("progress").value = 1;
+  }
+}
+
+function showResult(output, prompt) {
+  const [image] = output.images;
+  $("result-picture").src = own(image.url);
+  $("result-picture").alt = `Result of: ${prompt}`;
+  $("result-picture").hidden = false;
+  $("result-note").hidden = true;
+  const seconds = output.timings?.inference;
+  const facts = [`${image.width} × ${image.height}`, `seed ${output.seed}`];
+  if (seconds !== undefined) facts.push(`${seconds.toFixed(2)} s in the engine`);
+  $("made-text").textContent = facts.join(" · ");
+  $("made-link").href = own(image.url);
+  $("made-link").download = image.file_name ?? "";
+  $("made").hidden = false;
+  say(output.has_nsfw_concepts?.some(Boolean) ? "Done. The safety checker flagged this picture." : "Done");
+}
+
+function choose(chosen) {
+  file = chosen;
+  if (chosen === null) $("file").value = "";
+  else $("image_url").value = "";
+  $("file-name").textContent = chosen?.name ?? "Choose a file";
+  showSource(chosen === null ? "" : URL.createObjectURL(chosen), chosen?.name);
+}
+
+/** A picture on another server is not loaded: this page talks to no one but its own server. */
+function showSource(url, name = "Input picture") {
+  const picture = $("input-picture");
+  if (picture.src.startsWith("blob:")) URL.revokeObjectURL(picture.src);
+  const here = url.startsWith("blob:") || url.startsWith(`${location.origin}/files/`);
+  picture.hidden = !here;
+  $("input-note").hidden = here;
+  $("input-note").textContent = url === "" ? "Your picture will be here" : "Lies on another server, which this page does not ask";
+  picture.alt = name;
+  if (here) picture.src = url;
+  else picture.removeAttribute("src");
+}
+
+function dragged(event) {
+  event.preventDefault();
+  $("drop").classList.toggle("over", event.type === "dragover");
+  const dropped = [...(event.dataTransfer?.files ?? [])].find((one) => one.type.startsWith("image/"));
+  if (event.type === "drop" && dropped) choose(dropped);
+}
+
+function say(text, wrong = false) {
+  $("status").textContent = text;
+  $("status").classList.toggle("wrong", wrong);
+}

@@ -1,0 +1,330 @@
+"""Commits the faults that `faults` decides on: an aiohttp middleware for the calls, a wrapper around the engine.
+
+Owns what each fault looks like on the wire. Is only there where a faults file was named: a server without one has
+neither middleware nor wrapper. What it knows of single requests (which results expire) is forgotten with the process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from http import HTTPStatus
+from pathlib import Path
+
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from batch.errors import ConfigError
+from batch.fal import protocol
+from batch.fal.platform import PlatformError, platform_error_reply
+from batch.fal.protocol import Operation, Reply
+from batch.model import AppId, RequestId
+from batch.server import answers
+from batch.server.engines.base import (
+    Cancelled,
+    Engine,
+    EngineCancelled,
+    EngineFailure,
+    EngineInfo,
+    EngineJob,
+    EngineResult,
+    OnStep,
+    WorkerCrashed,
+)
+from batch.server.faults import Body, Deed, Fault, FaultPlan, Faults, ListingRules, Moment, parse_faults
+from batch.server.records import Ending
+from batch.server.service import QueueService
+from batch.server.storage import content_type_of
+
+__all__ = ["Rehearsal", "moment_of", "read_faults"]
+
+_log = logging.getLogger(__name__)
+
+_LOOK_SECONDS = 0.1
+"""Between two looks at whether a request that is made to wait was cancelled."""
+_PIECES = 20
+"""Of a slow body."""
+_MOMENTS = {
+    Operation.SUBMIT: Moment.SUBMIT,
+    Operation.STATUS: Moment.STATUS,
+    Operation.RESULT: Moment.RESULT,
+    Operation.CANCEL: Moment.CANCEL,
+}
+_METHODS = {Moment.SUBMIT: {"POST"}, Moment.CANCEL: {"PUT", "POST"}}
+_LISTING_PATH = "/v1/models/requests/by-endpoint"
+_DETAILS = {
+    401: "No user found for Key ID and Secret",
+    403: "User is locked. Reason: Exhausted balance. Top up your balance at fal.ai/dashboard/billing.",
+    429: "Too many requests; not accepted",
+}
+_REQUEST_ERRORS = {
+    500: "internal_error",
+    502: "runner_incomplete_response",
+    503: "runner_scheduling_failure",
+    504: "request_timeout",
+}
+_MODEL_ERRORS = {503: "downstream_service_unavailable", 504: "generation_timeout"}
+_PLATFORM_ERRORS = {
+    401: PlatformError.AUTHORIZATION,
+    403: PlatformError.AUTHORIZATION,
+    404: PlatformError.NOT_FOUND,
+    429: PlatformError.RATE_LIMITED,
+}
+
+
+def read_faults(path: Path) -> FaultPlan:
+    """Read a faults file.
+
+    Raises:
+        ConfigError: there is none, or it is not one; the message says where.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"the faults file {path} cannot be read: {reason}; configs/faults.toml is one") from error
+    plan = parse_faults(text, str(path))
+    _log.warning("this server commits faults on purpose: %d kinds, as %s says", len(plan.faults), path)
+    return plan
+
+
+def moment_of(method: str, path: str, app_id: AppId) -> Moment | None:
+    """The moment that a call belongs to; None for one that no fault can befall."""
+    if path.startswith(("/files/", "/storage/")):
+        return Moment.FILE if method == "GET" else Moment.UPLOAD if method in {"POST", "PUT"} else None
+    if path == _LISTING_PATH:
+        return Moment.LISTING
+    address = protocol.parse_path(path)
+    moment = None if address is None else _MOMENTS.get(address.operation)
+    if address is None or moment is None or method not in _METHODS.get(moment, {"GET"}):
+        return None
+    return moment if moment is not Moment.SUBMIT or address.app == app_id else None
+
+
+class Rehearsal:
+    """The faults of one server.
+
+    Args:
+        plan: a faults file.
+        clock: Unix seconds.
+    """
+
+    def __init__(self, plan: FaultPlan, clock: Callable[[], float] = time.time) -> None:
+        self.listing: ListingRules = plan.listing
+        self._faults = Faults(plan)
+        self._clock = clock
+        self._expiring: dict[str, float] = {}
+        """Seconds that results live, by request id."""
+
+    def engine(self, engine: Engine) -> Engine:
+        """The same engine, with the faults of the moment `execute`."""
+        return _Rehearsed(engine, self._faults, self._expiring)
+
+    def middleware(self, service: QueueService, app_id: AppId) -> Middleware:
+        """What commits the faults of all other moments."""
+
+        @web.middleware
+        async def rehearse(request: web.Request, handler: Handler) -> web.StreamResponse:
+            moment = moment_of(request.method, request.path, app_id)
+            if moment is None:
+                return await handler(request)
+            if moment is Moment.RESULT and await self._has_expired(service, request.path):
+                return _response(answers.not_found_reply(service.new_id()))
+            fault = self._faults.decide(moment)
+            if fault is None:
+                return await handler(request)
+            _log.info("on purpose: %s at %s %s", fault.do, request.method, request.path)
+            return await _commit(fault, request, handler, service)
+
+        return rehearse
+
+    async def _has_expired(self, service: QueueService, path: str) -> bool:
+        address = protocol.parse_path(path)
+        seconds = self._expiring.get(address.request_id or "") if address is not None else None
+        if address is None or seconds is None:
+            return False
+        known = await service.find(RequestId(address.request_id or ""))
+        return known is not None and isinstance(known.state, Ending) and self._clock() - known.state.ended_at >= seconds
+
+
+# --- calls ------------------------------------------------------------------------------------------------
+
+
+async def _commit(fault: Fault, request: web.Request, handler: Handler, service: QueueService) -> web.StreamResponse:
+    match fault.do:
+        case Deed.DROP:
+            await request.read()  # unread bytes would make the kernel send a reset in place of a plain end
+            return _hang_up(request)
+        case Deed.ANSWER:
+            await request.read()
+            return _error(fault, service)
+        case Deed.DROP_AFTER_ACCEPT | Deed.ANSWER_AFTER_ACCEPT:
+            answer = await handler(request)
+            if answer.status != 200:
+                return answer  # it was refused: nothing was accepted that could be lost
+            return _hang_up(request) if fault.do is Deed.DROP_AFTER_ACCEPT else _error(fault, service)
+        case Deed.LATE:
+            answer = await handler(request)
+            await asyncio.sleep(fault.seconds)
+            return answer
+        case _:
+            return await _maim(fault, request, handler, service)
+
+
+def _hang_up(request: web.Request) -> web.Response:
+    if request.transport is not None:
+        request.transport.close()
+    return web.Response()  # never sent: the connection is gone
+
+
+def _error(fault: Fault, service: QueueService) -> web.Response:
+    headers = {} if fault.retry_after is None else {"retry-after": f"{fault.retry_after:g}"}
+    status, reason = fault.status, _phrase(fault.status)
+    if fault.body is Body.EMPTY:
+        return web.Response(status=status, headers=headers)
+    if fault.body is Body.HTML:
+        page = (
+            f"<html>\r\n<head><title>{status} {reason}</title></head>\r\n<body>\r\n"
+            f"<center><h1>{status} {reason}</h1></center>\r\n<hr><center>nginx</center>\r\n</body>\r\n</html>\r\n"
+        )
+        plain = {"content-type": "text/html", "server": "nginx"}
+        return web.Response(status=status, body=page.encode(), headers=plain | headers)
+    detail, new_id = _DETAILS.get(status, reason), service.new_id()
+    if fault.at is Moment.LISTING:
+        kind = _PLATFORM_ERRORS.get(status, PlatformError.SERVER if status >= 500 else PlatformError.VALIDATION)
+        reply = platform_error_reply(status, kind, detail, new_id)
+    else:
+        reply = protocol.request_error_reply(status, _REQUEST_ERRORS.get(status), detail, new_id)
+    return web.Response(status=status, body=reply.body, headers={**reply.headers, **headers})
+
+
+async def _maim(fault: Fault, request: web.Request, handler: Handler, service: QueueService) -> web.StreamResponse:
+    """The right answer with a body that is slow, cut off or short."""
+    found = await _whole(fault, request, handler, service)
+    if isinstance(found, web.StreamResponse):
+        return found
+    status, headers, body = found
+    half = body[: len(body) // 2]
+    if fault.do is Deed.SHORT:
+        return web.Response(status=status, body=half, headers=headers)
+    stream = web.StreamResponse(status=status, headers=headers)
+    stream.content_length = len(body)
+    await stream.prepare(request)
+    if fault.do is Deed.CUT:
+        await stream.write(half)
+        _hang_up(request)
+        return stream
+    size = -(-len(body) // _PIECES)
+    for start in range(0, len(body), size):
+        await stream.write(body[start : start + size])
+        await asyncio.sleep(fault.seconds / _PIECES)
+    await stream.write_eof()
+    return stream
+
+
+async def _whole(
+    fault: Fault, request: web.Request, handler: Handler, service: QueueService
+) -> tuple[int, dict[str, str], bytes] | web.StreamResponse:
+    """Status, headers and body of the right answer; the answer itself where it is an error or a stream."""
+    if fault.at is Moment.FILE:
+        data = await service.storage.read(request.path)
+        if data is None:
+            return await handler(request)
+        return 200, {"content-type": content_type_of(request.path)}, data
+    answer = await handler(request)
+    body = answer.body if isinstance(answer, web.Response) else None
+    if answer.status >= 400 or not isinstance(body, bytes | bytearray):
+        return answer
+    kept = {name: value for name, value in answer.headers.items() if name.lower() != "content-length"}
+    return answer.status, kept, bytes(body)
+
+
+def _response(reply: Reply) -> web.Response:
+    return web.Response(status=reply.status, body=reply.body, headers=reply.headers)
+
+
+def _phrase(status: int) -> str:
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:
+        return "Error"
+
+
+# --- the engine -------------------------------------------------------------------------------------------
+
+
+class _SentBack(WorkerCrashed):
+    """The request goes back to its queue for a while."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__("its runner was taken away")
+        self.pause = seconds
+
+
+class _Rehearsed:
+    """An engine that fails on purpose."""
+
+    def __init__(self, engine: Engine, faults: Faults, expiring: dict[str, float]) -> None:
+        self._engine = engine
+        self._faults = faults
+        self._expiring = expiring
+
+    def info(self) -> EngineInfo:
+        """The engine's own."""
+        return self._engine.info()
+
+    async def start(self) -> None:
+        """The engine's own."""
+        await self._engine.start()
+
+    async def aclose(self) -> None:
+        """The engine's own."""
+        await self._engine.aclose()
+
+    async def generate(self, job: EngineJob, on_step: OnStep, cancelled: Cancelled) -> EngineResult:
+        """Let the engine work, or do what the fault says.
+
+        Raises:
+            EngineFailure: a model error, the engine's own or one on purpose.
+            EngineCancelled: see the engine.
+            WorkerCrashed: the engine's own, one on purpose, or the request goes back to its queue.
+        """
+        fault = self._faults.decide(Moment.EXECUTE)
+        if fault is not None:
+            _log.info("on purpose: %s of request %s", fault.do, job.request_id)
+            await self._commit(fault, job, cancelled)
+        return await self._engine.generate(job, on_step, cancelled)
+
+    async def _commit(self, fault: Fault, job: EngineJob, cancelled: Cancelled) -> None:
+        match fault.do:
+            case Deed.EXPIRE:
+                self._expiring[job.request_id] = fault.seconds
+            case Deed.CRASH:
+                raise WorkerCrashed("killed on purpose")
+            case Deed.REQUEUE:
+                await _while_not(cancelled, fault.seconds)
+                raise _SentBack(fault.seconds)
+            case Deed.CONTENT_POLICY:
+                words = "The content could not be processed because it contained material flagged by a content checker."
+                raise EngineFailure(422, "content_policy_violation", words, ("body", "prompt"))
+            case _:
+                kind = _MODEL_ERRORS.get(fault.status, "internal_server_error")
+                raise EngineFailure(
+                    fault.status, kind, "The model failed on purpose", ("body",), retryable=fault.retryable
+                )
+
+
+async def _while_not(cancelled: Cancelled, seconds: float) -> None:
+    """Wait.
+
+    Raises:
+        EngineCancelled: the job was told to stop.
+    """
+    loop = asyncio.get_running_loop()
+    end = loop.time() + seconds
+    while (left := end - loop.time()) > 0:
+        if cancelled():
+            raise EngineCancelled
+        await asyncio.sleep(min(left, _LOOK_SECONDS))

@@ -1,0 +1,383 @@
+"""What a user can get wrong: one sentence with what, the value and what to do; no trace, nothing lost, nothing paid."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import struct
+import subprocess
+import zlib
+from contextlib import contextmanager
+
+import pytest
+
+from tests.acceptance.command import (
+    REPOSITORY,
+    accepted,
+    jobs_in,
+    restyle,
+    results,
+    summary,
+    write_manifest,
+)
+
+ECHO = ("--engine", "echo")
+CAT = REPOSITORY / "manifests" / "pictures" / "cat.jpg"
+
+
+def refused(*arguments, code: int = 2, **options) -> str:
+    """The one sentence of a command that is refused."""
+    ended = restyle(*arguments, **options)
+    assert ended.code == code, ended.text
+    (line,) = [line for line in ended.err.splitlines() if line.startswith("restyle: ")]
+    assert not ended.err.splitlines()[-1].endswith(":")
+    return line
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    return write_manifest(tmp_path / "m.csv", range(3))
+
+
+# --- manifests as a whole ---------------------------------------------------------------------------------
+
+MANIFESTS = [
+    ("m.csv", None, ["there is no manifest", "m.csv", "did you mean m.cvs?"]),
+    ("m.csv", "", ["m.csv is empty", "name the columns"]),
+    ("m.csv", "image_url,prompt\n", ["has a header and no rows", "give at least one"]),
+    (
+        "m.csv",
+        "img,prompt\na.jpg,x\n",
+        ["no column 'image_url'", "did you mean 'img'?", "Its columns are: img, prompt"],
+    ),
+    ("m.csv", "image_url,text\na.jpg,x\n", ["no column 'prompt'", "Its columns are: image_url, text", "input.prompt"]),
+    ("m.csv", "image_url,prompt\na.jpg,x,y\n", ["line 2", "3 fields where the header has 2"]),
+    ("m.csv", 'image_url,prompt\na.jpg,"x\n', ["line 2", "is a quote opened and not closed?"]),
+    ("m.csv", "image_url,prompt,prompt\na,b,c\n", ["more than one column 'prompt'", "rename"]),
+    ("m.csv", b"image_url,prompt\na.jpg,caf\xe9\n", ["line 2", "not UTF-8", "save it as UTF-8"]),
+    ("m.jsonl", '{"image_url": "a.jpg"\n', ["m.jsonl", "line 1"]),
+    ("m.parquet", "image_url,prompt\n", ["m.parquet", "what its suffix says"]),
+    ("m.xlsx", "x", ["no known format", ".csv"]),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "words"), MANIFESTS, ids=lambda value: str(value)[:30])
+def test_a_manifest_that_cannot_be_used(tmp_path, name, content, words):
+    """The file, the line where there is one, and what to do about it."""
+    if content is None:
+        (tmp_path / "m.cvs").write_text("image_url,prompt\na,b\n")
+    else:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    sentence = refused("run", tmp_path / name, "-o", tmp_path / "run", *ECHO)
+    for word in words:
+        assert word in sentence
+
+
+# --- rows -------------------------------------------------------------------------------------------------
+
+
+def png_of(side: int) -> bytes:
+    """A whole one-bit PNG of so many pixels square; it packs to a few kilobytes."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    head = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    rows = zlib.compress(bytes((1 + (side + 7) // 8) * side), 9)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+ROWS = [
+    # image, strength, steps, seed, error type, words of the message
+    ("cat.jpg", "high", "", "", "float_parsing", ["strength is 'high'", "a number from 0.01 to 1"]),
+    ("cat.jpg", "1.5", "", "", "less_than_equal", ["strength is '1.5'", "a number from 0.01 to 1"]),
+    ("cat.jpg", "", "9", "", "greater_than_equal", ["num_inference_steps is '9'", "from 10 to 50"]),
+    ("cat.jpg", "", "10.5", "", "int_parsing", ["num_inference_steps is '10.5'", "a whole number"]),
+    ("cat.jpg", "", "", "-1", "greater_than_equal", ["seed is '-1'"]),
+    ("cat.jpg", "nan", "", "", "finite_number", ["strength is 'nan'"]),
+    ("nowhere.jpg", "", "", "", "file_not_found", ["nowhere.jpg", "relative paths start at the manifest's folder"]),
+    ("folder", "", "", "", "is_a_folder", ["folder", "name a picture in it"]),
+    ("", "", "", "", "missing", ["the cell is empty", "give a URL, a path or a picture"]),
+    ("ftp://host/a.jpg", "", "", "", "unsupported_scheme", ["ftp://host/a.jpg", "give an http(s) URL"]),
+    ("notes.txt", "", "", "", "image_load_error", ["notes.txt", "JPEG, PNG, WebP"]),
+    ("huge.png", "", "", "", "image_too_large", ["huge.png", "400.0 megapixels", "max_image_megapixels is 100"]),
+    ("cut.jpg", "", "", "", "image_load_error", ["damaged or incomplete"]),
+    ("data:image/png;base64,@@@", "", "", "", "data_uri", ["is not base64", "write it again"]),
+]
+
+
+def test_bad_rows_are_data_and_the_good_ones_are_done(tmp_path):
+    """Each bad row is a failed row with an error type and a sentence; the rest of the run goes on."""
+    (tmp_path / "cat.jpg").write_bytes(CAT.read_bytes())
+    (tmp_path / "cut.jpg").write_bytes(CAT.read_bytes()[:5000])
+    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "huge.png").write_bytes(png_of(20_000))
+    (tmp_path / "folder").mkdir()
+    manifest, directory = tmp_path / "m.csv", tmp_path / "run"
+    lines = [f'"{image}",a cat,{strength},{steps},{seed}' for image, strength, steps, seed, _, _ in ROWS]
+    lines.append("cat.jpg,a good cat,,,")
+    manifest.write_text("image_url,prompt,strength,num_inference_steps,seed\n" + "\n".join(lines) + "\n")
+
+    planned = restyle("plan", manifest)
+    assert planned.code == 0
+    for number, (image, *_) in enumerate(ROWS[:-2], 2):
+        assert f"{manifest}:{number} " in planned.out, image
+
+    ended = restyle("run", manifest, "-o", directory, *ECHO)
+    assert ended.code == 3, ended.text
+    assert f"1 done, {len(ROWS)} failed" in ended.out
+    rows = results(directory).to_pylist()
+    for row, (image, *_, kind, words) in zip(rows, ROWS, strict=False):
+        assert (row["status"], row["error_type"]) == ("failed", kind), (image, row["error_message"])
+        assert row["images"] is None
+        for word in words:
+            assert word in row["error_message"], row["error_message"]
+    assert rows[-1]["status"] == "done"
+    assert accepted(directory) == 1, "nothing was submitted for a bad row"
+
+
+def test_bad_rows_can_be_skipped(tmp_path, manifest):
+    """`--on-bad-row skip`: no failure, exit 0, and still in the table."""
+    manifest.write_text(manifest.read_text() + "x,no-such-file.jpg,y\n")
+    ended = restyle("run", manifest, "-o", tmp_path / "run", *ECHO, "--on-bad-row", "skip")
+    assert ended.code == 0, ended.text
+    assert results(tmp_path / "run")["status"].to_pylist() == ["done"] * 3 + ["skipped"]
+
+
+# --- config and flags -------------------------------------------------------------------------------------
+
+CONFIGS = [
+    ("[limits]\nbudget = 1\n", ["unknown key limits.budget", "did you mean limits.budget_usd?"]),
+    ("[limts]\nbudget_usd = 1\n", ["unknown key limts", "did you mean limits?"]),
+    ("[limits\n", ["c.toml is not TOML", "line 1"]),
+    ("[input]\nstrength = 2.0\n", ["input.strength = 2.0", "less than or equal to 1"]),
+    ("[sweep]\nstrenght = [0.5]\n", ["'strenght' cannot be swept", "did you mean 'strength'?"]),
+    ("[sweep]\nstrength = []\n", ["'strength' has no values"]),
+    ('[limits]\ndeadline = "soon"\n', ["'soon' is not a duration", "50m"]),
+    ('[target]\nname = "falai"\n', ["'falai' is no target", "local, fal, or a URL"]),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), CONFIGS, ids=lambda value: str(value)[:20])
+def test_a_config_that_is_wrong(tmp_path, manifest, text, words):
+    """The file, the key, the nearest known one; nothing is made."""
+    (tmp_path / "c.toml").write_text(text)
+    sentence = refused("run", manifest, "-c", tmp_path / "c.toml", "-o", tmp_path / "run")
+    for word in ["c.toml", *words]:
+        assert word in sentence
+    assert not (tmp_path / "run").exists()
+
+
+FLAGS = [
+    (["--bugdet", "3"], ["--bugdet", "Did you mean --budget?", "restyle run --help"]),
+    (["--budget", "many"], ["--budget", "many"]),
+    (["--target", "nonsense"], ["'nonsense' is no target"]),
+    (["--max-in-flight", "0"], ["max_in_flight"]),
+    (["--engine", "dalle"], ["--engine", "dalle", "preview"]),
+    (["--max-failures", "few"], ["'few' is neither a number of jobs nor a percentage"]),
+    (["--rate", "fast"], ["submits_per_second", "fast"]),
+    (["-c", "nowhere.toml"], ["there is no config file nowhere.toml", "configs/"]),
+]
+
+
+@pytest.mark.parametrize(("flags", "words"), FLAGS, ids=lambda value: str(value)[:20])
+def test_a_flag_that_is_wrong(tmp_path, manifest, flags, words):
+    """The flag, its value, and where to look."""
+    sentence = refused("run", manifest, "-o", tmp_path / "run", *flags)
+    for word in words:
+        assert word in sentence
+
+
+def test_a_variable_that_is_misspelt_is_not_passed_over(tmp_path, manifest):
+    """A limit that nobody reads is no limit."""
+    sentence = refused("run", manifest, "-o", tmp_path / "run", env={"RESTYLE_LIMITS__BUDGET": "5"})
+    assert "RESTYLE_LIMITS__BUDGET is not known; did you mean RESTYLE_LIMITS__BUDGET_USD?" in sentence
+
+
+def test_a_run_without_a_run_directory_is_told_so(manifest):
+    """`-o` has no default: results go where somebody said."""
+    assert "--out" in refused("run", manifest)
+
+
+def test_a_command_that_does_not_exist_names_those_that_do():
+    """With help at hand."""
+    sentence = refused("rum")
+    assert '"rum"' in sentence
+    assert "run" in sentence
+    assert "restyle --help" in sentence
+
+
+# --- run directories --------------------------------------------------------------------------------------
+
+
+def test_another_config_is_refused_until_it_is_accepted(tmp_path, manifest):
+    """It says what differs; `--new-config` goes on and keeps what was done before."""
+    directory, command = tmp_path / "run", ("run", manifest, "-o", tmp_path / "run", *ECHO)
+    assert restyle(*command).code == 0
+    before = results(directory)
+    (tmp_path / "c.toml").write_text("[input]\nstrength = 0.5\n")
+    sentence = refused(*command, "-c", tmp_path / "c.toml")
+    assert "input.strength was None, is 0.5" in sentence
+    assert "--new-config" in sentence
+    assert results(directory).equals(before)
+
+    assert restyle(*command, "-c", tmp_path / "c.toml", "--new-config").code == 0
+    assert set(results(directory)["strength"].to_pylist()) == {0.5}
+    assert (accepted(directory), jobs_in(directory)) == (6, 6)
+    assert restyle(*command, "--new-config").code == 0
+    assert results(directory).equals(before)
+    assert accepted(directory) == 6
+
+
+def test_another_kind_of_target_is_refused_for_good(tmp_path, manifest):
+    """Results of different services do not mix, whatever is said."""
+    command = ("run", manifest, "-o", tmp_path / "run", *ECHO)
+    assert restyle(*command).code == 0
+    for more in ((), ("--new-config",)):
+        sentence = refused(*command, "--target", "fal", "--yes", *more)
+        assert "was made with target local" in sentence
+        assert "name another folder with -o" in sentence
+
+
+def test_a_file_or_a_strange_folder_as_run_directory(tmp_path, manifest):
+    """Nothing of somebody else's is written to."""
+    (tmp_path / "file").write_text("mine")
+    assert "is a file; -o names the folder of the run" in refused("run", manifest, "-o", tmp_path / "file", *ECHO)
+    assert (tmp_path / "file").read_text() == "mine"
+    assert "holds other files and no run" in refused("run", manifest, "-o", tmp_path, *ECHO)
+
+
+def test_a_place_that_cannot_be_written(manifest):
+    """The kernel's own folder refuses everybody, root too."""
+    sentence = refused("run", manifest, "-o", "/proc/restyle/run", *ECHO)
+    assert "/proc/restyle/run cannot be written" in sentence
+    assert "name another folder with -o" in sentence
+
+
+def test_a_journal_of_a_newer_version_is_left_alone(tmp_path, manifest):
+    """An old tool must not write into what it does not understand."""
+    directory, command = tmp_path / "run", ("run", manifest, "-o", tmp_path / "run", *ECHO)
+    assert restyle(*command).code == 0
+    connection = sqlite3.connect(directory / "journal.db")
+    connection.execute("PRAGMA user_version = 99")
+    connection.close()
+    before = (directory / "journal.db").read_bytes()
+    for arguments in (command, ("status", directory), ("export", directory)):
+        sentence = refused(*arguments)
+        assert "journal was written by a newer restyle" in sentence
+        assert "version 99" in sentence
+        assert "upgrade" in sentence
+    assert (directory / "journal.db").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"no database at all" * 500, None], ids=["no SQLite", "another program's"])
+def test_a_journal_that_is_none_is_left_alone(tmp_path, manifest, content):
+    """A file of that name may be anybody's."""
+    directory = tmp_path / "run"
+    directory.mkdir()
+    if content is None:
+        connection = sqlite3.connect(directory / "journal.db")
+        connection.execute("CREATE TABLE diary (entry)")
+        connection.close()
+    else:
+        (directory / "journal.db").write_bytes(content)
+    before = (directory / "journal.db").read_bytes()
+    for arguments in (("run", manifest, "-o", directory, *ECHO), ("status", directory)):
+        assert "is not a journal of restyle; name another folder with -o" in refused(*arguments)
+    assert (directory / "journal.db").read_bytes() == before
+
+
+# --- disks ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def small_disk(tmp_path, size):
+    """A tmpfs of so many bytes, where this user may mount one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", place], check=True)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no tmpfs on Windows")
+@pytest.mark.parametrize("size", ["1m", "3m"])
+def test_a_full_disk_stops_the_run_and_loses_nothing(tmp_path, size):
+    """Exit 4 with a sentence; with room again the same command completes, and nothing is paid for twice."""
+    manifest = write_manifest(tmp_path / "m.csv", range(300))
+    with small_disk(tmp_path, size) as disk:
+        command = ("run", manifest, "-o", disk / "run", *ECHO)
+        sentence = refused(*command, code=4)
+        assert "space" in sentence or "room" in sentence
+        assert "run the same command again" in sentence
+        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+        assert restyle(*command).code == 0
+        assert accepted(disk / "run") == jobs_in(disk / "run", "done") == 300
+
+
+def test_a_disk_that_is_read_only_is_said(tmp_path, manifest):
+    """Nothing is started."""
+    with small_disk(tmp_path, "1m") as disk:
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        sentence = refused("run", manifest, "-o", disk / "run", *ECHO)
+    assert "cannot be written (Read-only file system); name another folder with -o" in sentence
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no ulimit on Windows")
+@pytest.mark.parametrize("blocks", [200, 1200])
+def test_a_disk_that_fails_in_the_middle_stops_the_run_and_loses_nothing(tmp_path, blocks):
+    """No file may grow beyond so many blocks: a stand-in for a quota, which works without being root."""
+    manifest = write_manifest(tmp_path / "m.csv", range(300))
+    command = ("run", manifest, "-o", tmp_path / "run", *ECHO)
+    sentence = refused(*command, code=4, through=("sh", "-c", f'ulimit -f {blocks}; exec "$0" "$@"'))
+    assert "journal.db was refused" in sentence
+    assert "What was durable before is still there" in sentence
+    assert restyle(*command).code == 0
+    assert accepted(tmp_path / "run") == jobs_in(tmp_path / "run", "done") == 300
+
+
+# --- money ------------------------------------------------------------------------------------------------
+
+
+def test_fal_off_a_terminal_asks_for_a_yes_and_sends_nothing(tmp_path, manifest):
+    """The plan's cost is shown first; without `--yes` or a budget nobody is asked for money."""
+    ended = restyle("run", manifest, "-o", tmp_path / "run", "--target", "fal", env={"FAL_KEY": "id:secret"})
+    assert ended.code == 2
+    assert ended.out.startswith("target: fal (fal-ai/flux/dev/image-to-image), $0.03 a megapixel")
+    assert "cost" in ended.out
+    assert "this run would cost about $0.19 for 3 jobs; say --yes, or set --budget USD" in ended.err
+    assert "secret" not in ended.text
+    assert jobs_in(tmp_path / "run") == 0
+
+
+@pytest.mark.parametrize("agreed", [("--yes",), ("--budget", "1")])
+def test_fal_without_a_key_is_told_how_to_set_one(tmp_path, manifest, agreed):
+    """Before anything is sent."""
+    sentence = refused("run", manifest, "-o", tmp_path / "run", "--target", "fal", *agreed)
+    assert "FAL_KEY is not set" in sentence
+    assert "--target local" in sentence
+    assert jobs_in(tmp_path / "run") == 0
+
+
+@pytest.mark.parametrize("key", ["id:sec\nret", "id:s\u00e9cret"])
+def test_a_key_that_no_header_can_carry_is_refused(tmp_path, manifest, key):
+    """A slip of the clipboard, found before the first submit; it is not shown."""
+    ended = restyle("run", manifest, "-o", tmp_path / "run", "--target", "fal", "--yes", env={"FAL_KEY": key})
+    assert ended.code == 2, ended.text
+    assert "FAL_KEY holds a line break or a letter that no key has" in ended.err
+    assert key not in ended.text
+    assert jobs_in(tmp_path / "run") == 0
+
+
+def test_a_target_that_nobody_serves_is_waited_for_until_the_deadline(tmp_path, manifest):
+    """Nothing was sent: every job is pending, and the reason is said."""
+    ended = restyle("run", manifest, "-o", tmp_path / "run", "--target", "http://127.0.0.1:9", "--deadline", "1s")
+    assert ended.code == 4, ended.text
+    assert "connect" in ended.err
+    assert (summary(tmp_path / "run")["pending"], summary(tmp_path / "run")["unknown"]) == (3, 0)

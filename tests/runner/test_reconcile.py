@@ -1,0 +1,353 @@
+"""Lost replies are found again in the listing, and adopted only where there is no doubt. In virtual time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import date
+
+import anyio
+import orjson
+import pytest
+
+from batch.errors import StorageError
+from batch.fal.platform import Listed
+from batch.fal.protocol import Reply
+from batch.model import AppId, Attempt, RequestId
+from batch.run.budget import Price
+from batch.run.lifecycle import State
+from batch.run.ports import Accepted, CallFailed, Trouble
+from batch.run.runner import Policy
+from batch.testing.service import CompletesWith, DropsAfterAccept, DropsBeforeAccept, FakeService, Fault, Listing
+from tests.runner.world import World, jobs
+
+pytestmark = pytest.mark.anyio
+PRICE = Price(0.03, date(2026, 11, 1))
+
+
+def world(*faults: Fault, listing: Listing | None = None, policy: Policy | None = None, **options) -> World:
+    service = FakeService(service_time=2.0, round_trip=0.1, faults=faults, listing=listing)
+    return World(service, policy=policy, reconciles=True, **options)
+
+
+async def state(of: World) -> dict[State, int]:
+    return {name: count for name, count in (await of.journal.counts()).by_state.items() if count}
+
+
+def findings(of: World) -> set[str]:
+    return {facts["finding"] for facts in of.observer.actions("reconciled")}
+
+
+@dataclass(slots=True)
+class FailsPages(Fault):
+    """The listing's pages from the `first`-th on are not to be had, `times` of them."""
+
+    first: int = 1
+    times: int = 1_000_000
+    status: int = 502
+    headers: tuple[tuple[str, str], ...] = ()
+
+    def listing(self, n: int) -> Reply | None:
+        struck = self.first <= n < self.first + self.times
+        return Reply(self.status, b"<html>", dict(self.headers)) if struck else None
+
+
+@dataclass(slots=True)
+class LosesReplyTo(Fault):
+    """The submit with a word in its prompt is accepted, and its answer is lost."""
+
+    word: str
+
+    def accepted(self, attempt: Attempt, n: int) -> None:
+        if self.word in str(orjson.loads(attempt.body)["prompt"]):
+            raise CallFailed(Trouble("submit", "disconnected", detail="disconnected"))
+
+
+class GoesRound(FakeService):
+    """A listing whose pages never end."""
+
+    async def listing(self, start, end, cursor, limit=100):
+        page = await super().listing(start, end, None, limit)
+        return type(page)(page.items, "again")
+
+
+# --- found ------------------------------------------------------------------------------------------------
+
+
+async def test_lost_replies_are_adopted_at_the_end_of_the_same_run():
+    """A fifth of all replies lost: one POST for each job, every result collected, nothing held."""
+    of = world(DropsAfterAccept(every=5))
+    report = await of.run(jobs(200))
+    assert (report.done, report.failed, report.held) == (200, 0, 0)
+    assert of.service.posts == of.service.accepted == 200
+    assert await state(of) == {State.DONE: 200}
+    assert len({event.ticket.request_id for event in of.journal.events if isinstance(event, Accepted)}) == 200
+    assert findings(of) == {"adopted"}
+
+
+async def test_a_listing_that_lags_is_asked_again_by_the_next_run():
+    """Absence proves nothing: held at the end of the run, adopted at the start of the next, still one POST each."""
+    of = world(DropsAfterAccept(every=5), listing=Listing(lag=600.0))
+    assert (await of.run(jobs(50))).held == 10
+    assert findings(of) == {"absent"}
+    assert (await of.again().run(jobs(50))).held == 10
+    await anyio.sleep(600)
+    report = await of.again().run(jobs(50))
+    assert (report.done, report.held, of.service.posts) == (10, 0, 50)
+
+
+async def test_a_request_that_waits_and_is_not_listed_is_found_once_it_has_ended():
+    """Only ended requests are listed: what still waits is not taken for lost."""
+    of = world(DropsAfterAccept(), listing=Listing(waiting=False))
+    assert (await of.run(jobs(5))).held == 5
+    await anyio.sleep(10)
+    report = await of.again().run(jobs(5))
+    assert (report.done, report.held, of.service.posts) == (5, 0, 5)
+
+
+async def test_a_run_killed_between_post_and_answer_finds_what_it_asked_for():
+    """Nobody wrote down that they were lost: an intent without an outcome is doubted, and found."""
+    of = world()
+    with anyio.move_on_after(0.15):  # the POSTs have arrived, their answers have not
+        await of.run(jobs(30))
+    sent = of.service.posts
+    assert sent > 0
+    report = await of.again().run(jobs(30))
+    assert (report.done, report.held, of.service.posts) == (30, 0, 30)
+
+
+async def test_an_adopted_failure_is_a_failed_row():
+    """The request was accepted and ended badly: that is what the row says, and it is not asked for again."""
+    of = world(LosesReplyTo("3 as"), CompletesWith("3 as", 422, "content_policy_violation"))
+    report = await of.run(jobs(5))
+    assert (report.done, report.failed, report.held, of.service.posts) == (4, 1, 0, 5)
+
+
+async def test_an_adopted_request_settles_its_reservation():
+    """What it really cost takes the place of what was set aside when it was sent."""
+    of = world(DropsAfterAccept(every=2), price=PRICE, budget=10.0)
+    await of.run(jobs(20))
+    counts = await of.journal.counts()
+    assert counts.reserved_usd == pytest.approx(0.0)
+    assert counts.spent_usd == pytest.approx(20 * 0.5 * 0.03)
+
+
+async def test_pages_that_shift_while_they_are_read_hide_nothing():
+    """Other people's requests come in between two pages, so that rows are met twice: each still counts once."""
+    of = world(DropsAfterAccept(every=3), listing=Listing(page_limit=7, arrivals=3))
+    report = await of.run(jobs(90))
+    assert (report.done, report.held, of.service.posts) == (90, 0, 90)
+    assert of.service.count("listing") > 90 / 7
+
+
+async def test_a_page_that_is_too_large_is_asked_for_in_parts():
+    """Inputs that carry their picture: a hundred of them are more than the client takes, a few are not."""
+    of = world(DropsAfterAccept(every=3), listing=Listing(page_bytes=1000))
+    report = await of.run(jobs(30))
+    assert (report.done, report.held, of.service.posts) == (30, 0, 30)
+    of = world(DropsAfterAccept(every=3), listing=Listing(page_bytes=10))
+    assert (await of.run(jobs(30))).held == 10
+    assert findings(of) == {"unreadable"}
+
+
+async def test_a_page_that_fails_at_first_is_read_again():
+    """Reading is free: a gateway's bad minute changes nothing."""
+    of = world(DropsAfterAccept(every=5), FailsPages(first=1, times=3))
+    assert (await of.run(jobs(20))).held == 0
+
+
+# --- not found --------------------------------------------------------------------------------------------
+
+
+async def test_two_matches_stay_unknown():
+    """Somebody else asked for exactly the same with the same key: which one is ours nobody can say."""
+    of = world(LosesReplyTo("4 as"), LosesReplyTo("7 as"))
+    twin = jobs(5)[4]
+    of.service.lists.others.append(
+        Listed(RequestId("twin"), AppId("fal-ai/flux"), 0.15, None, None, None, dict(twin.input))
+    )
+    report = await of.run(jobs(10))
+    assert (report.done, report.held, of.service.posts) == (9, 1, 10)
+    assert findings(of) == {"adopted", "ambiguous"}
+    assert (await of.again().run(jobs(10))).held == 1
+    assert of.service.posts == 10
+
+
+async def test_one_hidden_input_leaves_its_whole_time_unknown():
+    """A request that does not show what it was may be the match, or a second one."""
+    of = world(DropsAfterAccept(every=5))
+    of.service.lists.others.append(Listed(RequestId("veiled"), AppId("fal-ai/flux"), 0.15, None, None, None, None))
+    report = await of.run(jobs(10))
+    assert (report.done, report.held, of.service.posts) == (8, 2, 10)
+    assert findings(of) == {"hidden"}
+
+
+async def test_a_hidden_request_of_our_own_hides_nothing():
+    """Its id is in the journal: it is known whose it is."""
+    of = world(DropsAfterAccept(every=5), listing=Listing(hidden=lambda request: request.id == "request-0"))
+    assert (await of.run(jobs(10))).held == 0
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 429, 500, 502])
+async def test_a_failed_page_leaves_everything_unknown(status):
+    """The second page cannot be had: what the first one shows is not enough to go by."""
+    of = world(DropsAfterAccept(every=2), FailsPages(first=2, status=status), listing=Listing(page_limit=10))
+    report = await of.run(jobs(30))
+    assert (report.done, report.held, of.service.posts) == (15, 15, 30)
+    assert findings(of) == {"unreadable"}
+
+
+async def test_a_listing_that_never_ends_is_given_up():
+    """The cursor leads round in circles."""
+    of = World(GoesRound(round_trip=0.1, faults=[DropsAfterAccept(every=5)]), reconciles=True)
+    assert (await of.run(jobs(10))).held == 2
+    assert findings(of) == {"unreadable"}
+    assert of.service.count("listing") < 10
+
+
+async def test_a_listing_that_asks_for_patience_does_not_hold_up_the_run():
+    """`Retry-After: 3600` on the listing: the run ends all the same, within minutes."""
+    of = world(DropsAfterAccept(every=5), FailsPages(status=429, headers=(("retry-after", "3600"),)))
+    began = anyio.current_time()
+    assert (await of.run(jobs(10))).held == 2
+    assert anyio.current_time() - began < 300
+
+
+async def test_many_windows_of_a_listing_that_is_down_cost_minutes_not_hours():
+    """Fifty unknown submits, hours apart: after a few windows nobody believes that the next one can be read."""
+    of = world(DropsAfterAccept(), FailsPages())
+    made = jobs(50)
+    for number in range(50):
+        await of.run(made[: number + 1])
+        of.again()
+        await anyio.sleep(3 * 3600)
+    asked, began = of.service.count("listing"), anyio.current_time()
+    assert (await of.run(made)).held == 50
+    assert anyio.current_time() - began < 600
+    assert of.service.count("listing") - asked < 50
+    of.service._faults.pop()
+    report = await of.again().run(made)
+    assert (report.done, report.held, of.service.posts) == (50, 0, 50)
+
+
+async def test_what_never_arrived_stays_unknown_and_is_never_sent_again():
+    """Lost on the way: it is not listed, and that proves nothing, however often it is looked for."""
+    of = world(DropsBeforeAccept(every=5))
+    for _ in range(4):
+        assert (await of.run(jobs(10))).held == 2
+        of.again()
+        await anyio.sleep(86400)
+    assert of.service.posts == 10
+
+
+async def test_earlier_attempts_are_never_adopted():
+    """Attempt one was accepted and failed, the reply to attempt two is lost: its own request is found."""
+    of = world(DropsAfterAccept(every=2), CompletesWith("0 as", 503, "runner_disconnected", times=1))
+    assert (await of.run(jobs(1))).held == 1
+    await anyio.sleep(1)
+    report = await of.again().run(jobs(1))
+    assert (report.done, report.held, of.service.posts, of.service.accepted) == (1, 0, 2, 2)
+    adopted = [facts["request_id"] for facts in of.observer.actions("reconciled")]
+    assert adopted == [None, "request-1"]
+
+
+async def test_an_earlier_attempt_alone_is_no_match():
+    """Attempt two never arrived: only the first attempt's request is listed, and it is known."""
+    of = world(DropsBeforeAccept(every=2), CompletesWith("0 as", 503, "runner_disconnected", times=1))
+    report = await of.run(jobs(1))
+    assert (report.done, report.held, of.service.accepted) == (0, 1, 1)
+    assert findings(of) == {"absent"}
+
+
+# --- policies ---------------------------------------------------------------------------------------------
+
+
+async def test_the_listing_is_asked_before_anything_is_sent_again():
+    """resubmit-after is over, and the request is listed by now: adopted, not paid twice."""
+    of = world(DropsAfterAccept(every=5), listing=Listing(lag=60.0), policy=Policy(resubmit_unknown_after=100.0))
+    assert (await of.run(jobs(10))).held == 2
+    await anyio.sleep(200)
+    report = await of.again().run(jobs(10))
+    assert (report.done, report.held, of.service.posts) == (2, 0, 10)
+
+
+async def test_what_is_not_listed_is_sent_again_where_the_policy_says_so():
+    """resubmit-after is over and nothing is listed: a new attempt, and what was set aside counts as spent."""
+    of = world(DropsBeforeAccept(every=5), policy=Policy(resubmit_unknown_after=100.0), price=PRICE)
+    assert (await of.run(jobs(10))).held == 2
+    of.service._faults.clear()
+    await anyio.sleep(200)
+    report = await of.again().run(jobs(10))
+    assert (report.done, report.held, of.service.posts, of.service.accepted) == (2, 0, 12, 10)
+    counts = await of.journal.counts()
+    assert counts.spent_usd == pytest.approx(10 * 0.5 * 0.03 + 2 * 0.03)
+    assert counts.reserved_usd == pytest.approx(0.0)
+
+
+async def test_collecting_only_adopts_and_submits_nothing():
+    """`restyle reconcile`: what is listed is fetched; what failed retryably, was held or is new waits for a run."""
+    of = world(DropsAfterAccept(every=2), listing=Listing(lag=60.0), policy=Policy(resubmit_unknown_after=1.0))
+    await of.run(jobs(10))
+    await anyio.sleep(100)
+    of.service.lists.hidden = lambda request: request.id == "request-9"
+    of.service._faults.append(CompletesWith("7 as", 503, "runner_disconnected", times=1))
+    report = await of.again().run([], Policy(collect_only=True, resubmit_unknown_after=1.0))
+    assert of.service.posts == 10
+    assert (report.done, report.failed) == (0, 0), "one input is hidden, and so all of its time stays unknown"
+    of.service.lists.hidden = lambda _: False
+    report = await of.again().run([], Policy(collect_only=True, resubmit_unknown_after=1.0))
+    assert (report.done, report.failed, report.held, of.service.posts) == (4, 0, 0, 10)
+    assert await state(of) == {State.DONE: 9, State.PENDING: 1}
+    report = await of.again().run(jobs(10))
+    assert (report.done, of.service.posts) == (1, 11)
+
+
+async def test_a_retryable_failure_of_a_stopping_run_is_tried_again_by_the_next():
+    """The deadline is near: no new attempt is sent, and the job is not called failed for that."""
+    of = world(CompletesWith("3 as", 503, "runner_disconnected", times=1), policy=Policy(deadline=4.0, drain=3.0))
+    report = await of.run(jobs(10))
+    assert (report.done, report.failed, of.service.posts) == (9, 0, 10)
+    assert await state(of) == {State.DONE: 9, State.PENDING: 1}
+    assert (await of.again().run(jobs(10), Policy())).done == 1
+
+
+# --- the edges of it --------------------------------------------------------------------------------------
+
+
+async def test_nothing_unknown_asks_nothing():
+    """The listing is for the bad days."""
+    of = world()
+    await of.run(jobs(10))
+    assert of.service.count("listing") == 0
+
+
+async def test_a_disk_that_refuses_the_adoption_stops_the_run_with_its_sentence():
+    """One `StorageError`, as for any other write; the next run adopts."""
+    of = world(DropsAfterAccept(every=5))
+    record, adopting = of.journal.record, []
+
+    async def full(*events):
+        adopting.extend(event for event in events if isinstance(event, Accepted))
+        if len(adopting) > 8:
+            raise StorageError("no space left")
+        await record(*events)
+
+    of.journal.record = full
+    with pytest.raises(StorageError, match="no space left"):
+        await of.run(jobs(10))
+    of.journal.record = record
+    report = await of.again().run(jobs(10))
+    assert (report.held, of.service.posts) == (0, 10)
+
+
+async def test_a_service_without_a_listing_is_held_and_named():
+    """Another make of server has no such path: everything stays unknown, and nothing hangs."""
+
+    class WithoutListing(FakeService):
+        async def listing(self, start, end, cursor, limit=100):
+            await self._arrive("listing")
+            raise CallFailed(Trouble("listing", reply=Reply(404, b'{"detail":"Not found"}')))
+
+    of = World(WithoutListing(round_trip=0.1, faults=[DropsAfterAccept(every=5)]), reconciles=True)
+    began = anyio.current_time()
+    assert (await of.run(jobs(10))).held == 2
+    assert anyio.current_time() - began < 120

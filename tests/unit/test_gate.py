@@ -1,0 +1,225 @@
+"""The gate in virtual time: who is let through when, and that a stop reaches everybody who waits."""
+
+from __future__ import annotations
+
+from datetime import date
+from random import Random
+
+import anyio
+import pytest
+import trio.testing
+from anyio.lowlevel import checkpoint
+
+from batch.fal.protocol import Reply
+from batch.model import Job, JobKey
+from batch.run.budget import Budget, Price
+from batch.run.course import Course, TurnedBack
+from batch.run.gate import Gate, Stop
+from batch.run.lifecycle import State
+from batch.run.pacing import TokenBucket, Window
+from batch.run.ports import Trouble
+from batch.run.retry import judge
+from batch.testing.observer import RecordingObserver
+
+pytestmark = pytest.mark.anyio
+PRICE = Price(0.03, date(2026, 11, 1))
+
+
+@pytest.fixture
+def anyio_backend():
+    return "trio", {"clock": trio.testing.MockClock(autojump_threshold=0)}
+
+
+def gate(*, window=100, limit=None, price=None, submits=None) -> Gate:
+    observer = RecordingObserver()
+    made = Gate(
+        window=Window(window), budget=Budget(limit), price=price, submits=submits, observer=observer, rng=Random(1)
+    )
+    made.observer = observer
+    return made
+
+
+def course(number: int, images: int = 1, **options) -> Course:
+    key = JobKey(f"{number:032d}")
+    return Course(key, Job(key, {"num_images": images}, megapixels=1.0), **options)
+
+
+async def times_of(gate: Gate, courses: list[Course], end=None) -> list[float]:
+    """When each was let through, in the order in which that happened."""
+    times: list[float] = []
+
+    async def one(course: Course) -> None:
+        await gate.turn(course)
+        times.append(anyio.current_time() - began)
+        if end is not None:
+            await end(course)
+
+    began = anyio.current_time()
+    async with anyio.create_task_group() as tasks:
+        for course in courses:
+            tasks.start_soon(one, course)
+    return times
+
+
+async def test_a_window_lets_so_many_in_and_the_next_when_one_leaves():
+    """Never more at once; the one that waited is let in by the one that leaves."""
+    made, inside, most = gate(window=3), 0, 0
+
+    async def job(number: int) -> None:
+        nonlocal inside, most
+        one = course(number)
+        assert await made.enter(one)
+        inside, most = inside + 1, max(most, inside + 1)
+        await anyio.sleep(1.0)
+        inside -= 1
+        made.left(one)
+
+    began = anyio.current_time()
+    async with anyio.create_task_group() as tasks:
+        for number in range(9):
+            tasks.start_soon(job, number)
+    assert most == 3
+    assert anyio.current_time() - began == pytest.approx(3.0)
+
+
+async def test_a_rate_is_kept_by_all_together():
+    """Ten submits at two a second take four and a half seconds."""
+    times = await times_of(gate(submits=TokenBucket(2.0)), [course(n) for n in range(10)])
+    assert times == pytest.approx([n / 2 for n in range(10)])
+
+
+async def test_a_refused_submit_pauses_all_of_them():
+    """For as long as the service asks, and a little longer; said once."""
+    made = gate()
+    trouble = Trouble("submit", reply=Reply(429, headers={"retry-after": "20"}))
+    for _ in range(50):
+        made.turned_away(judge(trouble), "HTTP 429", throttled=True)
+    times = await times_of(made, [course(n) for n in range(3)])
+    assert all(20.0 < time <= 20.5 for time in times)
+    (said,) = made.observer.actions("paused")
+    assert "HTTP 429" in said["reason"]
+
+
+async def test_money_is_waited_for_while_something_can_free_it():
+    """Reserved is more than billed: the budget of three reservations pays for six jobs at half the price."""
+    made, through = gate(limit=0.0901, price=PRICE), []
+
+    async def job(number: int) -> None:
+        one = course(number)
+        try:
+            await made.turn(one)
+        except TurnedBack:
+            return
+        through.append(number)
+        await anyio.sleep(1.0)
+        assert made.settle(one, 0.5) == pytest.approx(0.015)
+
+    async with anyio.create_task_group() as tasks:
+        for number in range(10):
+            tasks.start_soon(job, number)
+    assert len(through) == 5
+    assert made.stopping is not None
+    assert made.stopping.why is Stop.BUDGET
+    assert "of the budget of $0.09 is gone, a job needs $0.03" in made.stopping.reason
+
+
+async def test_a_budget_that_is_too_small_stops_at_the_first_job():
+    """Nothing is under way that could free any."""
+    made = gate(limit=0.05, price=PRICE)
+    with pytest.raises(TurnedBack):
+        await made.turn(course(1, images=4))
+    assert made.stopping is not None
+    assert made.stopping.why is Stop.BUDGET
+
+
+async def test_without_a_price_nothing_is_reserved():
+    """A budget is about money; where there is none it lets everybody through."""
+    made, one = gate(limit=0.0), course(1)
+    await made.turn(one)
+    assert one.reserved_usd == 0.0
+    assert made.settle(one, 3.0) is None
+
+
+async def test_an_unbilled_end_costs_the_reservation():
+    """The service did not say: then what was set aside is taken for spent."""
+    made, one = gate(limit=1.0, price=PRICE), course(1, images=2)
+    await made.turn(one)
+    assert one.reserved_usd == pytest.approx(0.06)
+    assert made.settle(one, None) == pytest.approx(0.06)
+    assert one.reserved_usd == 0.0
+
+
+@pytest.mark.parametrize("waits_for", ["rate", "pause", "money", "window"])
+async def test_a_stop_reaches_whoever_waits(waits_for):
+    """At once, whatever he waits for; what was never submitted is turned back."""
+    made = gate(window=1, limit=0.03, price=PRICE, submits=TokenBucket(0.001) if waits_for == "rate" else None)
+    first = course(0)
+    assert await made.enter(first)
+    await made.turn(first)
+    if waits_for == "pause":
+        made.turned_away(judge(Trouble("submit", reply=Reply(429, headers={"retry-after": "900"}))), "", throttled=True)
+    ended = []
+
+    async def waiting() -> None:
+        if waits_for == "window":
+            assert not await made.enter(course(1))
+        else:
+            with pytest.raises(TurnedBack):
+                await made.turn(course(1))
+        ended.append(anyio.current_time())
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(waiting)
+        await anyio.sleep(5.0)
+        assert not ended
+        at = anyio.current_time()
+        made.stop(Stop.SIGNAL, "SIGINT")
+    assert ended == [at]
+
+
+async def test_what_was_submitted_before_is_let_in_while_the_run_stops():
+    """A stop submits nothing new; what is paid for is still collected."""
+    made = gate()
+    made.stop(Stop.SIGNAL, "SIGINT")
+    assert not await made.enter(course(1))
+    assert await made.enter(course(2, resumed=True, state=State.ACCEPTED))
+
+
+async def test_the_first_stop_is_the_reason():
+    """A budget that ends while the deadline nears is a budget that ended."""
+    made = gate()
+    made.stop(Stop.BUDGET, "the budget is gone")
+    made.stop(Stop.DEADLINE, "the deadline is near")
+    assert made.stopping.why is Stop.BUDGET
+    assert [facts["reason"] for facts in made.observer.actions("stopping")] == ["the budget is gone"]
+    with anyio.fail_after(1):
+        await made.stopped()
+
+
+async def test_a_notice_of_one_kind_comes_every_thirty_seconds():
+    """One dead network is a thousand equal faults."""
+    made = gate()
+    for _ in range(100):
+        made.notice("unreachable", "connect")
+        made.notice("other", "x")
+        await anyio.sleep(1.0)
+    assert len(made.observer.actions("unreachable")) == len(made.observer.actions("other")) == 4
+
+
+async def test_leaving_frees_a_reservation_that_others_wait_for():
+    """A job that was turned back holds nothing up."""
+    made = gate(limit=0.03, price=PRICE)
+    first, second = course(1), course(2)
+    await made.enter(first)
+    await made.turn(first)
+    async with anyio.create_task_group() as tasks:
+
+        async def wait() -> None:
+            await made.turn(second)
+
+        tasks.start_soon(wait)
+        await checkpoint()
+        assert second.reserved_usd == 0.0
+        made.settle(first, 0.0)
+        made.left(first)
+    assert second.reserved_usd == pytest.approx(0.03)

@@ -1,0 +1,197 @@
+"""Observers: they count, draw and write down, and never disturb the run."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from batch.errors import StorageError
+from batch.run.observe import JsonLog, Observer, PlainLines, ProgressBar, Several, Tally
+from batch.testing.observer import RecordingObserver
+
+
+def ran(observer: Observer, *, jobs: int = 4, done: int = 2, failed: int = 1) -> None:
+    """Some of a run: started jobs, of which some ended."""
+    observer.expected(jobs, 1)
+    for number in range(jobs):
+        observer.happened("started", job=str(number))
+    for number in range(done):
+        observer.happened("done", job=str(number))
+        observer.happened("ended", job=str(number))
+    for number in range(failed):
+        observer.happened("failed", job=str(done + number), error_type="content_policy_violation")
+        observer.happened("ended", job=str(done + number))
+
+
+def test_an_observer_does_nothing():
+    """The base class is the contract: every event is accepted, known or not."""
+    Observer().happened("an action of tomorrow", any_fact=[1, None])
+    Observer().expected(1, 0)
+
+
+def test_several_observers_are_told_in_order():
+    """One after the other, everything."""
+    first, second, tally = RecordingObserver(), RecordingObserver(), Tally()
+    ran(Several(first, second, tally))
+    assert first.events == second.events
+    assert len(first.events) == 10
+    assert tally.done == 2
+
+
+def test_a_tally_counts():
+    """What is in flight is what started and has not ended."""
+    tally = Tally()
+    ran(tally)
+    tally.happened("held", job="3", reason="its outcome is unknown")
+    assert (tally.jobs, tally.already_done, tally.done, tally.failed, tally.held, tally.in_flight) == (4, 1, 2, 1, 1, 1)
+    assert tally.errors == {"content_policy_violation": 1}
+    assert tally.line() == "2/4 done, 1 failed, 1 in flight, 1 unknown"
+
+
+def test_a_tally_keeps_this_runs_money_apart_from_that_of_all():
+    """A budget is about all, a person asks what this run costs."""
+    tally = Tally()
+    tally.happened("spent", usd=1.25, total_usd=1.25)
+    assert tally.line().endswith("$1.25 spent")
+    tally.happened("spent", usd=1.5, total_usd=1000.5)
+    assert tally.line().endswith("$1.50 spent ($1,000.50 with earlier runs)")
+    tally.happened("spent", usd=None, total_usd=None)
+    assert (tally.spent_usd, tally.spent_total_usd) == (1.5, 1000.5)
+
+
+def test_what_slows_a_run_down_is_shown_until_it_moves_again():
+    """A pause is forgotten with the next job that is done."""
+    tally = Tally()
+    tally.happened("paused", reason="HTTP 429")
+    assert tally.line().endswith("(paused: HTTP 429)")
+    tally.happened("done", job="1")
+    assert tally.note == ""
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_plain_lines_come_every_thirty_seconds():
+    """Not one for each of a million jobs; none while nothing happens."""
+    clock, tally, stream = Clock(), Tally(), io.StringIO()
+    observer = Several(tally, PlainLines(tally, stream, clock=clock))
+    for second in range(100):
+        clock.now = float(second)
+        observer.happened("done", job=str(second))
+    assert stream.getvalue().splitlines() == [
+        "31/0 done, 0 failed, 0 in flight",
+        "61/0 done, 0 failed, 0 in flight",
+        "91/0 done, 0 failed, 0 in flight",
+    ]
+
+
+@pytest.mark.parametrize("action", ["paused", "stopping", "unreachable", "warning"])
+def test_what_a_person_has_to_know_is_said_at_once(action):
+    """In words, whatever the time."""
+    stream = io.StringIO()
+    PlainLines(Tally(), stream, clock=Clock()).happened(action, reason="HTTP 429")
+    assert stream.getvalue() == f"{action}: HTTP 429\n"
+
+
+def test_plain_lines_can_be_json():
+    """For machines: the action, the sentence and the counts."""
+    tally, stream = Tally(), io.StringIO()
+    observer = Several(tally, PlainLines(tally, stream, as_json=True, clock=Clock()))
+    ran(observer)
+    observer.happened("stopping", reason="the deadline of 5 s is near")
+    (line,) = [json.loads(text) for text in stream.getvalue().splitlines()]
+    assert line["at"]
+    assert (line["action"], line["message"]) == ("stopping", "stopping: the deadline of 5 s is near")
+    assert (line["jobs"], line["done"], line["failed"], line["in_flight"]) == (4, 2, 1, 1)
+
+
+def test_a_bar_counts_what_was_done_before():
+    """It starts where the last run ended, moves for each end, and writes notices above itself."""
+    tally, stream = Tally(), io.StringIO()
+    bar = ProgressBar(tally, stream)
+    observer = Several(tally, bar)
+    ran(observer, jobs=9, done=3)
+    observer.happened("stopping", reason="SIGINT")
+    bar.close()
+    drawn = stream.getvalue()
+    assert "5/10" in drawn.rsplit("\r", 1)[-1]
+    assert "failed=1" in drawn
+    assert "in_flight=5" in drawn
+    assert "stopping: SIGINT\n" in drawn
+
+
+def test_a_bar_that_was_never_drawn_is_closed_without_harm():
+    """A run that ends before it begins."""
+    bar = ProgressBar(Tally(), io.StringIO())
+    bar.happened("done")
+    bar.close()
+
+
+# --- the log ----------------------------------------------------------------------------------------------
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_log_has_a_line_for_everything_but_the_display(tmp_path):
+    """`started`, `ended` and `spent` are for a live display only."""
+    path = tmp_path / "log.jsonl"
+    with JsonLog(path) as log:
+        ran(log)
+        log.happened("spent", usd=1.0, total_usd=1.0)
+    found = lines(path)
+    assert [line["action"] for line in found] == ["expected", "done", "done", "failed"]
+    assert found[0]["jobs"] == 4
+    assert found[3]["error_type"] == "content_policy_violation"
+    assert all(line["at"].endswith("+00:00") for line in found)
+
+
+def test_the_log_is_appended_over_all_sessions(tmp_path):
+    """Nothing of an earlier run is lost."""
+    path = tmp_path / "log.jsonl"
+    for number in range(3):
+        with JsonLog(path) as log:
+            log.happened("session", number=number)
+    assert [line["number"] for line in lines(path)] == [0, 1, 2]
+
+
+def test_a_line_that_was_cut_off_does_not_swallow_the_next(tmp_path):
+    """A full disk may have ended in the middle of one."""
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"action": "done"}\n{"acti')
+    with JsonLog(path) as log:
+        log.happened("session", number=2)
+    assert path.read_text().splitlines()[:2] == ['{"action": "done"}', '{"acti']
+    assert json.loads(path.read_text().splitlines()[2])["number"] == 2
+
+
+def test_a_log_that_cannot_be_opened_is_said(tmp_path):
+    """With its name."""
+    with pytest.raises(StorageError, match=r"log\.jsonl cannot be written"):
+        JsonLog(tmp_path / "no folder" / "log.jsonl").__enter__()
+
+
+def test_a_full_disk_does_not_end_the_run_through_the_log():
+    """The journal notices it too, and stops the run with a sentence; the log falls silent."""
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("this system has no /dev/full")
+    with JsonLog(full) as log:
+        log.happened("session", number=1)
+        log.happened("done", text="x" * 100_000)
+        log.happened("done", text="x")
+
+
+def test_a_log_that_is_not_open_takes_events_without_harm(tmp_path):
+    """Before and after."""
+    log = JsonLog(tmp_path / "log.jsonl")
+    log.happened("done")
+    assert not (tmp_path / "log.jsonl").exists()

@@ -1,0 +1,122 @@
+"""What the page is told of a request."""
+
+from __future__ import annotations
+
+import orjson
+import pytest
+
+from batch.model import QueueState, RequestId
+from batch.server.broker import View
+from batch.server.page.state import TEXT_LIMIT, numbers, request_card
+from batch.server.records import Ending, Listed
+from batch.server.tally import Tally
+
+BODY = {"image_url": "/files/ab/abc.png", "prompt": "a cat", "seed": 5, "strength": 0.5}
+
+
+def path_in(url):
+    return url[url.index("/files/") :] if "/files/" in url else None
+
+
+def listed(body=BODY, status=None, payload=None, **changes):
+    ended = {} if status is None else {"ended_at": 20.0, "status": status, "payload": orjson.dumps(payload)}
+    values = {
+        "request_id": RequestId("r1"),
+        "accepted_at": 10.0,
+        "body": orjson.dumps(body) if isinstance(body, dict) else body,
+        "started_at": None,
+        "ended_at": None,
+        "status": None,
+        "payload": None,
+        "error_type": None,
+        "inference_time": None,
+        "inline": False,
+    }
+    return Listed(**values | ended | changes)
+
+
+def card(*given, view=None, **changes):
+    return request_card(listed(*given, **changes), view, path_in)
+
+
+@pytest.mark.parametrize(
+    ("view", "state", "position"),
+    [
+        (View(QueueState.IN_QUEUE, 3, ()), "waiting", 3),
+        (View(QueueState.IN_PROGRESS, 0, ()), "running", None),
+        (None, "waiting", None),
+    ],
+)
+def test_a_live_request_stands_where_the_queue_says(view, state, position):
+    """Between its acceptance and its place in the queue it waits."""
+    shown = card(view=view)
+    assert (shown["state"], shown["position"]) == (state, position)
+
+
+@pytest.mark.parametrize(("status", "state"), [(200, "done"), (422, "failed"), (500, "failed"), (499, "cancelled")])
+def test_an_ended_request_says_how(status, state):
+    """A cancelled one is not called failed."""
+    assert card(status=status, payload={"detail": "why"})["state"] == state
+
+
+def test_a_result_shows_its_own_pictures_and_the_seed_that_was_used():
+    """Seeds are text: JavaScript's numbers end at 2^53. A picture elsewhere is none that the page may load."""
+    images = [{"url": "/files/cd/cde.png", "width": 4, "height": 3}, {"url": "https://elsewhere.example/x.png"}]
+    shown = card(status=200, payload={"images": images, "seed": 2**63 - 1})
+    assert shown["pictures"] == [{"picture": "/files/cd/cde.png", "width": 4, "height": 3}]
+    assert shown["seed"] == str(2**63 - 1)
+
+
+def test_pictures_that_belong_to_the_answer_alone_are_not_listed():
+    """`sync_mode`: not kept in any history."""
+    assert card(status=200, payload={"images": [{"url": "/files/cd/cde.png"}]}, inline=True)["pictures"] == []
+
+
+@pytest.mark.parametrize(
+    ("url", "source"),
+    [
+        ("/files/ab/abc.png", {"picture": "/files/ab/abc.png", "name": "abc.png"}),
+        ("https://old-host:1/files/ab/abc.png", {"picture": "/files/ab/abc.png", "name": "abc.png"}),
+        ("https://pictures.example/cat.png?token=secret", {"picture": None, "name": "pictures.example"}),
+        ("data:image/png;base64,###", {"picture": None, "name": "broken data URI"}),
+        ("http://[", {"picture": None, "name": "http://["}),
+        (7, {"picture": None, "name": "no picture"}),
+        (None, {"picture": None, "name": "no picture"}),
+    ],
+)
+def test_a_source_elsewhere_is_named_by_its_host(url, source):
+    """Never with its query, which may hold somebody's token, and never as something to load."""
+    assert card({**BODY, "image_url": url})["source"] == source
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"{", b'{"prompt": 7, "seed": true, "strength": {}, "image_url": []}'])
+def test_nonsense_that_was_accepted_is_listed_all_the_same(body):
+    """Inputs are judged when they are executed: anything that was a JSON object may stand here."""
+    shown = card(body=body)
+    assert (shown["prompt"], shown["seed"], shown["settings"]) == ("", None, {})
+
+
+def test_an_input_too_long_to_be_listed_is_left_out():
+    """The store hands over None for it."""
+    assert card(body=None)["prompt"] == ""
+
+
+def test_texts_are_bounded():
+    """A prompt of a megabyte does not go to every page each second."""
+    assert len(card({**BODY, "prompt": "x" * 10_000})["prompt"]) == TEXT_LIMIT + 1
+
+
+def test_a_failure_says_why_in_words():
+    """Both of the wire's error families."""
+    detail = [{"loc": ["body", "strength"], "msg": "too strong", "type": "less_than_equal"}]
+    assert card(status=422, payload={"detail": detail})["error"] == "strength: too strong"
+    assert card(status=500, payload={"detail": "died"})["error"] == "died"
+
+
+def test_the_numbers_are_the_tally_s():
+    """Counts since the start and the last minute by second."""
+    tally = Tally()
+    tally.ended(Ending("r1", "fal-ai/flux", 99.0, 200, b"{}"))
+    shown = numbers(tally, waiting=3, running=2, now=100.0)
+    assert (shown["waiting"], shown["running"], shown["finished"], shown["failed"]) == (3, 2, 1, 0)
+    assert (shown["per_second"][-1], sum(shown["per_second"])) == (1, 1)

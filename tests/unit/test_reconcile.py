@@ -1,0 +1,277 @@
+"""Whose request is it: what a listing proves about a submit whose answer was lost."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from uuid import UUID
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batch.fal.platform import Listed
+from batch.model import AppId, JobKey, RequestId
+from batch.run.lifecycle import State
+from batch.run.ports import Entry
+from batch.run.reconcile import Finding, Found, Search, match, same_input, windows
+
+NOW = 1_790_000_000.0
+SENT = {"image_url": "https://x/1.jpg", "prompt": "a cat", "seed": 7, "strength": 0.95, "enable_safety_checker": True}
+DEFAULTS = {"sync_mode": False, "loras": [], "anything": {"new": 1}}
+
+
+def entry(sent: dict | None = None, at: float = NOW, key: str = "a") -> Entry:
+    return Entry(JobKey(key), State.UNKNOWN, 1, at, orjson.dumps(SENT if sent is None else sent))
+
+
+def uuid7(at: float, number: int = 1) -> RequestId:
+    return RequestId(str(UUID(int=int(at * 1000) << 80 | 7 << 76 | 2 << 62 | number)))
+
+
+def listed(sent: dict | None = SENT, at: float | None = NOW + 1, request_id: str = "r1") -> Listed:
+    return Listed(RequestId(request_id), AppId("fal-ai/flux"), at, None, None, None, sent)
+
+
+# --- the same input ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sent", "shown", "same"),
+    [
+        ({}, {}, True),
+        (SENT, SENT, True),
+        (SENT, SENT | DEFAULTS, True),
+        (SENT, {name: value for name, value in SENT.items() if name != "strength"}, False),
+        ({"seed": 7}, {"seed": 8}, False),
+        # numbers are numbers: a service may keep 40 as 40.0
+        ({"steps": 40}, {"steps": 40.0}, True),
+        ({"strength": 1.0}, {"strength": 1}, True),
+        ({"strength": 0.95}, {"strength": 0.95}, True),
+        ({"strength": 0.95}, {"strength": "0.95"}, False),
+        ({"strength": 0.95}, {"strength": None}, False),
+        # beyond what a double can hold, as the service's own examples are
+        ({"seed": 196619188014358661}, {"seed": 196619188014358661}, True),
+        ({"seed": 196619188014358661}, {"seed": 196619188014358660}, False),
+        ({"seed": 196619188014358661}, {"seed": 196619188014358661.0}, False),
+        # a truth value is no number
+        ({"sync_mode": True}, {"sync_mode": 1}, False),
+        ({"sync_mode": False}, {"sync_mode": 0}, False),
+        ({"num_images": 1}, {"num_images": True}, False),
+        ({"sync_mode": True}, {"sync_mode": True}, True),
+        ({"seed": None}, {"seed": None}, True),
+        ({"seed": None}, {}, False),
+        ({"seed": None}, {"seed": False}, False),
+        # inside, everything has to be equal: only the outermost keys are filled up with defaults
+        ({"rules": {"a": 1}}, {"rules": {"a": 1.0}}, True),
+        ({"rules": {"a": 1}}, {"rules": {"a": 1, "b": 2}}, False),
+        ({"rules": {"a": 1}}, {"rules": [1]}, False),
+        ({"list": [1, True]}, {"list": [1.0, True]}, True),
+        ({"list": [1, True]}, {"list": [1, 1]}, False),
+        ({"list": [1]}, {"list": [1, 2]}, False),
+        ({"list": [1]}, {"list": {"0": 1}}, False),
+        ({"prompt": "a"}, {"prompt": "a "}, False),
+        ({"prompt": "é"}, {"prompt": "e\u0301"}, False),
+    ],
+    ids=str,
+)
+def test_the_same_input_is(sent, shown, same):
+    """Every key that was sent, with an equal value; what the service adds is ignored."""
+    assert same_input(sent, shown) is same
+
+
+NUMBERS = st.integers(-(2**63), 2**63) | st.floats(allow_nan=False, allow_infinity=False)
+VALUES = st.recursive(
+    st.none() | st.booleans() | NUMBERS | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)  # fmt: skip
+INPUTS = st.dictionaries(st.sampled_from("abcdefgh"), VALUES, max_size=5)
+
+
+@given(INPUTS, INPUTS)
+def test_an_input_survives_the_wire_and_added_defaults(sent, more):
+    """What was sent is found again after a round trip through JSON, whatever else is shown beside it."""
+    try:
+        shown = orjson.loads(orjson.dumps(more | sent))
+    except TypeError:  # an integer of more than 64 bits is nothing that we send
+        return
+    assert same_input(sent, shown)
+
+
+@given(INPUTS.filter(bool), VALUES, st.data())
+def test_one_changed_value_is_another_input(sent, value, data):
+    """Each key counts."""
+    name = data.draw(st.sampled_from(sorted(sent)))
+    changed = sent | {name: value}
+    assert same_input(sent, changed) is same_input({name: sent[name]}, {name: value})
+    assert not same_input(sent, {key: kept for key, kept in changed.items() if key != name})
+
+
+# --- one submit -------------------------------------------------------------------------------------------
+
+OTHER = listed(SENT | {"seed": 8}, request_id="other")
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ([], Found(Finding.ABSENT)),
+        ([OTHER], Found(Finding.ABSENT)),
+        ([listed()], Found(Finding.ADOPTED, RequestId("r1"))),
+        ([OTHER, listed(SENT | DEFAULTS)], Found(Finding.ADOPTED, RequestId("r1"))),
+        # two of them: which one is ours nobody knows
+        ([listed(), listed(request_id="r2")], Found(Finding.AMBIGUOUS)),
+        ([listed(), listed(request_id="r2"), listed(None, request_id="r3")], Found(Finding.AMBIGUOUS)),
+        # one that does not show its input may be a second match, or the only one
+        ([listed(None)], Found(Finding.HIDDEN)),
+        ([listed(), listed(None, request_id="r2")], Found(Finding.HIDDEN)),
+        ([OTHER, listed(None, request_id="r2")], Found(Finding.HIDDEN)),
+        # out of its time: somebody else's, or another attempt's
+        ([listed(at=NOW - 301)], Found(Finding.ABSENT)),
+        ([listed(at=NOW - 299)], Found(Finding.ADOPTED, RequestId("r1"))),
+        ([listed(at=NOW + 899)], Found(Finding.ADOPTED, RequestId("r1"))),
+        ([listed(at=NOW + 901)], Found(Finding.ABSENT)),
+        ([listed(None, at=NOW + 901)], Found(Finding.ABSENT)),
+        ([listed(), listed(at=NOW - 4000, request_id="r2")], Found(Finding.ADOPTED, RequestId("r1"))),
+        # the time inside the id is a second witness, and both have to agree
+        ([listed(request_id=uuid7(NOW + 1))], Found(Finding.ADOPTED, uuid7(NOW + 1))),
+        ([listed(request_id=uuid7(NOW - 4000))], Found(Finding.ABSENT)),
+        ([listed(at=NOW - 4000, request_id=uuid7(NOW))], Found(Finding.ABSENT)),
+        ([listed(at=None, request_id=uuid7(NOW))], Found(Finding.ADOPTED, uuid7(NOW))),
+        # without any instant the listing's own window has to do
+        ([listed(at=None)], Found(Finding.ADOPTED, RequestId("r1"))),
+    ],
+    ids=str,
+)
+def test_a_listing_says_of_one_submit(found, expected):
+    """Adopted only where exactly one request bears everything that was sent, and none hides what it bears."""
+    assert match(entry(), found, ()) == expected
+    assert match(entry(), found[::-1], ()) == expected
+
+
+@pytest.mark.parametrize("of_known", [listed(request_id="r9"), listed(None, request_id="r9")], ids=["shown", "hidden"])
+def test_a_request_that_has_its_job_is_not_given_to_another(of_known):
+    """An earlier attempt at the same job has the same input: its request is known, and neither adopted nor counted."""
+    assert match(entry(), [of_known], {"r9"}) == Found(Finding.ABSENT)
+    assert match(entry(), [of_known, listed()], {"r9"}) == Found(Finding.ADOPTED, RequestId("r1"))
+
+
+# --- many submits, page by page ---------------------------------------------------------------------------
+
+
+def test_a_request_that_two_submits_claim_belongs_to_neither():
+    """One input is a part of the other: both are borne out by the same request."""
+    small, large = entry({"seed": 7}, key="small"), entry(SENT, key="large")
+    search = Search([small, large])
+    search.take([listed()])
+    assert set(search.findings(()).values()) == {Found(Finding.AMBIGUOUS)}
+    search.take([listed({"seed": 7}, request_id="r2")])
+    assert search.findings(()) == {"small": Found(Finding.AMBIGUOUS), "large": Found(Finding.ADOPTED, RequestId("r1"))}
+
+
+def test_a_request_that_comes_twice_counts_once():
+    """New requests shift the pages while they are read."""
+    search = Search([entry()])
+    search.take([OTHER, listed()])
+    search.take([listed(), OTHER])
+    assert search.findings(()) == {"a": Found(Finding.ADOPTED, RequestId("r1"))}
+
+
+def test_a_request_that_shows_its_input_later_is_not_hidden():
+    """The payload is stored after the request is listed."""
+    search = Search([entry()])
+    search.take([listed(None)])
+    search.take([listed()])
+    assert search.findings(()) == {"a": Found(Finding.ADOPTED, RequestId("r1"))}
+
+
+def test_only_what_may_be_ours_is_kept():
+    """A busy account's million requests do not end up in memory."""
+    search = Search([entry()])
+    search.take(listed(SENT | {"seed": n}, request_id=f"r{n}") for n in range(100, 1100))
+    assert search.ids() == []
+    search.take([listed(), listed(None, request_id="r2")])
+    assert search.ids() == ["r1", "r2"]
+
+
+SEEDS = st.sampled_from([1, 1.0, 2, 2**60 + 1, True, "1", None, 1.5])
+SHOWN = st.builds(
+    lambda number, seed, word, hidden, at: listed(
+        None if hidden else {"seed": seed, "prompt": word, "x": 0}, NOW + at, f"r{number}"
+    ),
+    st.integers(0, 12),
+    SEEDS,
+    st.sampled_from("ab"),
+    st.sampled_from([False, False, False, True]),
+    st.sampled_from([0.0, 5.0, -400.0, 2000.0]),
+)
+ASKED = st.lists(st.tuples(SEEDS | st.just(...), st.sampled_from("ab")), min_size=1, max_size=4, unique_by=str)
+
+
+@given(ASKED, st.lists(st.lists(SHOWN, max_size=4), max_size=5), st.sets(st.sampled_from(["r0", "r1", "r2"])))
+def test_a_search_concludes_what_a_look_at_everything_would(asked, pages, known):
+    """Keeping only equal seeds loses nothing, whatever the pages; and nobody shares a request."""
+    entries = [
+        entry({"prompt": word} | ({} if seed is ... else {"seed": seed}), key=str(number))
+        for number, (seed, word) in enumerate(asked)
+    ]
+    search = Search(entries)
+    everything: dict[str, Listed] = {}
+    for page in pages:
+        fresh = list({item.request_id: item for item in page if item.request_id not in everything}.values())
+        everything.update({item.request_id: item for item in fresh})
+        search.take(fresh)
+        search.take(reversed(fresh))
+    found = search.findings(known)
+    adopted = [finding.request_id for finding in found.values() if finding.request_id]
+    assert len(set(adopted)) == len(adopted)
+    assert not set(adopted) & known
+    for one in entries:
+        alone = match(one, list(everything.values()), known)
+        if found[one.job_key] != alone:
+            rivals = [match(other, list(everything.values()), known) for other in entries if other is not one]
+            assert found[one.job_key].finding is Finding.AMBIGUOUS
+            assert alone.request_id in {rival.request_id for rival in rivals}
+
+
+# --- windows ----------------------------------------------------------------------------------------------
+
+
+def test_a_window_has_room_on_both_sides():
+    """Five minutes before, for clocks that differ; fifteen after, for a submit that hung."""
+    (window,) = windows([entry()], NOW + 10_000)
+    assert (window.start, window.end) == (NOW - 300, NOW + 900)
+
+
+def test_a_window_does_not_end_in_the_future():
+    """A fixed end is what keeps the pages from growing."""
+    (window,) = windows([entry()], NOW + 10)
+    assert window.end == NOW + 10
+
+
+def test_there_is_no_window_without_a_submit():
+    """Nothing unknown, nothing asked."""
+    assert windows([], NOW) == []
+
+
+@given(st.lists(st.floats(0, 50_000), min_size=1, max_size=30), st.floats(0, 60_000))
+def test_windows_cover_every_submit_once_and_do_not_overlap(offsets, later):
+    """However they lie in time: each submit is in one window with its margins, and nothing is listed twice."""
+    entries = [entry(at=NOW + offset, key=str(number)) for number, offset in enumerate(offsets)]
+    now = NOW + max(offsets) + later
+    found = windows(entries, now)
+    assert sorted(e.job_key for w in found for e in w.entries) == sorted(e.job_key for e in entries)
+    for window in found:
+        for one in window.entries:
+            assert window.start <= one.intended_at - 300
+            assert window.end >= min(now, one.intended_at + 900)
+    for earlier, later_one in itertools.pairwise(found):
+        assert earlier.end < later_one.start
+
+
+def test_the_order_of_the_journal_does_not_matter():
+    """Windows come oldest first."""
+    far = replace(entry(), intended_at=NOW + 5000.0)
+    assert [w.start for w in windows([far, entry()], NOW + 9000)] == [NOW - 300, NOW + 4700]
