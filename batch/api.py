@@ -1,4 +1,4 @@
-"""The library: plan, run, status, export and cancel, as coroutines and as plain functions.
+"""The library: plan, run, status, export, audit and cancel, as coroutines and as plain functions.
 
     from batch.api import plan_sync, run_sync
     print(plan_sync("manifests/demo.csv").survey.render())
@@ -11,6 +11,7 @@ path) or `settings` nested like the file, `settings={"input": {"strength": 0.8}}
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -23,11 +24,13 @@ from typing import Any, ParamSpec, TypeVar
 import anyio
 import anyio.to_thread
 
+from batch.audit import audited
 from batch.config import Settings, load_settings
-from batch.errors import ConfigError, RunDirectoryError
+from batch.errors import ConfigError, RunDirectoryError, RunLocked
 from batch.manifest.read import Manifest
 from batch.model import JsonObject
 from batch.results.sink import Totals
+from batch.run.books import Books
 from batch.run.directory import RunDirectory
 from batch.run.journal import open_journal
 from batch.run.journal_file import JournalFile
@@ -40,10 +43,13 @@ from batch.targets import live_price as ask_live_price
 from batch.version import tool_version
 
 __all__ = [
+    "Books",
     "Cancelled",
     "Plan",
     "Status",
     "Summary",
+    "audit",
+    "audit_sync",
     "cancel",
     "cancel_sync",
     "event_loop",
@@ -189,6 +195,24 @@ async def export(out: str | Path, to: str | Path | None = None, *, manifest: str
         RunDirectoryError: there is no run. ManifestError: the manifest is gone; say where it is.
     """
     return await anyio.to_thread.run_sync(partial(_export, RunDirectory(Path(out)), to, manifest))
+
+
+async def audit(out: str | Path) -> Books:
+    """Hold journal, results, pictures and, where the key allows it, the target's bills against each other.
+
+    Writes nothing and takes no lock; reads every picture again. `Books.add_up` says whether all is well.
+
+    Args:
+        out: the run directory.
+
+    Raises:
+        RunDirectoryError: there is no run. RunLocked: it works at present; look when it has ended.
+    """
+    directory = RunDirectory(Path(out))
+    directory.require()
+    if directory.is_locked():
+        raise RunLocked(f"a run works in {directory.root}; audit it when that has ended")
+    return await audited(directory, _settings_of(directory), version=tool_version(), now=time.time())
 
 
 async def reconcile(out: str | Path, *, manifest: str | Path | None = None, signals: bool = False) -> Summary:
@@ -377,5 +401,6 @@ plan_sync = _plainly(plan)
 run_sync = _plainly(run)
 status_sync = _plainly(status)
 export_sync = _plainly(export)
+audit_sync = _plainly(audit)
 reconcile_sync = _plainly(reconcile)
 cancel_sync = _plainly(cancel)

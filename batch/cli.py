@@ -219,6 +219,20 @@ def export(
 
 
 @app.command
+def audit(run_dir: RunDir, /, *, json: Json = False) -> int:
+    """Show whether journal, results, pictures and bills add up; exit code 3 where they do not."""
+    from batch import api
+
+    books = _run(lambda: api.audit(run_dir))
+    if json:
+        _print(orjson.dumps(books.to_json(), option=orjson.OPT_INDENT_2).decode())
+    else:
+        _print(f"{books.run}, target {books.target}")
+        _print(books.render())
+    return ExitCode.COMPLETE if books.add_up else ExitCode.SOME_FAILED
+
+
+@app.command
 def cancel(run_dir: RunDir, /) -> int:
     """Ask the target to cancel what is still open; the next run reads how each request ended."""
     from batch import api
@@ -243,6 +257,9 @@ def serve(
     price: Annotated[float, Parameter(help="US dollars a megapixel, as its platform API tells it")] = 0.0,
     faults: Annotated[Path | None, Parameter(help="commit the faults of this file on purpose")] = None,
     keys: Annotated[Path | None, Parameter(help="file with the keys of those who may ask")] = None,
+    retention: Annotated[str, Parameter(help="how long finished results and files stay: 30d")] = "30d",
+    tls_cert: Annotated[Path | None, Parameter(help="PEM file of a certificate: https instead of http")] = None,
+    tls_key: Annotated[Path | None, Parameter(help="PEM file of its key")] = None,
     new_key: Annotated[str | None, Parameter(help="add a key of that name to the keys file, show it and end")] = None,
     allow_private: Annotated[
         bool, Parameter(negative="", help="fetch from, and call, loopback and private addresses too")
@@ -256,13 +273,15 @@ def serve(
     if new_key is not None:
         return _new_key(keys, new_key)
     try:
-        seconds = parse_duration(service_time)
+        seconds, kept = parse_duration(service_time), parse_duration(retention)
     except ValueError as error:
         return _fail(str(error), ExitCode.BAD_INPUT)
     assert isinstance(seconds, float)
+    assert isinstance(kept, float)
     options = ServeOptions(
         data_dir=data_dir, host=host, port=port, engine=engine, slots=slots, service_time=seconds,
         price_usd=price, faults=faults, keys=load_keys(keys, os.environ), allow_private=allow_private,
+        retention=kept, tls_cert=tls_cert, tls_key=tls_key,
     )  # fmt: skip
     run_server(options, ready=lambda url: _print(f"serving {engine} at {url}  (Ctrl-C stops)", flush=True))
     return ExitCode.COMPLETE
@@ -344,7 +363,7 @@ def _first_of(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0][:300]
 
 
-_COMMANDS = frozenset({"plan", "run", "status", "export", "reconcile", "cancel", "serve"})
+_COMMANDS = frozenset({"plan", "run", "status", "export", "audit", "reconcile", "cancel", "serve"})
 _PLACES = {
     "target": ("target", "name"),
     "engine": ("target", "engine"),
@@ -474,11 +493,7 @@ def _age(at: float) -> str:
 
 def _command(arguments: list[str] | None) -> str:
     words = [word for word in (sys.argv[1:] if arguments is None else arguments) if not word.startswith("-")]
-    return (
-        f"{words[0]} "
-        if words and words[0] in {"plan", "run", "status", "export", "reconcile", "cancel", "serve"}
-        else ""
-    )
+    return f"{words[0]} " if words and words[0] in _COMMANDS else ""
 
 
 def _print(text: str, *, flush: bool = False) -> None:

@@ -43,6 +43,7 @@ __all__ = [
     "error_body_of",
     "is_plain_id",
     "json_reply",
+    "lifetime_in",
     "model_error_reply",
     "origin_of",
     "parse_path",
@@ -482,6 +483,18 @@ def json_reply(
     # Python's official client retries errors that lack a request id as "ingress errors": always set one.
     own = {"content-type": CONTENT_JSON, REQUEST_ID: request_id or ""}
     return Reply(status, orjson.dumps(body), own | dict(headers or {}))
+
+
+def lifetime_in(headers: Mapping[str, str]) -> float | None:
+    """Seconds that files shall live, as the lifecycle header wishes; None where nothing, or no number, is said."""
+    text = headers.get("x-fal-object-lifecycle-preference") or headers.get("x-fal-object-lifecycle")
+    if not text:
+        return None
+    try:
+        seconds = read_object(text.encode("utf-8", "replace")).get("expiration_duration_seconds")
+    except Malformed:
+        return None
+    return float(seconds) if _number(seconds) and 0 < seconds < 1e10 else None
 
 
 # --- reading foreign JSON ---------------------------------------------------------------------------------

@@ -34,7 +34,13 @@ class BadSignature(ValueError):
 
 
 def sign(key: Ed25519PrivateKey, *, request_id: str, user_id: str, timestamp: int, body: bytes) -> dict[str, str]:
-    """The four headers of one callback; `timestamp` in whole Unix seconds."""
+    """The four headers of one callback; `timestamp` in whole Unix seconds.
+
+    Raises:
+        ValueError: an id with a line break in it: it could be read as another message.
+    """
+    if "\n" in request_id + user_id:
+        raise ValueError("an id with a line break cannot be signed")
     signature = key.sign(_message(request_id, user_id, str(timestamp), body))
     return {
         _REQUEST_ID: request_id,
@@ -54,7 +60,7 @@ def verify(headers: Mapping[str, str], body: bytes, keys: list[Ed25519PublicKey]
         now: Unix seconds.
 
     Raises:
-        BadSignature: a header is missing or no number or no hex, the time is off, or no key fits.
+        BadSignature: a header is missing, no number, no hex or has a line break, the time is off, or no key fits.
     """
     given = {name.lower(): value for name, value in headers.items()}
     try:
@@ -67,6 +73,8 @@ def verify(headers: Mapping[str, str], body: bytes, keys: list[Ed25519PublicKey]
         at, raw = int(timestamp), binascii.unhexlify(signature)
     except ValueError:
         raise BadSignature("the timestamp is no number, or the signature is no hex") from None
+    if "\n" in request_id + user_id + timestamp:
+        raise BadSignature("a header has a line break in it")
     if abs(now - at) > LEEWAY_SECONDS:
         raise BadSignature(f"the timestamp is {abs(now - at):.0f} s off, more than {LEEWAY_SECONDS:.0f} s")
     message = _message(request_id, user_id, timestamp, body)

@@ -182,7 +182,8 @@ class Gate:
         while not self._budget.fits(usd):
             if not self._reserving:  # nothing that is under way can free any
                 spent, limit = self._budget.spent + self._budget.reserved, self._budget.limit_usd
-                self.stop(Stop.BUDGET, f"${spent:.2f} of the budget of ${limit:.2f} is gone, a job needs ${usd:.2f}")
+                words = f"${spent:.2f} is spent or reserved and a job may cost ${usd:.4g}"
+                self.stop(Stop.BUDGET, f"{words}: more than the budget of ${limit:.2f}; --budget raises it")
             self._turn_back_if_stopping()
             await self._movement()
         self._turn_back_if_stopping()

@@ -296,7 +296,8 @@ class JournalFile:
 
     def ended_after(self, row_id: int, count: int) -> list[Ended]:
         """The next answers and failures behind that row id, those of earlier attempts included."""
-        return [Ended(*row[:4], bool(row[4]), *row[5:]) for row in self._all("ended_after", [row_id, count])]
+        rows = self._all("ended_after", [row_id, count])
+        return [Ended(one, key, request, at, bool(failed), *paid) for one, key, request, at, failed, *paid in rows]
 
     def get_many(self, keys: Sequence[FileKey]) -> dict[FileKey, FileFact]:
         """Those of the local pictures that were read before and have not changed since."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from enum import StrEnum
 from random import Random
@@ -209,7 +210,8 @@ class Reconciler:
         Raises:
             StorageError: the disk refused.
         """
-        entries = [entry async for entry in self._journal.entries({State.UNKNOWN})]
+        async with aclosing(self._journal.entries({State.UNKNOWN})) as unknown:
+            entries = [entry async for entry in unknown]
         adopted, rest, unreadable = 0, dict.fromkeys(Finding, 0), 0
         for window in windows(entries, self._now()):
             try:

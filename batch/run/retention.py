@@ -3,9 +3,9 @@
 Owns the periods, each with its source, and the sentences. Refuses to know the runner: it is told what was read and
 when, and answers with a warning or None. A target that keeps results for good (our own server) has no clock.
 
-Sources: fal's pages "queue/result", "inference/webhooks", "data-retention" and the FAQ, read in autumn 2026. With payload
-storage on, which is the default and which we never switch off, results are promised for 30 days; that the result URL
-itself answers that long was measured by nobody we know, so the floor is what counts.
+Sources: fal's pages "queue/result", "inference/webhooks", "data-retention" and the FAQ, read in autumn 2026. With
+payload storage on, which is the default and never switched off by us, results are promised for 30 days; that the
+result URL itself answers for so long was measured by nobody we know, so the floor is what counts.
 """
 
 from __future__ import annotations

@@ -68,9 +68,10 @@ HAVING count(*) = 1
 ORDER BY r.id LIMIT :count
 
 -- name: unbilled
-SELECT r.id, r.job, r.counted_usd, count(*) OVER ()
+-- Where the result itself said that units were billed; what was counted for want of a word may well cost nothing.
+SELECT r.id, r.job, r.units, count(*) OVER ()
 FROM requests AS r
-WHERE r.counted_usd > :fuzz AND r.ended_at < :before
+WHERE r.units > :fuzz AND r.ended_at < :before
   AND NOT EXISTS (SELECT 1 FROM bills WHERE bills.request_id = r.id)
 ORDER BY r.id LIMIT :count
 

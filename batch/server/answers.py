@@ -26,6 +26,7 @@ __all__ = [
     "billable_units",
     "error_payload",
     "failure_payload",
+    "kept_for",
     "model_error",
     "not_found_reply",
     "output_payload",
@@ -157,6 +158,11 @@ def failure_payload(failure: EngineFailure, image_url: str) -> bytes:
     return orjson.dumps({"detail": [detail]}, default=str)
 
 
+def kept_for(payload: bytes) -> float:
+    """Seconds that a result is told whose caller wants nothing stored: fal's short store, by its size."""
+    return 3600.0 if len(payload) < 10_000 else 360.0
+
+
 def error_payload(error_type: str, detail: str) -> bytes:
     """The body of an infrastructure error."""
     return orjson.dumps({"detail": detail, "error_type": error_type})
@@ -189,4 +195,6 @@ def _short(value: Any) -> Any:
     """What was sent, for the error's reader: a picture inside it would drown the rest."""
     if isinstance(value, str) and len(value) > 300:
         return value[:300] + "..."
+    if isinstance(value, int) and value.bit_length() > 63:
+        return float(value) if value.bit_length() < 1024 else None  # JSON as orjson writes it has no such whole numbers
     return value if isinstance(value, str | int | float | bool) or value is None else None

@@ -20,11 +20,12 @@ from batch.fal.endpoint import APP_ID
 from batch.fal.platform import PlatformError, platform_error_reply
 from batch.fal.protocol import Address, Malformed, Operation, Reply
 from batch.model import AppId, RequestId
-from batch.server import answers, metrics, openapi, uploads
+from batch.server import answers, metrics, openapi, proxy, uploads
 from batch.server.addresses import AddressRule, Refused
+from batch.server.callers import owner_of, set_owner
 from batch.server.keys import Access, Authenticator, Denied, access_of
 from batch.server.page import routes as page
-from batch.server.records import Ending, Priority
+from batch.server.records import Ending, Keeping, Priority
 from batch.server.rehearsal import Rehearsal
 from batch.server.service import Known, QueueFull, QueueService, Wishes
 from batch.server.webhooks import webhook_of
@@ -62,13 +63,22 @@ def application(
         more: method, path and handler of routes beside the queue's and the files'.
         rehearsal: faults on purpose.
     """
-    face = _Face(service, app_id, authenticator, permitted)
+    face = _Face(
+        service, app_id, authenticator, permitted, idempotency=rehearsal.idempotency if rehearsal is not None else True
+    )
     app = web.Application(client_max_size=BODY_LIMIT_BYTES)
     guarded = face.guarded
     app.router.add_get("/health", guarded(face.health, access_of("GET", "/health")))
     app.router.add_get("/openapi.json", guarded(face.schema, access_of("GET", "/openapi.json")))
     app.router.add_post("/run/{app:.+}", guarded(face.run))
-    known = (*uploads.routes(service, authenticator), *metrics.routes(service), *page.routes(service, app_id), *more)
+    app.router.add_route("OPTIONS", "/{path:.*}", guarded(face.crossing.preflight, access_of("OPTIONS", "/")))
+    known = (
+        *proxy.routes(),
+        *uploads.routes(service, authenticator),
+        *metrics.routes(service),
+        *page.routes(service, app_id),
+        *more,
+    )
     for method, path, handler in known:
         app.router.add_route(method, path, guarded(handler, access_of(method, path)))
     app.router.add_route("*", "/{path:.*}", guarded(face.queue))
@@ -86,22 +96,30 @@ class _Face:
     """The handlers, with what they need."""
 
     def __init__(
-        self, service: QueueService, app_id: AppId, authenticator: Authenticator, permitted: AddressRule
+        self,
+        service: QueueService,
+        app_id: AppId,
+        authenticator: Authenticator,
+        permitted: AddressRule,
+        *,
+        idempotency: bool,
     ) -> None:
         self._service = service
         self._authenticator = authenticator
         self._permitted = permitted
         self._app_id = app_id
+        self._idempotency = idempotency
+        self.crossing = proxy.Crossing(keyed=authenticator.keyed)
         self._owner, self._alias, _ = protocol.split_app(app_id)
         self._schema = b""
 
     def guarded(self, handler: Handler, access: Access = Access.KEY) -> Handler:
-        """Find out whose the call is (`request["owner"]`), and turn what a handler raises into an answer."""
+        """Find out whose the call is (`owner_of` tells handlers), and turn what a handler raises into an answer."""
 
         async def handle(request: web.Request) -> web.StreamResponse:
             answer: web.StreamResponse
             try:
-                request["owner"] = self._authenticator.owner(request.headers.get("authorization"), access)
+                set_owner(request, self._authenticator.owner(request.headers.get("authorization"), access))
                 answer = await handler(request)
             except Denied as denied:
                 answer = self._deny(request, denied)
@@ -114,6 +132,8 @@ class _Face:
             except Exception:  # the boundary between one call and the server
                 _log.exception("%s %s failed in a way that nobody foresaw", request.method, request.path)
                 answer = self._refuse(500, "Internal Server Error", "internal_error")
+            if (origin := request.headers.get("origin")) is not None:
+                self.crossing.allow(origin, answer)
             self._service.tally.answered(request.method, request.path, answer.status)
             return answer
 
@@ -129,7 +149,7 @@ class _Face:
             "safety_checker": info.safety_checker or "not checked",
             "safety_checked": info.safety_checker is not None,
             "slots": info.slots,
-            "honours_idempotency_key": True,
+            "honours_idempotency_key": self._idempotency,
             "queue_depth": counts.waiting,
             "running": counts.running,
             "accepted": counts.accepted,
@@ -185,7 +205,9 @@ class _Face:
             return self._unknown_app(app)
         try:
             wishes = _wishes(request, self._permitted)
-            admission = await self._service.submit(app, await request.read(), wishes, request["owner"])
+            if not self._idempotency:
+                wishes = wishes._replace(idempotency_key=None)
+            admission = await self._service.submit(app, await request.read(), wishes, owner_of(request))
         except web.HTTPRequestEntityTooLarge:
             limit = BODY_LIMIT_BYTES // 2**20
             return self._refuse(413, f"The body is larger than {limit} MiB; upload the picture and send its URL")
@@ -217,7 +239,8 @@ class _Face:
         assert request_id is not None, "only a submit has none"
         known = await self._service.find(request_id) if len(request_id) == 36 else None
         # Another owner's request is no request: whoever asks does not learn that it is there.
-        if known is None or (request["owner"] and known.owner != request["owner"]):
+        owner = owner_of(request)
+        if known is None or (owner and known.owner != owner):
             return response(answers.not_found_reply(self._service.new_id()))
         if protocol.split_app(address.app)[:2] != (self._owner, self._alias):
             return response(answers.not_found_reply(self._service.new_id()))
@@ -296,6 +319,7 @@ def _wishes(request: web.Request, permitted: AddressRule) -> Wishes:
         start_timeout=_start_timeout(headers),
         queue_limit=int(limit) if limit.isdecimal() else None,
         webhook=webhook_of(webhook, _base(request), permitted) if webhook else None,
+        keeping=Keeping(headers.get("x-fal-store-io") == "0", protocol.lifetime_in(headers)),
     )
 
 

@@ -3,6 +3,7 @@
 Owns the format of a faults file and the decisions. What a fault looks like on the wire is `rehearsal`'s. A file:
 
     seed = 7
+    idempotency = false            # the server does not honour Idempotency-Key, as fal; left out: it does
     [[fault]]
     at = "submit"                  # the moment: submit, status, result, cancel, upload, file, listing, execute
     do = "drop-after-accept"       # the fault; each moment has its own
@@ -172,6 +173,8 @@ class FaultPlan:
     faults: tuple[Fault, ...] = ()
     seed: int = 0
     listing: ListingRules = field(default_factory=ListingRules)
+    idempotency: bool = True
+    """Whether the server honours `Idempotency-Key`; fal does not."""
 
 
 class Faults:
@@ -222,7 +225,7 @@ def parse_faults(text: str, source: str) -> FaultPlan:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{source} is not TOML: {error}") from error
     table = _Table(source, given)
-    table.only("seed", "fault", "listing")
+    table.only("seed", "idempotency", "fault", "listing")
     entries, listing = given.get("fault", []), given.get("listing", {})
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ConfigError(f"{source}: faults are written as [[fault]] tables, with two brackets")
@@ -232,6 +235,7 @@ def parse_faults(text: str, source: str) -> FaultPlan:
         tuple(_fault(_Table(f"{source}: fault {number}", entry)) for number, entry in enumerate(entries, 1)),
         table.whole("seed", 0, least=0) or 0,
         _listing(_Table(f"{source}: listing", listing)),
+        table.flag("idempotency", default=True),
     )
 
 

@@ -20,7 +20,7 @@ from urllib.parse import quote
 
 import orjson
 
-from batch.fal.platform import BillingQuery, ListingQuery, Outcome, SortBy
+from batch.fal.queries import BillingQuery, ListingQuery, Outcome, SortBy
 from batch.model import AppId, RequestId
 from batch.server.faults import ListingRules, Window
 

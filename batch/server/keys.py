@@ -166,6 +166,11 @@ class Authenticator:
         self._app_id = app_id
         self._clock = clock
 
+    @property
+    def keyed(self) -> bool:
+        """Whether a key is asked for at all."""
+        return bool(self._keys)
+
     def owner(self, authorization: str | None, access: Access) -> str:
         """The caller's name; empty on a server without keys, and where nothing is asked for.
 

@@ -21,11 +21,13 @@ from typing import TypeAlias
 import orjson
 from aiohttp import web
 
-from batch.fal import platform
-from batch.fal.platform import Charge, EstimateKind, Listed, PlatformError
+from batch.fal import platform, queries
+from batch.fal.platform import Charge, Listed, PlatformError
 from batch.fal.protocol import Malformed, Reply
+from batch.fal.queries import EstimateKind
 from batch.model import AppId, JsonObject
 from batch.server import answers
+from batch.server.callers import owner_of
 from batch.server.history import Charged, History, Past
 from batch.server.service import QueueService
 from batch.server.storage import content_type_of
@@ -101,7 +103,7 @@ class _Platform:
 
     async def requests(self, request: web.Request) -> Reply:
         """A page of the endpoint's requests."""
-        query = platform.read_listing_query(list(request.query.items()), self._clock())
+        query = queries.read_listing_query(list(request.query.items()), self._clock())
         found: list[Past] = []
         more = False
         if self._app_id in query.apps:
@@ -111,7 +113,7 @@ class _Platform:
         make = partial(_listed, base, found, pictures)
         # Decoding a page of inputs, pictures among them, would hold up everybody.
         items = await asyncio.to_thread(make) if query.payloads else make()
-        cursor = platform.cursor_of(query.page + 1) if more else None
+        cursor = queries.cursor_of(query.page + 1) if more else None
         answer = partial(
             platform.listing_reply, items, cursor, payloads=query.payloads, request_id=self._service.new_id()
         )
@@ -119,25 +121,25 @@ class _Platform:
 
     async def charges(self, request: web.Request) -> Reply:
         """A page of what requests cost: their true units, at the price that this server was started with."""
-        query = platform.read_billing_query(list(request.query.items()), self._clock())
+        query = queries.read_billing_query(list(request.query.items()), self._clock())
         found: list[Charged] = []
         more = False
         if not query.apps or self._app_id in query.apps:
             found, more = await self._history.charges(query, _owner(request))
         charges = [Charge(one.request_id, one.app, one.at, one.units, self._price_usd) for one in found]
-        cursor = platform.cursor_of(query.page + 1) if more else None
+        cursor = queries.cursor_of(query.page + 1) if more else None
         return platform.billing_reply(charges, cursor, self._service.new_id())
 
     async def prices(self, request: web.Request) -> Reply:
         """The price of the one endpoint."""
-        apps = platform.read_pricing_query(list(request.query.items()))
+        apps = queries.read_pricing_query(list(request.query.items()))
         if missing := self._missing(apps):
             return missing
         return platform.pricing_reply({self._app_id: self._price_usd}, request_id=self._service.new_id())
 
     async def estimate(self, request: web.Request) -> Reply:
         """What so many units cost, or so many calls as they were on average."""
-        kind, quantities = platform.read_estimate(await request.read())
+        kind, quantities = queries.read_estimate(await request.read())
         if missing := self._missing(tuple(quantities)):
             return missing
         units = 1.0
@@ -209,4 +211,4 @@ def _input(base: str, body: bytes, pictures: dict[str, bytes]) -> JsonObject:
 
 def _owner(request: web.Request) -> str | None:
     """Whose requests may be shown; None on a server without keys: everybody's."""
-    return request.get("owner") or None
+    return owner_of(request) or None

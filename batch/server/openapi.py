@@ -13,7 +13,8 @@ from pydantic.json_schema import models_json_schema
 
 from batch.fal import protocol
 from batch.fal.endpoint import APP_ID, ImageToImageInput, ImageToImageOutput
-from batch.fal.platform import BILLING_LIMIT, ID_LIMIT, PAGE_LIMIT, EstimateKind, Outcome, PlatformError, SortBy
+from batch.fal.platform import BILLING_LIMIT, PAGE_LIMIT, PlatformError
+from batch.fal.queries import ID_LIMIT, EstimateKind, Outcome, SortBy
 from batch.model import AppId, Json, JsonObject
 
 __all__ = ["document"]
@@ -416,7 +417,7 @@ def _queue_schemas() -> JsonObject:
                 "safety_checker": _TEXT,
                 "safety_checked": {"type": "boolean"},
                 "slots": {"type": "integer", "minimum": 1},
-                "honours_idempotency_key": {"const": True},
+                "honours_idempotency_key": {"type": "boolean"},
                 **dict.fromkeys(("queue_depth", "running", "accepted", "submit_posts"), position),
             }
         ),

@@ -12,9 +12,11 @@ from typing import NamedTuple
 from batch.model import AppId, RequestId
 
 __all__ = [
+    "AS_ALL_OTHERS",
     "Admission",
     "Delivery",
     "Ending",
+    "Keeping",
     "Listed",
     "LogLine",
     "Priority",
@@ -70,6 +72,18 @@ class Settlement(NamedTuple):
     """Of the next try; None: there is nothing more to do."""
 
 
+class Keeping(NamedTuple):
+    """What a caller wishes to be forgotten sooner than the rest."""
+
+    brief: bool = False
+    """Input and output of the request: `X-Fal-Store-IO: 0`."""
+    file_life: float | None = None
+    """Its result's pictures: seconds from its end. None: as all others."""
+
+
+AS_ALL_OTHERS = Keeping()
+
+
 @dataclass(frozen=True, slots=True)
 class Submission:
     """A request as it was accepted."""
@@ -88,6 +102,9 @@ class Submission:
     owner: str = ""
     """Whose key it came with; empty on a server without keys. His idempotency keys are his own."""
     webhook: Webhook | None = None
+    keeping: Keeping = AS_ALL_OTHERS
+    source: str | None = None
+    """`/files/...` of its source picture, where that is a file of ours."""
 
 
 class Admission(NamedTuple):
@@ -109,6 +126,7 @@ class Recovered(NamedTuple):
     priority: Priority
     start_by: float | None
     owner: str = ""
+    keeping: Keeping = AS_ALL_OTHERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +151,8 @@ class Ending:
     """`sync_mode`: pictures are answered as data URIs."""
     logs: tuple[LogLine, ...] = ()
     owner: str = ""
+    kept_for: float | None = None
+    """Seconds from its end that it is told; None: as long as the server keeps all others."""
 
 
 class Stored(NamedTuple):

@@ -113,6 +113,7 @@ class Rehearsal:
 
     def __init__(self, plan: FaultPlan, clock: Callable[[], float] = time.time) -> None:
         self.listing: ListingRules = plan.listing
+        self.idempotency: bool = plan.idempotency
         self._faults = Faults(plan)
         self._clock = clock
         self._expiring: dict[str, float] = {}
@@ -216,10 +217,10 @@ async def _maim(fault: Fault, request: web.Request, handler: Handler, service: Q
         await stream.write(half)
         _hang_up(request)
         return stream
-    size = -(-len(body) // _PIECES)
+    size = -(-len(body) // _PIECES) or 1
     for start in range(0, len(body), size):
         await stream.write(body[start : start + size])
-        await asyncio.sleep(fault.seconds / _PIECES)
+        await asyncio.sleep(fault.seconds * size / len(body))
     await stream.write_eof()
     return stream
 

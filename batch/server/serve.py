@@ -16,6 +16,7 @@ import math
 import random
 import signal
 import socket
+import ssl
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -35,6 +36,7 @@ from batch.server.guard import Guard
 from batch.server.history import History
 from batch.server.keys import ENVIRONMENT, Authenticator, Keys
 from batch.server.rehearsal import Rehearsal, read_faults
+from batch.server.retention import DEFAULT_SECONDS, Sweeper, sweeping
 from batch.server.service import queue_service
 from batch.server.sources import Sources
 from batch.server.storage import Storage
@@ -72,6 +74,11 @@ class ServeOptions:
     """Of a megapixel, as the price list and the billing events tell it."""
     faults: Path | None = None
     """A faults file: failures on purpose, to rehearse."""
+    retention: float = DEFAULT_SECONDS
+    """Seconds that finished results and files stay."""
+    tls_cert: Path | None = None
+    """PEM files of certificate (and chain) and its key: https instead of http."""
+    tls_key: Path | None = None
 
 
 async def serve(
@@ -97,6 +104,9 @@ async def serve(
     if not 0 <= options.price_usd < math.inf:
         raise InputError(f"{options.price_usd} is no price of a megapixel; say US dollars, for instance --price 0.03")
     rehearsal = Rehearsal(read_faults(options.faults)) if options.faults is not None else None
+    if not options.retention > 0:
+        raise InputError(f"results cannot be kept for {options.retention:g} s; say for instance --retention 30d")
+    tls = _tls(options.tls_cert, options.tls_key)
     options.data_dir.mkdir(parents=True, exist_ok=True)
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(_locked(options.data_dir / "lock"))
@@ -113,7 +123,10 @@ async def serve(
         history = await stack.enter_async_context(History(options.data_dir / "server.db", rules))
         stack.push_async_callback(engine.aclose)
         await engine.start()
-        service = await stack.enter_async_context(queue_service(store, storage, engine, sources))
+        service = await stack.enter_async_context(
+            queue_service(store, storage, engine, sources, time.time, options.retention)
+        )
+        await stack.enter_async_context(sweeping(Sweeper(store, storage, options.retention), time.time))
         signer = webhooks.signing_key(options.data_dir / "webhook-key.pem")
         sender = webhooks.Webhooks(service, store, guard, signer, time.time, random.random)
         await stack.enter_async_context(webhooks.sending(sender))
@@ -125,8 +138,8 @@ async def serve(
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
         stack.callback(service.stop)  # first of all, so that nobody waits on a stream while the calls drain
-        await web.SockSite(runner, listener, backlog=_BACKLOG).start()
-        ready(_url(options.host, listener))
+        await web.SockSite(runner, listener, backlog=_BACKLOG, ssl_context=tls).start()
+        ready(_url(options.host, listener, "http" if tls is None else "https"))
         await stop.wait()
         _log.info("stopping")
 
@@ -212,9 +225,25 @@ def _last_port(memory: Path) -> int | None:
     return port if 0 < port < 65536 else None
 
 
-def _url(host: str, listener: socket.socket) -> str:
+def _tls(certificate: Path | None, key: Path | None) -> ssl.SSLContext | None:
+    if certificate is None and key is None:
+        return None
+    if certificate is None or key is None:
+        raise ConfigError("https needs both a certificate and its key: --tls-cert FILE --tls-key FILE")
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(certificate, key, password=lambda: "")  # else OpenSSL asks at the terminal
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{certificate} and {key} cannot be used as certificate and key: {error}; give two PEM files that belong"
+            " together, the key without a passphrase"
+        ) from error
+    return context
+
+
+def _url(host: str, listener: socket.socket, scheme: str) -> str:
     name = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104 - read, not bound
-    return f"http://{name}:{listener.getsockname()[1]}"
+    return f"{scheme}://{name}:{listener.getsockname()[1]}"
 
 
 @contextlib.asynccontextmanager

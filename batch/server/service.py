@@ -10,6 +10,7 @@ import asyncio
 import base64
 import hashlib
 import logging
+import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -25,7 +26,18 @@ from batch.model import AppId, JsonObject, QueueState, RequestId
 from batch.server import answers
 from batch.server.broker import Broker, Cancellation, View
 from batch.server.engines.base import Engine, EngineInfo, WorkerCrashed
-from batch.server.records import Admission, Ending, Listed, LogLine, Priority, Submission, Webhook, uuid7
+from batch.server.records import (
+    AS_ALL_OTHERS,
+    Admission,
+    Ending,
+    Keeping,
+    Listed,
+    LogLine,
+    Priority,
+    Submission,
+    Webhook,
+    uuid7,
+)
 from batch.server.sources import DataUri, Sources, parse_data_uri
 from batch.server.storage import Storage, content_type_of
 from batch.server.store import Store
@@ -58,6 +70,7 @@ class Wishes(NamedTuple):
     """Refuse the request if more than that many wait."""
     webhook: Webhook | None = None
     """Whom to tell when it has ended."""
+    keeping: Keeping = AS_ALL_OTHERS
 
 
 class Known(NamedTuple):
@@ -91,6 +104,7 @@ class QueueService:
         info: EngineInfo,
         tasks: asyncio.TaskGroup,
         clock: Callable[[], float],
+        retention: float,
     ) -> None:
         self.storage = storage
         self.engine = info
@@ -104,6 +118,9 @@ class QueueService:
         self._broker = Broker(slots)
         self._tasks = tasks
         self._clock = clock
+        self._retention = retention
+        self._keeping: dict[RequestId, Keeping] = {}
+        """Of those that wish something there."""
         self._executing: set[asyncio.Task[None]] = set()
         self._bodies: dict[RequestId, bytes] = {}
         self._watchers: dict[RequestId, list[asyncio.Future[None]]] = {}
@@ -132,10 +149,12 @@ class QueueService:
             raise QueueFull(f"{waiting} requests wait, the caller allows {wishes.queue_limit}")
         read = partial(_read_body, app, body, digest=wishes.idempotency_key is not None)
         given = await asyncio.to_thread(read) if len(body) > _LARGE_BODY else read()
-        kept = body
+        kept, source = body, None
         if given.picture is not None:
             path = await self.storage.save(given.picture.data, given.picture.content_type)
-            kept = orjson.dumps({**given.value, "image_url": path})
+            kept, source = orjson.dumps({**given.value, "image_url": path}), path
+        elif isinstance(url := given.value.get("image_url"), str) and "/files/" in url:
+            source = self.storage.path_in(url)
         now = self._clock()
         start_by = now + wishes.start_timeout if wishes.start_timeout is not None else None
         submission = Submission(
@@ -149,12 +168,14 @@ class QueueService:
             start_by,
             owner,
             wishes.webhook,
+            wishes.keeping,
+            source,
         )
         admission = await self._store.accept(submission)
         if admission.fresh:
             if waiting < _HELD_BODIES:
                 self._bodies[submission.request_id] = kept
-            self._enqueue(submission.request_id, app, wishes.priority, start_by, owner)
+            self._enqueue(submission.request_id, app, wishes.priority, start_by, owner, wishes.keeping)
             self._start_next()
         return admission
 
@@ -172,6 +193,8 @@ class QueueService:
             return Known(app, view, self._broker.owner_of(request_id))
         stored = await self._store.find(request_id)
         if stored is None:
+            return None
+        if stored.ending is not None and self._is_over(stored.ending):
             return None
         # Accepted and neither live nor ended: its acceptance became durable this very moment.
         state = stored.ending or self._broker.view(request_id) or View(QueueState.IN_QUEUE, 0, ())
@@ -231,8 +254,8 @@ class QueueService:
     async def recover(self) -> int:
         """Queue what had not ended when the last server stopped, in the order of acceptance; how many."""
         found = await self._store.to_do()
-        for request_id, app, priority, start_by, owner in found:
-            self._enqueue(request_id, app, priority, start_by, owner)
+        for request_id, app, priority, start_by, owner, keeping in found:
+            self._enqueue(request_id, app, priority, start_by, owner, keeping)
         self._start_next()
         return len(found)
 
@@ -245,9 +268,17 @@ class QueueService:
             self._notify(request_id)
 
     def _enqueue(
-        self, request_id: RequestId, app: AppId, priority: Priority, start_by: float | None, owner: str
+        self,
+        request_id: RequestId,
+        app: AppId,
+        priority: Priority,
+        start_by: float | None,
+        owner: str,
+        keeping: Keeping,
     ) -> None:
         self._broker.accept(request_id, app, priority, owner)
+        if keeping != AS_ALL_OTHERS:
+            self._keeping[request_id] = keeping
         if start_by is not None:
             delay = max(0.0, start_by - self._clock())
             asyncio.get_running_loop().call_later(delay, self._expire, request_id)
@@ -279,6 +310,9 @@ class QueueService:
             outcome = Fault.of(500, "internal_error", "The worker died twice while it executed this request")
             if cancelled():
                 outcome = Fault.of(*answers.CANCELLED)
+        except Exception:  # the last boundary: whatever one request does, the others go on
+            _log.exception("request %s failed in a way that nobody foresaw", request_id)
+            outcome = Fault.of(500, "internal_error", "Internal Server Error")
         logs = self._broker.release(request_id)
         self._start_next()
         await self._end_with(request_id, outcome, started_at, logs)
@@ -293,10 +327,11 @@ class QueueService:
         """Write an ending down, however long the disk refuses, and only then tell of it."""
         app = self._broker.app_of(request_id)
         assert app is not None, "a request that ends is still in the broker"
+        keeping = self._keeping.pop(request_id, AS_ALL_OTHERS)
         while True:
             try:
-                done = await self._worker.keep(outcome) if isinstance(outcome, Made) else outcome
-                ending = self._ending(request_id, app, outcome, done, started_at, logs)
+                done = await self._worker.keep(outcome, keeping.file_life) if isinstance(outcome, Made) else outcome
+                ending = self._ending(request_id, app, outcome, done, started_at, logs, keeping)
                 await self._store.end(ending)
                 break
             except StorageError as error:
@@ -317,6 +352,7 @@ class QueueService:
         done: Kept | Fault,
         started_at: float | None,
         logs: tuple[LogLine, ...],
+        keeping: Keeping,
     ) -> Ending:
         inference = outcome.result.timings.get("inference") if isinstance(outcome, Made) else None
         kept, fault = (done, None) if isinstance(done, Kept) else (None, done)
@@ -334,7 +370,13 @@ class QueueService:
             inline=kept.inline if kept else False,
             logs=logs,
             owner=self._broker.owner_of(request_id),
+            kept_for=answers.kept_for(done.payload) if keeping.brief else None,
         )
+
+    def _is_over(self, ending: Ending) -> bool:
+        """Whether its time is over, removed already or not."""
+        kept_for = self._retention if ending.kept_for is None else ending.kept_for
+        return ending.ended_at + kept_for < self._clock()
 
     def _expire(self, request_id: RequestId) -> None:
         if not self._stopping and self._broker.expire(request_id):
@@ -356,12 +398,18 @@ class QueueService:
 
 @asynccontextmanager
 async def queue_service(
-    store: Store, storage: Storage, engine: Engine, sources: Sources, clock: Callable[[], float] = time.time
+    store: Store,
+    storage: Storage,
+    engine: Engine,
+    sources: Sources,
+    clock: Callable[[], float] = time.time,
+    retention: float = math.inf,
 ) -> AsyncIterator[QueueService]:
     """A queue that works until the block is left; then running work goes back to the store's queue."""
     info = engine.info()
     async with asyncio.TaskGroup() as tasks:
-        service = QueueService(store, storage, Worker(engine, storage, sources), info.slots, info, tasks, clock)
+        worker = Worker(engine, storage, sources)
+        service = QueueService(store, storage, worker, info.slots, info, tasks, clock, retention)
         count = await service.recover()
         if count:
             _log.info("%d requests of the last server go on", count)

@@ -2,8 +2,9 @@
 
 Owns `data_dir/files` and the names in it. A file appears by rename, complete and durable or not at all; small
 results lie together in `small.db`. A file's name is a keyed hash of its SHA-256: equal bytes are kept once, and
-nobody can guess a name. Paths are given out as `/files/<prefix>/<name>`; the server's origin is put before them
-when somebody is answered, since it may change.
+nobody can guess a name. A file with a life of its own shares its bytes with nobody and has a random name. Paths are
+given out as `/files/<prefix>/<name>`; the server's origin is put before them when somebody is answered, since it may
+change. When files are old enough to go is decided by `retention`.
 """
 
 from __future__ import annotations
@@ -15,24 +16,23 @@ import mimetypes
 import os
 import re
 import secrets
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 from urllib.parse import urlsplit
 
 from batch.errors import StorageError
-from batch.server.smallfiles import SMALL_BYTES, SmallFiles
+from batch.server.parts import Part, Parts
+from batch.server.smallfiles import SMALL_BYTES, SmallFile, SmallFiles
+from batch.server.spool import Spooled, TooLarge, spool
 
 __all__ = ["Reservation", "Storage", "TooLarge", "content_type_of"]
 
 _PATH = re.compile(r"/files/([0-9a-f]{2})/(\1[0-9a-f]{30}(?:\.[a-z0-9]{1,8})?)")
 _TYPES = mimetypes.MimeTypes(filenames=())  # the standard library's own table: the same on every machine
-_CHUNK = 1 << 20
-
-
-class TooLarge(ValueError):
-    """More bytes came than may be stored."""
 
 
 class Reservation(NamedTuple):
@@ -48,11 +48,12 @@ class Storage:
     """Files by content below `root`; an async context manager.
 
     Args:
-        root: the server's data dir; `files/` and `incoming/` are made in it. Half-written files of an earlier
-            process are removed.
+        root: the server's data dir; `files/`, `incoming/` and `parts/` are made in it. Half-written files of an
+            earlier process are removed.
+        clock: Unix seconds; a file remembers when it was last saved.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, clock: Callable[[], float] = time.time) -> None:
         self._files = root / "files"
         self._incoming = root / "incoming"
         for folder in (self._files, self._incoming):
@@ -60,7 +61,9 @@ class Storage:
         for leftover in self._incoming.iterdir():
             leftover.unlink()
         self._secret = _secret(root / "secret")
-        self._small = SmallFiles(root / "small.db")
+        self._small = SmallFiles(root / "small.db", clock())
+        self._parts = Parts(root / "parts")
+        self._clock = clock
 
     async def __aenter__(self) -> Self:
         return self
@@ -70,21 +73,37 @@ class Storage:
     ) -> None:
         await self._small.aclose()
 
-    async def save(self, data: bytes, content_type: str | None) -> str:
+    async def save(self, data: bytes, content_type: str | None, life: float | None = None) -> str:
         """Store bytes; durable when it returns. Their path.
+
+        Args:
+            data: the bytes.
+            content_type: gives the name its suffix.
+            life: seconds after which nobody gets them any more; None: as `retention` has it.
 
         Raises:
             StorageError: the disk refused.
         """
         path = self._path_of(hashlib.sha256(data).digest(), content_type)
+        if life is not None:
+            path = self.reserve(content_type).path
+        now = self._clock()
+        expires_at = now + life if life is not None else None
         if len(data) <= SMALL_BYTES:
-            await self._small.save(path, data)
-        elif not (place := self._place(path)).exists():
-            await asyncio.to_thread(_complete, self._incoming / secrets.token_hex(16), data, place)
+            await self._small.save(SmallFile(path, data, now, expires_at))
+        elif not _renewed(place := self._place(path), now):
+            if expires_at is not None:
+                await self._small.expire(path, expires_at)
+            await asyncio.to_thread(_write, self._incoming / secrets.token_hex(16), data, place, now)
         return path
 
     async def receive(
-        self, chunks: AsyncIterator[bytes], content_type: str | None, limit: int, path: str | None = None
+        self,
+        chunks: AsyncIterator[bytes],
+        content_type: str | None,
+        limit: int,
+        path: str | None = None,
+        life: float | None = None,
     ) -> str:
         """Store a stream of at most `limit` bytes without holding it in memory; durable when it returns.
 
@@ -93,29 +112,116 @@ class Storage:
             content_type: as the sender names it.
             limit: bytes.
             path: a reserved path; without it the content names the file.
+            life: see `save`.
 
         Raises:
             TooLarge: more than `limit` bytes came; nothing is kept.
             StorageError: the disk refused.
         """
         temporary = self._incoming / secrets.token_hex(16)
-        digest, size, buffer = hashlib.sha256(), 0, bytearray()
         try:
-            async for chunk in chunks:
-                size += len(chunk)
-                if size > limit:
-                    raise TooLarge(f"more than {limit} bytes")
-                digest.update(chunk)
-                buffer += chunk
-                if len(buffer) >= _CHUNK:
-                    await asyncio.to_thread(_append, temporary, buffer)
-                    buffer = bytearray()
-            path = path or self._path_of(digest.digest(), content_type)
-            place = self._place(path)
-            await asyncio.to_thread(_complete, temporary, buffer, place)
+            spooled = await self._spool(chunks, temporary, limit)
+            if path is None:
+                own = life is not None
+                path = self.reserve(content_type).path if own else self._path_of(spooled.sha256, content_type)
+            if life is not None:
+                await self.limit_life(path, life)
+            await asyncio.to_thread(_complete, temporary, self._place(path), self._clock())
         finally:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
         return path
+
+    async def _spool(self, chunks: AsyncIterator[bytes], temporary: Path, limit: int) -> Spooled:
+        try:
+            return await spool(chunks, temporary, limit)
+        except ConnectionError:  # the sender's, not the disk's
+            raise
+        except OSError as error:
+            raise _unwritable(temporary, error) from error
+
+    async def limit_life(self, path: str, seconds: float) -> None:
+        """Give a reserved path's file an end of its own, before its bytes come.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        await self._small.expire(path, self._clock() + seconds)
+
+    # --- uploads in parts ---------------------------------------------------------------------------------
+
+    async def receive_part(self, path: str, number: int, chunks: AsyncIterator[bytes], announced: int | None) -> str:
+        """Store one part of a reserved path's file; it replaces an earlier part of that number. Its tag.
+
+        Args:
+            path: a reserved path.
+            number: from 1.
+            chunks: the bytes.
+            announced: how many there will be, if the sender says so.
+
+        Raises:
+            TooLarge: the part, its file or all unfinished files together become too large.
+            StorageError: the disk refused.
+        """
+        return await self._parts.put(_name_of(path), number, chunks, announced)
+
+    async def join_parts(self, path: str, parts: Sequence[Part]) -> None:
+        """Make the file of its parts; durable when it returns. Repeated after that it does nothing.
+
+        Raises:
+            BadParts: they are not the ones that came.
+            StorageError: the disk refused.
+        """
+        place, name = self._place(path), _name_of(path)
+        async with self._parts.joining:
+            if place.exists() and not self._parts.started(name):
+                return
+            temporary = self._incoming / secrets.token_hex(16)
+            try:
+                await self._parts.join(name, parts, temporary)
+                await asyncio.to_thread(_complete, temporary, place, self._clock())
+            finally:
+                temporary.unlink(missing_ok=True)
+            await self._parts.drop(name)
+
+    # --- what goes ----------------------------------------------------------------------------------------
+
+    async def old(self, before: float, turn: int, limit: int) -> list[str]:
+        """Paths of some files that were last saved before an instant.
+
+        Args:
+            before: Unix seconds.
+            turn: from 0 to 255; one in 256 of the large files is looked at each time, the small ones all.
+            limit: small files at most.
+        """
+        folder = self._files / f"{turn:02x}"
+        large = await asyncio.to_thread(_saved_before, folder, before)
+        return [f"/files/{folder.name}/{name}" for name in large] + await self._small.old(before, limit)
+
+    async def remove(self, paths: Sequence[str], before: float) -> int:
+        """Remove those files that were not saved again since an instant; how many went."""
+        small = await self._small.remove(paths, before)
+        large = await asyncio.to_thread(self._remove_large, paths, before)
+        return small + large
+
+    async def renew(self, paths: Sequence[str], at: float) -> None:
+        """Take files as saved at an instant (Unix seconds)."""
+        await self._small.renew(paths, at)
+        for path in paths:
+            _renewed(self._place(path), at)
+
+    async def expired(self, now: float, limit: int) -> list[str]:
+        """Paths of files whose own life is over."""
+        return await self._small.expired(now, limit)
+
+    async def remove_abandoned_parts(self, before: float) -> int:
+        """Remove uploads in parts that nobody has gone on with since an instant; how many."""
+        return await self._parts.remove_abandoned(before)
+
+    def _remove_large(self, paths: Sequence[str], before: float) -> int:
+        return sum(_removed(self._place(path), self._incoming / secrets.token_hex(16), before) for path in paths)
+
+    # --- names and reads ----------------------------------------------------------------------------------
 
     def reserve(self, content_type: str | None) -> Reservation:
         """A fresh name for an upload that is announced before its bytes are sent."""
@@ -191,21 +297,64 @@ def _secret(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _append(path: Path, data: bytearray) -> None:
-    with path.open("ab") as file:
-        file.write(data)
+def _name_of(path: str) -> str:
+    """Of the folder that holds a file's parts: letters and digits that nobody outside has chosen."""
+    return path.rpartition("/")[2].partition(".")[0]
 
 
-def _complete(temporary: Path, rest: bytes | bytearray, place: Path) -> None:
+def _renewed(place: Path, now: float) -> bool:
+    """Whether the file is there already; then it is as good as saved now."""
     try:
-        with temporary.open("ab") as file:
-            file.write(rest)
-            file.flush()
+        os.utime(place, (now, now))
+    except OSError:  # there is none, or it cannot be written anyway
+        return False
+    return True
+
+
+def _saved_before(folder: Path, before: float) -> list[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return [entry.name for entry in entries if entry.stat().st_mtime < before]
+    except FileNotFoundError:
+        return []
+
+
+def _removed(place: Path, aside: Path, before: float) -> bool:
+    """Remove a file unless it was saved again in this very moment: it is taken aside first and looked at there."""
+    try:
+        place.replace(aside)
+    except FileNotFoundError:
+        return False
+    if aside.stat().st_mtime >= before:
+        aside.replace(place)
+        return False
+    aside.unlink()
+    return True
+
+
+def _write(temporary: Path, data: bytes, place: Path, now: float) -> None:
+    try:
+        temporary.write_bytes(data)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise _unwritable(place, error) from error
+    _complete(temporary, place, now)
+
+
+def _complete(temporary: Path, place: Path, now: float) -> None:
+    try:
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
+        os.utime(temporary, (now, now))
         _appear(temporary, place)
         _sync_folder(place.parent)
     except OSError as error:
-        raise StorageError(f"{place} cannot be written: {error}; free space or check its rights") from error
+        raise _unwritable(place, error) from error
+
+
+def _unwritable(place: Path, error: OSError) -> StorageError:
+    return StorageError(f"{place} cannot be written: {error}; free space or check its rights")
 
 
 def _appear(temporary: Path, place: Path) -> None:

@@ -25,6 +25,7 @@ from batch.server.records import (
     Admission,
     Delivery,
     Ending,
+    Keeping,
     Listed,
     LogLine,
     Priority,
@@ -40,6 +41,8 @@ __all__ = ["Store"]
 VERSION = 2
 REMEMBERED = 8192
 """Endings kept in memory: a client that waits for its result asks within seconds of its end."""
+KEY_SECONDS = 86400.0
+"""How long an idempotency key is good, whatever becomes of its request."""
 
 _SQL = {
     name: statement.strip()
@@ -62,6 +65,7 @@ class Store:
         """Submits accepted ever. Repeats with the same idempotency key are not counted."""
         self.webhooks: int = database.execute(_SQL["webhooks"]).fetchone()[0]
         """Callbacks that are owed, now or when their request ends; those that expired since the start included."""
+        self._any_spent = bool(database.execute(_SQL["any_spent"]).fetchone()[0])
 
     @classmethod
     async def open(cls, path: Path) -> Self:
@@ -143,7 +147,32 @@ class Store:
     async def to_do(self) -> list[Recovered]:
         """Requests that have not ended, the one accepted first coming first."""
         rows = await self._writer.call(lambda: self._database.execute(_SQL["to_do"]).fetchall())
-        return [Recovered(RequestId(row[0]), AppId(row[1]), Priority(row[2]), row[3], row[4]) for row in rows]
+        return [
+            Recovered(RequestId(row[0]), AppId(row[1]), Priority(row[2]), row[3], row[4], Keeping(bool(row[5]), row[6]))
+            for row in rows
+        ]
+
+    async def forget(self, now: float, retention: float, limit: int) -> int:
+        """Remove ended requests whose time is over, at most 2 x `limit`; how many. Durable when it returns.
+
+        Args:
+            now: Unix seconds.
+            retention: seconds that an ending is told, where the request itself wished nothing else.
+            limit: keeps the step short: the writer does nothing else meanwhile.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        return await self._writer.call(partial(self._forget, now, retention, limit))
+
+    async def sources(self, paths: Sequence[str]) -> set[str]:
+        """Which of these files are source pictures of requests that are still here.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        rows = await self._writer.call(partial(self._rows, "sources", orjson.dumps(paths).decode()))
+        return {row[0] for row in rows}
 
     async def latest(self, newest: int, around: int, ahead: int, owner: str = "") -> list[Listed]:
         """The newest requests and those around the head of the queue, the newest one first.
@@ -236,14 +265,22 @@ class Store:
     def _accept(self, item: Submission) -> Admission:
         # A header holds no line break: no two owners' keys can come to the same.
         key = f"{item.owner}\n{item.idempotency_key}" if item.owner and item.idempotency_key else item.idempotency_key
+        if key is not None and self._any_spent:
+            spent = self._row("spent", key, item.accepted_at - KEY_SECONDS)
+            if spent is not None:
+                return Admission(RequestId(spent[0]), fresh=False, same_input=spent[1] == item.digest)
         values = (item.request_id, item.app, item.accepted_at, item.body, item.digest, key, item.priority)
-        cursor = self._database.execute(_SQL["accept"], (*values, item.start_by, item.owner))
+        wishes = (item.start_by, item.owner, *item.keeping, item.source)
+        cursor = self._database.execute(_SQL["accept"], (*values, *wishes))
         if cursor.rowcount == 1:
             if item.webhook is not None:
                 self._database.execute(_SQL["webhook"], (item.request_id, *item.webhook))
             return Admission(item.request_id, fresh=True)
         earlier = self._row("earlier", key)
         assert earlier is not None, "only an idempotency key can be in the way"
+        if earlier[2] < item.accepted_at - KEY_SECONDS:
+            self._database.execute(_SQL["free_key"], (key,))
+            return self._accept(item)
         return Admission(RequestId(earlier[0]), fresh=False, same_input=earlier[1] == item.digest)
 
     def _apply(self, item: Submission | Ending | Settlement) -> Admission | None:
@@ -262,12 +299,25 @@ class Store:
         logs = orjson.dumps([tuple(line) for line in item.logs]) if item.logs else None
         values = (item.ended_at, item.status, item.payload, item.started_at, item.inference_time, item.billable_units)
         self._database.execute(
-            _SQL["end"], (*values, item.error_type, item.retryable, item.inline, logs, item.request_id)
+            _SQL["end"], (*values, item.error_type, item.retryable, item.inline, logs, item.kept_for, item.request_id)
         )
+
+    def _forget(self, now: float, retention: float, limit: int) -> int:
+        with self._atomic():
+            query = {"now": now, "before": now - retention, "limit": limit}
+            seqs = [row[0] for row in self._database.execute(_SQL["over"], query)]
+            listed = orjson.dumps(seqs).decode()
+            kept = self._database.execute(_SQL["keep_keys"], (listed, now - KEY_SECONDS)).rowcount
+            self._any_spent = self._any_spent or kept > 0
+            self._database.execute(_SQL["forget"], (listed,))
+            if self._any_spent and len(seqs) < limit:
+                self._database.execute(_SQL["forget_keys"], (now - KEY_SECONDS,))
+        return len(seqs)
 
 
 def _stored(request_id: RequestId, row: tuple[Any, ...]) -> Stored:
-    app, ended_at, status, payload, started_at, inference_time, units, error_type, retryable, inline, logs, owner = row
+    app, ended_at, status, payload, started_at, inference_time, units, error_type, retryable, inline, logs = row[:-2]
+    owner, kept_for = row[-2:]
     if ended_at is None:
         return Stored(app, None, owner)
     return Stored(
@@ -286,6 +336,7 @@ def _stored(request_id: RequestId, row: tuple[Any, ...]) -> Stored:
             inline=bool(inline),
             logs=tuple(LogLine(*line) for line in orjson.loads(logs)) if logs else (),
             owner=owner,
+            kept_for=kept_for,
         ),
         owner,
     )

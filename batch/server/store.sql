@@ -22,7 +22,11 @@ CREATE TABLE request (
     retryable INTEGER,
     inline INTEGER,
     logs BLOB,
-    owner TEXT NOT NULL DEFAULT ''      -- since version 2
+    owner TEXT NOT NULL DEFAULT '',     -- from here on since version 2
+    brief INTEGER NOT NULL DEFAULT 0,   -- the caller wants its input and output forgotten soon
+    file_life REAL,                     -- seconds that its pictures shall live; NULL: as all others
+    source TEXT,                        -- its source picture, where that is a file of ours
+    kept_for REAL                       -- seconds from its end, where they are not those of all others
 ) STRICT;
 CREATE INDEX request_to_do ON request (seq) WHERE ended_at IS NULL;
 CREATE TABLE counter (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT, WITHOUT ROWID;
@@ -31,6 +35,14 @@ INSERT INTO counter VALUES ('accepted', 0);
 -- name: schema_2
 CREATE INDEX request_of ON request (owner, seq) WHERE owner != '';  -- costs nothing on a server without keys
 CREATE INDEX request_sent ON request (accepted_at, ended_at);  -- what history.py walks along
+CREATE INDEX request_brief ON request (ended_at) WHERE kept_for IS NOT NULL;
+CREATE INDEX request_source ON request (source) WHERE source IS NOT NULL;
+CREATE TABLE spent_key (                -- idempotency keys that outlive their requests
+    idempotency_key TEXT PRIMARY KEY,
+    request_id TEXT NOT NULL,
+    digest BLOB NOT NULL,
+    accepted_at REAL NOT NULL
+) STRICT, WITHOUT ROWID;
 CREATE TABLE webhook (
     request_id TEXT PRIMARY KEY,
     url TEXT NOT NULL,
@@ -49,14 +61,53 @@ END;
 
 -- name: upgrade_1
 ALTER TABLE request ADD COLUMN owner TEXT NOT NULL DEFAULT '';
+ALTER TABLE request ADD COLUMN brief INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE request ADD COLUMN file_life REAL;
+ALTER TABLE request ADD COLUMN source TEXT;
+ALTER TABLE request ADD COLUMN kept_for REAL;
 
 -- name: accept
-INSERT INTO request (request_id, app, accepted_at, body, digest, idempotency_key, priority, start_by, owner)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
+INSERT INTO request (
+    request_id, app, accepted_at, body, digest, idempotency_key, priority, start_by, owner, brief, file_life, source
+)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT (idempotency_key) DO NOTHING;
 
 -- name: earlier
-SELECT request_id, digest FROM request WHERE idempotency_key = ?;
+SELECT request_id, digest, accepted_at FROM request WHERE idempotency_key = ?;
+
+-- name: free_key
+UPDATE request SET idempotency_key = NULL WHERE idempotency_key = ?;
+
+-- name: spent
+SELECT request_id, digest FROM spent_key WHERE idempotency_key = ? AND accepted_at >= ?;
+
+-- name: any_spent
+SELECT EXISTS (SELECT 1 FROM spent_key);
+
+-- name: over
+SELECT * FROM (
+    SELECT seq FROM request WHERE accepted_at < :before AND ended_at < :before AND kept_for IS NULL
+    ORDER BY accepted_at LIMIT :limit
+)
+UNION ALL
+SELECT * FROM (
+    SELECT seq FROM request WHERE kept_for IS NOT NULL AND ended_at + kept_for < :now LIMIT :limit
+);
+
+-- name: keep_keys
+INSERT OR REPLACE INTO spent_key
+SELECT idempotency_key, request_id, digest, accepted_at FROM request
+WHERE seq IN (SELECT value FROM json_each(?)) AND idempotency_key IS NOT NULL AND accepted_at >= ?;
+
+-- name: forget
+DELETE FROM request WHERE seq IN (SELECT value FROM json_each(?));
+
+-- name: forget_keys
+DELETE FROM spent_key WHERE accepted_at < ?;
+
+-- name: sources
+SELECT DISTINCT source FROM request WHERE source IN (SELECT value FROM json_each(?));
 
 -- name: count
 UPDATE counter SET value = value + ? WHERE name = 'accepted';
@@ -67,19 +118,19 @@ SELECT value FROM counter WHERE name = 'accepted';
 -- name: end
 UPDATE request
 SET ended_at = ?, status = ?, payload = ?, started_at = ?, inference_time = ?, billable_units = ?, error_type = ?,
-    retryable = ?, inline = ?, logs = ?
+    retryable = ?, inline = ?, logs = ?, kept_for = ?
 WHERE request_id = ? AND ended_at IS NULL;
 
 -- name: find
 SELECT app, ended_at, status, payload, started_at, inference_time, billable_units, error_type, retryable, inline, logs,
-    owner
+    owner, kept_for
 FROM request WHERE request_id = ?;
 
 -- name: body
 SELECT body FROM request WHERE request_id = ?;
 
 -- name: to_do
-SELECT request_id, app, priority, start_by, owner FROM request WHERE ended_at IS NULL ORDER BY seq;
+SELECT request_id, app, priority, start_by, owner, brief, file_life FROM request WHERE ended_at IS NULL ORDER BY seq;
 
 -- name: latest
 -- The newest requests, and those around the head of the queue: in a long queue it is there that something happens.

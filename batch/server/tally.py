@@ -43,6 +43,8 @@ class Outcome(StrEnum):
     FAILED = "failed"
     CANCELLED = "cancelled"
 
+    __hash__ = str.__hash__  # an Enum's own is written in Python, and this is hashed once a request
+
 
 def outcome_of(ending: Ending) -> Outcome:
     """A cancelled request is no failure: nobody waits for it any more."""
@@ -53,13 +55,11 @@ def outcome_of(ending: Ending) -> Outcome:
 
 def route_of(method: str, path: str) -> str:
     """The route group of a call: a word of few, whatever callers send."""
-    group = _ROUTES.get(path.split("/", 2)[1] if path[:1] == "/" else "?")
-    if group is not None:
-        return group
     _, found, rest = path.partition("/requests/")
-    if found:
+    if found and not path.startswith("/v1/"):
         return _READS.get(rest.partition("/")[2].rstrip("/"), "other")
-    return "submit" if method == "POST" else "other"
+    group = _ROUTES.get(path.split("/", 2)[1] if path[:1] == "/" else "?")
+    return group or ("submit" if method == "POST" else "other")
 
 
 class Tally:

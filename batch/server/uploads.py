@@ -1,7 +1,8 @@
-"""Files over HTTP: both official upload mechanisms for single-part files, and the files themselves.
+"""Files over HTTP: both official upload mechanisms, whole and in parts, and the files themselves.
 
-Owns the routes below `/storage` and `/files`. Files are public to whoever knows their name, as on fal; names cannot
-be guessed. Parts of larger uploads are a later room.
+Owns the routes below `/storage`, `/files` and `/tokens`. Files are public to whoever knows their name, as on fal;
+names cannot be guessed. The path of an announced upload holds its permission: JavaScript's client sends no key with
+the bytes. An upload id is the same signature of the path, so that nothing has to be remembered of an announcement.
 """
 
 from __future__ import annotations
@@ -15,9 +16,13 @@ import orjson
 from aiohttp import web
 
 from batch.fal import protocol
+from batch.model import JsonObject
+from batch.server.callers import owner_of
 from batch.server.keys import Authenticator
+from batch.server.parts import PARTS, BadParts, Part
 from batch.server.service import QueueService
-from batch.server.storage import TooLarge, content_type_of
+from batch.server.spool import TooLarge
+from batch.server.storage import Reservation, content_type_of
 
 __all__ = ["UPLOAD_LIMIT_BYTES", "routes"]
 
@@ -31,6 +36,8 @@ _FILE_HEADERS = {
     "access-control-allow-origin": "*",
 }
 
+_PATH = "{path:/files/[^/]+/[^/]+}"
+
 _Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -39,9 +46,16 @@ def routes(service: QueueService, authenticator: Authenticator) -> list[tuple[st
     files = _Files(service, authenticator)
     return [
         ("POST", "/storage/auth/token", files.token),
+        ("POST", "/tokens/", files.realtime_token),
         ("POST", "/storage/upload/initiate", files.initiate),
-        ("PUT", "/storage/upload/{token}{path:/files/.+}", files.put),
+        ("POST", "/storage/upload/initiate-multipart", files.initiate),
+        ("PUT", "/storage/upload/{token}" + _PATH, files.put),
+        ("PUT", "/storage/upload/{token}" + _PATH + "/{number}", files.put_part),
+        ("POST", "/storage/upload/{token}" + _PATH + "/complete", files.complete),
         ("POST", "/files/upload", files.upload),
+        ("POST", "/files/upload/multipart", files.begin),
+        ("PUT", "/files/{prefix}/{name}/multipart/{token}/{number}", files.put_part),
+        ("POST", "/files/{prefix}/{name}/multipart/{token}/complete", files.complete),
         ("GET", "/files/{prefix}/{name}", files.get),
         ("HEAD", "/files/{prefix}/{name}", files.get),
     ]
@@ -57,8 +71,8 @@ class _Files:
 
     async def token(self, request: web.Request) -> web.Response:
         """A CDN token, as Python's client wants one before it uploads: it stands in for the caller's key."""
-        token = self._authenticator.token(request["owner"])
-        answer = {
+        token = self._authenticator.token(owner_of(request))
+        answer: JsonObject = {
             "token": token.text,
             "token_type": "Bearer",
             "base_url": _base(request),
@@ -67,14 +81,16 @@ class _Files:
         }
         return self._json(answer)
 
+    async def realtime_token(self, request: web.Request) -> web.Response:
+        """A short-lived token as a JSON string. Nothing here is reached with it yet: there is no websocket."""
+        text = self._authenticator.token(owner_of(request)).text
+        own = {"content-type": protocol.CONTENT_JSON, protocol.REQUEST_ID: self._service.new_id()}
+        return web.Response(body=orjson.dumps(text), headers=own)
+
     async def initiate(self, request: web.Request) -> web.Response:
         """Announce an upload: where to put the bytes and where they will be found (the JavaScript client's way)."""
-        try:
-            wanted = orjson.loads(await request.read() or b"{}")
-        except orjson.JSONDecodeError as error:
-            raise web.HTTPUnprocessableEntity(text=f"The body is not JSON: {error}") from error
-        content_type = wanted.get("content_type") if isinstance(wanted, dict) else None
-        reserved = self._storage.reserve(content_type if isinstance(content_type, str) else None)
+        content_type = (await _object_in(request)).get("content_type")
+        reserved = await self._reserve(request, content_type if isinstance(content_type, str) else None)
         base = _base(request)
         return self._json(
             {
@@ -83,13 +99,39 @@ class _Files:
             }
         )
 
+    async def begin(self, request: web.Request) -> web.Response:
+        """Announce an upload in parts (Python's way)."""
+        reserved = await self._reserve(request, request.headers.get("content-type"))
+        return self._json({"access_url": _base(request) + reserved.path, "uploadId": reserved.token})
+
     async def put(self, request: web.Request) -> web.Response:
         """The bytes of an announced upload; the token in the path is the permission."""
-        path, token = request.match_info["path"], request.match_info["token"]
-        if not self._storage.may_write(path, token):
-            raise web.HTTPForbidden(text="This upload was not announced; POST to /storage/upload/initiate first")
+        path = self._announced(request)
         await self._receive(request, path)
         return self._json({}, etag=f'"{path.rpartition("/")[2]}"')
+
+    async def put_part(self, request: web.Request) -> web.Response:
+        """One part of an announced upload. Python reads the `etag` header, JavaScript the body."""
+        path, number = self._announced(request), request.match_info["number"]
+        if not number.isdecimal() or not number.isascii() or not 0 < int(number) <= PARTS:
+            raise web.HTTPBadRequest(text=f"A part's number is from 1 to {PARTS}, not {number[:20]}")
+        chunks = request.content.iter_any()
+        try:
+            tag = await self._storage.receive_part(path, int(number), chunks, request.content_length)
+        except TooLarge as error:
+            raise web.HTTPRequestEntityTooLarge(0, text=f"This upload is too large: {error}") from error
+        etag = f'"{tag}"'
+        return self._json({"partNumber": int(number), "etag": etag}, etag=etag)
+
+    async def complete(self, request: web.Request) -> web.Response:
+        """All parts of an announced upload have come: they become the file."""
+        path = self._announced(request)
+        try:
+            await self._storage.join_parts(path, _parts_in(await _object_in(request)))
+        except BadParts as error:
+            raise web.HTTPBadRequest(text=f"The upload cannot be completed: {error}") from error
+        url = _base(request) + path
+        return self._json({"access_url": url, "file_url": url}, etag=f'"{path.rpartition("/")[2]}"')
 
     async def upload(self, request: web.Request) -> web.Response:
         """Raw bytes in, URL out (Python's way)."""
@@ -111,19 +153,58 @@ class _Files:
             return web.Response(status=304, headers=headers)
         return web.Response(body=found, headers=headers)
 
+    async def _reserve(self, request: web.Request, content_type: str | None) -> Reservation:
+        reserved, life = self._storage.reserve(content_type), protocol.lifetime_in(request.headers)
+        if life is not None:
+            await self._storage.limit_life(reserved.path, life)
+        return reserved
+
+    def _announced(self, request: web.Request) -> str:
+        """The path that an upload was announced for."""
+        known = request.match_info
+        path = known["path"] if "path" in known else f"/files/{known['prefix']}/{known['name']}"
+        if self._storage.path_in(path) != path or not self._storage.may_write(path, known["token"]):
+            raise web.HTTPForbidden(text="This upload was not announced; POST to /storage/upload/initiate first")
+        return path
+
     async def _receive(self, request: web.Request, path: str | None) -> str:
-        too_large = f"The file is larger than {UPLOAD_LIMIT_BYTES // 2**20} MiB; send a smaller one"
+        too_large = f"The file is larger than {UPLOAD_LIMIT_BYTES // 2**20} MiB; send it in parts, or a smaller one"
         if (request.content_length or 0) > UPLOAD_LIMIT_BYTES:
             raise web.HTTPRequestEntityTooLarge(UPLOAD_LIMIT_BYTES, text=too_large)
         chunks, content_type = request.content.iter_any(), request.headers.get("content-type")
+        life = protocol.lifetime_in(request.headers) if path is None else None
         try:
-            return await self._storage.receive(chunks, content_type, UPLOAD_LIMIT_BYTES, path)
+            return await self._storage.receive(chunks, content_type, UPLOAD_LIMIT_BYTES, path, life)
         except TooLarge as error:
             raise web.HTTPRequestEntityTooLarge(UPLOAD_LIMIT_BYTES, text=too_large) from error
 
-    def _json(self, value: dict[str, str], **headers: str) -> web.Response:
+    def _json(self, value: JsonObject, **headers: str) -> web.Response:
         own = {"content-type": protocol.CONTENT_JSON, protocol.REQUEST_ID: self._service.new_id()}
         return web.Response(body=orjson.dumps(value), headers=own | headers)
+
+
+async def _object_in(request: web.Request) -> JsonObject:
+    """The JSON object that was sent; an empty one where nothing was."""
+    try:
+        return protocol.read_object(await request.read() or b"{}")
+    except protocol.Malformed as error:
+        raise web.HTTPUnprocessableEntity(text=f"The body has to be a JSON object: {error}") from error
+
+
+def _parts_in(body: JsonObject) -> list[Part]:
+    """Which parts make the file, as its sender says.
+
+    Raises:
+        BadParts: it does not say so.
+    """
+    listed = body.get("parts")
+    found: list[Part] = []
+    for one in listed if isinstance(listed, list) else []:
+        number, tag = (one.get("partNumber"), one.get("etag")) if isinstance(one, dict) else (None, None)
+        if not isinstance(number, int) or not isinstance(tag, str):
+            raise BadParts('name each as {"partNumber": 1, "etag": "..."}')
+        found.append(Part(number, tag.removeprefix("W/").strip('"')))
+    return found
 
 
 def _base(request: web.Request) -> str:

@@ -109,17 +109,17 @@ class Worker:
             return Fault.of(500, "internal_error", "Internal Server Error")
         return Made(result, given.sync_mode)
 
-    async def keep(self, made: Made) -> Kept:
-        """Store the pictures; durable when it returns.
+    async def keep(self, made: Made, life: float | None = None) -> Kept:
+        """Store the pictures, for `life` seconds where that is given; durable when it returns.
 
         Raises:
             StorageError: the disk refused.
         """
         pictures = made.result.pictures
         if len(pictures) == 1:
-            paths = [await self._storage.save(pictures[0].data, pictures[0].content_type)]
+            paths = [await self._storage.save(pictures[0].data, pictures[0].content_type, life)]
         else:
-            paths = await asyncio.gather(*(self._storage.save(one.data, one.content_type) for one in pictures))
+            paths = await asyncio.gather(*(self._storage.save(one.data, one.content_type, life) for one in pictures))
         payload = answers.output_payload(made.result, paths)
         return Kept(payload, answers.billable_units(made.result), made.inline)
 

@@ -53,11 +53,8 @@ MANIFESTS = [
     ("m.csv", "image_url,text\na.jpg,x\n", ["no column 'prompt'", "Its columns are: image_url, text", "input.prompt"]),
     ("m.csv", "image_url,prompt\na.jpg,x,y\n", ["line 2", "3 fields where the header has 2"]),
     ("m.csv", 'image_url,prompt\na.jpg,"x\n', ["line 2", "is a quote opened and not closed?"]),
-    ("m.csv", "image_url,prompt,prompt\na,b,c\n", ["more than one column 'prompt'", "rename"]),
     ("m.csv", b"image_url,prompt\na.jpg,caf\xe9\n", ["line 2", "not UTF-8", "save it as UTF-8"]),
-    ("m.jsonl", '{"image_url": "a.jpg"\n', ["m.jsonl", "line 1"]),
     ("m.parquet", "image_url,prompt\n", ["m.parquet", "what its suffix says"]),
-    ("m.xlsx", "x", ["no known format", ".csv"]),
 ]
 
 
@@ -148,12 +145,9 @@ def test_bad_rows_can_be_skipped(tmp_path, manifest):
 
 CONFIGS = [
     ("[limits]\nbudget = 1\n", ["unknown key limits.budget", "did you mean limits.budget_usd?"]),
-    ("[limts]\nbudget_usd = 1\n", ["unknown key limts", "did you mean limits?"]),
     ("[limits\n", ["c.toml is not TOML", "line 1"]),
     ("[input]\nstrength = 2.0\n", ["input.strength = 2.0", "less than or equal to 1"]),
     ("[sweep]\nstrenght = [0.5]\n", ["'strenght' cannot be swept", "did you mean 'strength'?"]),
-    ("[sweep]\nstrength = []\n", ["'strength' has no values"]),
-    ('[limits]\ndeadline = "soon"\n', ["'soon' is not a duration", "50m"]),
     ('[target]\nname = "falai"\n', ["'falai' is no target", "local, fal, or a URL"]),
 ]
 
@@ -171,11 +165,8 @@ def test_a_config_that_is_wrong(tmp_path, manifest, text, words):
 FLAGS = [
     (["--bugdet", "3"], ["--bugdet", "Did you mean --budget?", "restyle run --help"]),
     (["--budget", "many"], ["--budget", "many"]),
-    (["--target", "nonsense"], ["'nonsense' is no target"]),
     (["--max-in-flight", "0"], ["max_in_flight"]),
     (["--engine", "dalle"], ["--engine", "dalle", "preview"]),
-    (["--max-failures", "few"], ["'few' is neither a number of jobs nor a percentage"]),
-    (["--rate", "fast"], ["submits_per_second", "fast"]),
     (["-c", "nowhere.toml"], ["there is no config file nowhere.toml", "configs/"]),
 ]
 

@@ -12,7 +12,7 @@ from batch.errors import ConfigError, ExitCode, ManifestError, RunDirectoryError
 from batch.run.lifecycle import State
 from batch.run.observe import Tally
 from batch.testing.observer import RecordingObserver
-from tests.acceptance.command import accepted, results, write_manifest
+from tests.acceptance.command import accepted, results, wait_for, write_manifest
 
 SETTINGS = {"target": {"engine": "echo"}}
 
@@ -71,7 +71,7 @@ def test_the_plain_twins_work_inside_a_running_loop(tmp_path, manifest):
 
     before = threading.active_count()
     assert asyncio.run(cell()).done == 5
-    assert threading.active_count() == before
+    wait_for(lambda: threading.active_count() == before, "the end of the threads")
     assert accepted(tmp_path / "run") == 5
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -41,21 +42,23 @@ def browser():
 
 
 @contextmanager
-def server(data_dir, *options, keys=""):
+def server(data_dir, *options):
     """The endpoint as a process of its own; yields its URL."""
     command = [sys.executable, "-m", "batch.server", "--data-dir", data_dir, "--with-parent", *options]
     with (
         (Path(data_dir) / "server.log").open("wb") as log,
         subprocess.Popen(
             [str(part) for part in command],
-            env=environment({"FAL_SERVER_KEYS": keys} if keys else None),
+            env=environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
         ) as process,
     ):
         try:
-            yield json.loads(process.stdout.readline())["url"]
+            said = process.stdout.readline()
+            assert said, (Path(data_dir) / "server.log").read_text()
+            yield json.loads(said)["url"]
         finally:
             process.stdin.close()
             process.wait(20)
@@ -306,3 +309,33 @@ def test_a_waiting_request_shows_its_place_and_can_be_cancelled(visit, tmp_path)
         other.complaints.clear()
         other.context.close()
         here.context.close()
+
+
+def test_with_keys_the_page_asks_for_one_and_shows_its_owner_s_requests(visit, tmp_path):
+    """A wrong key is refused in words; a good one is kept by the tab alone, and all the page does goes with it."""
+    keys = tmp_path / "keys"
+    keys.write_text("".join(f"{name}:{hashlib.sha256(b'secret').hexdigest()}\n" for name in ("ann", "bob")))
+    with server(tmp_path, "--engine", "echo", "--keys", str(keys)) as url:
+        here = visit(url)
+        page, field = here.page, here.page.get_by_label("This endpoint asks for a key")
+        expect(field).to_be_focused()
+        field.fill("ann:wrong")
+        page.get_by_role("button", name="Use it").click()
+        expect(page.get_by_text("This key was refused")).to_be_visible()
+        field.fill("ann:secret")
+        field.press("Enter")
+        expect(field).to_be_hidden()
+        here.restyle("of ann")
+        here.done()
+        expect(here.card("of ann")).to_contain_text("done")
+        assert page.evaluate("[localStorage.length, document.cookie, sessionStorage.length]") == [0, "", 1]
+        page.reload()
+        expect(here.card("of ann")).to_be_visible()
+        other = visit(url)
+        other.page.get_by_label("This endpoint asks for a key").fill("bob:secret")
+        other.page.get_by_role("button", name="Use it").click()
+        expect(other.page.get_by_text("Nothing yet.")).to_be_visible()
+        for one in (here, other):
+            assert {complaint.rpartition(" status of ")[2] for complaint in one.complaints} == {"401 (Unauthorized)"}
+            one.complaints.clear()
+            one.context.close()

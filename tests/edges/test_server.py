@@ -220,7 +220,7 @@ def test_cancel_takes_a_queued_request_out_and_stops_a_running_one(tmp_path):
         ("GET", SUBMIT, 405),
         ("DELETE", read("0199c0de-0000-7000-8000-000000000001"), 405),
         ("PUT", "/storage/upload/token/files/ab/abc", 403),
-        ("POST", "/storage/upload/initiate-multipart", 404),
+        ("POST", "/storage/upload/elsewhere", 404),
         ("GET", "/files/ab/nothing", 404),
         ("GET", "/files/%2e%2e/secret", 404),
     ],

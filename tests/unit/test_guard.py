@@ -55,7 +55,7 @@ def test_some_addresses_are_never_asked(text):
     assert not private_too(address)
 
 
-@pytest.mark.parametrize("inside", [*PUBLIC[:5], *CLOSED[:7], *NEVER[:17]])
+@pytest.mark.parametrize("inside", [text for text in (*PUBLIC, *CLOSED, *NEVER) if ":" not in text])
 @pytest.mark.parametrize("shape", ["::ffff:{}", "64:ff9b::{}", "2002:{}::1"], ids=["mapped", "NAT64", "6to4"])
 def test_an_ipv4_address_inside_of_an_ipv6_one_is_judged_itself(inside, shape):
     """Each of the three ways to wrap it gives the same judgement."""
@@ -91,7 +91,14 @@ def test_allow_private_chooses_the_rule():
     "host",
     [
         *("127.0.0.1", "2130706433", "0x7f000001", "0x7F.1", "0177.0.0.1", "017700000001", "127.1", "127.0.1"),
-        *("%31%32%37.0.0.1", "１２７.0.0.1", "①②⑦.0.0.1", "[::1]", "[0:0:0:0:0:0:0:1]", "[::ffff:127.0.0.1]"),
+        *(
+            "%31%32%37.0.0.1",
+            "\uff11\uff12\uff17.0.0.1",
+            "①②⑦.0.0.1",
+            "[::1]",
+            "[0:0:0:0:0:0:0:1]",
+            "[::ffff:127.0.0.1]",
+        ),
         *("[::ffff:7f00:1]", "[64:ff9b::7f00:1]", "[2002:7f00:1::]", "[fe80::1%25lo]", "[::1%25lo]", "0", "0.0.0.0"),
         *("169.254.169.254", "2852039166", "0xa9fea9fe", "0251.0376.0251.0376", "[::]", "10.1", "192.168.257"),
     ],
@@ -119,19 +126,16 @@ def test_an_old_spelling_of_a_permitted_address_comes_back_in_the_usual_one(host
         *("http://user@example.com/", "http://user:secret@example.com/", "http://:secret@example.com/"),
         *("http://example.com:0/", "http://example.com:22/", "http://example.com:25/", "http://example.com:6000/"),
         *("http://example.com:99999/", "http://example.com:x/", "http://" + "a" * 254 + "/"),
-        *("http://" + "a" * 9000, "http://exam\nple.com\r\nx: y/", "http://exa<mple.com/"),
+        *("http://" + "a" * 9000, "http://exa<mple.com/"),
     ],
 )
 def test_a_url_that_is_not_a_plain_web_address_is_refused(url):
     """Scheme, credentials, port, host: a `Refused` with half a sentence, never another error."""
-    try:
+    with pytest.raises(Refused) as caught:
         check_url(url, private_too)
-    except Refused as refusal:
-        assert str(refusal)
-        assert "secret" not in str(refusal)
-        assert not refusal.retryable
-    else:  # yarl drops line breaks, as the URL standard has it; then the rest has to be harmless
-        assert "\n" in url
+    assert str(caught.value)
+    assert "secret" not in str(caught.value)
+    assert not caught.value.retryable
 
 
 @pytest.mark.parametrize("port", [80, 443, 1024, 8080, 8443, 65535])

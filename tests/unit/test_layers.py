@@ -29,6 +29,7 @@ TABLE: dict[str, tuple[str, int]] = {
     "batch": (PURE, 0),
     "batch.errors": (PURE, 0),
     "batch.model": (PURE, 0),
+    "batch.version": (PURE, 0),
     "batch.config": ("edge: environment and config file", 2),
     "batch.targets": (ASSEMBLY, 4),
     "batch.session": (ASSEMBLY, 7),
@@ -51,6 +52,7 @@ TABLE: dict[str, tuple[str, int]] = {
     "batch.fal.protocol": (PURE, 1),
     "batch.fal.signing": (PURE, 1),
     "batch.fal.platform": (PURE, 2),
+    "batch.fal.queries": (PURE, 3),
     "batch.fal.client": ("edge: network", 3),
     # how it is carried out
     "batch.run": (PURE, 0),
@@ -80,13 +82,17 @@ TABLE: dict[str, tuple[str, int]] = {
     "batch.server.embedded": ("edge: endpoint process", 1),
     "batch.server.keys": ("edge: keys file", 1),
     "batch.server.smallfiles": ("edge: server's disk", 1),
+    "batch.server.spool": ("edge: server's disk", 0),
+    "batch.server.parts": ("edge: server's disk", 1),
+    "batch.server.retention": (ASSEMBLY, 4),
+    "batch.server.proxy": (ASSEMBLY, 6),
     "batch.server.broker": (PURE, 2),
     "batch.server.storage": ("edge: server's disk", 2),
     "batch.server.store": ("edge: server's disk", 2),
     "batch.server.tally": (PURE, 2),
     "batch.server.answers": (PURE, 3),
-    "batch.server.history": ("edge: server's disk", 3),
-    "batch.server.openapi": (PURE, 3),
+    "batch.server.history": ("edge: server's disk", 4),
+    "batch.server.openapi": (PURE, 4),
     "batch.server.addresses": ("edge: other people's servers", 1),
     "batch.server.guard": ("edge: other people's servers", 2),
     "batch.server.sources": ("edge: other people's servers", 3),
@@ -98,6 +104,7 @@ TABLE: dict[str, tuple[str, int]] = {
     "batch.server.page.routes": (ASSEMBLY, 6),
     "batch.server.listing": (ASSEMBLY, 6),
     "batch.server.rehearsal": (ASSEMBLY, 6),
+    "batch.server.callers": (ASSEMBLY, 1),
     "batch.server.uploads": (ASSEMBLY, 6),
     "batch.server.webhooks": (ASSEMBLY, 6),
     "batch.server.app": (ASSEMBLY, 7),
@@ -232,6 +239,7 @@ def test_every_exception_is_still_needed():
 def test_the_server_knows_nothing_of_the_client_side():
     """The server shares the wire protocol, the values and the errors with the runner, and nothing else."""
     shared = ("batch.server", "batch.fal.endpoint", "batch.fal.platform", "batch.fal.protocol", "batch.fal.signing")
+    shared += ("batch.fal.queries",)
     shared += ("batch.model", "batch.errors", "batch.version")
     for name in SOURCES:
         if name.startswith("batch.server"):

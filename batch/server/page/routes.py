@@ -20,6 +20,7 @@ from aiohttp import web
 from batch.fal import protocol
 from batch.fal.endpoint import ImageToImageInput
 from batch.model import AppId
+from batch.server.callers import owner_of
 from batch.server.page.state import numbers, request_card
 from batch.server.service import QueueService
 
@@ -98,7 +99,7 @@ class _Page:
         if request.headers.get("sec-fetch-site", "none") not in _SAME_SITE:
             # Another site's script in the same browser: prompts and pictures are none of its business.
             raise web.HTTPForbidden(text="The page's state is for the page itself")
-        latest = await self._service.latest(SHOWN_REQUESTS, request["owner"])
+        latest = await self._service.latest(SHOWN_REQUESTS, owner_of(request))
         counts, path_in = self._service.statistics(), self._service.storage.path_in
         body = {
             **numbers(self._service.tally, waiting=counts.waiting, running=counts.running, now=time.time()),

@@ -7,13 +7,13 @@ const $ = (id) => document.getElementById(id);
 const format = new Intl.NumberFormat("en");
 
 let timer = 0;
-let askedWith = null;
 
 /** Keep the page alive; `show` gets the newest requests and the server's time. */
 export function beat(show) {
   const tick = async () => {
     clearTimeout(timer);
     if (document.hidden) return;
+    const used = key.get();
     try {
       const state = await (await call("/page/state")).json();
       numbers(state);
@@ -21,7 +21,13 @@ export function beat(show) {
       $("key-form").hidden = true;
       $("unreachable").hidden = true;
     } catch (error) {
-      await trouble(error, show);
+      const locked = error instanceof Refused && (error.status === 401 || error.status === 403);
+      $("unreachable").hidden = locked;
+      if (locked) {
+        show([], 0);
+        ask(used, error.message);
+        return; // until there is a key
+      }
     }
     clearTimeout(timer);
     timer = setTimeout(tick, PAUSE);
@@ -29,10 +35,7 @@ export function beat(show) {
   document.addEventListener("visibilitychange", tick);
   $("key-form").addEventListener("submit", (event) => {
     event.preventDefault();
-    const given = $("key").value.trim();
-    if (given === "") return;
-    key.set(given);
-    askedWith = null;
+    key.set($("key").value.trim());
     $("key").value = "";
     tick();
   });
@@ -40,19 +43,15 @@ export function beat(show) {
   return tick;
 }
 
-/** A key is asked for where the server wants one; anything else passes. */
-async function trouble(error, show) {
-  const locked = error instanceof Refused && (error.status === 401 || error.status === 403);
-  $("unreachable").hidden = locked;
-  if (!locked) return;
-  show([], 0);
-  const form = $("key-form");
-  const used = key.get();
-  if (used !== null && used !== askedWith) $("key-hint").textContent = `This key was refused: ${error.message}`;
-  askedWith = used;
-  key.forget();
-  if (form.hidden) {
-    form.hidden = false;
+/** The server wants a key, and this one was none. */
+function ask(used, why) {
+  if (used !== null && used === key.get()) {
+    key.forget();
+    $("key-hint").textContent = `This key was refused: ${why}`;
+    $("key-hint").classList.add("wrong");
+  }
+  if ($("key-form").hidden) {
+    $("key-form").hidden = false;
     $("key").focus();
   }
 }

@@ -1,0 +1,107 @@
+"""What browsers need of us: the proxy route of JavaScript's client, and permission to call across origins.
+
+The client of fal's own makes can be told to send everything to one URL, the true target in a header
+(`proxyUrl`). Here the target is ourselves: its host says which of fal's roles is meant, its path is routed as if it
+had been asked for directly. Nothing is ever sent anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TypeAlias
+
+from aiohttp import web
+from yarl import URL
+
+__all__ = ["PATH", "TARGET", "Crossing", "own_path", "routes"]
+
+PATH = "/api/fal/proxy"
+TARGET = "x-fal-target-url"
+_PREFIXES = {
+    "queue.fal.run": "",
+    "queue.falrun.com": "",
+    "fal.run": "/run",
+    "falrun.com": "/run",
+    "rest.fal.ai": "",
+    "rest.alpha.fal.ai": "",
+    "v3.fal.media": "",
+    "api.fal.ai": "",
+}
+"""Where the paths of fal's hosts lie on this server."""
+_LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+_CORS = {
+    "access-control-allow-origin": "*",
+    # By name: `*` does not stand for Authorization.
+    "access-control-allow-headers": "Accept, Authorization, Content-Type, Idempotency-Key, X-Fal-File-Name,"
+    " X-Fal-No-Retry, X-Fal-Object-Lifecycle, X-Fal-Object-Lifecycle-Preference, X-Fal-Queue-Priority,"
+    " X-Fal-Request-Start-Timeout, X-Fal-Request-Timeout, X-Fal-Runner-Hint, X-Fal-Store-IO, X-Fal-Tags,"
+    " X-Fal-Target-Url, X-App-Fal-Disable-Fallback",
+    "access-control-allow-methods": "GET, HEAD, POST, PUT, DELETE",
+    "access-control-expose-headers": "*",
+    "access-control-max-age": "86400",
+    "vary": "origin",
+}
+
+_Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def routes() -> list[tuple[str, str, _Handler]]:
+    """Method, path and handler of each route."""
+    return [(method, PATH, _forward) for method in ("GET", "POST", "PUT", "DELETE")]
+
+
+def own_path(target: str) -> URL | None:
+    """Path and query on this server of a URL on one of fal's hosts; None for any other URL."""
+    try:
+        url = URL(target)
+        prefix = _PREFIXES.get(url.host or "")
+        if prefix is None or url.scheme != "https" or url.explicit_port is not None or url.user is not None:
+            return None
+        return URL.build(path=prefix + url.raw_path, query_string=url.raw_query_string, encoded=True)
+    except ValueError:
+        return None
+
+
+async def _forward(request: web.Request) -> web.StreamResponse:
+    target = request.headers.get(TARGET)
+    path = own_path(target) if target else None
+    if path is None:
+        said = f"{target[:200]!r} is not" if target else "none is named"
+        raise web.HTTPBadRequest(text=f"{TARGET} has to be an https URL on one of fal's hosts; {said}")
+    # Without the header: whoever asks the proxy for the proxy ends at the refusal above.
+    headers = request.headers.copy()
+    del headers[TARGET]
+    inner = request.clone(rel_url=path, headers=headers)
+    match = await request.app.router.resolve(inner)
+    inner.match_info.clear()
+    inner.match_info.update(match)
+    return await match.handler(inner)
+
+
+class Crossing:
+    """Which other origins a browser may call us from.
+
+    Args:
+        keyed: whether callers need a key. Without keys only pages of this machine may: else any page that its user
+            looks at could submit pictures and read the answers.
+    """
+
+    def __init__(self, *, keyed: bool) -> None:
+        self._keyed = keyed
+
+    def allow(self, origin: str, answer: web.StreamResponse) -> None:
+        """Tell the browser that the page may read the answer, if it may."""
+        if self._permits(origin) and not answer.prepared:
+            answer.headers.update(_CORS)
+
+    async def preflight(self, _: web.Request) -> web.Response:
+        """The browser asks whether it may ask; the guard around every handler puts the answer into the headers."""
+        return web.Response(status=204)
+
+    def _permits(self, origin: str) -> bool:
+        if self._keyed:
+            return True
+        try:
+            return URL(origin).host in _LOOPBACK
+        except ValueError:
+            return False

@@ -1,0 +1,142 @@
+"""`restyle serve` as a process of its own, with a key, and somebody who listens for its callbacks."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from PIL import Image
+
+from batch.fal.endpoint import APP_ID
+from batch.fal.signing import keys_in, verify
+from tests.acceptance.command import environment, restyle
+
+APP = str(APP_ID)
+INPUT = {"image_url": "https://pictures.example/cat.png", "prompt": "a cat as a watercolor"}
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A running server."""
+
+    url: str
+    key: str
+    """Of its one caller; empty where none is asked for."""
+    process: subprocess.Popen[str]
+
+
+@contextmanager
+def endpoint(folder: Path, *options: object, keyed: bool = True) -> Iterator[Endpoint]:
+    """Run `restyle serve` in `folder` while the block lasts. Without `keyed` it asks for no key."""
+    key, flags = "", [*map(str, options)]
+    if keyed:
+        keys = folder / "keys"
+        key = restyle("serve", "--keys", keys, "--new-key", "tester").out.strip()
+        flags += ["--keys", str(keys)]
+    command = [sys.executable, "-m", "batch", "serve", "--port", "0", "--data-dir", str(folder / "data"), *flags]
+    log = folder / "server.log"
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+    ):
+        try:
+            line = process.stdout.readline()
+            found = re.search(r"https?://\S+", line)
+            assert found, f"it did not start: {line}{log.read_text()}"
+            yield Endpoint(found[0], key, process)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.communicate(timeout=20)
+            finally:
+                process.kill()
+    assert "Traceback" not in log.read_text(), log.read_text()
+
+
+def picture(color: str = "orange") -> bytes:
+    """A small PNG."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (320, 256), color).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def large_file(path: Path, mebibytes: int) -> Path:
+    """A file of that size, sparse but for a few bytes in each MiB: two parts in the wrong order would show."""
+    marks = random.Random(7)
+    with path.open("wb") as file:
+        for number in range(mebibytes):
+            file.seek((number << 20) + 12_345)
+            file.write(marks.randbytes(16))
+        file.truncate(mebibytes << 20)
+    return path
+
+
+def is_same(url: str, path: Path) -> bool:
+    """Whether a URL serves exactly this file; neither is held in memory."""
+    with urllib.request.urlopen(url) as answer, path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            if answer.read(len(chunk)) != chunk:
+                return False
+        return answer.read(1) == b""
+
+
+@dataclass
+class Callbacks:
+    """What a receiver of webhooks got: headers and raw body of each call."""
+
+    url: str
+    received: list[tuple[dict[str, str], bytes]] = field(default_factory=list)
+    came: threading.Event = field(default_factory=threading.Event)
+
+    def one(self) -> tuple[dict[str, str], bytes]:
+        """Wait for the first."""
+        assert self.came.wait(20), "no callback came"
+        return self.received[0]
+
+
+@contextmanager
+def callbacks() -> Iterator[Callbacks]:
+    """Listen on loopback while the block lasts."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["content-length"]))
+            found.received.append(({name.lower(): value for name, value in self.headers.items()}, body))
+            self.send_response(200)
+            self.end_headers()
+            found.came.set()
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        found = Callbacks(f"http://127.0.0.1:{server.server_port}/hook?job=7")
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        try:
+            yield found
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def believed(server: Endpoint, headers: dict[str, str], body: bytes) -> dict:
+    """The callback, its signature checked with the keys that the server publishes."""
+    with urllib.request.urlopen(server.url + "/.well-known/jwks.json") as answer:
+        keys = keys_in(json.load(answer))
+    said = json.loads(body)
+    assert verify(headers, body, keys, now=time.time()) == said["request_id"]
+    return said

@@ -1,0 +1,464 @@
+"""Every fault on purpose as it is seen on the wire, and a whole run that is rehearsed with the example file."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import Counter
+
+import aiohttp
+import orjson
+import pytest
+
+from batch.errors import ConfigError
+from batch.fal.endpoint import APP_ID
+from batch.server.faults import Deed, Fault, ListingRules, Moment
+from batch.server.rehearsal import moment_of, read_faults
+from tests.acceptance.command import REPOSITORY, accepted, jobs_in, restyle, results, summary, write_manifest
+from tests.edges.serving import INPUT, SUBMIT, ScriptedEngine, call, completed, read, result, serving, submit
+
+LISTING = f"/v1/models/requests/by-endpoint?endpoint_id={APP_ID}"
+UPLOAD = "/files/upload"
+
+
+def run(coroutine):
+    return asyncio.run(coroutine)
+
+
+def fault(at, do, **keys):
+    """A file with one fault, at the first call unless it says otherwise."""
+    keys = keys if keys.keys() & {"every", "share", "first"} else {"first": 1, **keys}
+    words = {True: "true", False: "false"}
+    lines = [f"{key} = {words[value] if isinstance(value, bool) else repr(value)}" for key, value in keys.items()]
+    return "\n".join(["[[fault]]", f"at = '{at}'", f"do = '{do}'", *lines, ""])
+
+
+@contextlib.asynccontextmanager
+async def rehearsing(tmp_path, text, engine=None):
+    """A server that commits these faults."""
+    path = tmp_path / "faults.toml"
+    path.write_text(text)
+    async with serving(tmp_path / "data", engine, faults=path) as session:
+        yield session
+
+
+async def accepted_by(session):
+    return (await call(session, "GET", "/health"))[2]["accepted"]
+
+
+async def path_for(session, moment):
+    """Method and path of a call of that moment which works."""
+    if moment is Moment.SUBMIT:
+        return "POST", SUBMIT
+    if moment is Moment.UPLOAD:
+        return "POST", UPLOAD
+    if moment is Moment.LISTING:
+        return "GET", LISTING
+    request_id = await submit(session)
+    await completed(session, request_id)
+    if moment is Moment.FILE:
+        async with session.post(UPLOAD, data=b"x" * 1000, headers={"content-type": "image/png"}) as response:
+            return "GET", orjson.loads(await response.read())["access_url"]
+    if moment is Moment.CANCEL:
+        return "PUT", read(request_id, "/cancel")
+    return "GET", read(request_id, "/status" if moment is Moment.STATUS else "")
+
+
+async def raw(session, method, path):
+    """Status, headers and bytes of a call; a submit has its body."""
+    session._retry_connection = False  # else aiohttp repeats a read that was not answered, and nothing is seen of it
+    body = orjson.dumps(INPUT) if method == "POST" else None
+    async with session.request(method, path, data=body) as response:
+        return response.status, response.headers, await response.read()
+
+
+# --- a call that meets a fault ----------------------------------------------------------------------------
+
+CALLS = [moment for moment in Moment if moment is not Moment.EXECUTE]
+
+
+@pytest.mark.parametrize("moment", CALLS)
+def test_a_dropped_call_has_no_answer_and_no_effect(tmp_path, moment):
+    """The connection is closed in order, nothing was done, and the next call works."""
+
+    async def use():
+        async with rehearsing(tmp_path, fault(moment, "drop")) as session:
+            method, path = await path_for(session, moment)
+            before = await accepted_by(session)
+            with pytest.raises(aiohttp.ServerDisconnectedError):
+                await raw(session, method, path)
+            assert await accepted_by(session) == before
+            assert (await raw(session, method, path))[0] in {200, 400}  # 400: a cancel that comes too late
+
+    run(use())
+
+
+@pytest.mark.parametrize("do", ["drop-after-accept", "answer-after-accept"])
+def test_a_submit_can_be_accepted_although_its_answer_says_nothing_or_no(tmp_path, do):
+    """Durable before the caller is left alone; its idempotency key finds it again."""
+    text = fault("submit", do, **({"status": 503} if do.startswith("answer") else {}))
+
+    async def use():
+        key = {"idempotency-key": "k"}
+        async with rehearsing(tmp_path, text) as session:
+            try:
+                async with session.post(SUBMIT, json=INPUT, headers=key) as response:
+                    seen = response.status
+            except aiohttp.ServerDisconnectedError:
+                seen = None
+            assert seen == (503 if do.startswith("answer") else None)
+            assert await accepted_by(session) == 1
+            again = await submit(session, headers=key)
+            assert await accepted_by(session) == 1
+            assert (await result(session, again))[0] == 200
+
+    run(use())
+
+
+@pytest.mark.parametrize("do", ["drop-after-accept", "answer-after-accept"])
+def test_a_submit_that_is_refused_is_refused_all_the_same(tmp_path, do):
+    """What was not accepted cannot be lost: the true refusal is answered."""
+    text = fault("submit", do, **({"status": 503} if do.startswith("answer") else {}))
+
+    async def use():
+        async with rehearsing(tmp_path, text) as session:
+            assert (await call(session, "POST", SUBMIT, data=b"["))[0] == 422
+
+    run(use())
+
+
+@pytest.mark.parametrize("moment", [Moment.SUBMIT, Moment.RESULT, Moment.LISTING])
+def test_a_late_answer_is_the_right_one(tmp_path, moment):
+    """So many seconds later; a caller who gives up in between does not undo the acceptance."""
+
+    async def use():
+        async with rehearsing(tmp_path, fault(moment, "late", seconds=0.2)) as session:
+            method, path = await path_for(session, moment)
+            began = time.monotonic()
+            assert (await raw(session, method, path))[0] == 200
+            assert time.monotonic() - began >= 0.2
+            if moment is Moment.SUBMIT:
+                assert await accepted_by(session) == 1
+
+    run(use())
+
+
+def test_a_submit_that_is_answered_too_late_was_accepted(tmp_path):
+    """The caller's timeout says nothing about it."""
+
+    async def use():
+        async with rehearsing(tmp_path, fault("submit", "late", seconds=30)) as session:
+            with pytest.raises(TimeoutError):
+                await session.post(SUBMIT, json=INPUT, timeout=aiohttp.ClientTimeout(total=0.3))
+            assert await accepted_by(session) == 1
+
+    run(use())
+
+
+@pytest.mark.parametrize("moment", CALLS)
+def test_an_error_answer_has_the_service_s_own_body(tmp_path, moment):
+    """JSON with a request id; the platform's calls in the platform's shape; nothing was done."""
+    words = {401: "No user found", 403: "User is locked", 429: "not accepted", 500: "Internal"}
+    kinds = {401: "authorization_error", 403: "authorization_error", 429: "rate_limited", 500: "server_error"}
+
+    async def use():
+        text = "".join(fault(moment, "answer", status=status, first=n) for n, status in enumerate(words, 1))
+        async with rehearsing(tmp_path, text) as session:
+            method, path = await path_for(session, moment)
+            before = await accepted_by(session)
+            for status in words:
+                found, headers, body = await raw(session, method, path)
+                assert (found, headers["content-type"]) == (status, "application/json")
+                assert headers["x-fal-request-id"]
+                assert "retry-after" not in headers
+                if moment is Moment.LISTING:
+                    assert orjson.loads(body)["error"]["type"] == kinds[status]
+                else:
+                    assert words[status] in orjson.loads(body)["detail"]
+            assert await accepted_by(session) == before
+
+    run(use())
+
+
+def test_an_answer_may_carry_retry_after(tmp_path):
+    """Seconds, as the file says."""
+
+    async def use():
+        async with rehearsing(tmp_path, fault("submit", "answer", status=429, retry_after=1.5)) as session:
+            status, headers, _ = await raw(session, "POST", SUBMIT)
+            assert (status, headers["retry-after"]) == (429, "1.5")
+            assert await accepted_by(session) == 0
+
+    run(use())
+
+
+def test_a_gateway_s_answer_is_a_page_of_nginx(tmp_path):
+    """HTML without a request id: the official Python client tries such a call again."""
+
+    async def use():
+        text = "".join(fault("status", "answer", status=502 + n, first=n + 1) for n in range(3))
+        async with rehearsing(tmp_path, text) as session:
+            method, path = "GET", read("x", "/status")
+            for status in (502, 503, 504):
+                found, headers, body = await raw(session, method, path)
+                assert (found, headers["content-type"], headers["server"]) == (status, "text/html", "nginx")
+                assert b"nginx" in body
+                assert "x-fal-request-id" not in headers
+
+    run(use())
+
+
+def test_a_gateway_s_answer_may_look_like_the_job_s_own_failure(tmp_path):
+    """`body = "fal"`: detail, error_type and header; `body = "empty"`: nothing at all."""
+    text = fault("result", "answer", status=503, body="fal") + fault(
+        "result", "answer", status=503, body="empty", first=2
+    )
+
+    async def use():
+        async with rehearsing(tmp_path, text) as session:
+            method, path = await path_for(session, Moment.RESULT)
+            _, headers, body = await raw(session, method, path)
+            assert headers["x-fal-error-type"] == orjson.loads(body)["error_type"] == "runner_scheduling_failure"
+            status, headers, body = await raw(session, method, path)
+            assert (status, body) == (503, b"")
+
+    run(use())
+
+
+@pytest.mark.parametrize("moment", [Moment.FILE, Moment.RESULT, Moment.STATUS, Moment.LISTING])
+def test_a_body_can_be_slow_cut_off_or_short(tmp_path, moment):
+    """Slow is whole in the end; cut breaks its Content-Length; short keeps it and is not whole."""
+    text = fault(moment, "slow", seconds=0.2) + fault(moment, "cut", first=2) + fault(moment, "short", first=3)
+
+    async def use():
+        async with rehearsing(tmp_path, text) as session:
+            method, path = await path_for(session, moment)
+            began = time.monotonic()
+            status, headers, whole = await raw(session, method, path)
+            assert (status, int(headers["content-length"])) == (200, len(whole))
+            assert time.monotonic() - began >= 0.2
+            async with session.request(method, path) as response:
+                assert response.status == 200
+                assert response.content_length is not None
+                assert response.content_length > len(whole) / 2
+                with pytest.raises(aiohttp.ClientPayloadError):
+                    await response.read()
+            status, headers, short = await raw(session, method, path)
+            assert (status, int(headers["content-length"])) == (200, len(short))
+            assert len(short) < len(whole)
+            status, headers, right = await raw(session, method, path)
+            assert (status, len(right)) == (200, len(whole))
+            if moment is Moment.FILE:
+                assert (whole, short) == (right, right[: len(right) // 2])
+
+    run(use())
+
+
+def test_a_maimed_answer_that_is_an_error_stays_one(tmp_path):
+    """A file that is not there is 404, cut or not."""
+
+    async def use():
+        text = fault("file", "cut", every=1) + fault("result", "short", every=1)
+        async with rehearsing(tmp_path, text) as session:
+            assert (await call(session, "GET", "/files/ab/" + "ab" * 16))[0] == 404
+            assert (await call(session, "GET", read("0" * 36)))[0] == 404
+
+    run(use())
+
+
+# --- a request that meets a fault -------------------------------------------------------------------------
+
+
+def test_a_content_policy_rejection_is_completed_without_an_error(tmp_path):
+    """The status tells neither `error` nor `error_type`, also after a restart; the result is 422."""
+
+    async def use():
+        async with rehearsing(tmp_path, fault("execute", "content-policy")) as session:
+            request_id = await submit(session)
+            last = await completed(session, request_id)
+            assert (last["status"], "error" in last, "error_type" in last) == ("COMPLETED", False, False)
+            status, headers, body = await call(session, "GET", read(request_id))
+            assert (status, body["detail"][0]["type"]) == (422, "content_policy_violation")
+            assert headers["x-fal-needs-retry"] == "false"
+        async with serving(tmp_path / "data") as session:
+            assert "error" not in (await call(session, "GET", read(request_id, "/status")))[2]
+
+    run(use())
+
+
+@pytest.mark.parametrize(("status", "kind"), [(500, "internal_server_error"), (504, "generation_timeout")])
+@pytest.mark.parametrize("retryable", [True, False])
+def test_a_model_failure_says_whether_another_try_helps(tmp_path, status, kind, retryable):
+    """A 5xx with a model error and `X-Fal-Needs-Retry`; nothing is billed."""
+    text = fault("execute", "fail", status=status, retryable=retryable)
+
+    async def use():
+        async with rehearsing(tmp_path, text) as session:
+            found, headers, body = await result(session, await submit(session))
+            assert (found, body["detail"][0]["type"]) == (status, kind)
+            assert headers["x-fal-needs-retry"] == ("true" if retryable else "false")
+            assert headers["x-fal-billable-units"] == "0"
+            assert (await result(session, await submit(session)))[0] == 200
+
+    run(use())
+
+
+def test_a_result_can_expire(tmp_path):
+    """404 from so many seconds after its end on, as long as the server lives; its status stays COMPLETED."""
+
+    async def use():
+        async with rehearsing(tmp_path, fault("execute", "expire", seconds=0.3)) as session:
+            request_id, other = await submit(session), await submit(session)
+            status, _, _ = await result(session, request_id)
+            assert status == 200
+            ended = time.monotonic()
+            while status == 200:
+                assert time.monotonic() - ended < 10
+                status, headers, body = await call(session, "GET", read(request_id))
+            assert (status, body) == (404, {"status": "NOT_FOUND"})
+            assert headers["x-fal-request-id"]
+            assert (await call(session, "GET", read(request_id, "/status")))[2]["status"] == "COMPLETED"
+            assert (await result(session, other))[0] == 200
+
+    run(use())
+
+
+def test_a_request_can_go_back_to_its_queue(tmp_path):
+    """IN_PROGRESS, then IN_QUEUE, then it is executed, under the same id."""
+
+    async def use():
+        engine = ScriptedEngine()
+        async with rehearsing(tmp_path, fault("execute", "requeue", seconds=0.3), engine) as session:
+            request_id = await submit(session)
+            seen = []
+            while not seen or seen[-1] != "COMPLETED":
+                seen.append((await call(session, "GET", read(request_id, "/status")))[2]["status"])
+            changes = [now for now, before in zip(seen, [None, *seen], strict=False) if now != before]
+            assert changes[:2] == ["IN_PROGRESS", "IN_QUEUE"]
+            assert changes[-1] == "COMPLETED"
+            assert (await result(session, request_id))[0] == 200
+            assert len(engine.seen) == 1
+
+    run(use())
+
+
+def test_a_request_that_is_to_go_back_can_be_cancelled(tmp_path):
+    """It hears of it while it pretends to run."""
+
+    async def use():
+        async with rehearsing(tmp_path, fault("execute", "requeue", seconds=60)) as session:
+            request_id = await submit(session)
+            await call(session, "PUT", read(request_id, "/cancel"))
+            assert (await result(session, request_id))[0] == 499
+
+    run(use())
+
+
+@pytest.mark.parametrize(("first", "status"), [(1, 200), (2, 500)])
+def test_an_engine_that_crashes_once_is_forgiven_and_twice_is_not(tmp_path, first, status):
+    """The request is executed again under its id; the second crash is its own fault."""
+
+    async def use():
+        async with rehearsing(tmp_path, fault("execute", "crash", first=first)) as session:
+            found, _, body = await result(session, await submit(session))
+            assert (found, body.get("error_type")) == (status, None if status == 200 else "internal_error")
+
+    run(use())
+
+
+# --- the file and the hooks -------------------------------------------------------------------------------
+
+
+def test_a_server_without_a_faults_file_has_no_hook(tmp_path):
+    """Nothing stands between a call and its handler."""
+    from batch.server import app as app_module
+
+    made = []
+
+    async def use(**options):
+        original = app_module.web.Application
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(app_module.web, "Application", lambda **given: made.append(original(**given)) or made[-1])
+            async with serving(tmp_path, **options) as session:
+                await submit(session)
+
+    run(use())
+    assert not list(made[-1].middlewares)
+    path = tmp_path / "faults.toml"
+    path.write_text("")
+    run(use(faults=path))
+    assert len(made[-1].middlewares) == 1
+
+
+def test_a_wrong_faults_file_stops_the_server_before_it_begins(tmp_path):
+    """One sentence; the data dir is not even made."""
+
+    async def use(path):
+        async with serving(tmp_path / "data", faults=path):
+            raise AssertionError("it serves")
+
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        run(use(tmp_path / "none.toml"))
+    (tmp_path / "bad.toml").write_text("[[fault]]\nat = 'submit'\ndo = 'explode'\nfirst = 1\n")
+    with pytest.raises(ConfigError, match="unknown do 'explode' at submit"):
+        run(use(tmp_path / "bad.toml"))
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "moment"),
+    [
+        ("POST", SUBMIT, Moment.SUBMIT),
+        ("POST", "/fal-ai/other", None),
+        ("GET", SUBMIT, None),
+        ("POST", "/run" + SUBMIT, None),
+        ("GET", read("x", "/status"), Moment.STATUS),
+        ("GET", read("x", "/status/"), Moment.STATUS),
+        ("GET", read("x", "/status/stream"), None),
+        ("GET", read("x"), Moment.RESULT),
+        ("GET", read("x", "/response"), Moment.RESULT),
+        ("PUT", read("x", "/cancel"), Moment.CANCEL),
+        ("GET", "/files/ab/cd", Moment.FILE),
+        ("HEAD", "/files/ab/cd", None),
+        ("POST", "/files/upload", Moment.UPLOAD),
+        ("PUT", "/storage/upload/t/files/ab/cd", Moment.UPLOAD),
+        ("GET", "/v1/models/requests/by-endpoint", Moment.LISTING),
+        ("GET", "/v1/models/pricing", None),
+        ("GET", "/health", None),
+        ("GET", "/", None),
+    ],
+)
+def test_each_call_belongs_to_its_moment(method, path, moment):
+    """Health, prices, the direct call and the page are left in peace."""
+    assert moment_of(method, path, APP_ID) is moment
+
+
+def test_the_example_file_shows_every_fault():
+    """Each deed, each moment, each way to choose and each key appears in configs/faults.toml."""
+    path = REPOSITORY / "configs" / "faults.toml"
+    plan, text = read_faults(path), path.read_text("utf-8")
+    assert {one.do for one in plan.faults} == set(Deed)
+    assert {one.at for one in plan.faults} == set(Moment)
+    assert [key for key in Fault.__dataclass_fields__ if f"{key} = " not in text] == []
+    assert [key for key in ListingRules.__dataclass_fields__ if f"{key} = " not in text] == []
+
+
+def test_a_whole_run_survives_the_example_file(tmp_path):
+    """200 rows: each is done, or failed for the one reason that is its own; nothing was submitted twice."""
+    manifest, directory = write_manifest(tmp_path / "m.csv", range(200)), tmp_path / "run"
+    file = REPOSITORY / "configs" / "faults.toml"
+    ended = restyle("run", manifest, "-o", directory, "--engine", "echo", "--faults", file, timeout=110)
+    assert ended.code == 3, ended.text
+    table = results(directory).to_pylist()
+    outcomes = Counter((row["status"], row["error_type"]) for row in table)
+    assert set(outcomes) == {("done", None), ("failed", "content_policy_violation")}, outcomes
+    assert outcomes["failed", "content_policy_violation"] >= 2
+    assert all(row["images"][0]["sha256"] for row in table if row["status"] == "done")
+    attempts = sum(row["attempts"] for row in table)
+    assert attempts > 200, "a model failure that may be retried is another submit"
+    assert accepted(directory) == attempts
+    assert (jobs_in(directory), summary(directory)["unknown"]) == (200, 0)
+    committed = (directory / "endpoint" / "server.log").read_text()
+    on = {fault.do for fault in read_faults(file).faults}
+    assert [do for do in on if f"on purpose: {do} " not in committed] == []

@@ -1,0 +1,411 @@
+"""Who may ask: the keys file, the check of the header, and owners who do not see each other's requests."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import stat
+import subprocess
+import sys
+
+import pytest
+
+from batch.cli import main
+from batch.errors import ConfigError, InputError
+from batch.fal.endpoint import APP_ID
+from batch.server.keys import (
+    ENVIRONMENT,
+    TOKEN_SECONDS,
+    Access,
+    Authenticator,
+    Denied,
+    Key,
+    Keys,
+    access_of,
+    add_key,
+    load_keys,
+)
+from batch.server.serve import ServeOptions, serve
+from tests.edges.serving import INPUT, SUBMIT, ScriptedEngine, call, completed, read, serving, submit
+
+SECRETS = {"alice": "a" * 43, "bob": "b" * 43, "eve": "e" * 43}
+HEADERS = {name: {"authorization": f"Key {name}:{secret}"} for name, secret in SECRETS.items()}
+
+
+def digest(secret):
+    return hashlib.sha256(secret.encode()).digest()
+
+
+def some_keys():
+    locked = Key("eve", digest(SECRETS["eve"]), "Exhausted balance.")
+    return Keys((*(Key(name, digest(SECRETS[name])) for name in ("alice", "bob")), locked))
+
+
+def authenticator(keys=None, now=lambda: 1000.0, secret=b"s" * 32):
+    return Authenticator(some_keys() if keys is None else keys, secret, APP_ID, now)
+
+
+def denied(header, access=Access.KEY, **options):
+    with pytest.raises(Denied) as caught:
+        authenticator(**options).owner(header, access)
+    return caught.value.status, caught.value.detail
+
+
+# --- the file ---------------------------------------------------------------------------------------------
+
+
+def test_a_new_key_works_and_its_secret_is_not_kept(tmp_path):
+    """The file, for its user's eyes only, holds a hash; the key is what `FAL_KEY` takes."""
+    path = tmp_path / "keys"
+    keys = [add_key(path, name, SECRETS[name]) for name in ("alice", "bob")]
+    assert keys == [f"{name}:{SECRETS[name]}" for name in ("alice", "bob")]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    text = path.read_text()
+    assert not any(secret in text for secret in SECRETS.values())
+    good = load_keys(path, {})
+    assert [good.check(key) for key in keys] == ["alice", "bob"]
+
+
+def test_an_owner_changes_a_key_by_having_two_for_a_while(tmp_path):
+    """Both lines of one name are good; a line that is taken out is not any more."""
+    path = tmp_path / "keys"
+    path.write_text("# the team's keys", "ascii")  # without a line break at its end
+    old, new = add_key(path, "alice", "old"), add_key(path, "alice", "new")
+    assert [load_keys(path, {}).check(key) for key in (old, new)] == ["alice", "alice"]
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], "", lines[2], ""]))
+    assert load_keys(path, {}).check(new) == "alice"
+    with pytest.raises(Denied):
+        load_keys(path, {}).check(old)
+
+
+def test_the_variable_holds_the_same_lines(tmp_path):
+    """Separated by commas or white space, and together with a file."""
+    path = tmp_path / "keys"
+    in_file = add_key(path, "alice", SECRETS["alice"])
+    lines = [Key(name, digest(SECRETS[name])).line for name in ("bob", "eve")]
+    good = load_keys(path, {ENVIRONMENT: f" {lines[0]},\n{lines[1]} "})
+    assert [good.check(key) for key in (in_file, f"bob:{SECRETS['bob']}", f"eve:{SECRETS['eve']}")] == sorted(SECRETS)
+    assert not load_keys(None, {})
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("alice:" + "0" * 64 + "\nbob:secret", "line 2"),
+        ("alice", "line 1"),
+        ("a b:" + "0" * 64, "line 1"),
+        ("alice:" + "0" * 63, "line 1"),
+        ("# nothing\n\n", "holds no key"),
+        (None, "cannot be read"),
+        (b"\xff\xfe", "cannot be read"),
+    ],
+)
+def test_a_keys_file_that_is_none_is_one_clear_sentence(tmp_path, text, words):
+    """With the line, what it has to be, and never its content: it may be a secret."""
+    path = tmp_path / "keys"
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError, match=words) as caught:
+        load_keys(path, {})
+    assert "--new-key" in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["", "a b", "a:b", "-a", "a" * 65, "ä", "a\nb"])
+def test_a_name_that_would_break_the_file_is_refused(tmp_path, name):
+    """Nothing is written."""
+    with pytest.raises(InputError, match="name"):
+        add_key(tmp_path / "keys", name, "x")
+    assert not (tmp_path / "keys").exists()
+
+
+# --- the header -------------------------------------------------------------------------------------------
+
+
+def test_a_key_says_whose_the_call_is():
+    """`Key name:secret`, the scheme in any case."""
+    for scheme in ("Key", "key", "KEY"):
+        assert authenticator().owner(f"{scheme} alice:{SECRETS['alice']}", Access.KEY) == "alice"
+    assert authenticator().owner(None, Access.OPEN) == ""
+    assert authenticator(Keys()).owner("Key anything", Access.KEY) == ""
+    assert authenticator(Keys()).owner(None, Access.KEY) == ""
+
+
+@pytest.mark.parametrize(
+    ("header", "status", "detail"),
+    [
+        (None, 401, f'Cannot access application "{APP_ID}"'),
+        ("", 401, f'Cannot access application "{APP_ID}"'),
+        ("Key", 401, "Invalid Key Authorization header format. Expected '<key_id>:<key_secret>'."),
+        ("Key alice", 401, "Invalid Key Authorization header format. Expected '<key_id>:<key_secret>'."),
+        ("Key alice:", 401, "Invalid Key Authorization header format. Expected '<key_id>:<key_secret>'."),
+        ("Key :x", 401, "Invalid Key Authorization header format. Expected '<key_id>:<key_secret>'."),
+        ("Basic YTpi", 401, "Invalid Key Authorization header format. Expected '<key_id>:<key_secret>'."),
+        ("Bearer x", 401, "Invalid Key Authorization header format. Expected '<key_id>:<key_secret>'."),
+        ("Key alice:wrong", 401, "No user found for Key ID and Secret"),
+        ("Key nobody:" + "a" * 43, 401, "No user found for Key ID and Secret"),
+        ("Key alice:" + "b" * 43, 401, "No user found for Key ID and Secret"),
+        ("Key alice:\udcff", 401, "No user found for Key ID and Secret"),
+        (f"Key eve:{SECRETS['eve']}", 403, "User is locked. Reason: Exhausted balance."),
+        ("Key eve:wrong", 401, "No user found for Key ID and Secret"),
+    ],
+)
+def test_a_wrong_header_is_refused_in_fal_s_words(header, status, detail):
+    """401 without saying whether the name or the secret is wrong; 403 only for a right key that is locked."""
+    found, words = denied(header)
+    assert found == status
+    assert words.startswith(detail)
+
+
+def test_the_hash_of_nothing_opens_nothing():
+    """The stand-in that unknown names are compared with is no key."""
+    assert denied("Key nobody:")[0] == 401
+    keys = Keys((Key("alice", digest("x")),))
+    with pytest.raises(Denied):
+        keys.check(":")
+
+
+def test_a_token_stands_in_for_its_owner_s_key_at_uploads_only():
+    """For a day; the server remembers nothing of it, and it ends with the key."""
+    door = authenticator()
+    token = door.token("alice")
+    assert token.expires_at == 1000.0 + TOKEN_SECONDS
+    header = f"Bearer {token.text}"
+    assert door.owner(header, Access.UPLOAD) == "alice"
+    assert authenticator().owner(header, Access.UPLOAD) == "alice"  # the next server on the same data dir
+    assert denied(header, Access.KEY)[0] == 401
+    assert denied(header, Access.UPLOAD, now=lambda: 1001.0 + TOKEN_SECONDS)[0] == 401
+    assert denied(header, Access.UPLOAD, secret=b"t" * 32)[0] == 401
+    assert denied(header, Access.UPLOAD, keys=Keys((Key("bob", digest("x")),)))[0] == 401
+    assert denied(f"Bearer {door.token('eve').text}", Access.UPLOAD)[0] == 403
+
+
+@pytest.mark.parametrize("change", [lambda t: "bob" + t[5:], lambda t: t[:-1] + "x", lambda t: "", lambda t: "a.b.c"])
+def test_a_changed_token_is_none(change):
+    """Another owner, another signature, nothing, nonsense."""
+    assert denied(f"Bearer {change(authenticator().token('alice').text)}", Access.UPLOAD)[0] == 401
+
+
+@pytest.mark.parametrize(
+    ("method", "template", "access"),
+    [
+        ("GET", "/", Access.OPEN),
+        ("GET", "/health", Access.OPEN),
+        ("GET", "/.well-known/jwks.json", Access.OPEN),
+        ("GET", "/openapi.json", Access.OPEN),
+        ("GET", "/v1/meta", Access.OPEN),
+        ("HEAD", "/files/{prefix}/{name}", Access.OPEN),
+        ("PUT", "/storage/upload/{token}{path:/files/.+}", Access.OPEN),
+        ("POST", "/files/upload", Access.UPLOAD),
+        ("POST", "/", Access.KEY),
+        ("*", "/{path:.*}", Access.KEY),
+        ("GET", "/metrics", Access.KEY),
+        ("GET", "/page/state", Access.KEY),
+        ("POST", "/storage/upload/initiate", Access.KEY),
+        ("POST", "/storage/auth/token", Access.KEY),
+        ("GET", "/v1/models/requests/by-endpoint", Access.KEY),
+        ("GET", "/whatever/comes", Access.KEY),
+    ],
+)
+def test_what_is_not_named_as_open_needs_a_key(method, template, access):
+    """A route that somebody adds and forgets to think about is closed."""
+    assert access_of(method, template) is access
+
+
+# --- over HTTP --------------------------------------------------------------------------------------------
+
+
+def test_every_way_in_is_closed_without_a_key(tmp_path):
+    """Submit, direct call, reads, listing, numbers, uploads: 401 as JSON with a request id; health is open."""
+    closed = [
+        ("POST", SUBMIT),
+        ("POST", f"/run{SUBMIT}"),
+        ("GET", read("0" * 36, "/status")),
+        ("GET", read("0" * 36, "/status/stream")),
+        ("GET", read("0" * 36)),
+        ("PUT", read("0" * 36, "/cancel")),
+        ("GET", "/metrics"),
+        ("GET", "/page/state"),
+        ("GET", f"/v1/models/requests/by-endpoint?endpoint_id={APP_ID}"),
+        ("POST", "/storage/auth/token"),
+        ("POST", "/storage/upload/initiate"),
+        ("POST", "/files/upload"),
+        ("GET", "/nothing/here"),
+        ("GET", "/files/../fal-ai/flux/requests/" + "0" * 36),
+    ]
+
+    async def use():
+        async with serving(tmp_path, keys=some_keys()) as session:
+            for method, path in closed:
+                status, headers, body = await call(session, method, path, data=b"{}")
+                assert status == 401, path
+                assert headers["x-fal-request-id"]
+                words = body["error"]["message"] if path.startswith("/v1/") else body["detail"]
+                assert words.startswith("Cannot access application"), path
+            assert (await call(session, "POST", SUBMIT, json=INPUT, headers=HEADERS["eve"]))[0] == 403
+            for path in ("/health", "/.well-known/jwks.json"):
+                assert (await call(session, "GET", path))[0] == 200
+            async with session.get("/files/00/" + "0" * 32) as response:
+                assert response.status == 404
+            assert (await call(session, "GET", "/health"))[2]["accepted"] == 0
+
+    asyncio.run(use())
+
+
+def test_one_owner_s_requests_do_not_exist_for_another(tmp_path):
+    """Status, stream, result, cancel, listing and the page: 404 or nothing, never 403, before and after the end."""
+
+    async def use():
+        engine = ScriptedEngine(slots=1)
+        async with serving(tmp_path, engine, keys=some_keys()) as session:
+            ours = await submit(session, "hold", headers=HEADERS["alice"])
+
+            async def seen_by(name):
+                found = []
+                for method, tail in (("GET", "/status"), ("GET", "/status/stream"), ("GET", ""), ("PUT", "/cancel")):
+                    async with session.request(method, read(ours, tail), headers=HEADERS[name]) as response:
+                        found.append((response.status, await response.read() if response.status == 404 else b""))
+                return found
+
+            async def listed_by(name):
+                path = f"/v1/models/requests/by-endpoint?endpoint_id={APP_ID}"
+                _, _, listing = await call(session, "GET", path, headers=HEADERS[name])
+                _, _, page = await call(session, "GET", "/page/state", headers=HEADERS[name])
+                return len(listing["items"]), len(page["requests"])
+
+            nothing = (404, b'{"status":"NOT_FOUND"}')
+            assert await seen_by("bob") == [nothing] * 4
+            assert not engine.go.is_set()
+            assert (await call(session, "GET", read(ours, "/status"), headers=HEADERS["alice"]))[0] == 202
+            engine.go.set()
+            session.headers.update(HEADERS["alice"])
+            assert (await completed(session, ours))["status"] == "COMPLETED"
+            assert await seen_by("bob") == [nothing] * 4
+            assert await listed_by("bob") == (0, 0)
+            assert await listed_by("alice") == (1, 1)
+        async with serving(tmp_path, keys=some_keys()) as session:  # and the next server still knows whose it is
+            assert (await call(session, "GET", read(ours), headers=HEADERS["alice"]))[0] == 200
+            assert (await call(session, "GET", read(ours), headers=HEADERS["bob"]))[0] == 404
+
+    asyncio.run(use())
+
+
+def test_a_request_that_waits_is_its_owner_s_after_a_restart(tmp_path):
+    """The queue remembers owners, not only the results do."""
+
+    async def use():
+        async with serving(tmp_path, keys=some_keys()) as session:
+            ours = await submit(session, "hold", headers=HEADERS["alice"])
+        engine = ScriptedEngine()
+        async with serving(tmp_path, engine, keys=some_keys()) as session:
+            assert (await call(session, "GET", read(ours, "/status"), headers=HEADERS["alice"]))[0] == 202
+            assert (await call(session, "GET", read(ours, "/status"), headers=HEADERS["bob"]))[0] == 404
+
+    asyncio.run(use())
+
+
+def test_idempotency_keys_are_each_owner_s_own(tmp_path):
+    """The same key of another owner is another request, with whatever input."""
+
+    async def use():
+        async with serving(tmp_path, keys=some_keys()) as session:
+            found = {}
+            for name in ("alice", "bob", "alice", "bob"):
+                headers = HEADERS[name] | {"idempotency-key": "k"}
+                found.setdefault(name, set()).add(await submit(session, f"for {name}", headers=headers))
+            assert [len(ids) for ids in found.values()] == [1, 1]
+            assert found["alice"].isdisjoint(found["bob"])
+            changed = HEADERS["bob"] | {"idempotency-key": "k"}
+            assert (await call(session, "POST", SUBMIT, json=INPUT, headers=changed))[0] == 422
+
+    asyncio.run(use())
+
+
+def test_an_upload_takes_a_key_or_the_token_that_a_key_gave(tmp_path):
+    """Python's way in with the official client's own headers; what was uploaded is read by whoever knows its name."""
+
+    async def use():
+        async with serving(tmp_path, keys=some_keys()) as session:
+            _, _, token = await call(session, "POST", "/storage/auth/token", json={}, headers=HEADERS["alice"])
+            for authorization in (f"{token['token_type']} {token['token']}", HEADERS["bob"]["authorization"]):
+                headers = {"authorization": authorization, "content-type": "image/png"}
+                status, _, body = await call(session, "POST", "/files/upload", data=b"x", headers=headers)
+                assert status == 200
+                async with session.get(body["access_url"]) as response:
+                    assert await response.read() == b"x"
+            bad = {"authorization": "Bearer " + token["token"] + "0"}
+            assert (await call(session, "POST", "/files/upload", data=b"x", headers=bad))[0] == 401
+            _, _, ticket = await call(session, "POST", "/storage/upload/initiate", json={}, headers=HEADERS["alice"])
+            assert (await call(session, "PUT", ticket["upload_url"], data=b"y"))[0] == 200
+
+    asyncio.run(use())
+
+
+# --- the process ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_without_keys_only_this_machine_may_ask(tmp_path, host):
+    """A server that anybody can reach and that anybody may use is refused, with what to do instead."""
+
+    async def use(**options):
+        stop = asyncio.Event()
+        url = []
+
+        def ready(where):
+            url.append(where)
+            stop.set()
+
+        given = ServeOptions(tmp_path, host=host, port=0, **options)
+        await serve(given, ready=ready, engine=ScriptedEngine(), stop=stop)
+        return url
+
+    with pytest.raises(ConfigError, match="loopback only") as caught:
+        asyncio.run(use())
+    assert caught.value.exit_code == 2
+    assert "--new-key" in str(caught.value)
+    assert asyncio.run(use(keys=some_keys()))
+
+
+def test_the_command_makes_a_key_and_refuses_an_open_server(tmp_path, capsys, monkeypatch):
+    """`--new-key` prints the key alone; without keys `--host` of the world is exit code 2 and one sentence."""
+    path = tmp_path / "keys"
+
+    def command(*arguments):
+        with pytest.raises(SystemExit) as caught:
+            main(["serve", *arguments])
+        return caught.value.code, *capsys.readouterr()
+
+    code, printed, _ = command("--keys", str(path), "--new-key", "alice")
+    assert code == 0
+    key = printed.strip()
+    assert load_keys(path, {}).check(key) == "alice"
+    assert len(key) >= len("alice:") + 43
+    code, printed, said = command("--new-key", "alice")
+    assert (code, printed) == (2, "")
+    assert "--keys FILE" in said
+    code, _, said = command("--host", "0.0.0.0", "--data-dir", str(tmp_path / "data"), "--port", "0")
+    assert code == 2
+    assert "loopback only" in said
+    monkeypatch.setenv(ENVIRONMENT, "nonsense")
+    code, _, said = command("--data-dir", str(tmp_path / "data"))
+    assert code == 2
+    assert ENVIRONMENT in said
+
+
+def test_an_embedded_endpoint_does_not_take_the_keys_of_another_server(tmp_path):
+    """A run starts its own endpoint: the variable of a server on the same machine is not for it."""
+    environment = os.environ | {ENVIRONMENT: Key("alice", digest("x")).line}
+    command = [sys.executable, "-m", "batch.server", "--data-dir", str(tmp_path), "--engine", "echo"]
+    ended = subprocess.run(
+        [*command, "--with-parent", "--host", "0.0.0.0"],
+        env=environment,
+        stdin=subprocess.PIPE,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ended.returncode == 2
+    assert "loopback only" in ended.stderr

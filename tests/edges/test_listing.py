@@ -1,0 +1,361 @@
+"""The platform API over real HTTP, from the server's own store."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from datetime import UTC, datetime, timedelta
+from random import Random
+
+import aiohttp
+import orjson
+import pytest
+
+from batch.fal.client import FalClient
+from batch.fal.endpoint import APP_ID
+from batch.fal.protocol import Origins
+from batch.fal.queries import cursor_of
+from batch.server import history as history_module
+from batch.server import listing as listing_module
+from tests.edges.serving import INPUT, SUBMIT, ScriptedEngine, call, completed, read, result, serving, submit
+
+LISTING = "/v1/models/requests/by-endpoint"
+HERE = {"endpoint_id": APP_ID}
+
+
+def run(coroutine):
+    return asyncio.run(coroutine)
+
+
+async def listed(session, **query):
+    """The items of one page, and the page."""
+    status, _, body = await call(session, "GET", LISTING, params={**HERE, **query})
+    assert status == 200, body
+    return body["items"], body
+
+
+def ids(items):
+    return [item["request_id"] for item in items]
+
+
+def faults(tmp_path, text):
+    path = tmp_path / "faults.toml"
+    path.write_text(text)
+    return path
+
+
+# --- what is listed ---------------------------------------------------------------------------------------
+
+
+def test_requests_are_listed_newest_end_first_with_their_payloads(tmp_path):
+    """Input as submitted, output with URLs, an error's body too; no payloads unless they are asked for."""
+
+    async def use():
+        async with serving(tmp_path) as session:
+            good = await submit(session, seed=5, extra="kept")
+            await completed(session, good)
+            bad = await submit(session, "fail")
+            await completed(session, bad)
+            items, page = await listed(session, expand="payloads")
+            assert (ids(items), page["next_cursor"], page["has_more"]) == ([bad, good], None, False)
+            assert items[1]["json_input"] == {**INPUT, "seed": 5, "extra": "kept"}
+            assert items[1]["json_output"] == (await call(session, "GET", read(good)))[2]
+            assert items[0]["json_output"]["detail"][0]["type"] == "image_too_small"
+            assert [item["status_code"] for item in items] == [422, 200]
+            assert items[1]["sent_at"] <= items[1]["started_at"] <= items[1]["ended_at"]
+            plain, _ = await listed(session)
+            assert [set(item) for item in plain] == [set(items[0]) - {"json_input", "json_output"}] * 2
+
+    run(use())
+
+
+def test_an_input_that_carried_its_picture_is_listed_as_it_was_submitted(tmp_path, monkeypatch):
+    """The data URI comes back byte for byte; pictures beyond a page's share stand as URLs that answer them."""
+    pictures = [Random(n).randbytes(size) for n, size in enumerate((300, 200_000))]
+    uris = [f"data:image/png;base64,{base64.b64encode(one).decode()}" for one in pictures]
+
+    async def use():
+        async with serving(tmp_path) as session:
+            for uri in uris:
+                await completed(session, await submit(session, image_url=uri))
+            items, _ = await listed(session, expand="payloads")
+            assert [item["json_input"]["image_url"] for item in items] == uris[::-1]
+            monkeypatch.setattr(listing_module, "PICTURES_BYTES", 1000)
+            items, _ = await listed(session, expand="payloads")
+            assert items[1]["json_input"]["image_url"] == uris[0]
+            async with session.get(items[0]["json_input"]["image_url"]) as response:
+                assert await response.read() == pictures[1]
+
+    run(use())
+
+
+def test_what_is_answered_inline_and_what_is_huge_is_not_kept_in_the_listing(tmp_path, monkeypatch):
+    """`sync_mode` results and very large bodies, as on fal; the request itself is listed."""
+    monkeypatch.setattr(history_module, "LISTED_BYTES", 1000)
+
+    async def use():
+        async with serving(tmp_path) as session:
+            await completed(session, await submit(session, sync_mode=True))
+            await completed(session, await submit(session, "x" * 1000))
+            (huge, inline), _ = await listed(session, expand="payloads")
+            assert ("json_input" in inline, "json_output" in inline) == (True, False)
+            assert "json_input" not in huge
+
+    run(use())
+
+
+def test_a_request_that_was_cancelled_before_it_started_is_a_user_error(tmp_path):
+    """499; it shows its end as its start, since the shape demands one."""
+
+    async def use():
+        engine = ScriptedEngine(slots=1)
+        async with serving(tmp_path, engine) as session:
+            held, waiting = await submit(session, "hold"), await submit(session)
+            await call(session, "PUT", read(waiting, "/cancel"))
+            await completed(session, waiting)
+            (item,), _ = await listed(session, status="user_error")
+            assert (item["request_id"], item["status_code"]) == (waiting, 499)
+            assert item["started_at"] == item["ended_at"]
+            engine.go.set()
+            await completed(session, held)
+
+    run(use())
+
+
+@pytest.mark.parametrize(("status", "prompts"), [("success", ["a cat"]), ("error", ["boom"]), ("user_error", ["fail"])])
+def test_the_status_filter_tells_whose_fault_it_was(tmp_path, status, prompts):
+    """2xx, 5xx and 4xx."""
+
+    async def use():
+        async with serving(tmp_path) as session:
+            for prompt in ("a cat", "fail", "boom"):
+                await completed(session, await submit(session, prompt))
+            items, _ = await listed(session, status=status, expand="payloads")
+            assert [item["json_input"]["prompt"] for item in items] == prompts
+
+    run(use())
+
+
+def test_a_window_is_of_the_instants_of_the_submits_and_its_end_is_exclusive(tmp_path):
+    """Default: the last day. One request id widens it, and finds it in whatever case it is written."""
+
+    async def use():
+        async with serving(tmp_path) as session:
+            first = await submit(session)
+            await completed(session, first)
+            (item,), _ = await listed(session)
+            sent = datetime.fromisoformat(item["sent_at"])
+            second = await submit(session)
+            await completed(session, second)
+            iso = lambda at: at.isoformat()  # noqa: E731
+            assert ids((await listed(session, end=iso(sent)))[0]) == []
+            assert ids((await listed(session, end=iso(sent + timedelta(microseconds=5))))[0]) == [first]
+            assert ids((await listed(session, start=iso(sent + timedelta(microseconds=5))))[0]) == [second]
+            assert ids((await listed(session, start=(sent + timedelta(days=1)).date().isoformat()))[0]) == []
+            assert ids((await listed(session, request_id=first.upper()))[0]) == [first]
+            assert ids((await listed(session, request_id=first, status="error"))[0]) == []
+            assert (await listed(session, endpoint_id="fal-ai/flux/schnell"))[0] == []
+            assert ids((await listed(session, endpoint_id=f"a/b,{APP_ID}"))[0]) == [second, first]
+
+    run(use())
+
+
+def test_pages_hold_everything_once_in_order(tmp_path):
+    """Cursors are page numbers; the last page says so; the longest request first where that is asked."""
+
+    async def use():
+        async with serving(tmp_path) as session:
+            sent = [await submit(session) for _ in range(23)]
+            await asyncio.gather(*(completed(session, one) for one in sent))
+            found, cursor, pages = [], {}, 0
+            while True:
+                items, page = await listed(session, limit="5", **cursor)
+                found, pages = found + items, pages + 1
+                assert page["has_more"] is (page["next_cursor"] is not None)
+                if not page["has_more"]:
+                    break
+                assert page["next_cursor"] == cursor_of(pages + 1)
+                cursor = {"cursor": page["next_cursor"]}
+            assert (pages, len(found)) == (5, 23)
+            assert sorted(ids(found)) == sorted(sent)
+            ends = [item["ended_at"] for item in found]
+            assert ends == sorted(ends, reverse=True)
+            items, _ = await listed(session, sort_by="duration", limit="100")
+            durations = [item["duration"] for item in items]
+            assert durations == sorted(durations, reverse=True)
+            assert (await listed(session, cursor=cursor_of(99)))[0] == []
+
+    run(use())
+
+
+def test_the_listing_outlives_the_server(tmp_path):
+    """It is read from disk."""
+
+    async def use():
+        async with serving(tmp_path) as session:
+            request_id = await submit(session)
+            await completed(session, request_id)
+        async with serving(tmp_path) as session:
+            assert ids((await listed(session))[0]) == [request_id]
+
+    run(use())
+
+
+# --- what fal does not say --------------------------------------------------------------------------------
+
+
+def test_what_has_not_ended_is_not_listed_unless_the_faults_file_says_so(tmp_path):
+    """How fal behaves is not known, so that both can be rehearsed: absent, or there without an end."""
+
+    async def use(rules):
+        engine = ScriptedEngine(slots=1)
+        path = tmp_path / "d"
+        async with serving(path, engine, faults=faults(tmp_path, rules)) as session:
+            sent = [await submit(session, "hold") for _ in range(3)]
+            before, _ = await listed(session, expand="payloads")
+            engine.go.set()
+            await asyncio.gather(*(completed(session, one) for one in sent))
+            after, _ = await listed(session)
+            assert set(sent) <= set(ids(after))
+            return sent, [item for item in before if item["request_id"] in sent]
+
+    assert run(use(""))[1] == []
+    sent, items = run(use("[listing]\nshow_waiting = true"))
+    assert ids(items) == sent[::-1]
+    for item in items:
+        assert not {"ended_at", "status_code", "duration", "json_output"} & set(item)
+        assert item["json_input"]["prompt"] == "hold"
+
+
+@pytest.mark.parametrize("waiting", ["true", "false"])
+def test_a_listing_that_lags_knows_nothing_of_late_events(tmp_path, waiting):
+    """Neither ends nor submits of the last hour."""
+
+    async def use():
+        rules = faults(tmp_path, f"[listing]\nlag = 3600\nshow_waiting = {waiting}")
+        async with serving(tmp_path / "d", faults=rules) as session:
+            await completed(session, await submit(session))
+            assert (await listed(session))[0] == []
+
+    run(use())
+
+
+def test_the_window_can_mean_the_ends_instead(tmp_path):
+    """`window = "ended_at"`: a request that waited through the window of its submit is not found in it."""
+
+    async def use():
+        engine = ScriptedEngine(slots=1)
+        rules = faults(tmp_path, '[listing]\nwindow = "ended_at"')
+        async with serving(tmp_path / "d", engine, faults=rules) as session:
+            request_id = await submit(session, "hold")
+            submitted = datetime.now(UTC).isoformat()
+            engine.go.set()
+            await completed(session, request_id)
+            assert (await listed(session, end=submitted))[0] == []
+            assert ids((await listed(session, start=submitted))[0]) == [request_id]
+
+    run(use())
+
+
+# --- money ------------------------------------------------------------------------------------------------
+
+
+def test_charges_are_the_true_units_at_the_price_of_the_server(tmp_path):
+    """Only what made pictures costs something; filters by request and endpoint; pages."""
+
+    async def use(**options):
+        async with serving(tmp_path, **options) as session:
+            paid = [await submit(session, num_images=n) for n in (1, 2)]
+            await asyncio.gather(*(completed(session, one) for one in paid))
+            await completed(session, await submit(session, "fail"))
+            events = (await call(session, "GET", "/v1/models/billing-events", params=HERE))[2]["billing_events"]
+            one = await call(session, "GET", f"/v1/models/billing-events?request_id={paid[0]}")
+            assert ids(one[2]["billing_events"]) == [paid[0]]
+            page = (await call(session, "GET", "/v1/models/billing-events?limit=1"))[2]
+            assert (len(page["billing_events"]), page["next_cursor"]) == (1, cursor_of(2))
+            other = await call(session, "GET", "/v1/models/billing-events?endpoint_id=a/b")
+            assert other[2]["billing_events"] == []
+            return {event["request_id"]: event for event in events}, paid
+
+    events, paid = run(use())
+    assert [events[one]["output_units"] for one in paid] == [0.5, 1.0]
+    assert {event["cost_total"] for event in events.values()} == {0}
+    events, paid = run(use(price_usd=0.03))
+    assert [events[one]["cost_total"] for one in paid] == [0.015, 0.03]
+
+
+def test_price_and_estimates_are_those_of_the_one_endpoint(tmp_path):
+    """An unknown endpoint is 404; calls cost what calls have cost, a megapixel where there were none."""
+
+    async def use():
+        async with serving(tmp_path, price_usd=0.04) as session:
+            status, _, body = await call(session, "GET", "/v1/models/pricing", params=HERE)
+            assert (status, body["prices"][0]["unit_price"], body["prices"][0]["unit"]) == (200, 0.04, "megapixels")
+            assert (await call(session, "GET", "/v1/models/pricing?endpoint_id=a/b"))[0] == 404
+
+            async def estimate(kind, name, quantity, app=APP_ID):
+                body = {"estimate_type": kind, "endpoints": {app: {name: quantity}}}
+                return await call(session, "POST", "/v1/models/pricing/estimate", json=body)
+
+            assert (await estimate("unit_price", "unit_quantity", 2.5))[2]["total_cost"] == 0.1
+            assert (await estimate("historical_api_price", "call_quantity", 10))[2]["total_cost"] == 0.4
+            await completed(session, await submit(session))
+            assert (await estimate("historical_api_price", "call_quantity", 10))[2]["total_cost"] == 0.2
+            assert (await estimate("unit_price", "unit_quantity", 1, app="a/b"))[0] == 404
+            assert (await call(session, "GET", "/v1/meta"))[2] == {"webhook_ip_ranges": ["127.0.0.1/32"]}
+
+    run(use())
+
+
+# --- refusals ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "kind"),
+    [
+        ("GET", LISTING, 400, "validation_error"),
+        ("GET", f"{LISTING}?endpoint_id=a/b&limit=0", 400, "validation_error"),
+        ("GET", f"{LISTING}?endpoint_id=a/b&cursor=%ff", 400, "validation_error"),
+        ("GET", f"{LISTING}?endpoint_id=a/b&start=%ed%a0%80", 400, "validation_error"),
+        ("GET", "/v1/models/billing-events?start=2000-01-01", 400, "validation_error"),
+        ("GET", "/v1/models/pricing", 400, "validation_error"),
+        ("POST", "/v1/models/pricing/estimate", 400, "validation_error"),
+        ("GET", "/v1/models/usage", 404, "not_found"),
+        ("DELETE", "/v1/models/requests/x/payloads", 404, "not_found"),
+        ("POST", "/v1/anything", 404, "not_found"),
+    ],
+)
+def test_every_refusal_has_the_platform_s_shape(tmp_path, method, path, status, kind):
+    """`{"error": {type, message, request_id}}`, JSON, and nothing is submitted by a path below /v1."""
+
+    async def use():
+        async with serving(tmp_path) as session:
+            found, headers, body = await call(session, method, path)
+            assert (found, body["error"]["type"]) == (status, kind)
+            assert body["error"]["request_id"] == headers["x-fal-request-id"]
+            assert (await call(session, "GET", "/health"))[2]["submit_posts"] == 0
+
+    run(use())
+
+
+# --- with our own client ----------------------------------------------------------------------------------
+
+
+def test_our_client_finds_a_submit_whose_answer_was_lost(tmp_path):
+    """The way of a reconciliation: the connection dies after the acceptance, the listing shows the input."""
+
+    async def use():
+        rules = faults(tmp_path, '[[fault]]\nat = "submit"\ndo = "drop-after-accept"\nfirst = 1')
+        async with serving(tmp_path / "d", faults=rules) as session:
+            before = datetime.now(UTC).timestamp() - 1
+            with pytest.raises(aiohttp.ServerDisconnectedError):
+                await session.post(SUBMIT, data=orjson.dumps({**INPUT, "seed": 77}))
+            async with FalClient(Origins.of_server(str(session._base_url)), APP_ID) as client:
+                page = await client.listing(before, before + 60, None)
+                while not page.items:  # it is listed when it has ended
+                    page = await client.listing(before, before + 60, None)
+            (item,) = page.items
+            assert item.input == {**INPUT, "seed": 77}
+            assert (await result(session, item.request_id))[0] == 200
+
+    run(use())

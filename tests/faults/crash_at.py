@@ -1,0 +1,79 @@
+"""`restyle ...` in a process that kills itself at one durable transition, or notes all that it makes.
+
+    python -m tests.faults.crash_at kill STATE HAPPENING before|after N restyle-arguments...
+    python -m tests.faults.crash_at record FILE restyle-arguments...
+
+A transition is one row of `lifecycle.TABLE`, counted from 1 in the order in which the journal commits them. `before`:
+the transaction that holds the N-th one is never begun; `after`: it is on the disk, and nobody was told. SIGKILL leaves
+no time for a word in either case.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from batch.cli import main
+from batch.run.journal_file import JournalFile
+from batch.run.lifecycle import State, advance
+from batch.run.ports import Event, Uploaded
+
+
+def transitions(journal: JournalFile, calls: Sequence[Sequence[Event]]) -> Iterator[tuple[str, str]]:
+    """The rows of the table that a group of events goes through."""
+    events = [event for call in calls for event in call if not isinstance(event, Uploaded)]
+    known = journal.find([event.job_key for event in events])
+    states = {key: job.state for key, job in known.items()}
+    for event in events:
+        state = states.get(event.job_key, State.PENDING)
+        yield str(state), str(event.happening)
+        states[event.job_key] = advance(state, event.happening)
+
+
+def watch(before: Callable[[Counter], None], after: Callable[[Counter], None]) -> None:
+    """Have both told, around each commit, how often each row has happened so far, this commit included."""
+    commit, happened = JournalFile.commit, Counter()
+
+    def watched(self: JournalFile, calls: Sequence[Sequence[Event]]) -> list[Exception | None]:
+        happened.update(transitions(self, calls))
+        before(happened)
+        refusals = commit(self, calls)
+        after(happened)
+        return refusals
+
+    JournalFile.commit = watched
+
+
+def kill_at(state: str, happening: str, when: str, number: int) -> None:
+    def die(happened: Counter) -> None:
+        if happened[state, happening] >= number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def live(_: Counter) -> None:
+        pass
+
+    watch(*((die, live) if when == "before" else (live, die)))
+
+
+def record(file: Path) -> None:
+    """One line of JSON for each process: [[state, happening, count], ...], written anew after each commit."""
+    earlier = file.read_text() if file.exists() else ""
+
+    def note(happened: Counter) -> None:
+        file.write_text(earlier + json.dumps([[*row, count] for row, count in happened.items()]) + "\n")
+
+    watch(lambda _: None, note)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "kill":
+        kill_at(sys.argv[2], sys.argv[3], sys.argv[4], int(sys.argv[5]))
+        main(sys.argv[6:])
+    else:
+        record(Path(sys.argv[2]))
+        main(sys.argv[3:])

@@ -1,0 +1,260 @@
+"""Every fault that the endpoint can commit, as a case: a run against it, and what has to hold at the end.
+
+The cases are made from the server's own table of moments and deeds: a fault that is new there is a case here. Server
+and run share a process, over real loopback HTTP, a real journal and real files; what a case takes is mostly waiting,
+so that several go on side by side.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import time
+import urllib.request
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import anyio
+import anyio.to_thread
+import numpy as np
+from PIL import Image
+
+from batch import api
+from batch.errors import ExitCode
+from batch.run.journal_file import JournalFile
+from batch.run.lifecycle import State
+from batch.server import faults
+from batch.server.faults import Deed, Moment
+from batch.server.serve import ServeOptions, serve
+from tests.faults.evidence import Evidence, examine
+
+RUN_SECONDS = 240.0
+"""A single command that is not over by then hangs."""
+ROUNDS = 25
+_HELD_ROUNDS = 4
+"""Commands that only look lost submits up, before those that are still unknown are sent again."""
+
+_READ_ANSWERS = ("status = 404", "status = 401", "status = 429\nretry_after = 0.05", "status = 503")
+_ANSWERS = {
+    Moment.SUBMIT: ("status = 422", "status = 429\nretry_after = 0.05", "status = 500", "status = 503"),
+    Moment.STATUS: _READ_ANSWERS,
+    Moment.RESULT: (*_READ_ANSWERS, "status = 500"),
+    Moment.CANCEL: ("status = 500",),
+    Moment.UPLOAD: ("status = 429", "status = 503"),
+    Moment.FILE: _READ_ANSWERS,
+    Moment.LISTING: ("status = 429", "status = 500"),
+}
+_OPTIONS = {
+    Deed.ANSWER_AFTER_ACCEPT: ("status = 500", "status = 502"),
+    Deed.LATE: ("seconds = 0.2",),
+    Deed.SLOW: ("seconds = 0.2",),
+    Deed.FAIL: ("status = 503\nretryable = true", "status = 500\nretryable = false"),
+    Deed.EXPIRE: ("seconds = 0",),
+    Deed.REQUEUE: ("seconds = 0.1",),
+}
+_LOSES = (Deed.DROP_AFTER_ACCEPT, Deed.ANSWER_AFTER_ACCEPT)
+
+
+class Kind(NamedTuple):
+    """One fault with its options."""
+
+    at: Moment
+    do: Deed
+    options: str = ""
+
+    @property
+    def name(self) -> str:
+        """For people and test ids."""
+        return " ".join([self.at, self.do, *self.options.replace("\n", ", ").split(" = ")])
+
+    def entry(self, share: float) -> str:
+        """As a faults file has it."""
+        return f'[[fault]]\nat = "{self.at}"\ndo = "{self.do}"\nshare = {share}\n{self.options}\n'
+
+    @property
+    def fails_jobs(self) -> bool:
+        """Whether it is a job's own failure, or cannot be told from one however often one asks."""
+        own = self.at is Moment.EXECUTE  # one that is sent back to the queue twice fails there
+        refused = self.at is Moment.SUBMIT and "422" in self.options
+        final = self.at is Moment.RESULT and self.options == "status = 500"  # fal's body, and a 5xx: twice is enough
+        return own or refused or final or self.at is Moment.CANCEL
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether it leaves a submit in doubt that had not arrived."""
+        lost = self.do is Deed.DROP or (self.do is Deed.ANSWER and self.options in {"status = 500", "status = 503"})
+        return self.at is Moment.SUBMIT and lost
+
+
+def kinds() -> Iterator[Kind]:
+    """All faults of the server's table, each with every set of options that matters."""
+    for moment, deeds in faults._DEEDS.items():
+        for deed in sorted(deeds):
+            for options in _ANSWERS[moment] if deed is Deed.ANSWER else _OPTIONS.get(deed, ("",)):
+                yield Kind(moment, deed, options)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Faults at a share, against a server that honours idempotency keys or does not."""
+
+    faults: tuple[Kind, ...]
+    share: float
+    keys: bool
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        what = self.faults[0].name if len(self.faults) == 1 else "all together"
+        return f"{what} at {self.share:.0%}, keys {'honoured' if self.keys else 'ignored'}"
+
+    def file(self) -> str:
+        """The faults file."""
+        entries = [kind.entry(self.share) for kind in self.faults]
+        if self.faults[0].at is Moment.LISTING:  # there has to be something to look up
+            entries.append(Kind(Moment.SUBMIT, Deed.DROP_AFTER_ACCEPT).entry(0.2))
+        return "\n".join([f"idempotency = {str(self.keys).lower()}", *entries])
+
+    def has(self, moment: Moment) -> bool:
+        """Whether one of its faults is of that moment."""
+        return any(kind.at is moment for kind in self.faults)
+
+
+def together(share: float, *, keys: bool) -> Case:
+    """All faults at once: what can befall a run, so none at a cancellation, and not every submit twice over."""
+    return Case(tuple(kind for kind in kinds() if kind.at is not Moment.CANCEL), share, keys)
+
+
+class Outcome(NamedTuple):
+    """How a case went."""
+
+    evidence: Evidence
+    posts: int
+    """Submits that reached the server in the first command."""
+    codes: list[int]
+    """Exit code of each command."""
+    seconds: float
+
+
+async def carry_out(case: Case, folder: Path, jobs: int, *, seconds: float = RUN_SECONDS) -> Outcome:
+    """Run it to its end, and check all that has to hold.
+
+    Raises:
+        AssertionError: it does not.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / "faults.toml").write_text(case.file())
+    manifest = _write_manifest(folder, jobs, local=case.has(Moment.UPLOAD))
+    began, codes, posts = time.monotonic(), list[int](), 0
+    cancelling = case.has(Moment.CANCEL)
+    async with _serving(folder, service_time=0.3 if cancelling else 0.0) as url:
+        if cancelling:
+            await _begin_and_cancel(manifest, folder / "run", url, seconds)
+        retry_failed, doubtful = False, any(kind.doubtful for kind in case.faults)
+        while not codes or codes[-1]:
+            assert len(codes) < ROUNDS, f"{case.name}: not over after {codes}"
+            # What did not arrive is sent again; before that, what did is looked for as often as it may take to find it.
+            resubmits = doubtful and len(codes) >= (1 if len(case.faults) == 1 else _HELD_ROUNDS)
+            limits: dict[str, Any] = {"on_unknown": "resubmit-after=0.3s"} if resubmits else {}
+            settings = {"target": {"name": url}, "limits": limits}
+            with anyio.fail_after(seconds):
+                summary = await api.run(manifest, folder / "run", settings=settings, retry_failed=retry_failed)
+            _check_code(case, summary)
+            codes.append(int(summary.exit_code))
+            retry_failed = summary.failed > 0
+            if len(codes) == 1:
+                posts = await anyio.to_thread.run_sync(_posts, url)
+                if not case.keys and len(case.faults) == 1 and case.faults[0].do in _LOSES:
+                    assert posts == jobs, f"{case.name}: {posts} POSTs for {jobs} jobs"
+    found = examine(folder / "run", folder / "server")
+    assert found.done == found.rows == jobs, (case.name, found)
+    assert found.paid_twice == found.strangers == found.unknown == 0, (case.name, found)
+    if not any(kind.fails_jobs for kind in case.faults):
+        assert found.accepted == jobs, (case.name, found)
+    return Outcome(found, posts, codes, time.monotonic() - began)
+
+
+def _check_code(case: Case, summary: api.Summary) -> None:
+    """The exit code, counted anew, and whether there was a reason for it."""
+    words = (case.name, summary.to_json())
+    expected = ExitCode.SOME_FAILED if summary.failed else ExitCode.COMPLETE
+    if summary.unknown:
+        expected = ExitCode.STOPPED_EARLY
+        assert case.has(Moment.LISTING) or any(kind.doubtful for kind in case.faults), words
+        assert not case.keys, words
+    if summary.failed:
+        assert any(kind.fails_jobs for kind in case.faults), words
+    assert summary.pending == summary.skipped == 0, words
+    assert summary.exit_code is expected, words
+
+
+async def _begin_and_cancel(manifest: Path, run: Path, url: str, seconds: float) -> None:
+    """Begin a run, leave it in the middle, and have what it left open cancelled."""
+    settings = {"target": {"name": url}}
+
+    async def begin(scope: anyio.CancelScope) -> None:
+        with scope:
+            await api.run(manifest, run, settings=settings)
+
+    async with anyio.create_task_group() as tasks:
+        scope = anyio.CancelScope()
+        tasks.start_soon(begin, scope)
+        with anyio.fail_after(seconds):
+            while await anyio.to_thread.run_sync(_accepted, run / "journal.db") < 5:
+                await anyio.sleep(0.01)
+        scope.cancel()
+    with anyio.fail_after(seconds):
+        await api.cancel(run)
+
+
+def _accepted(path: Path) -> int:
+    if not path.exists():
+        return 0
+    try:
+        journal = JournalFile.open_read_only(path)
+    except Exception:  # noqa: BLE001 - it is just being made
+        return 0
+    try:
+        return journal.counts().by_state.get(State.ACCEPTED, 0)
+    finally:
+        journal.close()
+
+
+@asynccontextmanager
+async def _serving(folder: Path, service_time: float) -> AsyncIterator[str]:
+    options = ServeOptions(
+        data_dir=folder / "server", port=0, engine="echo", service_time=service_time, faults=folder / "faults.toml"
+    )
+    ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    stop = asyncio.Event()
+    server = asyncio.create_task(serve(options, ready=ready.set_result, stop=stop))
+    try:
+        await asyncio.wait({server, ready}, return_when=asyncio.FIRST_COMPLETED)
+        yield ready.result() if ready.done() else server.result()
+    finally:
+        stop.set()
+        await server
+
+
+def _posts(url: str) -> int:
+    with urllib.request.urlopen(f"{url}/health", timeout=30) as answer:
+        return json.load(answer)["submit_posts"]
+
+
+def _write_manifest(folder: Path, jobs: int, *, local: bool) -> Path:
+    path = folder / "manifest.csv"
+    lines = ["image_url,prompt"]
+    for number in range(jobs):
+        url = f"https://pictures.example/{number}.jpg"
+        if local:
+            url = f"{number}.png"
+            pixels = np.full((8, 8, 3), (number % 256, number // 256, 7), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / url)
+        lines.append(f"{url},picture {number} as a watercolor")
+    path.write_text("\n".join(lines) + "\n")
+    return path

@@ -1,0 +1,333 @@
+"""Three runs that go through every row of the lifecycle's table, and what each has to come to however it is killed.
+
+A scenario is a manifest, a config and a faults file; a `Rig` is one of them in a folder of its own. The same command is
+given again and again until everything is done, as cron would, with `--retry-failed` where the scenario fails jobs on
+purpose.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from tests.acceptance.command import REPOSITORY, Ended, environment, finish
+from tests.faults.evidence import Evidence, examine, what_matters
+
+ROUNDS = 15
+"""Commands until a run has to be over."""
+COMMAND_SECONDS = 110.0
+_LOCAL = 8
+"""Rows with a picture on this disk, in the scenario that uploads; the last of them is cut off."""
+
+_PLAIN = """
+[[fault]]
+at = "submit"
+do = "answer"
+status = 429
+every = 20
+retry_after = 0.05
+"""
+_FAILING = """
+seed = 5
+[[fault]]
+at = "submit"
+do = "answer"
+status = 422
+every = 23
+[[fault]]
+at = "submit"
+do = "answer"
+status = 429
+every = 31
+retry_after = 0.05
+[[fault]]
+at = "execute"
+do = "fail"
+status = 503
+retryable = true
+every = 11
+[[fault]]
+at = "execute"
+do = "fail"
+status = 500
+retryable = false
+every = 17
+[[fault]]
+at = "execute"
+do = "content-policy"
+every = 29
+[[fault]]
+at = "file"
+do = "answer"
+status = 404
+after = 10
+first = 10
+[[fault]]
+at = "file"
+do = "answer"
+status = 451
+share = 0.3
+"""
+_DOUBTFUL = """
+idempotency = false
+[[fault]]
+at = "submit"
+do = "drop-after-accept"
+every = 7
+[[fault]]
+at = "submit"
+do = "drop"
+every = 9
+[[fault]]
+at = "submit"
+do = "answer-after-accept"
+status = 502
+every = 16
+"""
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One kind of run."""
+
+    name: str
+    faults: str
+    config: str = ""
+    served: bool = False
+    """Whether the endpoint is a server of its own, reached by its URL."""
+    local: bool = False
+    """Whether some pictures lie on this disk, one of them damaged."""
+
+    @property
+    def fails(self) -> bool:
+        """Whether jobs fail on purpose."""
+        return self.local
+
+
+SCENARIOS = {
+    scenario.name: scenario
+    for scenario in (
+        Scenario("plain", _PLAIN),
+        Scenario("failing", _FAILING, served=True, local=True),
+        Scenario("doubtful", _DOUBTFUL, '[limits]\non_unknown = "resubmit-after=1s"\n', served=True),
+    )
+}
+
+
+class Kill(NamedTuple):
+    """Where a process kills itself; see `crash_at`."""
+
+    state: str
+    happening: str
+    when: str
+    number: int
+
+    def words(self) -> list[str]:
+        """As `crash_at` takes them."""
+        return ["kill", self.state, self.happening, self.when, str(self.number)]
+
+
+class Rig:
+    """A scenario in a folder; made by `rigged`."""
+
+    def __init__(self, scenario: Scenario, folder: Path, jobs: int) -> None:
+        self.scenario, self.jobs = scenario, jobs
+        self.run = folder / "run"
+        self.server = folder / "server" if scenario.served else self.run / "endpoint"
+        self.seconds = 0.0
+        """Of its longest command so far, from the start of its process to its end."""
+        self._folder, self._arguments = folder, list[str]()
+
+    def prepare(self) -> None:
+        """Write manifest, config, faults; start the server where the scenario has one."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        manifest, config, faults = (self._folder / name for name in ("manifest.csv", "config.toml", "faults.toml"))
+        faults.write_text(self.scenario.faults)
+        config.write_text(self.scenario.config)
+        _write_manifest(manifest, self.jobs, local=_LOCAL if self.scenario.local else 0)
+        self._arguments = ["run", str(manifest), "-o", str(self.run), "-c", str(config), "--quiet"]
+        if not self.scenario.served:
+            self._arguments += ["--engine", "echo", "--faults", str(faults)]
+
+    def reach(self, url: str) -> None:
+        """The server's address, where the scenario has one."""
+        self._arguments += ["--target", url]
+
+    def once(self, through: Sequence[str] = (), *, retry_failed: bool = False, seconds: float | None = None) -> Ended:
+        """Give the command once, `through` `crash_at` or plainly; killed with SIGKILL after so many seconds."""
+        module = ["tests.faults.crash_at", *through] if through else ["batch"]
+        command = [sys.executable, "-m", *module, *self._arguments, *["--retry-failed"] * retry_failed]
+        began = time.monotonic()
+        with subprocess.Popen(
+            command,
+            env=environment(),
+            cwd=REPOSITORY,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            if seconds is not None:
+                try:
+                    process.wait(seconds)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+            ended = finish(process, COMMAND_SECONDS)
+        self.seconds = max(self.seconds, time.monotonic() - began)
+        assert ended.code in {0, 3, 4, -signal.SIGKILL}, (ended.code, ended.text)
+        assert "Traceback" not in ended.text, ended.text
+        return ended
+
+    def complete(self, through: Sequence[str] = (), *, recording: bool = False) -> bool:
+        """Again and again until it is over, `through` as above until it was killed; whether it ever was."""
+        killed, retry_failed = False, False
+        for _ in range(ROUNDS):
+            ended = self.once((() if killed else through), retry_failed=retry_failed)
+            if ended.code == -signal.SIGKILL:
+                killed = True
+                continue
+            if ended.code == 0 or (ended.code == 3 and self._only_the_hopeless_failed()):
+                return killed
+            assert ended.code == 4 or self.scenario.fails, ended.text
+            retry_failed = ended.code == 3
+        raise AssertionError(f"{self.scenario.name}: not over after {ROUNDS} commands: {ended.text}")
+
+    def _only_the_hopeless_failed(self) -> bool:
+        failed = [row for row in what_matters(self.run).values() if row[0] != "done"]
+        return self.scenario.fails and len(failed) == 1
+
+    def examine(self) -> Evidence:
+        """What has to hold at the end of this scenario, whatever happened on the way."""
+        found = examine(self.run, self.server)
+        assert found.paid_twice == 0, found
+        assert found.strangers == 0, found
+        assert found.unknown == 0, found
+        assert found.rows == self.jobs, found
+        assert found.done == self.jobs - self.scenario.fails, found
+        if not self.scenario.fails:
+            assert found.accepted == found.succeeded == self.jobs, found
+        return found
+
+
+@contextmanager
+def rigged(scenario: Scenario, folder: Path, jobs: int) -> Iterator[Rig]:
+    """A rig; its server ends with the block."""
+    rig = Rig(scenario, folder, jobs)
+    rig.prepare()
+    if not scenario.served:
+        yield rig
+        return
+    with serving(rig.server, folder / "faults.toml") as url:
+        rig.reach(url)
+        yield rig
+
+
+@contextmanager
+def serving(data: Path, faults: Path) -> Iterator[str]:
+    """An echo endpoint in a process of its own; its URL."""
+    command = [sys.executable, "-m", "batch.server", "--data-dir", str(data), "--engine", "echo", "--with-parent"]
+    with (
+        data.with_name(f"{data.name}.log").open("w") as log,
+        subprocess.Popen(
+            [*command, "--faults", str(faults)],
+            env=environment(),
+            cwd=REPOSITORY,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        ) as process,
+    ):
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            yield json.loads(process.stdout.readline())["url"]
+        finally:
+            process.stdin.close()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+class Undisturbed(NamedTuple):
+    """What a scenario comes to where nothing kills it."""
+
+    rows: dict[tuple[str, str], int]
+    """How often each row of the table happened in the command in which it happened most."""
+    results: dict[str, tuple]
+    seconds: float
+    """Of the longest command."""
+    evidence: Evidence
+
+
+def undisturbed(scenario: Scenario, folder: Path, jobs: int) -> Undisturbed:
+    """Run it with a recorder."""
+    notes = folder / "rows.jsonl"
+    with rigged(scenario, folder, jobs) as rig:
+        rig.complete(["record", str(notes)])
+        evidence, found = rig.examine(), what_matters(rig.run)
+        seconds = rig.seconds
+    rows: dict[tuple[str, str], int] = {}
+    for line in notes.read_text().splitlines():
+        for state, happening, count in json.loads(line):
+            rows[state, happening] = max(count, rows.get((state, happening), 0))
+    return Undisturbed(rows, found, seconds, evidence)
+
+
+def survive(kill: Kill, scenario: Scenario, folder: Path, jobs: int, expected: Undisturbed) -> Evidence:
+    """Kill it there, complete it, and find nothing that differs."""
+    with rigged(scenario, folder, jobs) as rig:
+        assert rig.complete(kill.words()), f"{scenario.name}: {kill} was never reached"
+        found = rig.examine()
+        assert what_matters(rig.run) == expected.results
+    return found
+
+
+def survive_at(seconds: float, scenario: Scenario, folder: Path, jobs: int, expected: Undisturbed) -> Evidence:
+    """Kill it so many seconds after its start, complete it, and find nothing that differs."""
+    with rigged(scenario, folder, jobs) as rig:
+        rig.once(seconds=seconds)
+        rig.complete()
+        found = rig.examine()
+        assert what_matters(rig.run) == expected.results
+    return found
+
+
+def _write_manifest(path: Path, jobs: int, local: int) -> None:
+    with path.open("w", newline="") as file:
+        lines = csv.writer(file)
+        lines.writerow(["image_url", "prompt"])
+        for number in range(jobs):
+            url = f"https://pictures.example/{number}.jpg"
+            if number < local:
+                url = f"{number}.png"
+                _write_picture(path.with_name(url), number, cut_off=number == local - 1)
+            lines.writerow([url, f"picture {number} as a watercolor"])
+
+
+def _write_picture(path: Path, number: int, *, cut_off: bool = False) -> None:
+    noise = np.random.default_rng(number).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    if cut_off:
+        os.truncate(path, path.stat().st_size // 2)
+
+
+def moments(count: int, seconds: float, seed: int) -> list[float]:
+    """Random instants of a command that takes so long."""
+    rng = random.Random(seed)
+    return [rng.uniform(0.0, seconds) for _ in range(count)]

@@ -1,0 +1,59 @@
+"""Every fault that the endpoint can commit, at a share of 30%: nothing is paid twice, nothing is lost, nothing hangs.
+
+Half the size of `make soak`, which has 300 jobs at 5% and at 50%; what is checked is in `matrix.carry_out`.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import anyio
+import pytest
+
+from batch.server.faults import Moment
+from tests.faults.matrix import Case, carry_out, kinds, together
+
+JOBS = 40
+SHARE = 0.3
+AT_ONCE = 6
+SECONDS = 60.0
+
+
+def carry_out_all(cases: list[Case], folder: Path) -> None:
+    """Several side by side: nearly all the time is waiting for the next try."""
+
+    async def main() -> None:
+        room = anyio.Semaphore(AT_ONCE)
+
+        async def one(number: int, case: Case) -> None:
+            async with room:
+                await carry_out(case, folder / str(number), JOBS, seconds=SECONDS)
+
+        async with anyio.create_task_group() as tasks:
+            for number, case in enumerate(cases):
+                tasks.start_soon(one, number, case)
+
+    logging.getLogger("batch").setLevel(logging.CRITICAL)
+    try:
+        anyio.run(main)
+    finally:
+        logging.getLogger("batch").setLevel(logging.NOTSET)
+
+
+@pytest.mark.parametrize("moment", Moment)
+def test_each_fault_alone(tmp_path, moment):
+    """A server that ignores idempotency keys, as fal does: each lost reply was one POST, and none is sent again."""
+    cases = [Case((kind,), SHARE, keys=False) for kind in kinds() if kind.at is moment]
+    assert cases
+    carry_out_all(cases, tmp_path)
+
+
+def test_each_fault_of_a_submit_where_keys_are_honoured(tmp_path):
+    """There a submit of unknown outcome is repeated under its key: nothing stays unknown, nothing is paid twice."""
+    carry_out_all([Case((kind,), SHARE, keys=True) for kind in kinds() if kind.at is Moment.SUBMIT], tmp_path)
+
+
+def test_all_faults_together(tmp_path):
+    """5% of each, with and without keys."""
+    carry_out_all([together(0.05, keys=True), together(0.05, keys=False)], tmp_path)

@@ -1,0 +1,247 @@
+"""What is paid for is collected: oldest first, in time, with a warning where time runs out; also when the key is dead."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import anyio
+import pytest
+
+from batch.fal.protocol import Reply
+from batch.run.gate import Stop
+from batch.run.lifecycle import State
+from batch.run.ports import CallFailed, Trouble
+from batch.run.runner import Policy
+from batch.testing.service import AnswersReadsWith, CompletesWith, FakeService, Fault, RefusesSubmits
+from tests.runner.world import World, jobs
+
+pytestmark = pytest.mark.anyio
+HOUR = 3600.0
+
+
+@dataclass
+class LocksTheAccount(Fault):
+    """From a moment on every submit is refused, and every read too unless `reads_go_on`."""
+
+    since: float
+    until: float = float("inf")
+    reads_go_on: bool = False
+
+    @property
+    def is_locked(self):
+        return self.since <= anyio.current_time() < self.until
+
+    def submitting(self, attempt, n):
+        return Reply(403, b'{"detail":"User is locked. Reason: Exhausted balance."}') if self.is_locked else None
+
+    def reading(self, phase, n):
+        return Reply(403, b'{"detail":"User is locked."}') if self.is_locked and not self.reads_go_on else None
+
+
+@dataclass
+class LosesDownloads(Fault):
+    """The files of the first requests cannot be had until a moment."""
+
+    names: tuple[str, ...]
+    until: float
+    asked: list = field(default_factory=list)
+
+
+class Service(FakeService):
+    """Remembers in which order requests are asked for, and when files are."""
+
+    def __init__(self, *, gone=(), gone_until=0.0, padding=0, **options):
+        super().__init__(**options)
+        self.gone, self.gone_until, self.padding = set(gone), gone_until, padding
+        self.first_reads: dict[str, float] = {}
+        self.fetched: list[tuple[float, str]] = []
+
+    async def status(self, ticket):
+        self.first_reads.setdefault(ticket.request_id, anyio.current_time())
+        return await super().status(ticket)
+
+    async def result(self, ticket):
+        answer = await super().result(ticket)
+        answer.output["timings"] = {f"part {n}": 1.0 for n in range(self.padding)}
+        return answer
+
+    async def download(self, url):
+        name = url.removeprefix("fake://").partition("/")[0]
+        self.fetched.append((anyio.current_time(), name))
+        if name in self.gone and anyio.current_time() < self.gone_until:
+            raise CallFailed(Trouble("download", reply=Reply(503), detail="HTTP 503"))
+        return await super().download(url)
+
+
+def warnings(world):
+    return [str(facts["reason"]) for facts in world.observer.actions("warning")]
+
+
+# --- after a crash ----------------------------------------------------------------------------------------
+
+
+async def test_what_was_accepted_is_collected_before_anything_is_submitted_oldest_first():
+    """No POST until every open request of the earlier run was asked for."""
+    service = Service(service_time=50.0, round_trip=0.01)
+    world = World(service, window=10)
+    with anyio.move_on_after(5):
+        await world.run(jobs(40))
+    opened = list(service.requests)
+    assert len(opened) == 10
+    service.first_reads.clear()
+    await anyio.sleep(100)
+    await world.again().run(jobs(40))
+    resumed = list(service.first_reads)[:10]
+    assert resumed == opened
+    first_new = min(request.accepted_at for name, request in service.requests.items() if name not in opened)
+    assert max(service.first_reads[name] for name in opened) <= first_new
+
+
+async def test_a_request_older_than_the_floor_is_warned_of_and_collected():
+    """An hour: its result may be gone, and is fetched all the same."""
+    for pause, told in ((0.9 * HOUR, 0), (5 * HOUR, 1)):
+        world = World(Service(service_time=50.0), window=10)
+        with anyio.move_on_after(5):
+            await world.run(jobs(10))
+        await anyio.sleep(pause)
+        report = await world.again().run(jobs(10))
+        assert (report.done, len(warnings(world))) == (10, told)
+    assert "5.0 h old" in warnings(world)[0]
+
+
+async def test_a_target_that_keeps_everything_warns_of_nothing():
+    """Our own server does."""
+    world = World(Service(service_time=50.0), window=10, policy=Policy(keeps_results=True))
+    with anyio.move_on_after(5):
+        await world.run(jobs(10))
+    await anyio.sleep(50 * HOUR)
+    assert (await world.again().run(jobs(10))).done == 10
+    assert warnings(world) == []
+
+
+# --- while it runs ----------------------------------------------------------------------------------------
+
+
+async def test_an_outage_of_the_reads_is_warned_of_in_time():
+    """Half an hour without one read that was answered; then all is collected."""
+
+    class Outage(Fault):
+        def reading(self, phase, n):
+            return Reply(502, b"<html>") if 10 <= anyio.current_time() < 2 * HOUR else None
+
+    world = World(FakeService(service_time=20.0, faults=[Outage()]))
+    report = await world.run(jobs(30))
+    assert report.done == 30
+    (told,) = warnings(world)
+    assert "no request could be read for 30 min" in told
+
+
+async def test_large_results_that_wait_are_warned_of():
+    """Ten kilobytes are kept for six minutes: a read every few minutes is too late."""
+    service = Service(service_time=1000.0, padding=2000, faults=[])
+    world = World(service)
+    await world.run(jobs(2))
+    assert warnings(world) == []  # read every ten seconds at the latest
+
+    class Sleepy(Service):
+        async def status(self, ticket):
+            await anyio.sleep(200)
+            return await super().status(ticket)
+
+    world = World(Sleepy(service_time=1000.0, padding=2000))
+    await world.run(jobs(2))
+    (told,) = warnings(world)
+    assert "--max-in-flight" in told
+
+
+async def test_a_picture_that_cannot_be_had_holds_up_no_other_and_is_tried_on():
+    """Thirty files fail for an hour: all others pass them, and each is there within a backoff of the hour's end."""
+    gone = [f"request-{n}" for n in range(30)]
+    service = Service(service_time=1.0, gone=gone, gone_until=HOUR)
+    world = World(service, window=100)
+    report = await world.run(jobs(100))
+    assert (report.done, report.failed) == (100, 0)
+    fine = [at for at, name in service.fetched if name not in gone]
+    assert max(fine) < 10
+    assert max(at for at, _ in service.fetched) < HOUR + 61
+
+
+async def test_a_failing_picture_does_not_queue_behind_fresh_ones_again():
+    """Its next try comes after its backoff, not after all that came in meanwhile."""
+
+    class Slow(Service):
+        async def download(self, url):
+            data = await super().download(url)
+            await anyio.sleep(20)
+            return data
+
+    service = Slow(service_time=1.0, gone=["request-0"], gone_until=5.0)
+    world = World(service, window=200)
+    await world.run(jobs(200))
+    tries = [at for at, name in service.fetched if name == "request-0"]
+    assert len(tries) >= 2
+    assert tries[-1] < 40  # two hundred downloads of 20 s through sixteen places take 250 s
+
+
+# --- a dead key -------------------------------------------------------------------------------------------
+
+
+async def test_a_locked_account_that_still_shows_results_is_collected_to_the_end():
+    """403 on a submit: no more of them, everything accepted is done however long it takes."""
+    lock = LocksTheAccount(since=1.0, reads_go_on=True)
+    world = World(FakeService(service_time=500.0, faults=[lock], round_trip=0.2), window=5)
+    report = await world.run(jobs(50))
+    assert (report.stopped.why, report.done) == (Stop.ACCOUNT, world.service.accepted)
+    assert anyio.current_time() > 500
+
+
+async def test_a_dead_key_ends_the_run_and_a_good_one_goes_on():
+    """Reads refused as well: the run gives up after a while, nothing is lost, and goes on when the key works."""
+    lock = LocksTheAccount(since=1.0)
+    world = World(FakeService(service_time=30.0, faults=[lock], round_trip=0.2), window=5)
+    world.window = 5
+    began = anyio.current_time()
+    world.service._faults.append(RefusesSubmits(401, first=6))
+    lock.since = 5.0
+    report = await world.run(jobs(20))
+    counts = await world.journal.counts()
+    if report.stopped is None:
+        pytest.fail("the run did not notice")
+    assert report.stopped.why is Stop.ACCOUNT
+    assert anyio.current_time() - began < 500
+    assert counts.by_state.get(State.ACCEPTED, 0) + report.done == world.service.accepted == 5
+    world.service._faults.clear()
+    report = await world.again().run(jobs(20))
+    assert (report.stopped, world.service.accepted, world.service.posts - 5) == (None, 20, 15 + world.service.posts - 20)
+    assert (await world.journal.counts()).by_state == {State.DONE: 20}
+
+
+# --- everything fails -------------------------------------------------------------------------------------
+
+
+async def test_too_many_failures_name_the_commonest_reasons():
+    """Not the last one: that may be the odd one out."""
+    faults = [
+        CompletesWith("1 as", 422, "face_detection_error"),
+        CompletesWith("2 as", 422, "content_policy_violation"),
+        CompletesWith("7 as", 422, "image_too_small"),
+        CompletesWith("as", 422, "image_load_error"),
+    ]
+    world = World(FakeService(faults=faults), policy=Policy(max_failures=29), window=1)
+    report = await world.run(jobs(200))
+    assert report.stopped.why is Stop.FAILURES
+    assert report.stopped.reason == (
+        "30 of 30 jobs failed: 21 image_load_error, 3 face_detection_error, 3 content_policy_violation"
+    )
+
+
+async def test_reads_refused_for_ever_do_not_hang_a_run_with_a_deadline():
+    """A key that dies while no submit is due is noticed by its reads only; the deadline bounds the waiting."""
+    world = World(
+        FakeService(service_time=5.0, faults=[AnswersReadsWith(401, every=1)]),
+        window=5,
+        policy=Policy(deadline=600.0, drain=60.0),
+    )
+    report = await world.run(jobs(20))
+    assert report.stopped.why is Stop.DEADLINE
+    assert anyio.current_time() <= 601

@@ -1,0 +1,491 @@
+"""A model of everything that can happen to a run, in any order; hypothesis looks for an order that costs money.
+
+The service accepts, loses replies, refuses, fails, expires results and hides them from its listing; the process is
+killed before or after any effect; runs are resumed, reconciled, given more rows and other budgets. What the service
+counted is held against what the journal says after every step. `RESTYLE_SOAK=1` looks for some minutes instead of
+seconds (`make soak`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Collection
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import anyio
+import anyio.lowlevel
+import pytest
+import trio
+import trio._core._run
+import trio.testing
+from hypothesis import HealthCheck, register_random, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from batch.fal.protocol import Reply, model_error_reply, request_error_reply
+from batch.model import Attempt, JobKey, RequestId
+from batch.run.budget import Price
+from batch.run.journal_file import JournalFile
+from batch.run.lifecycle import TERMINAL, State
+from batch.run.ports import CallFailed, Entry, Event, Outcome, Trouble
+from batch.run.runner import Policy, Report
+from batch.testing.images import MemoryImages
+from batch.testing.journal import MemoryJournal
+from batch.testing.service import FakeService, Fault, Listing, Request
+from tests.runner.world import World, jobs
+
+SOAK = bool(os.environ.get("RESTYLE_SOAK"))
+PRICE = Price(0.03, date(2026, 11, 1))
+UNIT_USD = 0.5 * 0.03
+"""What the fake bills for a picture."""
+ROWS = 14
+MADE = jobs(ROWS)
+DAY = 86400.0
+
+# Trio shuffles what is ready to run: under hypothesis it has to shuffle the same way again.
+trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING = True
+register_random(trio._core._run._r)
+
+
+# --- the service, which keeps its own books ---------------------------------------------------------------
+
+
+@dataclass
+class Books:
+    """What the service did, by its own account: independent of anything that the run believes."""
+
+    accepted: list[tuple[JobKey, int, RequestId]] = field(default_factory=list)
+    spoiled: set[RequestId] = field(default_factory=set)
+    """Requests that ended without a result, or whose result is gone."""
+    allowed: set[tuple[JobKey, int]] = field(default_factory=set)
+    """Attempts that the user's policy gave up while their outcome was unknown."""
+    violations: list[str] = field(default_factory=list)
+    attempt: Attempt | None = None
+
+
+class Accountable(FakeService):
+    """The shipped fake; notes which attempt each accepted request belongs to, and cries out where one is paid twice."""
+
+    def __init__(self, books: Books, **options: Any) -> None:
+        super().__init__(service_time=3.0, round_trip=0.05, **options)
+        self._books = books
+
+    def _accept(self, attempt: Attempt) -> RequestId:
+        books, request_id = self._books, super()._accept(attempt)
+        for key, number, earlier in books.accepted:
+            if key == attempt.job_key and earlier not in books.spoiled and (key, number) not in books.allowed:
+                books.violations.append(f"{key}: {earlier} (attempt {number}), then {request_id} ({attempt.number})")
+        books.accepted.append((attempt.job_key, attempt.number, request_id))
+        return request_id
+
+
+SUBMITS = ["lose reply", "lose request", "no connection", "429", "422", "403", "502", "404"]
+ENDS = ["fail", "fail retryably", "expire"]
+
+
+class Scripted(Fault):
+    """Does to the next submits and to the next endings what it was told, then nothing."""
+
+    def __init__(self, books: Books) -> None:
+        self.submits: list[str | None] = []
+        self.ends: list[str | None] = []
+        self._books, self._now = books, None
+        self._fates: dict[RequestId, str | None] = {}
+
+    def connecting(self, phase: str, n: int) -> None:
+        if phase == "submit":
+            self._now = self.submits.pop(0) if self.submits else None
+            if self._now == "no connection":
+                raise CallFailed(Trouble(phase, "connect", sent=False, detail="connect"))
+
+    def submitting(self, attempt: Attempt, n: int) -> Reply | None:
+        if self._now == "lose request":
+            raise CallFailed(Trouble("submit", "reset", detail="reset"))
+        return Reply(int(self._now), b'{"detail": "no"}') if self._now and self._now.isdigit() else None
+
+    def accepted(self, attempt: Attempt, n: int) -> None:
+        if self._now == "lose reply":
+            raise CallFailed(Trouble("submit", "disconnected", detail="disconnected"))
+
+    def completing(self, request: Request, n: int) -> Reply | None:
+        if request.id not in self._fates:
+            self._fates[request.id] = self.ends.pop(0) if self.ends else None
+        fate = self._fates[request.id]
+        if fate is None:
+            return None
+        self._books.spoiled.add(request.id)
+        if fate == "expire":
+            return Reply(404, b'{"status": "NOT_FOUND"}')
+        if fate == "fail":
+            return model_error_reply(422, [{"loc": ["body"], "msg": "no", "type": "content_policy_violation"}])
+        return request_error_reply(503, "runner_disconnected", "gone")
+
+
+class Noise(Fault):
+    """Answers every third read with what says nothing about any job."""
+
+    status: int | None = None
+
+    def reading(self, phase: str, n: int) -> Reply | None:
+        return Reply(self.status, b"<html>") if self.status and n % 3 == 0 else None
+
+
+@dataclass(frozen=True)
+class Weather:
+    """What goes wrong while one process lives; by itself nothing does."""
+
+    submits: list[str | None] = field(default_factory=list)
+    ends: list[str | None] = field(default_factory=list)
+    reads: int | None = None
+    lag: float = 0.0
+    waiting: bool = True
+    hides: int = 0
+    """Of so many requests one does not show its input."""
+    page_limit: int = 100
+    arrivals: int = 0
+
+    def listing(self) -> Listing:
+        def hidden(request: Request) -> bool:
+            return self.hides > 0 and int(request.id.rpartition("-")[2]) % self.hides == 1
+
+        return Listing(self.lag, self.waiting, hidden, self.page_limit, self.arrivals)
+
+
+WEATHER = st.builds(
+    Weather,
+    submits=st.lists(st.sampled_from([None, None, "lose reply", "lose reply", *SUBMITS]), min_size=2, max_size=9),
+    ends=st.lists(st.sampled_from([None, None, None, *ENDS]), min_size=2, max_size=6),
+    reads=st.sampled_from([None, None, 401, 429, 503]),
+    lag=st.sampled_from([0.0, 0.0, 1000.0]),
+    waiting=st.booleans(),
+    hides=st.sampled_from([0, 0, 3]),
+    page_limit=st.sampled_from([2, 100]),
+    arrivals=st.sampled_from([0, 1]),
+)
+BUDGET = st.sampled_from([None, None, 0.0, 0.05, 0.12, 0.3])
+
+
+# --- the process, which can be killed ---------------------------------------------------------------------
+
+
+class Death(NamedTuple):
+    """At the n-th call of this name, before it has an effect or after it, before the caller learns of it."""
+
+    call: str
+    n: int
+    after: bool
+
+
+class Fuse:
+    """Watches the calls of one process; from its death on nothing that it does counts."""
+
+    def __init__(self, death: Death | None, scope: anyio.CancelScope) -> None:
+        self._death, self._scope, self._calls = death, scope, Counter()
+        self._dead = False
+
+    async def burn(self, call: str, *, after: bool) -> None:
+        self._calls[call, after] += 1
+        if self._death == (call, self._calls[call, after], after):
+            self._dead = True
+        if self._dead:
+            self._scope.cancel()
+            await anyio.sleep_forever()
+
+
+class Mortal:
+    """A service or a journal, as one process sees it: may be killed before each call, and after it."""
+
+    def __init__(self, real: Any, fuse: Fuse) -> None:
+        self._real, self._fuse = real, fuse
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._real, name)
+        return self._mortal(name, value) if callable(value) else value
+
+    def _mortal(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        async def call(*arguments: Any, **options: Any) -> Any:
+            await self._fuse.burn(name, after=False)
+            try:
+                return await method(*arguments, **options)
+            finally:
+                await self._fuse.burn(name, after=True)
+
+        return call
+
+    async def entries(self, states: Collection[State]) -> Any:
+        async with aclosing(self._real.entries(states)) as entries:
+            async for entry in entries:
+                await self._fuse.burn("entries", after=True)
+                yield entry
+
+
+CALLS = ["submit", "submit", "record", "record", "status", "result", "download", "listing", "requests", "entries"]
+DEATH = st.builds(Death, st.sampled_from(CALLS), st.integers(1, 6), st.booleans())
+
+
+class FileJournal:
+    """The real SQLite file without its worker thread: virtual time does not wait for threads."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._file = path, JournalFile.open(path, now=0.0, version="model")
+        self.session = self._file.session
+
+    def reopened(self) -> FileJournal:
+        """As after a kill: nobody says goodbye."""
+        self._file.close()
+        return FileJournal(self._path)
+
+    async def record(self, *events: Event) -> None:
+        (error,) = self._file.commit([events])
+        await anyio.lowlevel.checkpoint()
+        if error is not None:
+            raise error
+
+    async def entries(self, states: Collection[State]) -> Any:
+        ids = self._file.entry_ids(states)
+        for entry in [*self._file.read_entries(ids, states)]:
+            await anyio.lowlevel.checkpoint()
+            yield entry
+
+    def outcomes(self, keys: Collection[JobKey]) -> dict[JobKey, Outcome]:
+        return self._file.outcomes(list(keys))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._file, name)
+
+        async def call(*arguments: Any) -> Any:
+            await anyio.lowlevel.checkpoint()
+            return method(*arguments)
+
+        return call
+
+
+# --- the model --------------------------------------------------------------------------------------------
+
+
+class Runs(RuleBasedStateMachine):
+    """See the module. Time goes on from step to step; each step is a run of its own, as of a process."""
+
+    journal: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+        self.books = Books()
+        self.script = Scripted(self.books)
+        self.rows, self.budget, self.resubmits = 4, None, False
+        self.highest = 0.0
+        self.images = MemoryImages()
+        self.noise = Noise()
+        self.journal = self.make_journal()
+
+    def make_journal(self) -> Any:
+        return MemoryJournal()
+
+    @initialize(idempotent=st.booleans(), after=st.sampled_from([None, None, 5.0, 3600.0]))
+    def begin(self, idempotent: bool, after: float | None) -> None:
+        self.idempotent = idempotent
+        self.after = None if idempotent else after
+        self.service = Accountable(self.books, honours_keys=idempotent, faults=[self.script, self.noise])
+
+    # --- what happens ---
+
+    @rule(more=st.integers(1, 3))
+    @precondition(lambda self: self.rows < ROWS)
+    def manifest_grows(self, more: int) -> None:
+        self.rows = min(ROWS, self.rows + more)
+
+    @rule(seconds=st.sampled_from([1.0, 60.0, 2000.0, DAY]))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+
+    @rule(weather=WEATHER, budget=BUDGET, retry_failed=st.booleans())
+    def run_goes_on(self, weather: Weather, budget: float | None, retry_failed: bool) -> None:
+        self.run(weather, budget=budget, retry_failed=retry_failed)
+
+    @rule(weather=WEATHER, budget=BUDGET, retry_failed=st.booleans(), death=DEATH)
+    def run_is_killed(self, weather: Weather, budget: float | None, retry_failed: bool, death: Death) -> None:
+        self.run(weather, budget=budget, retry_failed=retry_failed, death=death)
+
+    @rule(weather=WEATHER, budget=BUDGET, seconds=st.sampled_from([0.5, 4.0, 10.0]))
+    def run_has_a_deadline(self, weather: Weather, budget: float | None, seconds: float) -> None:
+        self.run(weather, budget=budget, deadline=seconds)
+
+    @rule(weather=WEATHER, death=st.none() | DEATH)
+    def reconcile(self, weather: Weather, death: Death | None) -> None:
+        posts = self.service.posts
+        self.run(weather, death=death, collect_only=True)
+        if not self.idempotent:
+            assert self.service.posts == posts, "reconciling submits nothing"
+
+    # --- how ---
+
+    def run(
+        self, weather: Weather, *, budget: float | None = None, death: Death | None = None, **policy: Any
+    ) -> Report | None:
+        """One process, from its start to its end or its death."""
+        self.journal, self.budget = self.journal.reopened(), budget
+        self.script.submits, self.script.ends = [*weather.submits], [*weather.ends]
+        self.noise.status, self.service.lists = weather.reads, weather.listing()
+        decided = Policy(idempotent=self.idempotent, resubmit_unknown_after=self.after, **policy)
+        rows = [] if decided.collect_only else MADE[: self.rows]
+
+        async def process() -> Report | None:
+            with anyio.CancelScope() as scope:
+                mortality = Fuse(death, scope)
+                service = Mortal(self.service, mortality)
+                world = World(service, price=PRICE, budget=self.budget, reconciles=not self.idempotent)
+                world.images, world.journal = self.images, Mortal(self.journal, mortality)
+                await self._allow()
+                return await world.run(rows, decided)
+            return None
+
+        return self.in_virtual_time(process)
+
+    async def _allow(self) -> None:
+        """Attempts that may be given up in the run that begins: the user said after how long."""
+        async for entry in self.journal.entries({State.UNKNOWN, State.INTENDED}):
+            if self.after is not None and self.now - entry.intended_at >= self.after - 2.0:
+                self.books.allowed.add((entry.job_key, entry.attempt))
+
+    def in_virtual_time(self, main: Callable[[], Any]) -> Any:
+        clock = trio.testing.MockClock(autojump_threshold=0)
+        clock.jump(self.now)
+
+        async def timed() -> Any:
+            try:
+                return await main()
+            finally:
+                self.now = trio.current_time()
+
+        return anyio.run(timed, backend="trio", backend_options={"clock": clock})
+
+    def read(self, states: Collection[State] = tuple(State)) -> dict[JobKey, Entry]:
+        async def all_of_them() -> dict[JobKey, Entry]:
+            return {entry.job_key: entry async for entry in self.journal.entries(states)}
+
+        return self.in_virtual_time(all_of_them)
+
+    # --- what must hold, always ---
+
+    @invariant()
+    def nothing_is_paid_twice(self) -> None:
+        """Never two accepted requests for one key, unless the first is spoiled or the policy gave it up."""
+        assert self.books.violations == []
+        attempts = [(key, number) for key, number, _ in self.books.accepted]
+        assert len(set(attempts)) == len(attempts), "one attempt, one accepted request"
+
+    @invariant()
+    def what_was_accepted_is_never_forgotten(self) -> None:
+        """Its id is in the journal, or its submit is known to be of unknown outcome."""
+        if not self.books.accepted:
+            return
+        ids = [request_id for _, _, request_id in self.books.accepted]
+        known = self.in_virtual_time(lambda: self.journal.requests(ids))
+        is_open = self.read({State.INTENDED, State.UNKNOWN})
+        for key, number, request_id in self.books.accepted:
+            entry = is_open.get(key)
+            doubted = entry is not None and entry.attempt == number
+            assert request_id in known or doubted or (key, number) in self.books.allowed, f"{request_id} of {key}"
+
+    @invariant()
+    def the_money_adds_up(self) -> None:
+        """Spent and reserved stay within the budget, and what was charged is in them."""
+        counts = self.in_virtual_time(self.journal.counts)
+        counted = counts.spent_usd + counts.reserved_usd
+        if self.budget is not None:
+            assert counted <= max(self.budget, self.highest) + 1e-6
+        self.highest = max(self.highest, counted)
+        failed = {r for r in self.books.spoiled if self.script._fates.get(r) == "fail retryably"}
+        charged = UNIT_USD * sum(1 for _, _, request_id in self.books.accepted if request_id not in failed)
+        assert charged <= counted + 1e-6, "a charge that nobody counted"
+
+    @invariant()
+    def nothing_is_done_without_its_picture(self) -> None:
+        """A job that is done has an answer, and on disk the very picture that this answer's request made."""
+        made_by = {(key, request_id) for key, _, request_id in self.books.accepted}
+        for key, outcome in self.journal.outcomes([job.key for job in MADE]).items():
+            if outcome.state is State.DONE:
+                assert outcome.answer is not None
+                assert (key, outcome.ticket.request_id) in made_by
+                (image,) = outcome.images
+                assert hashlib.sha256(self.images.files[image.path]).hexdigest() == image.sha256
+
+    def teardown(self) -> None:
+        """Left in peace, every job comes to its end, or is held for a reason."""
+        try:
+            if hasattr(self, "service"):
+                self._comes_to_its_end()
+        finally:
+            self.close()
+
+    def _comes_to_its_end(self) -> None:
+        self.now += 2000.0
+        for _ in range(2):
+            report = self.run(Weather())
+            assert report is not None
+            assert report.stopped is None
+        self.nothing_is_paid_twice()
+        self.what_was_accepted_is_never_forgotten()
+        self.the_money_adds_up()
+        self.nothing_is_done_without_its_picture()
+        counts = self.in_virtual_time(self.journal.counts)
+        left = {state: count for state, count in counts.by_state.items() if count and state not in TERMINAL}
+        assert set(left) <= {State.UNKNOWN}, left
+        for key, entry in self.read({State.UNKNOWN}).items():
+            arrived = [number for k, number, _ in self.books.accepted if k == key and number == entry.attempt]
+            assert not arrived or self.after is not None, f"{key} was accepted, is listed, and was not found"
+            assert not self.idempotent, "a server that honours keys leaves nothing in doubt"
+
+    def close(self) -> None:
+        """Nothing to put away."""
+
+
+class RunsOnDisk(Runs):
+    """The same with the journal's real file."""
+
+    def make_journal(self) -> FileJournal:
+        self._folder = tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
+        return FileJournal(Path(self._folder.name) / "journal.db")
+
+    def close(self) -> None:
+        self.journal.close()
+        self._folder.cleanup()
+
+
+def profile(quick: int, thorough: int) -> settings:
+    return settings(
+        max_examples=thorough if SOAK else quick,
+        stateful_step_count=40 if SOAK else 15,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+@pytest.mark.timeout(3600 if SOAK else 120)
+def test_no_order_of_events_costs_money_or_loses_a_result():
+    """The model, with the journal in memory."""
+    run_state_machine_as_test(Runs, settings=profile(150, 20_000))
+
+
+@pytest.mark.timeout(3600 if SOAK else 120)
+def test_no_order_of_events_costs_money_or_loses_a_result_on_disk():
+    """The model, with the journal's SQLite file."""
+    run_state_machine_as_test(RunsOnDisk, settings=profile(25, 2_000))

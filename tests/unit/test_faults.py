@@ -1,0 +1,167 @@
+"""Faults on purpose: which calls they choose, and what a faults file may say."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batch.errors import ConfigError
+from batch.server.faults import (
+    Body,
+    Deed,
+    Fault,
+    FaultPlan,
+    Faults,
+    ListingRules,
+    Moment,
+    Window,
+    parse_faults,
+)
+
+
+def met(text, moment, calls):
+    """Numbers of the moment's calls that meet a fault, and what they meet."""
+    faults = Faults(parse_faults(text, "f.toml"))
+    found = [faults.decide(moment) for _ in range(calls)]
+    return {number: fault.do for number, fault in enumerate(found, 1) if fault is not None}
+
+
+def entry(**keys):
+    """A `[[fault]]` table."""
+    words = {True: "true", False: "false"}
+    lines = [f"{key} = {words[value] if isinstance(value, bool) else repr(value)}" for key, value in keys.items()]
+    return "\n".join(["[[fault]]", *lines, ""])
+
+
+# --- which calls ------------------------------------------------------------------------------------------
+
+
+def test_every_n_th_call_is_chosen():
+    """`every = 3`: calls 3, 6, 9 of that moment."""
+    assert list(met(entry(at="submit", do="drop", every=3), Moment.SUBMIT, 10)) == [3, 6, 9]
+
+
+def test_the_first_calls_are_chosen():
+    """`first = 2`: calls 1 and 2."""
+    assert list(met(entry(at="submit", do="drop", first=2), Moment.SUBMIT, 10)) == [1, 2]
+
+
+def test_after_spares_the_first_calls_and_counting_begins_behind_them():
+    """`after = 4, every = 3`: calls 7, 10."""
+    assert list(met(entry(at="submit", do="drop", every=3, after=4), Moment.SUBMIT, 11)) == [7, 10]
+    assert list(met(entry(at="submit", do="drop", first=2, after=4), Moment.SUBMIT, 11)) == [5, 6]
+
+
+def test_times_bounds_how_often():
+    """`times = 2`: not a third time."""
+    assert list(met(entry(at="submit", do="drop", every=2, times=2), Moment.SUBMIT, 20)) == [2, 4]
+    assert len(met(entry(at="submit", do="drop", share=0.5, times=3), Moment.SUBMIT, 100)) == 3
+
+
+def test_a_share_is_about_that_share_and_the_same_calls_in_every_run():
+    """Chance is seeded; another seed chooses others."""
+    text = entry(at="status", do="drop", share=0.1)
+    one = met("seed = 1\n" + text, Moment.STATUS, 2000)
+    assert 140 < len(one) < 260
+    assert met("seed = 1\n" + text, Moment.STATUS, 2000) == one
+    assert met("seed = 2\n" + text, Moment.STATUS, 2000) != one
+
+
+def test_moments_count_for_themselves():
+    """What happens at one moment does not move what happens at another, by number or by chance."""
+    text = entry(at="status", do="drop", share=0.3) + entry(at="submit", do="drop", share=0.3)
+    alone, mixed = Faults(parse_faults(text, "f")), Faults(parse_faults(text, "f"))
+    expected = [alone.decide(Moment.SUBMIT) is not None for _ in range(50)]
+    found = []
+    for _ in range(50):
+        mixed.decide(Moment.STATUS)
+        found.append(mixed.decide(Moment.SUBMIT) is not None)
+    assert found == expected
+    assert any(expected)
+
+
+def test_a_call_meets_the_first_fault_of_the_file_that_chooses_it():
+    """One fault a call; the one that lost its turn has not happened, for `times`."""
+    text = entry(at="submit", do="drop", every=2) + entry(at="submit", do="late", seconds=1, every=3, times=2)
+    found = met(text, Moment.SUBMIT, 12)
+    assert {number for number, do in found.items() if do is Deed.DROP} == {2, 4, 6, 8, 10, 12}
+    assert {number for number, do in found.items() if do is Deed.LATE} == {3, 9}
+
+
+@given(st.integers(1, 30), st.integers(0, 30), st.one_of(st.none(), st.integers(1, 5)), st.integers(1, 200))
+def test_every_is_arithmetic(every, after, times, calls):
+    """The n-th means the n-th, whatever the numbers."""
+    plan = FaultPlan((Fault(Moment.FILE, Deed.CUT, every=every, after=after, times=times),))
+    faults = Faults(plan)
+    chosen = [number for number in range(1, calls + 1) if faults.decide(Moment.FILE)]
+    assert chosen == list(range(after + every, calls + 1, every))[:times]
+
+
+def test_nothing_is_met_without_a_fault():
+    """An empty file is a plan too."""
+    assert parse_faults("", "f.toml") == FaultPlan()
+    assert met("", Moment.SUBMIT, 5) == {}
+
+
+# --- what a file says -------------------------------------------------------------------------------------
+
+
+def test_all_keys_are_read():
+    """Each key reaches its fault; statuses of a gateway have a gateway's page unless the file says otherwise."""
+    text = (
+        "seed = 7\n"
+        + entry(at="submit", do="answer", status=429, retry_after=2, every=5, times=3, after=1)
+        + entry(at="result", do="answer", status=502, share=0.5)
+        + entry(at="result", do="answer", status=503, body="empty", first=1)
+        + entry(at="execute", do="fail", status=500, retryable=False, every=9)
+        + entry(at="execute", do="expire", seconds=1.5, every=1)
+        + "[listing]\nshow_waiting = true\nlag = 2\nwindow = 'ended_at'\n"
+    )
+    plan = parse_faults(text, "f.toml")
+    assert plan.seed == 7
+    assert plan.listing == ListingRules(show_waiting=True, lag=2.0, window=Window.ENDED_AT)
+    first, second, third, fourth, fifth = plan.faults
+    assert (first.status, first.retry_after, first.every, first.times, first.after) == (429, 2.0, 5, 3, 1)
+    assert (first.body, second.body, third.body) == (Body.FAL, Body.HTML, Body.EMPTY)
+    assert (fourth.status, fourth.retryable, fifth.seconds) == (500, False, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a = ", ["is not TOML"]),
+        ("sede = 1", ["unknown key sede", "did you mean seed?", "fault, listing"]),
+        ("seed = 'x'", ["seed = 'x'", "whole number"]),
+        ("[fault]\nat = 'submit'", ["two brackets"]),
+        ("listing = 1", ["[listing] table"]),
+        ("[listing]\nlags = 1", ["listing: unknown key lags", "did you mean lag?"]),
+        ("[listing]\nlag = -1", ["lag = -1", "from 0 on"]),
+        ("[listing]\nlag = inf", ["lag = inf"]),
+        ("[listing]\nwindow = 'x'", ["unknown window 'x'", "sent_at, ended_at"]),
+        ("[listing]\nshow_waiting = 1", ["show_waiting = 1", "true or false"]),
+        (entry(do="drop", every=1), ["fault 1: at is missing", "submit, status, result"]),
+        (entry(at="submit", every=1), ["do is missing", "drop-after-accept"]),
+        (entry(at="sumbit", do="drop", every=1), ["unknown at 'sumbit'", "did you mean submit?"]),
+        (entry(at="status", do="drop-after-accept", every=1), ["'drop-after-accept' at status", "known: drop, answer"]),
+        (entry(at="submit", do="drop"), ["exactly one of every, share, first"]),
+        (entry(at="submit", do="drop", every=1, share=0.1), ["exactly one of every, share, first"]),
+        (entry(at="submit", do="drop", every=0), ["every = 0", "from 1 on"]),
+        (entry(at="submit", do="drop", every=True), ["every = True"]),
+        (entry(at="submit", do="drop", share=1.5), ["share = 1.5", "from 0 to 1"]),
+        (entry(at="submit", do="drop", every=1, status=500), ["unknown key status"]),
+        (entry(at="submit", do="drop", every=1, evry=1), ["unknown key evry", "did you mean every?"]),
+        (entry(at="submit", do="answer", every=1), ["answer needs status"]),
+        (entry(at="submit", do="answer", every=1, status=200), ["status = 200", "from 400 to 599"]),
+        (entry(at="execute", do="fail", every=1, status=422), ["status = 422", "from 500 to 599"]),
+        (entry(at="file", do="slow", every=1), ["slow needs seconds"]),
+        (entry(at="submit", do="answer", every=1, status=500, body="xml"), ["unknown body 'xml'", "fal, html, empty"]),
+        (entry(at="submit", do="drop", every=1) + entry(at="x", do="drop", every=1), ["f.toml: fault 2: unknown at"]),
+    ],
+)
+def test_what_a_file_may_not_say_is_told_with_its_place_and_what_is_known(text, words):
+    """One sentence, the value in it; nothing is passed over."""
+    with pytest.raises(ConfigError) as caught:
+        parse_faults(text, "f.toml")
+    assert str(caught.value).startswith("f.toml")
+    assert [word for word in words if word not in str(caught.value)] == []
