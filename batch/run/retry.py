@@ -21,7 +21,7 @@ from batch.fal.protocol import ErrorBody, Reply, error_body_of
 from batch.model import Failed
 from batch.run.ports import CallFailed, Trouble
 
-__all__ = ["Action", "Verdict", "backoff", "failure_of", "judge", "kind_of", "reading", "retry_after_of"]
+__all__ = ["Action", "Verdict", "backoff", "failure_of", "judge", "kind_of", "pause_after", "reading", "retry_after_of"]
 
 Answered = TypeVar("Answered")
 
@@ -72,9 +72,12 @@ _TRANSIENT_TYPES = frozenset({
 _SAYS_NOTHING = frozenset({401, 402, 403, 407, 408, 409, 423, 425, 429})
 _CONFIRMATIONS = 2
 """A 5xx with a fal body must be seen twice, each after a fresh COMPLETED: a gateway's 503 looks alike."""
-_NOT_FOUND_LIMIT = 6
-"""A request id that the server once gave and now does not know: believed after so many reads."""
-_MALFORMED_LIMIT = 4
+_NOT_FOUND_LIMIT = 16
+"""A request id that the server once gave and now does not know: believed after so many reads. It is paid for: where
+every second read is answered wrongly, one in 65,000 jobs is given up."""
+_MALFORMED_LIMIT = 16
+_COUNTED_CAP = 2.0
+"""Longest pause between reads that are counted up to a limit: all of them together take about 14 s."""
 
 
 def judge(trouble: Trouble, *, seen: int = 1) -> Verdict:
@@ -220,8 +223,9 @@ async def _read_again(
 
     def wait(state: RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome else None
-        asked = judge(error.trouble).retry_after if isinstance(error, CallFailed) else None
-        return (asked or 0.0) + backoff(state.attempt_number, rng)
+        if not isinstance(error, CallFailed):
+            return 0.0
+        return (judge(error.trouble).retry_after or 0.0) + pause_after(error.trouble, state.attempt_number, rng)
 
     async def once() -> Answered:  # tenacity awaits coroutine functions only
         return await call()
@@ -231,6 +235,13 @@ async def _read_again(
     await anyio.sleep((judge(first.trouble).retry_after or 0.0) + backoff(1, rng))
     retrying = AsyncRetrying(retry=retry_if_exception(again), wait=wait, stop=stop, sleep=anyio.sleep, reraise=True)
     return await retrying(once)
+
+
+def pause_after(trouble: Trouble, tries: int, rng: Random) -> float:
+    """Seconds until the next read: `backoff`, kept short where only so many of them are believed in."""
+    kind = kind_of(trouble)
+    counted = kind == "404" or (trouble.phase == "result" and kind in {"400", "malformed"})
+    return backoff(tries, rng, cap=_COUNTED_CAP) if counted else backoff(tries, rng)
 
 
 def kind_of(trouble: Trouble) -> str:

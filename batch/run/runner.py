@@ -45,13 +45,15 @@ from batch.run.ports import (
 )
 from batch.run.reconcile import Reconciler
 from batch.run.retention import Retention
-from batch.run.retry import Action, Verdict, backoff, failure_of, judge, kind_of, reading
+from batch.run.retry import Action, Verdict, backoff, failure_of, judge, kind_of, pause_after, reading
 
 __all__ = ["Policy", "Report", "Runner"]
 
 _UPLOAD_VALID = 3 * 86400.0
 """Seconds for which an uploaded source picture is used again; fal promises its files for seven days."""
-_DOWNLOAD_TRIES = 6
+_DOWNLOAD_TRIES = 16
+_DOWNLOAD_PAUSE = 2.0
+"""Seconds, the longest between two of them."""
 _DOWNLOADS_AT_ONCE = 16
 _JUDGE_FAILURES_FROM = 20
 """A percentage of failures means nothing among fewer ended jobs."""
@@ -424,7 +426,7 @@ class Runner:
         if verdict.action is not Action.READ_AGAIN:
             raise JobFailed(failure_of(trouble, verdict), new_attempt=verdict.new_attempt)
         self._unread(verdict)
-        return (verdict.retry_after or 0.0) + backoff(faults[kind], self._rng)
+        return (verdict.retry_after or 0.0) + pause_after(trouble, faults[kind], self._rng)
 
     async def _status(self, course: Course, ticket: Ticket) -> TicketStatus:
         try:
@@ -493,7 +495,7 @@ class Runner:
             self._warn(self._retention.undownloaded(since, self._now()))
 
         while True:
-            await anyio.sleep(backoff(tries, self._rng))
+            await anyio.sleep(backoff(tries, self._rng, cap=_DOWNLOAD_PAUSE))
             tries += 1
             try:
                 return await reading(lambda: self._fetched(said, self._late_downloads), self._rng, notice=notice)

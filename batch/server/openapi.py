@@ -26,6 +26,8 @@ _INSTANT: JsonObject = {"type": "string", "format": "date-time"}
 _NUMBER: JsonObject = {"type": "number"}
 _AMOUNT: JsonObject = {"type": "number", "minimum": 0}
 _CURSOR: JsonObject = {"type": ["string", "null"], "description": "of the next page; null on the last one"}
+_NAME: JsonObject = {"type": "string", "pattern": "^[0-9a-f]{32}$"}
+_BYTES: JsonObject = {"required": True, "content": {"application/octet-stream": {"schema": _TEXT}}}
 _UUID: JsonObject = {"type": "string", "format": "uuid"}
 
 
@@ -161,39 +163,44 @@ def _wishes() -> list[JsonObject]:
 
 
 def _files() -> JsonObject:
-    path: list[Json] = [
-        _parameter("prefix", "path", {"type": "string", "pattern": "^[0-9a-f]{2}$"}, "of the name", required=True),
-        _parameter(
-            "name", "path", {"type": "string", "pattern": "^[0-9a-f]{32}([.][a-z0-9]{1,8})?$"}, "", required=True
-        ),
-    ]
+    announced, part, joined = "/storage/upload/{token}/files/{prefix}/{name}", "/{number}", "/complete"
+    in_parts = "/files/{prefix}/{name}/multipart/{token}"
+    refused = _refusals(401, 403)
     return {
         "/storage/auth/token": {
+            "post": _operation("token", "files", "A token for uploads.", {200: _answer("it", "Token"), **refused})
+        },
+        "/tokens/": {
             "post": _operation(
-                "token", "files", "A token for uploads.", {200: _answer("it", "Token"), **_refusals(401, 403)}
+                "realtimeToken", "files", "A short-lived token.", {200: _answer("it", "TokenText"), **refused}
             )
         },
-        "/storage/upload/initiate": {
-            "post": _operation(
-                "initiate",
-                "files",
-                "Announce an upload: where to PUT the bytes, and where they will be found.",
-                {200: _answer("both URLs", "Reserved"), **_refusals(401, 403, 413, 422, 503)},
-                [_parameter("storage_type", "query", _TEXT, "passed over")],
-                _body("Announcement"),
-            )
-        },
+        "/storage/upload/initiate": {"post": _announcing("initiate", "Announce an upload.")},
+        "/storage/upload/initiate-multipart": {"post": _announcing("initiateParts", "Announce an upload in parts.")},
+        announced: _uploading("put", "put", "The bytes of an announced upload.", "Put"),
+        announced + part: _uploading("putPart", "put", "One part of an announced upload.", "PartPut"),
+        announced + joined: _uploading("complete", "post", "All parts have come: make them one file.", "Joined"),
         "/files/upload": {
             "post": _operation(
                 "upload",
                 "files",
                 "Bytes in, URL out.",
                 {200: _answer("the URL", "Stored"), **_refusals(401, 403, 413, 503)},
-                body={"required": True, "content": {"application/octet-stream": {"schema": {"type": "string"}}}},
+                body=_BYTES,
             )
         },
+        "/files/upload/multipart": {
+            "post": _operation(
+                "begin",
+                "files",
+                "Announce an upload in parts.",
+                {200: _answer("it", "Begun"), **_refusals(401, 403, 503)},
+            )
+        },
+        in_parts + part: _uploading("filePart", "put", "One part of an announced upload.", "PartPut", 401),
+        in_parts + joined: _uploading("fileComplete", "post", "All parts have come.", "Joined", 401),
         "/files/{prefix}/{name}": {
-            "parameters": path,
+            "parameters": _named(),
             "get": _operation(
                 "file",
                 "files",
@@ -209,6 +216,35 @@ def _files() -> JsonObject:
             ),
         },
     }
+
+
+def _announcing(name: str, summary: str) -> JsonObject:
+    responses = {200: _answer("both URLs", "Reserved"), **_refusals(401, 403, 413, 422, 503)}
+    kind = _parameter("storage_type", "query", _TEXT, "passed over")
+    return _operation(name, "files", summary, responses, [kind], _body("Announcement"))
+
+
+def _uploading(name: str, method: str, summary: str, answer: str, *more: int) -> JsonObject:
+    """A path below an announced upload: whoever knows the token in it may write there."""
+    parameters = [*_named(), _parameter("token", "path", _NAME, "as it was announced", required=True)]
+    responses = {200: _answer("it is durable", answer), **_refusals(403, 413, 503, *more)}
+    body = _body("PartList") if method == "post" else _BYTES
+    if answer != "Put":
+        responses[400] = _answer("a part is wrong or missing", "RequestError")
+        responses[422] = _answer("the body is no JSON object", "RequestError")
+    if answer == "PartPut":
+        number = {"type": "integer", "minimum": 1, "maximum": 1000}
+        parameters.append(_parameter("number", "path", number, "of the part", required=True))
+    return {"parameters": parameters, method: _operation(name, "files", summary, responses, body=body)}
+
+
+def _named() -> list[Json]:
+    prefix = {"type": "string", "pattern": "^[0-9a-f]{2}$"}
+    name = {"type": "string", "pattern": "^[0-9a-f]{32}([.][a-z0-9]{1,8})?$"}
+    return [
+        _parameter("prefix", "path", prefix, "of the name", required=True),
+        _parameter("name", "path", name, "of the file", required=True),
+    ]
 
 
 def _platform() -> JsonObject:
@@ -246,21 +282,16 @@ def _platform() -> JsonObject:
 
 def _server() -> JsonObject:
     return {
-        "/health": {
-            "get": _operation(
-                "health", "server", "What runs here, and how much of it.", {200: _answer("it", "Health")}, security=[]
-            )
-        },
-        "/openapi.json": {
-            "get": _operation(
-                "openapi",
-                "server",
-                "This description.",
-                {200: {"description": "it", "content": {_JSON: {"schema": {"type": "object"}}}}},
-                security=[],
-            )
-        },
+        "/health": {"get": _open("health", "What runs here, and how much of it.", _ref("Health"))},
+        "/openapi.json": {"get": _open("openapi", "This description.", {"type": "object"})},
+        "/.well-known/jwks.json": {"get": _open("keys", "What webhooks are signed with.", _ref("KeySet"))},
     }
+
+
+def _open(name: str, summary: str, schema: JsonObject) -> JsonObject:
+    """What anybody may read."""
+    answer: JsonObject = {"description": "it", "content": {_JSON: {"schema": schema}}}
+    return _operation(name, "server", summary, {200: answer}, security=[])
 
 
 # --- their parts ------------------------------------------------------------------------------------------
@@ -444,10 +475,21 @@ def _error_schemas() -> JsonObject:
 def _file_schemas() -> JsonObject:
     return {
         "Token": _object({"token": _TEXT, "token_type": _TEXT, "base_url": _URL, "expires_at": _INSTANT}),
+        "TokenText": _TEXT,
         "Announcement": _object({}, content_type=_TEXT, file_name=_TEXT),
         "Reserved": _object({"upload_url": _URL, "file_url": _URL}),
         "Stored": _object({"access_url": _URL}),
+        "Begun": _object({"access_url": _URL, "uploadId": _TEXT}),
+        "Put": _object({}),
+        "PartPut": _part(),
+        "PartList": _object({"parts": {"type": "array", "minItems": 1, "items": _part()}}),
+        "Joined": _object({"access_url": _URL, "file_url": _URL}),
+        "KeySet": _object({"keys": {"type": "array", "items": _object({"kty": _word("OKP"), "x": _TEXT})}}),
     }
+
+
+def _part() -> JsonObject:
+    return _object({"partNumber": {"type": "integer", "minimum": 1}, "etag": _TEXT})
 
 
 def _platform_schemas() -> JsonObject:

@@ -21,7 +21,7 @@ from batch.fal import protocol
 from batch.fal.platform import PlatformError, platform_error_reply
 from batch.fal.protocol import Operation, Reply
 from batch.model import AppId, RequestId
-from batch.server import answers
+from batch.server import answers, proxy
 from batch.server.engines.base import (
     Cancelled,
     Engine,
@@ -128,15 +128,16 @@ class Rehearsal:
 
         @web.middleware
         async def rehearse(request: web.Request, handler: Handler) -> web.StreamResponse:
-            moment = moment_of(request.method, request.path, app_id)
+            path = _path_of(request)
+            moment = moment_of(request.method, path, app_id)
             if moment is None:
                 return await handler(request)
-            if moment is Moment.RESULT and await self._has_expired(service, request.path):
+            if moment is Moment.RESULT and await self._has_expired(service, path):
                 return _response(answers.not_found_reply(service.new_id()))
             fault = self._faults.decide(moment)
             if fault is None:
                 return await handler(request)
-            _log.info("on purpose: %s at %s %s", fault.do, request.method, request.path)
+            _log.info("on purpose: %s at %s %s", fault.do, request.method, path)
             return await _commit(fault, request, handler, service)
 
         return rehearse
@@ -148,6 +149,13 @@ class Rehearsal:
             return False
         known = await service.find(RequestId(address.request_id or ""))
         return known is not None and isinstance(known.state, Ending) and self._clock() - known.state.ended_at >= seconds
+
+
+def _path_of(request: web.Request) -> str:
+    """Of the call itself, or of the one that a browser's proxy route stands for."""
+    target = request.headers.get(proxy.TARGET) if request.path == proxy.PATH else None
+    found = proxy.own_path(target) if target is not None else None
+    return request.path if found is None else found.path
 
 
 # --- calls ------------------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ from tests.acceptance.command import environment
 from tests.acceptance.endpoint import APP, INPUT, believed, callbacks, endpoint, is_same, large_file, picture
 from tests.certificate import certificate
 
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # the client never closes its upload connections
+
 HTTPError = fal_client.client.FalClientHTTPError
 
 
@@ -94,7 +96,7 @@ def test_the_direct_call_and_the_async_client_give_results_too(server, point):
     async def use():
         asynchronous = fal_client.AsyncClient(key=server.key)
         output = await asynchronous.subscribe(APP, given)
-        await asynchronous._client.aclose()
+        await (await asynchronous._client).aclose()
         return output
 
     assert asyncio.run(use())["images"]
@@ -112,7 +114,6 @@ def test_a_queued_and_a_running_request_can_be_cancelled(slow, point):
         assert (cancelled.value.status_code, cancelled.value.error_type) == (499, "client_cancelled")
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning")  # the client never closes its upload connection
 def test_uploaded_bytes_can_be_used_as_the_source(server, point):
     """`upload` gives a URL that the endpoint reads."""
     client = point(server)
@@ -120,7 +121,6 @@ def test_uploaded_bytes_can_be_used_as_the_source(server, point):
     assert client.subscribe(APP, {**INPUT, "image_url": url})["images"]
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_a_file_above_the_threshold_is_uploaded_in_parts(server, point, tmp_path):
     """101 MiB in parts that overtake each other; served again byte for byte."""
     path = large_file(tmp_path / "large.png", 101)

@@ -48,6 +48,7 @@ at = "submit"
 do = "answer"
 status = 422
 every = 23
+times = 2
 [[fault]]
 at = "submit"
 do = "answer"
@@ -60,16 +61,19 @@ do = "fail"
 status = 503
 retryable = true
 every = 11
+times = 8
 [[fault]]
 at = "execute"
 do = "fail"
 status = 500
 retryable = false
 every = 17
+times = 3
 [[fault]]
 at = "execute"
 do = "content-policy"
 every = 29
+times = 2
 [[fault]]
 at = "file"
 do = "answer"
@@ -81,6 +85,7 @@ at = "file"
 do = "answer"
 status = 451
 share = 0.3
+times = 20
 """
 _DOUBTFUL = """
 idempotency = false
@@ -92,6 +97,7 @@ every = 7
 at = "submit"
 do = "drop"
 every = 9
+times = 6
 [[fault]]
 at = "submit"
 do = "answer-after-accept"

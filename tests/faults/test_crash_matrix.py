@@ -6,9 +6,12 @@ in every scenario that has it, with 300 jobs, and 200 random moments.
 
 from __future__ import annotations
 
+import os
+import pickle
 from functools import cache
 
 import pytest
+from filelock import FileLock
 
 from batch.run.lifecycle import TABLE
 from tests.faults.scenarios import SCENARIOS, Kill, Undisturbed, moments, survive, survive_at, undisturbed
@@ -19,11 +22,17 @@ ROWS = [(str(state), str(happening)) for state, happening in TABLE]
 
 @pytest.fixture(scope="session")
 def calm(tmp_path_factory):
-    """What a scenario comes to undisturbed; run when it is first asked for."""
+    """What a scenario comes to undisturbed; run when it is first asked for, once for all of xdist's workers."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
     @cache
     def of(name: str) -> Undisturbed:
-        return undisturbed(SCENARIOS[name], tmp_path_factory.mktemp(name), JOBS)
+        kept = shared / f"calm-{name}.pickle"
+        with FileLock(f"{kept}.lock"):
+            if not kept.exists():
+                kept.write_bytes(pickle.dumps(undisturbed(SCENARIOS[name], tmp_path_factory.mktemp(name), JOBS)))
+        return pickle.loads(kept.read_bytes())
 
     return of
 
