@@ -39,5 +39,8 @@ format: $(VENV)/.installed-test ## Let ruff put the code in order
 bench: $(VENV)/.installed-test ## Measure; writes docs/benchmarks.md
 	@$(BIN)/python -m tests.benchmarks
 
+soak: $(VENV)/.installed-test ## Kill and break it for hours; goes on where it stopped (docs/faults.md)
+	@$(BIN)/python -m tests.faults.soak
+
 clean: ## Remove what the targets above made
 	rm -rf $(VENV) out .mypy_cache .ruff_cache .pytest_cache .hypothesis

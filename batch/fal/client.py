@@ -9,17 +9,20 @@ followed with it.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
+import contextlib
 import io
 import ipaddress
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from types import TracebackType
 from typing import Self
 from urllib.parse import urljoin
 from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
+import anyio
 import orjson
 from pydantic import SecretStr, ValidationError
 
@@ -38,7 +41,21 @@ READ_TIMEOUT = 60.0
 KEEP_ALIVE = 8.0
 """Seconds that an idle connection is kept: well under what servers and balancers keep (15 - 75 s). A server
 that closes one just as a submit is written would leave that submit's outcome unknown."""
+DIAL_SECONDS = 30.0
+"""The same with the look-up of the name, which has no limit of its own."""
+EXCHANGE_SECONDS = 120.0
+"""From the first byte sent to the last received: who sends a byte a minute never falls silent."""
+TRANSFER_SECONDS = 900.0
+"""The same where a picture goes over the line: 64 MiB at 75 kB/s."""
+ANSWER_LIMIT_BYTES = 2**20
+"""Of an answer to a submit, a status, a cancel. They are a few hundred bytes, and some hundred log lines more."""
 JSON_LIMIT_BYTES = 16 * 2**20
+"""Of a result, which may carry its pictures itself, and of a page of a listing."""
+ERROR_LIMIT_BYTES = 64 * 2**10
+"""What is kept of an error's words. The model's own errors quote the input at length, picture included."""
+LARGE_BODY_BYTES = 2**20
+LARGE_BODIES_AT_ONCE = 8
+"""Larger bodies wait for each other: what is in memory at once does not grow with what is in flight."""
 REDIRECTS = 5
 
 
@@ -60,6 +77,9 @@ class FalClient:
         self._connections, self._user_agent = connections, user_agent
         self._session: aiohttp.ClientSession | None = None
         self._proxies = _Proxies()
+        # Waiting for a connection is not part of an exchange: here, not in aiohttp's pool, where it would be.
+        self._free = asyncio.Semaphore(connections)
+        self._large = asyncio.Semaphore(LARGE_BODIES_AT_ONCE)
 
     def __repr__(self) -> str:
         return f"<FalClient {self._origins.queue} app={self._app} key={'set' if self._key else 'none'}>"
@@ -68,7 +88,9 @@ class FalClient:
         connector = aiohttp.TCPConnector(limit=self._connections, keepalive_timeout=KEEP_ALIVE, ttl_dns_cache=60)
         self._session = aiohttp.ClientSession(
             connector=connector,
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT, sock_read=READ_TIMEOUT),
+            timeout=aiohttp.ClientTimeout(
+                total=None, connect=DIAL_SECONDS, sock_connect=CONNECT_TIMEOUT, sock_read=READ_TIMEOUT
+            ),
             # Nothing is unpacked, so that no small body becomes a large one; hence nothing packed is asked for.
             headers={"user-agent": self._user_agent, "accept-encoding": "identity"},
             auto_decompress=False,
@@ -174,7 +196,8 @@ class FalClient:
         return protocol.ticket_call(self._origins, self._app, ticket, operation)
 
     async def _exchange(self, phase: str, call: Call, *, key: bool = True) -> Reply:
-        return _successful(phase, self._without_key(await self._request(phase, call, JSON_LIMIT_BYTES, key=key)))
+        limit_bytes = JSON_LIMIT_BYTES if phase in _LONG_ANSWERS else ANSWER_LIMIT_BYTES
+        return _successful(phase, self._without_key(await self._request(phase, call, limit_bytes, key=key)))
 
     def _without_key(self, reply: Reply) -> Reply:
         """A service that echoes the key, in an error message say, does not bring it into our journal and log."""
@@ -189,18 +212,60 @@ class FalClient:
         if key and self._key is not None and self._origins.own(call.url):
             headers["authorization"] = f"Key {self._key.get_secret_value()}"
         try:
-            async with self._session.request(
-                call.method,
-                call.url,
-                headers=headers,
-                data=_payload(call.body),
-                allow_redirects=False,
-                proxy=self._proxies.of(call.url),
-            ) as response:
-                body = await _bounded(response, phase, limit_bytes)
+            async with (
+                self._free,
+                _at_most(TRANSFER_SECONDS if phase in _TRANSFERS else EXCHANGE_SECONDS),
+                self._session.request(
+                    call.method,
+                    call.url,
+                    headers=headers,
+                    data=_payload(call.body),
+                    allow_redirects=False,
+                    proxy=self._proxies.of(call.url),
+                ) as response,
+            ):
+                body = await self._body(response, phase, limit_bytes)
                 return Reply(response.status, body, _lower(response.headers))
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             raise CallFailed(trouble_of(phase, error)) from error
+
+    async def _body(self, response: aiohttp.ClientResponse, phase: str, limit_bytes: int) -> bytes:
+        """The whole body, or a `CallFailed` as soon as it is longer than the limit.
+
+        Of an error's body the beginning will do, for its status decides; but a result's error is the job's own, and
+        what it is called stands in its body.
+        """
+        is_error = not 200 <= response.status < 300 and phase != "result"
+        limit_bytes = min(limit_bytes, ERROR_LIMIT_BYTES) if is_error else limit_bytes
+        if (response.content_length or 0) > limit_bytes and not is_error:
+            raise _oversize(phase, limit_bytes)
+        async with contextlib.AsyncExitStack() as stack:
+            parts: list[bytes] = []
+            size = 0
+            async for part in response.content.iter_any():
+                if size <= LARGE_BODY_BYTES < size + len(part):
+                    await stack.enter_async_context(self._large)
+                size += len(part)
+                parts.append(part)
+                if size > limit_bytes:
+                    if is_error:
+                        break
+                    raise _oversize(phase, limit_bytes)
+            return b"".join(parts)[:limit_bytes]
+
+
+_TRANSFERS = frozenset({"upload", "download"})
+_LONG_ANSWERS = frozenset({"result", "listing", "billing"})
+
+
+@contextlib.asynccontextmanager
+async def _at_most(seconds: float) -> AsyncIterator[None]:
+    with anyio.fail_after(seconds):
+        yield
+
+
+def _oversize(phase: str, limit_bytes: int) -> CallFailed:
+    return CallFailed(Trouble(phase, "oversize", detail=f"an answer of more than {limit_bytes} bytes"))
 
 
 class _Proxies:
@@ -241,20 +306,6 @@ def _payload(body: bytes) -> bytes | io.BytesIO | None:
     return io.BytesIO(body) if len(body) > 2**20 else body or None
 
 
-async def _bounded(response: aiohttp.ClientResponse, phase: str, limit_bytes: int) -> bytes:
-    """The whole body, or a `CallFailed` as soon as it is longer than the limit."""
-    if (response.content_length or 0) <= limit_bytes and response.content_length is not None:
-        return await response.read()
-    parts: list[bytes] = []
-    size = 0
-    async for part in response.content.iter_any():
-        size += len(part)
-        if size > limit_bytes:
-            raise CallFailed(Trouble(phase, "oversize", detail=f"an answer of more than {limit_bytes} bytes"))
-        parts.append(part)
-    return b"".join(parts)
-
-
 def _lower(headers: Mapping[str, str]) -> dict[str, str]:
     return {name.lower(): value for name, value in headers.items()}
 
@@ -262,7 +313,16 @@ def _lower(headers: Mapping[str, str]) -> dict[str, str]:
 def _successful(phase: str, reply: Reply) -> Reply:
     if 200 <= reply.status < 300:
         return reply
-    raise CallFailed(Trouble(phase, reply=reply, detail=f"HTTP {reply.status}"))
+    raise CallFailed(Trouble(phase, reply=_in_brief(reply), detail=f"HTTP {reply.status}"))
+
+
+def _in_brief(reply: Reply) -> Reply:
+    """An error without what it quotes: it may be held for as long as the next try is waited for."""
+    if len(reply.body) <= ERROR_LIMIT_BYTES:
+        return reply
+    said = protocol.error_body_of(reply)
+    body = {"detail": said.message, "error_type": said.type} if said.is_fal else {}
+    return Reply(reply.status, orjson.dumps(body), reply.headers)
 
 
 class _reading:  # noqa: N801 - used as a with statement: reads as a phrase

@@ -44,6 +44,8 @@ __all__ = [
     "read_price",
 ]
 
+_VALUES_LIMIT = 1_000_000
+"""In one page: ten thousand billing events have some ninety thousand values."""
 PAGE_LIMIT = 100
 """The most that one page of the listing may hold; half of it where a caller names no limit."""
 BILLING_LIMIT = 10_000
@@ -101,7 +103,7 @@ def read_listing(reply: Reply) -> Page:
     Raises:
         Malformed: it has not the documented shape: then nothing may be concluded from it.
     """
-    answer = read_object(reply.body)
+    answer = read_object(reply.body, values=_VALUES_LIMIT)
     items = answer.get("items")
     if not isinstance(items, list):
         raise Malformed("the request listing has no items")
@@ -160,7 +162,7 @@ def read_billing(reply: Reply) -> BillPage:
     Raises:
         Malformed: it has not the documented shape: then nothing may be concluded from it.
     """
-    answer = read_object(reply.body)
+    answer = read_object(reply.body, values=_VALUES_LIMIT)
     events, cursor, more = answer.get("billing_events"), answer.get("next_cursor"), answer.get("has_more")
     if not isinstance(events, list):
         raise Malformed("the answer has no billing_events")

@@ -133,10 +133,17 @@ FAL = Origins(
 )
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
+_UNAMBIGUOUS = re.compile(r"https?://[^/?#@\\\s\x00-\x20]+([/?#][^\\\s\x00-\x20]*)?", re.IGNORECASE)
 
 
 def origin_of(url: str) -> tuple[str, str, int]:
-    """Scheme, host and port of a URL; `("", "", 0)` for one that has no usable origin."""
+    """Scheme, host and port of a URL; `("", "", 0)` for one that has no usable origin.
+
+    Nor has one with a user in it, or with a character that some readers of URLs skip or take for a slash: they
+    would not agree on whose host it names.
+    """
+    if not _UNAMBIGUOUS.fullmatch(url):
+        return ("", "", 0)
     try:
         parts = urlsplit(url)
         port = parts.port
@@ -500,12 +507,18 @@ def lifetime_in(headers: Mapping[str, str]) -> float | None:
 # --- reading foreign JSON ---------------------------------------------------------------------------------
 
 
-def read_object(body: bytes) -> JsonObject:
-    """A body that has to be a JSON object.
+VALUES_LIMIT = 100_000
+"""Values in one answer. Each takes up to a hundred bytes of memory for its two on the wire; a result has a few dozen."""
+
+
+def read_object(body: bytes, *, values: int = VALUES_LIMIT) -> JsonObject:
+    """A body that has to be a JSON object of at most so many values (commas and brackets inside texts count too).
 
     Raises:
         Malformed: it is none.
     """
+    if len(body) > values and sum(map(body.count, (b",", b"[", b"{"))) > values:
+        raise Malformed(f"more than {values} values")
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as error:

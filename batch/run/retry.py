@@ -50,6 +50,8 @@ class Verdict:
     """Seconds that the service asked for."""
     new_attempt: bool = False
     """With JOB_FAILED: whether another attempt may go better."""
+    account: bool = False
+    """With READ_AGAIN: it was the account that was refused. That says nothing about the job, but about the run."""
 
 
 # Gateways and our own server speak of a 4xx as a complete, considered refusal; these cannot have been queued.
@@ -88,6 +90,8 @@ def judge(trouble: Trouble, *, seen: int = 1) -> Verdict:
         if trouble.transport == "malformed" and trouble.phase == "result" and seen >= _MALFORMED_LIMIT:
             return Verdict(Action.JOB_FAILED, f"the result has not the endpoint's shape: {trouble.detail}")
         return Verdict(Action.READ_AGAIN, trouble.transport or "no answer")
+    if trouble.phase in {"status", "result"} and trouble.reply.status in _ACCOUNT:
+        return Verdict(Action.READ_AGAIN, f"HTTP {trouble.reply.status}", retry_after_of(trouble.reply), account=True)
     if trouble.phase == "result":
         return _judge_result(trouble.reply, seen)
     if trouble.phase == "status" and trouble.reply.status == 404 and seen >= _NOT_FOUND_LIMIT:

@@ -126,6 +126,9 @@ class Runner:
         self._late_downloads = anyio.Semaphore(_DOWNLOADS_AT_ONCE)
         self._retention = Retention(for_good=policy.keeps_results)
         self._reads = 0
+        self._refused_since: float | None = None
+        self._patience = max(policy.drain, 3 * PollTimes.LONGEST)
+        """Seconds for which an account may be refused at every read until the run gives up for now."""
         self._errors: Counter[str] = Counter()
         self._scope = anyio.CancelScope()
         self._done = self._failed = 0
@@ -186,15 +189,15 @@ class Runner:
         if self._gate.stopping is not None and self._gate.stopping.why in _BOUNDED:
             self._scope.deadline = anyio.current_time() + drain
         elif self._gate.stopping is not None and self._gate.stopping.why is Stop.ACCOUNT:
-            await self._while_reads_succeed(max(drain, 3 * PollTimes.LONGEST))
+            await self._while_reads_succeed()
             self._scope.cancel()
 
-    async def _while_reads_succeed(self, seconds: float) -> None:
-        """Until no read succeeded for so long: a refused account may still be shown its results, or not."""
+    async def _while_reads_succeed(self) -> None:
+        """A refused account may still be shown its results, or not."""
         seen = -1
         while self._reads != seen:
             seen = self._reads
-            await anyio.sleep(seconds)
+            await anyio.sleep(self._patience)
 
     async def _doubt_what_was_cut_off(self) -> None:
         """A submit that a crash cut off is unknown, unless it may be repeated under its key."""
@@ -434,6 +437,7 @@ class Runner:
         except CallFailed as error:
             raise JobFailed(failure_of(error.trouble, judge(error.trouble))) from error
         self._reads += 1
+        self._refused_since = None
         self._retention.read()
         if status.state is not course.seen:
             self._gate.saw(course, status.state)
@@ -553,6 +557,11 @@ class Runner:
     def _unread(self, verdict: Verdict) -> None:
         self._unanswered(verdict)
         self._warn(self._retention.unread(self._now()))
+        if verdict.account:
+            since = self._refused_since = self._refused_since or anyio.current_time()
+            if anyio.current_time() - since >= self._patience:
+                words = f"reads have been refused for {self._patience:g} s ({verdict.reason}): is the key still good?"
+                self._gate.stop(Stop.ACCOUNT, words)
 
     def _unanswered(self, verdict: Verdict) -> None:
         self._gate.notice("unreachable", f"a read was answered by {verdict.reason}; it is read again")

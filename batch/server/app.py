@@ -7,6 +7,7 @@ taking it for a proxy's.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import TypeAlias
@@ -37,6 +38,8 @@ _log = logging.getLogger(__name__)
 
 BODY_LIMIT_BYTES = 72 * 2**20
 """Of a submit: a source picture of 50 MiB as a data URI, and the rest."""
+BODY_SECONDS = 300.0
+"""How long a submit's body may take to arrive."""
 KEEP_ALIVE_SECONDS = 5.0
 """Of a status stream: clients want a sign of life every 10 s."""
 _TRUE = frozenset({"1", "true", "yes"})
@@ -81,7 +84,7 @@ def application(
     )
     for method, path, handler in known:
         app.router.add_route(method, path, guarded(handler, access_of(method, path)))
-    app.router.add_route("*", "/{path:.*}", guarded(face.queue))
+    app.router.add_route("*", r"/{path:[\s\S]*}", guarded(face.queue))
     if rehearsal is not None:
         app.middlewares.append(rehearsal.middleware(service, app_id))
     return app
@@ -207,7 +210,7 @@ class _Face:
             wishes = _wishes(request, self._permitted)
             if not self._idempotency:
                 wishes = wishes._replace(idempotency_key=None)
-            admission = await self._service.submit(app, await request.read(), wishes, owner_of(request))
+            admission = await self._service.submit(app, await _body(request), wishes, owner_of(request))
         except web.HTTPRequestEntityTooLarge:
             limit = BODY_LIMIT_BYTES // 2**20
             return self._refuse(413, f"The body is larger than {limit} MiB; upload the picture and send its URL")
@@ -227,7 +230,10 @@ class _Face:
         return admission.request_id
 
     def _unknown_app(self, app: AppId) -> web.Response:
-        owner, alias, path = protocol.split_app(app) if "/" in app else protocol.App(app, "", "")
+        try:
+            owner, alias, path = protocol.split_app(app)
+        except Malformed:
+            owner, alias, path = app, "", ""
         if (owner, alias) == (self._owner, self._alias):
             return self._refuse(404, f"Path /{path} not found", **{protocol.BILLABLE_UNITS: "0"})
         return self._refuse(404, f'Application "{app}" not found; this server has {self._app_id}')
@@ -305,6 +311,16 @@ def _base(request: web.Request) -> str:
     return f"{request.scheme}://{request.host}"
 
 
+async def _body(request: web.Request) -> bytes:
+    if request.content.is_eof():
+        return await request.read()
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            return await request.read()
+    except TimeoutError as error:
+        raise web.HTTPRequestTimeout(text=f"The body did not come within {BODY_SECONDS:.0f} s") from error
+
+
 def _wants_logs(request: web.Request) -> bool:
     return bool(request.query_string) and request.query.get("logs", "").lower() in _TRUE
 
@@ -314,13 +330,21 @@ def _wishes(request: web.Request, permitted: AddressRule) -> Wishes:
     limit = request.query.get("fal_max_queue_length", "") if request.query_string else ""
     webhook = request.query.get("fal_webhook", "") if request.query_string else ""
     return Wishes(
-        idempotency_key=headers.get(protocol.IDEMPOTENCY_KEY),
+        idempotency_key=_text(headers.get(protocol.IDEMPOTENCY_KEY)),
         priority=Priority.LOW if headers.get("x-fal-queue-priority") == "low" else Priority.NORMAL,
         start_timeout=_start_timeout(headers),
-        queue_limit=int(limit) if limit.isdecimal() else None,
+        queue_limit=int(limit) if limit.isdecimal() and len(limit) < 20 else None,
         webhook=webhook_of(webhook, _base(request), permitted) if webhook else None,
         keeping=Keeping(headers.get("x-fal-store-io") == "0", protocol.lifetime_in(headers)),
     )
+
+
+def _text(header: str | None) -> str | None:
+    """A header whose meaning is the caller's own.
+
+    Bytes that are no UTF-8 arrive as halves of surrogates; their numbers stand in for them, so that two stay two.
+    """
+    return header if header is None or header.isascii() else header.encode("utf-8", "backslashreplace").decode()
 
 
 def _start_timeout(headers: Mapping[str, str]) -> float | None:

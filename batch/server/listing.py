@@ -66,7 +66,7 @@ def routes(
         ("GET", "/v1/models/pricing", face.guarded(face.prices)),
         ("POST", "/v1/models/pricing/estimate", face.guarded(face.estimate)),
         ("GET", "/v1/meta", face.guarded(face.meta)),
-        ("*", "/v1/{path:.*}", face.guarded(face.nothing)),
+        ("*", r"/v1/{path:[\s\S]*}", face.guarded(face.nothing)),
     ]
 
 

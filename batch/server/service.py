@@ -152,7 +152,7 @@ class QueueService:
         kept, source = body, None
         if given.picture is not None:
             path = await self.storage.save(given.picture.data, given.picture.content_type)
-            kept, source = orjson.dumps({**given.value, "image_url": path}), path
+            kept, source = _dumped({**given.value, "image_url": path}), path
         elif isinstance(url := given.value.get("image_url"), str) and "/files/" in url:
             source = self.storage.path_in(url)
         now = self._clock()
@@ -425,6 +425,18 @@ class _Given(NamedTuple):
     digest: bytes
 
 
+def _dumped(value: object, option: int = 0) -> bytes:
+    """JSON of what was JSON before.
+
+    Raises:
+        Malformed: it is nested deeper than can be written: reading goes down 1024 levels, writing 254.
+    """
+    try:
+        return orjson.dumps(value, option=option)
+    except TypeError as error:
+        raise Malformed(f"The body is nested too deeply: {error}") from error
+
+
 def _read_body(app: AppId, body: bytes, *, digest: bool) -> _Given:
     """The submitted JSON, and the picture inside it if there is one."""
     try:
@@ -435,7 +447,7 @@ def _read_body(app: AppId, body: bytes, *, digest: bool) -> _Given:
         raise Malformed(f"The body has to be a JSON object, not {type(value).__name__}")
     mark = b""
     if digest:
-        canonical = orjson.dumps([app, value], option=orjson.OPT_SORT_KEYS)
+        canonical = _dumped([app, value], orjson.OPT_SORT_KEYS)
         mark = hashlib.blake2b(canonical, digest_size=16).digest()
     image_url = value.get("image_url")
     picture = None

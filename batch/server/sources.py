@@ -16,6 +16,7 @@ from batch.server.addresses import Refused
 from batch.server.engines.base import EngineFailure
 from batch.server.guard import Guard, Limits, TooLarge, Unreachable
 from batch.server.storage import Storage
+from batch.server.storage import TooLarge as FileTooLarge
 
 __all__ = ["SOURCE_LIMIT_BYTES", "DataUri", "Sources", "parse_data_uri"]
 
@@ -77,7 +78,10 @@ class Sources:
                 raise EngineFailure(422, "image_load_error", f"The data URI cannot be read: {error}") from error
             return _bounded(data)
         path = self._storage.path_in(url)
-        own = await self._storage.read(path) if path is not None else None
+        try:
+            own = await self._storage.read(path, SOURCE_LIMIT_BYTES) if path is not None else None
+        except FileTooLarge as error:
+            raise _too_large() from error
         if own is not None:
             return own
         try:

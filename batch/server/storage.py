@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import math
 import mimetypes
 import os
 import re
@@ -255,9 +256,15 @@ class Storage:
         place = self._place(path)
         return place if place.is_file() else await self._small.find(path)
 
-    async def read(self, path: str) -> bytes | None:
-        """The bytes of a stored file, or None where there is none."""
+    async def read(self, path: str, limit: float = math.inf) -> bytes | None:
+        """The bytes of a stored file, or None where there is none.
+
+        Raises:
+            TooLarge: there are more than `limit`.
+        """
         found = await self.find(path)
+        if found is not None and (found.stat().st_size if isinstance(found, Path) else len(found)) > limit:
+            raise TooLarge(f"more than {limit} bytes")
         return await asyncio.to_thread(found.read_bytes) if isinstance(found, Path) else found
 
     def _path_of(self, sha256: bytes, content_type: str | None) -> str:

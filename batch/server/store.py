@@ -257,9 +257,11 @@ class Store:
             self._database.execute("BEGIN IMMEDIATE")
             yield
             self._database.execute("COMMIT")
-        except sqlite3.Error as error:
+        except BaseException as error:
             if self._database.in_transaction:
                 self._database.execute("ROLLBACK")
+            if not isinstance(error, sqlite3.Error):
+                raise
             raise StorageError(f"the server's memory cannot be written: {error}; free space in its data dir") from error
 
     def _accept(self, item: Submission) -> Admission:

@@ -7,7 +7,8 @@ the bytes. An upload id is the same signature of the path, so that nothing has t
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeAlias
@@ -28,6 +29,8 @@ __all__ = ["UPLOAD_LIMIT_BYTES", "routes"]
 
 UPLOAD_LIMIT_BYTES = 100 * 2**20
 """The official clients send anything larger in parts."""
+SILENCE_SECONDS = 60.0
+"""How long a sender may say nothing in the middle of a file."""
 _FILE_HEADERS = {
     # Somebody else's bytes under our origin: a browser must neither guess what they are nor run them.
     "x-content-type-options": "nosniff",
@@ -115,7 +118,7 @@ class _Files:
         path, number = self._announced(request), request.match_info["number"]
         if not number.isdecimal() or not number.isascii() or not 0 < int(number) <= PARTS:
             raise web.HTTPBadRequest(text=f"A part's number is from 1 to {PARTS}, not {number[:20]}")
-        chunks = request.content.iter_any()
+        chunks = _chunks(request)
         try:
             tag = await self._storage.receive_part(path, int(number), chunks, request.content_length)
         except TooLarge as error:
@@ -171,7 +174,7 @@ class _Files:
         too_large = f"The file is larger than {UPLOAD_LIMIT_BYTES // 2**20} MiB; send it in parts, or a smaller one"
         if (request.content_length or 0) > UPLOAD_LIMIT_BYTES:
             raise web.HTTPRequestEntityTooLarge(UPLOAD_LIMIT_BYTES, text=too_large)
-        chunks, content_type = request.content.iter_any(), request.headers.get("content-type")
+        chunks, content_type = _chunks(request), request.headers.get("content-type")
         life = protocol.lifetime_in(request.headers) if path is None else None
         try:
             return await self._storage.receive(chunks, content_type, UPLOAD_LIMIT_BYTES, path, life)
@@ -183,10 +186,31 @@ class _Files:
         return web.Response(body=orjson.dumps(value), headers=own | headers)
 
 
+async def _chunks(request: web.Request) -> AsyncIterator[bytes]:
+    """The body as it comes."""
+    while True:
+        try:
+            async with asyncio.timeout(SILENCE_SECONDS):
+                chunk = await request.content.readany()
+        except TimeoutError as error:
+            raise _silent() from error
+        if not chunk:
+            return
+        yield chunk
+
+
+def _silent() -> web.HTTPRequestTimeout:
+    return web.HTTPRequestTimeout(text=f"Nothing came for {SILENCE_SECONDS:.0f} s")
+
+
 async def _object_in(request: web.Request) -> JsonObject:
     """The JSON object that was sent; an empty one where nothing was."""
     try:
-        return protocol.read_object(await request.read() or b"{}")
+        async with asyncio.timeout(SILENCE_SECONDS):
+            body = await request.read()
+        return protocol.read_object(body or b"{}")
+    except TimeoutError as error:
+        raise _silent() from error
     except protocol.Malformed as error:
         raise web.HTTPUnprocessableEntity(text=f"The body has to be a JSON object: {error}") from error
 

@@ -22,7 +22,8 @@ from PIL import Image
 
 from batch.fal.endpoint import APP_ID
 from batch.fal.signing import keys_in, verify
-from tests.acceptance.command import environment, restyle
+from batch.server.keys import add_key
+from tests.acceptance.command import environment
 
 APP = str(APP_ID)
 INPUT = {"image_url": "https://pictures.example/cat.png", "prompt": "a cat as a watercolor"}
@@ -44,7 +45,7 @@ def endpoint(folder: Path, *options: object, keyed: bool = True) -> Iterator[End
     key, flags = "", [*map(str, options)]
     if keyed:
         keys = folder / "keys"
-        key = restyle("serve", "--keys", keys, "--new-key", "tester").out.strip()
+        key = add_key(keys, "tester", "secret of the tester")
         flags += ["--keys", str(keys)]
     command = [sys.executable, "-m", "batch", "serve", "--port", "0", "--data-dir", str(folder / "data"), *flags]
     log = folder / "server.log"

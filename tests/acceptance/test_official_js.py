@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 
+import fal_client
+import httpx
 import pytest
 from filelock import FileLock
 
@@ -23,7 +25,7 @@ def modules():
     """The client as its lock file names it, installed once."""
     missing = [program for program in ("node", "npm") if shutil.which(program) is None]
     if missing:
-        absent = f"{' and '.join(missing)} not found: Node 20 or newer with npm is needed to run fal's JavaScript client"
+        absent = f"{' and '.join(missing)} not found: fal's JavaScript client needs Node 20 or newer with npm"
         if os.environ.get("CI") == "true":
             pytest.fail(absent)
         pytest.skip(absent)
@@ -76,9 +78,7 @@ def ask(request):
 
 def given(path, **inputs):
     """An input whose source is a data URI."""
-    from fal_client import encode
-
-    return {"image_url": encode(path.read_bytes(), "image/png"), "prompt": "a cat as a watercolor", **inputs}
+    return {"image_url": fal_client.encode(path.read_bytes(), "image/png"), "prompt": "a cat as a watercolor", **inputs}
 
 
 def test_it_is_the_client_that_we_name(modules):
@@ -171,11 +171,8 @@ def test_a_wrong_key_is_refused(server, ask, key):
 
 def test_a_start_timeout_ends_a_request_that_still_waits(slow, ask):
     """504 that says it was the user's own deadline: the client does not try again."""
-    import fal_client.client
-
-    holder = fal_client.client.httpx.post(
-        f"{slow.url}/{APP}", json=INPUT, headers={"authorization": f"Key {slow.key}"}
-    ).json()
+    key = {"authorization": f"Key {slow.key}"}
+    holder = httpx.post(f"{slow.url}/{APP}", json=INPUT, headers=key).json()
     error = ask(slow, "fail", input=INPUT, startTimeout=1.01)["error"]
-    fal_client.client.httpx.put(holder["cancel_url"], headers={"authorization": f"Key {slow.key}"})
+    httpx.put(holder["cancel_url"], headers=key)
     assert (error["status"], error["timeoutType"], error["body"]["error_type"]) == (504, "user", "request_timeout")

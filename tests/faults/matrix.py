@@ -186,7 +186,8 @@ def _check_code(case: Case, summary: api.Summary) -> None:
     if summary.unknown:
         expected = ExitCode.STOPPED_EARLY
         assert case.has(Moment.LISTING) or any(kind.doubtful for kind in case.faults), words
-        assert not case.keys, words
+        # Under a key it is asked again until it is known, but for a refused repeat: that says nothing of the first.
+        assert not case.keys or len(case.faults) > 1, words
     if summary.failed:
         assert any(kind.fails_jobs for kind in case.faults), words
     assert summary.pending == summary.skipped == 0, words
@@ -217,7 +218,7 @@ def _accepted(path: Path) -> int:
         return 0
     try:
         journal = JournalFile.open_read_only(path)
-    except Exception:  # noqa: BLE001 - it is just being made
+    except Exception:  # it is just being made
         return 0
     try:
         return journal.counts().by_state.get(State.ACCEPTED, 0)

@@ -64,11 +64,11 @@ TABLE = [
     (answered("result", 503, GATEWAY, x_fal_error_type="runner_disconnected"), 2, A.JOB_FAILED),
     (answered("result", 500, MODEL_ERROR), 2, A.JOB_FAILED),
     # result: still in progress, although the status said otherwise
-    (answered("result", 400, b'{"detail": "Request is still in progress"}'), 1, A.READ_AGAIN),
-    (answered("result", 400, b'{"detail": "Request is still in progress"}'), 6, A.JOB_FAILED),
+    (answered("result", 400, b'{"detail": "Request is still in progress"}'), 15, A.READ_AGAIN),
+    (answered("result", 400, b'{"detail": "Request is still in progress"}'), 16, A.JOB_FAILED),
     # a request that is not known is suspicious: believed after several reads
     *[(answered(phase, 404, b'{"status": "NOT_FOUND"}'), seen, action)
-      for phase in ("status", "result") for seen, action in ((1, A.READ_AGAIN), (15, A.READ_AGAIN), (16, A.JOB_FAILED))],
+      for phase in ("status", "result") for seen, action in ((15, A.READ_AGAIN), (16, A.JOB_FAILED))],
     # a result of another shape
     (Trouble("result", "malformed"), 15, A.READ_AGAIN),
     (Trouble("result", "malformed"), 16, A.JOB_FAILED),
