@@ -15,7 +15,7 @@ import binascii
 import contextlib
 import io
 import ipaddress
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 from urllib.parse import urljoin
@@ -212,20 +212,18 @@ class FalClient:
         if key and self._key is not None and self._origins.own(call.url):
             headers["authorization"] = f"Key {self._key.get_secret_value()}"
         try:
-            async with (
-                self._free,
-                _at_most(TRANSFER_SECONDS if phase in _TRANSFERS else EXCHANGE_SECONDS),
-                self._session.request(
-                    call.method,
-                    call.url,
-                    headers=headers,
-                    data=_payload(call.body),
-                    allow_redirects=False,
-                    proxy=self._proxies.of(call.url),
-                ) as response,
-            ):
-                body = await self._body(response, phase, limit_bytes)
-                return Reply(response.status, body, _lower(response.headers))
+            async with self._free:
+                with anyio.fail_after(TRANSFER_SECONDS if phase in _TRANSFERS else EXCHANGE_SECONDS):
+                    async with self._session.request(
+                        call.method,
+                        call.url,
+                        headers=headers,
+                        data=_payload(call.body),
+                        allow_redirects=False,
+                        proxy=self._proxies.of(call.url),
+                    ) as response:
+                        body = await self._body(response, phase, limit_bytes)
+                        return Reply(response.status, body, _lower(response.headers))
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             raise CallFailed(trouble_of(phase, error)) from error
 
@@ -256,12 +254,6 @@ class FalClient:
 
 _TRANSFERS = frozenset({"upload", "download"})
 _LONG_ANSWERS = frozenset({"result", "listing", "billing"})
-
-
-@contextlib.asynccontextmanager
-async def _at_most(seconds: float) -> AsyncIterator[None]:
-    with anyio.fail_after(seconds):
-        yield
 
 
 def _oversize(phase: str, limit_bytes: int) -> CallFailed:

@@ -274,9 +274,8 @@ def ticket_call(origins: Origins, app: AppId, ticket: Ticket, operation: Operati
         Operation.RESULT: ticket.response_url,
         Operation.CANCEL: ticket.cancel_url,
     }.get(operation, "")
-    on_target = given.startswith(f"{origins.queue}/") or (given and origin_of(given) == origin_of(origins.queue))
-    url = given if on_target else ""
-    url = url or origins.queue + request_path(operation, app, ticket.request_id)
+    on_target = given.startswith(f"{origins.queue}/")  # which no URL with somebody's user name in it does
+    url = given if on_target else origins.queue + request_path(operation, app, ticket.request_id)
     if logs and operation in {Operation.STATUS, Operation.STREAM}:
         url += ("&" if "?" in url else "?") + "logs=1"
     return Call(_METHODS.get(operation, "GET"), url)
@@ -508,7 +507,7 @@ def lifetime_in(headers: Mapping[str, str]) -> float | None:
 
 
 VALUES_LIMIT = 100_000
-"""Values in one answer. Each takes up to a hundred bytes of memory for its two on the wire; a result has a few dozen."""
+"""In one answer. Each takes up to a hundred bytes of memory for its two on the wire; a result has a few dozen."""
 
 
 def read_object(body: bytes, *, values: int = VALUES_LIMIT) -> JsonObject:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from batch.model import Answer, Failed, Job, JobKey, QueueState, Ticket
+from batch.model import Answer, Failed, Job, JobKey, Ticket
 from batch.run.lifecycle import State
 from batch.run.ports import Entry
 
@@ -44,7 +44,8 @@ class Course:
     reserved_usd: float = 0.0
     resumed: bool = False
     """Whether an earlier session submitted it: its times teach nothing about the service's pace."""
-    seen: QueueState | None = None
+    queued_at: float | None = None
+    """When a status read last said that it was queued."""
     unfinished_at: float | None = None
     """When a status read last said that it was not finished."""
     inference_seconds: float | None = None
@@ -71,5 +72,5 @@ class Course:
         """A new attempt at the same job."""
         self.attempt += 1
         self.state, self.ticket, self.answer, self.resumed = State.PENDING, None, None, False
-        self.seen, self.unfinished_at, self.inference_seconds = None, None, None
+        self.queued_at, self.unfinished_at, self.inference_seconds = None, None, None
         self.reserved_usd = 0.0

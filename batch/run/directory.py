@@ -65,7 +65,7 @@ class RunDirectory:
         ):
             raise RunDirectoryError(f"{self.root} holds other files and no run; name a new or empty folder with -o")
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
+            _make_durably(self.root)
             with tempfile.TemporaryFile(dir=self.root):
                 pass
         except OSError as error:
@@ -182,6 +182,26 @@ class RunDirectory:
 def config_of(settings: Settings) -> dict[str, Any]:
     """The resolved configuration as JSON values. There is no secret in it: the key is no setting."""
     return settings.model_dump(mode="json")
+
+
+def _make_durably(folder: Path) -> None:
+    """Make a folder and those above it; a power cut does not take back a folder that a journal was written in."""
+    if folder.is_dir():
+        return
+    _make_durably(folder.absolute().parent)
+    folder.mkdir(exist_ok=True)
+    _sync_folder(folder.absolute().parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable. Windows cannot, and need not."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_whole(path: Path, data: bytes) -> None:

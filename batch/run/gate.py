@@ -108,16 +108,14 @@ class Gate:
         course.in_window = True
         return True
 
-    def saw(self, course: Course, state: str) -> None:
-        """A status read told where the job is."""
-        if course.in_window:
-            self._window.seen(course.seen, state)
+    def answered(self, course: Course, queued: float | None = None) -> None:
+        """The job is out of the service's hands: its place goes to another.
 
-    def answered(self, course: Course) -> None:
-        """The job is out of the service's hands: its place goes to another."""
+        `queued` is the share of its stay there that it was queued, None where that teaches nothing.
+        """
         if course.in_window:
             course.in_window = False
-            self._changed(self._window.left(course.seen))
+            self._changed(self._window.left(queued))
             self._wake()
 
     def left(self, course: Course) -> None:

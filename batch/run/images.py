@@ -11,7 +11,10 @@ import io
 import os
 import shutil
 import tempfile
+import threading
 import warnings
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,8 +44,29 @@ class Decoded(NamedTuple):
     content_type: str
 
 
-def decode(data: bytes, *, limit_pixels: int = _HARD_LIMIT_PIXELS) -> Decoded:
+_RESULT_LIMIT_PIXELS = 100_000_000
+"""Of a result. The endpoint answers with four megapixels at most; a small file can claim any number of them."""
+_ALONE_FROM_PIXELS = 16_000_000
+"""A larger picture is decoded while no other large one is: 64 MB and more of memory each."""
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP")
+"""What a manifest may have. Pillow knows sixty more, one of which starts another program to draw them (EPS)."""
+
+
+@cache
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]
+
+
+def decode(
+    data: bytes, *, limit_pixels: int = _HARD_LIMIT_PIXELS, alone: AbstractContextManager[object] | None = None
+) -> Decoded:
     """Decode all of a picture; its size and true format.
+
+    Args:
+        data: the whole file.
+        limit_pixels: refuse a larger one before it is decoded.
+        alone: held while a large one is decoded.
 
     Raises:
         PictureError: `image_load_error` for bytes that are no complete picture, `image_too_large` for one of
@@ -51,13 +75,14 @@ def decode(data: bytes, *, limit_pixels: int = _HARD_LIMIT_PIXELS) -> Decoded:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as picture:
+            with Image.open(io.BytesIO(data), formats=_formats()) as picture:
                 width, height, kind = picture.width, picture.height, picture.format or ""
                 if width * height > limit_pixels:
                     raise PictureError(
                         "image_too_large", f"{width} x {height} pixels are more than {limit_pixels / 1e6:g} megapixels"
                     )
-                picture.load()
+                with alone if alone is not None and width * height > _ALONE_FROM_PIXELS else nullcontext():
+                    picture.load()
                 if kind == "PNG" and _PNG_END not in data:
                     raise PictureError("image_load_error", "the picture is damaged or incomplete (its end is missing)")
                 content_type = picture.get_format_mimetype() or "application/octet-stream"
@@ -77,6 +102,7 @@ class ImageFolder:
         self._root = run_directory
         self._limit_pixels = min(_HARD_LIMIT_PIXELS, int(limit_megapixels * 1e6))
         self._threads = anyio.CapacityLimiter(threads)
+        self._alone = threading.Lock()  # protects memory: one large picture is decoded at a time
         self._folders: set[Path] = set()
         # Beside the pictures, so that a rename moves it there; what a killed run left in it is of no use.
         self._parts = run_directory / "images" / ".part"
@@ -100,17 +126,18 @@ class ImageFolder:
                 raise PictureError("image_load_error", f"{image.path} cannot be read: {error.strerror}") from error
         if hashlib.sha256(data).hexdigest() != image.sha256:
             raise PictureError("image_changed", f"{image.path or image.name} changed while the run went on; run again")
-        seen = decode(data, limit_pixels=self._limit_pixels)
+        seen = decode(data, limit_pixels=self._limit_pixels, alone=self._alone)
         return Picture(data, seen.content_type, seen.width * seen.height / 1e6)
 
     def _store(self, data: bytes) -> StoredImage:
-        seen = decode(data)
+        seen = decode(data, limit_pixels=_RESULT_LIMIT_PIXELS, alone=self._alone)
         digest = hashlib.sha256(data).hexdigest()
         relative = f"images/{digest[:2]}/{digest}.{_SUFFIXES.get(seen.format, 'bin')}"
         target = self._root / relative
         try:
             if not (target.exists() and target.stat().st_size == len(data)):
                 self._write(target, data)
+            self._sync_folders(target.parent)  # also of an equal picture: its writer may not have come so far yet
         except OSError as error:
             raise StorageError(
                 f"{target.parent} cannot be written: {error.strerror}; what is finished is kept,"
@@ -127,9 +154,7 @@ class ImageFolder:
         )
 
     def _write(self, target: Path, data: bytes) -> None:
-        folder = target.parent
-        new = folder not in self._folders and not folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         self._parts.mkdir(exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=self._parts)
         try:
@@ -142,9 +167,14 @@ class ImageFolder:
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
-        for directory in (folder, folder.parent) if new else (folder,):
-            _sync_folder(directory)
-        self._folders.add(folder)
+
+    def _sync_folders(self, folder: Path) -> None:
+        """Make the names durable: that of the picture, and once for each folder those that lead to it."""
+        _sync_folder(folder)
+        if folder not in self._folders:  # who made it may have been killed before he came to this
+            _sync_folder(folder.parent)
+            _sync_folder(self._root)
+            self._folders.add(folder)
 
 
 def _sync_folder(folder: Path) -> None:

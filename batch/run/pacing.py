@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from bisect import bisect_right, insort
 from collections import deque
-from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple
 
-__all__ = ["Pauses", "PollTimes", "TokenBucket", "Window", "WindowChange"]
+__all__ = ["Pauses", "PollTimes", "TokenBucket", "Window", "WindowChange", "queued_share"]
 
 
 class TokenBucket:
@@ -70,32 +69,54 @@ class WindowChange(NamedTuple):
     reason: str
 
 
-@dataclass(slots=True)
-class _Load:
-    queued: int = 0
-    running: int = 0
+NOTICING = 0.25
+"""Seconds, and a tenth of a job's stay: what reads and transfers may add to it without it having been queued."""
+
+
+def queued_share(stay: float, inference: float | None, last_queued: float | None) -> float:
+    """The share of a finished job's stay at the service in which it waited in the queue, from 0 to 1.
+
+    Args:
+        stay: seconds from acceptance to when it was noticed to be finished.
+        inference: seconds that it was executed, as the service says; None where it does not.
+        last_queued: seconds from acceptance to the last read that said IN_QUEUE; None where none did.
+    """
+    if stay <= 0:
+        return 0.0
+    if inference is None:
+        return min(1.0, (last_queued or 0.0) / stay)
+    return max(0.0, 1.0 - (inference + NOTICING) / stay - 0.1)
 
 
 class Window:
     """How many jobs may be in flight.
 
-    A fixed size, or one that finds itself: it grows by one for each job that ends while it is full and
-    little of it is still queued (so it doubles in the time of one job), shrinks by one for each that ends
-    while most of it waits in the service's queue, and is cut by `CUT` on a 429, at most once a second.
+    A fixed size, or one that finds itself. What it is told is how long jobs were queued, when they end; so it
+    sees the service as it was one stay ago, and moves accordingly. It grows by one for each job that ends while
+    it is full and hardly any was queued (so it doubles in the time of one job), slowly while few were, shrinks
+    slowly while many were, and is cut by `CUT` on a 429, at most once a second.
     """
 
+    GROW_FAST_BELOW = 0.10
+    """Share of their stay that the last jobs were queued."""
     GROW_BELOW = 0.25
-    """Share of the window still queued, under which it grows."""
-    SHRINK_ABOVE = 0.60
+    SHRINK_ABOVE = 0.40
+    SLOWLY = 0.25
+    """Of a place, for each job that ends."""
     CUT = 0.8
 
     def __init__(self, size: int, *, floor: int = 1, ceiling: int | None = None) -> None:
         """`ceiling` None: the size is fixed."""
-        self.size = size
         self.in_flight = 0
+        self._size = float(size)
         self._floor, self._ceiling = floor, ceiling
-        self._load = _Load()
+        self._queued = 0.0
         self._cut_at = float("-inf")
+
+    @property
+    def size(self) -> int:
+        """Places."""
+        return int(self._size)
 
     @property
     def full(self) -> bool:
@@ -103,28 +124,25 @@ class Window:
         return self.in_flight >= self.size
 
     def entered(self) -> None:
-        """A job was let in; until the service says more it counts as neither queued nor running."""
+        """A job was let in."""
         self.in_flight += 1
 
-    def seen(self, before: str | None, after: str) -> None:
-        """A status read told where a job is (`IN_QUEUE`, `IN_PROGRESS`, `COMPLETED`)."""
-        self._count(before, -1)
-        self._count(after, +1)
+    def left(self, queued: float | None) -> WindowChange | None:
+        """A job is out of the service's hands; the new size, where it changes.
 
-    def left(self, last_seen: str | None) -> WindowChange | None:
-        """A job is out of the service's hands; the new size, where it changes."""
+        `queued` is the share of its stay that it was queued, None where it teaches nothing.
+        """
         was_full = self.full
-        self._count(last_seen, -1)
         self.in_flight -= 1
-        if self._ceiling is None:
+        if self._ceiling is None or queued is None:
             return None
-        queued_share = self._load.queued / max(self.size, 1)
-        if was_full and queued_share < self.GROW_BELOW and self.size < self._ceiling:
-            self.size += 1
-            return WindowChange(self.size, f"full, and {queued_share:.0%} of it queued")
-        if queued_share > self.SHRINK_ABOVE and self.size > self._floor:
-            self.size -= 1
-            return WindowChange(self.size, f"{queued_share:.0%} of it waits in the service's queue")
+        # The last tenth of a window counts: fewer would follow chance, more the past.
+        self._queued += (queued - self._queued) * min(0.5, 10.0 / self._size)
+        if was_full and self._queued < self.GROW_BELOW:
+            by = 1.0 if self._queued < self.GROW_FAST_BELOW else self.SLOWLY
+            return self._move(by, f"full, and jobs were queued for {self._queued:.0%} of their time")
+        if self._queued > self.SHRINK_ABOVE:
+            return self._move(-self.SLOWLY, f"jobs were queued for {self._queued:.0%} of their time")
         return None
 
     def throttled(self, now: float) -> WindowChange | None:
@@ -132,14 +150,12 @@ class Window:
         if self._ceiling is None or now - self._cut_at < 1.0:
             return None
         self._cut_at = now
-        self.size = max(self._floor, int(self.size * self.CUT))
-        return WindowChange(self.size, "the service answered 429")
+        return self._move(self._size * self.CUT - self._size, "the service answered 429")
 
-    def _count(self, state: str | None, by: int) -> None:
-        if state == "IN_QUEUE":
-            self._load.queued += by
-        elif state == "IN_PROGRESS":
-            self._load.running += by
+    def _move(self, by: float, reason: str) -> WindowChange | None:
+        before = self.size
+        self._size = min(float(self._ceiling or before), max(float(self._floor), self._size + by))
+        return WindowChange(self.size, reason) if self.size != before else None
 
 
 class PollTimes:

@@ -78,6 +78,10 @@ _NOT_FOUND_LIMIT = 16
 """A request id that the server once gave and now does not know: believed after so many reads. It is paid for: where
 every second read is answered wrongly, one in 65,000 jobs is given up."""
 _MALFORMED_LIMIT = 16
+_MISSHAPEN = frozenset({"malformed", "oversize"})
+_HOPELESS = _MISSHAPEN | {"bad url", "redirect"}
+"""Of a file: neither a better network nor a server that comes back makes another URL, or a smaller file, of it."""
+_HOPELESS_LIMIT = 6
 _COUNTED_CAP = 2.0
 """Longest pause between reads that are counted up to a limit: all of them together take about 14 s."""
 
@@ -87,8 +91,10 @@ def judge(trouble: Trouble, *, seen: int = 1) -> Verdict:
     if trouble.phase == "submit":
         return _judge_submit(trouble)
     if trouble.reply is None:
-        if trouble.transport == "malformed" and trouble.phase == "result" and seen >= _MALFORMED_LIMIT:
+        if trouble.transport in _MISSHAPEN and trouble.phase == "result" and seen >= _MALFORMED_LIMIT:
             return Verdict(Action.JOB_FAILED, f"the result has not the endpoint's shape: {trouble.detail}")
+        if trouble.transport in _HOPELESS and trouble.phase in {"upload", "download"} and seen >= _HOPELESS_LIMIT:
+            return Verdict(Action.JOB_FAILED, trouble.detail or str(trouble.transport))
         return Verdict(Action.READ_AGAIN, trouble.transport or "no answer")
     if trouble.phase in {"status", "result"} and trouble.reply.status in _ACCOUNT:
         return Verdict(Action.READ_AGAIN, f"HTTP {trouble.reply.status}", retry_after_of(trouble.reply), account=True)

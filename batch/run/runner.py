@@ -23,7 +23,7 @@ from batch.model import Answer, Attempt, Failed, Job, JobKey, QueueState, Stored
 from batch.run.course import Course, Held, JobFailed, TurnedBack
 from batch.run.gate import Gate, Stop, Stopping
 from batch.run.lifecycle import OPEN, State
-from batch.run.pacing import PollTimes
+from batch.run.pacing import PollTimes, queued_share
 from batch.run.ports import (
     Accepted,
     Answered,
@@ -439,9 +439,8 @@ class Runner:
         self._reads += 1
         self._refused_since = None
         self._retention.read()
-        if status.state is not course.seen:
-            self._gate.saw(course, status.state)
-            course.seen = status.state
+        if status.state is QueueState.IN_QUEUE:
+            course.queued_at = self._now()
         if status.state is not QueueState.COMPLETED:
             course.unfinished_at = self._now()
         course.inference_seconds = status.inference_time
@@ -461,7 +460,7 @@ class Runner:
         cost = self._gate.settle(course, answer.billable_units)
         await self._journal.record(Answered(course.key, at, answer, cost, queued, total))
         course.answer, course.state = answer, State.ANSWERED
-        self._gate.answered(course)
+        self._gate.answered(course, None if course.resumed else _queued(course, at))
 
     async def _renewed(self, course: Course, ticket: Ticket, kept: Answer) -> Answer:
         """A kept answer whose pictures were not stored: fresh URLs where the target still has them."""
@@ -565,6 +564,12 @@ class Runner:
 
     def _unanswered(self, verdict: Verdict) -> None:
         self._gate.notice("unreachable", f"a read was answered by {verdict.reason}; it is read again")
+
+
+def _queued(course: Course, at: float) -> float:
+    """The share of its stay at the service that a job was queued."""
+    last = None if course.queued_at is None else course.queued_at - course.accepted_at
+    return queued_share(at - course.accepted_at, course.inference_seconds, last)
 
 
 def _words(errors: BaseExceptionGroup[StorageError]) -> str:

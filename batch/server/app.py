@@ -74,7 +74,6 @@ def application(
     app.router.add_get("/health", guarded(face.health, access_of("GET", "/health")))
     app.router.add_get("/openapi.json", guarded(face.schema, access_of("GET", "/openapi.json")))
     app.router.add_post("/run/{app:.+}", guarded(face.run))
-    app.router.add_route("OPTIONS", "/{path:.*}", guarded(face.crossing.preflight, access_of("OPTIONS", "/")))
     known = (
         *proxy.routes(),
         *uploads.routes(service, authenticator),
@@ -112,7 +111,7 @@ class _Face:
         self._permitted = permitted
         self._app_id = app_id
         self._idempotency = idempotency
-        self.crossing = proxy.Crossing(keyed=authenticator.keyed)
+        self._crossing = proxy.Crossing(keyed=authenticator.keyed)
         self._owner, self._alias, _ = protocol.split_app(app_id)
         self._schema = b""
 
@@ -122,6 +121,8 @@ class _Face:
         async def handle(request: web.Request) -> web.StreamResponse:
             answer: web.StreamResponse
             try:
+                if request.method == "OPTIONS":  # a browser asks, without a key, whether it may ask with one
+                    return self._crossed(request, web.Response(status=204))
                 set_owner(request, self._authenticator.owner(request.headers.get("authorization"), access))
                 answer = await handler(request)
             except Denied as denied:
@@ -135,8 +136,7 @@ class _Face:
             except Exception:  # the boundary between one call and the server
                 _log.exception("%s %s failed in a way that nobody foresaw", request.method, request.path)
                 answer = self._refuse(500, "Internal Server Error", "internal_error")
-            if (origin := request.headers.get("origin")) is not None:
-                self.crossing.allow(origin, answer)
+            self._crossed(request, answer)
             self._service.tally.answered(request.method, request.path, answer.status)
             return answer
 
@@ -280,7 +280,7 @@ class _Face:
                 protocol.REQUEST_ID: request_id,
             }
         )
-        await stream.prepare(request)
+        await self._crossed(request, stream).prepare(request)
         logs, base, last = _wants_logs(request), _base(request), b""
         while known is not None:
             body = answers.status_reply(base, known.app, request_id, known.state, logs=logs).body
@@ -292,6 +292,12 @@ class _Face:
             known = await self._service.find(request_id)
         await stream.write_eof()
         return stream
+
+    def _crossed(self, request: web.Request, answer: web.StreamResponse) -> web.StreamResponse:
+        """The answer, with what the browser of another origin's page has to know."""
+        if (origin := request.headers.get("origin")) is not None:
+            self._crossing.allow(origin, answer)
+        return answer
 
     def _deny(self, request: web.Request, denied: Denied) -> web.Response:
         if request.path.startswith("/v1/"):

@@ -111,9 +111,10 @@ class History:
         """One page of what requests cost, the newest first, and whether there is another."""
         return await self._call(partial(self._charges, query, owner))
 
-    async def units_a_call(self) -> float | None:
+    async def units_a_call(self, owner: str | None = None) -> float | None:
         """Units of a request on average over the last thousand that cost something; None where none did."""
-        found = await self._call(lambda: self._database.execute(_SQL["units_a_call"]).fetchone())
+        query = partial(self._database.execute, _SQL["units_a_call"], {"owner": owner})
+        found = await self._call(lambda: query().fetchone())
         return None if found[0] is None else float(found[0])
 
     # --- in the thread ------------------------------------------------------------------------------------

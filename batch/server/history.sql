@@ -51,5 +51,6 @@ LIMIT :limit OFFSET :offset;
 
 -- name: units_a_call
 SELECT avg(billable_units) FROM (
-    SELECT billable_units FROM request WHERE billable_units > 0 ORDER BY seq DESC LIMIT 1000
+    SELECT billable_units FROM request WHERE billable_units > 0 AND (:owner IS NULL OR owner = :owner)
+    ORDER BY seq DESC LIMIT 1000
 );

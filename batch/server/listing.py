@@ -144,7 +144,7 @@ class _Platform:
             return missing
         units = 1.0
         if kind is EstimateKind.HISTORICAL:
-            units = await self._history.units_a_call() or _UNITS_OF_NOBODY
+            units = await self._history.units_a_call(_owner(request)) or _UNITS_OF_NOBODY
         total = sum(quantities.values()) * units * self._price_usd
         return platform.estimate_reply(kind, round(total, 9), self._service.new_id())
 

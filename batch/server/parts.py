@@ -55,6 +55,8 @@ class Parts:
         self._held_bytes = sum(part.stat().st_size for part in root.glob("*/*"))
         self.joining = asyncio.Lock()
         """Held while parts become a file: asked twice at once, it is still put together once."""
+        self._naming = asyncio.Lock()
+        """Held while a part takes its place: the others of its file must not change while they are added up."""
 
     async def put(self, name: str, number: int, chunks: AsyncIterator[bytes], announced: int | None) -> str:
         """Write one part down; durable when it returns. Its tag.
@@ -85,7 +87,9 @@ class Parts:
             await asyncio.to_thread(folder.mkdir, exist_ok=True)
             spooled = await spool(chunks, temporary, room)
             tag = spooled.sha256.hex()[:32]
-            used = await asyncio.to_thread(_keep, temporary, folder, f"{number:04}-{tag}", spooled.size_bytes)
+            await asyncio.to_thread(_sync, temporary)
+            async with self._naming:
+                used = await asyncio.to_thread(_keep, temporary, folder, f"{number:04}-{tag}", spooled.size_bytes)
         except ConnectionError:  # the sender's, not the disk's
             raise
         except OSError as error:
@@ -132,8 +136,6 @@ class Parts:
 
 def _keep(temporary: Path, folder: Path, name: str, size: int) -> int:
     """Give a part its name and remove what it replaces; by how many bytes the folder has grown."""
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
     sizes = {part.name: part.stat().st_size for part in folder.iterdir() if _PART.fullmatch(part.name)}
     earlier = {part: sizes[part] for part in sizes if part[:5] == name[:5]}
     grown = size - sum(earlier.values())
@@ -143,6 +145,11 @@ def _keep(temporary: Path, folder: Path, name: str, size: int) -> int:
     for part in earlier.keys() - {name}:
         (folder / part).unlink(missing_ok=True)
     return grown
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _unwritable(place: Path, error: OSError) -> StorageError:

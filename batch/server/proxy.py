@@ -90,13 +90,9 @@ class Crossing:
         self._keyed = keyed
 
     def allow(self, origin: str, answer: web.StreamResponse) -> None:
-        """Tell the browser that the page may read the answer, if it may."""
+        """Tell the browser that its page may ask, and read the answer, if it may."""
         if self._permits(origin) and not answer.prepared:
             answer.headers.update(_CORS)
-
-    async def preflight(self, _: web.Request) -> web.Response:
-        """The browser asks whether it may ask; the guard around every handler puts the answer into the headers."""
-        return web.Response(status=204)
 
     def _permits(self, origin: str) -> bool:
         if self._keyed:

@@ -8,6 +8,7 @@ the bytes. An upload id is the same signature of the path, so that nothing has t
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -116,7 +117,7 @@ class _Files:
     async def put_part(self, request: web.Request) -> web.Response:
         """One part of an announced upload. Python reads the `etag` header, JavaScript the body."""
         path, number = self._announced(request), request.match_info["number"]
-        if not number.isdecimal() or not number.isascii() or not 0 < int(number) <= PARTS:
+        if re.fullmatch("[1-9][0-9]{0,3}", number) is None or int(number) > PARTS:
             raise web.HTTPBadRequest(text=f"A part's number is from 1 to {PARTS}, not {number[:20]}")
         chunks = _chunks(request)
         try:

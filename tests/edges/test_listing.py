@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
 from datetime import UTC, datetime, timedelta
 from random import Random
 
@@ -17,6 +18,7 @@ from batch.fal.protocol import Origins
 from batch.fal.queries import cursor_of
 from batch.server import history as history_module
 from batch.server import listing as listing_module
+from batch.server.keys import Key, Keys
 from tests.edges.serving import INPUT, SUBMIT, ScriptedEngine, call, completed, read, result, serving, submit
 
 LISTING = "/v1/models/requests/by-endpoint"
@@ -197,6 +199,35 @@ def test_the_listing_outlives_the_server(tmp_path):
             await completed(session, request_id)
         async with serving(tmp_path) as session:
             assert ids((await listed(session))[0]) == [request_id]
+
+    run(use())
+
+
+def test_nobody_sees_what_another_key_asked_for_or_paid(tmp_path):
+    """Listing, by id too, billing events and averages are of the caller's own requests."""
+    names = ("alice", "bob")
+    keys = Keys(tuple(Key(name, hashlib.sha256(name.encode()).digest()) for name in names))
+    headers = {name: {"authorization": f"Key {name}:{name}"} for name in names}
+
+    async def use():
+        async with serving(tmp_path, keys=keys, price_usd=0.03) as session:
+            request_id = await submit(session, headers=headers["alice"])
+            while (await call(session, "GET", read(request_id), headers=headers["alice"]))[0] != 200:
+                await asyncio.sleep(0)
+            for query in ({}, {"request_id": request_id}):
+                for name, expected in (("alice", [request_id]), ("bob", [])):
+                    found = await call(session, "GET", LISTING, params=HERE | query, headers=headers[name])
+                    assert ids(found[2]["items"]) == expected
+                    paid = await call(session, "GET", "/v1/models/billing-events", params=query, headers=headers[name])
+                    assert ids(paid[2]["billing_events"]) == expected
+            status, _, body = await call(session, "GET", LISTING, params=HERE)
+            assert (status, body["error"]["type"]) == (401, "authorization_error")
+            estimate = {"estimate_type": "historical_api_price", "endpoints": {APP_ID: {"call_quantity": 1}}}
+            for name, total in (("alice", 0.015), ("bob", 0.03)):
+                path = "/v1/models/pricing/estimate"
+                assert (await call(session, "POST", path, json=estimate, headers=headers[name]))[2][
+                    "total_cost"
+                ] == total
 
     run(use())
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batch.run.pacing import Pauses, PollTimes, TokenBucket, Window
+from batch.run.pacing import Pauses, PollTimes, TokenBucket, Window, queued_share
 
 gaps = st.lists(st.floats(0, 5), min_size=1, max_size=200)
 
@@ -102,55 +102,47 @@ def test_there_is_no_pause_before_the_first():
 
 # --- window -----------------------------------------------------------------------------------------------
 
-happenings = st.lists(st.sampled_from(["enter", "queued", "running", "leave", "429"]), max_size=300)
+happenings = st.lists(st.one_of(st.sampled_from(["enter", "429"]), st.floats(0, 1), st.none()), max_size=300)
 
 
 @given(happenings, st.integers(1, 30), st.integers(0, 30))
 def test_a_window_stays_within_its_bounds(script, start, room):
-    """Whatever happens the size lies between floor and ceiling, moves by one at a leave, and says why."""
+    """Whatever happens the size lies between floor and ceiling, moves by one at most at a leave, and says why."""
     floor, ceiling = max(1, start // 2), start + room
-    window, inside, now = Window(start, floor=floor, ceiling=ceiling), [], 0.0
+    window, inside, now = Window(start, floor=floor, ceiling=ceiling), 0, 0.0
     for what in script:
         now += 0.3
         before, change = window.size, None
-        if what == "enter" and not window.full:
-            window.entered()
-            inside.append(None)
-        elif what in {"queued", "running"} and inside:
-            state = {"queued": "IN_QUEUE", "running": "IN_PROGRESS"}[what]
-            window.seen(inside[0], state)
-            inside[0] = state
-        elif what == "leave" and inside:
-            change = window.left(inside.pop(0))
-            assert abs(window.size - before) <= 1
+        if what == "enter":
+            if not window.full:
+                window.entered()
+                inside += 1
         elif what == "429":
             change = window.throttled(now)
+        elif inside:
+            change = window.left(what)
+            inside -= 1
+            assert abs(window.size - before) <= 1
         assert floor <= window.size <= ceiling
-        assert window.in_flight == len(inside)
+        assert window.in_flight == inside
         assert (change is not None and change.size == window.size and change.reason) or window.size == before
 
 
-def fill(window: Window, state: str | None) -> list[str | None]:
-    entered = []
+def fill(window: Window) -> int:
+    entered = 0
     while not window.full:
         window.entered()
-        if state:
-            window.seen(None, state)
-        entered.append(state)
+        entered += 1
     return entered
 
 
 def test_a_full_window_whose_jobs_run_grows():
     """The service takes all that it is given: it doubles in the time of one job."""
     window = Window(4, ceiling=100)
-    for state in fill(window, "IN_PROGRESS"):
-        change = window.left(state)
-        if change is None:
-            continue
-        assert change.reason.startswith("full")
-        while not window.full:
-            window.entered()
-            window.seen(None, "IN_PROGRESS")
+    for _ in range(fill(window)):
+        change = window.left(0.0)
+        assert change is None or change.reason.startswith("full")
+        fill(window)
     assert window.size == 8
 
 
@@ -158,18 +150,43 @@ def test_a_window_that_is_not_full_does_not_grow():
     """The manifest or the rate is what holds it back, not the window."""
     window = Window(4, ceiling=100)
     window.entered()
-    assert window.left("IN_PROGRESS") is None
+    assert window.left(0.0) is None
     assert window.size == 4
 
 
-def test_a_window_that_mostly_waits_in_the_queue_shrinks():
+def test_a_window_whose_jobs_mostly_queue_shrinks():
     """What the service keeps waiting gains nothing, and would be paid for after a stop."""
     window = Window(10, floor=2, ceiling=100)
-    entered = fill(window, "IN_QUEUE")
-    change = window.left(entered[0])
-    assert change is not None
-    assert change.size == window.size == 9
-    assert "queue" in change.reason
+    changes = []
+    for _ in range(100):
+        fill(window)
+        changes.append(window.left(0.9))
+    assert window.size == 2
+    assert "queued" in next(change.reason for change in changes if change)
+
+
+def test_a_job_of_which_nothing_is_known_moves_nothing():
+    """A resumed job's stay says nothing about the service today."""
+    window = Window(10, floor=2, ceiling=100)
+    fill(window)
+    assert window.left(None) is None
+    assert window.size == 10
+
+
+@pytest.mark.parametrize(
+    ("stay", "inference", "last_queued", "share"),
+    [
+        (10.0, 5.0, None, 1 - 5.25 / 10 - 0.1),  # waited nearly half of its time
+        (5.3, 5.0, 0.1, 0.0),  # noticing it is no queue
+        (0.2, 0.0, None, 0.0),  # an instant service is never queued, however busy this machine is
+        (10.0, None, 8.0, 0.8),  # a service that does not say how long it executed
+        (10.0, None, None, 0.0),
+        (0.0, None, None, 0.0),
+    ],
+)
+def test_the_queued_share_of_a_stay(stay, inference, last_queued, share):
+    """What the service says it executed, and the noticing, is not queueing."""
+    assert queued_share(stay, inference, last_queued) == pytest.approx(share)
 
 
 def test_a_429_cuts_at_most_once_a_second():
@@ -188,8 +205,8 @@ def test_a_429_cuts_at_most_once_a_second():
 def test_a_fixed_window_keeps_its_size():
     """`--max-in-flight 5` is five."""
     window = Window(5)
-    for state in fill(window, "IN_PROGRESS"):
-        assert window.left(state) is None
+    for _ in range(fill(window)):
+        assert window.left(0.0) is None
     assert window.throttled(1.0) is None
     assert window.size == 5
 

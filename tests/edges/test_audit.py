@@ -1,0 +1,500 @@
+"""`restyle audit`: a clean run adds up; each way in which one can fail to is found, named and counted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sqlite3
+import subprocess
+import sys
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from aiohttp import web
+
+from batch.api import audit, audit_sync, run_sync
+from batch.errors import RunDirectoryError, RunLocked
+from batch.fal.platform import Charge, billing_reply, platform_error_reply
+from batch.results.columns import OWN_SCHEMA
+from batch.run.directory import RunDirectory
+from batch.run.journal_file import JournalFile
+
+JOBS = 12
+FAILED_ATTEMPTS = 3
+PRICE = 0.03
+FAULTS = f"""
+[[fault]]
+at = "execute"
+do = "fail"
+status = 503
+retryable = true
+first = {FAILED_ATTEMPTS}
+"""
+
+
+@pytest.fixture
+def anyio_backend():
+    """Aiohttp lives on asyncio."""
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Path:
+    """Twelve jobs, three of which needed a second request; with a price, so that money is counted."""
+    folder = tmp_path_factory.mktemp("audited")
+    rows = [f"https://pictures.example/{n}.jpg,picture {n} as a watercolor" for n in range(JOBS)]
+    (folder / "m.csv").write_text("\n".join(["image_url,prompt", *rows]) + "\n")
+    (folder / "faults.toml").write_text(FAULTS)
+    target = {"engine": "echo", "faults": str(folder / "faults.toml")}
+    summary = run_sync(
+        folder / "m.csv", folder / "run", settings={"target": target, "price": {"usd_per_megapixel": PRICE}}
+    )
+    assert (summary.exit_code, summary.done) == (0, JOBS)
+    return folder / "run"
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    """A copy to do harm to."""
+    return shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("endpoint"))
+
+
+def damage(run: Path, *statements: str) -> None:
+    connection = sqlite3.connect(run / "journal.db", isolation_level=None)
+    for statement in statements:
+        connection.execute(statement)
+    connection.close()
+
+
+def rows_of(run: Path, statement: str) -> list[tuple]:
+    connection = sqlite3.connect(run / "journal.db")
+    found = connection.execute(statement).fetchall()
+    connection.close()
+    return found
+
+
+def found_in(books) -> dict[str, int]:
+    """Mismatches by check."""
+    return {check.name: check.wrong for check in books.checks if check.wrong}
+
+
+def pictures(run: Path) -> list[Path]:
+    return sorted(path for path in (run / "images").rglob("*") if path.is_file())
+
+
+# --- a run that is well -----------------------------------------------------------------------------------
+
+
+def test_a_clean_run_adds_up_with_the_requests_of_earlier_attempts(finished):
+    """Fifteen requests were accepted for twelve jobs: three ended without a result, none is lost from sight."""
+    books = audit_sync(finished)
+    assert books.add_up
+    assert found_in(books) == {}
+    assert books.counts | {"spent_usd": 0.0} == {
+        "jobs": 12, "accepted": 15, "collected": 12, "ended_without_result": 3, "open": 0, "unknown": 0,
+        "spent_usd": 0.0, "reserved_usd": 0.0, "sessions": 1,
+    }  # fmt: skip
+    spent = sum(cost for (cost,) in rows_of(finished, "SELECT cost_usd FROM jobs"))
+    assert books.counts["spent_usd"] == pytest.approx(spent, abs=1e-6)
+    assert spent > 0
+    sums = {check.name: check.sum for check in books.checks}
+    assert sums["submits"] == "15 accepted = 12 collected + 3 ended without a result + 0 open"
+    assert sums["pictures"].startswith("12 files read again")
+    assert sums["results"] == "12 rows of results.parquet"
+    (charges,) = (check for check in books.checks if check.name == "charges")
+    assert (charges.compared, charges.verdict) == (False, "not compared")
+
+
+def test_nothing_of_the_run_is_written(run):
+    """Every file is what it was; SQLite's own helpers apart, nothing new is there."""
+
+    def contents():
+        files = (path for path in run.rglob("*") if path.is_file() and not path.name.endswith(("-shm", "-wal")))
+        return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+    before = contents()
+    audit_sync(run)
+    assert contents() == before
+
+
+def test_a_run_that_works_is_not_audited(run):
+    """Numbers that move add up to nothing: exit code 5, says so."""
+    with RunDirectory(run).locked("now"), pytest.raises(RunLocked, match="audit it when that has ended"):
+        audit_sync(run)
+
+
+def test_a_folder_without_a_run_says_how_to_start_one(tmp_path):
+    """As every companion of `run` does."""
+    with pytest.raises(RunDirectoryError, match="there is no run"):
+        audit_sync(tmp_path)
+
+
+def test_files_that_no_job_refers_to_are_told_and_are_no_error(run):
+    """What a killed run left, or what somebody put there; also names that are no text."""
+    (run / "images" / "ab").mkdir(exist_ok=True)
+    (run / "images" / "ab" / "stray.jpg").write_bytes(b"x")
+    (run / "images" / ".part").mkdir(exist_ok=True)
+    (run / "images" / ".part" / "tmp1").write_bytes(b"x")
+    Path(str(run / "images").encode().decode(), "b\udcffd.jpg").write_bytes(b"x")
+    books = audit_sync(run)
+    assert books.add_up
+    (remark,) = books.remarks
+    assert remark.count == 3
+    assert "images/ab/stray.jpg" in remark.examples
+    assert "images/.part/tmp1" in remark.examples
+    assert "also: 3 files in images/ belong to no finished job" in books.render()
+
+
+def test_jobs_whose_rows_have_left_the_manifest_are_told_and_are_no_error(run):
+    """They stay in the journal, and were paid for."""
+    path = run / "results.parquet"
+    pq.write_table(pq.read_table(path).slice(0, 10), path)
+    books = audit_sync(run)
+    assert books.add_up
+    assert [(remark.count, len(remark.examples)) for remark in books.remarks] == [(2, 2)]
+
+
+# --- what does not add up ---------------------------------------------------------------------------------
+
+ONE = "(SELECT min(id) FROM jobs)"
+TWO = "(SELECT min(id) + 1 FROM jobs)"
+
+
+@pytest.mark.parametrize(
+    ("statements", "found"),
+    [
+        (
+            [f"UPDATE jobs SET state = 'accepted', answer_id = NULL, end_id = NULL, reserved_usd = 0.03 WHERE id = {ONE}"],
+            {"submits": 1, "results": 1},
+        ),
+        ([f"UPDATE jobs SET state = 'unknown', reserved_usd = 0.09 WHERE id = {ONE}"], {"unknown": 1, "submits": 1, "results": 1}),
+        ([f"UPDATE jobs SET state = 'intended' WHERE id = {ONE}"], {"unknown": 1, "submits": 1, "results": 1}),
+        ([f"UPDATE jobs SET request_id = (SELECT request_id FROM jobs WHERE id = {ONE}) WHERE id = {TWO}"], {"submits": 1, "results": 1}),
+        (["UPDATE outcomes SET output = NULL WHERE id = (SELECT min(id) FROM outcomes WHERE happening = 'answer')"], {"answers": 1}),
+        ([f"UPDATE jobs SET end_id = NULL WHERE id = {ONE}"], {"answers": 1, "results": 1}),
+        ([f"UPDATE outcomes SET images = '[]' WHERE id = (SELECT end_id FROM jobs WHERE id = {ONE})"], {"answers": 1, "results": 1}),
+        (["UPDATE sessions SET spent_usd = spent_usd + 0.01"], {"money": 1}),
+        ([f"UPDATE jobs SET cost_usd = 0 WHERE id = {ONE}"], {"money": 2, "results": 1}),
+        ([f"UPDATE jobs SET reserved_usd = 0.03 WHERE id = {ONE}"], {"reservations": 1}),
+        ([f"DELETE FROM jobs WHERE id = {ONE}"], {"results": 1}),
+    ],
+    ids=["open", "unknown", "intended", "shared id", "no answer", "no end", "no picture", "sessions", "cost", "reserved", "stranger"],
+)  # fmt: skip # noqa: E501
+def test_a_journal_that_contradicts_itself_or_the_results_is_found(run, statements, found):
+    """Each row of the table is one fault put into a copy of a good run; the checks that see it, and no others."""
+    damage(run, *statements)
+    books = audit_sync(run)
+    assert not books.add_up
+    seen = found_in(books)
+    seen.pop("money", None) if "money" not in found and statements[0].startswith("DELETE") else None
+    assert seen == found
+
+
+def test_pictures_are_read_again_and_each_fault_has_its_name(run):
+    """One gone, one shorter, one of the same size with another byte; the rest is verified."""
+    gone, shorter, other = pictures(run)[:3]
+    gone.unlink()
+    shorter.write_bytes(shorter.read_bytes()[:-5])
+    data = bytearray(other.read_bytes())
+    data[len(data) // 2] ^= 1
+    other.write_bytes(data)
+    books = audit_sync(run)
+    (check,) = (check for check in books.checks if check.name == "pictures")
+    assert found_in(books) == {"pictures": 3}
+    missing, damaged = check.mismatches
+    assert (missing.count, damaged.count) == (1, 2)
+    assert gone.relative_to(run).as_posix() in missing.examples[0]
+    assert {example.split(" of job ")[0] for example in damaged.examples} == {
+        path.relative_to(run).as_posix() for path in (shorter, other)
+    }
+    assert check.sum.startswith("9 files read again")
+
+
+def test_at_most_ten_examples_are_shown_and_all_are_counted(run):
+    """Twelve pictures gone: twelve in the count, ten in the list, two more said."""
+    shutil.rmtree(run / "images")
+    books = audit_sync(run)
+    (check,) = (check for check in books.checks if check.name == "pictures")
+    assert (check.wrong, len(check.mismatches[0].examples)) == (12, 10)
+    assert "  and 2 more" in books.render()
+
+
+@pytest.mark.parametrize("harm", ["missing", "no parquet", "another table", "behind"])
+def test_results_that_are_not_those_of_the_journal_are_found(run, harm):
+    """`restyle export` is the advice: it is free."""
+    path = run / "results.parquet"
+    match harm:
+        case "missing":
+            path.unlink()
+        case "no parquet":
+            path.write_text("not a table")
+        case "another table":
+            pq.write_table(pa.table({"a": [1]}), path)
+        case _:
+            table = pq.read_table(path)
+            column = table.schema.get_field_index("status")
+            pq.write_table(table.set_column(column, "status", pa.array(["pending"] * JOBS)), path)
+    books = audit_sync(run)
+    assert found_in(books) == {"results": JOBS if harm == "behind" else 1}
+    assert "`restyle export` writes it anew" in books.render()
+
+
+def test_the_command_prints_a_table_or_json_and_exits_with_three(run, finished):
+    """0 where all adds up, 3 where anything does not; the same facts in both forms."""
+
+    def command(*words):
+        return subprocess.run(
+            [sys.executable, "-m", "batch", "audit", *map(str, words)], capture_output=True, text=True, timeout=60
+        )
+
+    good = command(finished)
+    assert (good.returncode, good.stderr) == (0, "")
+    assert good.stdout.splitlines()[0] == f"{finished}, target local"
+    assert "submits       adds up          15 accepted = 12 collected" in good.stdout
+    pictures(run)[0].unlink()
+    bad = command(run, "--json")
+    said = json.loads(bad.stdout)
+    assert (bad.returncode, said["adds_up"], said["counts"]["accepted"]) == (3, False, 15)
+    wrong = {check["name"]: check for check in said["checks"] if check["adds_up"] is False}
+    assert list(wrong) == ["pictures"]
+    assert wrong["pictures"]["mismatches"][0]["count"] == 1
+    assert [check["name"] for check in said["checks"] if check["adds_up"] is None] == ["charges"]
+    text = command(run)
+    assert text.returncode == 3
+    assert "pictures      does not add up" in text.stdout
+
+
+# --- bills ------------------------------------------------------------------------------------------------
+
+
+class Biller:
+    """A platform API that sends these charges, or does something else instead."""
+
+    def __init__(self, charges, *, status=200, body=None, page=10_000, circular=False):
+        self.charges, self.status, self.body, self.page, self.circular = charges, status, body, page, circular
+        self.asked: list[dict[str, str]] = []
+        self.keys: list[str | None] = []
+
+    async def answer(self, request: web.Request) -> web.Response:
+        self.asked.append(dict(request.query))
+        self.keys.append(request.headers.get("authorization"))
+        if self.body is not None or self.status != 200:
+            reply = platform_error_reply(self.status, "authorization_error", "no")
+            return web.Response(status=self.status, body=self.body or reply.body)
+        start = int(request.query.get("cursor", "0"))
+        following = start + self.page
+        more = self.circular or following < len(self.charges)
+        cursor = ("0" if self.circular else str(following)) if more else None
+        return web.Response(body=billing_reply(self.charges[start:following], cursor).body)
+
+
+@asynccontextmanager
+async def billed_by(run: Path, biller: Biller):
+    """The run's target is this biller, as far as its config knows."""
+    app = web.Application()
+    app.router.add_get("/v1/models/billing-events", biller.answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    try:
+        point_to(run, f"http://127.0.0.1:{runner.addresses[0][1]}")
+        yield
+    finally:
+        await runner.cleanup()
+
+
+def point_to(run: Path, target: str) -> None:
+    facts = json.loads((run / "run.json").read_text())
+    facts["config"]["target"]["name"] = target
+    (run / "run.json").write_text(json.dumps(facts))
+
+
+def true_charges(run: Path) -> list[Charge]:
+    """What an honest service bills: the requests that the journal has units for, at its price."""
+    found = rows_of(run, "SELECT request_id, at, billable_units FROM outcomes WHERE billable_units > 0 ORDER BY id")
+    return [Charge(request, "app", at, units, PRICE) for request, at, units in found]
+
+
+async def charges_of(run: Path, biller: Biller):
+    async with billed_by(run, biller):
+        books = await audit(run)
+    (check,) = (check for check in books.checks if check.name == "charges")
+    return books, check
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("page", [10_000, 5])
+async def test_honest_bills_add_up_page_by_page(run, page):
+    """Every charge belongs to a request, none is missing; the window covers the run, the app is named."""
+    biller = Biller(true_charges(run), page=page)
+    books, check = await charges_of(run, biller)
+    assert (books.add_up, check.compared, check.wrong) == (True, True, 0)
+    assert books.counts["charged"] == JOBS
+    assert books.counts["charged_usd"] == pytest.approx(books.counts["spent_usd"], abs=1e-6)
+    assert len(biller.asked) == (1 if page > JOBS else 3)
+    assert biller.asked[0]["endpoint_id"] == "fal-ai/flux/dev/image-to-image"
+    assert biller.asked[0]["start"] < biller.asked[0]["end"]
+    assert biller.keys == [None] * len(biller.asked)
+
+
+@pytest.mark.anyio
+async def test_a_page_that_shifts_shows_a_charge_again_and_that_is_no_second_charge(run):
+    """The same instant, units and request are the same event."""
+    true = true_charges(run)
+    books, check = await charges_of(run, Biller([*true[:6], *true[4:]]))
+    assert books.add_up
+    assert check.sum.startswith("12 requests charged")
+
+
+@pytest.mark.anyio
+async def test_each_kind_of_wrong_bill_is_found(run):
+    """Charged twice; for more than was counted; not at all although the result said so."""
+    first, second, third, *rest = true_charges(run)
+    twice = Charge(first.request_id, first.app, first.at + 60, first.units, PRICE)
+    dear = Charge(second.request_id, second.app, second.at, second.units, PRICE * 2)
+    damage(run, "UPDATE outcomes SET at = at - 7200")
+    books, check = await charges_of(run, Biller([first, twice, dear, *rest]))
+    assert {mismatch.what[:22]: mismatch.count for mismatch in check.mismatches} == {
+        "requests were charged ": 1,
+        "requests were charged m": 1,
+        "results say that they ": 1,
+    } or [mismatch.count for mismatch in check.mismatches] == [1, 1, 1]
+    assert first.request_id in check.mismatches[0].examples[0]
+    assert second.request_id in check.mismatches[1].examples[0]
+    assert third.request_id in check.mismatches[2].examples[0]
+    assert found_in(books) == {"charges": 3}
+
+
+@pytest.mark.anyio
+async def test_a_bill_that_is_not_there_yet_is_no_mismatch_within_the_hour(run):
+    """Bills may lag; the sums are shown."""
+    books, check = await charges_of(run, Biller(true_charges(run)[:5]))
+    assert books.add_up
+    assert check.sum.startswith("5 requests charged")
+
+
+@pytest.mark.anyio
+async def test_less_than_was_counted_is_a_discount(run):
+    """The budget was kept all the same."""
+    cheap = [Charge(one.request_id, one.app, one.at, one.units, PRICE / 2) for one in true_charges(run)]
+    books, _ = await charges_of(run, Biller(cheap))
+    assert books.add_up
+    assert books.counts["charged_usd"] < books.counts["spent_usd"]
+
+
+@pytest.mark.anyio
+async def test_charges_of_other_runs_are_told_and_are_no_error(run):
+    """The account is one, its runs are many; an unknown submit may hide among them."""
+    others = [Charge(f"other-{n}", "app", 1.0, 1.0, PRICE) for n in range(3)]
+    books, _ = await charges_of(run, Biller([*true_charges(run), *others]))
+    assert books.add_up
+    (remark,) = books.remarks
+    assert remark.count == 3
+    assert "$0.09" in remark.text
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("biller", "why"),
+    [
+        (Biller([], status=401), "not allowed for this key (HTTP 401)"),
+        (Biller([], status=403), "not allowed for this key (HTTP 403)"),
+        (Biller([], status=404), "sends no billing events (HTTP 404)"),
+        (Biller([], status=503), "could not be read (HTTP 503)"),
+        (Biller([], body=b"<html>"), "could not be read (not JSON"),
+        (Biller([], body=b'{"billing_events": [{"request_id": "a"}], "has_more": false}'), "lacks its time"),
+        (Biller([], circular=True), "round in circles"),
+    ],
+    ids=["401", "403", "404", "503", "html", "no cost", "circles"],
+)
+async def test_bills_that_cannot_be_had_are_not_compared_and_no_error(run, biller, why):
+    """The rest is audited; the sentence says what was in the way."""
+    books, check = await charges_of(run, biller)
+    assert (books.add_up, check.compared) == (True, False)
+    assert why in check.sum
+    assert "charged" not in books.counts
+
+
+@pytest.mark.anyio
+async def test_a_target_that_is_away_is_not_compared(run):
+    """The port is closed: connect error, no exception."""
+    point_to(run, "http://127.0.0.1:1")
+    books = await audit(run)
+    assert books.add_up
+    assert "could not be read (connect" in books.checks[-1].sum
+
+
+@pytest.mark.anyio
+async def test_fal_without_a_key_is_not_compared(run):
+    """Nothing is sent; how to change that is said."""
+    point_to(run, "fal")
+    books = await audit(run)
+    assert books.checks[-1].sum == "FAL_KEY is not set; export FAL_KEY=key_id:key_secret"
+
+
+@pytest.mark.anyio
+async def test_the_key_goes_to_the_target(run, monkeypatch):
+    """Bills are the account's: the key says whose."""
+    monkeypatch.setenv("FAL_KEY", "id:secret")
+    biller = Biller(true_charges(run))
+    await charges_of(run, biller)
+    assert biller.keys == ["Key id:secret"]
+
+
+# --- size -------------------------------------------------------------------------------------------------
+
+PEAK = """
+import resource, sys
+from batch.api import audit_sync
+books = audit_sync(sys.argv[1])
+assert books.add_up, books.render()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def large(finished: Path, folder: Path, jobs: int) -> Path:
+    """A run of so many done jobs without downloads, written without the runner."""
+    folder.mkdir()
+    shutil.copy(finished / "run.json", folder)
+    JournalFile.open(folder / "journal.db", now=1.0, version="test").close(now=2.0)
+    image = '[["https://files.example/x.jpg", 8, 8, "image/jpeg", null, null, null, null]]'
+    count = f"WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {jobs})"
+    damage(
+        folder,
+        f"INSERT INTO jobs {count} SELECT i, printf('%032x', i), 'done', 1, 1, 1.0, 1.0, printf('r-%030x', i), NULL,"
+        " NULL, NULL, 0.0, 0.03, NULL, i * 2 - 1, i * 2 FROM n",
+        f"INSERT INTO outcomes (id, job_id, happening, session, attempt, at, request_id, output, billable_units, cost_usd)"
+        f" {count} SELECT i * 2 - 1, i, 'answer', 1, 1, 1.0, printf('r-%030x', i), '{{\"images\": [1]}}', 1.0, 0.03 FROM n",
+        f"INSERT INTO outcomes (id, job_id, happening, session, attempt, at, request_id, images)"
+        f" {count} SELECT i * 2, i, 'finish', 1, 1, 1.0, printf('r-%030x', i), '{image}' FROM n",
+        f"UPDATE sessions SET spent_usd = {jobs} * 0.03",
+    )
+    empty = {name: pa.nulls(jobs, OWN_SCHEMA.field(name).type) for name in OWN_SCHEMA.names}
+    picture = {name: None for name in ("url", "width", "height", "content_type", "file_name", "file_size", "path", "sha256")}
+    told = empty | {
+        "job_key": pa.array([f"{n:032x}" for n in range(1, jobs + 1)]),
+        "request_id": pa.array([f"r-{n:030x}" for n in range(1, jobs + 1)]),
+        "status": pa.array(["done"] * jobs),
+        "cost_usd": pa.array([0.03] * jobs),
+        "images": pa.array([[picture]] * jobs, OWN_SCHEMA.field("images").type),
+    }
+    pq.write_table(pa.table(told, schema=OWN_SCHEMA), folder / "results.parquet", row_group_size=10_000)
+    return folder
+
+
+def test_memory_does_not_grow_with_the_number_of_jobs(finished, tmp_path):
+    """Thirty times the jobs, the same memory: what has to be remembered lies on disk."""
+
+    def peak(jobs):
+        directory = large(finished, tmp_path / f"run{jobs}", jobs)
+        ended = subprocess.run([sys.executable, "-c", PEAK, str(directory)], capture_output=True, text=True, timeout=100)
+        assert ended.returncode == 0, ended.stderr
+        return int(ended.stdout)
+
+    small = peak(2_000)
+    assert peak(60_000) < small + 60

@@ -1,0 +1,211 @@
+"""The proxy route that JavaScript's client can be told to use, and calls across origins."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from batch.server.keys import Key, Keys
+from batch.server.proxy import PATH, TARGET, own_path
+from tests.edges.serving import INPUT, SUBMIT, ScriptedEngine, call, completed, read, serving
+
+KEY = {"authorization": "Key tester:secret"}
+PAGE = "https://studio.example"
+
+
+def run(coroutine):
+    return asyncio.run(coroutine)
+
+
+def keys():
+    """Of one caller."""
+    import hashlib
+
+    return Keys((Key("tester", hashlib.sha256(b"secret").digest()),))
+
+
+async def proxied(session, method, target, **options):
+    headers = {TARGET: target, **options.pop("headers", {})}
+    return await call(session, method, PATH, headers=headers, **options)
+
+
+def test_a_request_goes_its_whole_way_through_the_proxy(tmp_path):
+    """Submit, status with its query, result, cancel, upload, direct run: as if asked directly."""
+
+    async def use():
+        queue, rest = "https://queue.fal.run", "https://rest.fal.ai"
+        async with serving(tmp_path) as session:
+            status, headers, ticket = await proxied(session, "POST", queue + SUBMIT, json=INPUT)
+            assert (status, headers["x-fal-request-id"]) == (200, ticket["request_id"])
+            assert ticket["status_url"].startswith(str(session._base_url))
+            await completed(session, ticket["request_id"])
+            path = read(ticket["request_id"])
+            status, _, said = await proxied(session, "GET", f"{queue}{path}/status?logs=1")
+            assert (status, [line["message"] for line in said["logs"]]) == (200, ["step 1 of 2", "step 2 of 2"])
+            status, _, direct = await call(session, "GET", path)
+            assert (await proxied(session, "GET", queue + path))[::2] == (status, direct) == (200, direct)
+            status, _, said = await proxied(session, "PUT", f"{queue}{path}/cancel")
+            assert (status, said) == (400, {"status": "ALREADY_COMPLETED"})
+            status, _, said = await proxied(session, "POST", f"https://fal.run{SUBMIT}", json=INPUT)
+            assert (status, said["prompt"]) == (200, "a cat")
+            status, _, said = await proxied(
+                session, "POST", f"{rest}/storage/upload/initiate?storage_type=fal-cdn-v3", json={}
+            )
+            assert (status, set(said)) == (200, {"upload_url", "file_url"})
+
+    run(use())
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        None,
+        "",
+        "https://example.com/fal-ai/flux",
+        "http://queue.fal.run/fal-ai/flux",
+        "https://queue.fal.run.example.com/",
+        "https://queue.fal.run:8443/",
+        "https://queue.fal.run@example.com/",
+        "https://user@queue.fal.run/",
+        "//queue.fal.run/",
+        "file:///etc/passwd",
+        "http://169.254.169.254/latest/meta-data",
+        "https://[::1",
+        "https://queue.fal.run:x/",
+        "queue.fal.run",
+        "\xff",
+    ],
+)
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_any_other_target_is_refused(tmp_path, target, method):
+    """400 that says so; nothing is ever asked elsewhere."""
+
+    async def use():
+        async with serving(tmp_path) as session:
+            status, _, said = await call(session, method, PATH, headers={} if target is None else {TARGET: target})
+            assert (status, TARGET in said["detail"]) == (400, True)
+
+    run(use())
+
+
+@pytest.mark.parametrize(
+    ("target", "path"),
+    [
+        ("https://queue.fal.run/a/b/c?x=1&y=%20", "/a/b/c?x=1&y=%20"),
+        ("https://fal.run/a/b", "/run/a/b"),
+        ("https://falrun.com/a/b", "/run/a/b"),
+        ("https://api.fal.ai/v1/meta", "/v1/meta"),
+        ("https://queue.fal.run", "/"),
+        ("https://QUEUE.fal.run/A", "/A"),
+        ("https://v3.fal.media/files/a%2Fb%20c", "/files/a%2Fb%20c"),
+    ],
+)
+def test_fal_s_hosts_have_their_place_on_this_server(target, path):
+    """The direct-run host below /run, all others at the root; what is encoded stays so."""
+    found = own_path(target)
+    assert found is not None
+    assert found.raw_path_qs == path
+
+
+def test_the_proxy_asked_for_the_proxy_ends(tmp_path):
+    """No loop; an unknown path is not found, a wrong method not allowed."""
+
+    async def use():
+        async with serving(tmp_path) as session:
+            assert (await proxied(session, "POST", f"https://queue.fal.run{PATH}"))[0] == 400
+            assert (await proxied(session, "GET", "https://queue.fal.run/nowhere"))[0] == 404
+            assert (await proxied(session, "DELETE", f"https://queue.fal.run{SUBMIT}"))[0] == 405
+
+    run(use())
+
+
+def test_the_proxy_asks_for_a_key_where_the_server_does(tmp_path):
+    """401 without one; with it requests are their owner's."""
+
+    async def use():
+        async with serving(tmp_path, keys=keys()) as session:
+            target = "https://queue.fal.run" + SUBMIT
+            assert (await proxied(session, "POST", target, json=INPUT))[0] == 401
+            status, _, ticket = await proxied(session, "POST", target, json=INPUT, headers=KEY)
+            assert status == 200
+            assert (await call(session, "GET", read(ticket["request_id"], "/status"), headers=KEY))[0] in {200, 202}
+
+    run(use())
+
+
+def test_the_stream_comes_through_the_proxy(tmp_path):
+    """Server-sent events, as they happen."""
+
+    async def use():
+        engine = ScriptedEngine()
+        async with serving(tmp_path, engine) as session:
+            _, _, ticket = await call(session, "POST", SUBMIT, json={**INPUT, "prompt": "hold"})
+            target = f"https://queue.fal.run{read(ticket['request_id'], '/status/stream')}"
+            async with session.get(PATH, headers={TARGET: target}) as response:
+                assert response.content_type == "text/event-stream"
+                assert b"IN_PROGRESS" in await response.content.readuntil(b"\n\n")
+                engine.go.set()
+                assert b"COMPLETED" in await response.content.read()
+
+    run(use())
+
+
+# --- across origins ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", [SUBMIT, PATH, "/files/upload", "/storage/upload/initiate", "/health", "/v1/meta"])
+def test_a_browser_may_ask_a_server_with_keys_from_any_page(tmp_path, path):
+    """The preflight needs no key and names the headers that the client sends; the answer can be read."""
+
+    async def use():
+        asked = {"origin": PAGE, "access-control-request-method": "POST"}
+        async with serving(tmp_path, keys=keys()) as session:
+            async with session.options(path, headers=asked) as response:
+                assert (response.status, response.headers["access-control-allow-origin"]) == (204, "*")
+                allowed = response.headers["access-control-allow-headers"].lower().split(", ")
+                assert {"authorization", "content-type", "x-fal-queue-priority", "x-fal-target-url"} <= set(allowed)
+                assert "PUT" in response.headers["access-control-allow-methods"]
+            status, headers, _ = await call(session, "POST", SUBMIT, json=INPUT, headers={"origin": PAGE, **KEY})
+            assert (status, headers["access-control-allow-origin"]) == (200, "*")
+            assert "access-control-expose-headers" in headers
+            status, headers, _ = await call(session, "POST", SUBMIT, json=INPUT, headers={"origin": PAGE})
+            assert (status, headers["access-control-allow-origin"]) == (401, "*")
+
+    run(use())
+
+
+@pytest.mark.parametrize(
+    ("origin", "allowed"),
+    [
+        ("http://localhost:3000", True),
+        ("http://127.0.0.1:8787", True),
+        (PAGE, False),
+        ("null", False),
+        ("http://[", False),
+    ],
+)
+def test_without_keys_only_pages_of_this_machine_may_read(tmp_path, origin, allowed):
+    """Else any page that the user looks at could."""
+
+    async def use():
+        async with serving(tmp_path) as session:
+            async with session.options(SUBMIT, headers={"origin": origin}) as response:
+                assert ("access-control-allow-origin" in response.headers) is allowed
+            _, headers, _ = await call(session, "GET", "/health", headers={"origin": origin})
+            assert ("access-control-allow-origin" in headers) is allowed
+
+    run(use())
+
+
+def test_the_status_stream_can_be_read_by_a_page(tmp_path):
+    """Its headers are gone before its handler returns."""
+
+    async def use():
+        async with serving(tmp_path, keys=keys()) as session:
+            _, _, ticket = await call(session, "POST", SUBMIT, json=INPUT, headers=KEY)
+            path = read(ticket["request_id"], "/status/stream")
+            async with session.get(path, headers={"origin": PAGE, **KEY}) as response:
+                assert response.headers["access-control-allow-origin"] == "*"
+
+    run(use())
