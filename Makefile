@@ -41,6 +41,7 @@ bench: $(VENV)/.installed-test ## Measure; writes docs/benchmarks.md
 
 soak: $(VENV)/.installed-test ## Kill and break it for hours; goes on where it stopped (docs/faults.md)
 	@$(BIN)/python -m tests.faults.soak
+	@SOAK_EXAMPLES=20000 $(BIN)/python -m pytest -q tests/runner/test_model.py
 
 clean: ## Remove what the targets above made
 	rm -rf $(VENV) out .mypy_cache .ruff_cache .pytest_cache .hypothesis

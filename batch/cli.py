@@ -139,9 +139,9 @@ def run(
     from batch.run.observe import Tally
 
     flags = _flags(
-        target=target, engine=engine, service_time=service_time, slots=slots, faults=faults, max_in_flight=max_in_flight,
-        rate=rate, budget=budget, deadline=deadline, max_failures=max_failures, limit=limit,
-        download=download, on_bad_row=on_bad_row,
+        target=target, engine=engine, service_time=service_time, slots=slots, faults=faults,
+        max_in_flight=max_in_flight, rate=rate, budget=budget, deadline=deadline, max_failures=max_failures,
+        limit=limit, download=download, on_bad_row=on_bad_row,
     )  # fmt: skip
     tally = Tally()
     observer, close = _display_for(tally, quiet=quiet, log_format=log_format)
@@ -461,10 +461,12 @@ def _conclude(summary: Any, *, quiet: bool, log_format: str) -> None:
         _print(f"failed with: {commonest}")
     if summary.stopped:
         _print(f"stopped early ({summary.stopped}): {summary.reason}; the same command goes on")
-    elif summary.unknown:
+    if summary.unknown:
+        open_too = " (with what is open)" if summary.pending else ""
+        cost = f", ${summary.reserved_usd:,.2f} at most{open_too}" if summary.reserved_usd else ""
         _print(
-            f"{summary.unknown:,} submits have no known outcome and were not repeated: each may have been paid for;"
-            " the next run settles what it can"
+            f"{summary.unknown:,} submits have no known outcome and were not repeated: each may have been paid for{cost};"
+            f" `restyle reconcile {summary.results.parent}` or the next run settles what it can"
         )
     _print(f"results   {summary.results}")
     if summary.images is not None:

@@ -9,7 +9,8 @@ import platform
 import signal
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -22,7 +23,7 @@ import anyio.to_thread
 import orjson
 
 from batch.config import Settings, parse_duration
-from batch.errors import ConfigError, ExitCode, RestyleError, StoppedEarly
+from batch.errors import ConfigError, ExitCode, RestyleError, StoppedEarly, StorageError
 from batch.manifest.keys import content_hash
 from batch.manifest.pictures import Pictures
 from batch.manifest.plan import Planner
@@ -142,8 +143,9 @@ async def run_session(request: Request) -> Summary:
     settings, directory = request.settings, RunDirectory(request.out)
     terms, began, started_at = terms_of(settings), time.monotonic(), _timestamp()
     manifest = await _in_thread(partial(Manifest.open, request.manifest, settings.limits.rows))
+    await _in_thread(partial(open_planner, manifest, settings, None))  # a wrong column leaves no folder behind
     directory.prepare()
-    with directory.locked(started_at):
+    with directory.locked(started_at), _noted(directory, started_at):
         directory.check_config(settings, accept=request.new_config)
         async with open_journal(directory.journal, version=tool_version()) as journal:
             planner = await _in_thread(partial(open_planner, manifest, settings, journal.file))
@@ -159,6 +161,19 @@ async def run_session(request: Request) -> Summary:
     summary = _summary(request, directory, report, totals, before, after, began, started_at)
     directory.write_summary(summary.to_json())
     return summary
+
+
+@contextmanager
+def _noted(directory: RunDirectory, started_at: str) -> Iterator[None]:
+    """Let `summary.json` say so too where the run was stopped by a disk: its reader must not see an older end."""
+    try:
+        yield
+    except StorageError as error:
+        code = error.exit_code
+        facts: JsonObject = {"exit_code": int(code), "status": code.name.lower(), "stopped": "storage"}
+        with suppress(StorageError):
+            directory.write_summary({**facts, "reason": str(error), "started_at": started_at, "ended_at": _timestamp()})
+        raise
 
 
 def open_planner(manifest: Manifest, settings: Settings, file: JournalFile | None) -> Planner:

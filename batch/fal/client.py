@@ -272,7 +272,7 @@ class _Proxies:
 
     def of(self, url: str) -> str | None:
         """The proxy for a URL, with its credentials if it has any; this machine itself is reached directly."""
-        origin = url[: url.find("/", len("https://"))]
+        origin = "/".join(url.split("/", 3)[:3])
         if origin not in self._known:
             scheme, host, _ = protocol.origin_of(url)
             direct = _is_loopback(host) or proxy_bypass(host)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple
@@ -19,7 +19,7 @@ import anyio.abc
 import orjson
 
 from batch.errors import StorageError
-from batch.model import Answer, Attempt, Failed, Job, JobKey, QueueState, StoredImage, Ticket, TicketStatus
+from batch.model import Answer, Attempt, Job, JobKey, QueueState, StoredImage, Ticket, TicketStatus
 from batch.run.course import Course, Held, JobFailed, TurnedBack
 from batch.run.gate import Gate, Stop, Stopping
 from batch.run.lifecycle import OPEN, State
@@ -36,25 +36,18 @@ from batch.run.ports import (
     Known,
     Lost,
     Observer,
-    PictureError,
     Refused,
     Retried,
     Service,
     Trouble,
-    Uploaded,
 )
 from batch.run.reconcile import Reconciler
 from batch.run.retention import Retention
 from batch.run.retry import Action, Verdict, backoff, failure_of, judge, kind_of, pause_after, reading
+from batch.run.transfer import Transfers
 
 __all__ = ["Policy", "Report", "Runner"]
 
-_UPLOAD_VALID = 3 * 86400.0
-"""Seconds for which an uploaded source picture is used again; fal promises its files for seven days."""
-_DOWNLOAD_TRIES = 16
-_DOWNLOAD_PAUSE = 2.0
-"""Seconds, the longest between two of them."""
-_DOWNLOADS_AT_ONCE = 16
 _JUDGE_FAILURES_FROM = 20
 """A percentage of failures means nothing among fewer ended jobs."""
 _REASONS_SHOWN = 3
@@ -116,15 +109,23 @@ class Runner:
         targets that do not honour idempotency keys.
         """
         self._reconciler = reconciler
-        self._service, self._journal, self._images, self._observer = service, journal, images, observer
+        self._service, self._journal, self._observer = service, journal, observer
         self._gate, self._policy, self._now, self._rng = gate, policy, now, rng
         self._polls = PollTimes()
         self._underway: set[JobKey] = set()
         self._handled: set[JobKey] = set()
-        self._uploads: dict[str, anyio.Event] = {}
-        self._downloads = anyio.Semaphore(_DOWNLOADS_AT_ONCE)
-        self._late_downloads = anyio.Semaphore(_DOWNLOADS_AT_ONCE)
         self._retention = Retention(for_good=policy.keeps_results)
+        self._transfers = Transfers(
+            service=service,
+            journal=journal,
+            images=images,
+            target=policy.target,
+            retention=self._retention,
+            now=now,
+            rng=rng,
+            notice=self._unanswered,
+            warn=self._warn,
+        )
         self._reads = 0
         self._refused_since: float | None = None
         self._patience = max(policy.drain, 3 * PollTimes.LONGEST)
@@ -195,8 +196,8 @@ class Runner:
     async def _while_reads_succeed(self) -> None:
         """A refused account may still be shown its results, or not."""
         seen = -1
-        while self._reads != seen:
-            seen = self._reads
+        while (answered := self._reads + self._transfers.fetched) != seen:
+            seen = answered
             await anyio.sleep(self._patience)
 
     async def _doubt_what_was_cut_off(self) -> None:
@@ -369,36 +370,8 @@ class Runner:
         """The bytes to submit: the job's input, with the uploaded URL where its picture is local."""
         job = course.job
         assert job is not None, "a job from the journal brings its body"
-        url = job.input["image_url"] if job.image is None else await self._uploaded(job)
+        url = job.input["image_url"] if job.image is None else await self._transfers.uploaded(job)
         return orjson.dumps({**job.input, "image_url": url}, option=orjson.OPT_SORT_KEYS)
-
-    async def _uploaded(self, job: Job) -> str:
-        """The picture's URL at the target; uploaded once, however many jobs wait for it."""
-        image = job.image
-        assert image is not None, "only a local picture is uploaded"
-        name = f"{self._policy.target} {image.sha256}"
-        while (other := self._uploads.get(image.sha256)) is not None:
-            await other.wait()
-        ready = self._uploads[image.sha256] = anyio.Event()
-        try:
-            known = await self._journal.uploaded(name, self._now() - _UPLOAD_VALID)
-            if known is not None:
-                return known
-            picture = await self._images.load(image)
-            url = await reading(
-                lambda: self._service.upload(picture.data, picture.content_type, image.name),
-                self._rng,
-                notice=self._unanswered,
-            )
-            await self._journal.record(Uploaded(name, self._now(), url))
-        except PictureError as error:
-            raise JobFailed(Failed(error.type, str(error))) from error
-        except CallFailed as error:
-            raise JobFailed(failure_of(error.trouble, judge(error.trouble))) from error
-        finally:
-            del self._uploads[image.sha256]
-            ready.set()
-        return url
 
     async def _answered(self, course: Course, ticket: Ticket) -> Answer:
         """Wait for the request to end and fetch its output; durable when this returns."""
@@ -478,42 +451,11 @@ class Runner:
             if not self._policy.download:
                 images.append(said)
                 continue
-            images.append(await self._stored(said))
+            images.append(await self._transfers.stored(said))
         seconds = anyio.current_time() - started if self._policy.download else None
         await self._journal.record(Finished(course.key, self._now(), tuple(images), seconds))
         self._done += 1
         self._observer.happened("done", job=course.key, attempt=course.attempt, images=[i.path for i in images])
-
-    async def _stored(self, said: StoredImage) -> StoredImage:
-        """Download, verify by decoding, store. A damaged file is fetched again: transfers break.
-
-        What failed once leaves the line: it holds up none of the others, and does not queue behind them again.
-        """
-        with suppress(CallFailed, PictureError):
-            return await self._fetched(said, self._downloads)
-        tries, since = 1, self._now()
-
-        def notice(verdict: Verdict) -> None:
-            self._unanswered(verdict)
-            self._warn(self._retention.undownloaded(since, self._now()))
-
-        while True:
-            await anyio.sleep(backoff(tries, self._rng, cap=_DOWNLOAD_PAUSE))
-            tries += 1
-            try:
-                return await reading(lambda: self._fetched(said, self._late_downloads), self._rng, notice=notice)
-            except CallFailed as error:
-                verdict = judge(error.trouble)
-                raise JobFailed(Failed("result_file_gone", f"{said.url[:200]}: {verdict.reason}")) from error
-            except PictureError as error:
-                if tries >= _DOWNLOAD_TRIES:
-                    raise JobFailed(Failed("result_file_damaged", f"{said.url[:200]}: {error}")) from error
-
-    async def _fetched(self, said: StoredImage, line: anyio.Semaphore) -> StoredImage:
-        async with line:
-            data = await self._service.download(said.url)
-            self._reads += 1
-            return _joined(said, await self._images.store(data))
 
     # --- the ends ----------------------------------------------------------------------------------------
 
@@ -578,20 +520,6 @@ def _words(errors: BaseExceptionGroup[StorageError]) -> str:
     while isinstance(first, BaseExceptionGroup):
         first = first.exceptions[0]
     return str(first)
-
-
-def _joined(said: StoredImage, kept: StoredImage) -> StoredImage:
-    """What the endpoint said of a picture, and what its bytes proved."""
-    return StoredImage(
-        url=said.url,
-        width=kept.width,
-        height=kept.height,
-        content_type=said.content_type or kept.content_type,
-        file_name=said.file_name,
-        file_size=kept.file_size,
-        path=kept.path,
-        sha256=kept.sha256,
-    )
 
 
 def _images_of(answer: Answer) -> list[StoredImage]:

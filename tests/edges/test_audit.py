@@ -19,7 +19,7 @@ from aiohttp import web
 from batch.api import audit, audit_sync, run_sync
 from batch.errors import RunDirectoryError, RunLocked
 from batch.fal.platform import Charge, billing_reply, platform_error_reply
-from batch.results.columns import OWN_SCHEMA
+from batch.results.columns import IMAGE, OWN_SCHEMA
 from batch.run.directory import RunDirectory
 from batch.run.journal_file import JournalFile
 
@@ -160,38 +160,41 @@ def test_jobs_whose_rows_have_left_the_manifest_are_told_and_are_no_error(run):
 
 # --- what does not add up ---------------------------------------------------------------------------------
 
-ONE = "(SELECT min(id) FROM jobs)"
-TWO = "(SELECT min(id) + 1 FROM jobs)"
+ONE = "WHERE id = (SELECT min(id) FROM jobs)"
+TWO = "WHERE id = (SELECT min(id) + 1 FROM jobs)"
+OPEN = "SET state = 'accepted', answer_id = NULL, end_id = NULL, reserved_usd = 0.03"
+FIRST_ANSWER = "WHERE id = (SELECT min(id) FROM outcomes WHERE happening = 'answer')"
+
+CONTRADICTIONS = {
+    "open": (f"UPDATE jobs {OPEN} {ONE}", {"submits": 1, "results": 1}),
+    "unknown": (f"UPDATE jobs SET state = 'unknown' {ONE}", {"unknown": 1, "submits": 1, "results": 1}),
+    "intended": (f"UPDATE jobs SET state = 'intended' {ONE}", {"unknown": 1, "submits": 1, "results": 1}),
+    "shared request": (
+        f"UPDATE jobs SET request_id = (SELECT request_id FROM jobs {ONE}) {TWO}",
+        {"submits": 1, "results": 1},
+    ),
+    "no answer": (f"UPDATE outcomes SET output = NULL {FIRST_ANSWER}", {"answers": 1}),
+    "no end": (f"UPDATE jobs SET end_id = NULL {ONE}", {"answers": 1, "results": 1}),
+    "no picture": (
+        f"UPDATE outcomes SET images = CAST('[]' AS BLOB) WHERE id = (SELECT end_id FROM jobs {ONE})",
+        {"answers": 1, "results": 1},
+    ),
+    "sessions": ("UPDATE sessions SET spent_usd = spent_usd + 0.01", {"money": 1}),
+    "free": (f"UPDATE jobs SET cost_usd = 0 {ONE}", {"money": 2, "results": 1}),
+    "reserved": (f"UPDATE jobs SET reserved_usd = 0.03 {ONE}", {"reservations": 1}),
+    "stranger": (f"DELETE FROM jobs {ONE}", {"money": 1, "results": 1}),
+}
+"""A statement that harms a good journal, and the checks that see it."""
 
 
-@pytest.mark.parametrize(
-    ("statements", "found"),
-    [
-        (
-            [f"UPDATE jobs SET state = 'accepted', answer_id = NULL, end_id = NULL, reserved_usd = 0.03 WHERE id = {ONE}"],
-            {"submits": 1, "results": 1},
-        ),
-        ([f"UPDATE jobs SET state = 'unknown', reserved_usd = 0.09 WHERE id = {ONE}"], {"unknown": 1, "submits": 1, "results": 1}),
-        ([f"UPDATE jobs SET state = 'intended' WHERE id = {ONE}"], {"unknown": 1, "submits": 1, "results": 1}),
-        ([f"UPDATE jobs SET request_id = (SELECT request_id FROM jobs WHERE id = {ONE}) WHERE id = {TWO}"], {"submits": 1, "results": 1}),
-        (["UPDATE outcomes SET output = NULL WHERE id = (SELECT min(id) FROM outcomes WHERE happening = 'answer')"], {"answers": 1}),
-        ([f"UPDATE jobs SET end_id = NULL WHERE id = {ONE}"], {"answers": 1, "results": 1}),
-        ([f"UPDATE outcomes SET images = '[]' WHERE id = (SELECT end_id FROM jobs WHERE id = {ONE})"], {"answers": 1, "results": 1}),
-        (["UPDATE sessions SET spent_usd = spent_usd + 0.01"], {"money": 1}),
-        ([f"UPDATE jobs SET cost_usd = 0 WHERE id = {ONE}"], {"money": 2, "results": 1}),
-        ([f"UPDATE jobs SET reserved_usd = 0.03 WHERE id = {ONE}"], {"reservations": 1}),
-        ([f"DELETE FROM jobs WHERE id = {ONE}"], {"results": 1}),
-    ],
-    ids=["open", "unknown", "intended", "shared id", "no answer", "no end", "no picture", "sessions", "cost", "reserved", "stranger"],
-)  # fmt: skip # noqa: E501
-def test_a_journal_that_contradicts_itself_or_the_results_is_found(run, statements, found):
-    """Each row of the table is one fault put into a copy of a good run; the checks that see it, and no others."""
-    damage(run, *statements)
+@pytest.mark.parametrize("harm", CONTRADICTIONS)
+def test_a_journal_that_contradicts_itself_or_the_results_is_found(run, harm):
+    """Each harm is seen by the checks that are there for it, and by no others."""
+    statement, found = CONTRADICTIONS[harm]
+    damage(run, statement)
     books = audit_sync(run)
     assert not books.add_up
-    seen = found_in(books)
-    seen.pop("money", None) if "money" not in found and statements[0].startswith("DELETE") else None
-    assert seen == found
+    assert found_in(books) == found
 
 
 def test_pictures_are_read_again_and_each_fault_has_its_name(run):
@@ -359,11 +362,7 @@ async def test_each_kind_of_wrong_bill_is_found(run):
     dear = Charge(second.request_id, second.app, second.at, second.units, PRICE * 2)
     damage(run, "UPDATE outcomes SET at = at - 7200")
     books, check = await charges_of(run, Biller([first, twice, dear, *rest]))
-    assert {mismatch.what[:22]: mismatch.count for mismatch in check.mismatches} == {
-        "requests were charged ": 1,
-        "requests were charged m": 1,
-        "results say that they ": 1,
-    } or [mismatch.count for mismatch in check.mismatches] == [1, 1, 1]
+    assert [mismatch.count for mismatch in check.mismatches] == [1, 1, 1]
     assert first.request_id in check.mismatches[0].examples[0]
     assert second.request_id in check.mismatches[1].examples[0]
     assert third.request_id in check.mismatches[2].examples[0]
@@ -463,19 +462,20 @@ def large(finished: Path, folder: Path, jobs: int) -> Path:
     shutil.copy(finished / "run.json", folder)
     JournalFile.open(folder / "journal.db", now=1.0, version="test").close(now=2.0)
     image = '[["https://files.example/x.jpg", 8, 8, "image/jpeg", null, null, null, null]]'
-    count = f"WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {jobs})"
+    numbers = f"WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {jobs})"
+    one, request = "job_id, session, attempt, at, request_id", "printf('r-%030x', i)"
     damage(
         folder,
-        f"INSERT INTO jobs {count} SELECT i, printf('%032x', i), 'done', 1, 1, 1.0, 1.0, printf('r-%030x', i), NULL,"
-        " NULL, NULL, 0.0, 0.03, NULL, i * 2 - 1, i * 2 FROM n",
-        f"INSERT INTO outcomes (id, job_id, happening, session, attempt, at, request_id, output, billable_units, cost_usd)"
-        f" {count} SELECT i * 2 - 1, i, 'answer', 1, 1, 1.0, printf('r-%030x', i), '{{\"images\": [1]}}', 1.0, 0.03 FROM n",
-        f"INSERT INTO outcomes (id, job_id, happening, session, attempt, at, request_id, images)"
-        f" {count} SELECT i * 2, i, 'finish', 1, 1, 1.0, printf('r-%030x', i), '{image}' FROM n",
+        "INSERT INTO jobs (id, key, state, session, attempt, request_id, reserved_usd, cost_usd, answer_id, end_id)"
+        f" {numbers} SELECT i, printf('%032x', i), 'done', 1, 1, {request}, 0.0, 0.03, i * 2 - 1, i * 2 FROM n",
+        f"INSERT INTO outcomes (id, happening, {one}, output, billable_units, cost_usd) {numbers}"
+        f" SELECT i * 2 - 1, 'answer', i, 1, 1, 1.0, {request}, CAST('{{\"images\": [1]}}' AS BLOB), 1.0, 0.03 FROM n",
+        f"INSERT INTO outcomes (id, happening, {one}, images) {numbers}"
+        f" SELECT i * 2, 'finish', i, 1, 1, 1.0, {request}, CAST('{image}' AS BLOB) FROM n",
         f"UPDATE sessions SET spent_usd = {jobs} * 0.03",
     )
     empty = {name: pa.nulls(jobs, OWN_SCHEMA.field(name).type) for name in OWN_SCHEMA.names}
-    picture = {name: None for name in ("url", "width", "height", "content_type", "file_name", "file_size", "path", "sha256")}
+    picture = dict.fromkeys(field.name for field in IMAGE)
     told = empty | {
         "job_key": pa.array([f"{n:032x}" for n in range(1, jobs + 1)]),
         "request_id": pa.array([f"r-{n:030x}" for n in range(1, jobs + 1)]),
@@ -492,7 +492,8 @@ def test_memory_does_not_grow_with_the_number_of_jobs(finished, tmp_path):
 
     def peak(jobs):
         directory = large(finished, tmp_path / f"run{jobs}", jobs)
-        ended = subprocess.run([sys.executable, "-c", PEAK, str(directory)], capture_output=True, text=True, timeout=100)
+        words = [sys.executable, "-c", PEAK, str(directory)]
+        ended = subprocess.run(words, capture_output=True, text=True, timeout=100)
         assert ended.returncode == 0, ended.stderr
         return int(ended.stdout)
 

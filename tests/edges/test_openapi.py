@@ -28,7 +28,7 @@ from batch.server.openapi import document
 from tests.edges.serving import SUBMIT, call, result, serving
 
 SOAK = bool(os.environ.get("RESTYLE_SOAK"))
-CASES_EACH = 120 if SOAK else 15
+CASES_EACH = 120 if SOAK else 8
 DOCUMENT = document()
 SCHEMA = schemathesis.openapi.from_dict(DOCUMENT)
 CHECKS = [

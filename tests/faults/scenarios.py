@@ -24,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from batch import api
 from tests.acceptance.command import REPOSITORY, Ended, environment, finish
 from tests.faults.evidence import Evidence, examine, what_matters
 
@@ -32,6 +33,9 @@ ROUNDS = 15
 COMMAND_SECONDS = 110.0
 _LOCAL = 8
 """Rows with a picture on this disk, in the scenario that uploads; the last of them is cut off."""
+
+_PRICE_USD = 0.025
+"""Of a megapixel; nobody pays it, but it is what the audit adds up."""
 
 _PLAIN = """
 [[fault]]
@@ -163,7 +167,7 @@ class Rig:
         self._folder.mkdir(parents=True, exist_ok=True)
         manifest, config, faults = (self._folder / name for name in ("manifest.csv", "config.toml", "faults.toml"))
         faults.write_text(self.scenario.faults)
-        config.write_text(self.scenario.config)
+        config.write_text(f"{self.scenario.config}[price]\nusd_per_megapixel = {_PRICE_USD}\n")
         _write_manifest(manifest, self.jobs, local=_LOCAL if self.scenario.local else 0)
         self._arguments = ["run", str(manifest), "-o", str(self.run), "-c", str(config), "--quiet"]
         if not self.scenario.served:
@@ -224,6 +228,8 @@ class Rig:
         assert found.unknown == 0, found
         assert found.rows == self.jobs, found
         assert found.done == self.jobs - self.scenario.fails, found
+        books = api.audit_sync(self.run)
+        assert books.add_up, books.render()
         if not self.scenario.fails:
             assert found.accepted == found.succeeded == self.jobs, found
         return found
@@ -249,7 +255,7 @@ def serving(data: Path, faults: Path) -> Iterator[str]:
     with (
         data.with_name(f"{data.name}.log").open("w") as log,
         subprocess.Popen(
-            [*command, "--faults", str(faults)],
+            [*command, "--faults", str(faults), "--price", str(_PRICE_USD)],
             env=environment(),
             cwd=REPOSITORY,
             stdin=subprocess.PIPE,

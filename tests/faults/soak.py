@@ -172,7 +172,7 @@ def soak(trials: list[Trial], folder: Path, at_once: int) -> bool:
     passed = set(notes.read_text().splitlines()) if notes.exists() else set()
     todo = [trial for trial in trials if trial.name not in passed]
     began, failures = time.monotonic(), list[str]()
-    with ProcessPoolExecutor(at_once, mp_context=get_context("spawn"), max_tasks_per_child=20) as pool:
+    with ProcessPoolExecutor(at_once, mp_context=get_context("spawn")) as pool:
         running = {
             pool.submit(attempt, trial, folder / "runs" / str(number)): trial for number, trial in enumerate(todo)
         }

@@ -18,7 +18,7 @@ HOUR, DAY = 3600.0, 86400.0
 
 @pytest.mark.parametrize(("size", "seconds"), [(0, 3600.0), (9_999, 3600.0), (10_000, 360.0), (10**7, 360.0)])
 def test_a_result_is_certain_to_be_kept_for_an_hour_a_large_one_for_six_minutes(size, seconds):
-    """fal's floors by size; files have a clock of seven days."""
+    """The floors of fal by size; files have a clock of seven days."""
     assert result_seconds(size) == seconds
     assert (RESULT_SECONDS, LARGE_RESULT_SECONDS, LARGE_RESULT_BYTES, FILE_SECONDS) == (3600, 360, 10_000, 7 * DAY)
 

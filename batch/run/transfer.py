@@ -1,0 +1,127 @@
+"""Pictures on the move: sources up to the target once each, results down, verified, stored.
+
+Repeats what may be repeated (it costs bandwidth only), on anyio's clock, through the `Service` and `Images`
+Protocols. Knows nothing of queues, money or states; a picture that cannot be had is a `JobFailed`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from random import Random
+
+import anyio
+
+from batch.model import Failed, Job, StoredImage
+from batch.run.course import JobFailed
+from batch.run.ports import CallFailed, Images, Journal, PictureError, Service, Uploaded
+from batch.run.retention import Retention
+from batch.run.retry import Verdict, backoff, failure_of, judge, reading
+
+__all__ = ["Transfers"]
+
+_UPLOAD_VALID = 3 * 86400.0
+"""Seconds for which an uploaded source picture is used again; fal promises its files for seven days."""
+_DOWNLOAD_TRIES = 16
+_DOWNLOAD_PAUSE = 2.0
+"""Seconds, the longest between two of them."""
+_DOWNLOADS_AT_ONCE = 16
+
+
+class Transfers:
+    """The pictures of one run."""
+
+    def __init__(
+        self,
+        *,
+        service: Service,
+        journal: Journal,
+        images: Images,
+        target: str,
+        retention: Retention,
+        now: Callable[[], float],
+        rng: Random,
+        notice: Callable[[Verdict], None],
+        warn: Callable[[str | None], None],
+    ) -> None:
+        """`notice` is told of faults that are read again, `warn` of files that may expire first."""
+        self._service, self._journal, self._images, self._target = service, journal, images, target
+        self._retention, self._now, self._rng, self._notice, self._warn = retention, now, rng, notice, warn
+        self._uploads: dict[str, anyio.Event] = {}
+        self._downloads = anyio.Semaphore(_DOWNLOADS_AT_ONCE)
+        self._late_downloads = anyio.Semaphore(_DOWNLOADS_AT_ONCE)
+        self.fetched = 0
+        """Files that arrived."""
+
+    async def uploaded(self, job: Job) -> str:
+        """The picture's URL at the target; uploaded once, however many jobs wait for it."""
+        image = job.image
+        assert image is not None, "only a local picture is uploaded"
+        name = f"{self._target} {image.sha256}"
+        while (other := self._uploads.get(image.sha256)) is not None:
+            await other.wait()
+        ready = self._uploads[image.sha256] = anyio.Event()
+        try:
+            known = await self._journal.uploaded(name, self._now() - _UPLOAD_VALID)
+            if known is not None:
+                return known
+            picture = await self._images.load(image)
+            url = await reading(
+                lambda: self._service.upload(picture.data, picture.content_type, image.name),
+                self._rng,
+                notice=self._notice,
+            )
+            await self._journal.record(Uploaded(name, self._now(), url))
+        except PictureError as error:
+            raise JobFailed(Failed(error.type, str(error))) from error
+        except CallFailed as error:
+            raise JobFailed(failure_of(error.trouble, judge(error.trouble))) from error
+        finally:
+            del self._uploads[image.sha256]
+            ready.set()
+        return url
+
+    async def stored(self, said: StoredImage) -> StoredImage:
+        """Download, verify by decoding, store. A damaged file is fetched again: transfers break.
+
+        What failed once leaves the line: it holds up none of the others, and does not queue behind them again.
+        """
+        with suppress(CallFailed, PictureError):
+            return await self._fetched(said, self._downloads)
+        tries, since = 1, self._now()
+
+        def notice(verdict: Verdict) -> None:
+            self._notice(verdict)
+            self._warn(self._retention.undownloaded(since, self._now()))
+
+        while True:
+            await anyio.sleep(backoff(tries, self._rng, cap=_DOWNLOAD_PAUSE))
+            tries += 1
+            try:
+                return await reading(lambda: self._fetched(said, self._late_downloads), self._rng, notice=notice)
+            except CallFailed as error:
+                verdict = judge(error.trouble)
+                raise JobFailed(Failed("result_file_gone", f"{said.url[:200]}: {verdict.reason}")) from error
+            except PictureError as error:
+                if tries >= _DOWNLOAD_TRIES:
+                    raise JobFailed(Failed("result_file_damaged", f"{said.url[:200]}: {error}")) from error
+
+    async def _fetched(self, said: StoredImage, line: anyio.Semaphore) -> StoredImage:
+        async with line:
+            data = await self._service.download(said.url)
+            self.fetched += 1
+            return _joined(said, await self._images.store(data))
+
+
+def _joined(said: StoredImage, kept: StoredImage) -> StoredImage:
+    """What the endpoint said of a picture, and what its bytes proved."""
+    return StoredImage(
+        url=said.url,
+        width=kept.width,
+        height=kept.height,
+        content_type=said.content_type or kept.content_type,
+        file_name=said.file_name,
+        file_size=kept.file_size,
+        path=kept.path,
+        sha256=kept.sha256,
+    )
