@@ -323,7 +323,7 @@ def _results(directory: RunDirectory, file: JournalFile, scratch: Scratch) -> Ch
     behind = Mismatch("rows differ from the journal", advice)
     rows = 0
     try:
-        with pq.ParquetFile(directory.results) as table:
+        with pq.ParquetFile(directory.results, pre_buffer=False) as table:
             for batch in table.iter_batches(_PAGE, columns=_COLUMNS):
                 rows += len(batch)
                 _compare(batch.to_pylist(), file, scratch, strangers, behind)

@@ -15,9 +15,10 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import anyio
 import orjson
-from cyclopts import App, CycloptsError, Group, Parameter
+from cyclopts import App, CycloptsError, Parameter
 
 from batch.errors import ExitCode, RestyleError
+from batch.flags import DISPLAY, JOBS, JobFlags
 from batch.version import tool_version
 
 __all__ = ["app", "main"]
@@ -34,22 +35,12 @@ app = App(
     " resumable, 5 another run holds the lock, 6 the account was refused.",
 )
 
-_jobs = Group("What to do", sort_key=1)
-_limits = Group("Limits", sort_key=2)
-_display = Group("Display", sort_key=3)
-
 Manifest = Annotated[str, Parameter(help="CSV, TSV, JSONL or Parquet file, or a folder or glob of Parquet files")]
-Config = Annotated[Path | None, Parameter(["--config", "-c"], help="TOML file; examples in configs/", group=_jobs)]
-Target = Annotated[str | None, Parameter(help="local (default, costs nothing), fal, or a URL", group=_jobs)]
-InFlight = Annotated[str | None, Parameter(help="jobs at once: auto (default) or a number", group=_limits)]
-Rows = Annotated[int | None, Parameter(help="only the first N rows of the manifest", group=_limits)]
-OnBadRow = Annotated[
-    Literal["fail", "skip"] | None,
-    Parameter(help="what a row that cannot work becomes: a failed row (default) or a skipped one", group=_jobs),
-]
+Config = Annotated[Path | None, Parameter(["--config", "-c"], help="TOML file; examples in configs/", group=JOBS)]
+_NO_FLAGS = JobFlags()
 RunDir = Annotated[Path, Parameter(help="the folder that `restyle run -o` named")]
-Quiet = Annotated[bool, Parameter(["--quiet", "-q"], negative="", help="one line at the end", group=_display)]
-Json = Annotated[bool, Parameter(negative="", help="as JSON", group=_display)]
+Quiet = Annotated[bool, Parameter(["--quiet", "-q"], negative="", help="one line at the end", group=DISPLAY)]
+Json = Annotated[bool, Parameter(negative="", help="as JSON", group=DISPLAY)]
 
 
 @app.command
@@ -58,15 +49,12 @@ def plan(
     /,
     *,
     out: Annotated[
-        Path | None, Parameter(["--out", "-o"], help="run directory: count what is done there", group=_jobs)
+        Path | None, Parameter(["--out", "-o"], help="run directory: count what is done there", group=JOBS)
     ] = None,
     config: Config = None,
-    target: Target = None,
-    max_in_flight: InFlight = None,
-    limit: Rows = None,
-    on_bad_row: OnBadRow = None,
+    jobs: JobFlags = _NO_FLAGS,
     live_price: Annotated[
-        bool, Parameter(negative="", help="ask the target for its present price; else nothing is sent", group=_jobs)
+        bool, Parameter(negative="", help="ask the target for its present price; else nothing is sent", group=JOBS)
     ] = False,
     json: Json = False,
 ) -> int:
@@ -74,7 +62,7 @@ def plan(
     from batch import api
     from batch.manifest.survey import render_problems
 
-    flags = _flags(target=target, max_in_flight=max_in_flight, limit=limit, on_bad_row=on_bad_row)
+    flags = jobs.settings()
     found = _run(lambda: api.plan(manifest, out, config=config, settings=flags, live_price=live_price))
     if json:
         price = found.terms.price
@@ -101,54 +89,28 @@ def run(
     manifest: Manifest,
     /,
     *,
-    out: Annotated[Path, Parameter(["--out", "-o"], help="run directory; the same one goes on", group=_jobs)],
+    out: Annotated[Path, Parameter(["--out", "-o"], help="run directory; the same one goes on", group=JOBS)],
     config: Config = None,
-    target: Target = None,
-    engine: Annotated[
-        Literal["preview", "echo"] | None, Parameter(help="of the embedded endpoint", group=_jobs)
-    ] = None,
-    service_time: Annotated[
-        str | None, Parameter(help="of the embedded echo engine, for rehearsals: 2s", group=_jobs)
-    ] = None,
-    slots: Annotated[int | None, Parameter(help="what the embedded endpoint does at once", group=_jobs)] = None,
-    faults: Annotated[
-        str | None, Parameter(help="rehearse failures: a faults file for the embedded endpoint", group=_jobs)
-    ] = None,
-    max_in_flight: InFlight = None,
-    rate: Annotated[str | None, Parameter(help="submits a second, for instance 5/s", group=_limits)] = None,
-    budget: Annotated[float | None, Parameter(help="US dollars that may be spent in all", group=_limits)] = None,
-    deadline: Annotated[str | None, Parameter(help="stop in time to be over after so long: 50m", group=_limits)] = None,
-    max_failures: Annotated[
-        str | None, Parameter(help="stop when more fail: a number or a percentage", group=_limits)
-    ] = None,
-    limit: Rows = None,
-    retry_failed: Annotated[bool, Parameter(negative="", help="take failed rows up again", group=_jobs)] = False,
+    jobs: JobFlags = _NO_FLAGS,
+    retry_failed: Annotated[bool, Parameter(negative="", help="take failed rows up again", group=JOBS)] = False,
     new_config: Annotated[
-        bool, Parameter(negative="", help="go on although the configuration has changed", group=_jobs)
+        bool, Parameter(negative="", help="go on although the configuration has changed", group=JOBS)
     ] = False,
-    download: Annotated[bool | None, Parameter(help="keep the result pictures (default: yes)", group=_jobs)] = None,
-    on_bad_row: OnBadRow = None,
-    yes: Annotated[bool, Parameter(["--yes", "-y"], negative="", help="agree to the cost", group=_jobs)] = False,
-    quiet: Annotated[
-        bool, Parameter(["--quiet", "-q"], negative="", help="one line at the end", group=_display)
-    ] = False,
-    log_format: Annotated[Literal["text", "json"], Parameter(help="of progress lines", group=_display)] = "text",
+    yes: Annotated[bool, Parameter(["--yes", "-y"], negative="", help="agree to the cost", group=JOBS)] = False,
+    quiet: Quiet = False,
+    log_format: Annotated[Literal["text", "json"], Parameter(help="of progress lines", group=DISPLAY)] = "text",
 ) -> int:
     """Do it, or go on with it: the same command again never pays twice."""
-    from batch import api
+    from batch import api, screen
     from batch.run.observe import Tally
 
-    flags = _flags(
-        target=target, engine=engine, service_time=service_time, slots=slots, faults=faults,
-        max_in_flight=max_in_flight, rate=rate, budget=budget, deadline=deadline, max_failures=max_failures,
-        limit=limit, download=download, on_bad_row=on_bad_row,
-    )  # fmt: skip
+    flags = jobs.settings()
     tally = Tally()
-    observer, close = _display_for(tally, quiet=quiet, log_format=log_format)
+    observer, close = screen.display_for(tally, quiet=quiet, log_format=log_format)
 
     def confirm(found: api.Plan) -> bool:
-        _announce(found, str(manifest), quiet=quiet, log_format=log_format)
-        return _confirmed(found, yes=yes, budget=_budget(found))
+        screen.announce(found, str(manifest), quiet=quiet, log_format=log_format)
+        return screen.confirmed(found, yes=yes, budget=_budget(found))
 
     def _budget(found: api.Plan) -> float | None:
         from batch.config import load_settings
@@ -172,14 +134,14 @@ def run(
         )
     finally:
         close()
-    _conclude(summary, quiet=quiet, log_format=log_format)
+    screen.conclude(summary, quiet=quiet, log_format=log_format)
     return summary.exit_code
 
 
 @app.command
 def status(run_dir: RunDir, /, *, json: Json = False) -> int:
     """Show counts by state, spend, rate and the oldest open request of a run."""
-    from batch import api
+    from batch import api, screen
 
     found = _run(lambda: api.status(run_dir))
     facts = found.to_json()
@@ -197,7 +159,7 @@ def status(run_dir: RunDir, /, *, json: Json = False) -> int:
     if found.done_per_minute is not None:
         _print(f"{'rate':<12}{found.done_per_minute:>12,.1f} jobs a minute")
     if counts.oldest_open_at is not None:
-        _print(f"{'oldest open':<12}{_age(counts.oldest_open_at):>12}")
+        _print(f"{'oldest open':<12}{screen.age(counts.oldest_open_at):>12}")
     return ExitCode.COMPLETE
 
 
@@ -293,15 +255,13 @@ def reconcile(
     /,
     *,
     manifest: Annotated[str | None, Parameter(help="where the manifest is now, if it has moved")] = None,
-    quiet: Annotated[
-        bool, Parameter(["--quiet", "-q"], negative="", help="one line at the end", group=_display)
-    ] = False,
+    quiet: Quiet = False,
 ) -> int:
     """Settle submits whose outcome is unknown and collect what is open; submits nothing."""
-    from batch import api
+    from batch import api, screen
 
     summary = _run(lambda: api.reconcile(run_dir, manifest=manifest, signals=True))
-    _conclude(summary, quiet=quiet, log_format="text")
+    screen.conclude(summary, quiet=quiet, log_format="text")
     return summary.exit_code
 
 
@@ -364,113 +324,6 @@ def _first_of(error: Exception) -> str:
 
 
 _COMMANDS = frozenset({"plan", "run", "status", "export", "audit", "reconcile", "cancel", "serve"})
-_PLACES = {
-    "target": ("target", "name"),
-    "engine": ("target", "engine"),
-    "service_time": ("target", "service_time"),
-    "slots": ("target", "slots"),
-    "faults": ("target", "faults"),
-    "max_in_flight": ("limits", "max_in_flight"),
-    "rate": ("limits", "submits_per_second"),
-    "budget": ("limits", "budget_usd"),
-    "deadline": ("limits", "deadline"),
-    "max_failures": ("limits", "max_failures"),
-    "limit": ("limits", "rows"),
-    "download": ("output", "download"),
-    "on_bad_row": ("manifest", "on_bad_row"),
-}
-"""Where each flag stands in the configuration."""
-
-
-def _flags(**given: Any) -> dict[str, dict[str, Any]]:
-    nested: dict[str, dict[str, Any]] = {}
-    for name, value in given.items():
-        if value is not None:
-            section, key = _PLACES[name]
-            plain = value.removesuffix("/s") if name == "rate" else value
-            nested.setdefault(section, {})[key] = plain
-    return nested
-
-
-def _display_for(tally: Any, *, quiet: bool, log_format: str) -> tuple[Any, Callable[[], None]]:
-    from batch.run.observe import PlainLines, ProgressBar
-    from batch.run.ports import Observer
-
-    if log_format == "json":
-        return PlainLines(tally, sys.stderr, as_json=True), lambda: None
-    if quiet:
-        return Observer(), lambda: None
-    if sys.stderr.isatty():
-        bar = ProgressBar(tally, sys.stderr)
-        return bar, bar.close
-    return PlainLines(tally, sys.stderr), lambda: None
-
-
-def _announce(found: Any, manifest: str, *, quiet: bool, log_format: str) -> None:
-    """Say what is about to happen: to a person on standard output, to a machine as the first of its log lines."""
-    from batch.manifest.survey import render_problems
-
-    survey = found.survey
-    if log_format == "json":
-        line = {"action": "plan", "message": found.terms.headline, "target": found.terms.name, **survey.to_json()}
-        print(orjson.dumps(line).decode(), file=sys.stderr, flush=True)
-    elif not quiet:
-        _print(found.terms.headline, flush=True)
-        _print(survey.render() if found.terms.paid else _short(survey), flush=True)
-        if survey.problem_count:
-            _print(render_problems(manifest, survey.problems, survey.problem_count), flush=True)
-
-
-def _confirmed(found: Any, *, yes: bool, budget: float | None) -> bool:
-    """Ask where it costs money and nobody agreed yet."""
-    from batch.errors import ConfigError
-
-    survey = found.survey
-    if not found.terms.paid or yes or not survey.to_do or budget is not None:
-        return True
-    cost = f"about ${survey.dollars:,.2f} for {survey.to_do:,} jobs"
-    if not sys.stdin.isatty():
-        raise ConfigError(f"this run would cost {cost}; say --yes, or set --budget USD")
-    return input(f"This costs {cost}. Go on? [y/N] ").strip().lower() in {"y", "yes"}
-
-
-def _short(survey: Any) -> str:
-    parts = [f"{survey.rows:,} rows", f"{survey.to_do:,} jobs to do"]
-    parts += [f"{survey.done:,} done before"] if survey.done else []
-    parts += [f"{survey.duplicates:,} duplicates"] if survey.duplicates else []
-    parts += [f"{survey.cells:,} cells a row"] if survey.cells > 1 else []
-    return ", ".join(parts)
-
-
-def _conclude(summary: Any, *, quiet: bool, log_format: str) -> None:
-    facts = summary.to_json()
-    if log_format == "json":
-        _print(orjson.dumps(facts).decode())
-        return
-    counts = ", ".join(
-        f"{facts[name]:,} {name}" for name in ("done", "failed", "unknown", "pending", "skipped") if facts[name]
-    )
-    money = f", ${summary.spent_usd:,.2f} spent" if summary.spent_usd else ""
-    held = f" (reserved for unknown and open requests: ${summary.reserved_usd:,.2f})" if summary.reserved_usd else ""
-    if quiet:
-        _print(f"{facts['status']}: {counts or '0 rows'}{money}{held} in {summary.seconds:.1f} s -> {summary.results}")
-        return
-    _print(f"{counts or '0 rows'}{money}{held} in {summary.seconds:.1f} s")
-    if summary.errors:
-        commonest = ", ".join(f"{count:,} {name}" for name, count in list(summary.errors.items())[:5])
-        _print(f"failed with: {commonest}")
-    if summary.stopped:
-        _print(f"stopped early ({summary.stopped}): {summary.reason}; the same command goes on")
-    if summary.unknown:
-        open_too = " (with what is open)" if summary.pending else ""
-        cost = f", ${summary.reserved_usd:,.2f} at most{open_too}" if summary.reserved_usd else ""
-        _print(
-            f"{summary.unknown:,} submits have no known outcome and were not repeated: each may have been paid for{cost};"
-            f" `restyle reconcile {summary.results.parent}` or the next run settles what it can"
-        )
-    _print(f"results   {summary.results}")
-    if summary.images is not None:
-        _print(f"pictures  {summary.images}")
 
 
 def _new_key(path: Path | None, name: str) -> int:
@@ -484,13 +337,6 @@ def _new_key(path: Path | None, name: str) -> int:
     _print(add_key(path, name, secrets.token_urlsafe(32)))
     print(f"kept as a hash in {path}; give the key to {name} as FAL_KEY, it cannot be shown again", file=sys.stderr)
     return ExitCode.COMPLETE
-
-
-def _age(at: float) -> str:
-    import time
-
-    seconds = max(0.0, time.time() - at)
-    return f"{seconds / 3600:.1f} h ago" if seconds >= 3600 else f"{seconds:.0f} s ago"
 
 
 def _command(arguments: list[str] | None) -> str:

@@ -19,7 +19,7 @@ from batch.errors import StorageError
 
 __all__ = ["Scratch", "Seen"]
 
-_CACHE_KIB = 16_000
+_CACHE_KIB = 8_000
 
 
 class Seen(NamedTuple):

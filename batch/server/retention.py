@@ -34,7 +34,6 @@ FILES_SECONDS = 3600.0
 """Between two walks over all files."""
 STEP = 200
 """Rows or small files in one step: a few milliseconds, in which nothing else is written."""
-_TURNS = 256
 _PAUSE_SECONDS = 0.05
 """Between two steps, so that callers notice nothing."""
 
@@ -85,12 +84,20 @@ class Sweeper:
         """
         await self._storage.remove_abandoned_parts(now - ABANDONED_SECONDS)
         before, count = now - self._seconds - FILE_MARGIN_SECONDS, 0
-        for turn in range(_TURNS):
-            while paths := await self._storage.old(before, turn, STEP):
-                used = await self._store.sources(paths)
-                await self._storage.renew(sorted(used), before + LOOK_AGAIN_SECONDS)
-                count += await self._storage.remove([path for path in paths if path not in used], before)
-                await asyncio.sleep(_PAUSE_SECONDS)
+        while paths := await self._storage.old_small(before, STEP):
+            count += await self._remove(paths, before)
+        for shelf in await self._storage.shelves():
+            count += await self._remove(await self._storage.old_large(shelf, before), before)
+        return count
+
+    async def _remove(self, paths: list[str], before: float) -> int:
+        """Those of them that no request uses; the others are looked at again in a day."""
+        if not paths:
+            return 0
+        used = await self._store.sources(paths)
+        await self._storage.renew(sorted(used), before + LOOK_AGAIN_SECONDS)
+        count = await self._storage.remove([path for path in paths if path not in used], before)
+        await asyncio.sleep(_PAUSE_SECONDS)
         return count
 
     async def run(self, clock: Callable[[], float]) -> None:

@@ -187,17 +187,18 @@ class Storage:
 
     # --- what goes ----------------------------------------------------------------------------------------
 
-    async def old(self, before: float, turn: int, limit: int) -> list[str]:
-        """Paths of some files that were last saved before an instant.
+    async def old_small(self, before: float, limit: int) -> list[str]:
+        """Paths of small files that were last saved before an instant (Unix seconds), the oldest first."""
+        return await self._small.old(before, limit)
 
-        Args:
-            before: Unix seconds.
-            turn: from 0 to 255; one in 256 of the large files is looked at each time, the small ones all.
-            limit: small files at most.
-        """
-        folder = self._files / f"{turn:02x}"
-        large = await asyncio.to_thread(_saved_before, folder, before)
-        return [f"/files/{folder.name}/{name}" for name in large] + await self._small.old(before, limit)
+    async def shelves(self) -> list[str]:
+        """The large files lie on at most 256 shelves, which are looked at one by one."""
+        return await asyncio.to_thread(lambda: sorted(folder.name for folder in self._files.iterdir()))
+
+    async def old_large(self, shelf: str, before: float) -> list[str]:
+        """Paths of the files on a shelf that were last saved before an instant (Unix seconds)."""
+        names = await asyncio.to_thread(_saved_before, self._files / shelf, before)
+        return [f"/files/{shelf}/{name}" for name in names]
 
     async def remove(self, paths: Sequence[str], before: float) -> int:
         """Remove those files that were not saved again since an instant; how many went."""

@@ -36,10 +36,13 @@ import anyio
 from batch.run.lifecycle import TABLE
 from batch.server.faults import Moment
 from tests.acceptance.command import REPOSITORY, environment, write_manifest
+from tests.faults import scenarios
 from tests.faults.evidence import examine
 from tests.faults.matrix import Case, carry_out, kinds, together
 from tests.faults.scenarios import SCENARIOS, Kill, Undisturbed, moments, survive, survive_at, undisturbed
 
+COMMAND_SECONDS = 600.0
+"""Far above what a command takes, on a machine that has other things to do."""
 BULK_JOBS = 100_000
 BULK_SHARE = 0.01
 PARTS = ("crash", "random", "faults", "bulk")
@@ -150,6 +153,7 @@ def _bulk(jobs: int, folder: Path) -> str:
 def attempt(trial: Trial, folder: Path) -> tuple[bool, str, float]:
     """In a process of its own; whether it held, in words, and the seconds it took."""
     logging.disable(logging.CRITICAL)
+    scenarios.COMMAND_SECONDS = COMMAND_SECONDS
     began = time.monotonic()
     shutil.rmtree(folder, ignore_errors=True)
     try:

@@ -116,11 +116,11 @@ def test_the_endpoint_defaults_that_the_settings_table_repeats_are_true():
 
 def test_every_flag_beside_a_key_sets_that_key():
     """The flag column of the settings table agrees with the command line."""
-    from batch.cli import _PLACES
+    from batch.flags import PLACES
 
     rows = table(PAGES["configuration.md"], "Keys")
     said = {flag: key for key, row in rows.items() for flag in re.findall(r"`(--[a-z-]+)`", row[2])}
-    true = {f"--{name.replace('_', '-')}": ".".join(place) for name, place in _PLACES.items()}
+    true = {f"--{name.replace('_', '-')}": ".".join(place) for name, place in PLACES.items()}
     assert said == true | {"--no-download": "output.download"}
 
 

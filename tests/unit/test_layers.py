@@ -36,8 +36,10 @@ TABLE: dict[str, tuple[str, int]] = {
     "batch.audit": (ASSEMBLY, 6),
     "batch.session": (ASSEMBLY, 7),
     "batch.api": (ASSEMBLY, 8),
-    "batch.cli": (ASSEMBLY, 9),
-    "batch.__main__": (ASSEMBLY, 10),
+    "batch.flags": ("edge: command line", 0),
+    "batch.screen": (ASSEMBLY, 9),
+    "batch.cli": (ASSEMBLY, 10),
+    "batch.__main__": (ASSEMBLY, 11),
     # what is asked for
     "batch.manifest": (PURE, 0),
     "batch.manifest.keys": (PURE, 1),

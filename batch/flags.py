@@ -1,0 +1,76 @@
+"""The flags that stand for settings, the same for `plan` and `run`. Knows the command line, no more.
+
+A flag that is not given is None, so that the environment and the config file may speak.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal
+
+from cyclopts import Group, Parameter
+
+__all__ = ["DISPLAY", "JOBS", "LIMITS", "PLACES", "JobFlags"]
+
+JOBS = Group("What to do", sort_key=1)
+LIMITS = Group("Limits", sort_key=2)
+DISPLAY = Group("Display", sort_key=3)
+
+PLACES = {
+    "target": ("target", "name"),
+    "engine": ("target", "engine"),
+    "service_time": ("target", "service_time"),
+    "slots": ("target", "slots"),
+    "faults": ("target", "faults"),
+    "max_in_flight": ("limits", "max_in_flight"),
+    "rate": ("limits", "submits_per_second"),
+    "budget": ("limits", "budget_usd"),
+    "deadline": ("limits", "deadline"),
+    "max_failures": ("limits", "max_failures"),
+    "limit": ("limits", "rows"),
+    "download": ("output", "download"),
+    "on_bad_row": ("manifest", "on_bad_row"),
+}
+"""Section and key of each flag in the configuration."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, slots=True)
+class JobFlags:
+    """What is to be done, and how much of it at once."""
+
+    target: Annotated[str | None, Parameter(help="local (default, costs nothing), fal, or a URL", group=JOBS)] = None
+    engine: Annotated[Literal["preview", "echo"] | None, Parameter(help="of the embedded endpoint", group=JOBS)] = None
+    service_time: Annotated[
+        str | None, Parameter(help="of the embedded echo engine, for rehearsals: 2s", group=JOBS)
+    ] = None
+    slots: Annotated[int | None, Parameter(help="what the embedded endpoint does at once", group=JOBS)] = None
+    faults: Annotated[
+        str | None, Parameter(help="rehearse failures: a faults file for the embedded endpoint", group=JOBS)
+    ] = None
+    max_in_flight: Annotated[str | None, Parameter(help="jobs at once: auto (default) or a number", group=LIMITS)] = (
+        None
+    )
+    rate: Annotated[str | None, Parameter(help="submits a second, for instance 5/s", group=LIMITS)] = None
+    budget: Annotated[float | None, Parameter(help="US dollars that may be spent in all", group=LIMITS)] = None
+    deadline: Annotated[str | None, Parameter(help="stop in time to be over after so long: 50m", group=LIMITS)] = None
+    max_failures: Annotated[
+        str | None, Parameter(help="stop when more fail: a number or a percentage", group=LIMITS)
+    ] = None
+    limit: Annotated[int | None, Parameter(help="only the first N rows of the manifest", group=LIMITS)] = None
+    download: Annotated[bool | None, Parameter(help="keep the result pictures (default: yes)", group=JOBS)] = None
+    on_bad_row: Annotated[
+        Literal["fail", "skip"] | None,
+        Parameter(help="what a row that cannot work becomes: a failed row (default) or a skipped one", group=JOBS),
+    ] = None
+
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """The flags that were given, nested like the config file."""
+        nested: dict[str, dict[str, Any]] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None:
+                section, key = PLACES[field.name]
+                plain = value.removesuffix("/s") if field.name == "rate" else value
+                nested.setdefault(section, {})[key] = plain
+        return nested

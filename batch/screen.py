@@ -1,0 +1,102 @@
+"""What a person sees of a run: the plan before it, a display during it, the conclusion after it. Edge: terminal.
+
+Results go to standard output, progress to standard error; with `--log-format json` both are JSON lines.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+
+import orjson
+
+from batch.api import Plan, Summary
+from batch.errors import ConfigError
+from batch.manifest.survey import Survey, render_problems
+from batch.run.observe import PlainLines, ProgressBar, Tally
+from batch.run.ports import Observer
+
+__all__ = ["age", "announce", "conclude", "confirmed", "display_for"]
+
+
+def display_for(tally: Tally, *, quiet: bool, log_format: str) -> tuple[Observer, Callable[[], None]]:
+    """The observer that shows a run as it goes, and what to call at its end."""
+    if log_format == "json":
+        return PlainLines(tally, sys.stderr, as_json=True), lambda: None
+    if quiet:
+        return Observer(), lambda: None
+    if sys.stderr.isatty():
+        bar = ProgressBar(tally, sys.stderr)
+        return bar, bar.close
+    return PlainLines(tally, sys.stderr), lambda: None
+
+
+def announce(found: Plan, manifest: str, *, quiet: bool, log_format: str) -> None:
+    """Say what is about to happen: to a person on standard output, to a machine as the first of its log lines."""
+    survey = found.survey
+    if log_format == "json":
+        line = {"action": "plan", "message": found.terms.headline, "target": found.terms.name, **survey.to_json()}
+        print(orjson.dumps(line).decode(), file=sys.stderr, flush=True)
+    elif not quiet:
+        print(found.terms.headline, flush=True)
+        print(survey.render() if found.terms.paid else _short(survey), flush=True)
+        if survey.problem_count:
+            print(render_problems(manifest, survey.problems, survey.problem_count), flush=True)
+
+
+def confirmed(found: Plan, *, yes: bool, budget: float | None) -> bool:
+    """Ask where it costs money and nobody agreed yet."""
+    survey = found.survey
+    if not found.terms.paid or yes or not survey.to_do or budget is not None:
+        return True
+    cost = f"about ${survey.dollars:,.2f} (at most ${survey.dollars_at_most:,.2f}) for {survey.to_do:,} jobs"
+    if not sys.stdin.isatty():
+        raise ConfigError(f"this run would cost {cost}; say --yes, or set --budget USD")
+    return input(f"This costs {cost}. Go on? [y/N] ").strip().lower() in {"y", "yes"}
+
+
+def _short(survey: Survey) -> str:
+    parts = [f"{survey.rows:,} rows", f"{survey.to_do:,} jobs to do"]
+    parts += [f"{survey.done:,} done before"] if survey.done else []
+    parts += [f"{survey.duplicates:,} duplicates"] if survey.duplicates else []
+    parts += [f"{survey.cells:,} cells a row"] if survey.cells > 1 else []
+    return ", ".join(parts)
+
+
+def conclude(summary: Summary, *, quiet: bool, log_format: str) -> None:
+    """Say how it ended, and where everything is."""
+    facts = summary.to_json()
+    if log_format == "json":
+        print(orjson.dumps(facts).decode())
+        return
+    counts = ", ".join(
+        f"{facts[name]:,} {name}" for name in ("done", "failed", "unknown", "pending", "skipped") if facts[name]
+    )
+    money = f", ${summary.spent_usd:,.2f} spent" if summary.spent_usd else ""
+    held = f" (reserved for unknown and open requests: ${summary.reserved_usd:,.2f})" if summary.reserved_usd else ""
+    if quiet:
+        print(f"{facts['status']}: {counts or '0 rows'}{money}{held} in {summary.seconds:.1f} s -> {summary.results}")
+        return
+    print(f"{counts or '0 rows'}{money}{held} in {summary.seconds:.1f} s")
+    if summary.errors:
+        commonest = ", ".join(f"{count:,} {name}" for name, count in list(summary.errors.items())[:5])
+        print(f"failed with: {commonest}")
+    if summary.stopped:
+        print(f"stopped early ({summary.stopped}): {summary.reason}; the same command goes on")
+    if summary.unknown:
+        open_too = " (with what is open)" if summary.pending else ""
+        cost = f", ${summary.reserved_usd:,.2f} at most{open_too}" if summary.reserved_usd else ""
+        print(
+            f"{summary.unknown:,} submits have no known outcome and were not repeated: each may have been paid"
+            f" for{cost}; `restyle reconcile {summary.results.parent}` or the next run settles what it can"
+        )
+    print(f"results   {summary.results}")
+    if summary.images is not None:
+        print(f"pictures  {summary.images}")
+
+
+def age(at: float) -> str:
+    """How long ago an instant was."""
+    seconds = max(0.0, time.time() - at)
+    return f"{seconds / 3600:.1f} h ago" if seconds >= 3600 else f"{seconds:.0f} s ago"
