@@ -233,6 +233,7 @@ async def _carried_out(
     with JsonLog(directory.log) as log:
         observer = Several(request.tally, request.observer, log)
         observer.expected(found.to_do + found.in_flight + (found.failed if request.retry_failed else 0), found.done)
+        observer.happened("spent", usd=0.0, total_usd=before.spent_usd)
         observer.happened("session", number=journal.session, target=plan.terms.name, to_do=found.to_do)
         async with open_target(settings, directory.endpoint, version=tool_version()) as target:
             rng = Random()

@@ -82,6 +82,8 @@ _MISSHAPEN = frozenset({"malformed", "oversize"})
 _HOPELESS = _MISSHAPEN | {"bad url", "redirect"}
 """Of a file: neither a better network nor a server that comes back makes another URL, or a smaller file, of it."""
 _HOPELESS_LIMIT = 6
+_WORD_LIMIT = 100
+"""Characters of an error type: it is counted by, and printed."""
 _COUNTED_CAP = 2.0
 """Longest pause between reads that are counted up to a limit: all of them together take about 14 s."""
 
@@ -164,8 +166,13 @@ def failure_of(trouble: Trouble, verdict: Verdict) -> Failed:
     billable = _amount(trouble.reply.headers.get("x-fal-billable-units", ""))
     if billable is None and trouble.reply.status >= 500:
         billable = 0.0  # fal never charges for them
-    word = error.type or f"http_{trouble.reply.status}"
-    return Failed(word, error.message or verdict.reason, billable)
+    word = _printable(error.type or "")[:_WORD_LIMIT] or f"http_{trouble.reply.status}"
+    return Failed(word, _printable(error.message) or verdict.reason, billable)
+
+
+def _printable(text: str) -> str:
+    """A service's words as they may be shown on a terminal: what would move its cursor is a space."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
 
 
 def _amount(text: str) -> float | None:

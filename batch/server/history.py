@@ -122,7 +122,6 @@ class History:
     def _page(self, query: ListingQuery, owner: str | None) -> tuple[list[Past], bool]:
         known = self._clock() - self._rules.lag
         low, high = _STATUSES[query.outcome] if query.outcome is not None else (None, None)
-        name = "by_sent" if self._rules.window is Window.SENT_AT else "by_end"
         values = {
             "start": query.start,
             "end": query.end,
@@ -131,17 +130,26 @@ class History:
             "low": low,
             "high": high,
             "owner": owner,
-            "by_duration": query.sort_by is SortBy.DURATION,
+            "longest": query.sort_by is SortBy.DURATION,
+            "of_ends": self._rules.window is Window.ENDED_AT,
             "request_id": query.request_id,
             "limit": query.limit + 1,
             "offset": query.offset,
         }
-        found = self._database.execute(_SQL["by_id" if query.request_id else name], values).fetchall()
+        found = self._database.execute(_SQL[self._way(query)], values).fetchall()
         seqs = [row[0] for row in found[: query.limit]]
         asked = {"seqs": orjson.dumps(seqs), "payloads": query.payloads, "most": LISTED_BYTES}
         rows = {row[0]: _past(row, known) for row in self._database.execute(_SQL["rows"], asked)}
         # A request that was removed between the two statements is missing from the second.
         return [rows[seq] for seq in seqs if seq in rows], len(found) > query.limit
+
+    def _way(self, query: ListingQuery) -> str:
+        """The statement that answers a question."""
+        if query.request_id is not None:
+            return "by_id"
+        if self._rules.show_waiting:
+            return "with_waiting"
+        return "by_duration" if query.sort_by is SortBy.DURATION else "by_end"
 
     def _charges(self, query: BillingQuery, owner: str | None) -> tuple[list[Charged], bool]:
         values = {

@@ -1,35 +1,46 @@
 -- The statements of history.py, by name. They only read; the table is store.sql's.
-
--- name: by_sent
-SELECT seq FROM request
-WHERE accepted_at >= :start AND accepted_at < :end AND accepted_at <= :known
-  AND (:waiting OR ended_at <= :known)
-  AND (:low IS NULL OR (ended_at <= :known AND status BETWEEN :low AND :high))
-  AND (:owner IS NULL OR owner = :owner)
-ORDER BY
-    coalesce(ended_at, :known + 1) > :known DESC,
-    CASE WHEN :by_duration THEN ended_at - accepted_at ELSE ended_at END DESC,
-    seq DESC
-LIMIT :limit OFFSET :offset;
+-- `known` is the instant up to which the listing knows of events.
 
 -- name: by_end
+-- Walks along the index request_ended: no sorting, and it stops at the end of the page.
 SELECT seq FROM request
-WHERE accepted_at < :end AND accepted_at <= :known
-  AND coalesce(ended_at, accepted_at) >= :start AND coalesce(ended_at, accepted_at) < :end
-  AND (:waiting OR ended_at <= :known)
-  AND (:low IS NULL OR (ended_at <= :known AND status BETWEEN :low AND :high))
+WHERE ended_at >= :start AND ended_at <= :known
+  AND CASE WHEN :of_ends THEN ended_at ELSE accepted_at END >= :start
+  AND CASE WHEN :of_ends THEN ended_at ELSE accepted_at END < :end
+  AND (:low IS NULL OR status BETWEEN :low AND :high)
   AND (:owner IS NULL OR owner = :owner)
-ORDER BY
-    coalesce(ended_at, :known + 1) > :known DESC,
-    CASE WHEN :by_duration THEN ended_at - accepted_at ELSE ended_at END DESC,
-    seq DESC
+ORDER BY ended_at DESC, accepted_at DESC
+LIMIT :limit OFFSET :offset;
+
+-- name: by_duration
+SELECT seq FROM request
+WHERE ended_at >= :start AND ended_at <= :known
+  AND CASE WHEN :of_ends THEN ended_at ELSE accepted_at END >= :start
+  AND CASE WHEN :of_ends THEN ended_at ELSE accepted_at END < :end
+  AND (:low IS NULL OR status BETWEEN :low AND :high)
+  AND (:owner IS NULL OR owner = :owner)
+ORDER BY ended_at - accepted_at DESC, ended_at DESC, seq DESC
+LIMIT :limit OFFSET :offset;
+
+-- name: with_waiting
+-- Also what has not ended, first: for a rehearsal, whose stores are small. It walks through the whole table.
+SELECT seq FROM (
+    SELECT seq, accepted_at, status, owner, CASE WHEN ended_at <= :known THEN ended_at END AS ended_at FROM request
+    WHERE accepted_at <= :known
+)
+WHERE CASE WHEN :of_ends THEN coalesce(ended_at, accepted_at) ELSE accepted_at END >= :start
+  AND CASE WHEN :of_ends THEN coalesce(ended_at, accepted_at) ELSE accepted_at END < :end
+  AND (:low IS NULL OR (ended_at IS NOT NULL AND status BETWEEN :low AND :high))
+  AND (:owner IS NULL OR owner = :owner)
+ORDER BY ended_at IS NULL DESC, CASE WHEN :longest THEN ended_at - accepted_at ELSE ended_at END DESC, seq DESC
 LIMIT :limit OFFSET :offset;
 
 -- name: by_id
 SELECT seq FROM request
 WHERE request_id = :request_id
-  AND accepted_at >= :start AND accepted_at < :end AND accepted_at <= :known
-  AND (:waiting OR ended_at <= :known)
+  AND CASE WHEN :of_ends THEN coalesce(ended_at, accepted_at) ELSE accepted_at END >= :start
+  AND CASE WHEN :of_ends THEN coalesce(ended_at, accepted_at) ELSE accepted_at END < :end
+  AND CASE WHEN :waiting THEN accepted_at ELSE ended_at END <= :known
   AND (:low IS NULL OR (ended_at <= :known AND status BETWEEN :low AND :high))
   AND (:owner IS NULL OR owner = :owner)
 LIMIT :limit OFFSET :offset;
@@ -37,20 +48,22 @@ LIMIT :limit OFFSET :offset;
 -- name: rows
 SELECT
     seq, request_id, app, accepted_at, started_at, ended_at, status,
-    CASE WHEN :payloads AND length(body) <= :most THEN body END,
-    CASE WHEN :payloads AND NOT coalesce(inline, 0) AND length(payload) <= :most THEN payload END
+    CASE WHEN :payloads AND NOT brief AND length(body) <= :most THEN body END,
+    CASE WHEN :payloads AND NOT brief AND NOT coalesce(inline, 0) AND length(payload) <= :most THEN payload END
 FROM request WHERE seq IN (SELECT value FROM json_each(:seqs));
 
 -- name: charges
 SELECT request_id, app, accepted_at, billable_units FROM request
-WHERE accepted_at >= :start AND accepted_at < :end AND billable_units > 0
+WHERE ended_at >= :start AND accepted_at >= :start AND accepted_at < :end AND billable_units > 0
   AND (:request_ids IS NULL OR request_id IN (SELECT value FROM json_each(:request_ids)))
   AND (:owner IS NULL OR owner = :owner)
-ORDER BY accepted_at DESC, seq DESC
+ORDER BY ended_at DESC, accepted_at DESC
 LIMIT :limit OFFSET :offset;
 
 -- name: units_a_call
 SELECT avg(billable_units) FROM (
-    SELECT billable_units FROM request WHERE billable_units > 0 AND (:owner IS NULL OR owner = :owner)
-    ORDER BY seq DESC LIMIT 1000
+    SELECT billable_units FROM request
+    WHERE ended_at IS NOT NULL AND billable_units > 0 AND (:owner IS NULL OR owner = :owner)
+    ORDER BY ended_at DESC
+    LIMIT 1000
 );

@@ -34,7 +34,7 @@ INSERT INTO counter VALUES ('accepted', 0);
 
 -- name: schema_2
 CREATE INDEX request_of ON request (owner, seq) WHERE owner != '';  -- costs nothing on a server without keys
-CREATE INDEX request_sent ON request (accepted_at, ended_at);  -- what history.py walks along
+CREATE INDEX request_ended ON request (ended_at, accepted_at, owner, status) WHERE ended_at IS NOT NULL;  -- history.py's
 CREATE INDEX request_brief ON request (ended_at) WHERE kept_for IS NOT NULL;
 CREATE INDEX request_source ON request (source) WHERE source IS NOT NULL;
 CREATE TABLE spent_key (                -- idempotency keys that outlive their requests
@@ -87,8 +87,8 @@ SELECT EXISTS (SELECT 1 FROM spent_key);
 
 -- name: over
 SELECT * FROM (
-    SELECT seq FROM request WHERE accepted_at < :before AND ended_at < :before AND kept_for IS NULL
-    ORDER BY accepted_at LIMIT :limit
+    SELECT seq FROM request WHERE ended_at < :before AND kept_for IS NULL
+    ORDER BY ended_at LIMIT :limit
 )
 UNION ALL
 SELECT * FROM (

@@ -50,7 +50,7 @@ class Target:
         """Submits that arrived."""
         return sum(method == "POST" and path == f"/{APP}" for method, path, _, _ in self.seen)
 
-    def keys(self) -> list[str]:
+    def keys_shown(self) -> list[str]:
         """Where a key was shown."""
         return [path for _, path, headers, _ in self.seen if "authorization" in headers]
 

@@ -39,7 +39,7 @@ async def has_no_listing(target, request, asked):
 
 async def hides_one_input(target, request, asked):
     items = [listed(one) for one in target.requests.values()]
-    items[1]["json_input"] = None
+    items[2]["json_input"] = None  # the first that was lost
     return answer({"items": items, "has_more": False, "next_cursor": None})
 
 
