@@ -12,9 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from batch.model import AppId
 
-__all__ = ["APP_ID", "SEED_LIMIT", "Image", "ImageToImageInput", "ImageToImageOutput"]
+__all__ = ["APP_ID", "IMAGES_LIMIT", "SEED_LIMIT", "Image", "ImageToImageInput", "ImageToImageOutput"]
 
 APP_ID = AppId("fal-ai/flux/dev/image-to-image")
+IMAGES_LIMIT = 16
+"""Pictures in one answer: four can be asked for, and each one named is downloaded."""
 SEED_LIMIT = 2**63 - 1
 """The results keep seeds as int64. The service states no bound; its own examples exceed 2^53."""
 
@@ -58,7 +60,7 @@ class ImageToImageOutput(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
 
-    images: list[Image]
+    images: Annotated[list[Image], Field(max_length=IMAGES_LIMIT)]
     timings: dict[str, float] = Field(default_factory=dict)
     seed: int
     has_nsfw_concepts: list[bool] = Field(default_factory=list)

@@ -161,7 +161,9 @@ def _for_good(reply: Reply, seen: int) -> bool:
 def failure_of(trouble: Trouble, verdict: Verdict) -> Failed:
     """The row's error, from the service's own words where it has any."""
     if trouble.reply is None:
-        return Failed(trouble.transport or "malformed_output", trouble.detail or verdict.reason)
+        is_output = trouble.phase == "result" and trouble.transport in _MISSHAPEN
+        word = "malformed_output" if is_output else trouble.transport or "no_answer"
+        return Failed(word, trouble.detail or verdict.reason)
     error = error_body_of(trouble.reply)
     billable = _amount(trouble.reply.headers.get("x-fal-billable-units", ""))
     if billable is None and trouble.reply.status >= 500:

@@ -100,8 +100,10 @@ class Transfers:
             try:
                 return await reading(lambda: self._fetched(said, self._late_downloads), self._rng, notice=notice)
             except CallFailed as error:
-                verdict = judge(error.trouble)
-                raise JobFailed(Failed("result_file_gone", f"{said.url[:200]}: {verdict.reason}")) from error
+                is_large = error.trouble.transport == "oversize"
+                word = "result_file_too_large" if is_large else "result_file_gone"
+                reason = error.trouble.detail or judge(error.trouble).reason
+                raise JobFailed(Failed(word, f"{said.url[:200]}: {reason}")) from error
             except PictureError as error:
                 if tries >= _DOWNLOAD_TRIES:
                     raise JobFailed(Failed("result_file_damaged", f"{said.url[:200]}: {error}")) from error
