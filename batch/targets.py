@@ -70,8 +70,13 @@ def terms_of(settings: Settings, live: LivePrice | None = None) -> Terms:
     """The terms of the configured target; `live` takes the place of the configured or built-in price.
 
     Raises:
-        ConfigError: fal, and no price is known for the app.
+        ConfigError: fal, and no price is known for the app; or faults for a target that is not ours to break.
     """
+    if settings.target.faults is not None and settings.target.name != "local":
+        raise ConfigError(
+            f"target.faults = {settings.target.faults!r} is for the embedded endpoint, the target is"
+            f" {settings.target.name}; say --target local, or leave the faults out"
+        )
     known = _terms_of(settings, _price(settings) if live is None else live.price)
     if live is None:
         return known

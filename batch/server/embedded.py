@@ -20,7 +20,7 @@ from typing import IO
 import anyio
 from anyio.abc import Process
 
-from batch.errors import RestyleError, StoppedEarly
+from batch.errors import ExitCode, InputError, RestyleError, StoppedEarly
 
 __all__ = ["Endpoint", "embedded_endpoint"]
 
@@ -86,7 +86,8 @@ async def embedded_endpoint(
         faults: failures that it shall rehearse.
 
     Raises:
-        RestyleError: the child did not start; the last lines of its log are in the message.
+        RestyleError: the child did not start; the last lines of its log are in the message. An InputError where
+            it found fault with what it was given.
         StoppedEarly: it died more than `RESTARTS` times a minute.
     """
     await anyio.Path(data_dir).mkdir(parents=True, exist_ok=True)
@@ -148,9 +149,9 @@ async def _start(command: _Command, port: int, log: IO[bytes]) -> tuple[Process,
                 else f"(exit code {child.returncode})"
             )
             lines = _last_lines(command.log_path, seen)
-            raise RestyleError(
-                f"the embedded endpoint did not start {what}; see {command.log_path}\n{lines}"
-            ) from error
+            # What it was given is wrong: it said so, and the same command would end so again.
+            kind = InputError if child.returncode == ExitCode.BAD_INPUT else RestyleError
+            raise kind(f"the embedded endpoint did not start {what}; see {command.log_path}\n{lines}") from error
         raise
     return child, Endpoint(said["url"], said["pid"])
 

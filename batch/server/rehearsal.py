@@ -85,9 +85,7 @@ def read_faults(path: Path) -> FaultPlan:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"the faults file {path} cannot be read: {reason}; configs/faults.toml is one") from error
-    plan = parse_faults(text, str(path))
-    _log.warning("this server commits faults on purpose: %d kinds, as %s says", len(plan.faults), path)
-    return plan
+    return parse_faults(text, str(path))
 
 
 def moment_of(method: str, path: str, app_id: AppId) -> Moment | None:

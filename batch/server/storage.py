@@ -20,6 +20,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -284,6 +285,7 @@ def content_type_of(name: str) -> str:
     return _TYPES.guess_type(name)[0] or "application/octet-stream"
 
 
+@lru_cache(maxsize=256)
 def _suffix(content_type: str | None) -> str:
     """The name carries the type; a type without a usual suffix is served as plain bytes."""
     plain = (content_type or "").partition(";")[0].strip().lower()

@@ -1,4 +1,7 @@
-"""The floor: a bare aiohttp loop, three requests a job, no journal, no logic. `python -m tests.benchmarks.floor URL N`."""
+"""The floor: a bare aiohttp loop, three requests a job, no journal, no logic.
+
+python -m tests.benchmarks.floor URL JOBS [AT_ONCE]
+"""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ import random
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import orjson
 import uvloop
@@ -71,7 +72,9 @@ def application(queue: Queue, picture: bytes) -> web.Application:
     async def submit(request: web.Request) -> web.Response:
         request_id = queue.accept(await request.read())
         base = f"http://{request.host}"
-        return answer({"status": "IN_QUEUE", "queue_position": 0, "logs": None, "metrics": {}, **urls(base, request_id)})
+        return answer(
+            {"status": "IN_QUEUE", "queue_position": 0, "logs": None, "metrics": {}, **urls(base, request_id)}
+        )
 
     async def status(request: web.Request) -> web.Response:
         queue.reads += 1
@@ -119,7 +122,9 @@ def application(queue: Queue, picture: bytes) -> web.Application:
 
     async def counts(_: web.Request) -> web.Response:
         delays = sorted(
-            (r.noticed - r.ends) / (r.ends - r.starts) for r in queue.requests.values() if r.noticed and r.ends > r.starts
+            (r.noticed - r.ends) / (r.ends - r.starts)
+            for r in queue.requests.values()
+            if r.noticed and r.ends > r.starts
         )
         at = (lambda q: delays[min(len(delays) - 1, int(q * len(delays)))]) if delays else (lambda q: 0.0)
         return answer(
@@ -150,8 +155,7 @@ async def serve(arguments: argparse.Namespace) -> None:
         median, sigma = (float(part) for part in arguments.log_normal.split(","))
     picture = b"\xff\xd8\xff\xd9" * (arguments.picture_bytes // 4)
     if arguments.picture:
-        with open(arguments.picture, "rb") as given:
-            picture = given.read()
+        picture = Path(arguments.picture).read_bytes()
     runner = web.AppRunner(application(Queue(arguments.slots, median, sigma), picture), access_log=None)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", arguments.port, backlog=4096)

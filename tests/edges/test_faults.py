@@ -237,7 +237,7 @@ def test_a_body_can_be_slow_cut_off_or_short(tmp_path, moment):
             began = time.monotonic()
             status, headers, whole = await raw(session, method, path)
             assert (status, int(headers["content-length"])) == (200, len(whole))
-            assert time.monotonic() - began >= 0.2
+            assert time.monotonic() - began > 0.19
             async with session.request(method, path) as response:
                 assert response.status == 200
                 assert response.content_length is not None
@@ -462,3 +462,24 @@ def test_a_whole_run_survives_the_example_file(tmp_path):
     committed = (directory / "endpoint" / "server.log").read_text()
     on = {fault.do for fault in read_faults(file).faults}
     assert [do for do in on if f"on purpose: {do} " not in committed] == []
+
+
+def test_a_run_with_a_wrong_faults_file_or_a_foreign_target_says_so_at_once(tmp_path):
+    """Exit code 2 and one sentence; nothing is submitted."""
+    manifest = write_manifest(tmp_path / "m.csv", range(2))
+    ended = restyle("run", manifest, "-o", tmp_path / "a", "--faults", tmp_path / "none.toml")
+    assert (ended.code, f"{tmp_path / 'none.toml'} cannot be read" in ended.err) == (2, True), ended.text
+    ended = restyle("run", manifest, "-o", tmp_path / "b", "--target", "http://127.0.0.1:1", "--faults", "x.toml")
+    assert (ended.code, "is for the embedded endpoint" in ended.err) == (2, True), ended.text
+
+
+def test_a_call_through_the_proxy_route_meets_the_faults_of_the_call_that_it_stands_for(tmp_path):
+    """The JavaScript client's way meets what the others meet."""
+
+    async def use():
+        async with rehearsing(tmp_path, fault("submit", "answer", status=429)) as session:
+            headers = {"x-fal-target-url": f"https://queue.fal.run{SUBMIT}"}
+            found = [(await call(session, "POST", "/api/fal/proxy", json=INPUT, headers=headers))[0] for _ in range(2)]
+            assert found == [429, 200]
+
+    run(use())

@@ -33,7 +33,7 @@ from batch.server.serve import ServeOptions, serve
 from tests.faults.evidence import Evidence, examine
 
 RUN_SECONDS = 900.0
-"""A single command that is not over by then hangs: the unluckiest of 300 uploads that fail half the time takes minutes."""
+"""A command that is not over by then hangs. The unluckiest of 300 uploads that fail half the time takes minutes."""
 ROUNDS = 25
 _HELD_ROUNDS = 4
 """Commands that only look lost submits up, before those that are still unknown are sent again."""

@@ -212,7 +212,9 @@ ATTACKS = {
     "result NaN": ("malformed_output", "result", b'{"images": [], "seed": NaN}'),
     "result without images": ("malformed_output", *result(images=None)),
     "result with other images": ("malformed_output", *result(images=[None, 5, "x"])),
-    "result with ten thousand images": ("malformed_output", *result(images=[{"url": "http://127.0.0.1:9/a.png"}] * 10_000)),
+    "result with ten thousand images": (
+        "malformed_output", *result(images=[{"url": "http://127.0.0.1:9/a.png"}] * 10_000),
+    ),
     "result with empty objects": (
         "malformed_output", "result", b'{"images": [], "seed": 1, "x": [' + b"{}," * 5_000_000 + b"{}]}",
     ),

@@ -339,7 +339,7 @@ def test_a_growing_axis_keeps_every_job_that_was_there(rows, scales) -> None:
 
 
 def test_a_survey_counts_distinct_jobs_pictures_dollars_and_hours() -> None:
-    """Two equal rows are paid once; unknown sizes are taken as 2.1 megapixels and said so; each of `num_images` counts."""
+    """Two equal rows are paid once; unknown sizes are taken as 2.1 megapixels; each of `num_images` counts."""
     columns = {
         "image_url": ["local:a", "local:a", "https://a/1", "local:b", None],
         "prompt": ["p"] * 5,

@@ -119,14 +119,14 @@ class EchoEngine:
             EngineCancelled: the job was told to stop; heard within 0.25 s.
         """
         began = anyio.current_time()
-        deadline = began + self._service_time
+        left = self._service_time
         while True:
             if cancelled():
                 raise EngineCancelled
-            left = deadline - anyio.current_time()
             if left <= 0:
                 break
             await anyio.sleep(min(left, _CHECK_EVERY))
+            left = began + self._service_time - anyio.current_time()
         seeds = range(job.seed, job.seed + job.input.num_images)
         pictures = tuple(draw_card(job.input, seed) for seed in seeds)
         on_step(1, 1)

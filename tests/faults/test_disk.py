@@ -1,0 +1,306 @@
+"""A disk that is full, that fails, or that loses its power: the run stops with a sentence, loses nothing, and goes on.
+
+What the disk refuses is what a target of our own making (`target`) is asked about again: it counts what was accepted.
+A few moments of each kind here; `SOAK_MOMENTS=50 pytest tests/faults/test_disk.py` takes as many.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.acceptance.command import Ended, accepted, environment, finish, restyle, results, write_manifest
+from tests.faults.power_cut import Disk, record
+from tests.faults.target import Target, picture, serving
+
+ROWS = 12
+MOMENTS = int(os.environ.get("SOAK_MOMENTS", "0"))
+needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+
+
+def can_mount() -> bool:
+    """Whether a small file system of our own can be mounted, by root or in a name space of our own."""
+    probe = ["unshare", "--mount", "--map-root-user", "sh", "-c", "mount -t tmpfs -o size=64k tmpfs /mnt"]
+    return shutil.which("unshare") is not None and subprocess.run(probe, capture_output=True).returncode == 0
+
+
+needs_mount = pytest.mark.skipif(not can_mount(), reason="no file system may be mounted here")
+
+
+def run(*command: object) -> Ended:
+    """A command that is no plain `restyle`."""
+    started = subprocess.Popen(
+        [*map(str, command)], env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    with started as process:
+        ended = finish(process)
+    assert "Traceback" not in ended.text, ended.text
+    return ended
+
+
+def stopped_with_a_sentence(ended: Ended) -> None:
+    assert ended.code == 4, ended.text
+    sentence = ended.err.strip().splitlines()[-1]
+    assert sentence.startswith("restyle: ")
+    assert "/run" in sentence, "it says where"
+    assert len(sentence) < 500
+
+
+def complete(target: Target, directory: Path, ended: Ended) -> None:
+    """Everything is done, everything was accepted once, every picture is there and whole, nothing half lies about."""
+    assert ended.code == 0, ended.text
+    rows = results(directory).to_pylist()
+    assert [row["status"] for row in rows] == ["done"] * ROWS
+    prompts = [asked.body["prompt"] for asked in target.requests.values()]
+    assert sorted(prompts) == sorted({row["prompt"] for row in rows}), "each was accepted once"
+    for row in rows:
+        (image,) = row["images"]
+        data = (directory / image["path"]).read_bytes()
+        assert hashlib.sha256(data).hexdigest() == image["sha256"]
+        assert data == picture(int(row["seed"]))
+    assert not [path for path in directory.rglob("*.part*") if path.is_file()]
+
+
+# --- a call that is refused -------------------------------------------------------------------------------
+
+REFUSED = [
+    # the lock and the folder itself
+    ("open", "*/run/.lock", 1),
+    ("open", "*/run/.owner.json*", 1),
+    ("fsync", "*/run/.owner.json*", 1),
+    ("mkdir", "*/run", 1),
+    # the description of the run, and how it ended
+    ("open", "*/run/.run.json*", 1),
+    ("write", "*/run/.run.json*", 1),
+    ("fsync", "*/run/.run.json*", 1),
+    ("replace", "*/run/run.json", 1),
+    ("open", "*/run/.summary.json*", 1),
+    ("write", "*/run/.summary.json*", 1),
+    ("replace", "*/run/summary.json", 1),
+    ("open", "*/run/log.jsonl", 1),
+    # the pictures, the first of them and one in the middle
+    ("mkdir", "*/run/images", 1),
+    ("mkdir", "*/run/images/??", 3),
+    ("open", "*/run/images/.part/*", 1),
+    ("write", "*/run/images/.part/*", 1),
+    ("write", "*/run/images/.part/*", 5),
+    ("fsync", "*/run/images/.part/*", 5),
+    ("replace", "*/run/images/*", 5),
+    ("fsync", "*/run/images/??", 5),
+    # the results
+    ("open", "*/run/.results*", 1),
+    ("write", "*/run/.results*", 1),
+    ("write", "*/run/.results*", 3),
+    ("fsync", "*/run/.results*", 1),
+    ("replace", "*/run/results.parquet", 1),
+]
+
+
+@pytest.mark.parametrize(("call", "pattern", "first"), REFUSED, ids=str)
+def test_a_refused_call_stops_the_run_and_loses_nothing(tmp_path, call, pattern, first):
+    """EIO or ENOSPC, whichever it is: exit 4 and a sentence; with a better disk the same command completes."""
+    error = "EIO" if call == "fsync" else "ENOSPC"
+    manifest, directory = write_manifest(tmp_path / "m.csv", range(ROWS)), tmp_path / "run"
+    with serving() as target:
+        command = ("run", manifest, "-o", directory, "--target", target.url)
+        bad = run(sys.executable, "-m", "tests.faults.bad_disk", call, pattern, error, first, *command)
+        stopped_with_a_sentence(bad)
+        complete(target, directory, restyle(*command))
+
+
+def test_the_log_is_no_promise(tmp_path):
+    """A log that cannot be written costs the log: the run itself completes."""
+    manifest, directory = write_manifest(tmp_path / "m.csv", range(ROWS)), tmp_path / "run"
+    with serving() as target:
+        command = ("run", manifest, "-o", directory, "--target", target.url)
+        ended = run(sys.executable, "-m", "tests.faults.bad_disk", "write", "*/log.jsonl", "ENOSPC", 1, *command)
+        complete(target, directory, ended)
+
+
+@needs_strace
+@pytest.mark.parametrize(
+    ("call", "error", "file", "first"),
+    [
+        ("pwrite64", "ENOSPC", "journal.db-wal", 1),
+        ("pwrite64", "ENOSPC", "journal.db-wal", 30),
+        ("pwrite64", "EIO", "journal.db-wal", 60),
+        ("fdatasync", "EIO", "journal.db-wal", 2),
+        ("fdatasync", "EIO", "journal.db-wal", 6),
+        ("fdatasync", "EIO", "journal.db-wal", 9),
+        ("pwrite64", "EIO", "journal.db", 1),
+    ],
+    ids=str,
+)
+def test_a_journal_that_cannot_be_written_stops_the_run(tmp_path, call, error, file, first):
+    """SQLite's own calls fail, from the first, from one in the middle: what was accepted by then is found again."""
+    manifest, directory = write_manifest(tmp_path / "m.csv", range(ROWS)), tmp_path / "run"
+    with serving() as target:
+        command = ("run", manifest, "-o", directory, "--target", target.url)
+        bad = run("strace", "-f", "-qq", "-o", tmp_path / "trace", "-P", directory / file, "-e", f"trace={call}",
+                  "-e", f"inject={call}:error={error}:when={first}+",
+                  sys.executable, "-m", "batch", *command)  # fmt: skip
+        stopped_with_a_sentence(bad)
+        assert "journal.db" in bad.err
+        complete(target, directory, restyle(*command))
+
+
+# --- a disk that is full ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def tiny_disk(place: Path, kib: int):
+    """A file system of so many KiB; yields a function that gives it room."""
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(place)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"only root mounts a file system that outlives its command: {mounted.stderr.strip()}")
+    try:
+        yield lambda: subprocess.run(["mount", "-o", "remount,size=256m", str(place)], check=True)
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def sizes() -> list[int]:
+    """KiB, from too small for a journal to nearly enough."""
+    count = MOMENTS or 6
+    return [16 + round(n * 400 / max(1, count - 1)) for n in range(count)]
+
+
+@needs_mount
+@pytest.mark.parametrize("kib", sizes())
+def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(tmp_path, kib):
+    """Wherever the last block goes: exit 4 and a sentence, or done; with room the rest is done, and paid once."""
+    manifest = write_manifest(tmp_path / "m.csv", range(ROWS))
+    with tiny_disk(tmp_path / "disk", kib) as make_room, serving() as target:
+        directory = tmp_path / "disk" / "run"
+        command = ("run", manifest, "-o", directory, "--target", target.url)
+        ended = restyle(*command)
+        if ended.code != 0:
+            stopped_with_a_sentence(ended)
+        make_room()
+        complete(target, directory, restyle(*command))
+
+
+@needs_mount
+@pytest.mark.parametrize("kib", [260, 420])
+def test_the_embedded_endpoint_shares_a_full_disk(tmp_path, kib):
+    """Its queue and its pictures are on the same disk: the run ends all the same, and nothing was accepted twice."""
+    manifest = write_manifest(tmp_path / "m.csv", range(ROWS))
+    with tiny_disk(tmp_path / "disk", kib) as make_room:
+        directory = tmp_path / "disk" / "run"
+        command = ("run", manifest, "-o", directory, "--engine", "echo", "--deadline", "20s")
+        ended = restyle(*command)
+        assert ended.code in {0, 1, 4}, ended.text
+        make_room()
+        ended = restyle(*command)
+        assert ended.code == 0, ended.text
+        assert accepted(directory) == ROWS
+        assert [row["status"] for row in results(directory).to_pylist()] == ["done"] * ROWS
+
+
+@pytest.mark.parametrize("kib", [8, 64, 150])
+def test_a_file_size_limit_is_a_full_disk(tmp_path, kib):
+    """`ulimit -f`: SQLite and Python are refused at so many KiB of one file (EFBIG); anyone can try it."""
+    manifest, directory = write_manifest(tmp_path / "m.csv", range(ROWS)), tmp_path / "run"
+    with serving() as target:
+        command = ("run", manifest, "-o", directory, "--target", target.url)
+        limit = (kib * 1024, resource.RLIM_INFINITY)
+        ended = restyle(*command, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+        stopped_with_a_sentence(ended)
+        complete(target, directory, restyle(*command))
+
+
+# --- a power cut ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """One run, call by call, and its target."""
+    base = tmp_path_factory.mktemp("power") / "base"
+    base.mkdir()
+    manifest = write_manifest(base.parent / "m.csv", range(ROWS))
+    with serving() as target:
+        code, steps = record(base, ["run", manifest, "-o", base / "run", "--target", target.url])
+        assert code == 0
+        yield base, manifest, target, steps
+
+
+@needs_strace
+def test_nothing_gets_its_name_before_its_bytes_are_on_the_disk(recorded):
+    """Results and pictures: written, fsynced, renamed, and the folder fsynced, in this order, nothing in between."""
+    _base, _, _, steps = recorded
+    written, synced, renamed = set(), set(), 0
+    waiting: set[str] = set()
+    for step in steps:
+        if step.call in {"write", "pwrite"}:
+            written.add(step.path)
+            synced.discard(step.path)
+        elif step.call == "fsync":
+            synced.add(step.path)
+            waiting -= {name for name in waiting if os.path.dirname(name) == step.path}  # noqa: PTH120
+        elif (step.call == "rename" and "/images/" in step.other + step.path) or "results" in step.other:
+            assert step.path in written & synced, step
+            waiting.add(step.other)
+            renamed += 1
+        elif step.call == "mkdir" and "/images" in step.path:
+            waiting.add(step.path)
+    assert renamed == ROWS + 1
+    assert {name for name in waiting if ".part" not in name} == set()
+
+
+@needs_strace
+def test_nothing_is_sent_before_its_intent_is_on_the_disk(recorded):
+    """When a POST leaves, the journal has been fsynced since its last write, and the folder's name too."""
+    base, _, _, steps = recorded
+    disk, posts = Disk(base), 0
+    for step in steps:
+        disk.play(step)
+        if step.path.startswith(("socket:", "TCP:")) and b"POST /fal-ai" in step.data:
+            posts += 1
+            prompt = step.data.partition(b'"prompt":"')[2].partition(b'"')[0]
+            kept = disk.survivors()
+            assert prompt in kept["run/journal.db-wal"] + kept["run/journal.db"]
+    assert posts == ROWS
+
+
+def cuts() -> list[float]:
+    """Shares of the record at which the power goes."""
+    count = MOMENTS or 7
+    return [(n + 0.5) / count for n in range(count)]
+
+
+@needs_strace
+@pytest.mark.parametrize("at", cuts())
+def test_a_power_cut_costs_nothing(recorded, tmp_path, at):
+    """Only what was fsynced is there, or that and some of the rest: the same command completes, and pays once."""
+    base, manifest, target, steps = recorded
+    rng = Random(at) if cuts().index(at) % 2 else None
+    disk, sent = Disk(base), set()
+    for step in steps[: round(at * len(steps))]:
+        disk.play(step)
+        if step.path.startswith(("socket:", "TCP:")) and b"POST /fal-ai" in step.data:
+            sent.add(step.data.partition(b'"prompt":"')[2].partition(b'"')[0].decode())
+    for name, data in disk.survivors(rng).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    everything = dict(target.requests)
+    target.requests = {name: asked for name, asked in everything.items() if asked.body["prompt"] in sent}
+    try:
+        ended = restyle("run", manifest, "-o", tmp_path / "run", "--target", target.url)
+        complete(target, tmp_path / "run", ended)
+        assert pq.read_table(tmp_path / "run" / "results.parquet").num_rows == ROWS
+    finally:
+        target.requests = everything
