@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -153,8 +153,9 @@ def _appearing(path: Path, schema: pa.Schema) -> Iterator[Callable[[pa.Table], N
     try:
         with _refusals(path):
             file = temporary.open("wb")
-        with file:
-            writer = pq.ParquetWriter(file, schema, compression="zstd")
+        with _closing(file, path):
+            with _refusals(path):
+                writer = pq.ParquetWriter(file, schema, compression="zstd")
 
             def write(table: pa.Table) -> None:
                 with _refusals(path):
@@ -176,6 +177,19 @@ def _appearing(path: Path, schema: pa.Schema) -> Iterator[Callable[[pa.Table], N
     finally:
         with suppress(OSError):  # what stood in the way is already being raised
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _closing(file: IO[bytes], path: Path) -> Iterator[None]:
+    """Close it. Closing writes what is still buffered: a disk that refused it once does so again."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            file.close()
+        raise
+    with _refusals(path):
+        file.close()
 
 
 @contextmanager

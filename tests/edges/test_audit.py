@@ -313,7 +313,7 @@ async def billed_by(run: Path, biller: Biller):
 
 def point_to(run: Path, target: str) -> None:
     facts = json.loads((run / "run.json").read_text())
-    facts["config"]["target"]["name"] = target
+    facts["config"]["target"] |= {"name": target, "faults": None}
     (run / "run.json").write_text(json.dumps(facts))
 
 

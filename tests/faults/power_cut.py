@@ -22,7 +22,7 @@ CALLS = (
     "openat,open,creat,write,pwrite64,writev,sendto,sendmsg,fsync,fdatasync,rename,renameat,renameat2,unlink,unlinkat,"
     "rmdir,mkdir,mkdirat,ftruncate"
 )
-_LINE = re.compile(r"^(\d+) +(\w+)\((.*)\) = (-?\d+)(?:<.*>)?(?: .*)?$", re.DOTALL)
+_LINE = re.compile(r"^(\d+) +(\w+)\((.*)\) += (-?\d+)(?:<.*>)?(?: .*)?$", re.DOTALL)
 _TEXT = re.compile(r'"((?:\\x[0-9a-f]{2})*)"')
 _FILE = re.compile(r"(?:\d+|AT_FDCWD)<((?:\\x[0-9a-f]{2})*)>")
 
@@ -145,9 +145,8 @@ class Disk:
             case "write" | "pwrite" if step.path in self._files:
                 inode = self._files[step.path]
                 at = step.number if step.call == "pwrite" else inode.at
-                inode.data[at : at + len(step.data)] = (
-                    step.data if at <= len(inode.data) else self._gap(inode, at, step)
-                )
+                inode.data.extend(bytes(max(0, at - len(inode.data))))
+                inode.data[at : at + len(step.data)] = step.data
                 inode.unsynced.append((at, step.data))
                 inode.at = at + len(step.data)
             case "fsync" if step.path in self._files:

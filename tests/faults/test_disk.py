@@ -72,50 +72,64 @@ def complete(target: Target, directory: Path, ended: Ended) -> None:
     assert not [path for path in directory.rglob("*.part*") if path.is_file()]
 
 
+def gone_on_with(target: Target, directory: Path, command: tuple[object, ...]) -> Ended:
+    """The same command; what it holds as unknown was never accepted, and the user says so."""
+    ended = restyle(*command)
+    if ended.code == 4:  # its intent was on the disk, and the run ended before it could be sent
+        held = {row["prompt"] for row in results(directory).to_pylist() if row["status"] == "unknown"}
+        assert held
+        assert held.isdisjoint(asked.body["prompt"] for asked in target.requests.values())
+        ended = restyle(*command, env={"RESTYLE_LIMITS__ON_UNKNOWN": "resubmit-after=0.1s"})
+    return ended
+
+
 # --- a call that is refused -------------------------------------------------------------------------------
 
-REFUSED = [
-    # the lock and the folder itself
-    ("open", "*/run/.lock", 1),
-    ("open", "*/run/.owner.json*", 1),
-    ("fsync", "*/run/.owner.json*", 1),
-    ("mkdir", "*/run", 1),
-    # the description of the run, and how it ended
-    ("open", "*/run/.run.json*", 1),
-    ("write", "*/run/.run.json*", 1),
-    ("fsync", "*/run/.run.json*", 1),
-    ("replace", "*/run/run.json", 1),
-    ("open", "*/run/.summary.json*", 1),
-    ("write", "*/run/.summary.json*", 1),
-    ("replace", "*/run/summary.json", 1),
-    ("open", "*/run/log.jsonl", 1),
-    # the pictures, the first of them and one in the middle
-    ("mkdir", "*/run/images", 1),
-    ("mkdir", "*/run/images/??", 3),
-    ("open", "*/run/images/.part/*", 1),
-    ("write", "*/run/images/.part/*", 1),
-    ("write", "*/run/images/.part/*", 5),
-    ("fsync", "*/run/images/.part/*", 5),
-    ("replace", "*/run/images/*", 5),
-    ("fsync", "*/run/images/??", 5),
-    # the results
-    ("open", "*/run/.results*", 1),
-    ("write", "*/run/.results*", 1),
-    ("write", "*/run/.results*", 3),
-    ("fsync", "*/run/.results*", 1),
-    ("replace", "*/run/results.parquet", 1),
-]
+REFUSED = {
+    "the folder, its lock and its description": [
+        ("mkdir", "*/run", 1),
+        ("open", "*/run/.lock", 1),
+        ("open", "*/run/*owner.json*", 1),
+        ("fsync", "*/run/*owner.json*", 1),
+        ("open", "*/run/.run.json*", 1),
+        ("write", "*/run/.run.json*", 1),
+        ("fsync", "*/run/.run.json*", 1),
+        ("replace", "*/run/run.json", 1),
+        ("open", "*/run/log.jsonl", 1),
+    ],
+    "the pictures": [
+        ("mkdir", "*/run/images", 1),
+        ("mkdir", "*/run/images/??", 2),
+        ("open", "*/run/images/.part/*", 2),
+        ("write", "*/run/images/.part/*", 2),
+        ("fsync", "*/run/images/.part/*", 2),
+        ("replace", "*/run/images/*", 2),
+        ("fsync", "*/run/images/??", 1),
+    ],
+    "the results and the summary": [
+        ("open", "*/run/.results*", 1),
+        ("write", "*/run/.results*", 1),
+        ("write", "*/run/.results*", 3),
+        ("fsync", "*/run/.results*", 1),
+        ("replace", "*/run/results.parquet", 1),
+        ("open", "*/run/.summary.json*", 1),
+        ("write", "*/run/.summary.json*", 1),
+        ("replace", "*/run/summary.json", 1),
+    ],
+}
 
 
-@pytest.mark.parametrize(("call", "pattern", "first"), REFUSED, ids=str)
-def test_a_refused_call_stops_the_run_and_loses_nothing(tmp_path, call, pattern, first):
-    """EIO or ENOSPC, whichever it is: exit 4 and a sentence; with a better disk the same command completes."""
-    error = "EIO" if call == "fsync" else "ENOSPC"
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_refused_call_stops_the_run_and_loses_nothing(tmp_path, what):
+    """EIO or ENOSPC at each, one after the other in the same folder: exit 4 and a sentence; a better disk completes."""
     manifest, directory = write_manifest(tmp_path / "m.csv", range(ROWS)), tmp_path / "run"
     with serving() as target:
         command = ("run", manifest, "-o", directory, "--target", target.url)
-        bad = run(sys.executable, "-m", "tests.faults.bad_disk", call, pattern, error, first, *command)
-        stopped_with_a_sentence(bad)
+        for call, pattern, first in REFUSED[what]:
+            error = "EIO" if call == "fsync" else "ENOSPC"
+            bad = run(sys.executable, "-m", "tests.faults.bad_disk", call, pattern, error, first, *command)
+            stopped_with_a_sentence(bad)
         complete(target, directory, restyle(*command))
 
 
@@ -133,11 +147,9 @@ def test_the_log_is_no_promise(tmp_path):
     ("call", "error", "file", "first"),
     [
         ("pwrite64", "ENOSPC", "journal.db-wal", 1),
-        ("pwrite64", "ENOSPC", "journal.db-wal", 30),
-        ("pwrite64", "EIO", "journal.db-wal", 60),
+        ("pwrite64", "EIO", "journal.db-wal", 30),
         ("fdatasync", "EIO", "journal.db-wal", 2),
         ("fdatasync", "EIO", "journal.db-wal", 6),
-        ("fdatasync", "EIO", "journal.db-wal", 9),
         ("pwrite64", "EIO", "journal.db", 1),
     ],
     ids=str,
@@ -152,7 +164,7 @@ def test_a_journal_that_cannot_be_written_stops_the_run(tmp_path, call, error, f
                   sys.executable, "-m", "batch", *command)  # fmt: skip
         stopped_with_a_sentence(bad)
         assert "journal.db" in bad.err
-        complete(target, directory, restyle(*command))
+        complete(target, directory, gone_on_with(target, directory, command))
 
 
 # --- a disk that is full ----------------------------------------------------------------------------------
@@ -175,7 +187,7 @@ def tiny_disk(place: Path, kib: int):
 
 def sizes() -> list[int]:
     """KiB, from too small for a journal to nearly enough."""
-    count = MOMENTS or 6
+    count = MOMENTS or 4
     return [16 + round(n * 400 / max(1, count - 1)) for n in range(count)]
 
 
@@ -191,11 +203,11 @@ def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(tmp_path, kib):
         if ended.code != 0:
             stopped_with_a_sentence(ended)
         make_room()
-        complete(target, directory, restyle(*command))
+        complete(target, directory, gone_on_with(target, directory, command))
 
 
 @needs_mount
-@pytest.mark.parametrize("kib", [260, 420])
+@pytest.mark.parametrize("kib", [260])
 def test_the_embedded_endpoint_shares_a_full_disk(tmp_path, kib):
     """Its queue and its pictures are on the same disk: the run ends all the same, and nothing was accepted twice."""
     manifest = write_manifest(tmp_path / "m.csv", range(ROWS))
@@ -211,7 +223,7 @@ def test_the_embedded_endpoint_shares_a_full_disk(tmp_path, kib):
         assert [row["status"] for row in results(directory).to_pylist()] == ["done"] * ROWS
 
 
-@pytest.mark.parametrize("kib", [8, 64, 150])
+@pytest.mark.parametrize("kib", [8, 64])
 def test_a_file_size_limit_is_a_full_disk(tmp_path, kib):
     """`ulimit -f`: SQLite and Python are refused at so many KiB of one file (EFBIG); anyone can try it."""
     manifest, directory = write_manifest(tmp_path / "m.csv", range(ROWS)), tmp_path / "run"
@@ -220,7 +232,7 @@ def test_a_file_size_limit_is_a_full_disk(tmp_path, kib):
         limit = (kib * 1024, resource.RLIM_INFINITY)
         ended = restyle(*command, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
         stopped_with_a_sentence(ended)
-        complete(target, directory, restyle(*command))
+        complete(target, directory, gone_on_with(target, directory, command))
 
 
 # --- a power cut ------------------------------------------------------------------------------------------
@@ -278,7 +290,7 @@ def test_nothing_is_sent_before_its_intent_is_on_the_disk(recorded):
 
 def cuts() -> list[float]:
     """Shares of the record at which the power goes."""
-    count = MOMENTS or 7
+    count = MOMENTS or 5
     return [(n + 0.5) / count for n in range(count)]
 
 
@@ -299,8 +311,8 @@ def test_a_power_cut_costs_nothing(recorded, tmp_path, at):
     everything = dict(target.requests)
     target.requests = {name: asked for name, asked in everything.items() if asked.body["prompt"] in sent}
     try:
-        ended = restyle("run", manifest, "-o", tmp_path / "run", "--target", target.url)
-        complete(target, tmp_path / "run", ended)
+        command = ("run", manifest, "-o", tmp_path / "run", "--target", target.url)
+        complete(target, tmp_path / "run", gone_on_with(target, tmp_path / "run", command))
         assert pq.read_table(tmp_path / "run" / "results.parquet").num_rows == ROWS
     finally:
         target.requests = everything

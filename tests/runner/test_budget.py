@@ -188,7 +188,7 @@ async def test_money_that_open_requests_of_an_earlier_run_hold_is_waited_for():
     world = World(FakeService(service_time=10.0), price=PRICE, window=8)
     with anyio.move_on_after(1):
         await world.run(jobs(8))
-    world.limit = 8 * 0.03
+    world.limit, world.window = 8 * 0.03, 20  # there is room for all of them but no money yet
     report = await world.again().run(jobs(12))
     assert (report.done, report.stopped) == (12, None)
 
