@@ -342,7 +342,7 @@ def test_fal_off_a_terminal_asks_for_a_yes_and_sends_nothing(tmp_path, manifest)
     assert ended.code == 2
     assert ended.out.startswith("target: fal (fal-ai/flux/dev/image-to-image), $0.03 a megapixel")
     assert "cost" in ended.out
-    assert "this run would cost about $0.19 for 3 jobs; say --yes, or set --budget USD" in ended.err
+    assert "this run would cost about $0.19 (at most $0.27) for 3 jobs; say --yes, or set --budget USD" in ended.err
     assert "secret" not in ended.text
     assert jobs_in(tmp_path / "run") == 0
 
