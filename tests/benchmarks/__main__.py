@@ -3,7 +3,7 @@
     python -m tests.benchmarks [--jobs 20000] [--rounds 3] [--only client|endpoint]
 
 Floor and client take turns on one server (A B A B), medians are quoted. The comparison with the official clients
-is not here yet; today's figures for them were measured once and stand in docs/design-notes.md.
+is not here yet.
 """
 
 from __future__ import annotations
@@ -64,10 +64,14 @@ def client(jobs: int, rounds: int) -> str:
             "",
             "| | jobs/s | CPU ms/job | durable |",
             "|---|---|---|---|",
-            f"| bare aiohttp loop, three requests a job (the floor) | {jobs / wall_floor:,.0f} |"
-            f" {cpu_floor / jobs * 1000:.2f} | no |",
-            f"| `restyle run`, whole process with journal, results and log | {jobs / wall:,.0f} |"
-            f" {cpu / jobs * 1000:.2f} | yes |",
+            (
+                f"| bare aiohttp loop, three requests a job (the floor) | {jobs / wall_floor:,.0f} |"
+                f" {cpu_floor / jobs * 1000:.2f} | no |"
+            ),
+            (
+                f"| `restyle run`, whole process with journal, results and log | {jobs / wall:,.0f} |"
+                f" {cpu / jobs * 1000:.2f} | yes |"
+            ),
             f"| share of the floor | {wall_floor / wall:.2f} | {cpu / cpu_floor:.2f}x | |",
         ]
     )
