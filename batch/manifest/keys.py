@@ -38,7 +38,7 @@ def derived_seed(run_seed: int, identity: str, cell_id: str) -> int:
 
     It depends on what a row is (`identity`), never on where it stands, so rows may come and go around it.
     """
-    digest = blake2b(f"{run_seed}\n{cell_id}\n{identity}".encode(), digest_size=8).digest()
+    digest = blake2b(f"{run_seed}\n{cell_id}\n{identity}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> (64 - _SEED_BITS)
 
 
