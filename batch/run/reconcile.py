@@ -41,6 +41,8 @@ _PAGE_SIZES = (PAGE_LIMIT, 10, 1)
 """Requests a page. Inputs that carry their picture make a page too large to be read: then fewer are asked for."""
 _PAGES = 10_000
 """Of one window; a listing of more does not end."""
+_NOT_FOR_US = frozenset({401, 403, 404, 405, 501})
+"""Answers, after all tries, of a platform that lists nothing to this key, or has no listing."""
 _UNREADABLE_WINDOWS = 3
 """So many, and the rest of this time's are not tried: the listing is out of order, and each try takes its time."""
 
@@ -57,6 +59,8 @@ class Finding(StrEnum):
     """A request of the window has no input to compare with."""
     UNREADABLE = "unreadable"
     """A page of the listing could not be read."""
+    REFUSED = "refused"
+    """The listing is not shown to this key, or there is none: no look-up will ever find it."""
 
 
 class Found(NamedTuple):
@@ -79,13 +83,26 @@ class Window:
 class Settled:
     """What one reconciliation did."""
 
+    at: float
+    """Wall time, in Unix seconds, before the first page was asked for."""
     adopted: int
-    still_unknown: dict[Finding, int]
+    still_unknown: dict[JobKey, Finding]
 
     @property
     def unknown(self) -> int:
         """Jobs that are still unknown."""
-        return sum(self.still_unknown.values())
+        return len(self.still_unknown)
+
+    def missed(self, key: JobKey, intended_at: float, after: float) -> bool:
+        """Whether a submit had `after` seconds to show up in a listing that was read to its end, and did not.
+
+        A listing that is refused for good counts as read: there is nothing more to wait for. One that could not be
+        read, or that shows requests which may be this one, says nothing, however late it is.
+        """
+        return self.still_unknown.get(key) in _MISSED and self.at - intended_at >= after
+
+
+_MISSED = frozenset({Finding.ABSENT, Finding.REFUSED})
 
 
 def same_input(sent: JsonObject, listed: JsonObject) -> bool:
@@ -191,6 +208,10 @@ class _Unreadable(Exception):
     """A window's listing could not be read to its end: nothing may be concluded from it."""
 
 
+class _Refused(_Unreadable):
+    """The listing is not for this key."""
+
+
 class _TooLarge(Exception):
     """A page is larger than the client takes."""
 
@@ -212,21 +233,24 @@ class Reconciler:
         """
         async with aclosing(self._journal.entries({State.UNKNOWN})) as unknown:
             entries = [entry async for entry in unknown]
-        adopted, rest, unreadable = 0, dict.fromkeys(Finding, 0), 0
-        for window in windows(entries, self._now()):
+        at, adopted, rest, unreadable = self._now(), 0, dict[JobKey, Finding](), 0
+        without = Found(Finding.UNREADABLE)
+        for window in windows(entries, at):
+            found: dict[JobKey, Found] = {}
             try:
-                found = await self._search(window) if unreadable < _UNREADABLE_WINDOWS else None
-            except _Unreadable:
-                found, unreadable = None, unreadable + 1
+                found = await self._search(window) if unreadable < _UNREADABLE_WINDOWS else {}
+            except _Unreadable as error:
+                unreadable += 1
+                without = Found(Finding.REFUSED if isinstance(error, _Refused) else Finding.UNREADABLE)
             for entry in window.entries:
-                finding, request_id = Found(Finding.UNREADABLE) if found is None else found[entry.job_key]
+                finding, request_id = found.get(entry.job_key, without)
                 if request_id is not None:
                     await self._journal.record(Accepted(entry.job_key, self._now(), Ticket(request_id)))
                     adopted += 1
                 else:
-                    rest[finding] += 1
+                    rest[entry.job_key] = finding
                 self._observer.happened("reconciled", job=entry.job_key, finding=finding, request_id=request_id)
-        return Settled(adopted, {finding: count for finding, count in rest.items() if count})
+        return Settled(at, adopted, rest)
 
     async def _search(self, window: Window) -> dict[JobKey, Found]:
         """What the listing says of a window's submits, all pages read.
@@ -270,8 +294,11 @@ class Reconciler:
         try:
             with anyio.fail_after(_PAGE_SECONDS):
                 return await reading(read, self._rng, stop=stop_after_attempt(_READS))
-        except (CallFailed, TimeoutError) as error:
+        except TimeoutError as error:
             raise _Unreadable from error
+        except CallFailed as error:
+            reply = error.trouble.reply
+            raise (_Refused if reply is not None and reply.status in _NOT_FOR_US else _Unreadable) from error
 
 
 def _in_time(entry: Entry, item: Listed) -> bool:

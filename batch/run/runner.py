@@ -41,7 +41,7 @@ from batch.run.ports import (
     Service,
     Trouble,
 )
-from batch.run.reconcile import Reconciler
+from batch.run.reconcile import Reconciler, Settled
 from batch.run.retention import Retention
 from batch.run.retry import Action, Verdict, backoff, failure_of, judge, kind_of, pause_after, reading
 from batch.run.transfer import Transfers
@@ -109,6 +109,7 @@ class Runner:
         targets that do not honour idempotency keys.
         """
         self._reconciler = reconciler
+        self._looked_up: Settled | None = None
         self._service, self._journal, self._observer = service, journal, observer
         self._gate, self._policy, self._now, self._rng = gate, policy, now, rng
         self._polls = PollTimes()
@@ -212,7 +213,8 @@ class Runner:
         """Look up what is unknown; whether any of it was found, and is accepted now."""
         if self._reconciler is None:
             return False
-        return (await self._reconciler.settle()).adopted > 0
+        self._looked_up = await self._reconciler.settle()
+        return self._looked_up.adopted > 0
 
     async def _resume(self, jobs: anyio.abc.TaskGroup, states: Collection[State]) -> None:
         """What was submitted before comes first, oldest first: its results do not wait for ever."""
@@ -229,14 +231,20 @@ class Runner:
         """Whether an unknown submit has to stay unknown for now."""
         if course.state is not State.UNKNOWN or self._policy.idempotent:
             return False
-        after = self._policy.resubmit_unknown_after
-        if after is None or self._policy.collect_only or self._now() - course.intended_at < after:
+        if self._policy.collect_only or not self._given_up(course):
             self._hold(course, "the outcome of its submit is unknown")
             return True
         self._gate.settle(course, None)  # it may have been accepted: its reservation counts as spent
         course.renew()
         course.state = State.UNKNOWN
         return False
+
+    def _given_up(self, course: Course) -> bool:
+        """Whether an unknown submit had the time that the user set to show up, and did not."""
+        after = self._policy.resubmit_unknown_after
+        if after is None or self._looked_up is None:
+            return after is not None and self._now() - course.intended_at >= after
+        return self._looked_up.missed(course.key, course.intended_at, after)
 
     async def _feed(self, source: AsyncGenerator[Sequence[Job], None], jobs: anyio.abc.TaskGroup) -> None:
         async with aclosing(source) as batches:

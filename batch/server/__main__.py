@@ -21,6 +21,9 @@ from batch.server.serve import ServeOptions, run_server
 
 __all__ = ["main"]
 
+_DISK_PATIENCE = 5.0
+"""Seconds for which an embedded endpoint waits for room on its disk."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a server; the process's exit code."""
@@ -51,6 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
             faults=given.faults,
             # An embedded endpoint is its parent's alone: the variable belongs to another server on this machine.
             keys=load_keys(given.keys, {} if given.with_parent else os.environ),
+            # The run it works for writes to the same disk, and can say so at once.
+            disk_patience=_DISK_PATIENCE if given.with_parent else None,
         )
         run_server(options, ready=_say, stop=partial(_stop_event, with_parent=given.with_parent))
     except RestyleError as error:

@@ -128,6 +128,7 @@ class _Face:
             except Denied as denied:
                 answer = self._deny(request, denied)
             except StorageError as error:
+                self._service.disk_refused(error)
                 answer = self._refuse(503, str(error), "internal_error")
             except web.HTTPException as error:
                 answer = self._refuse(error.status, error.text or error.reason)
@@ -157,6 +158,7 @@ class _Face:
             "running": counts.running,
             "accepted": counts.accepted,
             "submit_posts": self._service.submit_posts,
+            "disk": "ok" if self._service.disk_refuses is None else "refuses",
         }
         return web.Response(body=orjson.dumps(body), content_type=protocol.CONTENT_JSON)
 

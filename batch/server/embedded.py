@@ -20,7 +20,7 @@ from typing import IO
 import anyio
 from anyio.abc import Process
 
-from batch.errors import ExitCode, InputError, RestyleError, StoppedEarly
+from batch.errors import ExitCode, InputError, RestyleError, StoppedEarly, StorageError
 
 __all__ = ["Endpoint", "embedded_endpoint"]
 
@@ -88,6 +88,7 @@ async def embedded_endpoint(
     Raises:
         RestyleError: the child did not start; the last lines of its log are in the message. An InputError where
             it found fault with what it was given.
+        StorageError: it could not write to its disk any more.
         StoppedEarly: it died more than `RESTARTS` times a minute.
     """
     await anyio.Path(data_dir).mkdir(parents=True, exist_ok=True)
@@ -125,6 +126,8 @@ async def _supervise(command: _Command, holder: _Holder, endpoint: Endpoint, log
     while True:
         code = await holder.child.wait()
         await holder.child.aclose()
+        if code == ExitCode.STOPPED_EARLY:
+            raise StorageError(_no_room(command.data_dir))
         now = anyio.current_time()
         earliest = deaths[0] if len(deaths) == RESTARTS else -math.inf
         if now - earliest < RESTART_WINDOW_SECONDS:
@@ -149,6 +152,8 @@ async def _start(command: _Command, port: int, log: IO[bytes]) -> tuple[Process,
                 else f"(exit code {child.returncode})"
             )
             lines = _last_lines(command.log_path, seen)
+            if child.returncode == ExitCode.STOPPED_EARLY:
+                raise StorageError(_no_room(command.data_dir)) from error
             # What it was given is wrong: it said so, and the same command would end so again.
             kind = InputError if child.returncode == ExitCode.BAD_INPUT else RestyleError
             raise kind(f"the embedded endpoint did not start {what}; see {command.log_path}\n{lines}") from error
@@ -184,6 +189,14 @@ def _given_up(code: int, log_path: Path) -> str:
     return (
         f"the embedded endpoint died {RESTARTS + 1} times within {RESTART_WINDOW_SECONDS:.0f} s, last with exit code "
         f"{code}; see {log_path}, then run the same command again\n{_last_lines(log_path, 0)}"
+    )
+
+
+def _no_room(data_dir: Path) -> str:
+    """Its log cannot be quoted: it is on the same disk."""
+    return (
+        f"{data_dir} could not be written, so the embedded endpoint gave up; free space on that disk (or raise its "
+        "quota), then run the same command again. What was durable before is still there."
     )
 
 

@@ -450,6 +450,7 @@ def _queue_schemas() -> JsonObject:
                 "slots": {"type": "integer", "minimum": 1},
                 "honours_idempotency_key": {"type": "boolean"},
                 **dict.fromkeys(("queue_depth", "running", "accepted", "submit_posts"), position),
+                "disk": {"enum": ["ok", "refuses"]},
             }
         ),
     }

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from aiohttp import web
 
-from batch.errors import ConfigError, InputError
+from batch.errors import ConfigError, InputError, StorageError
 from batch.fal.endpoint import APP_ID
 from batch.server import listing, webhooks
 from batch.server.addresses import address_rule
@@ -38,7 +38,7 @@ from batch.server.history import History
 from batch.server.keys import ENVIRONMENT, Authenticator, Keys
 from batch.server.rehearsal import Rehearsal, read_faults
 from batch.server.retention import DEFAULT_SECONDS, Sweeper, sweeping
-from batch.server.service import queue_service
+from batch.server.service import QueueService, queue_service
 from batch.server.sources import Sources
 from batch.server.storage import Storage
 from batch.server.store import Store
@@ -52,6 +52,7 @@ LOCK_SECONDS = 15.0
 DRAIN_SECONDS = 2.0
 """How long open calls may take to end when the server goes down."""
 _BACKLOG = 2048
+_DISK_LOOK_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,8 @@ class ServeOptions:
     tls_cert: Path | None = None
     """PEM files of certificate (and chain) and its key: https instead of http."""
     tls_key: Path | None = None
+    disk_patience: float | None = None
+    """Seconds after which a server gives up that can write nothing any more; None: it waits for room."""
 
 
 async def serve(
@@ -98,6 +101,7 @@ async def serve(
         stop: ends the server when it is set.
 
     Raises:
+        StorageError: nothing could be written for `disk_patience`.
         InputError: the port or the data dir is in use or cannot be used, the engine is not known, the price is none,
             or the faults file is wrong.
     """
@@ -143,8 +147,22 @@ async def serve(
         stack.callback(service.stop)  # first of all, so that nobody waits on a stream while the calls drain
         await web.SockSite(runner, listener, backlog=_BACKLOG, ssl_context=tls).start()
         ready(_url(options.host, listener, "http" if tls is None else "https"))
-        await stop.wait()
+        refusal = await _stopped(stop, service, options.disk_patience)
         _log.info("stopping")
+    if refusal is not None:  # raised here: in there it would come out wrapped by the groups of tasks that it ends
+        raise StorageError(refusal)
+
+
+async def _stopped(stop: asyncio.Event, service: QueueService, disk_patience: float | None) -> str | None:
+    """Wait for the end, at most so long against a disk that refuses; what was refused, where that is the end."""
+    while disk_patience is not None and not stop.is_set():
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), _DISK_LOOK_SECONDS)
+        refused = service.disk_refuses
+        if refused is not None and time.monotonic() - refused[0] > disk_patience:
+            return refused[1]
+    await stop.wait()
+    return None
 
 
 def run_server(

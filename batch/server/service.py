@@ -113,6 +113,8 @@ class QueueService:
         self.tally = Tally(store.accepted)
         self.ended = asyncio.Event()
         """Set whenever a request has ended; whoever waits for it clears it."""
+        self.disk_refuses: tuple[float, str] | None = None
+        """Since when (of the monotonic clock) nothing could be written, and what was said last; None: all is well."""
         self._store = store
         self._worker = worker
         self._broker = Broker(slots)
@@ -129,6 +131,11 @@ class QueueService:
     def new_id(self) -> RequestId:
         """An id for a request, or for an answer that belongs to none."""
         return uuid7(self._clock(), secrets.randbits(74))
+
+    def disk_refused(self, error: StorageError) -> None:
+        """Something could not be written: told by whoever was refused, until something is written again."""
+        since = self.disk_refuses[0] if self.disk_refuses is not None else time.monotonic()
+        self.disk_refuses = since, str(error)
 
     def statistics(self) -> Statistics:
         """Counts, in O(1)."""
@@ -172,6 +179,7 @@ class QueueService:
             source,
         )
         admission = await self._store.accept(submission)
+        self.disk_refuses = None
         if admission.fresh:
             if waiting < _HELD_BODIES:
                 self._bodies[submission.request_id] = kept
@@ -333,8 +341,10 @@ class QueueService:
                 done = await self._worker.keep(outcome, keeping.file_life) if isinstance(outcome, Made) else outcome
                 ending = self._ending(request_id, app, outcome, done, started_at, logs, keeping)
                 await self._store.end(ending)
+                self.disk_refuses = None
                 break
             except StorageError as error:
+                self.disk_refused(error)
                 _log.error("request %s is executed but cannot be written down, trying again: %s", request_id, error)
                 await asyncio.sleep(_RETRY_SECONDS)
         self.tally.ended(ending)

@@ -327,7 +327,7 @@ def test_a_disk_that_fails_in_the_middle_stops_the_run_and_loses_nothing(tmp_pat
     manifest = write_manifest(tmp_path / "m.csv", range(300))
     command = ("run", manifest, "-o", tmp_path / "run", *ECHO)
     sentence = refused(*command, code=4, through=("sh", "-c", f'ulimit -f {blocks}; exec "$0" "$@"'))
-    assert "journal.db was refused" in sentence
+    assert "journal.db was refused" in sentence or "endpoint could not be written" in sentence  # whoever was first
     assert "What was durable before is still there" in sentence
     assert restyle(*command).code == 0
     assert accepted(tmp_path / "run") == jobs_in(tmp_path / "run", "done") == 300

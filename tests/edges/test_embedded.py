@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import json
 import os
@@ -14,10 +15,10 @@ import time
 import aiohttp
 import pytest
 
-from batch.errors import RestyleError, StoppedEarly
+from batch.errors import RestyleError, StoppedEarly, StorageError
 from batch.server import embedded as embedded_module
 from batch.server.embedded import embedded_endpoint
-from tests.edges.serving import call, result, submit
+from tests.edges.serving import INPUT, SUBMIT, call, result, submit
 
 
 def run(coroutine):
@@ -145,6 +146,28 @@ def test_a_child_that_dies_again_and_again_ends_the_run(tmp_path, monkeypatch):
 
     with pytest.raises(StoppedEarly, match=r"died 2 times .*server\.log"):
         run(use())
+
+
+def test_a_disk_that_takes_nothing_more_ends_the_run(tmp_path, monkeypatch):
+    """It could wait for room, but the run has to be told: asked again and again it would only say 503."""
+    plain = embedded_module._Command.line
+
+    def limited(command, port):  # a quota that needs no rights: no file grows beyond 300 blocks
+        return ["sh", "-c", 'ulimit -f 300; exec "$0" "$@"', *plain(command, port)]
+
+    monkeypatch.setattr(embedded_module._Command, "line", limited)
+    answers = set()
+
+    async def main():
+        async with embedded_endpoint(tmp_path, "echo", 2, 0.0) as endpoint, aiohttp.ClientSession(endpoint.url) as http:
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline:
+                with contextlib.suppress(aiohttp.ClientError):
+                    answers.add((await call(http, "POST", SUBMIT, json=INPUT))[0])
+
+    with pytest.raises(StorageError, match=r"could not be written.*run the same command again"):
+        run(main())
+    assert answers == {200, 503}
 
 
 def test_the_child_ends_with_a_killed_parent(tmp_path):

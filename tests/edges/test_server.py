@@ -377,6 +377,7 @@ def test_health_says_what_runs_and_that_nothing_is_checked(tmp_path):
                 "running": 0,
                 "accepted": 0,
                 "submit_posts": 0,
+                "disk": "ok",
             }
 
     run(use())

@@ -37,6 +37,8 @@ RUN_SECONDS = 900.0
 ROUNDS = 25
 _HELD_ROUNDS = 4
 """Commands that only look lost submits up, before those that are still unknown are sent again."""
+_LISTED_BY = 1.0
+"""Seconds until the server has ended what it accepted and lists it: sent again sooner, a job may be paid for twice."""
 
 _READ_ANSWERS = ("status = 404", "status = 401", "status = 429\nretry_after = 0.05", "status = 503")
 _ANSWERS = {
@@ -160,7 +162,9 @@ async def carry_out(case: Case, folder: Path, jobs: int, *, seconds: float = RUN
             assert len(codes) < ROUNDS, f"{case.name}: not over after {codes}"
             # What did not arrive is sent again; before that, what did is looked for as often as it may take to find it.
             resubmits = doubtful and len(codes) >= (1 if len(case.faults) == 1 else _HELD_ROUNDS)
-            limits: dict[str, Any] = {"on_unknown": "resubmit-after=0.3s"} if resubmits else {}
+            limits: dict[str, Any] = {"on_unknown": f"resubmit-after={_LISTED_BY:g}s"} if resubmits else {}
+            if resubmits:
+                await anyio.sleep(_LISTED_BY)
             settings = {"target": {"name": url}, "limits": limits}
             with anyio.fail_after(seconds):
                 summary = await api.run(manifest, folder / "run", settings=settings, retry_failed=retry_failed)

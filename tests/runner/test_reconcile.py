@@ -193,7 +193,7 @@ async def test_a_failed_page_leaves_everything_unknown(status):
     of = world(DropsAfterAccept(every=2), FailsPages(first=2, status=status), listing=Listing(page_limit=10))
     report = await of.run(jobs(30))
     assert (report.done, report.held, of.service.posts) == (15, 15, 30)
-    assert findings(of) == {"unreadable"}
+    assert findings(of) == {"refused" if status in {401, 403, 404} else "unreadable"}
 
 
 async def test_a_listing_that_never_ends_is_given_up():
@@ -281,6 +281,34 @@ async def test_what_is_not_listed_is_sent_again_where_the_policy_says_so():
     counts = await of.journal.counts()
     assert counts.spent_usd == pytest.approx(10 * 0.5 * 0.03 + 2 * 0.03)
     assert counts.reserved_usd == pytest.approx(0.0)
+
+
+async def test_a_look_up_that_failed_sends_nothing_again():
+    """The time is over, but a page could not be read: what it would have shown may be the lost request."""
+    after = Policy(resubmit_unknown_after=100.0)
+    of = world(DropsAfterAccept(every=5), listing=Listing(lag=60.0), policy=after)
+    assert (await of.run(jobs(10))).held == 2
+    await anyio.sleep(200)
+    of.service._faults.append(out := FailsPages(status=500))
+    assert (await of.again().run(jobs(10))).held == 2
+    assert findings(of) >= {"unreadable"}
+    of.service._faults.remove(out)
+    of.service.lists.hidden = lambda _: True
+    assert (await of.again().run(jobs(10))).held == 2
+    of.service.lists.hidden = lambda _: False
+    report = await of.again().run(jobs(10))
+    assert (report.done, report.held, of.service.posts) == (2, 0, 10)
+
+
+async def test_a_key_that_may_not_list_leaves_only_the_clock():
+    """The user said after how long: where no look-up is to be had, that is all there is to go by."""
+    of = world(DropsBeforeAccept(every=5), FailsPages(status=403), policy=Policy(resubmit_unknown_after=100.0))
+    assert (await of.run(jobs(10))).held == 2
+    of.service._faults.pop(0)
+    assert (await of.again().run(jobs(10))).held == 2, "too early"
+    await anyio.sleep(200)
+    report = await of.again().run(jobs(10))
+    assert (report.done, report.held, of.service.posts, of.service.accepted) == (2, 0, 12, 10)
 
 
 async def test_collecting_only_adopts_and_submits_nothing():
