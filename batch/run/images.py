@@ -81,6 +81,8 @@ def decode(
                     raise PictureError(
                         "image_too_large", f"{width} x {height} pixels are more than {limit_pixels / 1e6:g} megapixels"
                     )
+                # A JPEG unpacks at an eighth of its size: every coded byte is still read, at a third of the time.
+                picture.draft(None, (max(1, width // 8), max(1, height // 8)))
                 with alone if alone is not None and width * height > _ALONE_FROM_PIXELS else nullcontext():
                     picture.load()
                 if kind == "PNG" and _PNG_END not in data:

@@ -72,8 +72,9 @@ _TRANSIENT_TYPES = frozenset({
 })  # fmt: skip
 # On a read these are about the key, the gateway or our pace, never about the job.
 _SAYS_NOTHING = frozenset({401, 402, 403, 407, 408, 409, 423, 425, 429})
-_CONFIRMATIONS = 2
-"""A 5xx with a fal body must be seen twice, each after a fresh COMPLETED: a gateway's 503 looks alike."""
+_CONFIRMATIONS = 12
+"""A 5xx with a fal body must be seen so often, each after a fresh COMPLETED: a gateway's 503 may look alike, and behind
+it lies a result that is paid for. Where every second read is answered so, one in 4,000 jobs is given up."""
 _NOT_FOUND_LIMIT = 16
 """A request id that the server once gave and now does not know: believed after so many reads. It is paid for: where
 every second read is answered wrongly, one in 65,000 jobs is given up."""
@@ -86,6 +87,8 @@ _WORD_LIMIT = 100
 """Characters of an error type: it is counted by, and printed."""
 _COUNTED_CAP = 2.0
 """Longest pause between reads that are counted up to a limit: all of them together take about 14 s."""
+_CONFIRMED_CAP = 1.0
+"""The same for an error that is to be confirmed, about 5 s: most are the job's own, and its next attempt waits."""
 
 
 def judge(trouble: Trouble, *, seen: int = 1) -> Verdict:
@@ -259,6 +262,9 @@ async def _read_again(
 def pause_after(trouble: Trouble, tries: int, rng: Random) -> float:
     """Seconds until the next read: `backoff`, kept short where only so many of them are believed in."""
     kind = kind_of(trouble)
+    reply = trouble.reply
+    if trouble.phase == "result" and reply is not None and reply.status >= 500 and error_body_of(reply).is_fal:
+        return backoff(tries, rng, cap=_CONFIRMED_CAP)
     counted = kind == "404" or (trouble.phase == "result" and kind in {"400", "malformed"})
     return backoff(tries, rng, cap=_COUNTED_CAP) if counted else backoff(tries, rng)
 

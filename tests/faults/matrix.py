@@ -82,7 +82,7 @@ class Kind(NamedTuple):
         """Whether it is a job's own failure, or cannot be told from one however often one asks."""
         own = self.at is Moment.EXECUTE  # one that is sent back to the queue twice fails there
         refused = self.at is Moment.SUBMIT and "422" in self.options
-        final = self.at is Moment.RESULT and self.options == "status = 500"  # fal's body, and a 5xx: twice is enough
+        final = self.at is Moment.RESULT and self.options == "status = 500"  # fal's body: believed in the end
         return own or refused or final or self.at is Moment.CANCEL
 
     @property

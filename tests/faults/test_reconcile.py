@@ -106,7 +106,7 @@ def test_what_is_held_is_counted_and_priced_and_reconcile_settles_it(tmp_path):
 @pytest.mark.parametrize(
     ("listing", "finding"),
     [
-        (has_no_listing, "unreadable"),
+        (has_no_listing, "refused"),
         (hides_one_input, "hidden"),
         (lists_everything_twice, "ambiguous"),
         (invents_an_id, "unreadable"),

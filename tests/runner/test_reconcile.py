@@ -14,6 +14,7 @@ from batch.fal.platform import Listed
 from batch.fal.protocol import Reply
 from batch.model import AppId, Attempt, RequestId
 from batch.run.budget import Price
+from batch.run.gate import Stop
 from batch.run.lifecycle import State
 from batch.run.ports import Accepted, CallFailed, Trouble
 from batch.run.runner import Policy
@@ -332,9 +333,16 @@ async def test_collecting_only_adopts_and_submits_nothing():
 
 
 async def test_a_retryable_failure_of_a_stopping_run_is_tried_again_by_the_next():
-    """The deadline is near: no new attempt is sent, and the job is not called failed for that."""
-    of = world(CompletesWith("3 as", 503, "runner_disconnected", times=1), policy=Policy(deadline=4.0, drain=3.0))
-    report = await of.run(jobs(10))
+    """It is told to end: no new attempt is sent, and the job is not called failed for that."""
+    of = world(CompletesWith("3 as", 503, "runner_disconnected", times=1))
+    async with anyio.create_task_group() as tasks:
+
+        async def stop() -> None:
+            await anyio.sleep(3.0)
+            of.runner.stop(Stop.SIGNAL, "SIGTERM")
+
+        tasks.start_soon(stop)
+        report = await of.run(jobs(10))
     assert (report.done, report.failed, of.service.posts) == (9, 0, 10)
     assert await state(of) == {State.DONE: 9, State.PENDING: 1}
     assert (await of.again().run(jobs(10), Policy())).done == 1

@@ -57,12 +57,12 @@ TABLE = [
     *[(answered(phase, status, GATEWAY), 9, A.READ_AGAIN)
       for phase in ("status", "result") for status in (500, 502, 503, 504)],
     *[(answered("status", status, request_error("internal_error")), 9, A.READ_AGAIN) for status in (500, 503)],
-    # result: the job's own failure; a 5xx is believed when it is seen twice
+    # result: the job's own failure; a 5xx is believed when it is seen twelve times
     *[(answered("result", status, MODEL_ERROR), 1, A.JOB_FAILED) for status in (422, 406, 415)],
     *[(answered("result", status, request_error("runner_server_error")), seen, action)
-      for status in (500, 503, 504) for seen, action in ((1, A.READ_AGAIN), (2, A.JOB_FAILED))],
-    (answered("result", 503, GATEWAY, x_fal_error_type="runner_disconnected"), 2, A.JOB_FAILED),
-    (answered("result", 500, MODEL_ERROR), 2, A.JOB_FAILED),
+      for status in (500, 503, 504) for seen, action in ((11, A.READ_AGAIN), (12, A.JOB_FAILED))],
+    (answered("result", 503, GATEWAY, x_fal_error_type="runner_disconnected"), 12, A.JOB_FAILED),
+    (answered("result", 500, MODEL_ERROR), 12, A.JOB_FAILED),
     # result: still in progress, although the status said otherwise
     (answered("result", 400, b'{"detail": "Request is still in progress"}'), 15, A.READ_AGAIN),
     (answered("result", 400, b'{"detail": "Request is still in progress"}'), 16, A.JOB_FAILED),
@@ -123,7 +123,7 @@ def test_a_gateways_page_never_fails_a_job(phase, status, body, seen):
 )
 def test_another_attempt_is_made_where_it_may_go_better(reply, expected):
     """The service's own word first, then what is known to pass; never after a cancel or our own timeout."""
-    verdict = judge(Trouble("result", reply=reply), seen=2)
+    verdict = judge(Trouble("result", reply=reply), seen=12)
     assert verdict.action is A.JOB_FAILED
     assert verdict.new_attempt is expected
 
@@ -143,7 +143,7 @@ def test_a_failure_speaks_the_services_own_words():
 def test_an_error_of_the_server_is_free_unless_it_says_otherwise(status, header, units):
     """Fal never charges for 5xx; for a 422 without a header nobody knows."""
     trouble = answered("result", status, request_error("internal_error"), x_fal_billable_units=header)
-    assert failure_of(trouble, judge(trouble, seen=2)).billable_units == units
+    assert failure_of(trouble, judge(trouble, seen=12)).billable_units == units
 
 
 def test_a_failure_without_words_has_its_status():

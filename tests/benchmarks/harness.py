@@ -1,0 +1,120 @@
+"""What the scenarios share: the stand-in server, whole processes under the kernel's own accounting, turns, tables."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parents[2]
+PYTHON = sys.executable
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One finished process."""
+
+    wall: float
+    """Seconds from its start to its end, interpreter included."""
+    cpu: float
+    """User and system seconds of it and of those that it waited for."""
+    peak_mb: float
+    """Largest resident set of the process."""
+
+
+class Standin:
+    """A running stand-in server."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def counts(self) -> dict[str, Any]:
+        """What has arrived since it started, and how soon endings were noticed."""
+        with urllib.request.urlopen(f"{self.url}/counts", timeout=60) as answer:
+            return json.load(answer)
+
+
+@contextmanager
+def standin(*options: str) -> Iterator[Standin]:
+    """The benchmarks' server, fresh: it remembers nothing of earlier turns."""
+    command = [PYTHON, "-m", "tests.benchmarks.standin", *options]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPOSITORY) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        try:
+            yield Standin(json.loads(server.stdout.readline())["url"])
+        finally:
+            server.stdin.close()
+            server.wait(30)
+
+
+def measured(*command: str, may_fail: bool = False, **variables: str) -> Measured:
+    """Run a command to its end.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    began = time.perf_counter()
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, env={**os.environ, **variables}) as child:
+        _, status, used = os.wait4(child.pid, 0)
+        wall = time.perf_counter() - began
+        child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode and not may_fail:
+        raise RuntimeError(f"{' '.join(command)} ended with {child.returncode}")
+    return Measured(wall, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)
+
+
+def restyle(*arguments: str) -> Measured:
+    """One whole `restyle` command."""
+    return measured(PYTHON, "-m", "batch", *arguments)
+
+
+def run_of(server: Standin, manifest: Path, out: Path, *options: str) -> Measured:
+    """`restyle run` against the stand-in: journal, results and log as ever."""
+    return restyle("run", str(manifest), "-o", str(out), "--target", server.url, "--quiet", *options)
+
+
+def in_turn(rounds: int, **contestants: Callable[[], Measured]) -> dict[str, list[Measured]]:
+    """A B A B: what the machine does meanwhile befalls all alike."""
+    found: dict[str, list[Measured]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, carry_out in contestants.items():
+            found[name].append(carry_out())
+    return found
+
+
+def median(values: Sequence[float]) -> float:
+    return statistics.median(values)
+
+
+def write_manifest(path: Path, rows: int) -> Path:
+    """So many rows, no two alike."""
+    with path.open("w", newline="") as file:
+        lines = csv.writer(file)
+        lines.writerow(["image_url", "prompt"])
+        lines.writerows(
+            [f"https://pictures.example/{number}.jpg", f"{number} as a watercolor"] for number in range(rows)
+        )
+    return path
+
+
+def table(*rows: Sequence[str]) -> str:
+    """Markdown; the first row is the head, columns after the first are numbers."""
+    head, *rest = rows
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rest))
+
+
+def verdict(value: float, bar: float, *, at_least: bool = False) -> str:
+    """Whether a figure keeps its bar, in a word."""
+    return "kept" if (value >= bar if at_least else value <= bar) else "**missed**"
