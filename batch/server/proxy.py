@@ -7,7 +7,9 @@ had been asked for directly. Nothing is ever sent anywhere.
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Awaitable, Callable
+from functools import lru_cache
 from typing import TypeAlias
 
 from aiohttp import web
@@ -78,8 +80,17 @@ async def _forward(request: web.Request) -> web.StreamResponse:
     return await match.handler(inner)
 
 
+@lru_cache(maxsize=64)
+def _is_this_machine(authority: str) -> bool:
+    try:
+        host = URL(f"http://{authority}").host or ""
+        return host in _LOOPBACK or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 class Crossing:
-    """Which other origins a browser may call us from.
+    """Which other origins a browser may call us from, and under which names.
 
     Args:
         keyed: whether callers need a key. Without keys only pages of this machine may: else any page that its user
@@ -93,6 +104,14 @@ class Crossing:
         """Tell the browser that its page may ask, and read the answer, if it may."""
         if self._permits(origin) and not answer.prepared:
             answer.headers.update(_CORS)
+
+    def is_foreign(self, authority: str) -> bool:
+        """Whether a `Host` header is not one of ours.
+
+        Without keys only this machine may ask. A page whose own name is made to resolve to 127.0.0.1 (DNS rebinding)
+        asks from this machine too, and is of the same origin to its browser; but its requests bear its name.
+        """
+        return not self._keyed and not _is_this_machine(authority)
 
     def _permits(self, origin: str) -> bool:
         if self._keyed:

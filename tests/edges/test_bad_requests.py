@@ -47,7 +47,7 @@ async def raw(session, data, *, half_close=False, head_only=False):
 
 def http(method, path, headers=b"", body=b""):
     """A request, byte for byte, after which the connection ends."""
-    start = method + b" " + path + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+    start = method + b" " + path + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
     return start + headers + b"Content-Length: %d\r\n\r\n" % len(body) + body
 
 
@@ -243,7 +243,7 @@ def test_a_body_that_stops_is_given_up(tmp_path, monkeypatch):
     monkeypatch.setattr(uploads_module, "SILENCE_SECONDS", 0.2)
 
     async def stop(session, path, framing):
-        start = f"POST {path} HTTP/1.1\r\nHost: x\r\n{framing}\r\n\r\n".encode()
+        start = f"POST {path} HTTP/1.1\r\nHost: localhost\r\n{framing}\r\n\r\n".encode()
         return (await raw(session, start + b'5\r\n{"a":\r\n', head_only=True))[0]
 
     async def use():
@@ -260,18 +260,18 @@ def test_a_body_that_stops_is_given_up(tmp_path, monkeypatch):
 
 
 NO_HTTP = [
-    b"POST " + SUBMIT.encode() + b" HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
-    b"POST " + SUBMIT.encode() + b" HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
-    b"POST " + SUBMIT.encode() + b" HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n{}",
-    b"POST " + SUBMIT.encode() + b" HTTP/1.1\r\nHost: x\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}",
+    b"POST " + SUBMIT.encode() + b" HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    b"POST " + SUBMIT.encode() + b" HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n",
+    b"POST " + SUBMIT.encode() + b" HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n{}",
+    b"POST " + SUBMIT.encode() + b" HTTP/1.1\r\nHost: localhost\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}",
     b"POST " + SUBMIT.encode() + b" HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}",
     b"GET / HTTP/9.9\r\n\r\n",
     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
     b"\r\n\r\n\r\n",
     b"GET\r\n\r\n",
-    b"FOO / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
-    b"GET http://elsewhere.example/health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
-    b"CONNECT elsewhere.example:443 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+    b"FOO / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
+    b"GET http://elsewhere.example/health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
+    b"CONNECT elsewhere.example:443 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
 ]
 
 

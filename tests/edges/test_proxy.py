@@ -209,3 +209,32 @@ def test_the_status_stream_can_be_read_by_a_page(tmp_path):
                 assert response.headers["access-control-allow-origin"] == "*"
 
     run(use())
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/models/pricing", "/fal-ai/flux/requests/x/status", "/"])
+@pytest.mark.parametrize(
+    ("host", "welcome"),
+    [("localhost:1", True), ("127.0.0.1", True), ("127.8.8.8:80", True), ("[::1]:8787", True),
+     ("evil.example", False), ("evil.example:8787", False), ("127.0.0.1.evil.example", False)],
+)  # fmt: skip
+def test_without_keys_a_foreign_name_is_refused(tmp_path, path, host, welcome):
+    """DNS rebinding: to a browser, evil.example that resolves to 127.0.0.1 is one origin with us."""
+
+    async def use():
+        async with serving(tmp_path) as session, session.get(path, headers={"host": host}) as response:
+            assert (response.status != 403) is welcome
+            if not welcome:
+                assert host in await response.text()
+
+    run(use())
+
+
+def test_with_keys_any_name_is_ours(tmp_path):
+    """A key tells friends from strangers; by which name we are known is the reverse proxy's affair."""
+
+    async def use():
+        async with serving(tmp_path, keys=keys()) as session:
+            status, _, _ = await call(session, "POST", SUBMIT, json=INPUT, headers={"host": "gpu.example", **KEY})
+            assert status == 200
+
+    run(use())

@@ -469,7 +469,7 @@ def test_a_caller_who_hangs_up_in_the_middle_leaves_nothing(tmp_path, caplog, pa
     async def use():
         async with serving(tmp_path) as session:
             _, writer = await asyncio.open_connection(session._base_url.host, session._base_url.port)
-            writer.write(f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{{".encode())
+            writer.write(f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{{".encode())
             await writer.drain()
             await call(session, "GET", "/health")
             writer.close()

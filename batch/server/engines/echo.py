@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import io
-import textwrap
 
 import anyio
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from batch.fal.endpoint import ImageToImageInput
@@ -32,18 +33,36 @@ NOTE = "restyle rehearsal card: no model ran"
 _SLOTS = 32
 _CHECK_EVERY = 0.25
 """Seconds between two looks at whether the job was told to stop; thousands may wait at once."""
-_WIDTH, _HEIGHT = 256, 160
+_WIDTH, _HEIGHT = 192, 112
 _PAPER, _CARD, _INK, _FAINT = 214, 255, 24, 120  # grey levels
-_LINES, _LETTERS = 4, 36  # of the prompt that fit on a card
-_FONT = ImageFont.load_default_imagefont()  # a bitmap font: 15 times as fast as drawing outlines
+_LEFT = 12
+_LINES, _LETTERS = 4, 28  # of the prompt that fit on a card
+_GLYPH_WIDTH, _GLYPH_HEIGHT = 6, 11
+
+_Grey = NDArray[np.uint8]
 
 
-def _blank() -> Image.Image:
-    card = Image.new("L", (_WIDTH, _HEIGHT), _PAPER)
-    pen = ImageDraw.Draw(card)
-    pen.rectangle((8, 8, _WIDTH - 9, _HEIGHT - 9), fill=_CARD, outline=_FAINT)
-    pen.text((18, 16), "restyle rehearsal", fill=_FAINT, font=_FONT)
-    pen.line((18, 32, _WIDTH - 19, 32), fill=_FAINT)
+def _drawn(text: str, ink: int, paper: int) -> _Grey:
+    """A line of text as pixels; Pillow's bitmap font has letters of one width."""
+    line = Image.new("L", (_GLYPH_WIDTH * len(text), _GLYPH_HEIGHT), paper)
+    ImageDraw.Draw(line).text((0, 0), text, fill=ink, font=ImageFont.load_default_imagefont())
+    return np.asarray(line)
+
+
+_GLYPHS = np.stack([_drawn(chr(code), _INK, _CARD) for code in range(256)])
+"""Pixels of each letter of Latin-1: looked up, a line of text costs a fraction of what drawing it does."""
+
+
+def _write(card: _Grey, top: int, pixels: _Grey) -> None:
+    card[top : top + _GLYPH_HEIGHT, _LEFT : _LEFT + pixels.shape[1]] = pixels
+
+
+def _blank() -> _Grey:
+    card = np.full((_HEIGHT, _WIDTH), _PAPER, np.uint8)
+    card[4:-4, 4:-4] = _FAINT
+    card[5:-5, 5:-5] = _CARD
+    card[24, _LEFT:-_LEFT] = _FAINT
+    _write(card, 10, _drawn("restyle rehearsal", _FAINT, _CARD))
     return card
 
 
@@ -53,20 +72,24 @@ _BLANK = _blank()
 def draw_card(asked: ImageToImageInput, seed: int) -> EnginePicture:
     """The card of one picture: seed and the beginning of the prompt, `?` for letters beyond Latin-1."""
     card = _BLANK.copy()
-    pen = ImageDraw.Draw(card)
-    pen.text((18, 42), f"seed {seed}", fill=_INK, font=_FONT)
-    words = asked.prompt[: _LINES * _LETTERS].encode("latin-1", "replace").decode("latin-1")
-    for number, line in enumerate(textwrap.wrap(words, _LETTERS)[:_LINES]):
-        pen.text((18, 64 + 18 * number), line, fill=_INK, font=_FONT)
-    note = f"{NOTE}; seed {seed}, input {_digest(asked, seed)}"
-    buffer = io.BytesIO()
-    if asked.output_format == "png":
+    words = " ".join(asked.prompt[: 2 * _LINES * _LETTERS].split()).encode("latin-1", "replace")[: _LINES * _LETTERS]
+    lines = [words[start : start + _LETTERS] for start in range(0, len(words), _LETTERS)]
+    for number, line in enumerate([f"seed {seed}".encode(), *lines]):
+        letters = np.frombuffer(line, np.uint8)
+        _write(card, 30 + 14 * number, _GLYPHS[letters].transpose(1, 0, 2).reshape(_GLYPH_HEIGHT, -1))
+    data = _encoded(card, asked.output_format, f"{NOTE}; seed {seed}, input {_digest(asked, seed)}")
+    return EnginePicture(data, f"image/{asked.output_format}", _WIDTH, _HEIGHT)
+
+
+def _encoded(card: _Grey, output_format: str, note: str) -> bytes:
+    picture, buffer = Image.fromarray(card), io.BytesIO()
+    if output_format == "png":
         text = PngImagePlugin.PngInfo()
         text.add_text("Comment", note)
-        card.save(buffer, "PNG", compress_level=1, pnginfo=text)
+        picture.save(buffer, "PNG", compress_level=1, pnginfo=text)
     else:
-        card.save(buffer, "JPEG", quality=75, comment=note.encode())
-    return EnginePicture(buffer.getvalue(), f"image/{asked.output_format}", _WIDTH, _HEIGHT)
+        picture.save(buffer, "JPEG", quality=75, comment=note.encode())
+    return buffer.getvalue()
 
 
 def _digest(asked: ImageToImageInput, seed: int) -> str:
@@ -87,7 +110,7 @@ class EchoEngine:
     """Answers each job with cards after a set time.
 
     Args:
-        service_time: seconds a job takes; the drawing, about 0.2 ms a card, is in it.
+        service_time: seconds a job takes; the drawing, about 0.1 ms a card, is in it.
         slots: jobs at once; None: 32.
     """
 
@@ -119,17 +142,21 @@ class EchoEngine:
             EngineCancelled: the job was told to stop; heard within 0.25 s.
         """
         began = anyio.current_time()
-        left = self._service_time
-        while True:
-            if cancelled():
-                raise EngineCancelled
-            if left <= 0:
-                break
-            await anyio.sleep(min(left, _CHECK_EVERY))
-            left = began + self._service_time - anyio.current_time()
+        if self._service_time > 0:
+            await self._work(began + self._service_time, cancelled)
+        elif cancelled():
+            raise EngineCancelled
         seeds = range(job.seed, job.seed + job.input.num_images)
         pictures = tuple(draw_card(job.input, seed) for seed in seeds)
         on_step(1, 1)
         # Nothing looked at the content, so there is nothing to say about it.
         timings = {"inference": anyio.current_time() - began}
         return EngineResult(pictures, job.seed, (), timings, job.input.prompt)
+
+    async def _work(self, until: float, cancelled: Cancelled) -> None:
+        while (left := until - anyio.current_time()) > 0:
+            if cancelled():
+                raise EngineCancelled
+            await anyio.sleep(min(left, _CHECK_EVERY))
+        if cancelled():
+            raise EngineCancelled
