@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from batch.errors import InputError, RestyleError
+from batch.server.engines.flux.options import FluxOptions
 from batch.server.keys import load_keys
 from batch.server.serve import ServeOptions, run_server
 
@@ -34,6 +35,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--engine", default="preview")
     parser.add_argument("--slots", type=int, default=None)
     parser.add_argument("--service-time", type=float, default=0.0, help="seconds that a job of echo takes")
+    parser.add_argument("--model", help="of the engine flux: a folder or a hub id")
+    parser.add_argument("--devices", help="of the engine flux: cuda:0,cuda:1 or cpu")
+    parser.add_argument("--safety-checker", help="of the engine flux: a folder or a hub id")
+    parser.add_argument("--quantize", help="of the engine flux: fp8")
+    parser.add_argument("--offload", help="of the engine flux: model, sequential or none")
+    parser.add_argument("--warm-up", help="of the engine flux: 1024x1024,768x1344 or none")
     parser.add_argument("--allow-private", action="store_true", help="fetch from loopback and private addresses too")
     parser.add_argument("--price", type=float, default=0.0, help="US dollars a megapixel, for the platform API")
     parser.add_argument("--faults", type=Path, default=None, help="commit the faults of this file on purpose")
@@ -49,6 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
             engine=given.engine,
             slots=given.slots,
             service_time=given.service_time,
+            flux=FluxOptions.of_flags(
+                given.model, given.devices, given.safety_checker, given.quantize, given.offload, given.warm_up
+            ),
             allow_private=given.allow_private,
             price_usd=given.price,
             faults=given.faults,

@@ -14,6 +14,7 @@ from typing import TypeAlias
 
 import orjson
 from aiohttp import web
+from aiohttp.http_exceptions import BadHttpMessage
 
 from batch.errors import StorageError
 from batch.fal import protocol
@@ -137,6 +138,8 @@ class _Face:
                 answer = self._refuse(503, str(error), "internal_error")
             except web.HTTPException as error:
                 answer = self._refuse(error.status, error.text or error.reason)
+            except (web.RequestPayloadError, BadHttpMessage) as error:
+                answer = self._refuse(400, " ".join(f"The body cannot be read: {error}".split())[:300])
             except ConnectionError:
                 answer = self._refuse(499, "The caller hung up", "client_disconnected")  # nobody reads it
             except Exception:  # the boundary between one call and the server

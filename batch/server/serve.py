@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from aiohttp import web
+from aiohttp.http_exceptions import BadHttpMessage
 
 from batch.errors import ConfigError, InputError, StorageError
 from batch.fal.endpoint import APP_ID
@@ -33,6 +34,7 @@ from batch.server.addresses import address_rule
 from batch.server.app import application
 from batch.server.engines import engine_of
 from batch.server.engines.base import Engine
+from batch.server.engines.flux.options import FluxOptions
 from batch.server.guard import Guard
 from batch.server.history import History
 from batch.server.keys import ENVIRONMENT, Authenticator, Keys
@@ -68,6 +70,8 @@ class ServeOptions:
     """Requests executed at once; None: what suits the engine."""
     service_time: float = 0.0
     """Seconds that a job of the `echo` engine takes."""
+    flux: FluxOptions | None = None
+    """What the `flux` engine is to run, and where; with it `engine` has to be `flux`."""
     allow_private: bool = False
     """Whether source pictures may be fetched from, and webhooks sent to, loopback and private addresses."""
     keys: Keys = field(default_factory=Keys)
@@ -102,10 +106,11 @@ async def serve(
 
     Raises:
         StorageError: nothing could be written for `disk_patience`.
-        InputError: the port or the data dir is in use or cannot be used, the engine is not known, the price is none,
-            or the faults file is wrong.
+        InputError: the port or the data dir is in use or cannot be used, the engine is not known or cannot work, the
+            price is none, or the faults file is wrong.
     """
     stop = stop or asyncio.Event()
+    logging.getLogger("aiohttp.server").addFilter(_one_line_for_nonsense)
     if not 0 <= options.price_usd < math.inf:
         raise InputError(f"{options.price_usd} is no price of a megapixel; say US dollars, for instance --price 0.03")
     rehearsal = Rehearsal(read_faults(options.faults)) if options.faults is not None else None
@@ -165,6 +170,15 @@ async def _stopped(stop: asyncio.Event, service: QueueService, disk_patience: fl
     return None
 
 
+def _one_line_for_nonsense(record: logging.LogRecord) -> bool:
+    """What is no HTTP is its sender's fault, and answered with 400: aiohttp would log it as a crash of ours."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, BadHttpMessage | web.RequestPayloadError):
+        record.msg, record.args = "a request that is no HTTP was refused: %s", (" ".join(str(error).split())[:200],)
+        record.exc_info, record.levelno, record.levelname = None, logging.WARNING, "WARNING"
+    return True
+
+
 def run_server(
     options: ServeOptions, *, ready: Callable[[str], None], stop: Callable[[], asyncio.Event] | None = None
 ) -> None:
@@ -192,8 +206,10 @@ def run_server(
 
 
 def _engine(options: ServeOptions) -> Engine:
+    if options.flux is not None and options.engine != "flux":
+        raise ConfigError(f"a model is given and the engine is {options.engine}; say --engine flux, or leave it out")
     try:
-        return engine_of(options.engine, options.slots, options.service_time)
+        return engine_of(options.engine, options.slots, options.service_time, options.flux)
     except ValueError as error:
         raise InputError(str(error)) from error
 

@@ -263,9 +263,12 @@ NO_HTTP = [
     b"POST " + SUBMIT.encode() + b" HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
     b"POST " + SUBMIT.encode() + b" HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n",
     b"POST " + SUBMIT.encode() + b" HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n{}",
-    b"POST " + SUBMIT.encode() + b" HTTP/1.1\r\nHost: localhost\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}",
+    b"POST "
+    + SUBMIT.encode()
+    + b" HTTP/1.1\r\nHost: localhost\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}",
     b"POST " + SUBMIT.encode() + b" HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}",
     b"GET / HTTP/9.9\r\n\r\n",
+    b"GET /health?" + b"a" * 9000 + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
     b"\r\n\r\n\r\n",
     b"GET\r\n\r\n",
@@ -275,8 +278,8 @@ NO_HTTP = [
 ]
 
 
-def test_what_is_no_http_ends_the_line_only(tmp_path):
-    """400 or a closed connection, and no trace."""
+def test_what_is_no_http_ends_the_line_only(tmp_path, caplog):
+    """400 or a closed connection, and no trace, in the log neither."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -287,6 +290,8 @@ def test_what_is_no_http_ends_the_line_only(tmp_path):
             assert await lives(session)
 
     run(use())
+    assert any("is no HTTP" in record.message for record in caplog.records)
+    assert not any(record.exc_info for record in caplog.records)
 
 
 # --- paths ------------------------------------------------------------------------------------------------

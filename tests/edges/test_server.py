@@ -286,14 +286,15 @@ def test_simultaneous_repeats_of_one_submit_are_one_request(tmp_path):
     run(use())
 
 
-def test_a_start_timeout_ends_a_request_that_still_waits(tmp_path):
+@pytest.mark.parametrize("header", ["X-Fal-Request-Timeout", "X-Fal-Request-Start-Timeout"])
+def test_a_start_timeout_ends_a_request_that_still_waits(tmp_path, header):
     """504 of the user's own making; it is never executed."""
 
     async def use():
         engine = ScriptedEngine(slots=1)
         async with serving(tmp_path, engine) as session:
             await submit(session, "hold")
-            late = await submit(session, headers={"X-Fal-Request-Timeout": "0.2"})
+            late = await submit(session, headers={header: "0.2"})
             status, headers, body = await result(session, late)
             assert (status, body["error_type"]) == (504, "request_timeout")
             assert headers["x-fal-request-timeout-type"] == "user"
