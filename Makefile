@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench soak test-lowest clean
+.PHONY: help demo test test-flux lint format bench soak test-lowest clean
 
 help: ## Show this menu
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -21,11 +21,20 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@$(PIP) install -e '.[test]'
 	@touch $@
 
+$(VENV)/.installed-flux: $(VENV)/.installed-test
+	@echo "installing what the flux engine needs (once)"
+	@$(PIP) install torch==2.13.0
+	@$(PIP) install -e '.[test,flux]'
+	@touch $@
+
 demo: $(VENV)/.installed ## Restyle a dozen pictures on this machine: no key, no cost, no model
 	@$(BIN)/restyle run manifests/demo.csv -o out/demo -c configs/demo.toml
 
-test: $(VENV)/.installed-test ## Run all tests (sets itself up)
-	@$(BIN)/python -m pytest -q -n auto
+test: $(VENV)/.installed-test ## Run all tests but those of the flux engine (sets itself up)
+	@$(BIN)/python -m pytest -q -n auto --ignore=tests/flux
+
+test-flux: $(VENV)/.installed-flux ## Run the tests of the flux engine, with a tiny model on the CPU (installs torch)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/flux
 
 lint: $(VENV)/.installed-test ## ruff and mypy --strict
 	@$(BIN)/ruff check .

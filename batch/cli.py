@@ -10,12 +10,13 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Coroutine
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import anyio
 import orjson
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Group, Parameter
 
 from batch.errors import ExitCode, RestyleError
 from batch.flags import DISPLAY, JOBS, JobFlags
@@ -207,12 +208,44 @@ def cancel(run_dir: RunDir, /) -> int:
     return ExitCode.COMPLETE
 
 
+FLUX = Group("Engine flux", sort_key=4)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, slots=True)
+class FluxFlags:
+    """What the engine `flux` runs, and where; `batch.server.engines.flux.options` checks them."""
+
+    model: Annotated[str | None, Parameter(help="folder with FLUX.1 [dev], or its hub id", group=FLUX)] = None
+    devices: Annotated[
+        str | None,
+        Parameter(help="a worker with the whole model each: cuda:0,cuda:1 (default cuda:0) or cpu", group=FLUX),
+    ] = None
+    safety_checker: Annotated[
+        str | None, Parameter(help="folder or hub id; without one nothing is checked", group=FLUX)
+    ] = None
+    quantize: Annotated[
+        Literal["fp8"] | None, Parameter(help="compute in 8 bits: faster, half the memory", group=FLUX)
+    ] = None
+    offload: Annotated[
+        Literal["none", "model", "sequential"] | None,
+        Parameter(help="keep what does not work just now in main memory, for small cards", group=FLUX),
+    ] = None
+    warm_up: Annotated[
+        str | None, Parameter(help="sizes rendered at the start: 1024x1024,768x1344 or none", group=FLUX)
+    ] = None
+
+
+_NO_FLUX = FluxFlags()
+
+
 @app.command
 def serve(
     *,
     host: Annotated[str, Parameter(help="address to listen at")] = "127.0.0.1",
     port: Annotated[int, Parameter(help="0 takes any free one")] = 8787,
-    engine: Annotated[Literal["preview", "echo"], Parameter(help="what executes requests")] = "preview",
+    engine: Annotated[Literal["preview", "echo", "flux"], Parameter(help="what executes requests")] = "preview",
+    flux: FluxFlags = _NO_FLUX,
     data_dir: Annotated[Path, Parameter(help="queue and files live here")] = Path("restyle-data"),
     slots: Annotated[int | None, Parameter(help="requests executed at once")] = None,
     service_time: Annotated[str, Parameter(help="of the echo engine: 2s")] = "0",
@@ -229,6 +262,7 @@ def serve(
 ) -> int:
     """Run the endpoint on this machine: the same API as fal's, nothing to pay."""
     from batch.config import parse_duration
+    from batch.server.engines.flux.options import FluxOptions
     from batch.server.keys import load_keys
     from batch.server.serve import ServeOptions, run_server
 
@@ -243,7 +277,7 @@ def serve(
     options = ServeOptions(
         data_dir=data_dir, host=host, port=port, engine=engine, slots=slots, service_time=seconds,
         price_usd=price, faults=faults, keys=load_keys(keys, os.environ), allow_private=allow_private,
-        retention=kept, tls_cert=tls_cert, tls_key=tls_key,
+        retention=kept, tls_cert=tls_cert, tls_key=tls_key, flux=FluxOptions.of_flags(**asdict(flux)),
     )  # fmt: skip
     run_server(options, ready=lambda url: _print(f"serving {engine} at {url}  (Ctrl-C stops)", flush=True))
     return ExitCode.COMPLETE

@@ -45,9 +45,11 @@ __all__ = [
     "PriceSettings",
     "Settings",
     "TargetSettings",
+    "WebhookSettings",
     "api_key",
     "load_settings",
     "parse_duration",
+    "window_bounds",
 ]
 
 _UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -75,6 +77,23 @@ def parse_duration(value: object) -> object:
     if match is None:
         raise ValueError(f"{value!r} is not a duration; write for instance 90s, 50m or 2h")
     return float(match[1]) * _UNITS[match[2] or ""]
+
+
+def window_bounds(value: str) -> tuple[int, int] | None:
+    """`"auto:16-512"` to (16, 512); None for `"auto"`, which leaves both to the target.
+
+    Raises:
+        ValueError: neither of them, or bounds that no window fits in.
+    """
+    if value == "auto":
+        return None
+    match = re.fullmatch(r"auto:(\d{1,6})-(\d{1,6})", value, re.ASCII)
+    if match is None:
+        raise ValueError(f"{value!r} is no window; it is auto, auto:LOW-HIGH like auto:16-512, or a number")
+    low, high = int(match[1]), int(match[2])
+    if not 1 <= low <= high:
+        raise ValueError(f"{value!r} leaves no room: LOW is at least 1, and HIGH at least LOW")
+    return low, high
 
 
 Duration = Annotated[float, BeforeValidator(parse_duration), Field(gt=0, allow_inf_nan=False)]
@@ -136,9 +155,14 @@ class TargetSettings(_Section):
 class LimitSettings(_Section):
     """How much at once, how fast, how long, how dear."""
 
-    max_in_flight: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    max_in_flight: Annotated[int, Field(ge=1)] | str = "auto"
+    """A number, `auto`, or `auto:LOW-HIGH`; see `window_bounds`."""
     submits_per_second: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """None: 20 for fal, unlimited elsewhere."""
+    polls_per_second: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Status reads over all jobs. None: 200 for fal, unlimited elsewhere."""
+    updates: Literal["poll", "stream", "webhook"] = "poll"
+    """Who says that a job has ended: reads alone, or a stream or callbacks with reads as the net below."""
     budget_usd: Annotated[float | None, Field(ge=0, allow_inf_nan=False)] = None
     deadline: Duration | None = None
     drain: Duration = 60.0
@@ -154,6 +178,15 @@ class LimitSettings(_Section):
     max_image_megapixels: Annotated[float, Field(gt=0)] = 100.0
     """A local picture above this is a bad row: it would be refused after its upload."""
     max_download_bytes: Annotated[int, Field(gt=0)] = 64 * 2**20
+
+    @field_validator("max_in_flight", mode="before")
+    @classmethod
+    def _window(cls, value: object) -> object:
+        if isinstance(value, str) and value.isascii() and value.isdigit():
+            return int(value)
+        if isinstance(value, str):
+            window_bounds(value)
+        return value
 
     @field_validator("max_failures", mode="before")
     @classmethod
@@ -172,6 +205,15 @@ class LimitSettings(_Section):
                 raise ValueError(f"{value!r} is neither hold nor resubmit-after=DURATION")
             parse_duration(span)
         return value
+
+
+class WebhookSettings(_Section):
+    """Where callbacks are received, with `limits.updates = "webhook"`."""
+
+    bind: Annotated[str, Field(pattern=r"^(\[[0-9A-Fa-f:]+\]|[^\s:/\[\]]+):\d{1,5}$")] = "127.0.0.1:0"
+    """Address and port to listen on; port 0: any that is free."""
+    public_url: Annotated[str | None, Field(pattern=r"^https?://[^/\s?#]+[^\s?#]*$")] = None
+    """Under which the target reaches it. None: the bound address itself, for a target on this machine."""
 
 
 class OutputSettings(_Section):
@@ -199,6 +241,7 @@ class Settings(BaseSettings):
     sweep: dict[str, list[Any]] = Field(default_factory=dict)
     target: TargetSettings = TargetSettings()
     limits: LimitSettings = LimitSettings()
+    webhook: WebhookSettings = WebhookSettings()
     output: OutputSettings = OutputSettings()
     price: PriceSettings = PriceSettings()
     run_seed: Annotated[int, Field(ge=0)] = 0

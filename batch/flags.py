@@ -24,6 +24,7 @@ PLACES = {
     "faults": ("target", "faults"),
     "max_in_flight": ("limits", "max_in_flight"),
     "rate": ("limits", "submits_per_second"),
+    "updates": ("limits", "updates"),
     "budget": ("limits", "budget_usd"),
     "deadline": ("limits", "deadline"),
     "max_failures": ("limits", "max_failures"),
@@ -48,10 +49,14 @@ class JobFlags:
     faults: Annotated[
         str | None, Parameter(help="rehearse failures: a faults file for the embedded endpoint", group=JOBS)
     ] = None
-    max_in_flight: Annotated[str | None, Parameter(help="jobs at once: auto (default) or a number", group=LIMITS)] = (
-        None
-    )
+    max_in_flight: Annotated[
+        str | None, Parameter(help="jobs at once: auto (default), auto:16-512, or a number", group=LIMITS)
+    ] = None
     rate: Annotated[str | None, Parameter(help="submits a second, for instance 5/s", group=LIMITS)] = None
+    updates: Annotated[
+        Literal["poll", "stream", "webhook"] | None,
+        Parameter(help="how ends are noticed: by reading (default), or told by a stream or webhooks", group=LIMITS),
+    ] = None
     budget: Annotated[float | None, Parameter(help="US dollars that may be spent in all", group=LIMITS)] = None
     deadline: Annotated[str | None, Parameter(help="stop in time to be over after so long: 50m", group=LIMITS)] = None
     max_failures: Annotated[

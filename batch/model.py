@@ -94,6 +94,8 @@ class Ticket:
     status_url: str = ""
     response_url: str = ""
     cancel_url: str = ""
+    position: int | None = field(default=None, compare=False)
+    """0-based place in the queue when it was accepted; nothing is kept of it."""
 
 
 @dataclass(frozen=True, slots=True)

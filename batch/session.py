@@ -22,7 +22,7 @@ import anyio
 import anyio.to_thread
 import orjson
 
-from batch.config import Settings, parse_duration
+from batch.config import Settings, parse_duration, window_bounds
 from batch.errors import ConfigError, ExitCode, RestyleError, StoppedEarly, StorageError
 from batch.manifest.keys import content_hash
 from batch.manifest.pictures import Pictures
@@ -43,7 +43,7 @@ from batch.run.pacing import TokenBucket, Window
 from batch.run.ports import Counts, Observer
 from batch.run.reconcile import Reconciler
 from batch.run.runner import Policy, Report, Runner
-from batch.targets import Terms, open_target, terms_of
+from batch.targets import Terms, open_hints, open_target, terms_of
 from batch.version import tool_version
 
 __all__ = ["Plan", "Request", "Summary", "open_planner", "project", "run_session", "survey_of"]
@@ -188,9 +188,13 @@ def survey_of(planner: Planner, settings: Settings, terms: Terms, file: JournalF
         planner,
         None if file is None else file.find,
         terms.price,
-        _AUTO_GUESS if at_once == "auto" else at_once,
+        at_once if isinstance(at_once, int) else _guess(window_bounds(at_once)),
         terms.service_seconds,
     )
+
+
+def _guess(bounds: tuple[int, int] | None) -> int:
+    return _AUTO_GUESS if bounds is None else max(bounds[0], min(_AUTO_GUESS, bounds[1]))
 
 
 # --- asking -----------------------------------------------------------------------------------------------
@@ -235,7 +239,10 @@ async def _carried_out(
         observer.expected(found.to_do + found.in_flight + (found.failed if request.retry_failed else 0), found.done)
         observer.happened("spent", usd=0.0, total_usd=before.spent_usd)
         observer.happened("session", number=journal.session, target=plan.terms.name, to_do=found.to_do)
-        async with open_target(settings, directory.endpoint, version=tool_version()) as target:
+        async with (
+            open_target(settings, directory.endpoint, version=tool_version()) as target,
+            open_hints(settings, target, version=tool_version()) as hints,
+        ):
             rng = Random()
             images = ImageFolder(directory.root, limit_megapixels=settings.limits.max_image_megapixels)
             runner = Runner(
@@ -247,6 +254,8 @@ async def _carried_out(
                 policy=_policy(request, idempotent=target.idempotent),
                 now=time.time,
                 rng=rng,
+                polls=_bucket(plan.terms.polls_per_second),
+                hints=hints,
                 reconciler=None if target.idempotent else Reconciler(target.client, journal, observer, time.time, rng),
             )
             jobs = _no_jobs() if request.collect_only else _jobs(planner)
@@ -293,17 +302,26 @@ async def _no_jobs() -> AsyncGenerator[Sequence[Job], None]:
 
 def _gate(settings: Settings, terms: Terms, before: Counts, observer: Observer, rng: Random) -> Gate:
     limits = settings.limits
-    fixed = limits.max_in_flight
-    window = Window(terms.window_start, floor=2, ceiling=terms.window_ceiling) if fixed == "auto" else Window(fixed)
-    rate = terms.submits_per_second
     return Gate(
-        window=window,
+        window=_window(limits.max_in_flight, terms),
         budget=Budget(limits.budget_usd, spent=before.spent_usd, reserved=before.reserved_usd),
         price=terms.price,
-        submits=None if rate is None else TokenBucket(rate, burst=max(1.0, rate / 10)),
+        submits=_bucket(terms.submits_per_second),
         observer=observer,
         rng=rng,
     )
+
+
+def _window(at_once: int | str, terms: Terms) -> Window:
+    if isinstance(at_once, int):
+        return Window(at_once)
+    low, high = window_bounds(at_once) or (2, terms.window_ceiling)
+    return Window(max(low, min(terms.window_start, high)), floor=low, ceiling=high)
+
+
+def _bucket(rate: float | None) -> TokenBucket | None:
+    """A tenth of a second's worth may go at once."""
+    return None if rate is None else TokenBucket(rate, burst=max(1.0, rate / 10))
 
 
 def _policy(request: Request, *, idempotent: bool) -> Policy:

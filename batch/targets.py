@@ -18,17 +18,23 @@ from tenacity import stop_after_attempt
 
 from batch.config import Settings, api_key
 from batch.errors import AccountRefused, ConfigError, RestyleError, StoppedEarly
-from batch.fal.client import FalClient
+from batch.fal import protocol
+from batch.fal.callbacks import Callbacks
+from batch.fal.client import FalClient, is_loopback
 from batch.fal.protocol import FAL, Origins
+from batch.fal.streams import Streams
 from batch.run.budget import PRICES, Price
-from batch.run.ports import CallFailed, Trouble
+from batch.run.ports import CallFailed, Hints, Trouble
 from batch.run.retry import reading
 
-__all__ = ["Connection", "LivePrice", "Terms", "live_price", "open_platform", "open_target", "terms_of"]
+__all__ = ["Connection", "LivePrice", "Terms", "live_price", "open_hints", "open_platform", "open_target", "terms_of"]
 
 _LOCAL_ECHO_SLOTS = 32
 _FAL_SECONDS = 6.0
 """Of 38 steps at one megapixel on a data-centre GPU, by published figures (4 - 9 s)."""
+_FAL_POLLS = 200.0
+"""Status reads a second. fal states no limit; its own clients read ten (Python) or two (JavaScript) times a second for
+each job, so that 20 to 100 jobs of theirs are as much."""
 _PREVIEW_SECONDS = 0.15
 _PRICE_READS = 4
 _PRICE_SECONDS = 30.0
@@ -52,6 +58,8 @@ class Terms:
     """The first line that a person sees: where the pictures go, and what it costs."""
     live: bool = False
     """Whether the price was asked for just now."""
+    polls_per_second: float | None = None
+    """None: no bound on status reads."""
 
     @property
     def paid(self) -> bool:
@@ -70,20 +78,37 @@ def terms_of(settings: Settings, live: LivePrice | None = None) -> Terms:
     """The terms of the configured target; `live` takes the place of the configured or built-in price.
 
     Raises:
-        ConfigError: fal, and no price is known for the app; or faults for a target that is not ours to break.
+        ConfigError: fal, and no price is known for the app; or faults for a target that is not ours to break; or
+            callbacks from a target that cannot know where to.
     """
     if settings.target.faults is not None and settings.target.name != "local":
         raise ConfigError(
             f"target.faults = {settings.target.faults!r} is for the embedded endpoint, the target is"
             f" {settings.target.name}; say --target local, or leave the faults out"
         )
-    known = _terms_of(settings, _price(settings) if live is None else live.price)
+    _check_updates(settings)
+    polls = settings.limits.polls_per_second or (_FAL_POLLS if settings.target.name == "fal" else None)
+    known = replace(_terms_of(settings, _price(settings) if live is None else live.price), polls_per_second=polls)
     if live is None:
         return known
     usual = _price(settings)
     words = "none" if usual is None else f"${usual.usd_per_megapixel:g} as of {usual.as_of}"
     when = f"read at {live.read_at:%Y-%m-%d %H:%M} UTC"
     return replace(known, headline=f"{known.headline}, {when} (a run reckons with its own price: {words})", live=True)
+
+
+def _check_updates(settings: Settings) -> None:
+    """A target elsewhere cannot call a loopback address back."""
+    name, url = settings.target.name, settings.webhook.public_url
+    if settings.limits.updates != "webhook" or name == "local":
+        return
+    if url is None and not is_loopback(protocol.origin_of(name)[1]):
+        raise ConfigError(
+            f"limits.updates = 'webhook' needs webhook.public_url: the address under which {name} reaches this machine;"
+            " say --updates poll without one"
+        )
+    if name == "fal" and url is not None and not url.startswith("https://"):
+        raise ConfigError(f"webhook.public_url = {url!r}: fal sends its callbacks to https addresses only")
 
 
 def _terms_of(settings: Settings, price: Price | None) -> Terms:
@@ -103,11 +128,11 @@ def _terms_of(settings: Settings, price: Price | None) -> Terms:
             "echo": f"engine echo: a rehearsal, {target.service_time:g} s a job, no picture is restyled",
         }[target.engine]
         start, seconds = (
-            (4, _PREVIEW_SECONDS) if target.engine == "preview" else (_LOCAL_ECHO_SLOTS, target.service_time)
+            (4, _PREVIEW_SECONDS) if target.engine == "preview" else (2 * _LOCAL_ECHO_SLOTS, target.service_time)
         )
         words = f"target: local, the embedded endpoint ({what}); {cost}"
         return Terms("local", price, rate, start, 512, seconds, words)
-    return Terms(target.name, price, rate, 8, 1024, _FAL_SECONDS, f"target: {target.name} ({target.app}); {cost}")
+    return Terms(target.name, price, rate, 64, 1024, _FAL_SECONDS, f"target: {target.name} ({target.app}); {cost}")
 
 
 def _price(settings: Settings) -> Price | None:
@@ -122,6 +147,8 @@ class Connection(NamedTuple):
     client: FalClient
     idempotent: bool
     """Whether it honours `Idempotency-Key`."""
+    origins: Origins
+    key: SecretStr | None = None
 
 
 @asynccontextmanager
@@ -137,7 +164,7 @@ async def open_target(settings: Settings, endpoint_directory: Path, *, version: 
         if _key() is None:
             raise ConfigError("FAL_KEY is not set; export FAL_KEY=key_id:key_secret, or use --target local")
         async with _client(settings, FAL, version, key=True) as client:
-            yield Connection(client, idempotent=False)
+            yield Connection(client, idempotent=False, origins=FAL, key=_key())
     elif target.name == "local":
         from batch.server.embedded import embedded_endpoint
 
@@ -150,12 +177,34 @@ async def open_target(settings: Settings, endpoint_directory: Path, *, version: 
                 service_time=target.service_time,
                 faults=None if target.faults is None else Path(target.faults),
             ) as endpoint,
-            _client(settings, Origins.of_server(endpoint.url), version, key=False) as client,
+            _client(settings, (origins := Origins.of_server(endpoint.url)), version, key=False) as client,
         ):
-            yield Connection(client, idempotent=True)
+            yield Connection(client, idempotent=True, origins=origins)
     else:
-        async with _client(settings, Origins.of_server(target.name), version, key=True) as client:
-            yield Connection(client, idempotent=await _honours_keys(target.name))
+        origins = Origins.of_server(target.name)
+        async with _client(settings, origins, version, key=True) as client:
+            yield Connection(client, await _honours_keys(target.name), origins, _key())
+
+
+@asynccontextmanager
+async def open_hints(settings: Settings, target: Connection, *, version: str) -> AsyncIterator[Hints | None]:
+    """Whoever tells that a job has ended, as `limits.updates` says; None where reads alone find out.
+
+    Raises:
+        ConfigError: nothing can listen at `webhook.bind`.
+    """
+    match settings.limits.updates:
+        case "stream":
+            agent = f"restyle/{version}"
+            async with Streams(target.origins, settings.target.app, target.key, user_agent=agent) as streams:
+                yield streams
+        case "webhook":
+            webhook = settings.webhook
+            async with Callbacks(webhook.bind, webhook.public_url, target.origins.rest) as callbacks:
+                target.client.webhook = callbacks.url
+                yield callbacks
+        case _:
+            yield None
 
 
 @asynccontextmanager

@@ -15,14 +15,12 @@ import binascii
 import contextlib
 import io
 import ipaddress
-from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 from urllib.parse import urljoin
 from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
-import anyio
 import orjson
 from pydantic import SecretStr, ValidationError
 
@@ -32,7 +30,7 @@ from batch.fal.protocol import Call, CancelOutcome, Malformed, Operation, Origin
 from batch.model import Answer, AppId, Attempt, Ticket, TicketStatus
 from batch.run.ports import CallFailed, Trouble
 
-__all__ = ["FalClient", "trouble_of"]
+__all__ = ["FalClient", "is_loopback", "trouble_of"]
 
 CONNECT_TIMEOUT = 10.0
 """Seconds until a connection stands; nothing of the request was sent before."""
@@ -76,6 +74,9 @@ class FalClient:
         self._download_limit_bytes = download_limit_bytes
         self._connections, self._user_agent = connections, user_agent
         self._session: aiohttp.ClientSession | None = None
+        self.webhook = ""
+        """URL that each submit asks to be called at; empty: none."""
+        self._exchanging, self._transferring = _at_most(EXCHANGE_SECONDS), _at_most(TRANSFER_SECONDS, READ_TIMEOUT)
         self._proxies = _Proxies()
         # Waiting for a connection is not part of an exchange: here, not in aiohttp's pool, where it would be.
         self._free = asyncio.Semaphore(connections)
@@ -88,9 +89,7 @@ class FalClient:
         connector = aiohttp.TCPConnector(limit=self._connections, keepalive_timeout=KEEP_ALIVE, ttl_dns_cache=60)
         self._session = aiohttp.ClientSession(
             connector=connector,
-            timeout=aiohttp.ClientTimeout(
-                total=None, connect=DIAL_SECONDS, sock_connect=CONNECT_TIMEOUT, sock_read=READ_TIMEOUT
-            ),
+            timeout=self._exchanging,
             # Nothing is unpacked, so that no small body becomes a large one; hence nothing packed is asked for.
             headers={"user-agent": self._user_agent, "accept-encoding": "identity"},
             auto_decompress=False,
@@ -108,7 +107,7 @@ class FalClient:
 
     async def submit(self, attempt: Attempt) -> Ticket:
         """Send the POST that costs money, once."""
-        call = protocol.submit_call(self._origins, self._app, attempt.body, attempt.idempotency_key)
+        call = protocol.submit_call(self._origins, self._app, attempt.body, attempt.idempotency_key, self.webhook)
         reply = await self._exchange("submit", call)
         with _reading("submit"):
             return protocol.read_ticket(reply)
@@ -212,18 +211,20 @@ class FalClient:
         if key and self._key is not None and self._origins.own(call.url):
             headers["authorization"] = f"Key {self._key.get_secret_value()}"
         try:
-            async with self._free:
-                with anyio.fail_after(TRANSFER_SECONDS if phase in _TRANSFERS else EXCHANGE_SECONDS):
-                    async with self._session.request(
-                        call.method,
-                        call.url,
-                        headers=headers,
-                        data=_payload(call.body),
-                        allow_redirects=False,
-                        proxy=self._proxies.of(call.url),
-                    ) as response:
-                        body = await self._body(response, phase, limit_bytes)
-                        return Reply(response.status, body, _lower(response.headers))
+            async with (
+                self._free,
+                self._session.request(
+                    call.method,
+                    call.url,
+                    headers=headers,
+                    data=_payload(call.body),
+                    allow_redirects=False,
+                    proxy=self._proxies.of(call.url),
+                    timeout=self._transferring if phase in _TRANSFERS else self._exchanging,
+                ) as response,
+            ):
+                body = await self._body(response, phase, limit_bytes)
+                return Reply(response.status, body, response.headers)
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             raise CallFailed(trouble_of(phase, error)) from error
 
@@ -235,7 +236,10 @@ class FalClient:
         """
         is_error = not 200 <= response.status < 300 and phase != "result"
         limit_bytes = min(limit_bytes, ERROR_LIMIT_BYTES) if is_error else limit_bytes
-        if (response.content_length or 0) > limit_bytes and not is_error:
+        length = response.content_length
+        if length is not None and length <= min(limit_bytes, LARGE_BODY_BYTES):
+            return await response.read()  # nearly always
+        if (length or 0) > limit_bytes and not is_error:
             raise _oversize(phase, limit_bytes)
         async with contextlib.AsyncExitStack() as stack:
             parts: list[bytes] = []
@@ -275,7 +279,7 @@ class _Proxies:
         origin = "/".join(url.split("/", 3)[:3])
         if origin not in self._known:
             scheme, host, _ = protocol.origin_of(url)
-            direct = _is_loopback(host) or proxy_bypass(host)
+            direct = is_loopback(host) or proxy_bypass(host)
             self._known[origin] = None if direct else _with_scheme(getproxies().get(scheme))
         return self._known[origin]
 
@@ -286,20 +290,22 @@ def _with_scheme(proxy: str | None) -> str | None:
     return url if url and url.startswith(("http://", "https://")) else None
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether a host, as a URL names it, is this machine itself."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
 
 
+def _at_most(seconds: float, silence: float | None = None) -> aiohttp.ClientTimeout:
+    """The limits of one exchange: from its start to its end, and without a byte."""
+    return aiohttp.ClientTimeout(total=seconds, connect=DIAL_SECONDS, sock_connect=CONNECT_TIMEOUT, sock_read=silence)
+
+
 def _payload(body: bytes) -> bytes | io.BytesIO | None:
     """Aiohttp writes bytes in one piece, and warns of large ones; a stream it writes in chunks."""
     return io.BytesIO(body) if len(body) > 2**20 else body or None
-
-
-def _lower(headers: Mapping[str, str]) -> dict[str, str]:
-    return {name.lower(): value for name, value in headers.items()}
 
 
 def _successful(phase: str, reply: Reply) -> Reply:

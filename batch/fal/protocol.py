@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
 from typing import NamedTuple, TypeGuard
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import orjson
 
@@ -87,7 +87,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """One HTTP answer, headers in lower case."""
+    """One HTTP answer. Its headers are asked for by their names in lower case; aiohttp's own mapping will do."""
 
     status: int
     body: bytes = b""
@@ -244,15 +244,15 @@ def parse_path(path: str) -> Address | None:
 # --- client role ------------------------------------------------------------------------------------------
 
 
-def submit_call(origins: Origins, app: AppId, body: bytes, idempotency_key: str) -> Call:
-    """The one POST that costs money.
+def submit_call(origins: Origins, app: AppId, body: bytes, idempotency_key: str, webhook: str = "") -> Call:
+    """The one POST that costs money. `webhook` is called when the request has ended; empty: nobody is.
 
     Fallback models are switched off under both names that the documentation has used, so that a seed means
     something; a server that knows neither ignores them.
     """
     return Call(
         "POST",
-        f"{origins.queue}/{app}",
+        f"{origins.queue}/{app}" + (f"?fal_webhook={quote(webhook, safe='')}" if webhook else ""),
         {
             "content-type": CONTENT_JSON,
             IDEMPOTENCY_KEY: idempotency_key,
@@ -291,8 +291,11 @@ def read_ticket(reply: Reply) -> Ticket:
     request_id = answer.get("request_id")
     if not is_plain_id(request_id):
         raise Malformed("the answer to the submit has no usable request_id")
-    urls = (answer.get(name) for name in ("status_url", "response_url", "cancel_url"))
-    return Ticket(RequestId(request_id), *(url if isinstance(url, str) else "" for url in urls))
+    status_url, response_url, cancel_url = (
+        _text(answer.get(name)) or "" for name in ("status_url", "response_url", "cancel_url")
+    )
+    position = _position(answer.get("queue_position"))
+    return Ticket(RequestId(request_id), status_url, response_url, cancel_url, position)
 
 
 def read_status(reply: Reply) -> TicketStatus:
@@ -306,11 +309,11 @@ def read_status(reply: Reply) -> TicketStatus:
         state = QueueState(str(answer.get("status")))
     except ValueError:
         raise Malformed(f"unknown status {str(answer.get('status'))[:40]!r}") from None
-    position, metrics, logs = answer.get("queue_position"), answer.get("metrics"), answer.get("logs")
+    metrics, logs = answer.get("metrics"), answer.get("logs")
     inference = metrics.get("inference_time") if isinstance(metrics, dict) else None
     return TicketStatus(
         state,
-        position if isinstance(position, int) and not isinstance(position, bool) else None,
+        _position(answer.get("queue_position")),
         float(inference) if _number(inference) else None,
         _text(answer.get("error")),
         _text(answer.get("error_type")),
@@ -525,6 +528,10 @@ def read_object(body: bytes, *, values: int = VALUES_LIMIT) -> JsonObject:
     if not isinstance(value, dict):
         raise Malformed(f"a JSON object was expected, not {body[:80]!r}")
     return value
+
+
+def _position(value: Json) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
 def _text(value: Json) -> str | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from batch.model import Answer, Failed, Job, JobKey, Ticket
 from batch.run.lifecycle import State
+from batch.run.polling import Stay
 from batch.run.ports import Entry
 
 __all__ = ["Course", "Held", "JobFailed", "TurnedBack"]
@@ -44,12 +45,10 @@ class Course:
     reserved_usd: float = 0.0
     resumed: bool = False
     """Whether an earlier session submitted it: its times teach nothing about the service's pace."""
-    queued_at: float | None = None
-    """When a status read last said that it was queued."""
-    unfinished_at: float | None = None
-    """When a status read last said that it was not finished."""
-    inference_seconds: float | None = None
-    in_window: bool = False
+    stay: Stay = field(default_factory=Stay)
+    """What the reads of its request have told."""
+    came_as: int = 0
+    """How many were in flight when the window let it in, itself included; 0: it holds no place there."""
 
     @classmethod
     def of_entry(cls, entry: Entry) -> Course:
@@ -72,5 +71,5 @@ class Course:
         """A new attempt at the same job."""
         self.attempt += 1
         self.state, self.ticket, self.answer, self.resumed = State.PENDING, None, None, False
-        self.queued_at, self.unfinished_at, self.inference_seconds = None, None, None
+        self.stay = Stay()
         self.reserved_usd = 0.0

@@ -101,11 +101,10 @@ class Gate:
             await self._movement()
         if self._stopping is not None and not course.resumed:
             return False
-        self._window.entered()
         self._inside += 1
         if course.reserved_usd:  # of an earlier run: its end frees money, so that it is worth waiting for
             self._reserving.add(course.key)
-        course.in_window = True
+        course.came_as = self._window.entered()
         return True
 
     def answered(self, course: Course, queued: float | None = None) -> None:
@@ -113,9 +112,9 @@ class Gate:
 
         `queued` is the share of its stay there that it was queued, None where that teaches nothing.
         """
-        if course.in_window:
-            course.in_window = False
-            self._changed(self._window.left(queued))
+        if course.came_as:
+            came_as, course.came_as = course.came_as, 0
+            self._changed(self._window.left(came_as, queued))
             self._wake()
 
     def left(self, course: Course) -> None:

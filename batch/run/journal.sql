@@ -116,29 +116,30 @@ SELECT id, key, state, session, attempt, intended_at, accepted_at, request_id, s
        cancel_url, reserved_usd, cost_usd, reason, answer_id, end_id
 FROM jobs WHERE key IN (SELECT value FROM json_each(?))
 
--- name: insert_job
-INSERT INTO jobs (state, session, attempt, intended_at, accepted_at, request_id, status_url, response_url,
-                  cancel_url, reserved_usd, cost_usd, reason, answer_id, end_id, id, key)
+-- name: put_jobs
+INSERT INTO jobs (id, key, state, session, attempt, intended_at, accepted_at, request_id, status_url, response_url,
+                  cancel_url, reserved_usd, cost_usd, reason, answer_id, end_id)
 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+ON CONFLICT (id) DO UPDATE SET
+    state = excluded.state, session = excluded.session, attempt = excluded.attempt,
+    intended_at = excluded.intended_at, accepted_at = excluded.accepted_at, request_id = excluded.request_id,
+    status_url = excluded.status_url, response_url = excluded.response_url, cancel_url = excluded.cancel_url,
+    reserved_usd = excluded.reserved_usd, cost_usd = excluded.cost_usd, reason = excluded.reason,
+    answer_id = excluded.answer_id, end_id = excluded.end_id
 
--- name: update_job
-UPDATE jobs SET state = ?, session = ?, attempt = ?, intended_at = ?, accepted_at = ?, request_id = ?,
-                status_url = ?, response_url = ?, cancel_url = ?, reserved_usd = ?, cost_usd = ?, reason = ?,
-                answer_id = ?, end_id = ?
-WHERE id = ?
-
--- name: put_body
+-- name: put_bodies
 INSERT OR REPLACE INTO bodies (job_id, body) VALUES (?, ?)
 
--- name: slim_body
-UPDATE bodies SET body = slim_body(body) WHERE job_id = ? AND length(body) > 4096
+-- name: slim_bodies
+UPDATE bodies SET body = slim_body(body)
+WHERE job_id IN (SELECT value FROM json_each(?)) AND length(body) > 4096
 
--- name: insert_outcome
+-- name: put_outcomes
 INSERT INTO outcomes (id, job_id, happening, session, attempt, at, request_id, output, engine, billable_units,
                       cost_usd, queue_seconds, total_seconds, images, download_seconds, error_type, error_message)
 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 
--- name: put_upload
+-- name: put_uploads
 INSERT OR REPLACE INTO uploads (sha256, at, url) VALUES (?, ?, ?)
 
 -- name: find_upload
@@ -216,7 +217,7 @@ SELECT coalesce(sum(finished), 0), max(last_finished_at) FROM sessions WHERE sta
 -- name: find_file
 SELECT sha256, megapixels FROM files WHERE path = ? AND size_bytes = ? AND mtime_ns = ?
 
--- name: put_file
+-- name: put_files
 INSERT OR REPLACE INTO files (path, size_bytes, mtime_ns, sha256, megapixels) VALUES (?, ?, ?, ?, ?)
 
 -- name: get_meta

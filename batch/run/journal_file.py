@@ -8,6 +8,7 @@ and the translation of SQLite's errors. What events mean is decided in `ledger`;
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 import threading
 from array import array
@@ -37,7 +38,10 @@ SCHEMA_VERSION = 1
 _BUSY_SECONDS = 10.0
 _CACHE_KIB = 16_000
 _WAL_LIMIT_BYTES = 64 * 2**20
+_ROWS_AT_ONCE = 32
+"""Rows of one statement; 17 values each stay under SQLite's oldest limit, 999."""
 _STATES = {str(state): state for state in State}
+_UNDER_WAY = frozenset({State.INTENDED, State.ACCEPTED, State.ANSWERED})
 
 
 class Session(NamedTuple):
@@ -104,6 +108,8 @@ class JournalFile:
         self._lock = threading.RLock()
         self.session = session
         _, self._last_job, self._last_outcome = self._one("last_ids")
+        self._under_way: dict[str, JobRow] = {}
+        """Rows as they are on disk, of jobs that will soon be written again: nobody else writes them."""
 
     def __repr__(self) -> str:
         return f"<JournalFile {self._path} session={self.session} jobs={self._last_job}>"
@@ -197,9 +203,12 @@ class JournalFile:
         """
         keys = {event.job_key for event in chain.from_iterable(calls) if not isinstance(event, Uploaded)}
         with self.atomic():
-            loaded = self._all("load_jobs", [_json(keys)]) if keys else []
+            # They are changed while the group is taken in: should it not come to be written, they are read again.
+            rows, self._under_way = self._under_way, {}
+            absent = keys - rows.keys()
+            loaded = self._all("load_jobs", [_json(absent)]) if absent else []
             ledger = Ledger(
-                map(JobRow.of, loaded),
+                chain(map(JobRow.of, loaded), rows.values()),
                 session=self.session,
                 last_job=self._last_job,
                 last_outcome=self._last_outcome,
@@ -207,22 +216,16 @@ class JournalFile:
             refusals: list[Exception | None] = [ledger.take(call) for call in calls]
             self._write(ledger)
         self._last_job, self._last_outcome = ledger.last_job, ledger.last_outcome
+        self._under_way = {key: job for key, job in ledger.jobs.items() if job.state in _UNDER_WAY}
         return refusals
 
     def _write(self, ledger: Ledger) -> None:
-        rows = [job.columns() for job in ledger.touched.values()]
-        old = [row[:-1] for row in rows if row[-2] <= self._last_job]
-        new = [row for row in rows if row[-2] > self._last_job]
-        for statement, parameters in (
-            ("insert_job", new),
-            ("update_job", old),
-            ("put_body", ledger.bodies),
-            ("slim_body", ledger.slimmed),
-            ("insert_outcome", ledger.outcomes),
-            ("put_upload", ledger.uploads),
-        ):
-            if parameters:
-                self._connection.executemany(_sql()[statement], parameters)
+        self._put("put_jobs", [job.columns() for job in ledger.touched.values()])
+        self._put("put_bodies", ledger.bodies)
+        self._put("put_outcomes", ledger.outcomes)
+        self._put("put_uploads", ledger.uploads)
+        if ledger.slimmed:
+            self._execute("slim_bodies", [_json(ledger.slimmed)])
         if ledger.spent_usd or ledger.finished:
             totals = {"usd": ledger.spent_usd, "finished": ledger.finished, "last_finished_at": ledger.last_finished_at}
             self._execute("sum_up", {**totals, "session": self.session})
@@ -231,7 +234,7 @@ class JournalFile:
         """Remember what reading local pictures told, so that the next plan need not read them."""
         rows = [(os.fsencode(k.path), k.size_bytes, k.mtime_ns, f.sha256, f.megapixels) for k, f in facts.items()]
         with self.atomic():
-            self._connection.executemany(_sql()["put_file"], rows)
+            self._put("put_files", rows)
 
     def note(self, name: str, value: str) -> None:
         """Keep one fact about the run as a whole."""
@@ -314,6 +317,19 @@ class JournalFile:
         rows = self._all("get_meta", [name])
         return rows[0][0] if rows else None
 
+    def _put(self, statement: str, rows: Sequence[tuple[Any, ...]]) -> None:
+        """Many rows with few statements.
+
+        Python gives its interpreter away for each row that SQLite takes, and waits up to 5 ms until the busy thread
+        of the run lets it have it back: 400 rows one by one took 50 ms.
+        """
+        start = 0
+        while start < len(rows):
+            count = min(_ROWS_AT_ONCE, 1 << (len(rows) - start).bit_length() - 1)  # few lengths: each is compiled once
+            taken = rows[start : start + count]
+            self._connection.execute(_statement_for(statement, count), list(chain.from_iterable(taken)))
+            start += count
+
     # --- the statements ---------------------------------------------------------------------------------------
 
     def _execute(self, statement: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> sqlite3.Cursor:
@@ -333,6 +349,13 @@ def _sql() -> Mapping[str, str]:
     text = resources.files("batch.run").joinpath("journal.sql").read_text("utf-8")
     named = (part.partition("\n") for part in text.split("-- name: ")[1:])
     return {name.strip(): body.strip() for name, _, body in named}
+
+
+@cache
+def _statement_for(name: str, rows: int) -> str:
+    """A statement that takes one row of values, for so many."""
+    head, values, tail = re.split(r"VALUES (\([?, ]+\))", _sql()[name])
+    return f"{head}VALUES {', '.join([values] * rows)}{tail}"
 
 
 def _json(values: Iterable[str | int]) -> str:

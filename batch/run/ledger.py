@@ -88,10 +88,10 @@ class JobRow:
         return job
 
     def columns(self) -> tuple[Value, ...]:
-        """In the order of the statements `insert_job` (all) and `update_job` (all but the key)."""
+        """In the order of the statement `put_jobs`."""
         return (
-            self.state.value, self.session, self.attempt, self.intended_at, self.accepted_at, self.request_id,
-            *self.urls, self.reserved_usd, self.cost_usd, self.reason, self.answer_id, self.end_id, self.id, self.key,
+            self.id, self.key, self.state.value, self.session, self.attempt, self.intended_at, self.accepted_at,
+            self.request_id, *self.urls, self.reserved_usd, self.cost_usd, self.reason, self.answer_id, self.end_id,
         )  # fmt: skip
 
 
@@ -106,7 +106,7 @@ class Ledger:
         self.session, self.last_job, self.last_outcome = session, last_job, last_outcome
         self.touched: dict[str, JobRow] = {}
         self.bodies: list[tuple[Value, ...]] = []
-        self.slimmed: list[tuple[Value, ...]] = []
+        self.slimmed: list[int] = []
         """Jobs that ended: their bodies are needed whole only to be sent again."""
         self.outcomes: list[tuple[Value, ...]] = []
         self.uploads: list[tuple[Value, ...]] = []
@@ -157,14 +157,14 @@ class Ledger:
                 job.answer_id = self._answer(job, event)
             case Finished():
                 job.end_id = self._finish(job, event)
-                self.slimmed.append((job.id,))
+                self.slimmed.append(job.id)
                 self.finished, self.last_finished_at = self.finished + 1, event.at
             case FailedForGood():
                 job.reserved_usd = 0.0
                 if was is not State.ANSWERED:  # else its answer has settled the cost
                     self._spend(job, event.cost_usd)
                 job.end_id = self._fail(job, event)
-                self.slimmed.append((job.id,))
+                self.slimmed.append(job.id)
             case Retried():
                 job.forget()
                 job.attempt += 1

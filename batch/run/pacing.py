@@ -1,4 +1,4 @@
-"""How fast and how much at once: token bucket, window, pauses, and polling that learns. Pure.
+"""How fast and how much at once: token bucket, window, pauses. Pure; when to read is `batch.run.polling`'s.
 
 No clock and no sleep: every method takes `now` (seconds, any monotonic origin) and says what to do. The
 runner does the waiting.
@@ -6,12 +6,10 @@ runner does the waiting.
 
 from __future__ import annotations
 
-from bisect import bisect_right, insort
-from collections import deque
 from random import Random
 from typing import NamedTuple
 
-__all__ = ["Pauses", "PollTimes", "TokenBucket", "Window", "WindowChange", "queued_share"]
+__all__ = ["Pauses", "TokenBucket", "Window", "WindowChange", "queued_share"]
 
 
 class TokenBucket:
@@ -70,14 +68,14 @@ class WindowChange(NamedTuple):
 
 
 NOTICING = 0.25
-"""Seconds, and a tenth of a job's stay: what reads and transfers may add to it without it having been queued."""
+"""Seconds that reads and transfers may add to a job's stay without it having been queued."""
 
 
 def queued_share(stay: float, inference: float | None, last_queued: float | None) -> float:
     """The share of a finished job's stay at the service in which it waited in the queue, from 0 to 1.
 
     Args:
-        stay: seconds from acceptance to when it was noticed to be finished.
+        stay: seconds from acceptance to its end, as far as that is known.
         inference: seconds that it was executed, as the service says; None where it does not.
         last_queued: seconds from acceptance to the last read that said IN_QUEUE; None where none did.
     """
@@ -85,33 +83,36 @@ def queued_share(stay: float, inference: float | None, last_queued: float | None
         return 0.0
     if inference is None:
         return min(1.0, (last_queued or 0.0) / stay)
-    return max(0.0, 1.0 - (inference + NOTICING) / stay - 0.1)
+    return max(0.0, 1.0 - (inference + NOTICING) / stay)
 
 
 class Window:
     """How many jobs may be in flight.
 
-    A fixed size, or one that finds itself. What it is told is how long jobs were queued, when they end; so it
-    sees the service as it was one stay ago, and moves accordingly. It grows by one for each job that ends while
-    it is full and hardly any was queued (so it doubles in the time of one job), slowly while few were, shrinks
-    slowly while many were, and is cut by `CUT` on a 429, at most once a second.
+    A fixed size, or one that finds itself. A job that came in as the n-th and was queued for a share q of its stay
+    tells that the service works at n (1 - q) of ours at once; the window aims at so many more that `AIM` of a stay is
+    queueing, which bridges the time until an end is noticed. One that was hardly queued at all tells that n are not
+    too many: twice as many are tried. Each end moves the size by one at most. A 429 cuts it by `CUT`, at most once a
+    second; from there on it grows by one place for each window of ends.
     """
 
-    GROW_FAST_BELOW = 0.10
-    """Share of their stay that the last jobs were queued."""
-    GROW_BELOW = 0.25
-    SHRINK_ABOVE = 0.40
-    SLOWLY = 0.25
-    """Of a place, for each job that ends."""
+    HARDLY = 0.10
+    """Share of its stay that a job may be queued and count as not queued."""
+    AIM = 0.35
+    CLOSE = 0.2
+    """Share of the size by which the aim may be missed: a size that never rests makes every stay another length."""
+    SPEED = 10.0
+    """The last jobs count, so many to a window: more would follow chance, fewer the past."""
     CUT = 0.8
 
     def __init__(self, size: int, *, floor: int = 1, ceiling: int | None = None) -> None:
         """`ceiling` None: the size is fixed."""
         self.in_flight = 0
-        self._size = float(size)
+        self._size = self._target = float(size)
         self._floor, self._ceiling = floor, ceiling
-        self._queued = 0.0
         self._cut_at = float("-inf")
+        self._brake = float("inf")
+        """From this size on it grows slowly: what was too much is come near with care."""
 
     @property
     def size(self) -> int:
@@ -123,34 +124,41 @@ class Window:
         """Whether another job has to wait."""
         return self.in_flight >= self.size
 
-    def entered(self) -> None:
-        """A job was let in."""
+    def entered(self) -> int:
+        """A job was let in; how many are in flight with it."""
         self.in_flight += 1
+        return self.in_flight
 
-    def left(self, queued: float | None) -> WindowChange | None:
+    def left(self, came_as: int, queued: float | None) -> WindowChange | None:
         """A job is out of the service's hands; the new size, where it changes.
 
-        `queued` is the share of its stay that it was queued, None where it teaches nothing.
+        Args:
+            came_as: what `entered` said of it.
+            queued: the share of its stay that it was queued, None where it teaches nothing.
         """
-        was_full = self.full
         self.in_flight -= 1
         if self._ceiling is None or queued is None:
             return None
+        if queued < self.HARDLY:
+            wanted, why = max(2.0 * came_as, self._size), f"the {_th(came_as)} job at once was hardly queued"
+        else:
+            wanted = came_as * (1.0 - queued) / (1.0 - self.AIM)
+            why = f"the {_th(came_as)} job at once was queued for {queued:.0%} of its time"
         # The last tenth of a window counts: fewer would follow chance, more the past.
-        self._queued += (queued - self._queued) * min(0.5, 10.0 / self._size)
-        if was_full and self._queued < self.GROW_BELOW:
-            by = 1.0 if self._queued < self.GROW_FAST_BELOW else self.SLOWLY
-            return self._move(by, f"full, and jobs were queued for {self._queued:.0%} of their time")
-        if self._queued > self.SHRINK_ABOVE:
-            return self._move(-self.SLOWLY, f"jobs were queued for {self._queued:.0%} of their time")
-        return None
+        self._target += (wanted - self._target) * min(0.5, self.SPEED / self._size)
+        by = self._target - self._size
+        if abs(by) < max(1.0, self._size * self.CLOSE):
+            return None
+        up = 1.0 if self._size < self._brake else 1.0 / self._size
+        return self._move(up if by > 0 else -1.0, why)
 
     def throttled(self, now: float) -> WindowChange | None:
         """The service answered 429."""
         if self._ceiling is None or now - self._cut_at < 1.0:
             return None
         self._cut_at = now
-        return self._move(self._size * self.CUT - self._size, "the service answered 429")
+        self._brake = self._target = self._size * self.CUT
+        return self._move(self._target - self._size, "the service answered 429")
 
     def _move(self, by: float, reason: str) -> WindowChange | None:
         before = self.size
@@ -158,51 +166,6 @@ class Window:
         return WindowChange(self.size, reason) if self.size != before else None
 
 
-class PollTimes:
-    """When to read a status next, learned from how long finished jobs took.
-
-    Seconds count from the acceptance of the job. Knowing nothing it waits a share of the time already
-    waited; knowing finished jobs it aims at the next step of the quantiles of those that took longer than
-    this one already did.
-    """
-
-    FIRST = 0.05
-    """Of the very first job, seconds: our own echo engine answers within milliseconds."""
-    SHARE = 0.25
-    FINEST = 0.02
-    """No two reads of one job come closer, seconds, nor closer than `CLOSEST` of the time it already took."""
-    CLOSEST = 0.03
-    LONGEST = 10.0
-    MEMORY = 128
-    """Finished jobs that are remembered. The service's speed changes: one that becomes six times as fast is
-    followed within some 300 jobs."""
-    STEP = 0.34
-    """Share of the remaining probability that one wait covers."""
-
-    def __init__(self) -> None:
-        self._recent: deque[float] = deque()
-        self._sorted: list[float] = []
-
-    GUESS = 0.8
-    """Where the end of a job is taken to lie, as a share of when it was noticed, if the first read already
-    found it finished. Below 1, so that reads move forward when the service becomes faster."""
-
-    def took(self, unfinished: float | None, noticed: float) -> None:
-        """A job was seen finished after `noticed` seconds; `unfinished`: when it was last seen not to be."""
-        seconds = noticed * self.GUESS if unfinished is None else (unfinished + noticed) / 2
-        if len(self._recent) == self.MEMORY:
-            del self._sorted[bisect_right(self._sorted, self._recent.popleft()) - 1]
-        self._recent.append(seconds)
-        insort(self._sorted, seconds)
-
-    def delay(self, waited: float) -> float:
-        """Seconds to sleep before the next read of a job that was accepted `waited` seconds ago."""
-        least = max(self.FINEST, waited * self.CLOSEST)
-        if not self._sorted:
-            return min(self.LONGEST, max(self.FIRST, waited * self.SHARE))
-        shorter = bisect_right(self._sorted, waited)
-        longer = len(self._sorted) - shorter
-        if longer == 0:  # slower than all that we know
-            return min(self.LONGEST, max(least, waited * self.SHARE))
-        aim = self._sorted[shorter + min(longer - 1, int(longer * self.STEP))]
-        return min(self.LONGEST, max(least, aim - waited))
+def _th(number: int) -> str:
+    last = {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{'th' if number % 100 in {11, 12, 13} else last}"

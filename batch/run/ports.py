@@ -23,6 +23,7 @@ __all__ = [
     "Event",
     "FailedForGood",
     "Finished",
+    "Hints",
     "Images",
     "Intended",
     "Journal",
@@ -275,6 +276,20 @@ class Service(Protocol):
 
     async def download(self, url: str) -> bytes:
         """The bytes of a result picture, bounded; the key is never sent."""
+
+
+class Hints(Protocol):
+    """Who may know earlier than the next read that a request has ended: a stream, a callback. Never who decides."""
+
+    async def wait(self, ticket: Ticket, usual: float, longest: float) -> bool:
+        """Sleep until a word about the request comes, at most `longest` seconds; True where one came.
+
+        Where no word can be expected (any more) it sleeps for `usual` seconds from the call on, no longer. One word
+        a request is enough: after it, it only sleeps.
+        """
+
+    def forget(self, ticket: Ticket) -> None:
+        """The request is settled, or given up: nobody waits for it any more."""
 
 
 class PictureError(Exception):

@@ -19,17 +19,20 @@ import anyio.abc
 import orjson
 
 from batch.errors import StorageError
-from batch.model import Answer, Attempt, Job, JobKey, QueueState, StoredImage, Ticket, TicketStatus
+from batch.model import Answer, Attempt, Job, JobKey, StoredImage, Ticket
 from batch.run.course import Course, Held, JobFailed, TurnedBack
+from batch.run.follow import Follower
 from batch.run.gate import Gate, Stop, Stopping
 from batch.run.lifecycle import OPEN, State
-from batch.run.pacing import PollTimes, queued_share
+from batch.run.pacing import TokenBucket, queued_share
+from batch.run.polling import PollTimes
 from batch.run.ports import (
     Accepted,
     Answered,
     CallFailed,
     FailedForGood,
     Finished,
+    Hints,
     Images,
     Intended,
     Journal,
@@ -43,7 +46,7 @@ from batch.run.ports import (
 )
 from batch.run.reconcile import Reconciler, Settled
 from batch.run.retention import Retention
-from batch.run.retry import Action, Verdict, backoff, failure_of, judge, kind_of, pause_after, reading
+from batch.run.retry import Action, Verdict, backoff, failure_of, judge
 from batch.run.transfer import Transfers
 
 __all__ = ["Policy", "Report", "Runner"]
@@ -102,17 +105,18 @@ class Runner:
         now: Callable[[], float],
         rng: Random,
         reconciler: Reconciler | None = None,
+        polls: TokenBucket | None = None,
+        hints: Hints | None = None,
     ) -> None:
         """Plug it together.
 
         `now` is wall time in Unix seconds, for what is written down; waits use anyio's clock. `reconciler` is for
-        targets that do not honour idempotency keys.
+        targets that do not honour idempotency keys; `polls` bounds status reads, `hints` may wake who waits for them.
         """
         self._reconciler = reconciler
         self._looked_up: Settled | None = None
         self._service, self._journal, self._observer = service, journal, observer
         self._gate, self._policy, self._now, self._rng = gate, policy, now, rng
-        self._polls = PollTimes()
         self._underway: set[JobKey] = set()
         self._handled: set[JobKey] = set()
         self._retention = Retention(for_good=policy.keeps_results)
@@ -127,10 +131,20 @@ class Runner:
             notice=self._unanswered,
             warn=self._warn,
         )
-        self._reads = 0
-        self._refused_since: float | None = None
         self._patience = max(policy.drain, 3 * PollTimes.LONGEST)
         """Seconds for which an account may be refused at every read until the run gives up for now."""
+        self._follower = Follower(
+            service=service,
+            gate=gate,
+            retention=self._retention,
+            polls=polls,
+            hints=hints,
+            patience=self._patience,
+            now=now,
+            rng=rng,
+            notice=self._unanswered,
+            warn=self._warn,
+        )
         self._errors: Counter[str] = Counter()
         self._scope = anyio.CancelScope()
         self._done = self._failed = 0
@@ -197,7 +211,7 @@ class Runner:
     async def _while_reads_succeed(self) -> None:
         """A refused account may still be shown its results, or not."""
         seen = -1
-        while (answered := self._reads + self._transfers.fetched) != seen:
+        while (answered := self._follower.reads + self._transfers.fetched) != seen:
             seen = answered
             await anyio.sleep(self._patience)
 
@@ -334,6 +348,7 @@ class Runner:
                 continue
             self._gate.accepted()
             course.ticket, course.accepted_at, course.state = ticket, self._now(), State.ACCEPTED
+            course.stay.position = ticket.position
             await self._journal.record(Accepted(course.key, course.accepted_at, ticket))
             self._observer.happened("accepted", job=course.key, request_id=ticket.request_id)
             return ticket
@@ -385,63 +400,29 @@ class Runner:
         """Wait for the request to end and fetch its output; durable when this returns."""
         if course.answer is not None:
             return await self._renewed(course, ticket, course.answer)
-        faults: dict[str, int] = {}
-        pause = 0.0 if course.resumed else self._polls.delay(0.0)
-        while True:
-            await anyio.sleep(pause)
-            status = await self._status(course, ticket)
-            if status.state is not QueueState.COMPLETED:
-                pause = self._polls.delay(self._now() - course.accepted_at)
-                continue
-            try:
-                answer = await self._service.result(ticket)
-            except CallFailed as error:
-                # Read again means: after a fresh status, for a gateway's 503 and a job's own look alike.
-                pause = self._disbelief(error.trouble, faults)
-                continue
-            await self._keep(course, answer)
-            return answer
-
-    def _disbelief(self, trouble: Trouble, faults: dict[str, int]) -> float:
-        """Seconds until the result is asked for again; raises where the fault is the job's own."""
-        kind = kind_of(trouble)
-        faults[kind] = faults.get(kind, 0) + 1
-        verdict = judge(trouble, seen=faults[kind])
-        if verdict.action is not Action.READ_AGAIN:
-            raise JobFailed(failure_of(trouble, verdict), new_attempt=verdict.new_attempt)
-        self._unread(verdict)
-        return (verdict.retry_after or 0.0) + pause_after(trouble, faults[kind], self._rng)
-
-    async def _status(self, course: Course, ticket: Ticket) -> TicketStatus:
-        try:
-            status = await reading(lambda: self._service.status(ticket), self._rng, notice=self._unread)
-        except CallFailed as error:
-            raise JobFailed(failure_of(error.trouble, judge(error.trouble))) from error
-        self._reads += 1
-        self._refused_since = None
-        self._retention.read()
-        if status.state is QueueState.IN_QUEUE:
-            course.queued_at = self._now()
-        if status.state is not QueueState.COMPLETED:
-            course.unfinished_at = self._now()
-        course.inference_seconds = status.inference_time
-        return status
+        answer = await self._follower.answer(course, ticket)
+        await self._keep(course, answer)
+        return answer
 
     async def _keep(self, course: Course, answer: Answer) -> None:
         """Write the answer down, and what it cost."""
-        self._reads += 1
-        at = self._now()
-        waited = 0.0 if course.resumed else at - (course.unfinished_at or course.accepted_at)
+        at, stay = self._now(), course.stay
+        age = at - course.accepted_at
+        waited = 0.0 if course.resumed else age - (stay.unfinished or 0.0)
         self._warn(self._retention.collected(waited, len(orjson.dumps(answer.output))))
-        if not course.resumed:
-            last = course.unfinished_at
-            self._polls.took(None if last is None else last - course.accepted_at, at - course.accepted_at)
-        total, inference = at - course.intended_at, course.inference_seconds
+        total, inference = at - course.intended_at, stay.inference
         queued = None if inference is None else max(0.0, total - inference)
         cost = self._gate.settle(course, answer.billable_units)
-        await self._journal.record(Answered(course.key, at, answer, cost, queued, total))
-        course.answer, course.state = answer, State.ANSWERED
-        self._gate.answered(course, None if course.resumed else _queued(course, at))
+        answered = Answered(course.key, at, answer, cost, queued, total)
+        if self._policy.download:
+            await self._journal.record(answered)
+            course.state = State.ANSWERED
+        else:  # with nothing to store there is nothing between the two
+            await self._journal.record(answered, Finished(course.key, at, tuple(_images_of(answer)), None))
+            course.state = State.DONE
+        course.answer = answer
+        share = None if stay.ended is None else queued_share(stay.ended, inference, stay.queued)
+        self._gate.answered(course, share)
 
     async def _renewed(self, course: Course, ticket: Ticket, kept: Answer) -> Answer:
         """A kept answer whose pictures were not stored: fresh URLs where the target still has them."""
@@ -453,15 +434,13 @@ class Runner:
 
     async def _finished(self, course: Course, answer: Answer) -> None:
         """Store every picture, then call the job done."""
-        started = anyio.current_time()
-        images: list[StoredImage] = []
-        for said in _images_of(answer):
-            if not self._policy.download:
-                images.append(said)
-                continue
-            images.append(await self._transfers.stored(said))
-        seconds = anyio.current_time() - started if self._policy.download else None
-        await self._journal.record(Finished(course.key, self._now(), tuple(images), seconds))
+        images = _images_of(answer)
+        if course.state is not State.DONE:
+            started = anyio.current_time()
+            if self._policy.download:
+                images = [await self._transfers.stored(said) for said in images]
+            seconds = anyio.current_time() - started if self._policy.download else None
+            await self._journal.record(Finished(course.key, self._now(), tuple(images), seconds))
         self._done += 1
         self._observer.happened("done", job=course.key, attempt=course.attempt, images=[i.path for i in images])
 
@@ -503,23 +482,8 @@ class Runner:
         if sentence is not None:
             self._observer.happened("warning", reason=sentence)
 
-    def _unread(self, verdict: Verdict) -> None:
-        self._unanswered(verdict)
-        self._warn(self._retention.unread(self._now()))
-        if verdict.account:
-            since = self._refused_since = self._refused_since or anyio.current_time()
-            if anyio.current_time() - since >= self._patience:
-                words = f"reads have been refused for {self._patience:g} s ({verdict.reason}): is the key still good?"
-                self._gate.stop(Stop.ACCOUNT, words)
-
     def _unanswered(self, verdict: Verdict) -> None:
         self._gate.notice("unreachable", f"a read was answered by {verdict.reason}; it is read again")
-
-
-def _queued(course: Course, at: float) -> float:
-    """The share of its stay at the service that a job was queued."""
-    last = None if course.queued_at is None else course.queued_at - course.accepted_at
-    return queued_share(at - course.accepted_at, course.inference_seconds, last)
 
 
 def _words(errors: BaseExceptionGroup[StorageError]) -> str:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
+from bisect import bisect_left, bisect_right, insort
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -46,6 +48,10 @@ class Request:
     ends_at: float
     starts_at: float
     cancelled: bool = False
+    reads: int = 0
+    """Status reads that arrived."""
+    noticed_at: float | None = None
+    """When a status read first said that it had ended."""
 
 
 class Fault:
@@ -199,26 +205,44 @@ class SendsDamagedFiles(Fault):
         return data[: len(data) // 2] if n % self.every == 0 else data
 
 
+@dataclass(slots=True)
+class _Slot:
+    """Executes one request at a time, and begins none outside its shifts."""
+
+    shifts: Sequence[tuple[float, float]]
+    free_at: float = 0.0
+
+    def next_start(self, now: float) -> float:
+        earliest = max(now, self.free_at)
+        return next((max(earliest, since) for since, until in self.shifts if earliest < until), math.inf)
+
+
 class FakeService:
-    """See the module. `slots` None: every request runs at once."""
+    """See the module.
+
+    `slots` None: every request runs at once. A number: so many at once. Else each slot's shifts, as spans of the clock
+    in which it begins requests: `[[(0, 100)], [(50, math.inf)]]`; some slot has to stay.
+    """
 
     def __init__(
         self,
         *,
         service_time: float | Callable[[int], float] = 1.0,
-        slots: int | None = None,
+        slots: int | Sequence[Sequence[tuple[float, float]]] | None = None,
         honours_keys: bool = False,
         faults: Sequence[Fault] = (),
         round_trip: float = 0.0,
         listing: Listing | None = None,
     ) -> None:
         self._service_time = service_time if callable(service_time) else (lambda _: service_time)
-        self._free_at = [0.0] * slots if slots else None
+        shifts = [[(0.0, math.inf)]] * slots if isinstance(slots, int) else slots or []
+        self._slots = [_Slot(of_one) for of_one in shifts]
         self._honours_keys, self._faults, self._round_trip = honours_keys, list(faults), round_trip
         self.lists = listing or Listing()
         self._by_key: dict[str, RequestId] = {}
         self._counts: Counter[str] = Counter()
         self.requests: dict[RequestId, Request] = {}
+        self._starts: list[float] = []
         self.bodies: list[JsonObject] = []
         """Bodies of all POSTs that arrived."""
 
@@ -247,18 +271,19 @@ class FakeService:
             request_id = self._accept(attempt)
         for fault in self._faults:
             fault.accepted(attempt, n)
-        return Ticket(request_id)
+        return Ticket(request_id, position=self._ahead(self.requests[request_id].starts_at, anyio.current_time()))
 
     async def status(self, ticket: Ticket) -> TicketStatus:
         """Where the request is by the clock."""
         request = await self._read("status", ticket)
+        request.reads += 1
         now = anyio.current_time()
         if now >= request.ends_at or request.cancelled:
+            request.noticed_at = now if request.noticed_at is None else request.noticed_at
             return TicketStatus(QueueState.COMPLETED, inference_time=request.ends_at - request.starts_at)
         if now >= request.starts_at:
             return TicketStatus(QueueState.IN_PROGRESS)
-        ahead = sum(1 for other in self.requests.values() if now < other.starts_at < request.starts_at)
-        return TicketStatus(QueueState.IN_QUEUE, position=ahead)
+        return TicketStatus(QueueState.IN_QUEUE, position=self._ahead(request.starts_at, now))
 
     async def result(self, ticket: Ticket) -> Answer:
         """The output; one picture whose pixels come from the input."""
@@ -355,16 +380,17 @@ class FakeService:
     def _accept(self, attempt: Attempt) -> RequestId:
         now, number = anyio.current_time(), len(self.requests)
         request_id = RequestId(f"request-{number}")
-        starts = now
-        if self._free_at is not None:
-            slot = min(range(len(self._free_at)), key=self._free_at.__getitem__)
-            starts = max(now, self._free_at[slot])
-        ends = starts + self._service_time(number)
-        if self._free_at is not None:
-            self._free_at[slot] = ends
+        slot = min(self._slots, key=lambda one: one.next_start(now)) if self._slots else _Slot([(0.0, math.inf)])
+        starts = slot.next_start(now)
+        ends = slot.free_at = starts + self._service_time(number)
         self._by_key[attempt.idempotency_key] = request_id
         self.requests[request_id] = Request(request_id, orjson.loads(attempt.body), now, ends, starts)
+        insort(self._starts, starts)
         return request_id
+
+    def _ahead(self, starts_at: float, now: float) -> int:
+        """How many wait that will start before."""
+        return max(0, bisect_left(self._starts, starts_at) - bisect_right(self._starts, now))
 
     def _refuse(self, phase: str, reply: Reply | None) -> None:
         if reply is not None:

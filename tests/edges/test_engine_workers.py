@@ -14,7 +14,7 @@ from PIL import Image
 
 from batch.fal.endpoint import ImageToImageInput
 from batch.server.engines import workers
-from batch.server.engines.base import EngineCancelled, EngineFailure, EngineJob, WorkerCrashed
+from batch.server.engines.base import EngineCancelled, EngineFailure, EngineJob, NotReady, WorkerCrashed
 from batch.server.engines.preview.engine import PreviewEngine
 from batch.server.engines.preview.renderer import PreviewRenderer
 from batch.server.engines.workers import WorkerPool
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.anyio
 RENDERER = '''
 """A renderer that does what the prompt says, a JSON list."""
 import json, os, pathlib, signal, time
-from batch.server.engines.base import EngineCancelled, EngineFailure, EnginePicture, EngineResult
+from batch.server.engines.base import EngineCancelled, EngineFailure, EnginePicture, EngineResult, NotReady
 
 class Renderer:
     def __init__(self, greeting):
@@ -37,6 +37,10 @@ class Renderer:
         return EngineResult((picture,), job.seed, (), {"inference": 0.5}, json.dumps([os.getpid(), said]))
 
     def greet(self, job, on_step, cancelled):
+        return self.greeting
+
+    def greet_at(self, job, on_step, cancelled, folder, count):
+        self.meet(job, on_step, cancelled, folder, count)
         return self.greeting
 
     def count(self, job, on_step, cancelled, total):
@@ -66,6 +70,11 @@ class Renderer:
 
     def stumble(self, job, on_step, cancelled):
         raise ZeroDivisionError("a defect")
+
+    def get_ready(self, job, on_step, cancelled, folder):
+        pathlib.Path(folder, self.greeting).touch()
+        if self.greeting == "lost":
+            raise NotReady("the device is lost; see to it")
 
     def chatter(self, job, on_step, cancelled):
         print("a library that prints", flush=True)
@@ -132,6 +141,83 @@ async def test_arguments_reach_the_renderer():
     """What the engine was configured with is what its renderer is made with."""
     async with WorkerPool(REFERENCE, {"greeting": "good day"}, size=1) as pool:
         assert (await run(pool, "greet"))[1] == "good day"
+
+
+async def test_each_place_has_its_own_arguments_and_keeps_them(tmp_path):
+    """One process a set of arguments; the one that replaces a killed one gets those that it had."""
+    async with WorkerPool(REFERENCE, [{"greeting": "first"}, {"greeting": "second"}]) as pool:
+        assert pool.size == 2
+
+        async def by_greeting():
+            """Two at once, so that both places answer."""
+            meeting = tmp_path / str(len(list(tmp_path.iterdir())))
+            meeting.mkdir()
+            pids = []
+            async with anyio.create_task_group() as tasks:
+                for _ in range(2):
+                    tasks.start_soon(meet, meeting, pids)
+            return dict(pids)
+
+        async def meet(meeting, pids):
+            pid, greeting = await run(pool, "greet_at", str(meeting), 2)
+            pids.append((greeting, pid))
+
+        before = await by_greeting()
+        os.kill(before["second"], signal.SIGKILL)
+        while len(pool.pids()) == 2:
+            await anyio.sleep(0.001)
+        after = await by_greeting()
+    assert before.keys() == after.keys() == {"first", "second"}
+    assert after["first"] == before["first"]
+    assert after["second"] != before["second"]
+
+
+async def test_preparing_reaches_every_place(tmp_path):
+    """Each process executes the job once, before any other."""
+    async with WorkerPool(REFERENCE, [{"greeting": "first"}, {"greeting": "second"}]) as pool:
+        seen = tmp_path / "seen"
+        seen.mkdir()
+        await pool.prepare(job("get_ready", str(seen)))
+        assert {path.name for path in seen.iterdir()} == {"first", "second"}
+        assert pool.statistics() == (2, 0, 2, 0)
+
+
+async def test_a_place_that_cannot_get_ready_is_told_at_once(tmp_path):
+    """With its own words; the others end with the pool."""
+    async with WorkerPool(REFERENCE, [{"greeting": "fine"}, {"greeting": "lost"}]) as pool:
+        with pytest.raises(NotReady, match=r"^the device is lost; see to it$") as caught:
+            await pool.prepare(job("get_ready", str(tmp_path)))
+    assert (caught.value.status, caught.value.type, caught.value.retryable) == (500, "internal_server_error", True)
+
+
+async def test_a_place_that_cannot_get_ready_rests_ever_longer(tmp_path, monkeypatch):
+    """Its process is ended, and a new one is started there only after a pause that doubles; a success ends that."""
+    monkeypatch.setattr(workers, "_FIRST_REST", 0.2)
+    async with WorkerPool(REFERENCE, [{"greeting": "lost"}]) as pool:
+        began = anyio.current_time()
+        for started in (1, 2, 3):
+            with pytest.raises(NotReady):
+                await pool.run(job("get_ready", str(tmp_path)), lambda *_: None, lambda: False)
+            assert pool.statistics() == (0, 0, started, 0)
+        assert anyio.current_time() - began >= 0.2 + 0.4
+        assert (await run(pool, "greet"))[1] == "lost"
+        assert anyio.current_time() - began >= 0.2 + 0.4 + 0.8
+        with pytest.raises(NotReady):
+            await pool.run(job("get_ready", str(tmp_path)), lambda *_: None, lambda: False)
+        again = anyio.current_time()
+        assert (await run(pool, "greet"))[1] == "lost"
+        assert 0.2 <= anyio.current_time() - again < 1.6, "it began anew with the shortest"
+
+
+async def test_a_resting_place_does_not_hold_up_the_others(tmp_path, monkeypatch):
+    """While one rests for an hour, every job goes to the other."""
+    monkeypatch.setattr(workers, "_FIRST_REST", 3600)
+    monkeypatch.setattr(workers, "_LONGEST_REST", 3600)
+    async with WorkerPool(REFERENCE, [{"greeting": "lost"}, {"greeting": "fine"}]) as pool:
+        with pytest.raises(NotReady):
+            await pool.prepare(job("get_ready", str(tmp_path)))
+        for _ in range(5):
+            assert (await run(pool, "greet"))[1] == "fine"
 
 
 async def test_jobs_run_side_by_side_in_processes_of_their_own(tmp_path):

@@ -37,10 +37,11 @@ class World:
     """A runner with fakes around it; `again()` is the next session after a crash or an end."""
 
     def __init__(
-        self, service, *, window=16, price=None, budget=None, submits=None, policy=None, seed=7, reconciles=False
+        self, service, *, window=16, price=None, budget=None, submits=None, policy=None, seed=7, reconciles=False, polls=None,
+        hints=None,
     ):
         self.service, self.journal = service, MemoryJournal()
-        self.reconciles = reconciles
+        self.reconciles, self.polls, self.hints = reconciles, polls, hints
         self.images, self.observer = MemoryImages(), RecordingObserver()
         self.window, self.price, self.limit, self.submits = window, price, budget, submits
         self.policy, self.seed = policy or Policy(), seed
@@ -62,7 +63,7 @@ class World:
         self.runner = Runner(
             service=self.service, journal=self.journal, images=self.images, observer=self.observer,
             gate=gate, policy=policy or self.policy, now=anyio.current_time, rng=rng,
-            reconciler=reconciler if self.reconciles else None,
+            reconciler=reconciler if self.reconciles else None, polls=self.polls, hints=self.hints,
         )  # fmt: skip
         with anyio.fail_after(7 * 86400):
             async with aclosing(batches(made)) as source:

@@ -4,6 +4,7 @@ An engine gets one job at a time per slot and gives pictures, or raises one of t
 
     EngineError
     ├── EngineFailure     the job cannot work; a model error as the wire shows it
+    │   └── NotReady      no job can work on this worker: its model or its device cannot be had
     ├── EngineCancelled   the job was told to stop, and did
     └── WorkerCrashed     the process that did the work died; the job may be tried again
 """
@@ -27,6 +28,7 @@ __all__ = [
     "EngineJob",
     "EnginePicture",
     "EngineResult",
+    "NotReady",
     "OnStep",
     "WorkerCrashed",
 ]
@@ -87,6 +89,7 @@ class EngineInfo:
     """What an engine says of itself, for /health and the results' `engine` column."""
 
     name: str
+    """The `engine` column of the results; printable ASCII. An engine with a model tells it here, with its revision."""
     model: str
     """What ran, in words; an engine without a model says so."""
     revision: str
@@ -135,6 +138,18 @@ class EngineFailure(EngineError):
 
     def __str__(self) -> str:
         return self.message
+
+
+class NotReady(EngineFailure):
+    """The worker could not get what every job of it needs. Another worker, or another time, may do better.
+
+    Args:
+        message: what is missing, the value, what to do next. It is the whole of an error at the start.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(500, "internal_server_error", message, loc=("body",), retryable=True)
+        self.args = (message,)  # what a pickle hands to this constructor
 
 
 class EngineCancelled(EngineError):

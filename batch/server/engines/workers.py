@@ -8,11 +8,14 @@ the renderer's affair. There is no supervising task: whoever needs a worker take
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import signal
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -27,6 +30,7 @@ from batch.server.engines.base import (
     EngineError,
     EngineJob,
     EngineResult,
+    NotReady,
     OnStep,
     WorkerCrashed,
 )
@@ -38,6 +42,8 @@ _GONE = (anyio.EndOfStream, anyio.IncompleteRead, anyio.BrokenResourceError, any
 """What a pipe raises whose other end has died."""
 _GRACE = 2.0
 """Seconds between asking a worker to leave and killing it."""
+_FIRST_REST, _LONGEST_REST = 1.0, 60.0
+"""Seconds for which a place starts no worker after one that could not get ready there; each time twice as long."""
 
 
 def usable_cores() -> int:
@@ -60,13 +66,24 @@ class WorkerStatistics(NamedTuple):
     """Of those, how many died by themselves."""
 
 
+@dataclass(slots=True, eq=False)
+class _Place:
+    """Where one worker after the other lives, each made with the same arguments."""
+
+    arguments: JsonObject
+    rest: float = 0.0
+    """Seconds that it rested last."""
+    rests_until: float = -math.inf
+
+
 class _Worker:
     """One process and its two pipes."""
 
-    def __init__(self, process: Process) -> None:
+    def __init__(self, process: Process, place: _Place) -> None:
         assert process.stdin is not None
         assert process.stdout is not None
         self.process = process
+        self.place = place
         self._to = process.stdin
         self._from = BufferedByteReceiveStream(process.stdout)
         self._awaited: int | None = None  # length of the frame whose header has been read
@@ -74,11 +91,11 @@ class _Worker:
         """Whether it was told to stop a job and may not have noticed yet."""
 
     @classmethod
-    async def start(cls, reference: str, arguments: JsonObject) -> _Worker:
+    async def start(cls, reference: str, place: _Place) -> _Worker:
         # The worker finds modules where we find them, in the same order, whatever its directory is.
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)  # noqa: PTH109 - the import system's own ""
-        command = [sys.executable, "-P", "-m", "batch.server.engines", reference, json.dumps(arguments)]
-        return cls(await anyio.open_process(command, stderr=None, env={**os.environ, "PYTHONPATH": path}))
+        command = [sys.executable, "-P", "-m", "batch.server.engines", reference, json.dumps(place.arguments)]
+        return cls(await anyio.open_process(command, stderr=None, env={**os.environ, "PYTHONPATH": path}), place)
 
     @property
     def alive(self) -> bool:
@@ -116,17 +133,22 @@ class WorkerPool:
 
     Args:
         reference: `module:function` that makes the renderer inside each process.
-        arguments: keyword arguments of that function; JSON.
+        arguments: keyword arguments of that function; JSON. A list has those of each process, which the one that
+            replaces it gets as well; `size` is then its length.
         size: processes at most; None: one a core.
     """
 
-    def __init__(self, reference: str, arguments: JsonObject | None = None, size: int | None = None) -> None:
-        self.size = usable_cores() if size is None else size
+    def __init__(
+        self, reference: str, arguments: JsonObject | Sequence[JsonObject] | None = None, size: int | None = None
+    ) -> None:
+        if arguments is None or isinstance(arguments, dict):
+            arguments = [arguments or {}] * (usable_cores() if size is None else size)
+        self.size = len(arguments)
         self._reference = reference
-        self._arguments = arguments or {}
         self._idle: list[_Worker] = []
         self._workers: set[_Worker] = set()
-        self._places = anyio.Semaphore(self.size)
+        self._vacant = [_Place(one) for one in arguments]
+        self._turns = anyio.Semaphore(self.size)
         self._orders = self._started = self._crashed = 0
         self._closed = False
 
@@ -187,21 +209,41 @@ class WorkerPool:
         self._workers.clear()
         self._idle.clear()
 
+    async def prepare(self, job: EngineJob) -> None:
+        """Have every process of the pool execute `job`, side by side, before any other job: to see that each can work.
+
+        Raises:
+            EngineFailure, WorkerCrashed: the first that failed.
+        """
+        # As many turns as there are places: none can be over before each has a process of its own.
+        try:
+            async with anyio.create_task_group() as tasks:
+                for _ in range(self.size):
+                    tasks.start_soon(self.run, job, lambda *_: None, lambda: False)
+        except ExceptionGroup as group:
+            raise group.exceptions[0] from None
+
     async def run(self, job: EngineJob, on_step: OnStep, cancelled: Cancelled) -> EngineResult:
         """Execute one job; waits for a free worker where all are busy.
 
         When the calling task itself is cancelled the worker is told to stop and is free for the next job at
-        once; it takes that up when it reaches the end of its present step.
+        once; it takes that up when it reaches the end of its present step. A worker that is `NotReady` is ended,
+        and its place rests for a while: it would otherwise fail one job after the other, sooner than any could work.
 
         Raises:
             EngineFailure, EngineCancelled, WorkerCrashed: as `Engine.generate` says.
         """
-        async with self._places:
+        async with self._turns:
             worker = await self._take()
             try:
-                return await self._execute(worker, job, on_step, cancelled)
+                result = await self._execute(worker, job, on_step, cancelled)
+            except NotReady:
+                await self._rest(worker)
+                raise
             finally:
                 self._give_back(worker)
+            worker.place.rest = 0.0
+            return result
 
     async def _execute(self, worker: _Worker, job: EngineJob, on_step: OnStep, cancelled: Cancelled) -> EngineResult:
         if cancelled():
@@ -258,7 +300,14 @@ class WorkerPool:
     async def _start_worker(self) -> _Worker:
         if self._closed:
             raise WorkerCrashed("the engine is closed")
-        worker = await _Worker.start(self._reference, self._arguments)
+        place = min(self._vacant, key=lambda place: place.rests_until)
+        self._vacant.remove(place)
+        try:
+            await anyio.sleep_until(place.rests_until)
+            worker = await _Worker.start(self._reference, place)
+        except BaseException:
+            self._vacant.append(place)
+            raise
         if self._closed:  # meanwhile
             await worker.end()
             raise WorkerCrashed("the engine is closed")
@@ -270,6 +319,20 @@ class WorkerPool:
         """Bury a worker and count it; a sentence about its end."""
         if self._closed:
             return "the engine was closed while the job ran"
-        self._workers.discard(worker)
         self._crashed += 1
-        return f"worker process {worker.process.pid} {await worker.end()}; the job may be tried again"
+        return f"worker process {worker.process.pid} {await self._vacate(worker)}; the job may be tried again"
+
+    async def _rest(self, worker: _Worker) -> None:
+        """End a worker that cannot get ready, and start none in its place for a while."""
+        place = worker.place
+        place.rest = min(max(_FIRST_REST, 2 * place.rest), _LONGEST_REST)
+        place.rests_until = anyio.current_time() + place.rest
+        await self._vacate(worker)
+
+    async def _vacate(self, worker: _Worker) -> str:
+        """Make sure that the worker is gone and its place is free; how it went."""
+        self._workers.discard(worker)
+        try:
+            return await worker.end()
+        finally:
+            self._vacant.append(worker.place)

@@ -1,0 +1,180 @@
+"""Following an accepted request to its answer: when it is read, and what an unread or disbelieved one means.
+
+Owns every wait for an answer. When to read next is `polling`'s to say, what an answer proves `retry`'s; whoever may
+wake it earlier (`ports.Hints`) is believed only as far as reading now: a hint that lies costs a read, one that is lost
+costs a wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from random import Random
+
+import anyio
+
+from batch.model import Answer, QueueState, Ticket, TicketStatus
+from batch.run.course import Course, JobFailed
+from batch.run.gate import Gate, Stop
+from batch.run.pacing import TokenBucket
+from batch.run.polling import PollTimes
+from batch.run.ports import CallFailed, Hints, Service, Trouble
+from batch.run.retention import Retention
+from batch.run.retry import Action, Verdict, failure_of, judge, kind_of, pause_after, reading
+
+__all__ = ["Follower"]
+
+_NET = 4.0
+"""Where a hint is to be expected, a job is read by itself after so many times the usual wait, and after
+`PollTimes.LONGEST` at the latest."""
+
+
+class Follower:
+    """One for a run: it learns from each job for all others."""
+
+    def __init__(
+        self,
+        *,
+        service: Service,
+        gate: Gate,
+        retention: Retention,
+        polls: TokenBucket | None,
+        hints: Hints | None,
+        patience: float,
+        now: Callable[[], float],
+        rng: Random,
+        notice: Callable[[Verdict], None],
+        warn: Callable[[str | None], None],
+    ) -> None:
+        """Plug it together.
+
+        Args:
+            service: asked for statuses and results.
+            gate: stops the run where the account stays refused.
+            retention: told of reads, so that somebody is warned in time.
+            polls: bounds status reads over all jobs, in their order; None: no bound. Results are not bounded.
+            hints: who may know earlier; None: nobody.
+            patience: seconds for which an account may be refused at every read until the run gives up for now.
+            now: wall time in Unix seconds; waits use anyio's clock.
+            rng: for the pauses between reads that failed.
+            notice: told of each read that is read again.
+            warn: told a sentence, or nothing.
+        """
+        self._service, self._gate, self._retention = service, gate, retention
+        self._polls, self._hints, self._patience = polls, hints, patience
+        self._now, self._rng, self._notice, self._warn = now, rng, notice, warn
+        self._times = PollTimes()
+        self._feeling: set[anyio.CancelScope] = set()
+        """Jobs that sleep without anything known; the first that ends wakes them."""
+        self._refused_since: float | None = None
+        self.reads = 0
+        """Statuses and results that were answered."""
+
+    async def answer(self, course: Course, ticket: Ticket) -> Answer:
+        """Wait for the request to end and fetch its output. Nothing of it is durable yet.
+
+        Raises:
+            JobFailed: it ended without one.
+        """
+        try:
+            return await self._followed(course, ticket)
+        finally:
+            if self._hints is not None:
+                self._hints.forget(ticket)
+
+    async def _followed(self, course: Course, ticket: Ticket) -> Answer:
+        faults: dict[str, int] = {}
+        pause = 0.0 if course.resumed else None
+        while True:
+            if pause is None:
+                await self._wait(course, ticket)
+            else:
+                await anyio.sleep(pause)
+            pause = None
+            status = await self._status(course, ticket)
+            if status.state is not QueueState.COMPLETED:
+                continue
+            try:
+                answer = await self._service.result(ticket)
+            except CallFailed as error:
+                # Read again means: after a fresh status, for a gateway's 503 and a job's own look alike.
+                pause = self._disbelief(error.trouble, faults)
+                continue
+            self.reads += 1
+            self._learn(course)
+            return answer
+
+    async def _wait(self, course: Course, ticket: Ticket) -> None:
+        """Sleep until this job is due, or until a hint says that it may have ended."""
+        pause = self._due(course)
+        if self._times.knows or pause <= 0.0:
+            await self._sleep(course, ticket, pause)
+            return
+        with anyio.CancelScope() as scope:
+            self._feeling.add(scope)
+            try:
+                await self._sleep(course, ticket, pause)
+            finally:
+                self._feeling.discard(scope)
+        if scope.cancelled_caught:  # now there is something to go by
+            await self._sleep(course, ticket, self._due(course))
+
+    def _due(self, course: Course) -> float:
+        return self._times.due(course.stay) - (self._now() - course.accepted_at)
+
+    async def _sleep(self, course: Course, ticket: Ticket, seconds: float) -> None:
+        seconds = max(0.0, seconds)
+        if self._hints is None or course.resumed:  # of an earlier run: what was asked to call us then is gone
+            await anyio.sleep(seconds)
+        else:
+            longest = max(seconds, min(_NET * seconds, PollTimes.LONGEST))
+            course.stay.told = await self._hints.wait(ticket, seconds, longest)
+
+    async def _status(self, course: Course, ticket: Ticket) -> TicketStatus:
+        try:
+            status = await reading(lambda: self._read(ticket), self._rng, notice=self._unread)
+        except CallFailed as error:
+            raise JobFailed(failure_of(error.trouble, judge(error.trouble))) from error
+        self.reads += 1
+        self._refused_since = None
+        self._retention.read()
+        stay, age = course.stay, self._now() - course.accepted_at
+        if status.state is not QueueState.COMPLETED:
+            self._times.pending(stay, age, queued=status.state is QueueState.IN_QUEUE, position=status.position)
+        else:
+            stay.inference = status.inference_time
+            if stay.noticed is None:
+                stay.noticed = age
+        return status
+
+    async def _read(self, ticket: Ticket) -> TicketStatus:
+        if self._polls is not None and (wait := self._polls.reserve(anyio.current_time())):
+            await anyio.sleep(wait)
+        return await self._service.status(ticket)
+
+    def _learn(self, course: Course) -> None:
+        """What a job of this run took teaches when to read the others."""
+        if course.resumed or course.stay.noticed is None:
+            return
+        self._times.took(course.stay, course.stay.noticed)
+        for scope in self._feeling:
+            scope.cancel()
+        self._feeling.clear()
+
+    def _disbelief(self, trouble: Trouble, faults: dict[str, int]) -> float:
+        """Seconds until the result is asked for again; raises where the fault is the job's own."""
+        kind = kind_of(trouble)
+        faults[kind] = faults.get(kind, 0) + 1
+        verdict = judge(trouble, seen=faults[kind])
+        if verdict.action is not Action.READ_AGAIN:
+            raise JobFailed(failure_of(trouble, verdict), new_attempt=verdict.new_attempt)
+        self._unread(verdict)
+        return (verdict.retry_after or 0.0) + pause_after(trouble, faults[kind], self._rng)
+
+    def _unread(self, verdict: Verdict) -> None:
+        self._notice(verdict)
+        self._warn(self._retention.unread(self._now()))
+        if verdict.account:
+            since = self._refused_since = self._refused_since or anyio.current_time()
+            if anyio.current_time() - since >= self._patience:
+                words = f"reads have been refused for {self._patience:g} s ({verdict.reason}): is the key still good?"
+                self._gate.stop(Stop.ACCOUNT, words)

@@ -1,0 +1,313 @@
+"""Streams and callbacks as they are heard: against our own server, against servers that misbehave, and forgers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+
+import aiohttp
+import orjson
+import pytest
+from aiohttp import web
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from pydantic import SecretStr
+
+from batch.errors import ConfigError
+from batch.fal import callbacks as callbacks_module
+from batch.fal.callbacks import Callbacks
+from batch.fal.client import FalClient
+from batch.fal.endpoint import APP_ID
+from batch.fal.protocol import Origins
+from batch.fal.signing import jwks_of, sign
+from batch.fal.streams import Streams
+from batch.model import Attempt, JobKey, RequestId, Ticket
+from tests.edges.serving import INPUT, ScriptedEngine, serving, submit
+
+pytestmark = pytest.mark.anyio
+TICKET = Ticket(RequestId("request-1"))
+LONG = 20.0
+"""Seconds that nothing here takes: who waits for so long has not heard."""
+
+
+@pytest.fixture
+def anyio_backend():
+    return "asyncio"
+
+
+@contextlib.asynccontextmanager
+async def answering(handler):
+    """A server whose every answer is the handler's; yields its origin."""
+    runner = web.ServerRunner(web.Server(handler), shutdown_timeout=0)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
+def listening(url, **options):
+    return Streams(Origins.of_server(url), APP_ID, None, **options)
+
+
+def event(status):
+    return b"data: " + orjson.dumps({"status": status, "request_id": TICKET.request_id}) + b"\n\n"
+
+
+async def timed(waiting):
+    began = time.monotonic()
+    return await asyncio.wait_for(waiting, LONG), time.monotonic() - began
+
+
+# --- streams ----------------------------------------------------------------------------------------------
+
+
+async def test_a_stream_of_our_server_wakes_at_the_end(tmp_path):
+    """The end of a job is heard as it comes, long before the next read; afterwards it is no news."""
+    engine = ScriptedEngine()
+    async with serving(tmp_path, engine) as session, listening(str(session._base_url)) as streams:
+        ticket = Ticket(RequestId(await submit(session, "hold")))
+        waiting = asyncio.create_task(streams.wait(ticket, LONG, LONG))
+        while not engine.seen:
+            await asyncio.sleep(0.01)
+        assert not waiting.done()
+        engine.go.set()
+        assert await asyncio.wait_for(waiting, 5) is True
+        assert await timed(streams.wait(ticket, 0.0, LONG)) == (False, pytest.approx(0.0, abs=0.5))
+        streams.forget(ticket)
+        assert streams._lines == {}
+        assert streams._open == 0
+
+
+async def served(request, *parts, status=200, kind="text/event-stream", hold=False):
+    stream = web.StreamResponse(status=status, headers={"content-type": kind})
+    await stream.prepare(request)
+    for part in parts:
+        await stream.write(part)
+    if hold:
+        await asyncio.sleep(LONG)
+    return stream
+
+
+FAULTS = {
+    "refused": lambda request: served(request, b"{}", status=403, kind="application/json"),
+    "no stream": lambda request: served(request, b"<html>", kind="text/html"),
+    "ends early": lambda request: served(request, event("IN_QUEUE"), event("IN_PROGRESS")),
+    "cut in the middle": lambda request: served(request, event("IN_QUEUE"), event("COMPLETED")[:20]),
+    "nonsense": lambda request: served(request, b"data: ]]\n\n", hold=True),
+    "unknown status": lambda request: served(request, event("FAILED"), hold=True),
+    "a line without end": lambda request: served(request, b"data: " + b"x" * 2**20, hold=True),
+    "an event without end": lambda request: served(request, b"data: 12345678\n" * 2**16, hold=True),
+    "redirect": lambda request: served(request, status=302),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_a_stream_that_fails_leaves_the_job_to_reading(fault):
+    """Whatever is wrong with it: no exception, no hint, and the usual wait is kept, not the long one."""
+    opened = []
+
+    async def handler(request):
+        opened.append(request.path)
+        return await FAULTS[fault](request)
+
+    async with answering(handler) as url, listening(url) as streams:
+        woken, seconds = await timed(streams.wait(TICKET, 0.4, LONG))
+        assert not woken
+        assert 0.35 <= seconds < 5.0
+        assert await timed(streams.wait(TICKET, 0.1, LONG)) == (False, pytest.approx(0.1, abs=0.5))
+    assert opened == ["/fal-ai/flux/requests/request-1/status/stream"]
+
+
+async def test_a_silent_stream_is_given_up(monkeypatch):
+    """Nothing for longer than two signs of life: from then on the job is read as usual."""
+    monkeypatch.setattr("batch.fal.streams.SILENCE", 0.3)
+    async with (
+        answering(lambda request: served(request, event("IN_QUEUE"), hold=True)) as url,
+        listening(url) as streams,
+    ):
+        woken, seconds = await timed(streams.wait(TICKET, 0.0, LONG))
+        assert not woken
+        assert 0.25 <= seconds < 5.0
+
+
+async def test_comments_keep_a_stream_alive(monkeypatch):
+    """A sign of life is no event, and no end."""
+    monkeypatch.setattr("batch.fal.streams.SILENCE", 0.4)
+
+    async def handler(request):
+        stream = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await stream.prepare(request)
+        for _ in range(5):
+            await stream.write(b": still here\n\n")
+            await asyncio.sleep(0.2)
+        await stream.write(event("COMPLETED"))
+        return stream
+
+    async with answering(handler) as url, listening(url) as streams:
+        assert (await timed(streams.wait(TICKET, 0.0, LONG)))[0] is True
+
+
+async def test_only_so_many_streams_are_open():
+    """Who gets none is read as usual."""
+    async with (
+        answering(lambda request: served(request, event("IN_QUEUE"), hold=True)) as url,
+        listening(url, most=1) as streams,
+    ):
+        first = asyncio.create_task(streams.wait(TICKET, LONG, LONG))
+        await asyncio.sleep(0)
+        assert await timed(streams.wait(Ticket(RequestId("request-2")), 0.1, LONG)) == (False, pytest.approx(0.1, abs=0.5))
+        first.cancel()
+
+
+async def test_the_key_goes_to_the_target_and_its_repr_hides_it():
+    """As with every other exchange."""
+    seen = []
+
+    async def handler(request):
+        seen.append(request.headers.get("authorization"))
+        return await served(request, event("COMPLETED"))
+
+    async with answering(handler) as url, Streams(Origins.of_server(url), APP_ID, SecretStr("id:secret")) as streams:
+        assert await streams.wait(TICKET, 0.0, LONG)
+        assert "secret" not in repr(streams)
+    assert seen == ["Key id:secret"]
+
+
+# --- callbacks --------------------------------------------------------------------------------------------
+
+
+async def test_a_callback_of_our_server_wakes_at_the_end(tmp_path):
+    """Submitted with our address, called when it has ended, verified with the server's own keys."""
+    engine = ScriptedEngine()
+    async with serving(tmp_path, engine, allow_private=True) as session:
+        url = str(session._base_url).rstrip("/")
+        async with Callbacks("127.0.0.1:0", None, url) as callbacks, FalClient(Origins.of_server(url), APP_ID) as client:
+            client.webhook = callbacks.url
+            body = orjson.dumps({**INPUT, "prompt": "hold"})
+            ticket = await client.submit(Attempt(JobKey("key"), 1, body))
+            waiting = asyncio.create_task(callbacks.wait(ticket, LONG, LONG))
+            while not engine.seen:
+                await asyncio.sleep(0.01)
+            assert not waiting.done()
+            engine.go.set()
+            assert await asyncio.wait_for(waiting, 5) is True
+            assert (callbacks.believed, callbacks.refused) == (1, 0)
+            assert await timed(callbacks.wait(ticket, 0.0, LONG)) == (False, pytest.approx(0.0, abs=0.5))
+            callbacks.forget(ticket)
+            assert callbacks._waiting == {}
+
+
+class Target:
+    """Publishes keys, and signs callbacks with them."""
+
+    def __init__(self):
+        self.key, self.fetched, self.fails = Ed25519PrivateKey.generate(), 0, False
+
+    async def handle(self, request):
+        assert request.path == "/.well-known/jwks.json"
+        assert "authorization" not in request.headers
+        self.fetched += 1
+        body = orjson.dumps(jwks_of([self.key.public_key()]))
+        return web.Response(status=500 if self.fails else 200, body=body, content_type="application/json")
+
+    def signed(self, request_id="request-1", body=b"{}", at=None, key=None):
+        timestamp = int(time.time() if at is None else at)
+        return sign(key or self.key, request_id=request_id, user_id="u", timestamp=timestamp, body=body)
+
+
+@contextlib.asynccontextmanager
+async def called(**options):
+    """A target, the receiver of its callbacks, and a way to call it; yields all three."""
+    target = Target()
+    async with (
+        answering(target.handle) as url,
+        Callbacks("127.0.0.1:0", None, url, **options) as callbacks,
+        aiohttp.ClientSession() as session,
+    ):
+
+        async def call(headers, body=b"{}", method="POST"):
+            async with session.request(method, callbacks.url, data=body, headers=headers) as response:
+                return response.status
+
+        yield target, callbacks, call
+
+
+async def test_a_forged_callback_is_ignored():
+    """Another's key, another body, no signature, an old one: refused, and nobody is woken."""
+    async with called() as (target, callbacks, call):
+        waiting = asyncio.create_task(callbacks.wait(TICKET, 1.0, 1.0))
+        forger = Ed25519PrivateKey.generate()
+        assert await call(target.signed(key=forger)) == 401
+        assert await call(target.signed(), b'{"other":1}') == 401
+        assert await call({}) == 401
+        assert await call(target.signed(at=time.time() - 301)) == 401
+        assert await call(target.signed(at=time.time() + 301)) == 401
+        assert await call({}, method="GET") == 405
+        assert not waiting.done()
+        assert await waiting is False
+        assert (callbacks.believed, callbacks.refused) == (0, 5)
+
+
+async def test_a_callback_for_nobody_is_acknowledged():
+    """Unknown, or settled long ago: 200, for nothing is gained by its being sent again."""
+    async with called() as (target, callbacks, call):
+        assert await call(target.signed("somebody-else")) == 200
+        assert callbacks.believed == 1
+
+
+async def test_a_callback_may_be_faster_than_the_answer_to_its_submit():
+    """It is kept in mind for who comes to wait."""
+    async with called() as (target, callbacks, call):
+        assert await call(target.signed()) == 200
+        assert await timed(callbacks.wait(TICKET, LONG, LONG)) == (True, pytest.approx(0.0, abs=0.5))
+
+
+async def test_what_is_kept_in_mind_is_bounded(monkeypatch):
+    """The oldest is forgotten."""
+    monkeypatch.setattr(callbacks_module, "EARLY", 2)
+    async with called() as (target, callbacks, call):
+        for name in ("request-1", "request-2", "request-3"):
+            await call(target.signed(name))
+        assert list(callbacks._early) == ["request-2", "request-3"]
+
+
+async def test_the_keys_are_fetched_once_and_again_when_they_have_changed():
+    """Many callbacks, one fetch; a signature that no key fits makes it look again, at most once a minute."""
+    clock = [time.time()]
+    async with called(now=lambda: clock[0]) as (target, _, call):
+        assert await asyncio.gather(*(call(target.signed(f"r-{n}")) for n in range(20))) == [200] * 20
+        assert target.fetched == 1
+        target.key = Ed25519PrivateKey.generate()
+        assert await call(target.signed()) == 401
+        assert target.fetched == 1
+        clock[0] += 61
+        assert await call(target.signed()) == 200
+        assert target.fetched == 2
+
+
+async def test_without_keys_a_callback_is_asked_for_again():
+    """That they cannot be read is no fault of the sender's: 503 makes him try later."""
+    async with called() as (target, callbacks, call):
+        target.fails = True
+        assert await call(target.signed()) == 503
+        target.fails = False
+        assert await call(target.signed()) == 200
+        assert callbacks.refused == 0
+
+
+async def test_a_callback_of_any_length_is_bounded(monkeypatch):
+    """What is too long is refused unread."""
+    monkeypatch.setattr(callbacks_module, "BODY_LIMIT_BYTES", 1000)
+    async with called() as (target, _, call):
+        assert await call(target.signed(body=b"x" * 2000), b"x" * 2000) == 413
+
+
+async def test_an_address_that_cannot_be_listened_at_is_the_user_s_mistake():
+    """With the key of the setting."""
+    async with Callbacks("127.0.0.1:0", None, "http://127.0.0.1:1") as first:
+        bind = first.url.removeprefix("http://").rstrip("/")
+        with pytest.raises(ConfigError, match="webhook.bind"):
+            async with Callbacks(bind, None, "http://127.0.0.1:1"):
+                pass

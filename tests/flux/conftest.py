@@ -1,0 +1,60 @@
+"""The tiny model in its layouts. Without torch nothing here is collected; `make test-flux` installs it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+if importlib.util.find_spec("torch") is None or importlib.util.find_spec("diffusers") is None:
+    collect_ignore_glob = ["test_*.py"]
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """A folder with the tiny model twice: `plain`, as diffusers saves it, and `published`, as it lies on the hub."""
+    from tests.flux import tiny
+
+    root = tmp_path_factory.mktemp("models")
+    tiny.save(root / "plain")
+    tiny.save_as_published(root / "published")
+    return root
+
+
+@pytest.fixture(scope="session")
+def checkers(tmp_path_factory):
+    """Safety checkers of both kinds that flag everything, and one that flags nothing."""
+    from tests.flux import tiny
+
+    root = tmp_path_factory.mktemp("checkers")
+    tiny.save_classifier(root / "classifier", flags=True)
+    tiny.save_concepts(root / "concepts", flags=True)
+    tiny.save_classifier(root / "content", flags=False)
+    return root
+
+
+@pytest.fixture(scope="session")
+def plain(models):
+    """Plain diffusers in this process: what our pictures are compared with."""
+    import diffusers
+    import torch
+
+    diffusers.utils.logging.disable_progress_bar()
+    folder = models / "plain"
+    pipeline = diffusers.FluxImg2ImgPipeline.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="session")
+def renderer(models):
+    """Ours in this process, without a safety checker."""
+    from tests.flux.rendering import opened
+
+    return opened(models / "plain")

@@ -1,0 +1,44 @@
+"""A renderer whose model commits the fault that the prompt names, with the errors that torch raises for it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from batch.server.engines.flux.renderer import FluxRenderer, open_renderer
+
+MARKER = "FLUX_TEST_MARKER"
+"""Names a file: where it is, the device has been lost before."""
+FAULTY = "tests.flux.doubles:open_faulty"
+
+
+class _Faulty:
+    """The real renderer, with a hook inside its transformer."""
+
+    def __init__(self, renderer: FluxRenderer) -> None:
+        self._renderer = renderer
+        self._order = ""
+        self._hooked = False
+
+    def render(self, job, on_step, cancelled):
+        if not self._hooked:
+            self._renderer.model().pipeline.transformer.register_forward_pre_hook(self._fail)
+            self._hooked = True
+        self._order = job.input.prompt
+        return self._renderer.render(job, on_step, cancelled)
+
+    def _fail(self, *_):
+        marker = Path(os.environ[MARKER])
+        if self._order == "lose the device" or (self._order == "lose the device once" and not marker.exists()):
+            marker.touch()
+            raise torch.AcceleratorError("CUDA error: unspecified launch failure\nSearch for it somewhere")
+        if self._order == "run out of memory":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 96.00 GiB.\nSee documentation")
+        if self._order == "stumble":
+            raise ZeroDivisionError("a defect")
+
+
+def open_faulty(**setup):
+    return _Faulty(open_renderer(**setup))

@@ -1,0 +1,102 @@
+"""How soon the runner notices that a job has ended, and with how many reads: whole runs in virtual time."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import NamedTuple
+
+import pytest
+
+from batch.run.pacing import TokenBucket, Window
+from batch.testing.service import FakeService
+from tests.runner.world import World, jobs
+
+pytestmark = pytest.mark.anyio
+
+
+class Noticed(NamedTuple):
+    """Reads a job, lateness as a share of each job's own service time, and when the last job ended or was noticed."""
+
+    reads: float
+    median: float
+    p95: float
+    worst: float
+    ended_at: float
+
+
+def noticed(service: FakeService) -> Noticed:
+    requests = list(service.requests.values())
+    late = sorted((r.noticed_at - r.ends_at) / (r.ends_at - r.starts_at) for r in requests)
+    reads = sum(r.reads for r in requests) / len(requests)
+    last = max(r.noticed_at for r in requests)
+    return Noticed(reads, late[len(late) // 2], late[int(0.95 * len(late))], late[-1], last)
+
+
+def log_normal(median: float, sigma: float, seed: int = 1):
+    """Service times by number of the request."""
+    rng = Random(seed)
+    times: list[float] = []
+
+    def of(number: int) -> float:
+        while len(times) <= number:
+            times.append(median * rng.lognormvariate(0.0, sigma))
+        return times[number]
+
+    return of
+
+
+async def test_a_log_normal_service_is_followed_with_five_reads_a_job():
+    """Median 4 s, sigma 0.6, 40 slots, 2,000 jobs: five reads a job are not enough for more than this.
+
+    `tests/unit/test_polling.py` shows that no schedule of reads does much better; `--updates stream` does.
+    """
+    service = FakeService(service_time=log_normal(4.0, 0.6), slots=40)
+    await World(service, window=Window(32, floor=2, ceiling=1024)).run(jobs(2000))
+    found = noticed(service)
+    assert found.reads <= 5.0
+    assert found.median <= 0.2
+    assert found.p95 <= 0.75
+
+
+@pytest.mark.parametrize("submits", [None, 2500.0])
+async def test_a_thousand_jobs_at_once_are_noticed_within_six_hundredths(submits):
+    """5 s each, nothing known before: at most three reads a job, no job noticed later than 0.3 s."""
+    service = FakeService(service_time=5.0, round_trip=0.001)
+    bucket = None if submits is None else TokenBucket(submits)
+    await World(service, window=1000, submits=bucket).run(jobs(1000))
+    found = noticed(service)
+    assert found.reads <= 1.5
+    assert found.worst <= 0.06
+
+
+async def test_a_thousand_in_flight_of_many_are_noticed_within_six_hundredths():
+    """The same where more follow, of a service that is not quite even."""
+    service = FakeService(service_time=lambda n: 5.0 + (n % 7) * 0.01, round_trip=0.001)
+    await World(service, window=1000).run(jobs(4000))
+    found = noticed(service)
+    assert found.reads <= 2.0
+    assert found.worst <= 0.06
+
+
+@pytest.mark.parametrize(
+    ("window", "most"), [(64, 1.01), (Window(64, ceiling=999), 1.06), (Window(16, ceiling=999), 1.15)]
+)
+async def test_slots_of_a_steady_service_are_kept_full(window, most):
+    """1 s, 32 slots, 640 jobs: 20 s, and a hundredth more where the window is fixed; else it has to find its size."""
+    service = FakeService(service_time=1.0, slots=32, round_trip=0.001)
+    await World(service, window=window).run(jobs(640))
+    assert noticed(service).ended_at <= most * 20.0
+
+
+async def test_an_instant_service_is_read_once_a_job():
+    """Neither what is learned nor the queue adds a read."""
+    service = FakeService(service_time=0.0, round_trip=0.001)
+    await World(service, window=64).run(jobs(1000))
+    assert service.count("status") == service.count("result") == 1000
+
+
+async def test_a_deep_queue_is_read_a_few_times_a_job():
+    """Each waits for minutes behind 150 others; its places say for how long."""
+    service = FakeService(service_time=log_normal(5.0, 0.1), slots=4)
+    await World(service, window=150).run(jobs(400))
+    assert noticed(service).reads <= 10

@@ -1,0 +1,193 @@
+"""When to read a status next, without a clock: ages are arguments."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batch.run.polling import PollTimes, Stay
+
+seconds = st.floats(0, 1e4)
+
+
+def polled(times: PollTimes, duration: float, *, tells: bool = True, queued: float = 0.0) -> tuple[int, float]:
+    """Reads of one job that takes so long, and how late its end was noticed. `tells`: the service's inference time."""
+    stay, reads = Stay(), 0
+    while True:
+        age = times.due(stay)
+        reads += 1
+        if age >= duration:
+            stay.inference = duration - queued if tells else None
+            times.took(stay, age)
+            return reads, age - duration
+        times.pending(stay, age, queued=age < queued, position=None)
+
+
+def means(pairs) -> tuple[float, float]:
+    reads, late = zip(*pairs, strict=True)
+    return sum(reads) / len(reads), sum(late) / len(late)
+
+
+@given(
+    st.lists(st.tuples(st.none() | seconds, seconds, st.none() | seconds), max_size=300),
+    st.none() | st.tuples(st.floats(0, 1e6), st.booleans(), st.none() | st.integers(0, 10**6)),
+)
+def test_a_poll_time_is_within_its_bounds(finished, read):
+    """Never more than ten seconds after the last read unless its turn is far off, never a busy loop."""
+    times = PollTimes()
+    for unfinished, noticed, inference in finished:
+        stay = Stay()
+        if unfinished is not None:
+            times.pending(stay, min(unfinished, noticed), queued=False, position=None)
+        stay.inference = inference
+        times.took(stay, noticed)
+    stay = Stay(10**6)
+    last = 0.0
+    if read is not None:
+        last, queued, position = read
+        times.pending(stay, last, queued=queued, position=position)
+    delay = times.due(stay) - last
+    longest = max(PollTimes.LONGEST, ((stay.turn or 0.0) - last) / 2 if finished else 0.0)
+    tolerance = 1e-9 * (1 + last + longest)
+    assert min(longest, max(PollTimes.FINEST, last * PollTimes.CLOSEST)) - tolerance <= delay <= longest + tolerance
+
+
+@pytest.mark.parametrize("tells", [True, False])
+@pytest.mark.parametrize("duration", [0.2, 2.0, 6.0, 40.0])
+def test_jobs_of_one_length_need_few_reads_and_are_noticed_soon(duration, tells):
+    """After some of them; fewer where the service says for how long it executed."""
+    times, rng = PollTimes(), Random(3)
+    for _ in range(200):
+        polled(times, duration * rng.uniform(0.95, 1.05), tells=tells)
+    reads, late = means(polled(times, duration * rng.uniform(0.95, 1.05), tells=tells) for _ in range(200))
+    assert reads < (3.2 if tells else 3.5) + duration / PollTimes.LONGEST
+    assert late < max(0.02, 0.05 * duration)
+
+
+def test_a_service_that_always_takes_the_same_is_read_once():
+    """And noticed within a hundredth."""
+    times = PollTimes()
+    for _ in range(200):
+        polled(times, 5.0)
+    reads, late = polled(times, 5.0)
+    assert (reads, late < 0.05) == (1, True)
+
+
+@pytest.mark.parametrize("tells", [True, False])
+@pytest.mark.parametrize(("before", "after"), [(6.0, 1.0), (1.0, 6.0), (40.0, 2.0)])
+def test_poll_times_follow_a_service_that_changes(before, after, tells):
+    """A service that becomes faster or slower is believed within 400 jobs."""
+    times, rng = PollTimes(), Random(3)
+    for _ in range(300):
+        polled(times, before * rng.uniform(0.9, 1.1), tells=tells)
+    for _ in range(400):
+        polled(times, after * rng.uniform(0.9, 1.1), tells=tells)
+    reads, late = means(polled(times, after * rng.uniform(0.9, 1.1), tells=tells) for _ in range(20))
+    assert reads < 5
+    assert late < 0.15 * after
+
+
+def test_in_a_mixture_the_fast_jobs_do_not_wait_for_the_slow_ones():
+    """Cached answers in 0.1 s among real ones in 8 s: each kind is met where it ends."""
+    times = PollTimes()
+    found = [polled(times, 0.1 if n % 2 else 8.0) for n in range(400)][100:]
+    assert means(found)[0] < 4
+    assert means(found[1::2])[1] < 0.15
+    assert means(found[::2])[1] < 0.4
+
+
+def test_in_a_mixture_of_a_silent_service_the_fast_jobs_wait_for_half_of_the_slow_ones_at_most():
+    """Without inference times what was noticed late looks slow."""
+    times = PollTimes()
+    found = [polled(times, 0.1 if n % 2 else 8.0, tells=False) for n in range(400)][100:]
+    assert means(found[1::2])[1] < 4.0
+
+
+def test_what_is_queued_is_not_read_before_it_can_have_ended():
+    """A read that says IN_QUEUE rules out an end for as long as an execution takes at least."""
+    times = PollTimes()
+    for _ in range(50):
+        polled(times, 5.0)
+    stay = Stay()
+    times.pending(stay, 5.0, queued=True, position=None)
+    assert times.due(stay) == pytest.approx(10.0)
+    times.pending(stay, 5.5, queued=False, position=None)
+    assert times.due(stay) < 6.0
+
+
+def test_a_place_in_a_long_queue_foretells_the_turn():
+    """Accepted at place 300, after 10 s at 290: 290 s to go; it is looked at half way, not every ten seconds."""
+    times = PollTimes()
+    for _ in range(50):
+        polled(times, 5.0)
+    stay = Stay(300)
+    times.pending(stay, 10.0, queued=True, position=290)
+    assert stay.turn == pytest.approx(300.0)
+    assert times.due(stay) == pytest.approx(155.0)
+    times.pending(stay, 155.0, queued=True, position=290)  # it stands still: what was foretold no longer holds long
+    assert times.due(stay) <= 155.0 + 72.5
+
+
+def test_a_place_that_grows_foretells_nothing():
+    """Others may be let in before; then it is read as usual."""
+    times = PollTimes()
+    for _ in range(50):
+        polled(times, 5.0)
+    stay = Stay(3)
+    times.pending(stay, 5.0, queued=True, position=7)
+    assert stay.turn is None
+    assert times.due(stay) == pytest.approx(10.0)
+
+
+def test_knowing_nothing_all_jobs_together_feel_for_the_first_end():
+    """No two are read at the same age, and the steps are finer than any one of them could afford."""
+    times = PollTimes()
+    ages = [times.due(Stay()) for _ in range(100)]
+    assert ages[0] == PollTimes.FIRST
+    assert all(later / earlier == pytest.approx(1.03) for earlier, later in itertools.pairwise(ages))
+    alone, stay, age = PollTimes(), Stay(), 0.0
+    reads = 0
+    while age < 5.0:
+        age = alone.due(stay)
+        alone.pending(stay, age, queued=False, position=None)
+        reads += 1
+    assert reads <= 2 + math.log(5.0 / PollTimes.FIRST) / math.log(1 + PollTimes.SHARE)
+
+
+def test_knowing_nothing_a_queued_job_leaves_the_feeling_to_those_that_run():
+    """It will not be the first to end."""
+    times, stay = PollTimes(), Stay()
+    times.pending(stay, times.due(stay), queued=True, position=3)
+    assert times.due(stay) == pytest.approx(PollTimes.FIRST + PollTimes.LONGEST)
+
+
+def test_no_schedule_of_reads_meets_both_bars_of_a_log_normal_service_in_five_reads():
+    """Sigma 0.6: to notice 95 % within 12 % of their time, and half within 4 %, takes more than eight reads a job.
+
+    A schedule is a density of reads: r(z) is the gap to the next one as a share of the age, at z standard deviations.
+    A job that ends there is noticed within a share s with probability min(1, s / r), and all that have not ended are
+    read. So each dz costs sigma x (1 - Phi(z)) / r reads, the more for each end the fewer end there: the cheapest way
+    to 95 % leaves the first 5 % alone and reads all others at r = 0.12. That costs this integral, before the half is
+    seen to.
+    """
+    sigma, share, first = 0.6, 0.12, -1.645
+    density = math.exp(-(first**2) / 2) / math.sqrt(2 * math.pi)
+    beyond = density - first * 0.95  # the integral of 1 - Phi from there on
+    assert sigma * beyond / share > 8.0
+
+
+def test_the_memory_is_bounded():
+    """A run of a million jobs remembers the last few hundred."""
+    times = PollTimes()
+    for n in range(5000):
+        stay = Stay()
+        stay.inference = n % 5 + 0.5
+        times.took(stay, n % 7 + 0.5)
+    for recent in (times._ends, times._inference):
+        assert len(recent._values) == len(recent.sorted) == PollTimes.MEMORY
+        assert recent.sorted == sorted(recent._values)
