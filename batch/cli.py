@@ -7,6 +7,7 @@ anything else is a defect of ours, exit code 1, and says how to report it.
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import sys
 from collections.abc import Callable, Coroutine
@@ -279,6 +280,7 @@ def serve(
         price_usd=price, faults=faults, keys=load_keys(keys, os.environ), allow_private=allow_private,
         retention=kept, tls_cert=tls_cert, tls_key=tls_key, flux=FluxOptions.of_flags(**asdict(flux)),
     )  # fmt: skip
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     run_server(options, ready=lambda url: _print(f"serving {engine} at {url}  (Ctrl-C stops)", flush=True))
     return ExitCode.COMPLETE
 

@@ -121,7 +121,7 @@ class Streams:
                     if status.state is QueueState.COMPLETED:
                         line.is_over = True
                         break
-        except Exception:  # noqa: BLE001, S110 - nothing depends on a stream, so whatever it dies of must not end the run
+        except Exception:  # noqa: S110 - nothing depends on a stream: whatever it dies of, the job is read
             pass
         finally:
             self._open -= 1

@@ -65,6 +65,7 @@ class Course:
             accepted_at=entry.accepted_at or entry.intended_at,
             reserved_usd=entry.reserved_usd,
             resumed=True,
+            stay=Stay(resumed=True),
         )
 
     def renew(self) -> None:

@@ -18,10 +18,16 @@ __all__ = ["PollTimes", "Stay"]
 class Stay:
     """What the reads of one job have told so far."""
 
-    __slots__ = ("ended", "inference", "noticed", "position", "queued", "told", "turn", "unfinished")
+    __slots__ = ("ended", "inference", "noticed", "position", "queued", "resumed", "told", "turn", "unfinished")
 
-    def __init__(self, position: int | None = None) -> None:
-        """`position`: its place in the queue when it was accepted, from 0; None where the service does not say."""
+    def __init__(self, position: int | None = None, *, resumed: bool = False) -> None:
+        """What is known when it is accepted.
+
+        Args:
+            position: its place in the queue, from 0; None where the service does not say.
+            resumed: an earlier run submitted it: its age says nothing about the service's pace.
+        """
+        self.resumed = resumed
         self.position = position
         """As last read."""
         self.queued: float | None = None
@@ -110,7 +116,7 @@ class PollTimes:
                 stay.turn = age + position * pace
             stay.queued, stay.position = age, position
         stay.unfinished = age
-        if not self.knows:
+        if not (self.knows or stay.resumed):
             self._unfinished = max(self._unfinished, age)
 
     def took(self, stay: Stay, noticed: float) -> None:
@@ -149,6 +155,8 @@ class PollTimes:
 
     def _feel(self, stay: Stay, last: float) -> float:
         """Ages grow by a fixed ratio over all jobs that may be the first to end: many feel more finely than one."""
+        if stay.resumed:
+            return max(self.FIRST, last * (1.0 + self.SHARE))
         if stay.queued is not None and stay.queued == last:
             return last + self.LONGEST
         self._frontier = max(self.FIRST, last * (1.0 + self.SHARE), self._frontier * (1.0 + self.CLOSEST))

@@ -59,21 +59,21 @@ def status_reply(base: str, app: AppId, request_id: RequestId, known: View | End
     )
 
 
-def result_reply(base: str, ending: Ending, engine: str, inlined: Mapping[str, str] | None = None) -> Reply:
+def result_reply(base: str, ending: Ending, inlined: Mapping[str, str] | None = None) -> Reply:
     """The bare output, or the error, with the status that the model gave.
 
     Args:
         base: scheme and host of this request; the pictures' URLs are built on it.
         ending: how the request ended.
-        engine: name of the engine.
         inlined: data URIs by stored path, for an ending whose pictures are answered inline.
     """
     headers = {
         "content-type": protocol.CONTENT_JSON,
         protocol.REQUEST_ID: ending.request_id,
         protocol.BILLABLE_UNITS: f"{ending.billable_units:.4f}" if ending.billable_units else "0",
-        protocol.ENGINE: engine,
     }
+    if ending.engine is not None:
+        headers[protocol.ENGINE] = ending.engine
     if ending.error_type is not None:
         headers[protocol.ERROR_TYPE] = ending.error_type
     if ending.retryable is not None:

@@ -279,7 +279,7 @@ class _Face:
         if not isinstance(known.state, Ending):
             return response(answers.still_running_reply(request_id))
         inlined = await self._service.inlined(known.state) if known.state.inline else None
-        return response(answers.result_reply(_base(request), known.state, self._service.engine.name, inlined))
+        return response(answers.result_reply(_base(request), known.state, inlined))
 
     async def _stream(self, request: web.Request, request_id: RequestId, known: Known | None) -> web.StreamResponse:
         """Server-sent events: one at each change, a comment in silence, the end after COMPLETED."""

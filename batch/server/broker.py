@@ -155,6 +155,8 @@ class _Entry:
     crashes: int = 0
     tenths: int = 0
     """Of the steps that were logged."""
+    first_step: tuple[int, float] | None = None
+    """Steps done and the time when the first was told: what comes before it, loading say, tells nothing of the rest."""
     logs: deque[LogLine] | None = field(default=None, repr=False)
 
 
@@ -217,10 +219,12 @@ class Broker:
         """An engine's step; every tenth part of the work is logged. Whether a line was."""
         entry = self._entries.get(request_id)
         tenths = done * STEP_LINES // total if total > 0 else 0
+        if entry is not None and entry.first_step is None:
+            entry.first_step = done, now
         if entry is None or tenths <= entry.tenths:
             return False
         entry.tenths = tenths
-        self.log(request_id, LogLine(now, "INFO", f"step {done} of {total}"))
+        self.log(request_id, LogLine(now, "INFO", f"step {done} of {total}{_to_go(entry, done, total, now)}"))
         return True
 
     def release(self, request_id: RequestId) -> tuple[LogLine, ...]:
@@ -262,7 +266,7 @@ class Broker:
         entry.crashes += 1
         if entry.phase is Phase.CANCELLING or entry.crashes > CRASHES_ALLOWED:
             return False
-        entry.phase, entry.tenths = Phase.WAITING, 0
+        entry.phase, entry.tenths, entry.first_step = Phase.WAITING, 0, None
         self._running -= 1
         self._lines[entry.priority].appendleft(request_id)
         return True
@@ -310,3 +314,11 @@ class Broker:
         if entry is None or entry.phase not in phases:
             raise IllegalMove(f"{request_id} is {entry.phase if entry else 'not here'}, not {' or '.join(phases)}")
         return entry
+
+
+def _to_go(entry: _Entry, done: int, total: int, now: float) -> str:
+    """How long the remaining steps will take if they take as long as those so far; nothing below a second."""
+    assert entry.first_step is not None, "it was set with the first step"
+    steps, since = done - entry.first_step[0], now - entry.first_step[1]
+    seconds = (total - done) * since / steps if steps > 0 else 0.0
+    return f", about {seconds:.0f} s to go" if seconds >= 1 else ""

@@ -153,6 +153,8 @@ class Ending:
     owner: str = ""
     kept_for: float | None = None
     """Seconds from its end that it is told; None: as long as the server keeps all others."""
+    engine: str | None = None
+    """What executed it: a server may be started again with another one. None: nothing did."""
 
 
 class Stored(NamedTuple):

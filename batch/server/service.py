@@ -381,6 +381,7 @@ class QueueService:
             logs=logs,
             owner=self._broker.owner_of(request_id),
             kept_for=answers.kept_for(done.payload) if keeping.brief else None,
+            engine=self.engine.name if started_at is not None else None,
         )
 
     def _is_over(self, ending: Ending) -> bool:

@@ -38,7 +38,9 @@ from batch.server.records import (
 
 __all__ = ["Store"]
 
-VERSION = 2
+VERSION = 3
+_STEPS = (("schema", "schema_2"), ("upgrade_1", "upgrade_2", "schema_2"), ("upgrade_2",))
+"""Statements that bring a file of each earlier version to this one."""
 REMEMBERED = 8192
 """Endings kept in memory: a client that waits for its result asks within seconds of its end."""
 KEY_SECONDS = 86400.0
@@ -81,7 +83,7 @@ class Store:
             database.execute("PRAGMA cache_size = -16000")
             version = database.execute("PRAGMA user_version").fetchone()[0]
             if version < VERSION:
-                steps = _SQL["upgrade_1" if version else "schema"] + _SQL["schema_2"]
+                steps = "".join(_SQL[name] for name in _STEPS[version])
                 database.executescript(f"BEGIN IMMEDIATE; {steps} PRAGMA user_version = {VERSION}; COMMIT;")
         except sqlite3.Error as error:
             raise InputError(
@@ -301,7 +303,7 @@ class Store:
         logs = orjson.dumps([tuple(line) for line in item.logs]) if item.logs else None
         values = (item.ended_at, item.status, item.payload, item.started_at, item.inference_time, item.billable_units)
         self._database.execute(
-            _SQL["end"], (*values, item.error_type, item.retryable, item.inline, logs, item.kept_for, item.request_id)
+            _SQL["end"], (*values, item.error_type, item.retryable, item.inline, logs, item.kept_for, item.engine, item.request_id)
         )
 
     def _forget(self, now: float, retention: float, limit: int) -> int:
@@ -318,8 +320,8 @@ class Store:
 
 
 def _stored(request_id: RequestId, row: tuple[Any, ...]) -> Stored:
-    app, ended_at, status, payload, started_at, inference_time, units, error_type, retryable, inline, logs = row[:-2]
-    owner, kept_for = row[-2:]
+    app, ended_at, status, payload, started_at, inference_time, units, error_type, retryable, inline, logs = row[:-3]
+    owner, kept_for, engine = row[-3:]
     if ended_at is None:
         return Stored(app, None, owner)
     return Stored(
@@ -339,6 +341,7 @@ def _stored(request_id: RequestId, row: tuple[Any, ...]) -> Stored:
             logs=tuple(LogLine(*line) for line in orjson.loads(logs)) if logs else (),
             owner=owner,
             kept_for=kept_for,
+            engine=engine,
         ),
         owner,
     )

@@ -26,6 +26,7 @@ CREATE TABLE request (
     brief INTEGER NOT NULL DEFAULT 0,   -- the caller wants its input and output forgotten soon
     file_life REAL,                     -- seconds that its pictures shall live; NULL: as all others
     source TEXT,                        -- its source picture, where that is a file of ours
+    engine TEXT,                        -- since version 3: what executed it
     kept_for REAL                       -- seconds from its end, where they are not those of all others
 ) STRICT;
 CREATE INDEX request_to_do ON request (seq) WHERE ended_at IS NULL;
@@ -65,6 +66,9 @@ ALTER TABLE request ADD COLUMN brief INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE request ADD COLUMN file_life REAL;
 ALTER TABLE request ADD COLUMN source TEXT;
 ALTER TABLE request ADD COLUMN kept_for REAL;
+
+-- name: upgrade_2
+ALTER TABLE request ADD COLUMN engine TEXT;
 
 -- name: accept
 INSERT INTO request (
@@ -118,12 +122,12 @@ SELECT value FROM counter WHERE name = 'accepted';
 -- name: end
 UPDATE request
 SET ended_at = ?, status = ?, payload = ?, started_at = ?, inference_time = ?, billable_units = ?, error_type = ?,
-    retryable = ?, inline = ?, logs = ?, kept_for = ?
+    retryable = ?, inline = ?, logs = ?, kept_for = ?, engine = ?
 WHERE request_id = ? AND ended_at IS NULL;
 
 -- name: find
 SELECT app, ended_at, status, payload, started_at, inference_time, billable_units, error_type, retryable, inline, logs,
-    owner, kept_for
+    owner, kept_for, engine
 FROM request WHERE request_id = ?;
 
 -- name: body

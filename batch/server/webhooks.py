@@ -287,7 +287,7 @@ class Webhooks:
 
     async def _body(self, ending: Ending, base: str) -> bytes:
         inlined = await self._service.inlined(ending) if ending.inline else None
-        reply = answers.result_reply(base, ending, self._service.engine.name, inlined)
+        reply = answers.result_reply(base, ending, inlined)
         return callback_body(ending, reply.body)
 
 

@@ -1,102 +1,91 @@
-"""`make bench`: the client against the floor, the endpoint alone; writes docs/benchmarks.md.
+"""`make bench`: every scenario on this machine; writes docs/benchmarks.md.
 
-    python -m tests.benchmarks [--jobs 20000] [--rounds 3] [--only client|endpoint]
+    python -m tests.benchmarks [--rounds 3] [--only a,c1,endpoint]
 
-Floor and client take turns on one server (A B A B), medians are quoted. The comparison with the official clients
-is not here yet.
+A scenario that is not asked for keeps its last figures. Those that are compared take turns on one server (A B A B);
+medians are quoted. Nothing else should run meanwhile.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import platform
-import resource
-import statistics
-import subprocess
-import sys
-import tempfile
-import time
-from contextlib import contextmanager
+import re
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-from tests.benchmarks import bench_endpoint
+from tests.benchmarks import bench_client, bench_data, bench_endpoint
+from tests.benchmarks.harness import REPOSITORY
 
-REPOSITORY = Path(__file__).parents[2]
+PAGE = REPOSITORY / "docs" / "benchmarks.md"
+HEAD = """# Benchmarks
 
-
-@contextmanager
-def standin():
-    command = [sys.executable, "-m", "tests.benchmarks.standin"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPOSITORY) as server:
-        yield json.loads(server.stdout.readline())["url"]
-        server.stdin.close()
-        server.wait(10)
-
-
-def timed(*command: str) -> tuple[float, float]:
-    """Wall and CPU seconds of a whole process."""
-    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    subprocess.run([sys.executable, "-m", *command], check=True, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
-    wall, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
-    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+Made by `make bench`; each section says when. `restyle run` is the whole command as a user starts it: process start,
+plan, journal on disk, results and log. The service is a stand-in that does nothing (`tests/benchmarks/standin.py`), so
+that it is never what is measured. Compare only within one table: machines differ, and this one is shared.
+"""
+JS_CLIENT = "1.10.1"
 
 
-def client(jobs: int, rounds: int) -> str:
-    floor, ours = [], []
-    with tempfile.TemporaryDirectory() as folder, standin() as url:
-        manifest = Path(folder) / "manifest.csv"
-        with manifest.open("w", newline="") as file:
-            rows = csv.writer(file)
-            rows.writerow(["image_url", "prompt"])
-            rows.writerows([f"https://pictures.example/{n}.jpg", f"{n} as a watercolor"] for n in range(jobs))
-        for number in range(rounds):
-            floor.append(timed("tests.benchmarks.floor", url, str(jobs)))
-            out = str(Path(folder) / f"run{number}")
-            ours.append(timed("batch", "run", str(manifest), "-o", out, "--target", url, "--no-download", "--quiet"))
-    wall_floor, cpu_floor = (statistics.median(column) for column in zip(*floor, strict=True))
-    wall, cpu = (statistics.median(column) for column in zip(*ours, strict=True))
-    return "\n".join(
-        [
-            f"## Instant service, {jobs:,} jobs, median of {rounds} turns",
-            "",
-            "| | jobs/s | CPU ms/job | durable |",
-            "|---|---|---|---|",
-            (
-                f"| bare aiohttp loop, three requests a job (the floor) | {jobs / wall_floor:,.0f} |"
-                f" {cpu_floor / jobs * 1000:.2f} | no |"
-            ),
-            (
-                f"| `restyle run`, whole process with journal, results and log | {jobs / wall:,.0f} |"
-                f" {cpu / jobs * 1000:.2f} | yes |"
-            ),
-            f"| share of the floor | {wall_floor / wall:.2f} | {cpu / cpu_floor:.2f}x | |",
-        ]
+def scenarios(rounds: int) -> dict[str, tuple[str, Callable[[], str]]]:
+    """Title and measurement by short name."""
+    data = bench_data
+    return {
+        "a": ("(a) Instant service", partial(bench_client.instant, rounds)),
+        "b": ("(b) One-second service, 32 slots, 640 jobs", partial(bench_client.one_second, rounds)),
+        "c1": ("(c) Five-second service, 1,000 in flight", partial(bench_client.in_flight, rounds, 1_000)),
+        "c2": ("(c) Five-second service, 10,000 in flight", partial(bench_client.in_flight, 1, 10_000)),
+        "d": ("(d) Log-normal service, 40 slots, 2,000 jobs", partial(bench_client.log_normal, rounds)),
+        "e": ("(e) 10,000 result pictures", partial(data.downloads, rounds)),
+        "f": ("(f) 2,000 local pictures", data.uploads),
+        "g5": ("(g) 100,000 rows", partial(data.rows, 100_000)),
+        "g6": ("(g) 1,000,000 rows", partial(data.rows, 1_000_000)),
+        "g7": ("(g) 10,000,000 rows", partial(data.rows, 10_000_000, plan_only=True)),
+        "h": ("(h) Memory", bench_client.memory),
+        "endpoint": ("The endpoint", lambda: bench_endpoint.render(bench_endpoint.measure())),
+    }
+
+
+def kept(page: Path) -> dict[str, str]:
+    """Sections of the page as it is, by short name."""
+    if not page.exists():
+        return {}
+    found = re.findall(r"<!-- (\w+) -->\n(.*?)(?=\n<!-- |\Z)", page.read_text("utf-8"), re.DOTALL)
+    return {name: text.strip() for name, text in found}
+
+
+def machine() -> str:
+    """What it was measured on."""
+    names = ("aiohttp", "anyio", "uvloop", "orjson", "polars", "pyarrow", "fal-client")
+    versions = ", ".join(f"{name} {version(name)}" for name in names)
+    where = (
+        f"{bench_client.cores()} cores {platform.machine()}, {platform.system()}, Python {platform.python_version()}"
     )
+    return f"Measured {datetime.now(UTC):%Y-%m-%d %H:%M} UTC on {where}; {versions}, @fal-ai/client {JS_CLIENT}."
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--jobs", type=int, default=20_000)
+    """Measure what was asked for and write the page anew."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", choices=["client", "endpoint"])
-    arguments = parser.parse_args()
-    names = ("aiohttp", "anyio", "uvloop", "orjson")
-    versions = ", ".join(f"{name} {version(name)}" for name in names)
-    parts = [
-        "# Benchmarks",
-        "Made by `make bench`. Compare only within one table: machines are noisy.",
-        f"Python {platform.python_version()}, {platform.system()} {platform.machine()}; {versions}.",
-    ]
-    if arguments.only != "endpoint":
-        parts.append(client(arguments.jobs, arguments.rounds))
-    if arguments.only != "client":
-        parts.append("## The endpoint\n\n" + bench_endpoint.render(bench_endpoint.measure()))
-    text = "\n\n".join(parts) + "\n"
-    (REPOSITORY / "docs" / "benchmarks.md").write_text(text, "utf-8")
-    print(text)
+    parser.add_argument("--only", default="", help="short names, with commas between")
+    given = parser.parse_args()
+    known = scenarios(given.rounds)
+    wanted = given.only.split(",") if given.only else list(known)
+    if unknown := set(wanted) - known.keys():
+        parser.error(f"no such scenario: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    for name in wanted:
+        title, measure = known[name]
+        text = f"## {title}\n\n{measure()}\n\n{machine()}"
+        print(text, flush=True)
+        sections = {**kept(PAGE), name: text}  # written at once: a long bench may be cut short
+        parts = [f"<!-- {one} -->\n{sections[one]}" for one in known if one in sections]
+        others = [f"<!-- {one} -->\n{text}" for one, text in sections.items() if one not in known]
+        PAGE.write_text("\n\n".join([HEAD.strip(), *parts, *others]) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

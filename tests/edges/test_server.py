@@ -24,6 +24,7 @@ from batch.fal.endpoint import APP_ID
 from batch.server import app as app_module
 from batch.server import service as service_module
 from batch.server import uploads as uploads_module
+from batch.server.engines.echo import EchoEngine
 from batch.server.guard import Guard
 from batch.server.records import Ending
 from batch.server.serve import ServeOptions, serve
@@ -282,6 +283,20 @@ def test_simultaneous_repeats_of_one_submit_are_one_request(tmp_path):
             ids = await asyncio.gather(*(submit(session, headers=key) for _ in range(20)))
             await completed(session, ids[0])
             assert (len(set(ids)), len(engine.seen)) == (1, 1)
+
+    run(use())
+
+
+def test_a_result_names_the_engine_that_made_it(tmp_path):
+    """A data dir may get another engine: what the first one made stays the first one's."""
+
+    async def use():
+        async with serving(tmp_path) as session:
+            made = await submit(session)
+            assert (await result(session, made))[1]["x-restyle-engine"] == "scripted"
+        async with serving(tmp_path, EchoEngine()) as session:
+            assert (await result(session, made))[1]["x-restyle-engine"] == "scripted"
+            assert (await result(session, await submit(session)))[1]["x-restyle-engine"] == "echo"
 
     run(use())
 

@@ -162,6 +162,26 @@ def test_a_full_disk_refuses_and_accepts_again_when_there_is_room(tmp_path):
     in_store(tmp_path / "server.db", use)
 
 
+def test_a_file_of_the_version_before_is_taken_over(tmp_path):
+    """What it holds stays as it was, and new endings say what executed them."""
+
+    async def use(store):
+        await store.accept(submission("r1"))
+        await store.accept(submission("r2"))
+        await store.end(ending("r1"))
+
+    async def later(store):
+        await store.end(ending("r2", engine="echo"))
+        store._recent.clear()
+        assert [(await store.find(RequestId(name))).ending.engine for name in ("r1", "r2")] == [None, "echo"]
+
+    in_store(tmp_path / "server.db", use)
+    with contextlib.closing(sqlite3.connect(tmp_path / "server.db")) as database:
+        database.execute("ALTER TABLE request DROP COLUMN engine")
+        database.execute("PRAGMA user_version = 2")
+    in_store(tmp_path / "server.db", later)
+
+
 def test_a_file_of_a_newer_version_or_of_no_database_is_refused(tmp_path):
     """One sentence with the path, nothing overwritten."""
     newer, junk = tmp_path / "newer.db", tmp_path / "junk.db"

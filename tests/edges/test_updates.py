@@ -85,8 +85,8 @@ async def served(request, *parts, status=200, kind="text/event-stream", hold=Fal
     await stream.prepare(request)
     for part in parts:
         await stream.write(part)
-    if hold:
-        await asyncio.sleep(LONG)
+    while hold and request.transport is not None:  # until the caller goes
+        await asyncio.sleep(0.05)
     return stream
 
 
@@ -157,7 +157,10 @@ async def test_only_so_many_streams_are_open():
     ):
         first = asyncio.create_task(streams.wait(TICKET, LONG, LONG))
         await asyncio.sleep(0)
-        assert await timed(streams.wait(Ticket(RequestId("request-2")), 0.1, LONG)) == (False, pytest.approx(0.1, abs=0.5))
+        assert await timed(streams.wait(Ticket(RequestId("request-2")), 0.1, LONG)) == (
+            False,
+            pytest.approx(0.1, abs=0.5),
+        )
         first.cancel()
 
 
@@ -183,7 +186,10 @@ async def test_a_callback_of_our_server_wakes_at_the_end(tmp_path):
     engine = ScriptedEngine()
     async with serving(tmp_path, engine, allow_private=True) as session:
         url = str(session._base_url).rstrip("/")
-        async with Callbacks("127.0.0.1:0", None, url) as callbacks, FalClient(Origins.of_server(url), APP_ID) as client:
+        async with (
+            Callbacks("127.0.0.1:0", None, url) as callbacks,
+            FalClient(Origins.of_server(url), APP_ID) as client,
+        ):
             client.webhook = callbacks.url
             body = orjson.dumps({**INPUT, "prompt": "hold"})
             ticket = await client.submit(Attempt(JobKey("key"), 1, body))
@@ -308,6 +314,6 @@ async def test_an_address_that_cannot_be_listened_at_is_the_user_s_mistake():
     """With the key of the setting."""
     async with Callbacks("127.0.0.1:0", None, "http://127.0.0.1:1") as first:
         bind = first.url.removeprefix("http://").rstrip("/")
-        with pytest.raises(ConfigError, match="webhook.bind"):
+        with pytest.raises(ConfigError, match=r"webhook\.bind"):
             async with Callbacks(bind, None, "http://127.0.0.1:1"):
                 pass

@@ -1,4 +1,4 @@
-"""Who tells that a job has ended is believed no further than that it is time to read; and a bound on reads: virtual time."""
+"""A hint that a job has ended means that it is time to read, no more; and reads have a bound. In virtual time."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ async def test_a_job_of_an_earlier_run_is_only_read():
 
 
 async def test_polls_are_bounded_over_all_jobs_and_nobody_starves():
-    """20 reads a second for 500 in flight: never more in any second, each job gets its turn, results are not held up."""
+    """20 reads a second for 500 in flight: never more in any second, and each job gets its turn."""
     reads = []
 
     class Watched(FakeService):

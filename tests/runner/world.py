@@ -37,7 +37,17 @@ class World:
     """A runner with fakes around it; `again()` is the next session after a crash or an end."""
 
     def __init__(
-        self, service, *, window=16, price=None, budget=None, submits=None, policy=None, seed=7, reconciles=False, polls=None,
+        self,
+        service,
+        *,
+        window=16,
+        price=None,
+        budget=None,
+        submits=None,
+        policy=None,
+        seed=7,
+        reconciles=False,
+        polls=None,
         hints=None,
     ):
         self.service, self.journal = service, MemoryJournal()

@@ -118,6 +118,17 @@ def test_an_illegal_move_raises_and_names_the_phase(move):
         broker.accept(RequestId("r0"), APP_ID)
 
 
+def test_a_step_says_how_long_the_rest_will_take():
+    """Reckoned from the steps so far, without what came before the first; nothing below a second."""
+    broker = broker_with(1)
+    broker.start()
+    for done in range(1, 41):
+        broker.step(RequestId("r0"), done, 40, 100.0 + 2.0 * done)
+    lines = [line.message for line in broker.view(RequestId("r0")).logs]
+    assert "step 4 of 40, about 72 s to go" in lines
+    assert lines[-1] == "step 40 of 40"
+
+
 def test_steps_are_logged_by_tenths_and_logs_are_a_window():
     """A thousand steps give ten lines; a talkative engine cannot fill the memory."""
     broker = broker_with(1)

@@ -166,6 +166,16 @@ def test_knowing_nothing_a_queued_job_leaves_the_feeling_to_those_that_run():
     assert times.due(stay) == pytest.approx(PollTimes.FIRST + PollTimes.LONGEST)
 
 
+def test_jobs_of_an_earlier_run_do_not_take_part_in_the_feeling():
+    """They are hours old: those that are new would be read hours late."""
+    times = PollTimes()
+    for _ in range(100):
+        old = Stay(resumed=True)
+        times.pending(old, 3600.0, queued=False, position=None)
+        assert times.due(old) == 3600.0 + PollTimes.LONGEST
+    assert times.due(Stay()) == PollTimes.FIRST
+
+
 def test_no_schedule_of_reads_meets_both_bars_of_a_log_normal_service_in_five_reads():
     """Sigma 0.6: to notice 95 % within 12 % of their time, and half within 4 %, takes more than eight reads a job.
 

@@ -44,8 +44,8 @@ _HEADER_LIMIT_BYTES = 100_000_000  # the format's own bound
 _SAMPLES, _SAMPLE_BYTES = 16, 65536
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _GET_AGAIN = (
-    "accept the licence at https://huggingface.co/black-forest-labs/FLUX.1-dev, log in with `hf auth login`, then"
-    " `hf download black-forest-labs/FLUX.1-dev --local-dir {folder}` fetches what is missing"
+    "To get it: accept the licence at https://huggingface.co/black-forest-labs/FLUX.1-dev, log in with `hf auth login`,"
+    " then `hf download black-forest-labs/FLUX.1-dev --local-dir {folder}` fetches what is missing"
 )
 
 

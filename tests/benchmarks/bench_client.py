@@ -1,0 +1,177 @@
+"""The client under load: throughput, windows, polling, memory. Scenarios (a) to (d) and (h)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from functools import partial
+from pathlib import Path
+
+from tests.benchmarks.harness import (
+    PYTHON,
+    REPOSITORY,
+    Measured,
+    Standin,
+    in_turn,
+    measured,
+    median,
+    run_of,
+    standin,
+    table,
+    verdict,
+    write_manifest,
+)
+
+JS_MODULES = REPOSITORY / ".cache" / "js"
+"""Where the tests install the JavaScript client, as its lock file names it."""
+PEER_JOBS = {"fal-client": 2_000, "@fal-ai/client": 5_000}
+"""Fewer than ours: a rate is a rate, and 20,000 jobs would take the Python client four minutes a turn."""
+AT_ONCE = 64
+
+
+def floor(server: Standin, jobs: int, *options: str) -> Measured:
+    """The bare loop."""
+    return measured(PYTHON, "-m", "tests.benchmarks.peers.floor", server.url, str(jobs), *options)
+
+
+def fal_python(server: Standin, jobs: int) -> Measured:
+    """The official Python client."""
+    return measured(PYTHON, "-m", "tests.benchmarks.peers.fal_python", server.url, str(jobs), "--at-once", str(AT_ONCE))
+
+
+def fal_js(server: Standin, jobs: int) -> Measured:
+    """The official JavaScript client."""
+    script = str(Path(__file__).parent / "peers" / "fal_js.mjs")
+    return measured("node", script, server.url, str(jobs), str(AT_ONCE), MODULES=str(JS_MODULES))
+
+
+def ours(server: Standin, folder: Path, jobs: int, *options: str) -> Measured:
+    """A whole `restyle run` into a fresh folder; pictures are not fetched, as the peers do not."""
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    manifest = folder / f"{jobs}.csv"
+    if not manifest.exists():
+        write_manifest(manifest, jobs)
+    return run_of(server, manifest, folder / "run", "--no-download", *options)
+
+
+def instant(rounds: int, jobs: int = 20_000) -> str:
+    """(a): the client is the bottleneck."""
+    with tempfile.TemporaryDirectory() as name, standin() as server:
+        contestants = {"floor": partial(floor, server, jobs), "ours": partial(ours, server, Path(name), jobs)}
+        contestants["fal-client"] = partial(fal_python, server, PEER_JOBS["fal-client"])
+        if shutil.which("node") and (JS_MODULES / "node_modules").is_dir():
+            contestants["@fal-ai/client"] = partial(fal_js, server, PEER_JOBS["@fal-ai/client"])
+        found = in_turn(rounds, **contestants)
+    counts = {"floor": jobs, "ours": jobs, **PEER_JOBS}
+    rate = {name: median([counts[name] / one.wall for one in runs]) for name, runs in found.items()}
+    cpu = {name: median([one.cpu / counts[name] * 1000 for one in runs]) for name, runs in found.items()}
+    words = {
+        "floor": "bare aiohttp loop, three requests a job, no journal (the floor)",
+        "ours": "`restyle run`, whole, with journal, results and log",
+        "fal-client": f"`fal-client`, `AsyncClient.subscribe`, {AT_ONCE} at a time",
+        "@fal-ai/client": f"`@fal-ai/client`, `fal.subscribe`, {AT_ONCE} at a time",
+    }
+    rows = [[words[name], f"{rate[name]:,.0f}", f"{cpu[name]:.2f}"] for name in found]
+    bars = [
+        ["figure", "measured", "bar", ""],
+        _bar("jobs/s over fal-client", rate["ours"] / rate["fal-client"], 12, "x"),
+        _bar("share of the floor's jobs/s", rate["ours"] / rate["floor"], 0.55, ""),
+        _bar("CPU a job over the floor's", cpu["ours"] / cpu["floor"], 2.0, "x", at_most=True),
+    ]
+    if "@fal-ai/client" in rate:
+        bars.insert(2, _bar("jobs/s over @fal-ai/client", rate["ours"] / rate["@fal-ai/client"], 4, "x"))
+    text = f"{jobs:,} jobs (peers: {PEER_JOBS['fal-client']:,} and {PEER_JOBS['@fal-ai/client']:,}), {rounds} turns."
+    return "\n\n".join([text, table(["client", "jobs/s", "CPU ms a job"], *rows), table(*bars)])
+
+
+def one_second(rounds: int) -> str:
+    """(b): 32 slots of one second, 640 jobs: 20.0 s at best."""
+    jobs, slots, ideal = 640, 32, 20.0
+    with tempfile.TemporaryDirectory() as name:
+        runs, reads = [], []
+        for _ in range(rounds):
+            with standin("--service-time", "1", "--slots", str(slots)) as server:
+                runs.append(ours(server, Path(name), jobs, "--max-in-flight", "auto"))
+                reads.append(server.counts()["reads"] / jobs)
+    wall = median([one.wall for one in runs])
+    return table(
+        ["figure", "measured", "bar", ""],
+        _bar("wall over the ideal 20.0 s, process start to end", wall / ideal, 1.03, "x", at_most=True),
+        ["CPU seconds", f"{median([one.cpu for one in runs]):.1f}", "", ""],
+        ["status GETs a job", f"{median(reads):.1f}", "", ""],
+    )
+
+
+def in_flight(rounds: int, jobs: int) -> str:
+    """(c): a 5-second service without slots, all jobs in flight at once.
+
+    Ideal: five seconds, and what the bare loop needs for as many requests.
+    """
+    service, runs, reads, bare = 5.0, [], [], []
+    with tempfile.TemporaryDirectory() as name:
+        for _ in range(rounds):
+            with standin() as server:
+                bare.append(floor(server, jobs).wall)
+            with standin("--service-time", str(service)) as server:
+                runs.append(ours(server, Path(name), jobs, "--max-in-flight", str(jobs)))
+                reads.append(server.counts()["reads"] / jobs)
+    ideal = service + median(bare)
+    wall, cpu = median([one.wall for one in runs]), median([one.cpu for one in runs])
+    rows = [
+        ["figure", "measured", "bar", ""],
+        _bar(f"wall over the ideal {ideal:.1f} s", wall / ideal, 1.06 if jobs <= 1000 else 1.15, "x", at_most=True),
+    ]
+    if jobs <= 1000:
+        rows.append(_bar("CPU", cpu, 2.5, " s", at_most=True))
+        rows.append(_bar("status GETs a job", median(reads), 3, "", at_most=True))
+    else:
+        rows.append(["CPU", f"{cpu:.1f} s", "", ""])
+        rows.append(["status GETs a job", f"{median(reads):.1f}", "", ""])
+        rows.append(_bar("peak memory", median([one.peak_mb for one in runs]), 500, " MB", at_most=True))
+    return table(*rows)
+
+
+def log_normal(rounds: int) -> str:
+    """(d): service times of median 4 s and sigma 0.6, 40 slots, 2,000 jobs; four times as fast as that."""
+    jobs, runs, counts = 2_000, [], []
+    with tempfile.TemporaryDirectory() as name:
+        for _ in range(rounds):
+            with standin("--log-normal", "1.0,0.6", "--slots", "40") as server:
+                runs.append(ours(server, Path(name), jobs))
+                counts.append(server.counts())
+    return table(
+        ["figure", "measured", "bar", ""],
+        _bar(
+            "noticed after, median, share of the service time", _m(counts, "notice_median") * 100, 4, "%", at_most=True
+        ),
+        _bar("the same, 95th percentile", _m(counts, "notice_p95") * 100, 12, "%", at_most=True),
+        _bar("status GETs a job", _m(counts, "reads") / jobs, 5, "", at_most=True),
+        ["wall", f"{median([one.wall for one in runs]):.1f} s", "", ""],
+    )
+
+
+def memory(small: int = 20_000, large: int = 200_000) -> str:
+    """(h): ten times the jobs."""
+    with tempfile.TemporaryDirectory() as name, standin() as server:
+        first, second = (ours(server, Path(name), jobs).peak_mb for jobs in (small, large))
+    return table(
+        ["figure", "measured", "bar", ""],
+        [f"peak memory at {small:,} jobs", f"{first:.0f} MB", "", ""],
+        [f"peak memory at {large:,} jobs", f"{second:.0f} MB", "", ""],
+        _bar("the one over the other", second / first, 1.10, "x", at_most=True),
+    )
+
+
+def _m(counts: list[dict[str, float]], name: str) -> float:
+    return median([one[name] for one in counts])
+
+
+def _bar(what: str, value: float, bar: float, unit: str, *, at_most: bool = False) -> list[str]:
+    kept = verdict(value, bar, at_least=not at_most)
+    return [what, f"{value:.2f}{unit}", f"{'at most' if at_most else 'at least'} {bar:g}{unit}", kept]
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
