@@ -95,9 +95,6 @@ def response(reply: Reply) -> web.Response:
     return web.Response(status=reply.status, body=reply.body, headers=reply.headers)
 
 
-_FOREIGN_HOST = "Without keys this server answers to localhost and 127.0.0.1 only, not to {!r}; give it keys (--keys) to serve others"
-
-
 class _Face:
     """The handlers, with what they need."""
 
@@ -127,8 +124,7 @@ class _Face:
             try:
                 if request.method == "OPTIONS":  # a browser asks, without a key, whether it may ask with one
                     return self._crossed(request, web.Response(status=204))
-                if self._crossing.is_foreign(request.host):
-                    raise Denied(403, _FOREIGN_HOST.format(request.host[:200]))
+                self._crossing.check(request.host)
                 set_owner(request, self._authenticator.owner(request.headers.get("authorization"), access))
                 answer = await handler(request)
             except Denied as denied:

@@ -15,6 +15,8 @@ from typing import TypeAlias
 from aiohttp import web
 from yarl import URL
 
+from batch.server.keys import Denied
+
 __all__ = ["PATH", "TARGET", "Crossing", "own_path", "routes"]
 
 PATH = "/api/fal/proxy"
@@ -43,6 +45,11 @@ _CORS = {
     "access-control-max-age": "86400",
     "vary": "origin",
 }
+
+_FOREIGN_HOST = (
+    "Without keys this server answers to localhost and 127.0.0.1 only, not to {!r};"
+    " give it keys (--keys) to serve others"
+)
 
 _Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -105,13 +112,17 @@ class Crossing:
         if self._permits(origin) and not answer.prepared:
             answer.headers.update(_CORS)
 
-    def is_foreign(self, authority: str) -> bool:
-        """Whether a `Host` header is not one of ours.
+    def check(self, authority: str) -> None:
+        """Refuse a `Host` header that is not one of ours.
 
         Without keys only this machine may ask. A page whose own name is made to resolve to 127.0.0.1 (DNS rebinding)
         asks from this machine too, and is of the same origin to its browser; but its requests bear its name.
+
+        Raises:
+            Denied: 403.
         """
-        return not self._keyed and not _is_this_machine(authority)
+        if not self._keyed and not _is_this_machine(authority):
+            raise Denied(403, _FOREIGN_HOST.format(authority[:200]))
 
     def _permits(self, origin: str) -> bool:
         if self._keyed:

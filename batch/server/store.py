@@ -303,7 +303,8 @@ class Store:
         logs = orjson.dumps([tuple(line) for line in item.logs]) if item.logs else None
         values = (item.ended_at, item.status, item.payload, item.started_at, item.inference_time, item.billable_units)
         self._database.execute(
-            _SQL["end"], (*values, item.error_type, item.retryable, item.inline, logs, item.kept_for, item.engine, item.request_id)
+            _SQL["end"],
+            (*values, item.error_type, item.retryable, item.inline, logs, item.kept_for, item.engine, item.request_id),
         )
 
     def _forget(self, now: float, retention: float, limit: int) -> int:
