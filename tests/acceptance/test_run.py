@@ -113,7 +113,7 @@ def test_pictures_lie_under_the_hash_of_their_content(finished_run):
         assert hashlib.sha256(data).hexdigest() == image["sha256"]
         assert image["path"] == f"images/{image['sha256'][:2]}/{image['sha256']}.jpg"
         assert image["file_size"] == len(data)
-        assert (image["width"], image["height"], image["content_type"]) == (256, 160, "image/jpeg")
+        assert (image["width"], image["height"], image["content_type"]) == (192, 112, "image/jpeg")
 
 
 def test_a_fresh_run_gives_the_same_table(finished_run, tmp_path):
@@ -240,7 +240,7 @@ def test_without_downloads_the_urls_are_kept(tmp_path):
         (image,) = row["images"]
         assert image["url"].startswith("http://127.0.0.1:")
         assert (image["path"], image["sha256"]) == (None, None)
-        assert (image["width"], image["height"]) == (256, 160)
+        assert (image["width"], image["height"]) == (192, 112)
 
 
 def test_limit_takes_the_first_rows_only(tmp_path):

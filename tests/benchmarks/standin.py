@@ -89,9 +89,24 @@ def application(queue: Queue, picture: bytes) -> web.Application:
             return answer({"status": "IN_PROGRESS", "logs": [], **urls(base, request_id)}, 202)
         return answer({"status": "IN_QUEUE", "queue_position": 0, **urls(base, request_id)}, 202)
 
+    async def stream(request: web.Request) -> web.StreamResponse:
+        """One event while it is under way, one at its end; a line in between, so that the line is not silent."""
+        request_id = request.match_info["id"]
+        known, urls_of = queue.requests[request_id], urls(f"http://{request.host}", request_id)
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        state = {"status": "IN_PROGRESS", "logs": [], **urls_of}
+        while (left := known.ends - time.monotonic()) > 0:
+            await response.write(b"data: " + orjson.dumps(state) + b"\n\n")
+            await asyncio.sleep(min(left, 5.0))
+        state |= {"status": "COMPLETED", "metrics": {"inference_time": known.ends - known.starts}}
+        await response.write(b"data: " + orjson.dumps(state) + b"\n\n")
+        return response
+
     async def result(request: web.Request) -> web.Response:
         queue.results += 1
         known = queue.requests[request.match_info["id"]]
+        known.noticed = known.noticed or time.monotonic()
         image = {
             "url": f"http://{request.host}/files/{known.seed}.jpg",
             "width": 64,
@@ -147,6 +162,7 @@ def application(queue: Queue, picture: bytes) -> web.Application:
     app.router.add_put("/files/{name}", put)
     app.router.add_post("/storage/upload/initiate", initiate)
     app.router.add_get("/" + APP + "/requests/{id}/status", status)
+    app.router.add_get("/" + APP + "/requests/{id}/status/stream", stream)
     app.router.add_get("/" + APP + "/requests/{id}", result)
     app.router.add_post("/" + APP + "/{path:.*}", submit)
     return app
