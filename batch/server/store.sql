@@ -26,8 +26,9 @@ CREATE TABLE request (
     brief INTEGER NOT NULL DEFAULT 0,   -- the caller wants its input and output forgotten soon
     file_life REAL,                     -- seconds that its pictures shall live; NULL: as all others
     source TEXT,                        -- its source picture, where that is a file of ours
-    engine TEXT,                        -- since version 3: what executed it
-    kept_for REAL                       -- seconds from its end, where they are not those of all others
+    kept_for REAL,                      -- seconds from its end, where they are not those of all others
+    -- since version 3: what executed it
+    engine TEXT
 ) STRICT;
 CREATE INDEX request_to_do ON request (seq) WHERE ended_at IS NULL;
 CREATE TABLE counter (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT, WITHOUT ROWID;

@@ -215,7 +215,7 @@ async def test_a_connection_reset_after_the_request_leaves_a_submit_unknown():
 
 async def test_silence_after_the_request_is_a_timeout(monkeypatch):
     """No byte of an answer within the read timeout."""
-    monkeypatch.setattr(module, "READ_TIMEOUT", 0.2)
+    monkeypatch.setattr(module, "EXCHANGE_SECONDS", 0.2)
 
     async def silent(stream, _):
         await request_of(stream)
@@ -228,7 +228,7 @@ async def test_silence_after_the_request_is_a_timeout(monkeypatch):
 
 async def test_a_body_that_stops_in_the_middle_is_a_timeout(monkeypatch):
     """A head and half a body, then silence."""
-    monkeypatch.setattr(module, "READ_TIMEOUT", 0.2)
+    monkeypatch.setattr(module, "EXCHANGE_SECONDS", 0.2)
 
     async def stall(stream, _):
         await request_of(stream)
