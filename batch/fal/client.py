@@ -35,7 +35,7 @@ __all__ = ["FalClient", "is_loopback", "trouble_of"]
 CONNECT_TIMEOUT = 10.0
 """Seconds until a connection stands; nothing of the request was sent before."""
 READ_TIMEOUT = 60.0
-"""Seconds without a byte."""
+"""Seconds of a transfer without a byte."""
 KEEP_ALIVE = 8.0
 """Seconds that an idle connection is kept: well under what servers and balancers keep (15 - 75 s). A server
 that closes one just as a submit is written would leave that submit's outcome unknown."""

@@ -1,5 +1,5 @@
 -- The statements of store.py, by name. A request is one row from its acceptance to its end; who wants to be told of its
--- end stands beside it.
+-- end stands beside it. Since version 3 `engine` says what executed it: the server may be given another one.
 
 -- name: schema
 CREATE TABLE request (
@@ -27,7 +27,6 @@ CREATE TABLE request (
     file_life REAL,                     -- seconds that its pictures shall live; NULL: as all others
     source TEXT,                        -- its source picture, where that is a file of ours
     kept_for REAL,                      -- seconds from its end, where they are not those of all others
-    -- since version 3: what executed it
     engine TEXT
 ) STRICT;
 CREATE INDEX request_to_do ON request (seq) WHERE ended_at IS NULL;
