@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import sqlite3
 
 import pytest
@@ -164,21 +165,21 @@ def test_a_full_disk_refuses_and_accepts_again_when_there_is_room(tmp_path):
 
 def test_a_file_of_the_version_before_is_taken_over(tmp_path):
     """What it holds stays as it was, and new endings say what executed them."""
-
-    async def use(store):
-        await store.accept(submission("r1"))
-        await store.accept(submission("r2"))
-        await store.end(ending("r1"))
+    before = re.sub(r",([^\n]*)\n    engine TEXT\n", r"\1\n", store_module._SQL["schema"])
+    with contextlib.closing(sqlite3.connect(tmp_path / "server.db")) as database:
+        database.executescript(before + store_module._SQL["schema_2"])
+        columns = "request_id, app, accepted_at, body, digest, priority"
+        for name in ("r1", "r2"):
+            database.execute(f"INSERT INTO request ({columns}) VALUES (?, 'a', 1, x'', x'', 0)", (name,))
+        database.execute("UPDATE request SET ended_at = 2, status = 200, payload = x'' WHERE request_id = 'r1'")
+        database.execute("PRAGMA user_version = 2")
+        database.commit()
 
     async def later(store):
         await store.end(ending("r2", engine="echo"))
         store._recent.clear()
         assert [(await store.find(RequestId(name))).ending.engine for name in ("r1", "r2")] == [None, "echo"]
 
-    in_store(tmp_path / "server.db", use)
-    with contextlib.closing(sqlite3.connect(tmp_path / "server.db")) as database:
-        database.execute("ALTER TABLE request DROP COLUMN engine")
-        database.execute("PRAGMA user_version = 2")
     in_store(tmp_path / "server.db", later)
 
 
