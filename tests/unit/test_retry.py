@@ -92,6 +92,31 @@ def test_a_trouble_means(trouble, seen, action):
     assert verdict.reason
 
 
+@pytest.mark.parametrize(("trouble", "seen", "action"), TABLE, ids=str)
+@pytest.mark.parametrize("words", ["", "retry", "COMPLETED", "Request is still in progress", "not found \u0000 \ud7ff"])
+def test_no_decision_looks_at_the_text_of_a_message(trouble, seen, action, words):
+    """Statuses, types and headers decide; messages are for people and change without notice."""
+    reply = trouble.reply
+    if reply is not None:
+        reply = Reply(reply.status, _worded(reply.body, words), reply.headers)
+    told = Trouble(trouble.phase, trouble.transport, reply=reply, sent=trouble.sent, detail=words)
+    as_it_was, otherwise = judge(trouble, seen=seen), judge(told, seen=seen)
+    assert (otherwise.action, otherwise.new_attempt) == (as_it_was.action, as_it_was.new_attempt)
+
+
+def _worded(body, words):
+    try:
+        said = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return body
+    if isinstance(said, dict) and isinstance(said.get("detail"), str):
+        said["detail"] = words
+    elif isinstance(said, dict) and isinstance(said.get("detail"), list):
+        for entry in said["detail"]:
+            entry["msg"] = words
+    return orjson.dumps(said)
+
+
 @given(st.integers(300, 599), st.binary(max_size=40), st.booleans())
 def test_a_submit_is_sent_again_only_where_nothing_was_accepted(status, body, with_type):
     """Of all answers only 429 lets a submit go out again; the text decides nothing."""
