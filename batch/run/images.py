@@ -100,7 +100,7 @@ def decode(
 class ImageFolder:
     """Implements `batch.run.ports.Images` on a directory."""
 
-    def __init__(self, run_directory: Path, *, limit_megapixels: float, threads: int = 4) -> None:
+    def __init__(self, run_directory: Path, *, limit_megapixels: float, threads: int = 8) -> None:
         self._root = run_directory
         self._limit_pixels = min(_HARD_LIMIT_PIXELS, int(limit_megapixels * 1e6))
         self._threads = anyio.CapacityLimiter(threads)
