@@ -20,7 +20,7 @@ from batch.config import Settings, api_key
 from batch.errors import AccountRefused, ConfigError, RestyleError, StoppedEarly
 from batch.fal import protocol
 from batch.fal.callbacks import Callbacks
-from batch.fal.client import FalClient, is_loopback
+from batch.fal.client import FalClient
 from batch.fal.protocol import FAL, Origins
 from batch.fal.streams import Streams
 from batch.run.budget import PRICES, Price
@@ -102,7 +102,7 @@ def _check_updates(settings: Settings) -> None:
     name, url = settings.target.name, settings.webhook.public_url
     if settings.limits.updates != "webhook" or name == "local":
         return
-    if url is None and not is_loopback(protocol.origin_of(name)[1]):
+    if url is None and not protocol.is_loopback(protocol.origin_of(name)[1]):
         raise ConfigError(
             f"limits.updates = 'webhook' needs webhook.public_url: the address under which {name} reaches this machine;"
             " say --updates poll without one"

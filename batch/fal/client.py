@@ -14,7 +14,6 @@ import base64
 import binascii
 import contextlib
 import io
-import ipaddress
 from types import TracebackType
 from typing import Self
 from urllib.parse import urljoin
@@ -30,7 +29,7 @@ from batch.fal.protocol import Call, CancelOutcome, Malformed, Operation, Origin
 from batch.model import Answer, AppId, Attempt, Ticket, TicketStatus
 from batch.run.ports import CallFailed, Trouble
 
-__all__ = ["FalClient", "is_loopback", "trouble_of"]
+__all__ = ["FalClient", "trouble_of"]
 
 CONNECT_TIMEOUT = 10.0
 """Seconds until a connection stands; nothing of the request was sent before."""
@@ -279,7 +278,7 @@ class _Proxies:
         origin = "/".join(url.split("/", 3)[:3])
         if origin not in self._known:
             scheme, host, _ = protocol.origin_of(url)
-            direct = is_loopback(host) or proxy_bypass(host)
+            direct = protocol.is_loopback(host) or proxy_bypass(host)
             self._known[origin] = None if direct else _with_scheme(getproxies().get(scheme))
         return self._known[origin]
 
@@ -288,14 +287,6 @@ def _with_scheme(proxy: str | None) -> str | None:
     """`host:port` becomes a URL. None for a SOCKS proxy: aiohttp speaks none."""
     url = proxy if not proxy or "://" in proxy else f"http://{proxy}"
     return url if url and url.startswith(("http://", "https://")) else None
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host, as a URL names it, is this machine itself."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _at_most(seconds: float, silence: float | None = None) -> aiohttp.ClientTimeout:

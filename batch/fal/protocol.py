@@ -8,6 +8,7 @@ differ from its pages, the comment says so. Pure.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -41,6 +42,7 @@ __all__ = [
     "cancel_reply",
     "completed_reply",
     "error_body_of",
+    "is_loopback",
     "is_plain_id",
     "json_reply",
     "lifetime_in",
@@ -134,6 +136,14 @@ FAL = Origins(
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _UNAMBIGUOUS = re.compile(r"https?://[^/?#@\\\s\x00-\x20]+([/?#][^\\\s\x00-\x20]*)?", re.IGNORECASE)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host, as a URL names it, is this machine itself."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def origin_of(url: str) -> tuple[str, str, int]:

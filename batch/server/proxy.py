@@ -7,7 +7,6 @@ had been asked for directly. Nothing is ever sent anywhere.
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Awaitable, Callable
 from functools import lru_cache
 from typing import TypeAlias
@@ -15,6 +14,7 @@ from typing import TypeAlias
 from aiohttp import web
 from yarl import URL
 
+from batch.fal.protocol import is_loopback
 from batch.server.keys import Denied
 
 __all__ = ["PATH", "TARGET", "Crossing", "own_path", "routes"]
@@ -90,8 +90,7 @@ async def _forward(request: web.Request) -> web.StreamResponse:
 @lru_cache(maxsize=64)
 def _is_this_machine(authority: str) -> bool:
     try:
-        host = URL(f"http://{authority}").host or ""
-        return host in _LOOPBACK or ipaddress.ip_address(host).is_loopback
+        return is_loopback(URL(f"http://{authority}").host or "")
     except ValueError:
         return False
 

@@ -13,13 +13,13 @@ from tests.benchmarks.harness import (
     REPOSITORY,
     Measured,
     Standin,
+    bar,
     in_turn,
     measured,
     median,
     run_of,
     standin,
     table,
-    verdict,
     write_manifest,
 )
 
@@ -75,12 +75,12 @@ def instant(rounds: int, jobs: int = 20_000) -> str:
     rows = [[words[name], f"{rate[name]:,.0f}", f"{cpu[name]:.2f}"] for name in found]
     bars = [
         ["figure", "measured", "bar", ""],
-        _bar("jobs/s over fal-client", rate["ours"] / rate["fal-client"], 12, "x"),
-        _bar("share of the floor's jobs/s", rate["ours"] / rate["floor"], 0.55, ""),
-        _bar("CPU a job over the floor's", cpu["ours"] / cpu["floor"], 2.0, "x", at_most=True),
+        bar("jobs/s over fal-client", rate["ours"] / rate["fal-client"], 12, "x"),
+        bar("share of the floor's jobs/s", rate["ours"] / rate["floor"], 0.55, ""),
+        bar("CPU a job over the floor's", cpu["ours"] / cpu["floor"], 2.0, "x", at_most=True),
     ]
     if "@fal-ai/client" in rate:
-        bars.insert(2, _bar("jobs/s over @fal-ai/client", rate["ours"] / rate["@fal-ai/client"], 4, "x"))
+        bars.insert(2, bar("jobs/s over @fal-ai/client", rate["ours"] / rate["@fal-ai/client"], 4, "x"))
     text = f"{jobs:,} jobs (peers: {PEER_JOBS['fal-client']:,} and {PEER_JOBS['@fal-ai/client']:,}), {rounds} turns."
     return "\n\n".join([text, table(["client", "jobs/s", "CPU ms a job"], *rows), table(*bars)])
 
@@ -97,7 +97,7 @@ def one_second(rounds: int) -> str:
     wall = median([one.wall for one in runs])
     return table(
         ["figure", "measured", "bar", ""],
-        _bar("wall over the ideal 20.0 s, process start to end", wall / ideal, 1.03, "x", at_most=True),
+        bar("wall over the ideal 20.0 s, process start to end", wall / ideal, 1.03, "x", at_most=True),
         ["CPU seconds", f"{median([one.cpu for one in runs]):.1f}", "", ""],
         ["status GETs a job", f"{median(reads):.1f}", "", ""],
     )
@@ -120,15 +120,15 @@ def in_flight(rounds: int, jobs: int) -> str:
     wall, cpu = median([one.wall for one in runs]), median([one.cpu for one in runs])
     rows = [
         ["figure", "measured", "bar", ""],
-        _bar(f"wall over the ideal {ideal:.1f} s", wall / ideal, 1.06 if jobs <= 1000 else 1.15, "x", at_most=True),
+        bar(f"wall over the ideal {ideal:.1f} s", wall / ideal, 1.06 if jobs <= 1000 else 1.15, "x", at_most=True),
     ]
     if jobs <= 1000:
-        rows.append(_bar("CPU", cpu, 2.5, " s", at_most=True))
-        rows.append(_bar("status GETs a job", median(reads), 3, "", at_most=True))
+        rows.append(bar("CPU", cpu, 2.5, " s", at_most=True))
+        rows.append(bar("status GETs a job", median(reads), 3, "", at_most=True))
     else:
         rows.append(["CPU", f"{cpu:.1f} s", "", ""])
         rows.append(["status GETs a job", f"{median(reads):.1f}", "", ""])
-        rows.append(_bar("peak memory", median([one.peak_mb for one in runs]), 500, " MB", at_most=True))
+        rows.append(bar("peak memory", median([one.peak_mb for one in runs]), 500, " MB", at_most=True))
     return table(*rows)
 
 
@@ -144,9 +144,9 @@ def log_normal(rounds: int) -> str:
                     counts.append(server.counts())
         middle, late = _m(counts, "notice_median") * 100, _m(counts, "notice_p95") * 100
         rows += [
-            _bar(f"{updates}: noticed after, median, of the service time", middle, 4, "%", at_most=True),
-            _bar(f"{updates}: the same, 95th percentile", late, 12, "%", at_most=True),
-            _bar(f"{updates}: status GETs a job", _m(counts, "reads") / 2_000, 5, "", at_most=True),
+            bar(f"{updates}: noticed after, median, of the service time", middle, 4, "%", at_most=True),
+            bar(f"{updates}: the same, 95th percentile", late, 12, "%", at_most=True),
+            bar(f"{updates}: status GETs a job", _m(counts, "reads") / 2_000, 5, "", at_most=True),
             [f"{updates}: wall", f"{median([one.wall for one in runs]):.1f} s", "", ""],
         ]
     return table(*rows)
@@ -160,17 +160,12 @@ def memory(small: int = 20_000, large: int = 200_000) -> str:
         ["figure", "measured", "bar", ""],
         [f"peak memory at {small:,} jobs", f"{first:.0f} MB", "", ""],
         [f"peak memory at {large:,} jobs", f"{second:.0f} MB", "", ""],
-        _bar("the one over the other", second / first, 1.10, "x", at_most=True),
+        bar("the one over the other", second / first, 1.10, "x", at_most=True),
     )
 
 
 def _m(counts: list[dict[str, float]], name: str) -> float:
     return median([one[name] for one in counts])
-
-
-def _bar(what: str, value: float, bar: float, unit: str, *, at_most: bool = False) -> list[str]:
-    kept = verdict(value, bar, at_least=not at_most)
-    return [what, f"{value:.2f}{unit}", f"{'at most' if at_most else 'at least'} {bar:g}{unit}", kept]
 
 
 def cores() -> int:

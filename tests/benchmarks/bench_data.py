@@ -19,8 +19,8 @@ from PIL import Image
 from batch.model import Answer, Job, RequestId, StoredImage, Ticket
 from batch.run.journal_file import JournalFile
 from batch.run.ports import Accepted, Answered, Event, Finished, Intended
-from tests.benchmarks.bench_client import _bar, floor
-from tests.benchmarks.harness import PYTHON, REPOSITORY, median, restyle, run_of, standin, table, write_manifest
+from tests.benchmarks.bench_client import floor
+from tests.benchmarks.harness import PYTHON, REPOSITORY, bar, median, restyle, run_of, standin, table, write_manifest
 
 PICTURE_BYTES = 150_000
 
@@ -53,8 +53,8 @@ def downloads(rounds: int, jobs: int = 10_000) -> str:
         [f"`restyle run`, {jobs:,} pictures of {size / 1000:.0f} kB, synced to disk", f"{rate:,.0f}/s", "", ""],
         ["bare loop: submit, status, result, download, hash, write", f"{with_requests:,.0f}/s", "", ""],
         ["bare loop: download, hash, write", f"{alone:,.0f}/s", "", ""],
-        _bar("over the loop with the same requests", rate / with_requests, 0.7, "x"),
-        _bar("over the loop that only downloads", rate / alone, 0.7, "x"),
+        bar("over the loop with the same requests", rate / with_requests, 0.7, "x"),
+        bar("over the loop that only downloads", rate / alone, 0.7, "x"),
     )
 
 
@@ -113,8 +113,8 @@ def rows(count: int, *, plan_only: bool = False) -> str:
     bars = {"plan": 15, "resume with all done": 15, "export": 20} if count == 1_000_000 else {}
     lines = [["", "seconds", "bar", "", "peak MB", "bar", ""]]
     for what, one in found.items():
-        _, seconds, *judged = _bar("", one.wall, bars.get(what, 0), "", at_most=True)
-        size = _bar("", one.peak_mb, 400, "", at_most=True)[1:]
+        _, seconds, *judged = bar("", one.wall, bars.get(what, 0), "", at_most=True)
+        size = bar("", one.peak_mb, 400, "", at_most=True)[1:]
         lines.append([f"{count:,} rows: {what}", seconds, *(judged if what in bars else ["", ""]), *size])
     return table(*lines)
 

@@ -115,6 +115,8 @@ def table(*rows: Sequence[str]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rest))
 
 
-def verdict(value: float, bar: float, *, at_least: bool = False) -> str:
-    """Whether a figure keeps its bar, in a word."""
-    return "kept" if (value >= bar if at_least else value <= bar) else "**missed**"
+def bar(what: str, value: float, limit: float, unit: str, *, at_most: bool = False) -> list[str]:
+    """A row: figure, value, its bar, and whether it is kept."""
+    is_kept = value <= limit if at_most else value >= limit
+    words = f"{'at most' if at_most else 'at least'} {limit:g}{unit}"
+    return [what, f"{value:.2f}{unit}", words, "kept" if is_kept else "**missed**"]
