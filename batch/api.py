@@ -24,12 +24,11 @@ from typing import Any, ParamSpec, TypeVar
 import anyio
 import anyio.to_thread
 
-from batch.audit import audited
 from batch.config import Settings, load_settings
 from batch.errors import ConfigError, RunDirectoryError, RunLocked
 from batch.manifest.read import Manifest
 from batch.model import JsonObject
-from batch.results.sink import Totals
+from batch.results.totals import Totals
 from batch.run.books import Books
 from batch.run.directory import RunDirectory
 from batch.run.journal import open_journal
@@ -212,6 +211,8 @@ async def audit(out: str | Path) -> Books:
     directory.require()
     if directory.is_locked():
         raise RunLocked(f"a run works in {directory.root}; audit it when that has ended")
+    from batch.audit import audited  # with pyarrow behind it, which a run does not wait for
+
     return await audited(directory, _settings_of(directory), version=tool_version(), now=time.time())
 
 

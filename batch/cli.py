@@ -303,6 +303,8 @@ def reconcile(
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the `restyle` script."""
+    # Imports and jobs make few circles: the collector need not look for them after every 700 objects.
+    gc.set_threshold(50_000, 20, 100)
     try:
         code = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
@@ -332,10 +334,8 @@ def main(arguments: list[str] | None = None) -> None:
 def _run(call: Callable[[], Coroutine[Any, Any, T]]) -> T:
     from batch.api import event_loop
 
-    # What was imported stays: a quarter of a large plan would go into walking through it again and again. Jobs
-    # make few circles, so the collector may look for them more rarely than for every 700 objects.
+    # What was imported stays: a quarter of a large plan would go into walking through it again and again.
     gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
     try:
         return anyio.run(call, backend_options=event_loop())
     except BaseExceptionGroup as group:

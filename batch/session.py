@@ -14,8 +14,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from random import Random
+from threading import Timer
 from typing import NamedTuple, TypeVar
 
 import anyio
@@ -30,7 +32,7 @@ from batch.manifest.plan import Planner
 from batch.manifest.read import Manifest
 from batch.manifest.survey import Survey, survey
 from batch.model import Job, JsonObject
-from batch.results.sink import Totals, write_results
+from batch.results.totals import Totals
 from batch.run.budget import Budget
 from batch.run.directory import RunDirectory, config_of
 from batch.run.gate import Gate, Stop, Stopping
@@ -50,6 +52,8 @@ __all__ = ["Plan", "Request", "Summary", "open_planner", "project", "run_session
 
 T = TypeVar("T")
 
+_LOAD_AFTER = 1.0
+"""Seconds after which the first jobs are on their way."""
 _AUTO_GUESS = 16
 """Jobs at once that a plan reckons with where the window finds its own size."""
 
@@ -259,7 +263,20 @@ async def _carried_out(
                 reconciler=None if target.idempotent else Reconciler(target.client, journal, observer, time.time, rng),
             )
             jobs = _no_jobs() if request.collect_only else _jobs(planner)
-            return await _with_signals(runner, jobs, signals=request.signals)
+            with _loading_sink():
+                return await _with_signals(runner, jobs, signals=request.signals)
+
+
+@contextmanager
+def _loading_sink() -> Iterator[None]:
+    """Load what writes the results while jobs are under way: it takes 0.2 s, which would come on top at the end."""
+    timer = Timer(_LOAD_AFTER, import_module, ["batch.results.sink"])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 async def _with_signals(runner: Runner, jobs: AsyncGenerator[Sequence[Job], None], *, signals: bool) -> Report:
@@ -384,6 +401,8 @@ def project(
     path: Path, planner: Planner, manifest: Manifest, file: JournalFile, settings: Settings, identity: JsonObject
 ) -> Totals:
     """Manifest and journal as one table. Free, and as often as one likes."""
+    from batch.results.sink import write_results  # with pyarrow; see `_loading_sink`
+
     metadata = {
         "restyle_version": tool_version(),
         "python": platform.python_version(),
@@ -414,7 +433,7 @@ def _run_facts(identity: JsonObject, request: Request, terms: Terms, started_at:
     return {
         "restyle_version": tool_version(),
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.release()} {platform.machine()}",  # `platform()` starts a process
         "last_started_at": started_at,
         "target": terms.name,
         "manifest": {"source": str(Path(request.manifest).resolve()), **identity},

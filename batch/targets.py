@@ -19,7 +19,6 @@ from tenacity import stop_after_attempt
 from batch.config import Settings, api_key
 from batch.errors import AccountRefused, ConfigError, RestyleError, StoppedEarly
 from batch.fal import protocol
-from batch.fal.callbacks import Callbacks
 from batch.fal.client import FalClient
 from batch.fal.protocol import FAL, Origins
 from batch.fal.streams import Streams
@@ -199,6 +198,8 @@ async def open_hints(settings: Settings, target: Connection, *, version: str) ->
             async with Streams(target.origins, settings.target.app, target.key, user_agent=agent) as streams:
                 yield streams
         case "webhook":
+            from batch.fal.callbacks import Callbacks  # a web server, which no other run needs
+
             webhook = settings.webhook
             async with Callbacks(webhook.bind, webhook.public_url, target.origins.rest) as callbacks:
                 target.client.webhook = callbacks.url

@@ -20,21 +20,19 @@ from contextlib import contextmanager
 from hashlib import blake2b, file_digest
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import BinaryIO
 
 import orjson
 import polars as pl
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from batch.errors import ManifestError
+from batch.manifest.formats import Chunk, Format, refuse_twins
 from batch.manifest.inputs import shorten
 from batch.manifest.ports import RowBatch
 
 __all__ = ["Manifest", "RowBatch"]
 
 _BATCH_ROWS = 4096
-_PICTURE_ROWS = 64  # of a Parquet that carries the pictures themselves
 _BATCH_BYTES = 32 * 2**20  # of text; rows with data URIs are long
 _STEP_ROWS = 16  # between two looks at how long rows are
 _LINE_BREAK = re.compile(r"\r\n|\r|\n")
@@ -42,27 +40,21 @@ _FIELD_CHARACTERS = 64 * 2**20
 _TEXT = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".jsonl": None, ".ndjson": None}
 _PARQUET = (".parquet", ".pq")
 _KNOWN = "it may end in .csv, .tsv, .jsonl or .ndjson (each also with .gz, .zst, .bz2 or .xz), or in .parquet"
+
+
+def _unpack_zstd(path: Path) -> BinaryIO:
+    import pyarrow as pa
+
+    return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
+
+
 _UNPACK: dict[str, Callable[[Path], BinaryIO]] = {
     "": lambda path: path.open("rb"),
     ".gz": lambda path: io.BufferedReader(gzip.GzipFile(path)),
     ".bz2": lambda path: io.BufferedReader(bz2.BZ2File(path)),
     ".xz": lambda path: io.BufferedReader(lzma.LZMAFile(path)),  # noqa: SIM115 - the reader around it closes it
-    ".zst": lambda path: io.BufferedReader(pa.input_stream(str(path), compression="zstd")),
+    ".zst": _unpack_zstd,
 }
-
-
-class _Chunk(NamedTuple):
-    frame: pl.DataFrame
-    lines: list[int] | None
-
-
-class _Format(Protocol):
-    """One format: what it holds, and its rows again and again."""
-
-    schema: pl.Schema
-    rows: int
-
-    def chunks(self, size: int) -> Iterator[_Chunk]: ...
 
 
 class Manifest:
@@ -77,7 +69,7 @@ class Manifest:
         has_lines: whether rows have line numbers.
     """
 
-    def __init__(self, source: Path, folder: Path, paths: tuple[Path, ...], content: _Format, has_lines: bool) -> None:
+    def __init__(self, source: Path, folder: Path, paths: tuple[Path, ...], content: Format, has_lines: bool) -> None:
         self.source = source
         self.folder = folder
         self.schema = content.schema
@@ -102,9 +94,11 @@ class Manifest:
         paths, folder = _find(source)
         packing, delimiter, parquet = _kind(paths[0])
         with _explained(source, paths):
-            content: _Format
+            content: Format
             if parquet:
-                content = _Parquet(paths, rows)
+                from batch.manifest.parquet import Parquet  # with pyarrow, which text does not wait for
+
+                content = Parquet(paths, rows)
             elif delimiter is not None:
                 content = _Csv(paths[0], _UNPACK[packing], delimiter, rows)
             else:
@@ -187,8 +181,15 @@ def _explained(source: Path, paths: Iterable[Path]) -> Iterator[None]:
         yield
     except UnicodeDecodeError as error:
         raise ManifestError(f"{source}{_undecodable(paths)} is not UTF-8 ({error.reason}); save it as UTF-8") from error
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, pl.exceptions.PolarsError) as error:
+    except _unreadable() as error:
         raise ManifestError(f"{source} cannot be read: {error}; is it complete, and what its suffix says?") from error
+
+
+def _unreadable() -> tuple[type[Exception], ...]:
+    """What the libraries raise about a file that is not what its suffix says."""
+    import pyarrow as pa  # asked for only when something was raised
+
+    return OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, pl.exceptions.PolarsError
 
 
 def _undecodable(paths: Iterable[Path]) -> str:
@@ -200,12 +201,6 @@ def _undecodable(paths: Iterable[Path]) -> str:
                 except UnicodeDecodeError:
                     return f", line {number},"
     return ""
-
-
-def _unique(path: Path, names: list[str]) -> None:
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ManifestError(f"{path} has more than one column {', '.join(map(repr, twice))}; rename all but one")
 
 
 # --- formats ----------------------------------------------------------------------------------------------
@@ -226,12 +221,12 @@ class _Csv:
             raise ManifestError(f"{path} has a header and no rows; give at least one")
         self.schema = pl.Schema(dict.fromkeys(self._names, pl.String()))
 
-    def chunks(self, size: int) -> Iterator[_Chunk]:
+    def chunks(self, size: int) -> Iterator[Chunk]:
         for lines, records in self._blocks(size):
             columns = dict(zip(self._names, map(list, zip(*records, strict=True)), strict=True))
             records.clear()  # let go of thousands of lists before anything is made of them
             frame = pl.DataFrame(columns, schema=self.schema)
-            yield _Chunk(frame.with_columns(pl.when(pl.all() != "").then(pl.all())), lines)
+            yield Chunk(frame.with_columns(pl.when(pl.all() != "").then(pl.all())), lines)
 
     def _blocks(self, size: int) -> Iterator[tuple[list[int], list[list[str]]]]:
         """Records with the lines on which they start. Empty lines are passed over."""
@@ -241,7 +236,7 @@ class _Csv:
                 self._names = next(filter(None, reader), [])
             except csv.Error as error:
                 raise self._broken(1, error) from error
-            _unique(self._path, self._names)
+            refuse_twins(self._path, self._names)
             line, left = reader.line_num + 1, sys.maxsize if self._limit is None else self._limit
             while left > 0:
                 records, error_after = _take(reader, min(size, left))
@@ -321,9 +316,9 @@ class _Jsonl:
             {name: pl.String() if kind == pl.Null else kind for name, kind in merged.schema.items()}
         )
 
-    def chunks(self, size: int) -> Iterator[_Chunk]:
+    def chunks(self, size: int) -> Iterator[Chunk]:
         for lines, group in _grouped(self._records(), size):
-            yield _Chunk(self._parsed(lines, group, self.schema), lines)
+            yield Chunk(self._parsed(lines, group, self.schema), lines)
 
     def _records(self) -> Iterator[tuple[int, bytes]]:
         with self._unpack(self._path) as stream:
@@ -377,51 +372,3 @@ def _grouped(records: Iterable[tuple[int, bytes]], size: int) -> Iterator[tuple[
             lines, group, total = [], [], 0
     if group:
         yield lines, group
-
-
-class _Parquet:
-    """One or more Parquet files, by pyarrow: it decodes a few rows at a time where polars takes a row group."""
-
-    def __init__(self, paths: tuple[Path, ...], rows: int | None) -> None:
-        self._paths = paths
-        schemas, total = [], 0
-        for path in paths:
-            with pq.ParquetFile(path) as file:
-                schemas.append(file.schema_arrow.remove_metadata())
-                total += file.metadata.num_rows
-            _unique(path, schemas[-1].names)
-            if set(schemas[-1].names) != set(schemas[0].names):
-                odd = ", ".join(sorted(set(schemas[-1].names) ^ set(schemas[0].names)))
-                raise ManifestError(f"{path} and {paths[0]} differ in columns: {odd}")
-        if not total:
-            raise ManifestError(f"{paths[0] if len(paths) == 1 else paths[0].parent} has no rows; give at least one")
-        self.rows = total if rows is None else min(rows, total)
-        self._schema: Any = pa.unify_schemas(schemas, promote_options="permissive")
-        self.schema = _frame(pa.Table.from_batches([], self._schema)).schema
-        self._has_pictures = any(_holds_bytes(kind) for kind in self.schema.dtypes())
-
-    def chunks(self, size: int) -> Iterator[_Chunk]:
-        left = self.rows
-        size = min(size, _PICTURE_ROWS) if self._has_pictures else size
-        for path in self._paths:
-            # Unbuffered ahead and read in pieces: memory is a few pages, whatever the size of a row group.
-            with pq.ParquetFile(path, pre_buffer=False, buffer_size=2**16) as file:
-                for batch in file.iter_batches(batch_size=size, use_threads=False):
-                    if left <= 0:
-                        return
-                    table = pa.Table.from_batches([batch.slice(0, left)]).select(self._schema.names)
-                    left -= len(table)
-                    if len(table):
-                        yield _Chunk(_frame(table.cast(self._schema)), None)
-
-
-def _frame(table: Any) -> pl.DataFrame:
-    frame = pl.from_arrow(table)
-    assert isinstance(frame, pl.DataFrame)
-    return frame
-
-
-def _holds_bytes(kind: pl.DataType) -> bool:
-    if isinstance(kind, pl.Struct):
-        return any(_holds_bytes(field.dtype) for field in kind.fields if isinstance(field.dtype, pl.DataType))
-    return kind == pl.Binary

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TypeAlias
 
-import numpy as np
-import numpy.typing as npt
+import polars as pl
 
 from batch.manifest.plan import Checked, Planner
 from batch.model import JobKey, JsonObject, Problem
@@ -151,8 +150,8 @@ class _Tally:
         self._keys: list[JobKey] = []
         self._pictures: list[int] = []
         self._sizes: list[float | None] = []
-        self.seen: npt.NDArray[np.uint64] = np.empty(0, np.uint64)
-        """Sorted first halves of the keys."""
+        self.seen = pl.DataFrame(schema={"half": pl.UInt64})
+        """First halves of the keys, sorted."""
         self.rows = self.bad_rows = self.planned = self.unknown_sizes = self.problem_count = 0
         self.megapixels = 0.0
         self.states = dict.fromkeys(State, 0)
@@ -172,40 +171,45 @@ class _Tally:
             self.merge()
 
     def merge(self) -> None:
-        halves = np.frombuffer(bytes.fromhex("".join([key[:16] for key in self._keys])), ">u8").astype(np.uint64)
-        unique, where = np.unique(halves, return_index=True)
-        places = np.searchsorted(self.seen, unique)
-        is_new = np.ones(len(unique), bool)
-        inside = places < len(self.seen)
-        is_new[inside] = self.seen[places[inside]] != unique[inside]
-        self._count(where[is_new])
-        # Both parts are sorted, which is what a stable sort is quick at.
-        self.seen = np.sort(np.concatenate([self.seen, unique[is_new]]), kind="stable")
+        halves = pl.Series("half", [int(key[:16], 16) for key in self._keys], pl.UInt64)
+        distinct = halves.to_frame().with_row_index("place").unique("half", keep="first").sort("half")
+        new = distinct.filter(~_among(distinct["half"], self.seen["half"]))
+        self._count(new["place"].to_list())
+        self.seen = self.seen.merge_sorted(new.select("half"), "half")
         self._keys, self._pictures, self._sizes = [], [], []
 
-    def _count(self, new: npt.NDArray[np.intp]) -> None:
+    def _count(self, new: list[int]) -> None:
         """Add up the jobs at these places: their states, and the pictures of those to do."""
-        to_do = np.ones(len(new), bool)
-        if self._find is not None:
-            for start in range(0, len(new), _FIND_JOBS):
-                keys = [self._keys[place] for place in new[start : start + _FIND_JOBS]]
-                known = self._find(keys)
-                for index, key in enumerate(keys, start):
-                    if key in known and known[key].state is not State.PENDING:
-                        self.states[known[key].state] += 1
-                        to_do[index] = False
-        self.states[State.PENDING] += int(to_do.sum())
-        sizes = np.array(self._sizes, float)[new[to_do]]
-        pictures = np.array(self._pictures, int)[new[to_do]]
-        unknown = np.isnan(sizes)
-        self.unknown_sizes += int(pictures[unknown].sum())
-        self.megapixels += float((sizes * pictures)[~unknown].sum())
-        if self._price is not None:
-            alike = Counter((self._sizes[place], self._pictures[place]) for place in new[to_do].tolist())
-            self.reserved += sum(
-                count * self._price.reservation(megapixels, int(images))
-                for (megapixels, images), count in alike.items()
-            )
+        to_do = new if self._find is None else list(self._unheard(new, self._find))
+        self.states[State.PENDING] += len(to_do)
+        alike = Counter((self._sizes[place], self._pictures[place]) for place in to_do)
+        for (size, pictures), count in alike.items():
+            if size is None:
+                self.unknown_sizes += pictures * count
+            else:
+                self.megapixels += size * pictures * count
+            if self._price is not None:
+                self.reserved += self._price.reservation(size, pictures) * count
+
+    def _unheard(self, new: list[int], find: Find) -> Iterator[int]:
+        """Those whose job is still to do; the states of the others are counted."""
+        for start in range(0, len(new), _FIND_JOBS):
+            places = new[start : start + _FIND_JOBS]
+            known = find([self._keys[place] for place in places])
+            for place in places:
+                job = known.get(self._keys[place])
+                if job is None or job.state is State.PENDING:
+                    yield place
+                else:
+                    self.states[job.state] += 1
+
+
+def _among(values: pl.Series, ordered: pl.Series) -> pl.Series:
+    """For each value whether it is one of those that lie in order."""
+    if ordered.is_empty():
+        return pl.repeat(False, len(values), eager=True)
+    places = ordered.search_sorted(values).clip(0, len(ordered) - 1)
+    return ordered.gather(places) == values
 
 
 def _duration(hours: float) -> str:

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -23,30 +23,16 @@ from batch.errors import StorageError
 from batch.manifest.plan import PlannedBatch
 from batch.model import JobKey
 from batch.results.columns import OnBadRow, record_batch, results_schema
+from batch.results.totals import Totals
 from batch.run.ports import Outcome
 
-__all__ = ["Totals", "write_results"]
+__all__ = ["write_results"]
 
 _GROUP_ROWS = 65_536
 _GROUP_BYTES = 128 * 2**20
 """In memory, before compression: manifests that carry their pictures fill a row group with few rows."""
 _SLICE_ROWS = 8_192
 _SLICE_BYTES = 32 * 2**20
-
-
-class Totals(NamedTuple):
-    """What the written table holds."""
-
-    rows: int
-    done: int
-    failed: int
-    unknown: int
-    pending: int
-    skipped: int
-    errors: Counter[str]
-    """Failed rows by error type."""
-    cost_usd: float
-    """Sum over the rows: a job that serves several rows counts with each of them."""
 
 
 def write_results(

@@ -15,8 +15,8 @@ import anyio
 from batch.model import Answer, QueueState, Ticket, TicketStatus
 from batch.run.course import Course, JobFailed
 from batch.run.gate import Gate, Stop
-from batch.run.pacing import TokenBucket
-from batch.run.polling import PollTimes
+from batch.run.pacing import TokenBucket, queued_share
+from batch.run.polling import PollTimes, Stay
 from batch.run.ports import CallFailed, Hints, Service, Trouble
 from batch.run.retention import Retention
 from batch.run.retry import Action, Verdict, failure_of, judge, kind_of, pause_after, reading
@@ -51,7 +51,8 @@ class Follower:
             service: asked for statuses and results.
             gate: stops the run where the account stays refused.
             retention: told of reads, so that somebody is warned in time.
-            polls: bounds status reads over all jobs, in their order; None: no bound. Results are not bounded.
+            polls: bounds reads over all jobs, in their order, results that are known to be there excepted; None: no
+                bound.
             hints: who may know earlier; None: nobody.
             patience: seconds for which an account may be refused at every read until the run gives up for now.
             now: wall time in Unix seconds; waits use anyio's clock.
@@ -68,6 +69,17 @@ class Follower:
         self._refused_since: float | None = None
         self.reads = 0
         """Statuses and results that were answered."""
+
+    def queued(self, stay: Stay) -> float | None:
+        """The share of its time that an ended job was queued, None where that is not known.
+
+        What the output says of its execution leaves out what is done around it; who goes by that for the window
+        would take that for queueing. So a job whose status was not read at its end is taken to be as others are.
+        """
+        if stay.ended is None:
+            return None
+        inference = self._times.execution if stay.inference is None else stay.inference
+        return queued_share(stay.ended, inference, stay.queued)
 
     async def answer(self, course: Course, ticket: Ticket) -> Answer:
         """Wait for the request to end and fetch its output. Nothing of it is durable yet.
@@ -87,6 +99,9 @@ class Follower:
         while True:
             if pause is None:
                 await self._wait(course, ticket)
+                answer = await self._straight(course, ticket)
+                if answer is not None:
+                    return answer
             else:
                 await anyio.sleep(pause)
             pause = None
@@ -102,6 +117,25 @@ class Follower:
             self.reads += 1
             self._learn(course)
             return answer
+
+    async def _straight(self, course: Course, ticket: Ticket) -> Answer | None:
+        """The output without a status before it, where that is likely to be there already.
+
+        An output of the right shape proves that the request has ended well; anything else proves nothing, and the
+        status is read as ever.
+        """
+        if course.resumed or not self._times.sure:
+            return None
+        await self._permitted()
+        try:
+            answer = await self._service.result(ticket)
+        except CallFailed:
+            return None
+        self._was_read()
+        course.stay.noticed = self._now() - course.accepted_at
+        course.stay.executed = _inference(answer)
+        self._learn(course)
+        return answer
 
     async def _wait(self, course: Course, ticket: Ticket) -> None:
         """Sleep until this job is due, or until a hint says that it may have ended."""
@@ -134,22 +168,28 @@ class Follower:
             status = await reading(lambda: self._read(ticket), self._rng, notice=self._unread)
         except CallFailed as error:
             raise JobFailed(failure_of(error.trouble, judge(error.trouble))) from error
-        self.reads += 1
-        self._refused_since = None
-        self._retention.read()
+        self._was_read()
         stay, age = course.stay, self._now() - course.accepted_at
         if status.state is not QueueState.COMPLETED:
             self._times.pending(stay, age, queued=status.state is QueueState.IN_QUEUE, position=status.position)
         else:
-            stay.inference = status.inference_time
+            stay.inference = stay.executed = status.inference_time
             if stay.noticed is None:
                 stay.noticed = age
         return status
 
     async def _read(self, ticket: Ticket) -> TicketStatus:
+        await self._permitted()
+        return await self._service.status(ticket)
+
+    async def _permitted(self) -> None:
         if self._polls is not None and (wait := self._polls.reserve(anyio.current_time())):
             await anyio.sleep(wait)
-        return await self._service.status(ticket)
+
+    def _was_read(self) -> None:
+        self.reads += 1
+        self._refused_since = None
+        self._retention.read()
 
     def _learn(self, course: Course) -> None:
         """What a job of this run took teaches when to read the others."""
@@ -178,3 +218,10 @@ class Follower:
             if anyio.current_time() - since >= self._patience:
                 words = f"reads have been refused for {self._patience:g} s ({verdict.reason}): is the key still good?"
                 self._gate.stop(Stop.ACCOUNT, words)
+
+
+def _inference(answer: Answer) -> float | None:
+    """Seconds of execution, as the output itself says."""
+    timings = answer.output.get("timings")
+    seconds = timings.get("inference") if isinstance(timings, dict) else None
+    return float(seconds) if isinstance(seconds, int | float) and 0.0 <= seconds < float("inf") else None

@@ -18,7 +18,18 @@ __all__ = ["PollTimes", "Stay"]
 class Stay:
     """What the reads of one job have told so far."""
 
-    __slots__ = ("ended", "inference", "noticed", "position", "queued", "resumed", "told", "turn", "unfinished")
+    __slots__ = (
+        "ended",
+        "executed",
+        "inference",
+        "noticed",
+        "position",
+        "queued",
+        "resumed",
+        "told",
+        "turn",
+        "unfinished",
+    )
 
     def __init__(self, position: int | None = None, *, resumed: bool = False) -> None:
         """What is known when it is accepted.
@@ -37,7 +48,9 @@ class Stay:
         self.turn: float | None = None
         """When its turn comes, as its places in the queue foretell it; None where they do not."""
         self.inference: float | None = None
-        """For how long it was executed, as the service said at the end."""
+        """For how long it was executed, as its status said at the end; None where it did not, or was not read."""
+        self.executed: float | None = None
+        """The same, or where its status was not read what the output says: at least so long."""
         self.told = False
         """Whether the last read was made because somebody said that it had ended."""
         self.noticed: float | None = None
@@ -89,15 +102,21 @@ class PollTimes:
     """Share of the possible ends that a read need not be in time for: the rare early ones cost the most reads."""
     MARGIN = 1.005
     """A read aims so much beyond the end that it waits for: two journeys through the network differ."""
+    SURE = 0.8
+    """Share of the last some sixteen reads that found their job ended."""
     GUESS = 0.8
     """Where the end of a job is taken to lie, as a share of when it was noticed, if the first read already
     found it finished and nothing more is known. Below 1, so that reads move forward when the service becomes faster."""
+
+    _READS = 16
 
     def __init__(self) -> None:
         self._ends = _Recent(self.MEMORY)
         """Ages at which jobs ended."""
         self._inference = _Recent(self.MEMORY)
         self._step = 1.0 + self.CLOSEST
+        self._found = 0.0
+        """Share of reads that found their job ended; old ones fade."""
         self._frontier = 0.0
         """Nothing is known: the greatest age at which some job will have been read."""
         self._unfinished = 0.0
@@ -108,8 +127,22 @@ class PollTimes:
         """Whether any job has ended."""
         return bool(self._ends.sorted)
 
+    @property
+    def sure(self) -> bool:
+        """Whether nearly every read of late found its job ended: then its result may be asked for straight away.
+
+        A result that is not there yet costs a request, one that is there saves one: even at one half.
+        """
+        return self._found >= self.SURE
+
+    @property
+    def execution(self) -> float | None:
+        """For how long jobs are executed as a rule, as their statuses say; None where they do not."""
+        return self._inference.at(0.5) if self._inference.sorted else None
+
     def pending(self, stay: Stay, age: float, *, queued: bool, position: int | None) -> None:
         """A read at that age found it unfinished."""
+        self._found -= self._found / self._READS
         if queued:
             if position is not None and stay.position is not None and position < stay.position:
                 pace = (age - (stay.queued or 0.0)) / (stay.position - position)
@@ -121,11 +154,13 @@ class PollTimes:
 
     def took(self, stay: Stay, noticed: float) -> None:
         """It was seen to have ended at the age of `noticed`; whether that is to teach anything is the caller's."""
+        self._found += (1.0 - self._found) / self._READS
         least = stay.unfinished or (0.0 if self.knows else self._unfinished)
         found_at_once = least == 0.0
         if stay.inference is not None:
             self._inference.add(stay.inference)
-            least = max(least, (stay.queued or 0.0) + stay.inference)
+        if stay.executed is not None:
+            least = max(least, (stay.queued or 0.0) + stay.executed)
         least = min(least, noticed)
         if stay.told:
             stay.ended = noticed

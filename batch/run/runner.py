@@ -24,7 +24,7 @@ from batch.run.course import Course, Held, JobFailed, TurnedBack
 from batch.run.follow import Follower
 from batch.run.gate import Gate, Stop, Stopping
 from batch.run.lifecycle import OPEN, State
-from batch.run.pacing import TokenBucket, queued_share
+from batch.run.pacing import TokenBucket
 from batch.run.polling import PollTimes
 from batch.run.ports import (
     Accepted,
@@ -410,8 +410,8 @@ class Runner:
         age = at - course.accepted_at
         waited = 0.0 if course.resumed else age - (stay.unfinished or 0.0)
         self._warn(self._retention.collected(waited, len(orjson.dumps(answer.output))))
-        total, inference = at - course.intended_at, stay.inference
-        queued = None if inference is None else max(0.0, total - inference)
+        total = at - course.intended_at
+        queued = None if stay.executed is None else max(0.0, total - stay.executed)
         cost = self._gate.settle(course, answer.billable_units)
         answered = Answered(course.key, at, answer, cost, queued, total)
         if self._policy.download:
@@ -421,8 +421,7 @@ class Runner:
             await self._journal.record(answered, Finished(course.key, at, tuple(_images_of(answer)), None))
             course.state = State.DONE
         course.answer = answer
-        share = None if stay.ended is None else queued_share(stay.ended, inference, stay.queued)
-        self._gate.answered(course, share)
+        self._gate.answered(course, self._follower.queued(stay))
 
     async def _renewed(self, course: Course, ticket: Ticket, kept: Answer) -> Answer:
         """A kept answer whose pictures were not stored: fresh URLs where the target still has them."""

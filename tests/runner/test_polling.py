@@ -5,10 +5,11 @@ from __future__ import annotations
 from random import Random
 from typing import NamedTuple
 
+import anyio
 import pytest
 
 from batch.run.pacing import TokenBucket, Window
-from batch.testing.service import FakeService
+from batch.testing.service import CompletesWith, FakeService
 from tests.runner.world import World, jobs
 
 pytestmark = pytest.mark.anyio
@@ -88,11 +89,42 @@ async def test_slots_of_a_steady_service_are_kept_full(window, most):
     assert noticed(service).ended_at <= most * 20.0
 
 
-async def test_an_instant_service_is_read_once_a_job():
-    """Neither what is learned nor the queue adds a read."""
+async def test_an_instant_service_is_asked_for_results_straight_away():
+    """The first ones' statuses say that all have ended when they are read: the others' are not read at all."""
     service = FakeService(service_time=0.0, round_trip=0.001)
     await World(service, window=64).run(jobs(1000))
-    assert service.count("status") == service.count("result") == 1000
+    assert service.count("result") == 1000
+    assert service.count("status") <= 80
+
+
+async def test_a_steady_service_is_asked_for_results_straight_away():
+    """Two requests a job and a little, where three are the rule; a result that is not there yet is a read in vain."""
+    service = FakeService(service_time=5.0, round_trip=0.001)
+    await World(service, window=100).run(jobs(2000))
+    assert service.count("status") + service.count("result") < 1.6 * 2000
+
+
+async def test_a_failure_is_believed_after_a_status_however_its_result_was_asked_for():
+    """An answer that is no output proves nothing by itself: the status is read, and the result once more."""
+    service = FakeService(service_time=2.0, faults=[CompletesWith("7 as", 422, "content_policy_violation")])
+    report = await World(service, window=20).run(jobs(400))
+    assert (report.done, report.failed, service.accepted) == (360, 40, 400)
+    failed = [request for request in service.requests.values() if "7 as" in str(request.body["prompt"])]
+    assert len(failed) == 40
+    assert all(request.reads >= 1 for request in failed)
+
+
+async def test_jobs_of_an_earlier_run_are_asked_for_their_status():
+    """What they are late by says nothing of the pace, and nothing of them need be there."""
+    service = FakeService(service_time=0.0, round_trip=0.001)
+    run = World(service, window=64)
+    with anyio.move_on_after(0.0015):
+        await run.run(jobs(64))
+    before = service.count("result")
+    open_jobs = service.accepted - before
+    assert open_jobs > 0
+    await run.again().run(jobs(64))
+    assert service.count("status") >= open_jobs
 
 
 async def test_a_deep_queue_is_read_a_few_times_a_job():

@@ -47,6 +47,8 @@ TABLE: dict[str, tuple[str, int]] = {
     "batch.manifest.inputs": (PURE, 2),
     "batch.manifest.sweep": (PURE, 3),
     "batch.manifest.pictures": ("edge: source pictures", 3),
+    "batch.manifest.formats": (PURE, 1),
+    "batch.manifest.parquet": ("edge: manifest files", 2),
     "batch.manifest.read": ("edge: manifest files", 3),
     "batch.manifest.plan": (PURE, 4),
     "batch.manifest.survey": (PURE, 5),
@@ -85,6 +87,7 @@ TABLE: dict[str, tuple[str, int]] = {
     "batch.run.runner": (WAITS, 6),
     # what comes out
     "batch.results": (PURE, 0),
+    "batch.results.totals": (PURE, 0),
     "batch.results.columns": (PURE, 5),
     "batch.results.sink": ("edge: results file", 6),
     # the endpoint, ours

@@ -22,7 +22,7 @@ def polled(times: PollTimes, duration: float, *, tells: bool = True, queued: flo
         age = times.due(stay)
         reads += 1
         if age >= duration:
-            stay.inference = duration - queued if tells else None
+            stay.inference = stay.executed = duration - queued if tells else None
             times.took(stay, age)
             return reads, age - duration
         times.pending(stay, age, queued=age < queued, position=None)
@@ -44,7 +44,7 @@ def test_a_poll_time_is_within_its_bounds(finished, read):
         stay = Stay()
         if unfinished is not None:
             times.pending(stay, min(unfinished, noticed), queued=False, position=None)
-        stay.inference = inference
+        stay.inference = stay.executed = inference
         times.took(stay, noticed)
     stay = Stay(10**6)
     last = 0.0
@@ -106,6 +106,22 @@ def test_in_a_mixture_of_a_silent_service_the_fast_jobs_wait_for_half_of_the_slo
     times = PollTimes()
     found = [polled(times, 0.1 if n % 2 else 8.0, tells=False) for n in range(400)][100:]
     assert means(found[1::2])[1] < 4.0
+
+
+def test_only_who_nearly_always_finds_an_end_is_sure():
+    """Twenty five in a row are enough, four in vain are enough to doubt it, and half of them never are."""
+    times = PollTimes()
+    for n in range(26):
+        assert not times.sure or n > 20
+        times.took(Stay(), 1.0)
+    assert times.sure
+    for _ in range(4):
+        times.pending(Stay(), 1.0, queued=False, position=None)
+    assert not times.sure
+    for _ in range(200):
+        times.took(Stay(), 1.0)
+        times.pending(Stay(), 1.0, queued=False, position=None)
+        assert not times.sure
 
 
 def test_what_is_queued_is_not_read_before_it_can_have_ended():
