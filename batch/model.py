@@ -1,6 +1,7 @@
 """The values that travel through the house: jobs, tickets, statuses, answers. Pure, knows no library.
 
-All durations are float seconds, all instants are float Unix seconds (UTC).
+All durations are float seconds, all instants are float Unix seconds (UTC). What a run makes a million of is a named
+tuple: a frozen dataclass takes four times as long to make.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import NewType, TypeAlias
+from typing import NamedTuple, NewType, TypeAlias
 
 __all__ = [
     "Answer",
@@ -65,8 +66,7 @@ class LocalImage:
     name: str = "image"
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(NamedTuple):
     """One image-to-image call that has to happen, with every input resolved."""
 
     key: JobKey
@@ -111,8 +111,7 @@ class TicketStatus:
     logs: tuple[JsonObject, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """A finished request: the endpoint's output as it came, and what the headers said."""
 
     output: JsonObject
@@ -121,8 +120,7 @@ class Answer:
     """What our own server says executed it (`preview`, `flux`, `echo`); None from fal."""
 
 
-@dataclass(frozen=True, slots=True)
-class StoredImage:
+class StoredImage(NamedTuple):
     """One result picture: what the endpoint said of it, and where our copy lies."""
 
     url: str

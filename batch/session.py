@@ -413,7 +413,7 @@ def project(
     return write_results(
         path,
         planner.batches(),
-        file.outcomes,
+        file.outcomes_in_turn(),
         manifest_schema=manifest.schema.to_frame().to_arrow().schema,
         target=settings.target.name,
         on_bad_row=settings.manifest.on_bad_row,

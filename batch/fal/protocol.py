@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
+from types import MappingProxyType
 from typing import NamedTuple, TypeGuard
 from urllib.parse import quote, urlsplit
 
@@ -77,23 +78,21 @@ class Malformed(ValueError):
     """The other side sent something that the protocol does not allow. The message says what."""
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """One HTTP request to make. It carries no key: the edge adds it where the origin is the target's own."""
 
     method: str
     url: str
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = MappingProxyType({})
     body: bytes = b""
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(NamedTuple):
     """One HTTP answer. Its headers are asked for by their names in lower case; aiohttp's own mapping will do."""
 
     status: int
     body: bytes = b""
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = MappingProxyType({})
 
 
 # --- where things are -------------------------------------------------------------------------------------

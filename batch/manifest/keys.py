@@ -5,6 +5,7 @@ The forms hashed here are promises: a change to any of them makes every finished
 
 from __future__ import annotations
 
+from functools import lru_cache
 from hashlib import blake2b, sha256
 
 import orjson
@@ -30,7 +31,15 @@ def job_key(app: AppId, input: JsonObject) -> JobKey:  # noqa: A002 - the endpoi
 
     `1` and `1.0` are different JSON, so the input has to be in the endpoint's own types.
     """
-    return JobKey(blake2b(app.encode() + b"\n" + canonical_json(input), digest_size=16).hexdigest())
+    hasher = _begun(app).copy()
+    hasher.update(canonical_json(input))
+    return JobKey(hasher.hexdigest())
+
+
+@lru_cache(maxsize=8)
+def _begun(app: AppId) -> blake2b:
+    """What the keys of an app have in common: it is hashed once, not a million times."""
+    return blake2b(app.encode() + b"\n", digest_size=16)
 
 
 def derived_seed(run_seed: int, identity: str, cell_id: str) -> int:

@@ -130,8 +130,7 @@ class Planner:
             if picture is None or row in bad:
                 items += [Planned(row, cell.id, None, bad[row]) for cell in self.cells]
                 continue
-            given = self._base.copy()
-            given.update(zip(inputs, values, strict=True))
+            given = {**self._base, **dict(zip(inputs, values, strict=False))}  # as many as each other, a million times
             for cell in self.cells:
                 items.append(Planned(row, cell.id, self._job(given, cell, identity, picture), None))
         return Checked(PlannedBatch(first_row, frame, items), found.ordered())

@@ -6,17 +6,18 @@ Owns names, order, types and the meaning of each column. Refuses to know the jou
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
-from operator import attrgetter
+from operator import itemgetter
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
+import orjson
 import pyarrow as pa
 
 from batch.fal.endpoint import SEED_LIMIT
 from batch.manifest.plan import Planned, PlannedBatch
-from batch.model import Answer, JobKey, Json, JsonObject
+from batch.model import JobKey, Json, JsonObject
 from batch.run.lifecycle import State
 from batch.run.ports import Outcome
 
@@ -27,8 +28,7 @@ OnBadRow: TypeAlias = Literal["fail", "skip"]
 _SUFFIX = "_manifest"
 _INSTANT = pa.timestamp("us", tz="UTC")
 _INFERENCE = "inference"
-_UNHEARD = Outcome(State.PENDING, attempts=0)
-_UNANSWERED = Answer({})
+_UNHEARD = Outcome(JobKey(""), State.PENDING, attempts=0)
 _NOTHING: JsonObject = {}
 _UNDECIDED = "its submit may have been accepted, nobody knows; `restyle reconcile` or the next run settles it"
 
@@ -61,6 +61,9 @@ _INPUTS = [
 ]
 INPUT_COLUMNS = tuple(name for name, _ in _INPUTS)
 """The effective input, but for the picture (the manifest's own column) and the seed (a column of its own)."""
+
+_INPUT_VALUES = itemgetter(*INPUT_COLUMNS)
+_NO_INPUT: JsonObject = dict.fromkeys((*INPUT_COLUMNS, "seed"))
 
 OWN_SCHEMA = pa.schema(
     [
@@ -163,42 +166,49 @@ def _own_columns(
     items: Sequence[Planned], outcomes: Mapping[JobKey, Outcome], target: str, on_bad_row: OnBadRow
 ) -> dict[str, pa.Array]:
     jobs = [item.job for item in items]
-    inputs = [_NOTHING if job is None else job.input for job in jobs]
+    inputs = [_NO_INPUT if job is None else job.input for job in jobs]
     found = [_UNHEARD if job is None else outcomes.get(job.key, _UNHEARD) for job in jobs]
-    answers = [_UNANSWERED if outcome.answer is None else outcome.answer for outcome in found]
-    outputs = [answer.output for answer in answers]
-    endpoint_timings = list(map(_endpoint_timings, outputs))
+    said = _by_name(Outcome._fields, found)
+    outputs = [_NOTHING if output is None else orjson.loads(output) for output in said["output"]]
+    endpoint_timings = [timings if type(timings := output.get("timings")) is dict else _NOTHING for output in outputs]
     bad = "failed" if on_bad_row == "fail" else "skipped"
-    statuses = [bad if job is None else _STATUS[outcome.state] for job, outcome in zip(jobs, found, strict=True)]
-    errors = list(map(_error, items, found, statuses))
-    plain: dict[str, list[Any]] = {
+    statuses = [bad if job is None else _STATUS[state] for job, state in zip(jobs, said["state"], strict=True)]
+    errors = list(map(_error, items, statuses, said["error_type"], said["error_message"]))
+    plain: dict[str, Sequence[Any]] = {
         "row": [item.row for item in items],
         "cell": [item.cell for item in items],
         "job_key": [None if job is None else job.key for job in jobs],
         "status": statuses,
-        **{name: [values.get(name) for values in inputs] for name in INPUT_COLUMNS},
-        "seed": list(map(_seed, outputs, inputs)),
+        **_by_name(INPUT_COLUMNS, map(_INPUT_VALUES, inputs)),
+        # The one that the endpoint reports, else the one that was asked for.
+        "seed": [
+            seed if type(seed := output.get("seed")) is int and seed <= SEED_LIMIT else values["seed"]
+            for output, values in zip(outputs, inputs, strict=True)
+        ],
         # An empty list says that nothing was checked, not that nothing was found.
         "has_nsfw_concepts": [output.get("has_nsfw_concepts") or None for output in outputs],
         "timings_extra": list(map(_extra, endpoint_timings)),
-        "request_id": [None if outcome.ticket is None else outcome.ticket.request_id for outcome in found],
-        "attempts": [outcome.attempts for outcome in found],
-        "billable_units": list(map(_billable_units, found)),
-        "cost_usd": [outcome.cost_usd for outcome in found],
+        **{name: said[name] for name in ("request_id", "attempts", "billable_units", "cost_usd", "engine")},
         "error_type": [error[0] for error in errors],
         "error_message": [error[1] for error in errors],
-        "engine": [answer.engine for answer in answers],
     }
     columns = {name: _array(values, OWN_SCHEMA.field(name).type) for name, values in plain.items()}
-    columns["images"] = _images(found)
-    columns["timings"] = _timings(found, endpoint_timings)
-    columns["submitted_at"] = _instants([outcome.submitted_at for outcome in found])
-    columns["completed_at"] = _instants([outcome.completed_at for outcome in found])
+    columns["images"] = _images(said["images"])
+    inference = [timings.get(_INFERENCE) for timings in endpoint_timings]
+    columns["timings"] = _timings(inference, *(said[f"{name}_seconds"] for name in ("queue", "total", "download")))
+    columns["submitted_at"] = _instants(said["submitted_at"])
+    columns["completed_at"] = _instants(said["completed_at"])
     columns["target"] = pa.repeat(pa.scalar(target, pa.string()), len(items))
     return columns
 
 
-def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
+def _by_name(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> dict[str, Sequence[Any]]:
+    """A column for each name."""
+    columns = list(zip(*rows, strict=True)) or [()] * len(names)
+    return dict(zip(names, columns, strict=True))
+
+
+def _array(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
     try:
         return pa.array(values, kind)
     except (TypeError, ValueError, OverflowError):
@@ -214,32 +224,12 @@ def _fitting(value: Any, kind: pa.DataType) -> Any:
     return value
 
 
-def _error(item: Planned, outcome: Outcome, status: str) -> tuple[str | None, str | None]:
+def _error(item: Planned, status: str, word: str | None, message: str | None) -> tuple[str | None, str | None]:
     if item.problem is not None:
         return item.problem.type, item.problem.message
-    failure = outcome.failure
     if status == "unknown":
-        return "unknown", _UNDECIDED if failure is None else failure.message or _UNDECIDED
-    if status == "failed" and failure is not None:
-        return failure.error_type, failure.message
-    return None, None
-
-
-def _seed(output: JsonObject, values: JsonObject) -> Json:
-    """The seed that the endpoint reports, else the one that was asked for."""
-    seed = output.get("seed")
-    return seed if type(seed) is int and seed <= SEED_LIMIT else values.get("seed")
-
-
-def _billable_units(outcome: Outcome) -> float | None:
-    if outcome.answer is not None:
-        return outcome.answer.billable_units
-    return None if outcome.failure is None else outcome.failure.billable_units
-
-
-def _endpoint_timings(output: JsonObject) -> JsonObject:
-    timings = output.get("timings")
-    return timings if isinstance(timings, dict) else _NOTHING
+        return "unknown", message or _UNDECIDED
+    return (word, message) if status == "failed" else (None, None)
 
 
 def _extra(timings: JsonObject) -> list[tuple[str, Json]] | None:
@@ -248,33 +238,22 @@ def _extra(timings: JsonObject) -> list[tuple[str, Json]] | None:
     return [(name, seconds) for name, seconds in timings.items() if name != _INFERENCE]
 
 
-def _timings(outcomes: Sequence[Outcome], endpoint: Sequence[JsonObject]) -> pa.Array:
-    children = [
-        _array(values, pa.float64())
-        for values in (
-            [timings.get(_INFERENCE) for timings in endpoint],
-            [outcome.queue_seconds for outcome in outcomes],
-            [outcome.total_seconds for outcome in outcomes],
-            [outcome.download_seconds for outcome in outcomes],
-        )
-    ]
+def _timings(*seconds: Sequence[Json]) -> pa.Array:
+    """One sequence for each field of `TIMINGS`; null where a job has none of them."""
+    children = [_array(values, pa.float64()) for values in seconds]
     nothing = np.logical_and.reduce([child.is_null().to_numpy(zero_copy_only=False) for child in children])
     return pa.StructArray.from_arrays(children, fields=list(TIMINGS), mask=pa.array(nothing))
 
 
-def _images(outcomes: Sequence[Outcome]) -> pa.Array:
+def _images(encoded: Sequence[bytes | None]) -> pa.Array:
     """A list for each job that is done, null for any other."""
-    done = [outcome.state is State.DONE for outcome in outcomes]
-    lists = [outcome.images if outcome.state is State.DONE else () for outcome in outcomes]
-    flat = list(chain.from_iterable(lists))
-    values = pa.StructArray.from_arrays(
-        [_array(list(map(attrgetter(field.name), flat)), field.type) for field in IMAGE], fields=list(IMAGE)
-    )
+    lists = [() if images is None else orjson.loads(images) for images in encoded]
+    said = _by_name([field.name for field in IMAGE], chain.from_iterable(lists))
+    values = pa.StructArray.from_arrays([_array(said[field.name], field.type) for field in IMAGE], fields=list(IMAGE))
     offsets = np.zeros(len(lists) + 1, np.int32)
     np.cumsum(list(map(len, lists)), out=offsets[1:])
-    return pa.ListArray.from_arrays(
-        pa.array(offsets), values, type=pa.list_(IMAGE), mask=pa.array(np.logical_not(np.array(done, np.bool_)))
-    )
+    missing = np.array([images is None for images in encoded], np.bool_)
+    return pa.ListArray.from_arrays(pa.array(offsets), values, type=pa.list_(IMAGE), mask=pa.array(missing))
 
 
 def _instants(seconds: Sequence[float | None]) -> pa.Array:

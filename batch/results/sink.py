@@ -11,6 +11,7 @@ import gc
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -63,9 +64,9 @@ def write_results(
     statuses: Counter[str] = Counter()
     errors: Counter[str] = Counter()
     cost = 0.0
-    with _collector_paused(), _appearing(path, schema) as write:
+    with _collector_paused(), _appearing(path, schema) as write, _one_behind(write) as put:
         for group in _row_groups(_tables(batches, outcomes, schema, target, on_bad_row)):
-            write(group)
+            put(group)
             statuses += _tally(group["status"])
             errors += _tally(group.filter(pc.equal(group["status"], "failed"))["error_type"])
             cost += pc.sum(group["cost_usd"]).as_py() or 0.0
@@ -114,6 +115,22 @@ def _row_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
             rows = size = 0
     if waiting:
         yield pa.concat_tables(waiting)
+
+
+@contextmanager
+def _one_behind(write: Callable[[pa.Table], None]) -> Iterator[Callable[[pa.Table], None]]:
+    """Write in a thread while the next row group is made: compressing needs the interpreter for a moment only."""
+    with ThreadPoolExecutor(1, "restyle results") as thread:
+        under_way: list[Future[None]] = []
+
+        def put(table: pa.Table) -> None:
+            if under_way:
+                under_way.pop().result()
+            under_way.append(thread.submit(write, table))
+
+        yield put
+        for last in under_way:
+            last.result()
 
 
 @contextmanager

@@ -171,11 +171,19 @@ WHERE j.state IN (SELECT value FROM json_each(:states))
 ORDER BY wanted.key
 
 -- name: read_outcomes
-SELECT j.key, j.state, j.attempt, j.intended_at, j.request_id, j.status_url, j.response_url, j.cancel_url,
-       j.cost_usd, j.reason, a.at, a.output, a.billable_units, a.engine, a.queue_seconds, a.total_seconds,
-       e.at, e.images, e.download_seconds, e.error_type, e.error_message, e.billable_units
-FROM json_each(?) AS wanted
-CROSS JOIN jobs AS j ON j.key = wanted.value
+-- In the order of `batch.run.ports.Outcome`: of jobs by their keys, and of those of a range of ids.
+WITH wanted (id) AS (
+    SELECT known.id FROM json_each(:keys) AS asked CROSS JOIN jobs AS known ON known.key = asked.value
+    UNION ALL
+    SELECT id FROM jobs WHERE id > :after AND id <= :upto
+)
+SELECT j.key, j.state, j.attempt, j.request_id, j.intended_at, coalesce(a.at, e.at),
+       a.output, e.images, a.queue_seconds, a.total_seconds, e.download_seconds,
+       CASE WHEN a.id IS NULL THEN e.billable_units ELSE a.billable_units END, j.cost_usd, a.engine,
+       CASE j.state WHEN 'unknown' THEN 'unknown' ELSE e.error_type END,
+       CASE j.state WHEN 'unknown' THEN j.reason ELSE e.error_message END
+FROM wanted
+CROSS JOIN jobs AS j ON j.id = wanted.id
 LEFT JOIN outcomes AS a ON a.id = j.answer_id
 LEFT JOIN outcomes AS e ON e.id = j.end_id
 

@@ -12,7 +12,7 @@ import re
 import sqlite3
 import threading
 from array import array
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -25,8 +25,8 @@ import orjson
 
 from batch.errors import RunDirectoryError, StorageError
 from batch.manifest.ports import FileFact, FileKey
-from batch.model import Answer, Failed, JobKey, RequestId, StoredImage, Ticket
-from batch.run.ledger import JobRow, Ledger, slim_body
+from batch.model import Answer, JobKey, RequestId, StoredImage, Ticket
+from batch.run.ledger import JobRow, Ledger, decode_images, slim_body
 from batch.run.lifecycle import OPEN, State
 from batch.run.ports import Counts, Entry, Event, Known, Outcome, Uploaded
 
@@ -40,6 +40,8 @@ _CACHE_KIB = 16_000
 _WAL_LIMIT_BYTES = 64 * 2**20
 _ROWS_AT_ONCE = 32
 """Rows of one statement; 17 values each stay under SQLite's oldest limit, 999."""
+_READ_AHEAD = 16_384
+"""Outcomes that were read before they were asked for."""
 _STATES = {str(state): state for state in State}
 _UNDER_WAY = frozenset({State.INTENDED, State.ACCEPTED, State.ANSWERED})
 
@@ -287,7 +289,34 @@ class JournalFile:
 
     def outcomes(self, keys: Sequence[JobKey]) -> dict[JobKey, Outcome]:
         """What the results table shows of those of the keys that the journal knows; a few thousand at a time."""
-        return {row[0]: _outcome(row) for row in self._all("read_outcomes", [_json(keys)])}
+        return self._outcomes(keys, after=0, upto=0)
+
+    def outcomes_in_turn(self) -> Callable[[Sequence[JobKey]], dict[JobKey, Outcome]]:
+        """`outcomes` for who asks for all jobs, in about the order in which the journal met them, as an export does.
+
+        The rows are read as they lie, which takes half as long; those that did not lie next to each other are looked
+        up. At most a few thousand are kept for later.
+        """
+        ahead: dict[JobKey, Outcome] = {}
+        read = 0
+
+        def next_of(keys: Sequence[JobKey]) -> dict[JobKey, Outcome]:
+            nonlocal read
+            if len(ahead) < _READ_AHEAD:  # else the order is another one
+                lying_next = self._outcomes([], after=read, upto=read + len(keys))
+                read += len(keys)
+                if not ahead and list(lying_next) == list(keys):
+                    return lying_next
+                ahead.update(lying_next)
+            found = {key: ahead.pop(key) for key in set(keys) & ahead.keys()}
+            absent = [key for key in keys if key not in found]
+            return found | self.outcomes(absent) if absent else found
+
+        return next_of
+
+    def _outcomes(self, keys: Sequence[JobKey], *, after: int, upto: int) -> dict[JobKey, Outcome]:
+        wanted = {"keys": _json(keys), "after": after, "upto": upto}
+        return {row[0]: Outcome._make(row) for row in self._all("read_outcomes", wanted)}
 
     def jobs_after(self, row_id: int, count: int) -> list[Kept]:
         """The next jobs behind that row id, at most `count`: all of them, a page at a time."""
@@ -391,35 +420,7 @@ def _kept(row: tuple[Any, ...]) -> Kept:
         reserved,
         cost,
         None if promised is None else len(promised),
-        None if images is None else tuple(StoredImage(*image) for image in orjson.loads(images)),
-    )
-
-
-def _outcome(row: tuple[Any, ...]) -> Outcome:
-    # Positional and flat, because an export makes one for each of a million rows.
-    (
-        _, state, attempts, intended_at, request_id, status_url, response_url, cancel_url, cost, reason,
-        answered_at, output, units, engine, queue_seconds, total_seconds,
-        ended_at, images, download_seconds, error_type, message, failed_units,
-    ) = row  # fmt: skip
-    failure = None
-    if error_type is not None:
-        failure = Failed(error_type, message, failed_units)
-    elif state == "unknown":
-        failure = Failed("unknown", reason or "")
-    return Outcome(
-        _STATES[state],
-        attempts,
-        None if request_id is None else Ticket(request_id, status_url, response_url, cancel_url),
-        intended_at,
-        ended_at if answered_at is None else answered_at,
-        None if output is None else Answer(orjson.loads(output), units, engine),
-        tuple([StoredImage(*image) for image in orjson.loads(images)]) if images else (),
-        queue_seconds,
-        total_seconds,
-        download_seconds,
-        cost,
-        failure,
+        None if images is None else decode_images(images),
     )
 
 

@@ -27,7 +27,7 @@ from batch.run.ports import (
     Uploaded,
 )
 
-__all__ = ["JobRow", "Ledger", "slim_body"]
+__all__ = ["JobRow", "Ledger", "decode_images", "encode_images", "slim_body"]
 
 Value: TypeAlias = str | bytes | int | float | None
 """What SQLite stores in one field."""
@@ -190,7 +190,7 @@ class Ledger:
         )  # fmt: skip
 
     def _finish(self, job: JobRow, event: Finished) -> int:
-        images = orjson.dumps([_image_columns(image) for image in event.images])
+        images = encode_images(event.images)
         return self._outcome(
             job, event, None, None, None, None, None, None, images, event.download_seconds, None, None
         )  # fmt: skip
@@ -209,6 +209,16 @@ class Ledger:
             *columns,
         ))  # fmt: skip
         return self.last_outcome
+
+
+def encode_images(images: Sequence[StoredImage]) -> bytes:
+    """Stored pictures as JSON: a list of lists, each with the fields of `StoredImage` in their order."""
+    return orjson.dumps([tuple(image) for image in images])
+
+
+def decode_images(data: bytes) -> tuple[StoredImage, ...]:
+    """What `encode_images` made."""
+    return tuple([StoredImage(*image) for image in orjson.loads(data)])
 
 
 def slim_body(body: bytes) -> bytes:
@@ -234,13 +244,6 @@ def _slim(value: Json) -> Json:
             return [_slim(item) for item in value]
         case _:
             return value
-
-
-def _image_columns(image: StoredImage) -> tuple[Value, ...]:
-    return (
-        image.url, image.width, image.height, image.content_type, image.file_name, image.file_size, image.path,
-        image.sha256,
-    )  # fmt: skip
 
 
 def _storable(text: str) -> str:

@@ -11,7 +11,18 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, TypeAlias
 
 from batch.fal.protocol import CancelOutcome, Reply
-from batch.model import Answer, Attempt, Failed, JobKey, Json, LocalImage, StoredImage, Ticket, TicketStatus
+from batch.model import (
+    Answer,
+    Attempt,
+    Failed,
+    JobKey,
+    Json,
+    LocalImage,
+    RequestId,
+    StoredImage,
+    Ticket,
+    TicketStatus,
+)
 from batch.run.lifecycle import Happening, State
 
 __all__ = [
@@ -170,24 +181,30 @@ class Entry:
     reserved_usd: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What the results table shows of one job."""
+class Outcome(NamedTuple):
+    """What the results table shows of one job: flat, and its JSON as it is stored, for an export has a million."""
 
+    job_key: JobKey
     state: State
     attempts: int
-    ticket: Ticket | None = None
+    request_id: RequestId | None = None
     submitted_at: float | None = None
     """When the submit was sent, of the last attempt."""
     completed_at: float | None = None
     """When we learned that it had ended."""
-    answer: Answer | None = None
-    images: tuple[StoredImage, ...] = ()
+    output: bytes | None = None
+    """The endpoint's output, JSON; None where there was no answer."""
+    images: bytes | None = None
+    """The stored pictures, as `batch.run.ledger.encode_images` has them; None where the job is not done."""
     queue_seconds: float | None = None
     total_seconds: float | None = None
     download_seconds: float | None = None
+    billable_units: float | None = None
     cost_usd: float | None = None
-    failure: Failed | None = None
+    engine: str | None = None
+    error_type: str | None = None
+    """Why it failed; `unknown` where the outcome of its submit is."""
+    error_message: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

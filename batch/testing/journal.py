@@ -11,9 +11,10 @@ from collections.abc import AsyncGenerator, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import anyio.lowlevel
+import orjson
 
-from batch.model import Failed, JobKey, Ticket
-from batch.run.ledger import slim_body
+from batch.model import JobKey, Ticket
+from batch.run.ledger import encode_images, slim_body
 from batch.run.lifecycle import OPEN, State, advance
 from batch.run.ports import (
     Accepted,
@@ -141,7 +142,7 @@ class MemoryJournal:
 
     def outcomes(self, keys: Sequence[JobKey]) -> dict[JobKey, Outcome]:
         """What the results table shows of those of the keys that the journal knows."""
-        return {key: _outcome(self._jobs[key]) for key in keys if key in self._jobs}
+        return {key: _outcome(key, self._jobs[key]) for key in keys if key in self._jobs}
 
     def _apply(self, event: Event) -> None:
         if isinstance(event, Uploaded):
@@ -198,25 +199,26 @@ def _entry(key: JobKey, job: _Kept) -> Entry:
     )
 
 
-def _outcome(job: _Kept) -> Outcome:
+def _outcome(key: JobKey, job: _Kept) -> Outcome:
     answered, ended = job.answered, job.ended
-    failure = None
-    if isinstance(ended, FailedForGood):
-        failure = ended.failure
-    elif job.state is State.UNKNOWN:
-        failure = Failed("unknown", job.reason or "")
+    failure = ended.failure if isinstance(ended, FailedForGood) else None
+    said = (failure.error_type, failure.message) if failure else ("unknown", job.reason)
     last = answered or ended
     return Outcome(
+        job_key=key,
         state=job.state,
         attempts=job.attempt,
-        ticket=job.ticket,
+        request_id=None if job.ticket is None else job.ticket.request_id,
         submitted_at=job.intended_at,
         completed_at=None if last is None else last.at,
-        answer=None if answered is None else answered.answer,
-        images=ended.images if isinstance(ended, Finished) else (),
+        output=None if answered is None else orjson.dumps(answered.answer.output),
+        images=encode_images(ended.images) if isinstance(ended, Finished) else None,
         queue_seconds=None if answered is None else answered.queue_seconds,
         total_seconds=None if answered is None else answered.total_seconds,
         download_seconds=ended.download_seconds if isinstance(ended, Finished) else None,
+        billable_units=answered.answer.billable_units if answered else failure.billable_units if failure else None,
         cost_usd=job.cost_usd,
-        failure=failure,
+        engine=None if answered is None else answered.answer.engine,
+        error_type=said[0] if failure or job.state is State.UNKNOWN else None,
+        error_message=said[1] if failure or job.state is State.UNKNOWN else None,
     )

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from batch.model import Answer, Failed, JobKey, RequestId, StoredImage, Ticket
 from batch.run.journal import open_journal
+from batch.run.ledger import encode_images
 from batch.run.lifecycle import TABLE, Happening, IllegalTransition, State
 from batch.run.ports import (
     Accepted,
@@ -96,17 +97,20 @@ async def test_done_job_tells_everything(journal):
     assert await journal.find([B, A]) == {A: Known(State.DONE, journal.session, 1)}
     assert journal.outcomes([A, B]) == {
         A: Outcome(
+            job_key=A,
             state=State.DONE,
             attempts=1,
-            ticket=TICKET,
+            request_id=TICKET.request_id,
             submitted_at=1.0,
             completed_at=3.0,
-            answer=ANSWER,
-            images=(IMAGE,),
+            output=orjson.dumps(ANSWER.output),
+            images=encode_images([IMAGE]),
             queue_seconds=0.5,
             total_seconds=2.0,
             download_seconds=0.25,
+            billable_units=1.25,
             cost_usd=0.04,
+            engine="preview",
         )
     }
 
@@ -162,7 +166,7 @@ async def test_failed_before_it_was_sent(journal):
     """A picture that cannot be read fails its job without an attempt, and it can be taken up."""
     await journal.record(FailedForGood(A, 5.0, Failed("image_load_error", "not a picture")))
     assert journal.outcomes([A])[A] == Outcome(
-        State.FAILED, 0, completed_at=5.0, failure=Failed("image_load_error", "not a picture")
+        A, State.FAILED, 0, completed_at=5.0, error_type="image_load_error", error_message="not a picture"
     )
     assert await entries(journal, State.FAILED) == [Entry(A, State.FAILED, 0, 0.0, b"")]
     await journal.record(Retried(A, 6.0))
@@ -186,9 +190,9 @@ async def test_lost_submit_stays_reserved_and_says_why(journal):
     await journal.record(intended(usd=0.03), Lost(A, 2.0, "timeout after 30 s"))
     counts = await journal.counts()
     assert (counts.reserved_usd, counts.oldest_open_at) == (0.03, 1.0)
-    assert journal.outcomes([A])[A].failure == Failed("unknown", "timeout after 30 s")
+    assert journal.outcomes([A])[A][-2:] == ("unknown", "timeout after 30 s")
     await journal.record(Accepted(A, 3.0, TICKET))
-    assert journal.outcomes([A])[A].failure is None
+    assert journal.outcomes([A])[A].error_type is None
 
 
 async def test_answer_settles_the_cost(journal):
@@ -206,8 +210,9 @@ async def test_failure_of_an_answered_job_costs_nothing_more(journal):
     await journal.record(*whole_life()[:3])
     await journal.record(FailedForGood(A, 9.0, Failed("result_file_gone", "404"), 0.04))
     outcome = journal.outcomes([A])[A]
-    assert (outcome.cost_usd, outcome.completed_at, outcome.answer) == (0.04, 3.0, ANSWER)
-    assert outcome.failure == Failed("result_file_gone", "404")
+    assert (outcome.cost_usd, outcome.completed_at, outcome.billable_units) == (0.04, 3.0, 1.25)
+    assert outcome.output == orjson.dumps(ANSWER.output)
+    assert (outcome.error_type, outcome.error_message) == ("result_file_gone", "404")
     assert (await journal.counts()).spent_usd == 0.04
 
 
@@ -216,7 +221,8 @@ async def test_retry_replaces_the_outcome_and_keeps_the_spend(journal):
     await journal.record(*whole_life()[:2], FailedForGood(A, 4.0, Failed("generation_timeout", "late", 0.5), 0.01))
     await journal.record(Retried(A, 5.0))
     outcome = journal.outcomes([A])[A]
-    assert (outcome.state, outcome.ticket, outcome.failure, outcome.cost_usd) == (State.PENDING, None, None, 0.01)
+    assert (outcome.state, outcome.request_id, outcome.error_type) == (State.PENDING, None, None)
+    assert outcome.cost_usd == 0.01
     second = Ticket(RequestId("r-2"))
     await journal.record(
         intended(at=6.0, attempt=2),
@@ -225,8 +231,9 @@ async def test_retry_replaces_the_outcome_and_keeps_the_spend(journal):
         Finished(A, 9.0, ()),
     )
     outcome = journal.outcomes([A])[A]
-    assert (outcome.state, outcome.attempts, outcome.ticket, outcome.failure) == (State.DONE, 2, second, None)
-    assert outcome.images == ()
+    assert (outcome.state, outcome.attempts, outcome.error_type) == (State.DONE, 2, None)
+    assert outcome.request_id == second.request_id
+    assert outcome.images == encode_images([])
     assert outcome.cost_usd == pytest.approx(0.04)
     assert (await journal.counts()).spent_usd == pytest.approx(0.04)
 
@@ -300,7 +307,7 @@ async def test_upload_is_found_while_it_is_fresh(journal):
 async def test_messages_with_undecodable_names_are_kept(journal):
     """An error message may quote a file name that is no UTF-8; it must not stop the run."""
     await journal.record(FailedForGood(A, 1.0, Failed("image_load_error", "no \udcff.jpg")))
-    assert journal.outcomes([A])[A].failure.message.startswith("no ")
+    assert journal.outcomes([A])[A].error_message.startswith("no ")
 
 
 # --- any legal history ------------------------------------------------------------------------------------

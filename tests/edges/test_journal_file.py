@@ -11,6 +11,7 @@ import textwrap
 import threading
 from array import array
 from pathlib import Path
+from random import Random
 
 import anyio
 import pytest
@@ -481,6 +482,22 @@ def test_kill_loses_nothing_that_was_recorded(path):
     assert counts.spent_usd == pytest.approx(0.01 * answered)
     assert counts.reserved_usd == pytest.approx(0.03 * (sum(counts.by_state.values()) - answered))
     outcomes = file.outcomes(list(reached))
-    assert all(o.answer is not None for o in outcomes.values() if o.state is State.ANSWERED)
+    assert all(o.output is not None for o in outcomes.values() if o.state is State.ANSWERED)
     assert file._connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    file.close()
+
+
+def test_outcomes_in_turn_are_the_outcomes(tmp_path):
+    """Asked for in the journal's order, in another, twice, with unknown ones between: always the same as key by key."""
+    file = opened(tmp_path / "journal.db")
+    keys = [JobKey(f"{number:032x}") for number in range(300)]
+    file.commit([(Intended(key, float(number), 1, b"{}"),) for number, key in enumerate(keys)])
+    known = file.outcomes(keys)
+    strangers = [JobKey(f"{number:032x}") for number in range(1000, 1050)]
+    shuffled = Random(1).sample(keys, len(keys))
+    for asked in (keys, keys[::-1], shuffled, [*keys[:100], *strangers, *keys[50:]], keys[:10] * 3):
+        read = file.outcomes_in_turn()
+        for start in range(0, len(asked), 40):
+            part = asked[start : start + 40]
+            assert read(part) == {key: known[key] for key in part if key in known}
     file.close()

@@ -13,6 +13,7 @@ from collections import Counter
 from datetime import date
 from pathlib import Path
 
+import orjson
 import polars as pl
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -20,14 +21,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from batch.errors import StorageError
+from batch.manifest.inputs import DEFAULTS
 from batch.manifest.plan import Planned, PlannedBatch
-from batch.model import Answer, Failed, Job, JobKey, Problem, RequestId, StoredImage, Ticket
+from batch.model import Answer, Job, JobKey, Problem, RequestId, StoredImage, Ticket
 from batch.results import sink
 from batch.results.columns import OWN_SCHEMA
 from batch.results.sink import write_results
 from batch.run.journal_file import JournalFile
+from batch.run.ledger import encode_images
 from batch.run.lifecycle import State
 from batch.run.ports import Accepted, Answered, Finished, Intended, Outcome
+
+INPUT = {"prompt": "p", "seed": 7} | DEFAULTS
 
 
 def key(row):
@@ -36,9 +41,7 @@ def key(row):
 
 def batch_of(first_row, frame, cells=1):
     items = [
-        Planned(
-            first_row + row, str(cell), Job(key(first_row + row), {"prompt": "p", "strength": 0.5, "seed": 1}), None
-        )
+        Planned(first_row + row, str(cell), Job(key(first_row + row), {**INPUT, "strength": 0.5, "seed": 1}), None)
         for row in range(len(frame))
         for cell in range(cells)
     ]
@@ -52,9 +55,9 @@ def frames(rows, size=100):
 
 
 def done(keys):
-    picture = StoredImage("http://x/1.jpg", 64, 48, "image/jpeg")
-    answer = Answer({"seed": 2**60, "timings": {"inference": 1.0, "load": 0.5}})
-    return {k: Outcome(State.DONE, 1, Ticket(RequestId("r")), 1.0, 2.0, answer, (picture,), cost_usd=0.5) for k in keys}
+    images = encode_images([StoredImage("http://x/1.jpg", 64, 48, "image/jpeg")])
+    output = orjson.dumps({"seed": 2**60, "timings": {"inference": 1.0, "load": 0.5}})
+    return {k: Outcome(k, State.DONE, 1, RequestId("r"), 1.0, 2.0, output, images, cost_usd=0.5) for k in keys}
 
 
 def write(path, batches, outcomes=done, **changes):
@@ -96,8 +99,8 @@ def test_totals_count_by_status_and_error(path):
     batch.items[6] = Planned(6, "", None, Problem(6, None, "image_url", "", "image_not_found", "m"))
 
     def outcomes(keys):
-        known = {key(row): Outcome(state, 1, cost_usd=0.25) for row, state in enumerate(states)}
-        known[key(1)] = Outcome(State.FAILED, 1, failure=Failed("timeout", "m"))
+        known = {key(row): Outcome(key(row), state, 1, cost_usd=0.25) for row, state in enumerate(states)}
+        known[key(1)] = Outcome(key(1), State.FAILED, 1, error_type="timeout", error_message="m")
         return {k: known[k] for k in keys if k in known}
 
     totals = write(path, [batch], outcomes)
@@ -250,13 +253,14 @@ _WRITES_TOO_MUCH = """
     from pathlib import Path
     import polars as pl
     from batch.errors import StorageError
+    from batch.manifest.inputs import DEFAULTS
     from batch.manifest.plan import Planned, PlannedBatch
     from batch.model import Job, JobKey
     from batch.results.sink import write_results
 
     path = Path(sys.argv[1])
     frame = pl.DataFrame({"noise": [os.urandom(1000) for _ in range(1000)]})
-    items = [Planned(i, "", Job(JobKey(str(i)), {}), None) for i in range(1000)]
+    items = [Planned(i, "", Job(JobKey(str(i)), {"prompt": "p", **DEFAULTS}), None) for i in range(1000)]
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     try:

@@ -40,6 +40,7 @@ from batch.fal.protocol import Reply, model_error_reply, request_error_reply
 from batch.model import Attempt, JobKey, RequestId
 from batch.run.budget import Price
 from batch.run.journal_file import JournalFile
+from batch.run.ledger import decode_images
 from batch.run.lifecycle import TERMINAL, State
 from batch.run.ports import CallFailed, Entry, Event, Outcome, Trouble
 from batch.run.runner import Policy, Report
@@ -426,9 +427,9 @@ class Runs(RuleBasedStateMachine):
         made_by = {(key, request_id) for key, _, request_id in self.books.accepted}
         for key, outcome in self.journal.outcomes([job.key for job in MADE]).items():
             if outcome.state is State.DONE:
-                assert outcome.answer is not None
-                assert (key, outcome.ticket.request_id) in made_by
-                (image,) = outcome.images
+                assert outcome.output is not None
+                assert (key, outcome.request_id) in made_by
+                (image,) = decode_images(outcome.images)
                 assert hashlib.sha256(self.images.files[image.path]).hexdigest() == image.sha256
 
     def teardown(self) -> None:
