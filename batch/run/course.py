@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from batch.model import Answer, Failed, Job, JobKey, Ticket
+from batch.model import Answer, Failed, Job, JobKey, StoredImage, Ticket
 from batch.run.lifecycle import State
 from batch.run.polling import Stay
 from batch.run.ports import Entry
@@ -40,6 +40,8 @@ class Course:
     state: State = State.PENDING
     ticket: Ticket | None = None
     answer: Answer | None = None
+    images: tuple[StoredImage, ...] = ()
+    """As they were noted at its end."""
     intended_at: float = 0.0
     accepted_at: float = 0.0
     reserved_usd: float = 0.0

@@ -156,10 +156,11 @@ class Follower:
         return self._times.due(course.stay) - (self._now() - course.accepted_at)
 
     async def _sleep(self, course: Course, ticket: Ticket, seconds: float) -> None:
-        seconds = max(0.0, seconds)
         if self._hints is None or course.resumed:  # of an earlier run: what was asked to call us then is gone
-            await anyio.sleep(seconds)
+            if seconds > 0.0:
+                await anyio.sleep(seconds)
         else:
+            seconds = max(0.0, seconds)
             longest = max(seconds, min(_NET * seconds, PollTimes.LONGEST))
             course.stay.told = await self._hints.wait(ticket, seconds, longest)
 

@@ -132,7 +132,7 @@ class Gate:
         Raises:
             TurnedBack: the run is stopping.
         """
-        while left := self._pauses.left(anyio.current_time()):
+        while self._pauses.begun and (left := self._pauses.left(anyio.current_time())):
             await self._sleep(left)
         if self._submits is not None and (wait := self._submits.reserve(anyio.current_time())):
             await self._sleep(wait)

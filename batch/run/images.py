@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import os
 import shutil
-import tempfile
 import threading
 import warnings
 from contextlib import AbstractContextManager, nullcontext
@@ -106,6 +106,7 @@ class ImageFolder:
         self._threads = anyio.CapacityLimiter(threads)
         self._alone = threading.Lock()  # protects memory: one large picture is decoded at a time
         self._folders: set[Path] = set()
+        self._numbers = itertools.count()
         # Beside the pictures, so that a rename moves it there; what a killed run left in it is of no use.
         self._parts = run_directory / "images" / ".part"
         shutil.rmtree(self._parts, ignore_errors=True)
@@ -156,18 +157,18 @@ class ImageFolder:
         )
 
     def _write(self, target: Path, data: bytes) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        self._parts.mkdir(exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=self._parts)
+        if target.parent not in self._folders:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self._parts.mkdir(exist_ok=True)
+        temporary = self._parts / f"{next(self._numbers)}-{target.name}"  # equal pictures may come at once
         try:
-            with os.fdopen(handle, "wb") as file:
+            with temporary.open("xb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            Path(temporary).chmod(0o644)  # mkstemp's 0600 would keep a colleague from looking at the results
-            Path(temporary).replace(target)
+            temporary.replace(target)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
 
     def _sync_folders(self, folder: Path) -> None:

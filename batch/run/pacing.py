@@ -51,6 +51,11 @@ class Pauses:
         self._until = now + pause
         return pause
 
+    @property
+    def begun(self) -> bool:
+        """Whether there was any: without one nobody need look at the clock."""
+        return self._until > float("-inf")
+
     def succeeded(self) -> None:
         """A submit was accepted: the next pause starts small again."""
         self._in_a_row = 0

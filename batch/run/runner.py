@@ -418,7 +418,8 @@ class Runner:
             await self._journal.record(answered)
             course.state = State.ANSWERED
         else:  # with nothing to store there is nothing between the two
-            await self._journal.record(answered, Finished(course.key, at, tuple(_images_of(answer)), None))
+            course.images = tuple(_images_of(answer))
+            await self._journal.record(answered, Finished(course.key, at, course.images, None))
             course.state = State.DONE
         course.answer = answer
         self._gate.answered(course, self._follower.queued(stay))
@@ -433,15 +434,15 @@ class Runner:
 
     async def _finished(self, course: Course, answer: Answer) -> None:
         """Store every picture, then call the job done."""
-        images = _images_of(answer)
         if course.state is not State.DONE:
-            started = anyio.current_time()
+            started, images = anyio.current_time(), _images_of(answer)
             if self._policy.download:
                 images = [await self._transfers.stored(said) for said in images]
             seconds = anyio.current_time() - started if self._policy.download else None
-            await self._journal.record(Finished(course.key, self._now(), tuple(images), seconds))
+            course.images = tuple(images)
+            await self._journal.record(Finished(course.key, self._now(), course.images, seconds))
         self._done += 1
-        self._observer.happened("done", job=course.key, attempt=course.attempt, images=[i.path for i in images])
+        self._observer.happened("done", job=course.key, attempt=course.attempt, images=[i.path for i in course.images])
 
     # --- the ends ----------------------------------------------------------------------------------------
 
