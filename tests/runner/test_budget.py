@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from datetime import date
 from random import Random
 
@@ -228,7 +227,7 @@ async def test_spent_and_reserved_never_pass_the_limit(seed):
     policy = Policy(resubmit_unknown_after=rng.choice([None, 5.0]), idempotent=False)
     world = World(service, price=PRICE, budget=limit, window=rng.randint(1, 9), policy=policy, seed=seed)
     world.journal = Watched(service, limit)
-    made = [replace(job, megapixels=rng.choice([None, 0.4, 1.0, 1.7])) for job in jobs(40)]
+    made = [job._replace(megapixels=rng.choice([None, 0.4, 1.0, 1.7])) for job in jobs(40)]
     by_session = []
     for _ in range(5):
         before, _ = await money(world)
