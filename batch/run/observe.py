@@ -244,5 +244,6 @@ def _is_torn(path: Path) -> bool:
         return file.read(1) != b"\n"
 
 
-def _timestamp() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
+def _timestamp() -> datetime:
+    """As orjson writes it: `2026-11-22T16:20:18.090123+00:00`."""
+    return datetime.now(UTC)
