@@ -31,7 +31,7 @@ __all__ = ["write_results"]
 
 _GROUP_ROWS = 16_384
 """Two groups are in memory at once: with four times as many rows a large run took 80 MB more, for 8% of the file."""
-_GROUP_BYTES = 128 * 2**20
+_GROUP_BYTES = 64 * 2**20
 """In memory, before compression: manifests that carry their pictures fill a row group with few rows."""
 _SLICE_ROWS = 8_192
 _SLICE_BYTES = 32 * 2**20
