@@ -67,6 +67,8 @@ class Follower:
         self._feeling: set[anyio.CancelScope] = set()
         """Jobs that sleep without anything known; the first that ends wakes them."""
         self._refused_since: float | None = None
+        self._in_two_steps = False
+        """Whether a result is only asked for after its status."""
         self.reads = 0
         """Statuses and results that were answered."""
 
@@ -97,16 +99,22 @@ class Follower:
         faults: dict[str, int] = {}
         pause = 0.0 if course.resumed else None
         while True:
+            teaches = pause is None and not course.resumed
             if pause is None:
                 await self._wait(course, ticket)
+            else:
+                await anyio.sleep(pause)
+            if teaches and self._times.sure and not self._in_two_steps:
                 answer = await self._straight(course, ticket)
                 if answer is not None:
                     return answer
-            else:
-                await anyio.sleep(pause)
+                teaches = False  # that read did
             pause = None
             status = await self._status(course, ticket)
-            if status.state is not QueueState.COMPLETED:
+            has_ended = status.state is QueueState.COMPLETED
+            if teaches:
+                self._times.came(in_time=has_ended)
+            if not has_ended:
                 continue
             try:
                 answer = await self._service.result(ticket)
@@ -124,13 +132,15 @@ class Follower:
         An output of the right shape proves that the request has ended well; anything else proves nothing, and the
         status is read as ever.
         """
-        if course.resumed or not self._times.sure:
-            return None
         await self._permitted()
         try:
             answer = await self._service.result(ticket)
-        except CallFailed:
+        except CallFailed as error:
+            self._times.came(in_time=False)
+            # A refusal says "not yet". Silence, or something else than an output, says that it is not to be asked so.
+            self._in_two_steps = self._in_two_steps or error.trouble.reply is None
             return None
+        self._times.came(in_time=True)
         self._was_read()
         course.stay.noticed = self._now() - course.accepted_at
         course.stay.executed = _inference(answer)

@@ -116,7 +116,7 @@ class PollTimes:
         self._inference = _Recent(self.MEMORY)
         self._step = 1.0 + self.CLOSEST
         self._found = 0.0
-        """Share of reads that found their job ended; old ones fade."""
+        """Share of reads that found what they were made for; old ones fade."""
         self._frontier = 0.0
         """Nothing is known: the greatest age at which some job will have been read."""
         self._unfinished = 0.0
@@ -135,6 +135,10 @@ class PollTimes:
         """
         return self._found >= self.SURE
 
+    def came(self, *, in_time: bool) -> None:
+        """A read that was due was made; whether it found what it was made for."""
+        self._found += (float(in_time) - self._found) / self._READS
+
     @property
     def execution(self) -> float | None:
         """For how long jobs are executed as a rule, as their statuses say; None where they do not."""
@@ -142,7 +146,6 @@ class PollTimes:
 
     def pending(self, stay: Stay, age: float, *, queued: bool, position: int | None) -> None:
         """A read at that age found it unfinished."""
-        self._found -= self._found / self._READS
         if queued:
             if position is not None and stay.position is not None and position < stay.position:
                 pace = (age - (stay.queued or 0.0)) / (stay.position - position)
@@ -154,7 +157,6 @@ class PollTimes:
 
     def took(self, stay: Stay, noticed: float) -> None:
         """It was seen to have ended at the age of `noticed`; whether that is to teach anything is the caller's."""
-        self._found += (1.0 - self._found) / self._READS
         least = stay.unfinished or (0.0 if self.knows else self._unfinished)
         found_at_once = least == 0.0
         if stay.inference is not None:

@@ -9,6 +9,7 @@ import anyio
 import pytest
 
 from batch.run.pacing import TokenBucket, Window
+from batch.run.ports import CallFailed, Trouble
 from batch.testing.service import CompletesWith, FakeService
 from tests.runner.world import World, jobs
 
@@ -112,6 +113,24 @@ async def test_a_failure_is_believed_after_a_status_however_its_result_was_asked
     failed = [request for request in service.requests.values() if "7 as" in str(request.body["prompt"])]
     assert len(failed) == 40
     assert all(request.reads >= 1 for request in failed)
+
+
+async def test_a_service_that_is_silent_to_early_questions_is_asked_once_in_vain():
+    """It holds the read of a result that is not there yet until the connection is given up: never again in this run."""
+
+    class Holds(FakeService):
+        held = 0
+
+        async def result(self, ticket):
+            if anyio.current_time() < self.requests[ticket.request_id].ends_at:
+                self.held += 1
+                await anyio.sleep(120.0)
+                raise CallFailed(Trouble("result", "timeout"))
+            return await super().result(ticket)
+
+    service = Holds(service_time=lambda n: 2.0 if n < 100 else 6.0, round_trip=0.001)
+    assert (await World(service, window=10).run(jobs(400))).done == 400
+    assert 1 <= service.held <= 10  # those that were under way with the first
 
 
 async def test_jobs_of_an_earlier_run_are_asked_for_their_status():

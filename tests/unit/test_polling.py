@@ -113,14 +113,14 @@ def test_only_who_nearly_always_finds_an_end_is_sure():
     times = PollTimes()
     for n in range(26):
         assert not times.sure or n > 20
-        times.took(Stay(), 1.0)
+        times.came(in_time=True)
     assert times.sure
     for _ in range(4):
-        times.pending(Stay(), 1.0, queued=False, position=None)
+        times.came(in_time=False)
     assert not times.sure
     for _ in range(200):
-        times.took(Stay(), 1.0)
-        times.pending(Stay(), 1.0, queued=False, position=None)
+        times.came(in_time=True)
+        times.came(in_time=False)
         assert not times.sure
 
 
