@@ -308,7 +308,7 @@ def test_importing_the_command_loads_no_heavy_library():
 
 
 def test_a_run_does_not_wait_for_what_writes_its_results():
-    """pyarrow and numpy are loaded while jobs are under way; the web server and the models' libraries never are."""
+    """Pyarrow and numpy are loaded while jobs are under way; the web server and the models' libraries never are."""
     late = {"cryptography", "cv2", "jinja2", "numpy", "prometheus_client", "pyarrow", "torch"}
     assert loaded_by("import batch.api, batch.screen") & late == set()
 
