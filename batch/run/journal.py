@@ -7,6 +7,7 @@ one, so that hundreds of callers share one fsync. Refuses to know SQL; `journal_
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
@@ -29,6 +30,8 @@ _PAGE = 256
 _GATHER_SECONDS = 0.008
 """How long a transaction waits for company. Each costs as much as some twenty of its events: a busy run has a tenth of
 the transactions so, and a job, four of them long, is 30 ms longer under way."""
+_LARGEST_GROUP = 512
+"""Calls in a transaction. Of ten thousand intents that come at once the first is not to wait for the last."""
 _CLOSE_SECONDS = 30.0
 """How long closing waits for the disk."""
 
@@ -72,6 +75,8 @@ class Journal:
         self.session = file.session
         self._one_at_a_time = anyio.CapacityLimiter(1)
         self._group = _Group()
+        self._full: deque[_Group] = deque()
+        """Groups that came before it and take no more."""
         self._wake = anyio.Event()
         self._shield = anyio.CancelScope(shield=True)
         self._closed = False
@@ -79,7 +84,8 @@ class Journal:
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "open"
-        return f"<Journal {state} session={self.session} pending={len(self._group.calls)}>"
+        pending = sum(len(group.calls) for group in (*self._full, self._group))
+        return f"<Journal {state} session={self.session} pending={pending}>"
 
     def statistics(self) -> JournalStatistics:
         """Counters since it was opened."""
@@ -98,6 +104,9 @@ class Journal:
         if self._closed:
             raise RuntimeError("the journal is closed")
         group = self._group
+        if len(group.calls) >= _LARGEST_GROUP:
+            self._full.append(group)
+            group = self._group = _Group()
         place = len(group.calls)
         group.calls.append(events)
         self._wake.set()
@@ -162,18 +171,25 @@ class Journal:
 
     async def _flush_until_closed(self) -> None:
         with self._shield:
-            while not (self._closed and not self._group.calls):
-                if self._group.calls:
-                    if not self._closed:
-                        await anyio.sleep(_GATHER_SECONDS)
-                    await self._flush()
-                else:
+            while self._full or self._group.calls or not self._closed:
+                if not (self._full or self._group.calls):
                     self._wake = anyio.Event()
                     await self._wake.wait()
-        self._group.give_up()
+                    continue
+                if not (self._full or self._closed):
+                    await anyio.sleep(_GATHER_SECONDS)
+                await self._flush(self._next())
+        for group in (*self._full, self._group):
+            group.give_up()
 
-    async def _flush(self) -> None:
+    def _next(self) -> _Group:
+        """The oldest calls that were not written yet."""
+        if self._full:
+            return self._full.popleft()
         group, self._group = self._group, _Group()
+        return group
+
+    async def _flush(self, group: _Group) -> None:
         size = len(group.calls)
         try:
             group.errors = await anyio.to_thread.run_sync(

@@ -384,6 +384,27 @@ async def test_closing_flushes_what_is_pending(path):
 
 
 @pytest.mark.anyio
+async def test_what_comes_at_once_is_written_in_parts_and_in_order(path):
+    """Of many thousand calls the first are durable long before the last; a job's own events keep their order."""
+    settled = []
+
+    async def recorded(number):
+        await journal.record(intended(number))
+        settled.append((number, journal.statistics().commits))
+        await journal.record(Accepted(intended(number).job_key, 2.0, Ticket(RequestId(str(number)))))
+
+    async with open_journal(path, clock=lambda: 5.0) as journal, anyio.create_task_group() as tasks:
+        for number in range(2000):
+            tasks.start_soon(recorded, number)
+    assert journal.statistics().largest_group <= 512
+    assert [number for number, _ in settled[:512]] == list(range(512))
+    assert settled[511][1] == 1
+    reader = JournalFile.open_read_only(path)
+    assert reader.counts().by_state == {State.ACCEPTED: 2000}
+    reader.close()
+
+
+@pytest.mark.anyio
 async def test_errors_of_the_block_pass_as_they_are(path):
     """The journal's task group wraps nobody's exception in a group."""
     with pytest.raises(ZeroDivisionError):
