@@ -12,7 +12,7 @@ from random import Random
 
 import anyio
 
-from batch.model import Failed, Job, StoredImage
+from batch.model import Failed, Job, LocalImage, StoredImage
 from batch.run.course import JobFailed
 from batch.run.ports import CallFailed, Images, Journal, PictureError, Service, Uploaded
 from batch.run.retention import Retention
@@ -26,6 +26,8 @@ _DOWNLOAD_TRIES = 16
 _DOWNLOAD_PAUSE = 2.0
 """Seconds, the longest between two of them."""
 _DOWNLOADS_AT_ONCE = 16
+_UPLOADS_AT_ONCE = 16
+"""Source pictures in memory, from their reading to their arrival; with hundreds in flight it was all of them."""
 
 
 class Transfers:
@@ -50,6 +52,7 @@ class Transfers:
         self._uploads: dict[str, anyio.Event] = {}
         self._downloads = anyio.Semaphore(_DOWNLOADS_AT_ONCE)
         self._late_downloads = anyio.Semaphore(_DOWNLOADS_AT_ONCE)
+        self._uploading = anyio.Semaphore(_UPLOADS_AT_ONCE)
         self.fetched = 0
         """Files that arrived."""
 
@@ -65,12 +68,7 @@ class Transfers:
             known = await self._journal.uploaded(name, self._now() - _UPLOAD_VALID)
             if known is not None:
                 return known
-            picture = await self._images.load(image)
-            url = await reading(
-                lambda: self._service.upload(picture.data, picture.content_type, image.name),
-                self._rng,
-                notice=self._notice,
-            )
+            url = await self._sent(image)
             await self._journal.record(Uploaded(name, self._now(), url))
         except PictureError as error:
             raise JobFailed(Failed(error.type, str(error))) from error
@@ -80,6 +78,16 @@ class Transfers:
             del self._uploads[image.sha256]
             ready.set()
         return url
+
+    async def _sent(self, image: LocalImage) -> str:
+        """Its URL. Apart, so that its bytes are let go as soon as they have arrived."""
+        async with self._uploading:
+            picture = await self._images.load(image)
+            return await reading(
+                lambda: self._service.upload(picture.data, picture.content_type, image.name),
+                self._rng,
+                notice=self._notice,
+            )
 
     async def stored(self, said: StoredImage) -> StoredImage:
         """Download, verify by decoding, store. A damaged file is fetched again: transfers break.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import itertools
 from datetime import date
 
 import anyio
 import pytest
+from PIL import Image
 
 from batch.errors import StorageError
 from batch.model import Job, LocalImage
@@ -296,22 +299,39 @@ async def test_crash_without_keys_holds_what_it_cannot_know():
     assert service.posts == 15
 
 
+def a_picture(colour):
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), colour).save(buffer, "PNG")
+    data = buffer.getvalue()
+    return LocalImage(hashlib.sha256(data).hexdigest(), len(data), data=data)
+
+
 async def test_local_picture_is_uploaded_once_for_all_its_jobs():
     """Eight jobs on one picture: one upload, and its URL in every body."""
-    import hashlib
-    import io
-
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.new("RGB", (16, 16), "teal").save(buffer, "PNG")
-    data = buffer.getvalue()
-    picture = LocalImage(hashlib.sha256(data).hexdigest(), len(data), data=data)
+    picture = a_picture("teal")
     made = [Job(j.key, {**j.input, "image_url": f"sha256:{picture.sha256}"}, picture, 0.1) for j in jobs(8)]
     world = World(FakeService(round_trip=0.1))
     report = await world.run(made)
     assert (report.done, world.service.count("upload")) == (8, 1)
     assert all(str(body["image_url"]).startswith("fake://uploads/") for body in world.service.bodies)
+
+
+async def test_few_pictures_are_on_their_way_up_at_once():
+    """A hundred jobs in flight, each with a picture of its own: sixteen in memory, whatever the window is."""
+    under_way = []
+
+    class Slow(FakeService):
+        async def upload(self, data, content_type, name):
+            under_way.append(data)
+            seen.append(len(under_way))
+            await anyio.sleep(1.0)
+            under_way.remove(data)
+            return await super().upload(data, content_type, name)
+
+    seen = []
+    made = [j._replace(image=a_picture((number, 0, 0)), megapixels=0.1) for number, j in enumerate(jobs(100))]
+    assert (await World(Slow(round_trip=0.1), window=100).run(made)).done == 100
+    assert max(seen) == 16
 
 
 async def test_unreadable_picture_is_a_failed_row_and_nothing_is_sent():
