@@ -202,7 +202,11 @@ def _entry(key: JobKey, job: _Kept) -> Entry:
 def _outcome(key: JobKey, job: _Kept) -> Outcome:
     answered, ended = job.answered, job.ended
     failure = ended.failure if isinstance(ended, FailedForGood) else None
-    said = (failure.error_type, failure.message) if failure else ("unknown", job.reason)
+    error: tuple[str | None, str | None] = (None, None)
+    if failure is not None:
+        error = (failure.error_type, failure.message)
+    elif job.state is State.UNKNOWN:
+        error = ("unknown", job.reason)
     last = answered or ended
     return Outcome(
         job_key=key,
@@ -219,6 +223,6 @@ def _outcome(key: JobKey, job: _Kept) -> Outcome:
         billable_units=answered.answer.billable_units if answered else failure.billable_units if failure else None,
         cost_usd=job.cost_usd,
         engine=None if answered is None else answered.answer.engine,
-        error_type=said[0] if failure or job.state is State.UNKNOWN else None,
-        error_message=said[1] if failure or job.state is State.UNKNOWN else None,
+        error_type=error[0],
+        error_message=error[1],
     )
