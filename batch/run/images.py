@@ -105,7 +105,7 @@ class ImageFolder:
         self._limit_pixels = min(_HARD_LIMIT_PIXELS, int(limit_megapixels * 1e6))
         self._threads = anyio.CapacityLimiter(threads)
         self._alone = threading.Lock()  # protects memory: one large picture is decoded at a time
-        self._folders: set[Path] = set()
+        self._synced: set[Path] = set()
         self._numbers = itertools.count()
         # Beside the pictures, so that a rename moves it there; what a killed run left in it is of no use.
         self._parts = run_directory / "images" / ".part"
@@ -157,9 +157,8 @@ class ImageFolder:
         )
 
     def _write(self, target: Path, data: bytes) -> None:
-        if target.parent not in self._folders:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            self._parts.mkdir(exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self._parts.mkdir(exist_ok=True)
         temporary = self._parts / f"{next(self._numbers)}-{target.name}"  # equal pictures may come at once
         try:
             with temporary.open("xb") as file:
@@ -174,10 +173,10 @@ class ImageFolder:
     def _sync_folders(self, folder: Path) -> None:
         """Make the names durable: that of the picture, and once for each folder those that lead to it."""
         _sync_folder(folder)
-        if folder not in self._folders:  # who made it may have been killed before he came to this
+        if folder not in self._synced:  # who made it may have been killed before he came to this
             _sync_folder(folder.parent)
             _sync_folder(self._root)
-            self._folders.add(folder)
+            self._synced.add(folder)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import shutil
 import struct
 import zlib
 
@@ -176,6 +177,28 @@ async def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
     (tmp_path / "images" / ".part" / "leftover").write_bytes(b"half")
     ImageFolder(tmp_path, limit_megapixels=100)
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()] == [whole.path]
+
+
+async def test_a_picture_of_an_earlier_run_makes_no_other_fail(tmp_path):
+    """The run was killed between a picture and its row: it comes again, and then another for the same folder."""
+    pictures = [picture(size=(4, height)) for height in range(1, 300)]
+    by_folder: dict[str, list[bytes]] = {}
+    for data in pictures:
+        by_folder.setdefault(hashlib.sha256(data).hexdigest()[:2], []).append(data)
+    one, other = next(few for few in by_folder.values() if len(few) > 1)[:2]
+    await ImageFolder(tmp_path, limit_megapixels=100).store(one)
+    later = ImageFolder(tmp_path, limit_megapixels=100)
+    assert (tmp_path / (await later.store(one)).path).read_bytes() == one
+    assert (tmp_path / (await later.store(other)).path).read_bytes() == other
+
+
+async def test_a_folder_that_was_removed_is_made_again(folder, tmp_path):
+    """Somebody moved the first pictures away while the run goes on."""
+    data = picture()
+    stored = await folder.store(data)
+    shutil.rmtree(tmp_path / "images")
+    await folder.store(data)
+    assert (tmp_path / stored.path).read_bytes() == data
 
 
 # --- loading ----------------------------------------------------------------------------------------------
