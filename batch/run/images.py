@@ -144,7 +144,7 @@ class ImageFolder:
         except OSError as error:
             raise StorageError(
                 f"{target.parent} cannot be written: {error.strerror}; what is finished is kept,"
-                " make room and run the same command again"
+                " make room or unlock it and run the same command again"
             ) from error
         return StoredImage(
             url="",
