@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Coroutine
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -19,8 +20,9 @@ import anyio
 import orjson
 from cyclopts import App, CycloptsError, Group, Parameter
 
-from batch.errors import ExitCode, RestyleError
+from batch.errors import ExitCode, RestyleError, StorageError
 from batch.flags import DISPLAY, JOBS, JobFlags
+from batch.outlet import outlet, why_lost
 from batch.version import tool_version
 
 __all__ = ["app", "main"]
@@ -281,7 +283,8 @@ def serve(
         retention=kept, tls_cert=tls_cert, tls_key=tls_key, flux=FluxOptions.of_flags(**asdict(flux)),
     )  # fmt: skip
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    run_server(options, ready=lambda url: _print(f"serving {engine} at {url}  (Ctrl-C stops)", flush=True))
+    _keep_what_is_loaded()
+    run_server(options, ready=lambda url: _print(f"serving {engine} at {url}  (Ctrl-C stops)"))
     return ExitCode.COMPLETE
 
 
@@ -301,31 +304,35 @@ def reconcile(
     return summary.exit_code
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Entry point of the `restyle` script."""
+def main(arguments: list[str] | None = None) -> int:
+    """Carry out one command line and say how it went; its exit code."""
     # Imports and jobs make few circles: the collector need not look for them after every 700 objects.
     gc.set_threshold(50_000, 20, 100)
+    with redirect_stdout(outlet(sys.stdout)), redirect_stderr(outlet(sys.stderr)):
+        code = _code_of(arguments)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return code
+
+
+def _code_of(arguments: list[str] | None) -> int:
     try:
-        code = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+        return int(app(arguments, exit_on_error=False, print_error=False, result_action="return_value") or 0)
     except CycloptsError as error:
         text = " ".join(str(error).split())
-        code = _fail(f"{text} (restyle {_command(arguments)}--help shows what there is)", ExitCode.BAD_INPUT)
+        return _fail(f"{text} (restyle {_command(arguments)}--help shows what there is)", ExitCode.BAD_INPUT)
     except RestyleError as error:
-        code = _fail(str(error), error.exit_code)
+        return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        code = _fail("interrupted; nothing that was durable is lost, the same command goes on", ExitCode.STOPPED_EARLY)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `restyle plan | head` is no error
-        code = ExitCode.COMPLETE
+        return _fail("interrupted; nothing that was durable is lost, the same command goes on", ExitCode.STOPPED_EARLY)
     except Exception as error:
         if os.environ.get("RESTYLE_DEBUG"):
             raise
-        code = _fail(
+        return _fail(
             f"unexpected {type(error).__name__}: {_first_of(error)}. This is a defect of restyle; what was durable is"
             " safe. RESTYLE_DEBUG=1 shows the trace for a report",
             ExitCode.UNEXPECTED,
         )
-    sys.exit(int(code or 0))
 
 
 # --- between parsing and printing -------------------------------------------------------------------------
@@ -334,12 +341,17 @@ def main(arguments: list[str] | None = None) -> None:
 def _run(call: Callable[[], Coroutine[Any, Any, T]]) -> T:
     from batch.api import event_loop
 
-    # What was imported stays: a quarter of a large plan would go into walking through it again and again.
-    gc.freeze()
+    _keep_what_is_loaded()
     try:
         return anyio.run(call, backend_options=event_loop())
     except BaseExceptionGroup as group:
         raise _single(group) from group
+
+
+def _keep_what_is_loaded() -> None:
+    """What was imported stays: a quarter of a large plan would go into walking through it again and again."""
+    gc.freeze()
+    gc.enable()  # `batch.__main__` has it wait until here
 
 
 def _single(error: BaseException) -> BaseException:
@@ -380,8 +392,15 @@ def _command(arguments: list[str] | None) -> str:
     return f"{words[0]} " if words and words[0] in _COMMANDS else ""
 
 
-def _print(text: str, *, flush: bool = False) -> None:
-    print(text, flush=flush)
+def _print(text: str) -> None:
+    """Print what a command was asked for.
+
+    Raises:
+        StorageError: it goes into a file, and the disk is full.
+    """
+    print(text, flush=True)
+    if reason := why_lost(sys.stdout):
+        raise StorageError(f"standard output cannot be written ({reason}); what it shows is incomplete")
 
 
 def _fail(message: str, code: ExitCode) -> ExitCode:

@@ -99,4 +99,4 @@ def _path_of(file: object) -> str:
 if __name__ == "__main__":
     call, pattern, name, first = sys.argv[1:5]
     Disk(call, pattern, getattr(errno, name), int(first)).watch()
-    main(sys.argv[5:])
+    sys.exit(main(sys.argv[5:]))

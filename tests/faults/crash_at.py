@@ -73,7 +73,7 @@ def record(file: Path) -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "kill":
         kill_at(sys.argv[2], sys.argv[3], sys.argv[4], int(sys.argv[5]))
-        main(sys.argv[6:])
+        sys.exit(main(sys.argv[6:]))
     else:
         record(Path(sys.argv[2]))
-        main(sys.argv[3:])
+        sys.exit(main(sys.argv[3:]))

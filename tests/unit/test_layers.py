@@ -37,6 +37,7 @@ TABLE: dict[str, tuple[str, int]] = {
     "batch.session": (ASSEMBLY, 7),
     "batch.api": (ASSEMBLY, 8),
     "batch.flags": ("edge: command line", 0),
+    "batch.outlet": ("edge: terminal", 0),
     "batch.screen": (ASSEMBLY, 9),
     "batch.cli": (ASSEMBLY, 10),
     "batch.__main__": (ASSEMBLY, 11),

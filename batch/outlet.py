@@ -1,0 +1,51 @@
+"""Standard output and standard error of the command. Edge: terminal; knows no library.
+
+A reader that has gone (`| head`), a full disk behind a redirection or a closed stream costs the text, never the run.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, TextIO, cast
+
+__all__ = ["Outlet", "outlet", "why_lost"]
+
+
+class Outlet:
+    """A text stream whose writes never fail; from the first refused one on it is silent, and `lost` says why."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.lost: OSError | None = None
+
+    def write(self, text: str) -> int:
+        """Its length, also where nothing is written any more."""
+        if self.lost is None:
+            try:
+                self._stream.write(text)
+            except OSError as error:
+                self.lost = error
+        return len(text)
+
+    def flush(self) -> None:
+        """What the stream still holds is given up where it is refused."""
+        if self.lost is None:
+            try:
+                self._stream.flush()
+            except OSError as error:
+                self.lost = error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def outlet(stream: TextIO | None) -> TextIO:
+    """Wrap `sys.stdout` or `sys.stderr`; None, which is what Python has for a closed one, becomes nowhere."""
+    return cast(TextIO, Outlet(stream if stream is not None else Path(os.devnull).open("w", encoding="utf-8")))
+
+
+def why_lost(stream: TextIO | None) -> str | None:
+    """What became of text that somebody still waits for; None where all went out, or where its reader left."""
+    lost = getattr(stream, "lost", None)
+    return None if lost is None or isinstance(lost, BrokenPipeError) else str(lost.strerror or lost)
