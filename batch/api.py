@@ -28,6 +28,7 @@ from batch.config import Settings, load_settings
 from batch.errors import ConfigError, RunDirectoryError, RunLocked
 from batch.manifest.read import Manifest
 from batch.model import JsonObject
+from batch.projection import Projection, identity_of
 from batch.results.totals import Totals
 from batch.run.books import Books
 from batch.run.directory import RunDirectory
@@ -36,7 +37,7 @@ from batch.run.journal_file import JournalFile
 from batch.run.lifecycle import State
 from batch.run.observe import Tally
 from batch.run.ports import CallFailed, Counts, Observer
-from batch.session import Plan, Request, Summary, open_planner, project, run_session, survey_of
+from batch.session import Plan, Request, Summary, open_planner, run_session, survey_of
 from batch.targets import Terms, open_target, terms_of
 from batch.targets import live_price as ask_live_price
 from batch.version import tool_version
@@ -330,8 +331,8 @@ def _export(directory: RunDirectory, to: str | Path | None, manifest: str | Path
     file = JournalFile.open_read_only(directory.journal)
     try:
         planner = open_planner(opened, settings, None)
-        identity: JsonObject = {"fingerprint": opened.fingerprint(), "rows": opened.rows}
-        return project(Path(to) if to else directory.results, planner, opened, file, settings, identity)
+        projection = Projection(planner, opened, settings, file, identity_of(opened, settings))
+        return projection.write(Path(to) if to else directory.results)
     finally:
         file.close()
 

@@ -8,30 +8,26 @@ from __future__ import annotations
 import platform
 import signal
 import time
-from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from random import Random
-from threading import Timer
 from typing import NamedTuple, TypeVar
 
 import anyio
 import anyio.to_thread
-import orjson
 
 from batch.config import Settings, parse_duration, window_bounds
 from batch.errors import ConfigError, ExitCode, RestyleError, StoppedEarly, StorageError
-from batch.manifest.keys import content_hash
 from batch.manifest.pictures import Pictures
 from batch.manifest.plan import Planner
 from batch.manifest.read import Manifest
 from batch.manifest.survey import Survey, survey
 from batch.model import Job, JsonObject
+from batch.projection import Projection, identity_of, loading_sink
 from batch.results.totals import Totals
 from batch.run.budget import Budget
 from batch.run.directory import RunDirectory, config_of
@@ -48,12 +44,10 @@ from batch.run.runner import Policy, Report, Runner
 from batch.targets import Terms, open_hints, open_target, terms_of
 from batch.version import tool_version
 
-__all__ = ["Plan", "Request", "Summary", "open_planner", "project", "run_session", "survey_of"]
+__all__ = ["Plan", "Request", "Summary", "open_planner", "run_session", "survey_of"]
 
 T = TypeVar("T")
 
-_LOAD_AFTER = 1.0
-"""Seconds after which the first jobs are on their way."""
 _AUTO_GUESS = 16
 """Jobs at once that a plan reckons with where the window finds its own size."""
 
@@ -157,11 +151,13 @@ async def run_session(request: Request) -> Summary:
             found = await _in_thread(partial(survey_of, planner, settings, terms, journal.file))
             plan = Plan(terms, manifest, found, before.spent_usd)
             _refuse_unasked(plan, request)
-            identity = await _in_thread(partial(_identity, manifest, settings))
+            identity = await _in_thread(partial(identity_of, manifest, settings))
             directory.write_run(_run_facts(identity, request, terms, started_at))
-            report = await _carried_out(request, directory, journal, planner, plan, before)
-            totals = await _projected(request, directory, journal, planner, manifest, identity, report)
-            after = await journal.counts()
+            projection = Projection(planner, manifest, settings, journal.file, identity)
+            async with _signals(request) as signals:
+                report = await _carried_out(request, directory, journal, projection, plan, before, signals)
+                after = await journal.counts()
+                totals = await _in_thread(partial(projection.refresh, directory.results, after.by_state))
     summary = _summary(request, directory, report, totals, before, after, began, started_at)
     directory.write_summary(summary.to_json())
     return summary
@@ -229,7 +225,13 @@ def _refuse_unasked(plan: Plan, request: Request) -> None:
 
 
 async def _carried_out(
-    request: Request, directory: RunDirectory, journal: Journal, planner: Planner, plan: Plan, before: Counts
+    request: Request,
+    directory: RunDirectory,
+    journal: Journal,
+    projection: Projection,
+    plan: Plan,
+    before: Counts,
+    signals: _Signals,
 ) -> Report | None:
     """Run what is to do; None where there is nothing, and nothing was opened."""
     settings, found = request.settings, plan.survey
@@ -237,7 +239,7 @@ async def _carried_out(
     again = before.by_state.get(State.UNKNOWN) or (request.retry_failed and found.failed)
     if not (is_open or again or (found.to_do and not request.collect_only)):
         return None
-    await _in_thread(partial(journal.file.note, _PROJECTED, ""))
+    await _in_thread(projection.outdate)
     with JsonLog(directory.log) as log:
         observer = Several(request.tally, request.observer, log)
         observer.expected(found.to_do + found.in_flight + (found.failed if request.retry_failed else 0), found.done)
@@ -262,47 +264,59 @@ async def _carried_out(
                 hints=hints,
                 reconciler=None if target.idempotent else Reconciler(target.client, journal, observer, time.time, rng),
             )
-            jobs = _no_jobs() if request.collect_only else _jobs(planner)
-            with _loading_sink():
-                return await _with_signals(runner, jobs, signals=request.signals)
+            jobs = _no_jobs() if request.collect_only else _jobs(projection.planner)
+            with loading_sink(), signals.stopping(runner):
+                return await runner.run(jobs)
 
 
-@contextmanager
-def _loading_sink() -> Iterator[None]:
-    """Load what writes the results while jobs are under way: it takes 0.2 s, which would come on top at the end."""
-    timer = Timer(_LOAD_AFTER, import_module, ["batch.results.sink"])
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+class _Signals:
+    """What SIGINT and SIGTERM do, from the first submit to the written results."""
+
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
+        self._runner: Runner | None = None
+
+    @contextmanager
+    def stopping(self, runner: Runner) -> Iterator[None]:
+        """While it lasts they stop this run: the first in order, the second at once."""
+        self._runner = runner
+        try:
+            yield
+        finally:
+            self._runner = None
+
+    def heard(self, number: int) -> None:
+        """One came. The results are written to their end: the second Ctrl-C of two often comes so late."""
+        name = signal.Signals(number).name
+        if self._runner is not None:
+            self._runner.stop(Stop.SIGNAL, f"{name}: collecting what is in flight; once more stops at once")
+        else:
+            self._observer.happened("warning", reason=f"{name}: the results are being written; this ends by itself")
 
 
-async def _with_signals(runner: Runner, jobs: AsyncGenerator[Sequence[Job], None], *, signals: bool) -> Report:
-    """The run, while SIGINT and SIGTERM stop it: the first in order, the second at once."""
-    if not signals:
-        return await runner.run(jobs)
-    report: Report | None = None
+@asynccontextmanager
+async def _signals(request: Request) -> AsyncIterator[_Signals]:
+    """Listen where the request says so; else the process's own handlers stay."""
+    signals = _Signals(request.observer)
+    if not request.signals:
+        yield signals
+        return
     failure: RestyleError | None = None
     async with anyio.create_task_group() as tasks:
 
         async def listen() -> None:
             with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as received:
                 async for number in received:
-                    name = signal.Signals(number).name
-                    runner.stop(Stop.SIGNAL, f"{name}: collecting what is in flight; once more stops at once")
+                    signals.heard(number)
 
         tasks.start_soon(listen)
         try:
-            report = await runner.run(jobs)
+            yield signals
         except RestyleError as error:  # carried around the task group, which would wrap it
             failure = error
         tasks.cancel_scope.cancel()
     if failure is not None:
         raise failure
-    assert report is not None, "a run ends with a report or an error"
-    return report
 
 
 async def _jobs(planner: Planner) -> AsyncGenerator[Sequence[Job], None]:
@@ -361,69 +375,6 @@ def _policy(request: Request, *, idempotent: bool) -> Policy:
         keeps_results=idempotent,  # our own server, the only one that says so, keeps them
         target=settings.target.name,
     )
-
-
-# --- projecting -------------------------------------------------------------------------------------------
-
-_PROJECTED = "projected"
-"""Journal note: which manifest and config `results.parquet` shows; empty while it may be behind."""
-
-
-def _identity(manifest: Manifest, settings: Settings) -> JsonObject:
-    """What the results are made from: they are rewritten only when it, or the journal, has changed."""
-    config = orjson.dumps(config_of(settings), option=orjson.OPT_SORT_KEYS)
-    return {"fingerprint": manifest.fingerprint(), "rows": manifest.rows, "config": content_hash(config)}
-
-
-async def _projected(
-    request: Request,
-    directory: RunDirectory,
-    journal: Journal,
-    planner: Planner,
-    manifest: Manifest,
-    identity: JsonObject,
-    report: Report | None,
-) -> Totals:
-    """Write `results.parquet`, unless it is there and shows all of this already."""
-    mark = orjson.dumps(identity, option=orjson.OPT_SORT_KEYS).decode()
-    noted = await _in_thread(partial(journal.file.noted, _PROJECTED)) or ""
-    if report is None and directory.results.exists() and noted.startswith(mark + "\n"):
-        return _totals_of(noted.removeprefix(mark + "\n"))
-    totals = await _in_thread(
-        partial(project, directory.results, planner, manifest, journal.file, request.settings, identity)
-    )
-    kept = orjson.dumps(totals._asdict(), option=orjson.OPT_NON_STR_KEYS).decode()
-    await _in_thread(partial(journal.file.note, _PROJECTED, f"{mark}\n{kept}"))
-    return totals
-
-
-def project(
-    path: Path, planner: Planner, manifest: Manifest, file: JournalFile, settings: Settings, identity: JsonObject
-) -> Totals:
-    """Manifest and journal as one table. Free, and as often as one likes."""
-    from batch.results.sink import write_results  # with pyarrow; see `_loading_sink`
-
-    metadata = {
-        "restyle_version": tool_version(),
-        "python": platform.python_version(),
-        "run_seed": settings.run_seed,
-        "manifest": {"source": str(manifest.source), **identity},
-        "config": config_of(settings),
-    }
-    return write_results(
-        path,
-        planner.batches(),
-        file.outcomes_in_turn(),
-        manifest_schema=manifest.schema.to_frame().to_arrow().schema,
-        target=settings.target.name,
-        on_bad_row=settings.manifest.on_bad_row,
-        metadata={"restyle": orjson.dumps(metadata).decode()},
-    )
-
-
-def _totals_of(kept: str) -> Totals:
-    fields = orjson.loads(kept)
-    return Totals(**{**fields, "errors": Counter(fields["errors"])})
 
 
 # --- the end ----------------------------------------------------------------------------------------------

@@ -145,8 +145,8 @@ class FalClient:
             {"content-type": protocol.CONTENT_JSON},
             orjson.dumps({"content_type": content_type, "file_name": name}),
         )
-        reply = await self._exchange("upload", start)
-        with _reading("upload"):
+        reply = await self._exchange("initiate", start)
+        with _reading("initiate"):
             answer = protocol.read_output(reply)
             upload_url, file_url = answer.get("upload_url"), answer.get("file_url")
             if not isinstance(upload_url, str) or not isinstance(file_url, str):

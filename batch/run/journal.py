@@ -32,8 +32,11 @@ _GATHER_SECONDS = 0.008
 the transactions so, and a job, four of them long, is 30 ms longer under way."""
 _LARGEST_GROUP = 512
 """Calls in a transaction. Of ten thousand intents that come at once the first is not to wait for the last."""
-_CLOSE_SECONDS = 30.0
-"""How long closing waits for the disk."""
+_SLOW_SECONDS = 0.2
+"""After a transaction that took longer the next one takes all there is: what costs the time is the disk, not its size,
+and a stop waits for the last of them."""
+_SETTLE_SECONDS = 30.0
+"""How long the end of a run, and closing, wait for the disk."""
 
 _T = TypeVar("_T")
 
@@ -61,9 +64,16 @@ class _Group:
 
     def give_up(self) -> None:
         """Tell the callers that closing did not wait for them any longer."""
-        late = StorageError("the disk did not take the last journal entries in time; run the same command again")
-        self.errors = [late] * len(self.calls)
+        self.settle([_late()] * len(self.calls))
+
+    def settle(self, errors: list[Exception | None]) -> None:
+        """Tell each caller what became of its events; None says that they are on disk."""
+        self.errors = errors
         self.settled.set()
+
+
+def _late() -> StorageError:
+    return StorageError("the disk did not take the last journal entries in time; run the same command again")
 
 
 class Journal:
@@ -77,6 +87,10 @@ class Journal:
         self._group = _Group()
         self._full: deque[_Group] = deque()
         """Groups that came before it and take no more."""
+        self._latest = self._group
+        """The one that the last call went into."""
+        self._refused: Exception | None = None
+        self._is_slow = False
         self._wake = anyio.Event()
         self._shield = anyio.CancelScope(shield=True)
         self._closed = False
@@ -109,12 +123,27 @@ class Journal:
             group = self._group = _Group()
         place = len(group.calls)
         group.calls.append(events)
+        self._latest = group
         self._wake.set()
         await group.settled.wait()
         error = group.errors[place]
         if error is not None:
             # One error may belong to the whole group; each caller raises its own copy, with its own traceback.
             raise type(error)(*error.args) from error
+
+    async def settled(self) -> None:
+        """Wait until all that was recorded is on disk, also what nobody waits for any more.
+
+        Raises:
+            StorageError: the disk refused some of it, or did not take it within 30 s.
+        """
+        with anyio.move_on_after(_SETTLE_SECONDS):
+            if self._latest.calls:
+                await self._latest.settled.wait()
+        if self._latest.calls and not self._latest.settled.is_set():
+            raise _late()
+        if isinstance(self._refused, StorageError):
+            raise StorageError(*self._refused.args) from self._refused
 
     async def find(self, keys: Sequence[JobKey]) -> dict[JobKey, Known]:
         """Those of the keys that the journal knows."""
@@ -157,7 +186,7 @@ class Journal:
                     failure = error
                 finally:
                     self._closed = True
-                    self._shield.deadline = anyio.current_time() + _CLOSE_SECONDS
+                    self._shield.deadline = anyio.current_time() + _SETTLE_SECONDS
                     self._wake.set()
         finally:
             if not self._shield.cancelled_caught:  # else a thread is still stuck in the file
@@ -182,30 +211,37 @@ class Journal:
         for group in (*self._full, self._group):
             group.give_up()
 
-    def _next(self) -> _Group:
-        """The oldest calls that were not written yet."""
-        if self._full:
-            return self._full.popleft()
-        group, self._group = self._group, _Group()
-        return group
+    def _next(self) -> list[_Group]:
+        """The oldest calls that were not written yet, as one transaction; of a slow disk all of them."""
+        if self._full and not self._is_slow:
+            return [self._full.popleft()]
+        groups = [*self._full, self._group]
+        self._full.clear()
+        self._group = _Group()
+        return groups
 
-    async def _flush(self, group: _Group) -> None:
-        size = len(group.calls)
+    async def _flush(self, groups: list[_Group]) -> None:
+        calls = [call for group in groups for call in group.calls]
+        errors: list[Exception | None] = [_late()] * len(calls)
+        began = anyio.current_time()
         try:
-            group.errors = await anyio.to_thread.run_sync(
-                self.file.commit, group.calls, limiter=self._one_at_a_time, abandon_on_cancel=True
+            errors = await anyio.to_thread.run_sync(
+                self.file.commit, calls, limiter=self._one_at_a_time, abandon_on_cancel=True
             )
         except Exception as error:  # whatever it is, it belongs to the callers, who wait for it
-            group.errors = [error] * size
+            errors = [error] * len(calls)
+            self._refused = error
         else:
-            refused = {place for place, error in enumerate(group.errors) if error is not None}
-            self._events += sum(len(call) for place, call in enumerate(group.calls) if place not in refused)
+            refused = {place for place, error in enumerate(errors) if error is not None}
+            self._events += sum(len(call) for place, call in enumerate(calls) if place not in refused)
             self._commits += 1
-            self._largest_group = max(self._largest_group, size)
+            self._largest_group = max(self._largest_group, len(calls))
         finally:
-            if not group.errors:
-                group.give_up()
-            group.settled.set()
+            self._is_slow = anyio.current_time() - began > _SLOW_SECONDS
+            for group in groups:
+                size = len(group.calls)
+                group.settle(errors[:size])
+                del errors[:size]
 
 
 @asynccontextmanager

@@ -230,6 +230,13 @@ class Journal(Protocol):
             IllegalTransition: an event that the lifecycle does not allow.
         """
 
+    async def settled(self) -> None:
+        """Wait until all that was recorded is durable, also what its callers, cancelled, do not wait for any more.
+
+        Raises:
+            StorageError: the disk refused some of it, or takes too long.
+        """
+
     async def find(self, keys: Sequence[JobKey]) -> dict[JobKey, Known]:
         """Those of the keys that the journal knows."""
 
@@ -254,7 +261,7 @@ class Trouble:
     """One failed exchange as a value: either a transport event or an answer that is not a success."""
 
     phase: str
-    """`submit`, `status`, `result`, `cancel`, `upload` or `download`."""
+    """`submit`, `status`, `result`, `cancel`, `initiate` (an upload, with the key), `upload` or `download`."""
     transport: str | None = None
     """What the transport did (`connect`, `timeout`, `reset`, `redirect`, `malformed`, ...), else None."""
     sent: bool = True

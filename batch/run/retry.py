@@ -21,7 +21,18 @@ from batch.fal.protocol import ErrorBody, Reply, error_body_of
 from batch.model import Failed
 from batch.run.ports import CallFailed, Trouble
 
-__all__ = ["Action", "Verdict", "backoff", "failure_of", "judge", "kind_of", "pause_after", "reading", "retry_after_of"]
+__all__ = [
+    "Action",
+    "Verdict",
+    "backoff",
+    "failure_of",
+    "final",
+    "judge",
+    "kind_of",
+    "pause_after",
+    "reading",
+    "retry_after_of",
+]
 
 Answered = TypeVar("Answered")
 
@@ -83,12 +94,21 @@ _MISSHAPEN = frozenset({"malformed", "oversize"})
 _HOPELESS = _MISSHAPEN | {"bad url", "redirect"}
 """Of a file: neither a better network nor a server that comes back makes another URL, or a smaller file, of it."""
 _HOPELESS_LIMIT = 6
+_FILES = frozenset({"initiate", "upload", "download"})
+_OFTEN = max(_CONFIRMATIONS, _NOT_FOUND_LIMIT, _MALFORMED_LIMIT, _HOPELESS_LIMIT)
 _WORD_LIMIT = 100
 """Characters of an error type: it is counted by, and printed."""
 _COUNTED_CAP = 2.0
 """Longest pause between reads that are counted up to a limit: all of them together take about 14 s."""
+_REFUSED_CAP = 0.5
+"""The same for an account that may not upload, about 4 s: mostly the key is wrong, and somebody sits before it."""
 _CONFIRMED_CAP = 1.0
 """The same for an error that is to be confirmed, about 5 s: most are the job's own, and its next attempt waits."""
+
+
+def final(trouble: Trouble) -> Verdict:
+    """The verdict that ended `reading`: as often as it took, it was the same."""
+    return judge(trouble, seen=_OFTEN)
 
 
 def judge(trouble: Trouble, *, seen: int = 1) -> Verdict:
@@ -98,7 +118,7 @@ def judge(trouble: Trouble, *, seen: int = 1) -> Verdict:
     if trouble.reply is None:
         if trouble.transport in _MISSHAPEN and trouble.phase == "result" and seen >= _MALFORMED_LIMIT:
             return Verdict(Action.JOB_FAILED, f"the result has not the endpoint's shape: {trouble.detail}")
-        if trouble.transport in _HOPELESS and trouble.phase in {"upload", "download"} and seen >= _HOPELESS_LIMIT:
+        if trouble.transport in _HOPELESS and trouble.phase in _FILES and seen >= _HOPELESS_LIMIT:
             return Verdict(Action.JOB_FAILED, trouble.detail or str(trouble.transport))
         return Verdict(Action.READ_AGAIN, trouble.transport or "no answer")
     if trouble.phase in {"status", "result"} and trouble.reply.status in _ACCOUNT:
@@ -107,7 +127,9 @@ def judge(trouble: Trouble, *, seen: int = 1) -> Verdict:
         return _judge_result(trouble.reply, seen)
     if trouble.phase == "status" and trouble.reply.status == 404 and seen >= _NOT_FOUND_LIMIT:
         return Verdict(Action.JOB_FAILED, "the target no longer knows this request")
-    if trouble.phase in {"upload", "download"} and _for_good(trouble.reply, seen):
+    if trouble.phase == "initiate" and trouble.reply.status in _ACCOUNT and seen >= _NOT_FOUND_LIMIT:
+        return Verdict(Action.STOP_ACCOUNT, f"HTTP {trouble.reply.status}")
+    if trouble.phase in _FILES and _for_good(trouble.reply, seen):
         return Verdict(Action.JOB_FAILED, f"HTTP {trouble.reply.status}")
     return Verdict(Action.READ_AGAIN, f"HTTP {trouble.reply.status}", retry_after_of(trouble.reply))
 
@@ -155,8 +177,8 @@ def _may_go_better(reply: Reply, error: ErrorBody) -> bool:
 
 
 def _for_good(reply: Reply, seen: int) -> bool:
-    """An upload refused as such, or a file that is gone and stays gone."""
-    if reply.status in {404, 410}:
+    """An upload refused as such, or a file that is gone and stays gone; storages call that forbidden, too."""
+    if reply.status in {401, 402, 403, 404, 410}:
         return seen >= _NOT_FOUND_LIMIT
     return 400 <= reply.status < 500 and reply.status not in _SAYS_NOTHING
 
@@ -265,7 +287,10 @@ def pause_after(trouble: Trouble, tries: int, rng: Random) -> float:
     reply = trouble.reply
     if trouble.phase == "result" and reply is not None and reply.status >= 500 and error_body_of(reply).is_fal:
         return backoff(tries, rng, cap=_CONFIRMED_CAP)
-    counted = kind == "404" or (trouble.phase == "result" and kind in {"400", "malformed"})
+    if trouble.phase == "initiate" and reply is not None and reply.status in _ACCOUNT:
+        return backoff(tries, rng, cap=_REFUSED_CAP)
+    is_refused_file = trouble.phase in _FILES and reply is not None and reply.status in _ACCOUNT
+    counted = kind == "404" or is_refused_file or (trouble.phase == "result" and kind in {"400", "malformed"})
     return backoff(tries, rng, cap=_COUNTED_CAP) if counted else backoff(tries, rng)
 
 

@@ -130,6 +130,8 @@ class Runner:
             rng=rng,
             notice=self._unanswered,
             warn=self._warn,
+            stop=gate.stop,
+            is_stopping=lambda: gate.stopping is not None,
         )
         self._patience = max(policy.drain, 3 * PollTimes.LONGEST)
         """Seconds for which an account may be refused at every read until the run gives up for now."""
@@ -174,6 +176,7 @@ class Runner:
         stopping = self._gate.stopping
         if stopping is not None and stopping.why is Stop.STORAGE:
             raise StorageError(stopping.reason)
+        await self._journal.settled()  # a stop leaves calls behind that nobody waits for: they count
         held = (await self._journal.counts()).by_state.get(State.UNKNOWN, 0)
         return Report(self._done, self._failed, held, stopping)
 

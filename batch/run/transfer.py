@@ -13,10 +13,11 @@ from random import Random
 import anyio
 
 from batch.model import Failed, Job, LocalImage, StoredImage
-from batch.run.course import JobFailed
+from batch.run.course import JobFailed, TurnedBack
+from batch.run.gate import Stop
 from batch.run.ports import CallFailed, Images, Journal, PictureError, Service, Uploaded
 from batch.run.retention import Retention
-from batch.run.retry import Verdict, backoff, failure_of, judge, reading
+from batch.run.retry import Action, Verdict, backoff, failure_of, final, reading
 
 __all__ = ["Transfers"]
 
@@ -45,10 +46,13 @@ class Transfers:
         rng: Random,
         notice: Callable[[Verdict], None],
         warn: Callable[[str | None], None],
+        stop: Callable[[Stop, str], None],
+        is_stopping: Callable[[], bool],
     ) -> None:
-        """`notice` is told of faults that are read again, `warn` of files that may expire first."""
+        """`notice` hears of faults that are read again, `warn` of files that may expire first; `stop` is the run's."""
         self._service, self._journal, self._images, self._target = service, journal, images, target
         self._retention, self._now, self._rng, self._notice, self._warn = retention, now, rng, notice, warn
+        self._stop, self._is_stopping = stop, is_stopping
         self._uploads: dict[str, anyio.Event] = {}
         self._downloads = anyio.Semaphore(_DOWNLOADS_AT_ONCE)
         self._late_downloads = anyio.Semaphore(_DOWNLOADS_AT_ONCE)
@@ -73,21 +77,28 @@ class Transfers:
         except PictureError as error:
             raise JobFailed(Failed(error.type, str(error))) from error
         except CallFailed as error:
-            raise JobFailed(failure_of(error.trouble, judge(error.trouble))) from error
+            verdict = final(error.trouble)
+            failure = failure_of(error.trouble, verdict)
+            if verdict.action is Action.STOP_ACCOUNT:
+                self._stop(Stop.ACCOUNT, failure.message)
+                raise TurnedBack from error
+            raise JobFailed(failure) from error
         finally:
             del self._uploads[image.sha256]
             ready.set()
         return url
 
     async def _sent(self, image: LocalImage) -> str:
-        """Its URL. Apart, so that its bytes are let go as soon as they have arrived."""
-        async with self._uploading:
-            picture = await self._images.load(image)
-            return await reading(
-                lambda: self._service.upload(picture.data, picture.content_type, image.name),
-                self._rng,
-                notice=self._notice,
-            )
+        """Its URL. A picture that is refused is let go, and leaves its place to others, until it is tried again."""
+
+        async def once() -> str:
+            async with self._uploading:
+                if self._is_stopping():
+                    raise TurnedBack
+                picture = await self._images.load(image)
+                return await self._service.upload(picture.data, picture.content_type, image.name)
+
+        return await reading(once, self._rng, notice=self._notice)
 
     async def stored(self, said: StoredImage) -> StoredImage:
         """Download, verify by decoding, store. A damaged file is fetched again: transfers break.
@@ -110,7 +121,7 @@ class Transfers:
             except CallFailed as error:
                 is_large = error.trouble.transport == "oversize"
                 word = "result_file_too_large" if is_large else "result_file_gone"
-                reason = error.trouble.detail or judge(error.trouble).reason
+                reason = error.trouble.detail or final(error.trouble).reason
                 raise JobFailed(Failed(word, f"{said.url[:200]}: {reason}")) from error
             except PictureError as error:
                 if tries >= _DOWNLOAD_TRIES:

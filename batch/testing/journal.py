@@ -125,6 +125,10 @@ class MemoryJournal:
         given = {event.ticket.request_id for event in self.events if isinstance(event, Accepted)}
         return {request_id for request_id in ids if request_id in given}
 
+    async def settled(self) -> None:
+        """At once: what is recorded here is kept."""
+        await anyio.lowlevel.checkpoint()
+
     async def counts(self) -> Counts:
         """Totals over all sessions."""
         await anyio.lowlevel.checkpoint()

@@ -12,6 +12,7 @@ from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from PIL import Image
 
 from tests.acceptance.command import jobs_in, log, restyle, results, summary, write_manifest
 from tests.acceptance.endpoint import endpoint
@@ -172,9 +173,13 @@ def test_lines_for_machines_tell_the_spend_of_this_run_and_of_all(tmp_path):
 # --- keys -------------------------------------------------------------------------------------------------
 
 
-def test_a_wrong_key_submits_nothing_and_the_right_one_goes_on(tmp_path):
-    """401 on the first submit: exit 6, one sentence; the same command does it all once the key works."""
+@pytest.mark.parametrize("first", ["submit", "upload"])
+def test_a_wrong_key_submits_nothing_and_the_right_one_goes_on(tmp_path, first):
+    """401 on the first call: exit 6, one sentence; the same command does it all once the key works."""
     manifest, directory = write_manifest(tmp_path / "m.csv", range(6)), tmp_path / "run"
+    if first == "upload":
+        Image.new("RGB", (64, 64)).save(tmp_path / "local.png")
+        manifest.write_text("image_url,prompt\n" + "".join(f"local.png,number {n}\n" for n in range(6)))
     with endpoint(tmp_path, *ECHO) as server:
         command = ("run", manifest, "-o", directory, "--target", server.url)
         wrong = restyle(*command, env={"FAL_KEY": "tester:not the secret"})

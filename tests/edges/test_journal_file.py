@@ -9,6 +9,7 @@ import sys
 import tempfile
 import textwrap
 import threading
+import time
 from array import array
 from pathlib import Path
 from random import Random
@@ -424,7 +425,7 @@ async def test_closed_journal_takes_nothing(path):
 @pytest.mark.anyio
 async def test_stuck_disk_does_not_hold_the_end_for_ever(path, monkeypatch):
     """Closing waits for a bounded time; whoever still waits is told so."""
-    monkeypatch.setattr("batch.run.journal._CLOSE_SECONDS", 0.05)
+    monkeypatch.setattr("batch.run.journal._SETTLE_SECONDS", 0.05)
     disk = threading.Event()
     told = []
 
@@ -447,6 +448,61 @@ async def test_stuck_disk_does_not_hold_the_end_for_ever(path, monkeypatch):
     with journal.file._lock:
         pass
     await anyio.to_thread.run_sync(journal.file.close)
+
+
+@pytest.mark.anyio
+async def test_what_nobody_waits_for_is_settled_all_the_same(path):
+    """The callers were cancelled; who wants to read what they wrote waits until it is there."""
+    async with open_journal(path, clock=lambda: 1.0) as journal:
+        await journal.settled()  # of nothing
+        real, slow = journal.file.commit, 0.05
+        journal.file.commit = lambda calls: (time.sleep(slow), real(calls))[1]
+        async with anyio.create_task_group() as tasks:
+            for number in range(1200):
+                tasks.start_soon(journal.record, intended(number))
+            await anyio.sleep(0.01)
+            tasks.cancel_scope.cancel()
+        await journal.settled()
+        assert (await journal.counts()).by_state == {State.INTENDED: 1200}
+
+
+@pytest.mark.anyio
+async def test_what_the_disk_refused_is_not_settled(path, monkeypatch):
+    """Nor what it does not take in time."""
+    async with open_journal(path, clock=lambda: 1.0) as journal:
+        disk, real = threading.Event(), journal.file.commit
+        journal.file.commit = lambda calls: (disk.wait(), real(calls))[1]
+        monkeypatch.setattr("batch.run.journal._SETTLE_SECONDS", 0.05)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(journal.record, intended(1))
+            await anyio.sleep(0.02)
+            tasks.cancel_scope.cancel()
+        with pytest.raises(StorageError, match="did not take"):
+            await journal.settled()
+        monkeypatch.undo()
+        disk.set()
+        await journal.settled()
+
+        def refuse(calls):
+            raise StorageError("the disk is full")
+
+        journal.file.commit = refuse
+        with pytest.raises(StorageError):
+            await journal.record(intended(2))
+        with pytest.raises(StorageError, match="full"):
+            await journal.settled()
+
+
+@pytest.mark.anyio
+async def test_a_slow_disk_gets_all_there_is_in_one_transaction(path):
+    """Else the last of ten thousand would wait for twenty of them."""
+    async with open_journal(path, clock=lambda: 1.0) as journal:
+        sizes, real = [], journal.file.commit
+        journal.file.commit = lambda calls: (sizes.append(len(calls)), time.sleep(0.25), real(calls))[2]
+        async with anyio.create_task_group() as tasks:
+            for number in range(3000):
+                tasks.start_soon(journal.record, intended(number))
+    assert sizes == [512, 3000 - 512]
 
 
 _WRITER = """

@@ -10,6 +10,7 @@ import hashlib
 import os
 import resource
 import shutil
+import sqlite3
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from random import Random
 import pyarrow.parquet as pq
 import pytest
 
-from tests.acceptance.command import Ended, accepted, environment, finish, restyle, results, write_manifest
+from tests.acceptance.command import Ended, accepted, environment, finish, jobs_in, restyle, results, write_manifest
 from tests.faults.power_cut import Disk, record
 from tests.faults.target import Target, picture, serving
 
@@ -81,6 +82,37 @@ def gone_on_with(target: Target, directory: Path, command: tuple[object, ...]) -
         assert held.isdisjoint(asked.body["prompt"] for asked in target.requests.values())
         ended = restyle(*command, env={"RESTYLE_LIMITS__ON_UNKNOWN": "resubmit-after=0.1s"})
     return ended
+
+
+# --- a slow disk ------------------------------------------------------------------------------------------
+
+
+def test_a_second_stop_waits_for_what_was_handed_in(tmp_path):
+    """Four transactions are on their way when nobody waits any more: table, summary and exit code have them."""
+    jobs, directory = 2000, tmp_path / "run"
+    manifest = write_manifest(tmp_path / "m.csv", range(jobs))
+    command = ("run", manifest, "-o", directory, "--engine", "echo", "--no-download", "--slots", jobs)
+    command += ("--max-in-flight", jobs, "--service-time", "3s")
+    ended = run(sys.executable, "-m", "tests.faults.slow_disk", jobs, 0.15, *command)
+    assert (ended.code, jobs_in(directory, "done")) == (4, jobs), ended.text
+    assert sum(row["status"] == "done" for row in results(directory).to_pylist()) == jobs
+    assert f"{jobs:,} done" in ended.out
+    again = restyle(*command)
+    assert (again.code, "0 jobs to do" in again.out) == (0, True), again.text
+
+
+def test_a_table_that_is_behind_its_journal_is_made_again(tmp_path):
+    """However it came about: the note of what the table shows says how many jobs were in which state."""
+    directory = tmp_path / "run"
+    command = ("run", write_manifest(tmp_path / "m.csv", range(4)), "-o", directory, "--engine", "echo")
+    assert restyle(*command).code == 0
+    with sqlite3.connect(directory / "journal.db") as journal:
+        ((name, value),) = journal.execute("select * from meta where name = 'projected'")
+        assert '"done":4' in value
+        journal.execute("update meta set value = replace(value, '\"done\":4', '\"done\":3') where name = ?", [name])
+    (directory / "results.parquet").write_bytes(b"older")
+    assert restyle(*command).code == 0
+    assert len(results(directory).to_pylist()) == 4
 
 
 # --- a call that is refused -------------------------------------------------------------------------------

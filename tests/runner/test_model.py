@@ -259,6 +259,9 @@ class FileJournal:
         if error is not None:
             raise error
 
+    async def settled(self) -> None:
+        await anyio.lowlevel.checkpoint()
+
     async def entries(self, states: Collection[State]) -> Any:
         ids = self._file.entry_ids(states)
         for entry in [*self._file.read_entries(ids, states)]:

@@ -12,11 +12,13 @@ import pytest
 from PIL import Image
 
 from batch.errors import StorageError
+from batch.fal.protocol import Reply
 from batch.model import Job, LocalImage
 from batch.run.budget import Price
-from batch.run.gate import Stop
+from batch.run.gate import Stop, Stopping
 from batch.run.lifecycle import State
 from batch.run.pacing import TokenBucket, Window
+from batch.run.ports import CallFailed, Trouble
 from batch.run.runner import Policy
 from batch.testing.service import (
     AnswersReadsWith,
@@ -332,6 +334,61 @@ async def test_few_pictures_are_on_their_way_up_at_once():
     made = [j._replace(image=a_picture((number, 0, 0)), megapixels=0.1) for number, j in enumerate(jobs(100))]
     assert (await World(Slow(round_trip=0.1), window=100).run(made)).done == 100
     assert max(seen) == 16
+
+
+async def test_pictures_that_are_refused_hold_up_no_others():
+    """Sixteen that the storage never takes, as many as are on their way up at once: all others arrive."""
+    refused = {a_picture((number, 0, 0)).data for number in range(16)}
+
+    class Picky(FakeService):
+        async def upload(self, data, content_type, name):
+            if data in refused:
+                raise CallFailed(Trouble("upload", reply=Reply(503, b"")))
+            return await super().upload(data, content_type, name)
+
+    made = [j._replace(image=a_picture((number, 0, 0)), megapixels=0.1) for number, j in enumerate(jobs(100))]
+    world = World(Picky(round_trip=0.1), window=100)
+    with anyio.move_on_after(60):
+        await world.run(made)
+    assert world.service.count("upload") == 84
+
+
+@pytest.mark.parametrize("status", [401, 402, 403])
+async def test_a_refused_account_is_noticed_at_the_first_upload(status):
+    """Before any submit: the run stops as if the submit had been refused; nothing was sent, nothing failed."""
+
+    class Closed(FakeService):
+        async def upload(self, data, content_type, name):
+            raise CallFailed(Trouble("initiate", reply=Reply(status, b'{"detail": "no such key"}')))
+
+    made = [j._replace(image=a_picture((number, 0, 0)), megapixels=0.1) for number, j in enumerate(jobs(40))]
+    began = anyio.current_time()
+    world = World(Closed())
+    report = await world.run(made)
+    assert report.stopped == Stopping(Stop.ACCOUNT, "no such key")
+    assert (report.done, report.failed, world.service.posts) == (0, 0, 0)
+    assert anyio.current_time() - began < 15
+
+
+async def test_a_stop_does_not_wait_for_a_storage_that_refuses():
+    """What was not uploaded by then is turned back: it was never submitted."""
+
+    class Refusing(FakeService):
+        async def upload(self, data, content_type, name):
+            raise CallFailed(Trouble("upload", reply=Reply(503, b"")))
+
+    world = World(Refusing())
+    made = [j._replace(image=a_picture((number, 0, 0)), megapixels=0.1) for number, j in enumerate(jobs(4))]
+    async with anyio.create_task_group() as tasks:
+
+        async def stop():
+            await anyio.sleep(5)
+            world.runner.stop(Stop.FAILURES, "enough")
+
+        tasks.start_soon(stop)
+        report = await world.run(made)
+    assert (report.done, report.failed, report.stopped.why) == (0, 0, Stop.FAILURES)
+    assert anyio.current_time() < 60
 
 
 async def test_unreadable_picture_is_a_failed_row_and_nothing_is_sent():

@@ -14,7 +14,7 @@ from tenacity.stop import stop_after_attempt
 
 from batch.fal.protocol import Reply
 from batch.run.ports import CallFailed, Trouble
-from batch.run.retry import Action, Verdict, backoff, failure_of, judge, kind_of, reading, retry_after_of
+from batch.run.retry import Action, Verdict, backoff, failure_of, final, judge, kind_of, reading, retry_after_of
 
 A = Action
 MODEL_ERROR = orjson.dumps({"detail": [{"loc": ["body", "image_url"], "msg": "cannot be read", "type": "image_load_error"}]})  # fmt: skip # noqa: E501
@@ -50,7 +50,7 @@ TABLE = [
     *[(answered("submit", status, request_error("internal_error")), 1, A.UNKNOWN) for status in (500, 503, 504)],
     # status and result: nothing about the job
     *[(Trouble(phase, word, sent=s), 1, A.READ_AGAIN)
-      for phase in ("status", "result", "upload", "download")
+      for phase in ("status", "result", "initiate", "upload", "download")
       for word, s in [*((w, False) for w in UNSENT), *((w, True) for w in SENT)]],
     *[(answered(phase, status), 9, A.READ_AGAIN)
       for phase in ("status", "result") for status in (401, 403, 408, 409, 429)],
@@ -74,7 +74,12 @@ TABLE = [
     (Trouble("result", "malformed"), 16, A.JOB_FAILED),
     (Trouble("status", "malformed"), 99, A.READ_AGAIN),
     # files
-    (answered("upload", 413), 1, A.JOB_FAILED),
+    *[(answered(phase, 413), 1, A.JOB_FAILED) for phase in ("initiate", "upload")],
+    *[(answered(phase, status), seen, action)
+      for phase in ("upload", "download") for status in (401, 403)
+      for seen, action in ((15, A.READ_AGAIN), (16, A.JOB_FAILED))],
+    *[(answered("initiate", status), seen, action)
+      for status in (401, 402, 403) for seen, action in ((15, A.READ_AGAIN), (16, A.STOP_ACCOUNT))],
     (answered("upload", 500), 9, A.READ_AGAIN),
     (answered("upload", 429), 9, A.READ_AGAIN),
     (answered("download", 404), 15, A.READ_AGAIN),
@@ -274,6 +279,20 @@ def test_a_read_ends_with_the_fault_that_is_final():
     assert status == 404
     assert seconds <= 30.0
     assert call.calls == 16
+
+
+def test_an_account_that_may_not_upload_is_known_soon():
+    """Mostly the key is wrong: sixteen times asked, in a few seconds, and the verdict is that of all of them."""
+    call = Flaky(*[answered("initiate", 401)] * 50)
+
+    async def main():
+        with pytest.raises(CallFailed) as caught:
+            await reading(call, Random(1))
+        return final(caught.value.trouble)
+
+    verdict, seconds = in_virtual_time(main)
+    assert (verdict.action, call.calls) == (A.STOP_ACCOUNT, 16)
+    assert seconds <= 8.0
 
 
 def test_a_final_fault_is_raised_at_once():

@@ -1,0 +1,109 @@
+"""Manifest and journal as one table, `results.parquet`: made again only when it would show something else. Assembly.
+
+Everything here blocks, and is for a worker thread.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from threading import Timer
+
+import orjson
+
+from batch.config import Settings
+from batch.manifest.keys import content_hash
+from batch.manifest.plan import Planner
+from batch.manifest.read import Manifest
+from batch.model import JsonObject
+from batch.results.totals import Totals
+from batch.run.directory import config_of
+from batch.run.journal_file import JournalFile
+from batch.run.lifecycle import State
+from batch.version import tool_version
+
+__all__ = ["Projection", "identity_of", "loading_sink"]
+
+_NOTE = "projected"
+"""The journal's note of what `results.parquet` shows, and the totals of it; empty while it may be behind."""
+_LOAD_AFTER = 1.0
+"""Seconds after which the first jobs are on their way."""
+
+
+def identity_of(manifest: Manifest, settings: Settings) -> JsonObject:
+    """What the results are made from, besides the journal."""
+    config = orjson.dumps(config_of(settings), option=orjson.OPT_SORT_KEYS)
+    return {"fingerprint": manifest.fingerprint(), "rows": manifest.rows, "config": content_hash(config)}
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """The results of one run directory."""
+
+    planner: Planner
+    manifest: Manifest
+    settings: Settings
+    file: JournalFile
+    identity: JsonObject
+
+    def outdate(self) -> None:
+        """From now on the journal may be ahead of the table."""
+        self.file.note(_NOTE, "")
+
+    def refresh(self, path: Path, jobs: Mapping[State, int]) -> Totals:
+        """Write the table, unless it is there and was noted to show all of this already.
+
+        `jobs` are the journal's counts, as a check on the note: should the journal be ahead of it, this shows.
+        """
+        shown = {**self.identity, "jobs": {str(state): count for state, count in jobs.items()}}
+        mark = orjson.dumps(shown, option=orjson.OPT_SORT_KEYS).decode() + "\n"
+        noted = self.file.noted(_NOTE) or ""
+        if path.exists() and noted.startswith(mark):
+            return _totals_of(noted.removeprefix(mark))
+        totals = self.write(path)
+        kept = orjson.dumps(totals._asdict(), option=orjson.OPT_NON_STR_KEYS).decode()
+        self.file.note(_NOTE, mark + kept)
+        return totals
+
+    def write(self, path: Path) -> Totals:
+        """Write the table. Free, and as often as one likes; the journal is only read."""
+        from batch.results.sink import write_results  # with pyarrow; see `loading_sink`
+
+        metadata = {
+            "restyle_version": tool_version(),
+            "python": platform.python_version(),
+            "run_seed": self.settings.run_seed,
+            "manifest": {"source": str(self.manifest.source), **self.identity},
+            "config": config_of(self.settings),
+        }
+        return write_results(
+            path,
+            self.planner.batches(),
+            self.file.outcomes_in_turn(),
+            manifest_schema=self.manifest.schema.to_frame().to_arrow().schema,
+            target=self.settings.target.name,
+            on_bad_row=self.settings.manifest.on_bad_row,
+            metadata={"restyle": orjson.dumps(metadata).decode()},
+        )
+
+
+def _totals_of(kept: str) -> Totals:
+    fields = orjson.loads(kept)
+    return Totals(**{**fields, "errors": Counter(fields["errors"])})
+
+
+@contextmanager
+def loading_sink() -> Iterator[None]:
+    """Load what writes the results while jobs are under way: it takes 0.2 s, which would come on top at the end."""
+    timer = Timer(_LOAD_AFTER, import_module, ["batch.results.sink"])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

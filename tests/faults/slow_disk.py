@@ -1,0 +1,46 @@
+"""`restyle` on a disk that takes its time, stopped twice when the last job's end is handed to the journal.
+
+    python -m tests.faults.slow_disk JOBS SECONDS run MANIFEST -o DIR ...
+
+From that moment on a transaction takes so many seconds, and SIGINT comes twice: most of what was handed in is not
+written yet, and nobody waits for it any more.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from typing import Any
+
+from batch.cli import main
+from batch.run.journal import Journal
+from batch.run.journal_file import JournalFile
+from batch.run.ports import Event, Finished
+
+
+def slow_down(jobs: int, seconds: float) -> None:
+    commit, record = JournalFile.commit, Journal.record
+    finished = 0
+
+    def slowly(self: JournalFile, calls: Any) -> Any:
+        if finished == jobs:
+            time.sleep(seconds)
+        return commit(self, calls)
+
+    async def counted(self: Journal, *events: Event) -> None:
+        nonlocal finished
+        finished += any(isinstance(event, Finished) for event in events)
+        if finished == jobs and isinstance(events[-1], Finished):
+            os.kill(os.getpid(), signal.SIGINT)
+            threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
+        await record(self, *events)
+
+    JournalFile.commit, Journal.record = slowly, counted  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    slow_down(int(sys.argv[1]), float(sys.argv[2]))
+    sys.exit(main(sys.argv[3:]))
