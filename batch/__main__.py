@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from typing import NoReturn
 
 gc.disable()  # until `batch.cli` has loaded what its command needs
@@ -17,6 +18,8 @@ from batch.cli import main  # noqa: E402
 
 def entry() -> NoReturn:
     """Carry out the command line of this process and end it; everything is written and closed by then."""
+    # Before and after the part of a run that collects what is in flight, a supervisor's stop is a Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     os._exit(main())
 
 

@@ -35,6 +35,7 @@ app = App(
     " cost first, get the same result again.",
     help_format="plaintext",
     version=tool_version,
+    suppress_keyboard_interrupt=False,  # it would end with 130 and say nothing
     help_epilogue="Exit codes: 0 complete, 1 unexpected error, 2 wrong input, 3 some rows failed, 4 stopped early and"
     " resumable, 5 another run holds the lock, 6 the account was refused.",
 )

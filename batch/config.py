@@ -323,6 +323,7 @@ def _check_environment(environment: Mapping[str, str]) -> None:
         for section, field in Settings.model_fields.items()
         for key in getattr(field.annotation, "model_fields", {})
     } | {f"{_ENVIRONMENT_PREFIX}{name}".upper() for name in Settings.model_fields}
+    known |= {"RESTYLE_DEBUG"}  # of the command, no setting: see `batch.cli`
     for name in environment:
         upper = name.upper()
         swept = upper.startswith(f"{_ENVIRONMENT_PREFIX}SWEEP__")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple, NewType, TypeAlias
 
@@ -145,8 +146,12 @@ class Attempt:
 
     @property
     def idempotency_key(self) -> str:
-        """Same job and attempt, same key: our server then answers with the same request id."""
-        return f"{self.job_key}-{self.number}"
+        """Same job, attempt and bytes, same key: our server then answers with the same request id.
+
+        The bytes count because a local picture is at another URL after each upload: another run directory, at the
+        same server, sends the same job with another body.
+        """
+        return f"{self.job_key}-{self.number}-{blake2b(self.body, digest_size=4).hexdigest()}"
 
 
 @dataclass(frozen=True, slots=True)

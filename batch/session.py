@@ -145,7 +145,8 @@ async def run_session(request: Request) -> Summary:
     directory.prepare()
     with directory.locked(started_at), _noted(directory, started_at):
         directory.check_config(settings, accept=request.new_config)
-        async with open_journal(directory.journal, version=tool_version()) as journal:
+        lost = await _in_thread(directory.lost_journal)
+        async with open_journal(directory.journal, version=tool_version(), lost=lost) as journal:
             planner = await _in_thread(partial(open_planner, manifest, settings, journal.file))
             before = await journal.counts()
             found = await _in_thread(partial(survey_of, planner, settings, terms, journal.file))
@@ -289,7 +290,7 @@ class _Signals:
         """One came. The results are written to their end: the second Ctrl-C of two often comes so late."""
         name = signal.Signals(number).name
         if self._runner is not None:
-            self._runner.stop(Stop.SIGNAL, f"{name}: collecting what is in flight; once more stops at once")
+            self._runner.stop(Stop.SIGNAL, name, "collecting what is in flight; once more stops at once")
         else:
             self._observer.happened("warning", reason=f"{name}: the results are being written; this ends by itself")
 

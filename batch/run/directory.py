@@ -70,18 +70,35 @@ class RunDirectory:
                 pass
         except OSError as error:
             full = error.errno in {errno.ENOSPC, errno.EDQUOT}
-            advice = "make room, or name another folder with -o" if full else "name another folder with -o"
+            advice = "name another folder with -o"
+            if self.journal.exists():  # in another one everything would be submitted, and paid, again
+                advice = "what was done and paid for is in it, so make it writable"
+            advice = f"make room, or {advice}" if full else advice
             kind = StorageError if full else RunDirectoryError
             raise kind(f"{self.root} cannot be written ({error.strerror}); {advice}") from error
+
+    def lost_journal(self) -> str | None:
+        """What to say if there is no journal; None where there need not be one yet, for no run has begun here.
+
+        To begin anew in silence would pay for everything again.
+        """
+        if not (self.run_file.exists() or self.results.exists()):  # the journal comes before both
+            return None
+        return (
+            f"the journal {self.journal} is missing or empty, but a run was here: what it submitted and paid for is not"
+            f" known without it. Put it back, with its {self.journal.name}-wal if there was one; or name another folder"
+            " with -o, where every job is submitted and paid for anew"
+        )
 
     def require(self) -> None:
         """Check that a run is here.
 
         Raises:
-            RunDirectoryError: it is not.
+            RunDirectoryError: it is not, or its journal is lost.
         """
         if not self.journal.exists():
-            raise RunDirectoryError(f"there is no run in {self.root}; `restyle run MANIFEST -o {self.root}` starts one")
+            none = f"there is no run in {self.root}; `restyle run MANIFEST -o {self.root}` starts one"
+            raise RunDirectoryError(self.lost_journal() or none)
 
     @contextmanager
     def locked(self, started_at: str) -> Iterator[None]:

@@ -79,11 +79,11 @@ class Gate:
         """The stop that was called first, if any."""
         return self._stopping
 
-    def stop(self, why: Stop, reason: str) -> None:
-        """Let nothing more through. The first reason stays."""
+    def stop(self, why: Stop, reason: str, meanwhile: str = "") -> None:
+        """Let nothing more through. The first reason stays; `meanwhile` says what is going on until the end."""
         if self._stopping is None:
             self._stopping = Stopping(why, reason)
-            self._observer.happened("stopping", reason=reason)
+            self._observer.happened("stopping", reason=f"{reason}: {meanwhile}" if meanwhile else reason)
             self._stop_called.set()
             self._wake()
 

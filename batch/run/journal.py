@@ -246,7 +246,7 @@ class Journal:
 
 @asynccontextmanager
 async def open_journal(
-    path: Path, *, version: str = "", clock: Callable[[], float] = time.time
+    path: Path, *, version: str = "", clock: Callable[[], float] = time.time, lost: str | None = None
 ) -> AsyncIterator[Journal]:
     """Open a journal for writing, create where there is none; a new session begins.
 
@@ -256,11 +256,13 @@ async def open_journal(
         path: the SQLite file; its folder exists.
         version: of the tool, noted with the session.
         clock: Unix seconds, for the session's start and end.
+        lost: what to say where there is none, or an empty one; None: then it is made.
 
     Raises:
-        RunDirectoryError: no journal of ours, or one of a newer restyle.
+        RunDirectoryError: no journal of ours, one of a newer restyle, or none where there should be one.
         StorageError: the disk refused.
     """
-    journal = Journal(await anyio.to_thread.run_sync(partial(JournalFile.open, path, now=clock(), version=version)))
+    opening = partial(JournalFile.open, path, now=clock(), version=version, lost=lost)
+    journal = Journal(await anyio.to_thread.run_sync(opening))
     async with journal.flushing(clock):
         yield journal

@@ -119,17 +119,20 @@ class JournalFile:
     # --- opening and closing ----------------------------------------------------------------------------------
 
     @classmethod
-    def open(cls, path: Path, *, now: float, version: str) -> JournalFile:
+    def open(cls, path: Path, *, now: float, version: str, lost: str | None = None) -> JournalFile:
         """Open for writing, create where there is none, and begin a session of this tool version.
 
         Raises:
-            RunDirectoryError: no journal of ours, or one of a newer restyle.
+            RunDirectoryError: no journal of ours, one of a newer restyle, or none, or an empty one, where `lost` is
+                given: that is then its sentence.
             StorageError: the disk refused.
         """
+        if lost is not None and not path.exists():
+            raise RunDirectoryError(lost)
         connection = _connect(path, "rwc")
         try:
             with _translated(path):
-                _check_ours(connection, path)
+                _check_ours(connection, path, empty=lost)
                 connection.execute("PRAGMA journal_mode = WAL")
                 connection.execute("PRAGMA synchronous = FULL")
                 connection.execute(f"PRAGMA journal_size_limit = {_WAL_LIMIT_BYTES}")
@@ -164,7 +167,7 @@ class JournalFile:
         connection = _connect(path, "ro")
         try:
             with _translated(path):
-                _check_ours(connection, path, may_be_fresh=False)
+                _check_ours(connection, path, empty=_NOT_BEGUN.format(path=path, wal=f"{path.name}-wal"))
             journal = cls(connection, path, 0)
             journal.session, _, _ = journal._one("last_ids")
         except BaseException:
@@ -459,13 +462,17 @@ def _is_fresh(connection: sqlite3.Connection) -> bool:
     return bool(tables == 0)
 
 
-def _check_ours(connection: sqlite3.Connection, path: Path, *, may_be_fresh: bool = True) -> None:
+_NOT_BEGUN = "the journal {path} is empty: its run stopped before it began, start it again; or its {wal} is lost"
+
+
+def _check_ours(connection: sqlite3.Connection, path: Path, *, empty: str | None) -> None:
+    """Raises `RunDirectoryError`; for an empty file with this sentence, or not at all."""
     (application,) = connection.execute("PRAGMA application_id").fetchone()
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if application == 0 and version == 0 and _is_fresh(connection):
-        if may_be_fresh:
+        if empty is None:
             return
-        raise RunDirectoryError(f"the journal {path} is empty: its run stopped before it began; start it again")
+        raise RunDirectoryError(empty)
     if application != APPLICATION_ID:
         raise _foreign(path)
     if version > SCHEMA_VERSION:

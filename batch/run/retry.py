@@ -95,6 +95,12 @@ _HOPELESS = _MISSHAPEN | {"bad url", "redirect"}
 """Of a file: neither a better network nor a server that comes back makes another URL, or a smaller file, of it."""
 _HOPELESS_LIMIT = 6
 _FILES = frozenset({"initiate", "upload", "download"})
+_CALLS = {
+    "initiate": "upload of a source picture",
+    "upload": "upload of a source picture",
+    "download": "result picture",
+}
+"""What a person calls them; the others are called what they are."""
 _OFTEN = max(_CONFIRMATIONS, _NOT_FOUND_LIMIT, _MALFORMED_LIMIT, _HOPELESS_LIMIT)
 _WORD_LIMIT = 100
 """Characters of an error type: it is counted by, and printed."""
@@ -120,9 +126,11 @@ def judge(trouble: Trouble, *, seen: int = 1) -> Verdict:
             return Verdict(Action.JOB_FAILED, f"the result has not the endpoint's shape: {trouble.detail}")
         if trouble.transport in _HOPELESS and trouble.phase in _FILES and seen >= _HOPELESS_LIMIT:
             return Verdict(Action.JOB_FAILED, trouble.detail or str(trouble.transport))
-        return Verdict(Action.READ_AGAIN, trouble.transport or "no answer")
+        words = f"{trouble.transport or 'no answer'}" + (f": {trouble.detail}" if trouble.detail else "")
+        return Verdict(Action.READ_AGAIN, f"{_CALLS.get(trouble.phase, trouble.phase)}: {words}")
+    answer = f"{_CALLS.get(trouble.phase, trouble.phase)}: HTTP {trouble.reply.status}"
     if trouble.phase in {"status", "result"} and trouble.reply.status in _ACCOUNT:
-        return Verdict(Action.READ_AGAIN, f"HTTP {trouble.reply.status}", retry_after_of(trouble.reply), account=True)
+        return Verdict(Action.READ_AGAIN, answer, retry_after_of(trouble.reply), account=True)
     if trouble.phase == "result":
         return _judge_result(trouble.reply, seen)
     if trouble.phase == "status" and trouble.reply.status == 404 and seen >= _NOT_FOUND_LIMIT:
@@ -131,7 +139,7 @@ def judge(trouble: Trouble, *, seen: int = 1) -> Verdict:
         return Verdict(Action.STOP_ACCOUNT, f"HTTP {trouble.reply.status}")
     if trouble.phase in _FILES and _for_good(trouble.reply, seen):
         return Verdict(Action.JOB_FAILED, f"HTTP {trouble.reply.status}")
-    return Verdict(Action.READ_AGAIN, f"HTTP {trouble.reply.status}", retry_after_of(trouble.reply))
+    return Verdict(Action.READ_AGAIN, answer, retry_after_of(trouble.reply))
 
 
 def _judge_submit(trouble: Trouble) -> Verdict:

@@ -131,7 +131,7 @@ class Runner:
             notice=self._unanswered,
             warn=self._warn,
             stop=gate.stop,
-            is_stopping=lambda: gate.stopping is not None,
+            stopped=gate.stopped,
         )
         self._patience = max(policy.drain, 3 * PollTimes.LONGEST)
         """Seconds for which an account may be refused at every read until the run gives up for now."""
@@ -190,11 +190,11 @@ class Runner:
             async with anyio.create_task_group() as jobs:
                 await self._resume(jobs, {State.ACCEPTED})
 
-    def stop(self, why: Stop, reason: str) -> None:
+    def stop(self, why: Stop, reason: str, meanwhile: str = "") -> None:
         """Submit nothing more and collect what is in flight. Called a second time: give that up too."""
         if self._gate.stopping is not None or why is Stop.STORAGE:
             self._scope.cancel()
-        self._gate.stop(why, reason)
+        self._gate.stop(why, reason, meanwhile)
 
     async def _bound_the_end(self) -> None:
         """Stop in time for the deadline, and give a bounded stop its last moment."""
@@ -486,7 +486,7 @@ class Runner:
             self._observer.happened("warning", reason=sentence)
 
     def _unanswered(self, verdict: Verdict) -> None:
-        self._gate.notice("unreachable", f"a read was answered by {verdict.reason}; it is read again")
+        self._gate.notice("unreachable", f"{verdict.reason}; it is tried again")
 
 
 def _words(errors: BaseExceptionGroup[StorageError]) -> str:

@@ -6,7 +6,7 @@ Protocols. Knows nothing of queues, money or states; a picture that cannot be ha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from random import Random
 
@@ -47,12 +47,12 @@ class Transfers:
         notice: Callable[[Verdict], None],
         warn: Callable[[str | None], None],
         stop: Callable[[Stop, str], None],
-        is_stopping: Callable[[], bool],
+        stopped: Callable[[], Awaitable[None]],
     ) -> None:
         """`notice` hears of faults that are read again, `warn` of files that may expire first; `stop` is the run's."""
         self._service, self._journal, self._images, self._target = service, journal, images, target
         self._retention, self._now, self._rng, self._notice, self._warn = retention, now, rng, notice, warn
-        self._stop, self._is_stopping = stop, is_stopping
+        self._stop, self._stopped = stop, stopped
         self._uploads: dict[str, anyio.Event] = {}
         self._downloads = anyio.Semaphore(_DOWNLOADS_AT_ONCE)
         self._late_downloads = anyio.Semaphore(_DOWNLOADS_AT_ONCE)
@@ -93,12 +93,36 @@ class Transfers:
 
         async def once() -> str:
             async with self._uploading:
-                if self._is_stopping():
-                    raise TurnedBack
                 picture = await self._images.load(image)
                 return await self._service.upload(picture.data, picture.content_type, image.name)
 
-        return await reading(once, self._rng, notice=self._notice)
+        return await self._unless_stopped(lambda: reading(once, self._rng, notice=self._notice))
+
+    async def _unless_stopped(self, call: Callable[[], Awaitable[str]]) -> str:
+        """A stop does not wait for an upload: its job was never submitted.
+
+        Raises:
+            TurnedBack: the run is stopping.
+        """
+        url: str | None = None
+        failure: Exception | None = None
+        async with anyio.create_task_group() as tasks:
+
+            async def watch() -> None:
+                await self._stopped()
+                tasks.cancel_scope.cancel()
+
+            tasks.start_soon(watch)
+            try:
+                url = await call()
+            except (CallFailed, PictureError) as error:  # carried around the task group, which would wrap it
+                failure = error
+            tasks.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+        if url is None:
+            raise TurnedBack
+        return url
 
     async def stored(self, said: StoredImage) -> StoredImage:
         """Download, verify by decoding, store. A damaged file is fetched again: transfers break.
