@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import gc
 import os
-import signal
+import sys
 from typing import NoReturn
 
-gc.disable()  # until `batch.cli` has loaded what its command needs
-
-from batch.cli import main  # noqa: E402
+from batch.interrupts import postpone
 
 
 def entry() -> NoReturn:
     """Carry out the command line of this process and end it; everything is written and closed by then."""
-    # Before and after the part of a run that collects what is in flight, a supervisor's stop is a Ctrl-C.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    os._exit(main())
+    gc.disable()  # until `batch.cli` has loaded what its command needs
+    postpone()  # until then, too
+    try:
+        from batch.cli import main
+
+        code = main()
+    except KeyboardInterrupt:  # so late that nobody else takes it
+        sys.stderr.write("restyle: interrupted\n")
+        code = 4
+    os._exit(code)
 
 
 if __name__ == "__main__":

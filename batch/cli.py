@@ -20,6 +20,7 @@ import anyio
 import orjson
 from cyclopts import App, CycloptsError, Group, Parameter
 
+from batch import interrupts
 from batch.errors import ExitCode, RestyleError, StorageError
 from batch.flags import DISPLAY, JOBS, JobFlags
 from batch.outlet import outlet, why_lost
@@ -284,7 +285,7 @@ def serve(
         retention=kept, tls_cert=tls_cert, tls_key=tls_key, flux=FluxOptions.of_flags(**asdict(flux)),
     )  # fmt: skip
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    _keep_what_is_loaded()
+    _begin()
     run_server(options, ready=lambda url: _print(f"serving {engine} at {url}  (Ctrl-C stops)"))
     return ExitCode.COMPLETE
 
@@ -342,17 +343,19 @@ def _code_of(arguments: list[str] | None) -> int:
 def _run(call: Callable[[], Coroutine[Any, Any, T]]) -> T:
     from batch.api import event_loop
 
-    _keep_what_is_loaded()
+    _begin()
     try:
         return anyio.run(call, backend_options=event_loop())
     except BaseExceptionGroup as group:
         raise _single(group) from group
 
 
-def _keep_what_is_loaded() -> None:
-    """What was imported stays: a quarter of a large plan would go into walking through it again and again."""
+def _begin() -> None:
+    """All modules are here: the collector works again, but not through them, and signals are taken again."""
+    # Else a quarter of a large plan would go into walking through what was imported again and again.
     gc.freeze()
-    gc.enable()  # `batch.__main__` has it wait until here
+    gc.enable()  # `batch.__main__` has both wait until here
+    interrupts.take()
 
 
 def _single(error: BaseException) -> BaseException:

@@ -126,7 +126,7 @@ def judge(trouble: Trouble, *, seen: int = 1) -> Verdict:
             return Verdict(Action.JOB_FAILED, f"the result has not the endpoint's shape: {trouble.detail}")
         if trouble.transport in _HOPELESS and trouble.phase in _FILES and seen >= _HOPELESS_LIMIT:
             return Verdict(Action.JOB_FAILED, trouble.detail or str(trouble.transport))
-        words = f"{trouble.transport or 'no answer'}" + (f": {trouble.detail}" if trouble.detail else "")
+        words = trouble.detail or trouble.transport or "no answer"
         return Verdict(Action.READ_AGAIN, f"{_CALLS.get(trouble.phase, trouble.phase)}: {words}")
     answer = f"{_CALLS.get(trouble.phase, trouble.phase)}: HTTP {trouble.reply.status}"
     if trouble.phase in {"status", "result"} and trouble.reply.status in _ACCOUNT:

@@ -292,3 +292,43 @@ def test_a_manifest_that_asks_for_sync_mode_has_bad_rows(tmp_path):
     bad, good = results(tmp_path / "run").to_pylist()
     assert (bad["status"], bad["error_type"], good["status"]) == ("failed", "sync_mode", "done")
     assert "results are not kept" in bad["error_message"]
+
+
+# --- a lost journal ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["missing", "empty"])
+def test_a_lost_journal_is_not_begun_anew(tmp_path, how):
+    """All would be submitted, and paid, again: refused, the results stay, and the journal put back goes on."""
+    manifest, directory = write_manifest(tmp_path / "m.csv", range(3)), tmp_path / "run"
+    command = ("run", manifest, "-o", directory, "--engine", "echo")
+    assert restyle(*command).code == 0
+    journal, kept = directory / "journal.db", tmp_path / "kept.db"
+    journal.rename(kept)
+    if how == "empty":
+        journal.touch()
+    table = (directory / "results.parquet").read_bytes()
+    refused = restyle(*command)
+    assert refused.code == 2
+    assert "missing or empty, but a run was here" in refused.err
+    assert "Put it back" in refused.err
+    assert (directory / "results.parquet").read_bytes() == table
+    for told in ("status", "export", "audit", "reconcile"):
+        ended = restyle(told, directory)
+        assert ended.code == 2
+        assert "missing" in ended.err or "-wal is lost" in ended.err, ended.text
+    kept.replace(journal)
+    again = restyle(*command)
+    assert (again.code, "0 jobs to do" in again.out) == (0, True), again.text
+
+
+def test_two_run_directories_at_one_server(tmp_path):
+    """The same local pictures, uploaded by each: two runs' requests, not one key with two inputs."""
+    Image.new("RGB", (64, 64)).save(tmp_path / "local.png")
+    manifest = tmp_path / "m.csv"
+    manifest.write_text("image_url,prompt\nlocal.png,one\nlocal.png,two\n")
+    with endpoint(tmp_path, *ECHO) as server:
+        for name in ("a", "b"):
+            ended = restyle("run", manifest, "-o", tmp_path / name, "--target", server.url, env={"FAL_KEY": server.key})
+            assert ended.code == 0, ended.text
+        assert accepted_by(server) == 4

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import orjson
@@ -88,6 +90,7 @@ def test_reading_needs_a_run(root):
 
 HOLD = """
 import sys
+import tempfile
 from pathlib import Path
 from batch.run.directory import RunDirectory
 with RunDirectory(Path(sys.argv[1])).locked("2026-11-22T09:00:00+00:00"):
@@ -255,3 +258,16 @@ def test_the_config_that_is_kept_has_no_secret(monkeypatch):
     """The key is no setting."""
     monkeypatch.setenv("FAL_KEY", "marker-key")
     assert b"marker-key" not in orjson.dumps(config_of(settings(target={"name": "fal"})))
+
+
+def test_a_run_that_cannot_be_written_is_not_to_be_made_elsewhere(tmp_path, monkeypatch):
+    """In another folder everything would be submitted, and paid, again."""
+    (tmp_path / "journal.db").touch()
+
+    def refuse(**options):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(RunDirectoryError, match="make it writable") as caught:
+        RunDirectory(tmp_path).prepare()
+    assert "another folder" not in str(caught.value)

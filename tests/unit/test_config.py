@@ -263,3 +263,9 @@ def test_the_api_key_comes_from_the_environment_and_is_never_shown(monkeypatch):
 def test_the_api_key_is_no_setting(toml):
     """It cannot be written into a config file by mistake."""
     assert "unknown key" in refusal(path=toml("[target]\nkey = 'a:b'"))
+
+
+def test_the_switch_for_traces_is_no_unknown_variable(monkeypatch):
+    """Every message about a defect names it."""
+    monkeypatch.setenv("RESTYLE_DEBUG", "1")
+    load_settings()

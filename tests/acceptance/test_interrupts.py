@@ -1,0 +1,54 @@
+"""Stopped from outside at any moment, also before there is a run to stop: an exit code of the table and a sentence."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import time
+
+import pytest
+from PIL import Image
+
+from tests.acceptance.command import finish, jobs_in, start, summary, write_manifest
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("after", [0.1, 0.3, 0.6, 1.2])
+@pytest.mark.parametrize("command", ["plan", "run"])
+def test_an_early_stop_is_told(tmp_path, number, after, command):
+    """While modules are loaded, while the manifest is read: exit 4 and one sentence, never a trace, never silence."""
+    manifest = write_manifest(tmp_path / "m.csv", range(200_000))
+    where = ("-o", tmp_path / "run", "--engine", "echo", "--quiet") if command == "run" else ()
+    with start(command, manifest, *where) as process:
+        time.sleep(after)
+        process.send_signal(number)
+        ended = finish(process)
+    if ended.code == -number:  # before the interpreter came to our first line
+        return
+    assert ended.code == 4, ended.text
+    assert "interrupted" in ended.err or "stopped_early" in ended.out, ended.text
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_with_nothing_in_flight_ends_at_once(tmp_path, number):
+    """Nobody listens at the target and the pictures are still to be uploaded: there is nothing to collect."""
+    with socket.socket() as unheard:
+        unheard.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unheard.getsockname()[1]}"
+        Image.new("RGB", (64, 64)).save(tmp_path / "local.png")
+        manifest, directory = tmp_path / "m.csv", tmp_path / "run"
+        manifest.write_text("image_url,prompt\nlocal.png,one\n")
+        with start("run", manifest, "-o", directory, "--target", url) as process:
+            assert process.stderr is not None
+            line = process.stderr.readline()
+            process.send_signal(number)
+            began = time.monotonic()
+            ended = finish(process)
+    assert time.monotonic() - began < 10
+    assert (ended.code, jobs_in(directory, "pending", "intended", "accepted")) == (4, 0), ended.text
+    assert line.startswith("unreachable: upload of a source picture: connect: 127.0.0.1:")
+    assert line.endswith("; it is tried again\n")
+    name = signal.Signals(number).name
+    assert f"stopping: {name}: collecting what is in flight; once more stops at once" in ended.err
+    assert f"stopped early (signal): {name}; the same command goes on" in ended.out
+    assert summary(directory)["reason"] == name
