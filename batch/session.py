@@ -184,13 +184,15 @@ def open_planner(manifest: Manifest, settings: Settings, file: JournalFile | Non
 
 def survey_of(planner: Planner, settings: Settings, terms: Terms, file: JournalFile | None) -> Survey:
     """Run once through the manifest: counts, problems, cost."""
-    at_once = settings.limits.max_in_flight
+    wanted = settings.limits.max_in_flight
+    at_once = wanted if isinstance(wanted, int) else _guess(window_bounds(wanted))
     return survey(
         planner,
         None if file is None else file.find,
         terms.price,
-        at_once if isinstance(at_once, int) else _guess(window_bounds(at_once)),
+        at_once,
         terms.service_seconds,
+        terms.slots,
     )
 
 

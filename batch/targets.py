@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ import orjson
 from pydantic import SecretStr
 from tenacity import stop_after_attempt
 
-from batch.config import Settings, api_key
+from batch.config import Settings, TargetSettings, api_key
 from batch.errors import AccountRefused, ConfigError, RestyleError, StoppedEarly
 from batch.fal import protocol
 from batch.fal.client import FalClient
@@ -34,7 +35,8 @@ _FAL_SECONDS = 6.0
 _FAL_POLLS = 200.0
 """Status reads a second. fal states no limit; its own clients read ten (Python) or two (JavaScript) times a second for
 each job, so that 20 to 100 jobs of theirs are as much."""
-_PREVIEW_SECONDS = 0.15
+_PREVIEW_SECONDS = 0.6
+"""Of one megapixel on one core of 2026."""
 _PRICE_READS = 4
 _PRICE_SECONDS = 30.0
 _MEGAPIXELS = frozenset({"megapixel", "megapixels", "mp"})
@@ -59,6 +61,8 @@ class Terms:
     """Whether the price was asked for just now."""
     polls_per_second: float | None = None
     """None: no bound on status reads."""
+    slots: int | None = None
+    """Jobs that it executes at once, where that is known."""
 
     @property
     def paid(self) -> bool:
@@ -130,8 +134,13 @@ def _terms_of(settings: Settings, price: Price | None) -> Terms:
             (4, _PREVIEW_SECONDS) if target.engine == "preview" else (2 * _LOCAL_ECHO_SLOTS, target.service_time)
         )
         words = f"target: local, the embedded endpoint ({what}); {cost}"
-        return Terms("local", price, rate, start, 512, seconds, words)
+        return Terms("local", price, rate, start, 512, seconds, words, slots=_slots(target))
     return Terms(target.name, price, rate, 64, 1024, _FAL_SECONDS, f"target: {target.name} ({target.app}); {cost}")
+
+
+def _slots(target: TargetSettings) -> int:
+    """What the embedded endpoint executes at once."""
+    return target.slots or (_LOCAL_ECHO_SLOTS if target.engine == "echo" else os.cpu_count() or 1)
 
 
 def _price(settings: Settings) -> Price | None:
@@ -167,12 +176,11 @@ async def open_target(settings: Settings, endpoint_directory: Path, *, version: 
     elif target.name == "local":
         from batch.server.embedded import embedded_endpoint
 
-        slots = target.slots or (_LOCAL_ECHO_SLOTS if target.engine == "echo" else None)
         async with (
             embedded_endpoint(
                 endpoint_directory,
                 engine=target.engine,
-                slots=slots,
+                slots=_slots(target),
                 service_time=target.service_time,
                 faults=None if target.faults is None else Path(target.faults),
             ) as endpoint,

@@ -48,6 +48,7 @@ __all__ = [
     "json_reply",
     "lifetime_in",
     "model_error_reply",
+    "names_webhook",
     "origin_of",
     "parse_path",
     "progress_reply",
@@ -389,6 +390,17 @@ def error_body_of(reply: Reply) -> ErrorBody:
         )
     text = reply.body[:200].decode("utf-8", "replace")
     return ErrorBody(error_type or header, text, bool(error_type or header), needs_retry)
+
+
+def names_webhook(reply: Reply) -> bool:
+    """Whether what an error answer refuses is the callback that was asked for (`fal_webhook`); never raises."""
+    try:
+        detail = read_object(reply.body).get("detail")
+    except Malformed:
+        return False
+    first = detail[0] if isinstance(detail, list) and detail else None
+    where = first.get("loc") if isinstance(first, dict) else None
+    return isinstance(where, list) and "fal_webhook" in where
 
 
 def _describe(item: JsonObject) -> str:

@@ -54,6 +54,8 @@ class Survey:
     dollars_at_most: float
     """What a budget has to hold: each picture rounded up to whole megapixels, as reservations are."""
     max_in_flight: int
+    at_once: int
+    """Jobs that are executed at once: no more than are in flight, nor than the target has slots."""
     service_seconds: float
     hours: float
     problem_count: int
@@ -81,7 +83,7 @@ class Survey:
             ("to do", f"{self.to_do:,}"),
             ("megapixels", f"{self.megapixels:,.1f} known, {self.unknown_sizes:,} pictures of unknown size"),
             ("cost", dollars),
-            ("time", f"{_duration(self.hours)} at {self.max_in_flight:,} in flight, {self.service_seconds:g} s each"),
+            ("time", f"{_duration(self.hours)}, {self.at_once:,} at once, {self.service_seconds:g} s each"),
             ("problems", f"{self.problem_count:,}"),
         ]
         return "\n".join(f"{name:<12}{text}" for name, text in lines)
@@ -93,6 +95,7 @@ def survey(
     price: Price | None,
     max_in_flight: int,
     service_seconds: float,
+    slots: int | None = None,
 ) -> Survey:
     """Run through the whole plan once and add it up.
 
@@ -106,6 +109,7 @@ def survey(
         price: what the target charges; None where nothing costs anything.
         max_in_flight: jobs at once, at least 1.
         service_seconds: how long one job takes.
+        slots: how many the target executes at once, where that is known.
 
     Raises:
         ManifestError: the manifest can no longer be read.
@@ -115,6 +119,7 @@ def survey(
         tally.add(checked)
     tally.merge()
     to_do = tally.states[State.PENDING]
+    at_once = max(1, min(max_in_flight, slots or max_in_flight))
     each = price.usd_per_megapixel if price is not None else 0.0
     dollars = (tally.megapixels + tally.unknown_sizes * UNKNOWN_MEGAPIXELS) * each
     return Survey(
@@ -133,8 +138,9 @@ def survey(
         dollars=dollars,
         dollars_at_most=tally.reserved,
         max_in_flight=max_in_flight,
+        at_once=at_once,
         service_seconds=service_seconds,
-        hours=to_do * service_seconds / max(1, max_in_flight) / _HOUR,
+        hours=to_do * service_seconds / at_once / _HOUR,
         problem_count=tally.problem_count,
         problems=tuple(tally.problems),
     )

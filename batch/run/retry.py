@@ -17,7 +17,7 @@ import anyio
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_never
 from tenacity.stop import stop_base
 
-from batch.fal.protocol import ErrorBody, Reply, error_body_of
+from batch.fal.protocol import ErrorBody, Reply, error_body_of, names_webhook
 from batch.model import Failed
 from batch.run.ports import CallFailed, Trouble
 
@@ -154,6 +154,8 @@ def _judge_submit(trouble: Trouble) -> Verdict:
         return Verdict(Action.STOP_TARGET, "HTTP 404")
     if status == 429:
         return Verdict(Action.SUBMIT_AGAIN, "HTTP 429", retry_after_of(trouble.reply))
+    if status in _REFUSED and names_webhook(trouble.reply):  # the run's own wish, not the job's
+        return Verdict(Action.STOP_TARGET, f"HTTP {status}")
     if status in _REFUSED:
         return Verdict(Action.JOB_FAILED, f"HTTP {status}")
     return Verdict(Action.UNKNOWN, f"HTTP {status} says nothing certain about a submit")

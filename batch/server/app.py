@@ -224,7 +224,7 @@ class _Face:
             errors = [answers.model_error("json_invalid", str(error), ("body",), {}, None)]
             return response(protocol.model_error_reply(422, errors, self._service.new_id()))
         except Refused as refusal:
-            message = f"This webhook cannot be called: {refusal}"
+            message = f"This webhook cannot be called: {refusal} (serve --allow-private permits loopback and private)"
             errors = [answers.model_error("url_error", message, ("query", "fal_webhook"), {}, None)]
             return response(protocol.model_error_reply(422, errors, self._service.new_id()))
         except QueueFull as full:

@@ -493,3 +493,12 @@ def test_plan_writes_and_sends_nothing(tmp_path):
     assert "target: fal" in ended.out
     assert "$" in ended.out
     assert [path.name for path in tmp_path.iterdir()] == ["m.csv"]
+
+
+def test_a_plan_reckons_with_the_slots_of_the_target(tmp_path):
+    """Twenty jobs of a second on two slots are ten seconds, however many would be in flight."""
+    manifest = write_manifest(tmp_path / "m.csv", range(20))
+    planned = restyle("plan", manifest, "--engine", "echo", "--service-time", "1s", "--slots", "2", "--json")
+    facts = json.loads(planned.out)
+    assert (facts["max_in_flight"], facts["at_once"]) == (16, 2)
+    assert facts["hours"] * 3600 == pytest.approx(10)

@@ -18,6 +18,7 @@ from batch.run.retry import Action, Verdict, backoff, failure_of, final, judge, 
 
 A = Action
 MODEL_ERROR = orjson.dumps({"detail": [{"loc": ["body", "image_url"], "msg": "cannot be read", "type": "image_load_error"}]})  # fmt: skip # noqa: E501
+NO_WEBHOOK = orjson.dumps({"detail": [{"loc": ["query", "fal_webhook"], "msg": "not allowed", "type": "url_error"}]})
 GATEWAY = b"<html><h1>502 Bad Gateway</h1></html>"
 
 
@@ -41,6 +42,7 @@ TABLE = [
     (answered("submit", 422, MODEL_ERROR), 1, A.JOB_FAILED),
     *[(answered("submit", status), 1, A.STOP_ACCOUNT) for status in (401, 402, 403)],
     (answered("submit", 404), 1, A.STOP_TARGET),
+    (answered("submit", 422, NO_WEBHOOK), 1, A.STOP_TARGET),
     # submit: 429: not accepted, wait
     (answered("submit", 429), 1, A.SUBMIT_AGAIN),
     # submit: anything else after a byte was sent is ambiguous
