@@ -19,7 +19,7 @@ from batch.run.pacing import TokenBucket, queued_share
 from batch.run.polling import PollTimes, Stay
 from batch.run.ports import CallFailed, Hints, Service, Trouble
 from batch.run.retention import Retention
-from batch.run.retry import Action, Verdict, failure_of, judge, kind_of, pause_after, reading
+from batch.run.retry import Action, Verdict, failure_of, judge, kind_of, pause_after, reading, retry_after_of
 
 __all__ = ["Follower"]
 
@@ -139,6 +139,8 @@ class Follower:
             self._times.came(in_time=False)
             # A refusal says "not yet". Silence, or something else than an output, says that it is not to be asked so.
             self._in_two_steps = self._in_two_steps or error.trouble.reply is None
+            if error.trouble.reply is not None:  # "not yet" may come with a wish for how long
+                await anyio.sleep(retry_after_of(error.trouble.reply) or 0.0)
             return None
         self._times.came(in_time=True)
         self._was_read()

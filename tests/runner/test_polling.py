@@ -8,6 +8,7 @@ from typing import NamedTuple
 import anyio
 import pytest
 
+from batch.fal.protocol import Reply
 from batch.run.pacing import TokenBucket, Window
 from batch.run.ports import CallFailed, Trouble
 from batch.testing.service import CompletesWith, FakeService
@@ -131,6 +132,31 @@ async def test_a_service_that_is_silent_to_early_questions_is_asked_once_in_vain
     service = Holds(service_time=lambda n: 2.0 if n < 100 else 6.0, round_trip=0.001)
     assert (await World(service, window=10).run(jobs(400))).done == 400
     assert 1 <= service.held <= 10  # those that were under way with the first
+
+
+async def test_a_wish_for_a_pause_is_honoured_by_early_questions():
+    """429 with Retry-After to a result that was asked for straight away: nothing more is asked of it until then."""
+    asked: dict[str, list[float]] = {}
+
+    class Busy(FakeService):
+        async def status(self, ticket):
+            asked.setdefault(ticket.request_id, []).append(anyio.current_time())
+            return await super().status(ticket)
+
+        async def result(self, ticket):
+            times = asked.setdefault(ticket.request_id, [])
+            times.append(anyio.current_time())
+            if len(asked) == 60 and len(times) == 1:
+                refused.append(ticket.request_id)
+                raise CallFailed(Trouble("result", reply=Reply(429, b"", {"retry-after": "7"})))
+            return await super().result(ticket)
+
+    refused: list[str] = []
+    report = await World(Busy(service_time=1.0), window=8).run(jobs(120))
+    assert report.done == 120
+    (request,) = refused
+    first, second, *_ = asked[request]
+    assert second - first >= 7
 
 
 async def test_jobs_of_an_earlier_run_are_asked_for_their_status():
