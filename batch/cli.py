@@ -20,7 +20,7 @@ import anyio
 import orjson
 from cyclopts import App, CycloptsError, Group, Parameter
 
-from batch.errors import ExitCode, RestyleError, StorageError
+from batch.errors import ConfigError, ExitCode, RestyleError, StorageError
 from batch.flags import DISPLAY, JOBS, JobFlags
 from batch.outlet import outlet, why_lost
 from batch.version import tool_version
@@ -264,23 +264,18 @@ def serve(
     ] = False,
 ) -> int:
     """Run the endpoint on this machine: the same API as fal's, nothing to pay."""
-    from batch.config import parse_duration
     from batch.server.engines.flux.options import FluxOptions
     from batch.server.keys import load_keys
     from batch.server.serve import ServeOptions, run_server
 
     if new_key is not None:
         return _new_key(keys, new_key)
-    try:
-        seconds, kept = parse_duration(service_time), parse_duration(retention)
-    except ValueError as error:
-        return _fail(str(error), ExitCode.BAD_INPUT)
-    assert isinstance(seconds, float)
-    assert isinstance(kept, float)
     options = ServeOptions(
-        data_dir=data_dir, host=host, port=port, engine=engine, slots=slots, service_time=seconds,
-        price_usd=price, faults=faults, keys=load_keys(keys, os.environ), allow_private=allow_private,
-        retention=kept, tls_cert=tls_cert, tls_key=tls_key, flux=FluxOptions.of_flags(**asdict(flux)),
+        data_dir=data_dir, host=host, port=port, engine=engine, slots=slots,
+        service_time=_seconds("--service-time", service_time), price_usd=price, faults=faults,
+        keys=load_keys(keys, os.environ), allow_private=allow_private,
+        retention=_seconds("--retention", retention), tls_cert=tls_cert, tls_key=tls_key,
+        flux=FluxOptions.of_flags(**asdict(flux)),
     )  # fmt: skip
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     _keep_what_is_loaded()
@@ -385,6 +380,22 @@ def _new_key(path: Path | None, name: str) -> int:
     _print(add_key(path, name, secrets.token_urlsafe(32)))
     print(f"kept as a hash in {path}; give the key to {name} as FAL_KEY, it cannot be shown again", file=sys.stderr)
     return ExitCode.COMPLETE
+
+
+def _seconds(flag: str, text: str) -> float:
+    """A duration of `serve`, which has no settings that would name its place.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    from batch.config import parse_duration
+
+    try:
+        seconds = parse_duration(text)
+    except ValueError as error:
+        raise ConfigError(f"{flag}: {error}") from error
+    assert isinstance(seconds, float), "of a text"
+    return seconds
 
 
 def _command(arguments: list[str] | None) -> str:

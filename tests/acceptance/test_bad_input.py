@@ -278,6 +278,43 @@ def test_a_journal_that_is_none_is_left_alone(tmp_path, manifest, content):
     assert (directory / "journal.db").read_bytes() == before
 
 
+# --- serve ------------------------------------------------------------------------------------------------
+
+SERVED = [
+    (["--slots", "0"], ["0 slots", "--slots is 1 or more"]),
+    (["--port", "99999"], ["99999 is no port", "from 0", "to 65535"]),
+    (["--port", "-1"], ["-1 is no port"]),
+    (["--host", "\u00fc..b"], ["'\u00fc..b' is no name of a host", "check --host"]),
+    (["--host", ""], ["--host is empty"]),
+    (["--retention", "soon"], ["--retention: 'soon' is not a duration"]),
+    (["--engine", "echo", "--service-time", "-1"], ["--service-time: '-1' is not a duration"]),
+    (["--data-dir", "file"], ["file is a file; --data-dir names the folder"]),
+    (["--data-dir", "file/below"], ["the data dir file/below cannot be used", "Not a directory"]),
+    (["--data-dir", "/proc/restyle"], ["the data dir /proc/restyle cannot be used", "--data-dir"]),
+    (["--data-dir", "strange"], ["the data dir strange cannot be used", "strange/files"]),
+]
+
+
+@pytest.mark.parametrize(("flags", "words"), SERVED, ids=lambda value: " ".join(value)[:40])
+def test_a_server_that_cannot_work_says_why_and_does_not_start(tmp_path, flags, words):
+    """A number out of its range, a host that is none, a data dir that cannot be one: the value, and what to do."""
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "strange").mkdir()
+    (tmp_path / "strange" / "files").write_text("mine")
+    port = () if "--port" in flags else ("--port", "0")
+    sentence = refused("serve", *port, *flags, cwd=tmp_path, timeout=20)
+    for word in words:
+        assert word in sentence
+
+
+def test_a_server_without_room_says_so(tmp_path):
+    """Exit 4, as a run whose disk is full: nothing it was given is wrong."""
+    with small_disk(tmp_path, "16k") as disk:
+        (disk / "ballast").write_bytes(bytes(8192))
+        sentence = refused("serve", "--port", "0", "--data-dir", disk / "data", code=4, timeout=20)
+    assert "room" in sentence
+
+
 # --- disks ------------------------------------------------------------------------------------------------
 
 
