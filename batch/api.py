@@ -76,6 +76,7 @@ async def plan(
     config: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
     live_price: bool = False,
+    retry_failed: bool = False,
 ) -> Plan:
     """What a run would do and cost. Spends nothing, writes nothing, and sends nothing but for a live price.
 
@@ -86,6 +87,7 @@ async def plan(
         settings: nested like the file; wins over it.
         live_price: ask the target what it costs at present, and reckon with that. A run does not: it keeps to the
             configured or built-in price.
+        retry_failed: count as a run does that takes failed jobs up again.
 
     Raises:
         ConfigError, ManifestError, RunDirectoryError: with a sentence that says what to do.
@@ -97,7 +99,9 @@ async def plan(
         live = await ask_live_price(resolved, version=tool_version(), now=partial(datetime.now, UTC))
     terms = terms_of(resolved, live)
     run_directory = None if out is None else Path(out)
-    return await anyio.to_thread.run_sync(partial(_plan, Path(manifest), resolved, terms, run_directory))
+    return await anyio.to_thread.run_sync(
+        partial(_plan, Path(manifest), resolved, terms, run_directory, retry_failed=retry_failed)
+    )
 
 
 async def run(
@@ -279,7 +283,7 @@ async def cancel(out: str | Path) -> Cancelled:
     return Cancelled(sum(answers.values()), answers["requested"], answers["too_late"], answers["unanswered"])
 
 
-def _plan(manifest: Path, settings: Settings, terms: Terms, out: Path | None) -> Plan:
+def _plan(manifest: Path, settings: Settings, terms: Terms, out: Path | None, *, retry_failed: bool) -> Plan:
     opened = Manifest.open(manifest, settings.limits.rows)
     file = None
     if out is not None and RunDirectory(out).journal.exists():
@@ -288,7 +292,7 @@ def _plan(manifest: Path, settings: Settings, terms: Terms, out: Path | None) ->
     try:
         planner = open_planner(opened, settings, None)
         spent = 0.0 if file is None else file.counts().spent_usd
-        return Plan(terms, opened, survey_of(planner, settings, terms, file), spent)
+        return Plan(terms, opened, survey_of(planner, settings, terms, file, retry_failed=retry_failed), spent)
     finally:
         if file is not None:
             file.close()

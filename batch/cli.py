@@ -60,6 +60,9 @@ def plan(
     live_price: Annotated[
         bool, Parameter(negative="", help="ask the target for its present price; else nothing is sent", group=JOBS)
     ] = False,
+    retry_failed: Annotated[
+        bool, Parameter(negative="", help="count failed rows of -o as to do again", group=JOBS)
+    ] = False,
     json: Json = False,
 ) -> int:
     """Show what a run would do and cost. Spends nothing, and sends nothing but for --live-price."""
@@ -67,7 +70,9 @@ def plan(
     from batch.manifest.survey import render_problems
 
     flags = jobs.settings()
-    found = _run(lambda: api.plan(manifest, out, config=config, settings=flags, live_price=live_price))
+    found = _run(
+        lambda: api.plan(manifest, out, config=config, settings=flags, live_price=live_price, retry_failed=retry_failed)
+    )
     if json:
         price = found.terms.price
         facts = {

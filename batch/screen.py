@@ -58,7 +58,10 @@ def confirmed(found: Plan, *, yes: bool, budget: float | None) -> bool:
 
 def _short(survey: Survey) -> str:
     parts = [f"{survey.rows:,} rows", f"{survey.to_do:,} jobs to do"]
+    parts += [f"{survey.retried:,} of them failed before"] if survey.retried else []
     parts += [f"{survey.done:,} done before"] if survey.done else []
+    parts += [f"{survey.failed:,} failed before"] if survey.failed else []
+    parts += [f"{survey.in_flight:,} sent before"] if survey.in_flight else []
     parts += [f"{survey.duplicates:,} duplicates"] if survey.duplicates else []
     parts += [f"{survey.cells:,} cells a row"] if survey.cells > 1 else []
     return ", ".join(parts)

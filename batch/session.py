@@ -148,7 +148,8 @@ async def run_session(request: Request) -> Summary:
         async with open_journal(directory.journal, version=tool_version()) as journal:
             planner = await _in_thread(partial(open_planner, manifest, settings, journal.file))
             before = await journal.counts()
-            found = await _in_thread(partial(survey_of, planner, settings, terms, journal.file))
+            again = request.retry_failed
+            found = await _in_thread(partial(survey_of, planner, settings, terms, journal.file, retry_failed=again))
             plan = Plan(terms, manifest, found, before.spent_usd)
             _refuse_unasked(plan, request)
             identity = await _in_thread(partial(identity_of, manifest, settings))
@@ -181,8 +182,10 @@ def open_planner(manifest: Manifest, settings: Settings, file: JournalFile | Non
     return Planner(manifest, settings, Pictures(manifest.folder, settings.limits.max_image_megapixels, file))
 
 
-def survey_of(planner: Planner, settings: Settings, terms: Terms, file: JournalFile | None) -> Survey:
-    """Run once through the manifest: counts, problems, cost."""
+def survey_of(
+    planner: Planner, settings: Settings, terms: Terms, file: JournalFile | None, *, retry_failed: bool
+) -> Survey:
+    """Run once through the manifest: counts, problems, cost. A plan shows what it says, a run does it."""
     at_once = settings.limits.max_in_flight
     return survey(
         planner,
@@ -190,6 +193,7 @@ def survey_of(planner: Planner, settings: Settings, terms: Terms, file: JournalF
         terms.price,
         at_once if isinstance(at_once, int) else _guess(window_bounds(at_once)),
         terms.service_seconds,
+        retry_failed=retry_failed,
     )
 
 
@@ -235,16 +239,16 @@ async def _carried_out(
 ) -> Report | None:
     """Run what is to do; None where there is nothing, and nothing was opened."""
     settings, found = request.settings, plan.survey
+    to_do = 0 if request.collect_only else found.to_do
     is_open = any(before.by_state.get(state) for state in (State.INTENDED, State.ACCEPTED, State.ANSWERED))
-    again = before.by_state.get(State.UNKNOWN) or (request.retry_failed and found.failed)
-    if not (is_open or again or (found.to_do and not request.collect_only)):
+    if not (is_open or before.by_state.get(State.UNKNOWN) or to_do):
         return None
     await _in_thread(projection.outdate)
     with JsonLog(directory.log) as log:
         observer = Several(request.tally, request.observer, log)
-        observer.expected(found.to_do + found.in_flight + (found.failed if request.retry_failed else 0), found.done)
+        observer.expected(to_do + found.in_flight, found.done)
         observer.happened("spent", usd=0.0, total_usd=before.spent_usd)
-        observer.happened("session", number=journal.session, target=plan.terms.name, to_do=found.to_do)
+        observer.happened("session", number=journal.session, target=plan.terms.name, to_do=to_do)
         async with (
             open_target(settings, directory.endpoint, version=tool_version()) as target,
             open_hints(settings, target, version=tool_version()) as hints,

@@ -40,10 +40,12 @@ class Survey:
     """Rows x cells that are the same job as an earlier one: asked twice, paid once."""
     done: int
     failed: int
-    """Failed in an earlier run; done again only when that is asked for."""
+    """Failed in an earlier run, and not taken up again."""
     in_flight: int
     """Sent in an earlier run, their end not known: paid already, or held."""
     to_do: int
+    retried: int
+    """Those to do that failed in an earlier run: none, unless it is asked for."""
     megapixels: float
     """Where the size of the source is known; every picture of `num_images` counts."""
     unknown_sizes: int
@@ -78,7 +80,7 @@ class Survey:
             ("done", f"{self.done:,}"),
             ("failed", f"{self.failed:,}"),
             ("in flight", f"{self.in_flight:,}"),
-            ("to do", f"{self.to_do:,}"),
+            ("to do", f"{self.to_do:,}" + (f", {self.retried:,} of them failed before" if self.retried else "")),
             ("megapixels", f"{self.megapixels:,.1f} known, {self.unknown_sizes:,} pictures of unknown size"),
             ("cost", dollars),
             ("time", f"{_duration(self.hours)} at {self.max_in_flight:,} in flight, {self.service_seconds:g} s each"),
@@ -93,6 +95,8 @@ def survey(
     price: Price | None,
     max_in_flight: int,
     service_seconds: float,
+    *,
+    retry_failed: bool = False,
 ) -> Survey:
     """Run through the whole plan once and add it up.
 
@@ -106,11 +110,12 @@ def survey(
         price: what the target charges; None where nothing costs anything.
         max_in_flight: jobs at once, at least 1.
         service_seconds: how long one job takes.
+        retry_failed: whether what failed in an earlier run is to do again, and costs again.
 
     Raises:
         ManifestError: the manifest can no longer be read.
     """
-    tally = _Tally(find, price)
+    tally = _Tally(find, price, retry_failed=retry_failed)
     for checked in planner.checked():
         tally.add(checked)
     tally.merge()
@@ -127,6 +132,7 @@ def survey(
         failed=tally.states[State.FAILED],
         in_flight=sum(tally.states[state] for state in OPEN),
         to_do=to_do,
+        retried=tally.retried,
         megapixels=tally.megapixels,
         unknown_sizes=tally.unknown_sizes,
         price_per_megapixel=each,
@@ -143,8 +149,8 @@ def survey(
 class _Tally:
     """Running sums; a job counts when its key is seen for the first time."""
 
-    def __init__(self, find: Find | None, price: Price | None) -> None:
-        self._find, self._price = find, price
+    def __init__(self, find: Find | None, price: Price | None, *, retry_failed: bool) -> None:
+        self._find, self._price, self._retry_failed = find, price, retry_failed
         self.reserved = 0.0
         # Of the jobs that were not merged yet; the jobs themselves may carry pictures and are let go.
         self._keys: list[JobKey] = []
@@ -152,7 +158,7 @@ class _Tally:
         self._sizes: list[float | None] = []
         self.seen = pl.DataFrame(schema={"half": pl.UInt64})
         """First halves of the keys, sorted."""
-        self.rows = self.bad_rows = self.planned = self.unknown_sizes = self.problem_count = 0
+        self.rows = self.bad_rows = self.planned = self.retried = self.unknown_sizes = self.problem_count = 0
         self.megapixels = 0.0
         self.states = dict.fromkeys(State, 0)
         self.problems: list[Problem] = []
@@ -198,7 +204,9 @@ class _Tally:
             known = find([self._keys[place] for place in places])
             for place in places:
                 job = known.get(self._keys[place])
-                if job is None or job.state is State.PENDING:
+                again = job is not None and job.state is State.FAILED and self._retry_failed
+                self.retried += again
+                if job is None or job.state is State.PENDING or again:
                     yield place
                 else:
                     self.states[job.state] += 1
