@@ -182,10 +182,11 @@ def export(
 ) -> int:
     """Rebuild the results from the journal and the manifest; free, as often as you like."""
     from batch import api
+    from batch.manifest.survey import counted
 
     totals = _run(lambda: api.export(run_dir, out, manifest=manifest))
-    where = out or run_dir / "results.parquet"
-    _print(f"{where}: {totals.rows:,} rows, {totals.done:,} done, {totals.failed:,} failed, {totals.pending:,} pending")
+    where, rows = out or run_dir / "results.parquet", counted(totals.rows, "row")
+    _print(f"{where}: {rows}, {totals.done:,} done, {totals.failed:,} failed, {totals.pending:,} pending")
     return ExitCode.COMPLETE
 
 

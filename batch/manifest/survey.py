@@ -15,7 +15,7 @@ from batch.run.budget import UNKNOWN_MEGAPIXELS, Price
 from batch.run.lifecycle import OPEN, State
 from batch.run.ports import Known
 
-__all__ = ["Find", "Survey", "render_problems", "survey"]
+__all__ = ["Find", "Survey", "counted", "render_problems", "survey"]
 
 Find: TypeAlias = Callable[[Sequence[JobKey]], Mapping[JobKey, Known]]
 """Those of the keys that the journal knows; asked for a few thousand at a time."""
@@ -72,16 +72,18 @@ class Survey:
         if self.dollars_at_most:
             dollars += f", at most ${self.dollars_at_most:,.2f} if every picture is rounded up"
         if self.unknown_sizes and self.price_per_megapixel:
-            dollars += f"; {self.unknown_sizes:,} unknown sizes taken as {UNKNOWN_MEGAPIXELS:g} megapixels each"
+            dollars += (
+                f"; {counted(self.unknown_sizes, 'unknown size')} taken as {UNKNOWN_MEGAPIXELS:g} megapixels each"
+            )
         lines = [
             ("rows", f"{self.rows:,}" + (f", {self.bad_rows:,} of them bad" if self.bad_rows else "")),
             ("cells", f"{self.cells:,} a row"),
-            ("jobs", f"{self.jobs:,} distinct, {self.duplicates:,} duplicates"),
+            ("jobs", f"{self.jobs:,} distinct, {counted(self.duplicates, 'duplicate')}"),
             ("done", f"{self.done:,}"),
             ("failed", f"{self.failed:,}"),
             ("in flight", f"{self.in_flight:,}"),
             ("to do", f"{self.to_do:,}" + (f", {self.retried:,} of them failed before" if self.retried else "")),
-            ("megapixels", f"{self.megapixels:,.1f} known, {self.unknown_sizes:,} pictures of unknown size"),
+            ("megapixels", f"{self.megapixels:,.1f} known, {counted(self.unknown_sizes, 'picture')} of unknown size"),
             ("cost", dollars),
             ("time", f"{_duration(self.hours)} at {self.max_in_flight:,} in flight, {self.service_seconds:g} s each"),
             ("problems", f"{self.problem_count:,}"),
@@ -226,6 +228,11 @@ def _duration(hours: float) -> str:
     return f"{hours:.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes"
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 row`, `0 rows`, `2,000 rows`."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def render_problems(name: str, problems: Iterable[Problem], total: int) -> str:
     """`file:line column: message`, one a line, at most 20, and always how many there are in all.
 
@@ -238,5 +245,4 @@ def render_problems(name: str, problems: Iterable[Problem], total: int) -> str:
     if not total:
         return ""
     rest = total - len(lines)
-    noun = "problem" if total == 1 else "problems"
-    return "\n".join([*lines, f"{total:,} {noun}" + (f", {rest:,} more not shown" if rest > 0 else "")])
+    return "\n".join([*lines, counted(total, "problem") + (f", {rest:,} more not shown" if rest > 0 else "")])

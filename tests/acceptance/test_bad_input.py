@@ -7,6 +7,7 @@ import sqlite3
 import struct
 import subprocess
 import zlib
+from collections import Counter
 from contextlib import contextmanager
 
 import pytest
@@ -123,6 +124,11 @@ def test_bad_rows_are_data_and_the_good_ones_are_done(tmp_path):
     ended = restyle("run", manifest, "-o", directory, *ECHO)
     assert ended.code == 3, ended.text
     assert f"1 done, {len(ROWS)} failed" in ended.out
+    (failed,) = [line for line in ended.out.splitlines() if line.startswith("failed with: ")]
+    kinds = Counter(kind for *_, kind, _ in ROWS)
+    named = sum(count for _, count in kinds.most_common(5))
+    assert f" and {len(kinds) - 5} other kinds ({len(ROWS) - named} rows); " in failed
+    assert "--retry-failed takes failed jobs up again" in failed
     rows = results(directory).to_pylist()
     for row, (image, *_, kind, words) in zip(rows, ROWS, strict=False):
         assert (row["status"], row["error_type"]) == ("failed", kind), (image, row["error_message"])

@@ -13,7 +13,7 @@ from batch.errors import ConfigError, ManifestError
 from batch.fal.endpoint import ImageToImageInput
 from batch.manifest.plan import Planned, Planner
 from batch.manifest.ports import Fault, Resolved, RowBatch
-from batch.manifest.survey import render_problems, survey
+from batch.manifest.survey import counted, render_problems, survey
 from batch.model import LocalImage
 from batch.run.budget import Price
 from batch.run.lifecycle import State
@@ -416,3 +416,10 @@ def test_problems_of_a_manifest_without_lines_name_the_row() -> None:
     found = survey(planner(columns, lines=False), None, None, 1, 1)
     assert render_problems("pets.parquet", found.problems, 1).startswith("pets.parquet:row 0 strength: ")
     assert render_problems("pets.parquet", (), 0) == ""
+
+
+def test_one_is_not_many() -> None:
+    """A plan of one row reads like a sentence."""
+    assert [counted(number, "row") for number in (0, 1, 2, 1000)] == ["0 rows", "1 row", "2 rows", "1,000 rows"]
+    text = survey(planner({**ONE, "image_url": ["https://a/1"]}), None, None, 1, 1).render()
+    assert "0 known, 1 picture of unknown size" in text
