@@ -258,7 +258,7 @@ async def cancel(out: str | Path) -> Cancelled:
     """Ask the target to cancel every open request of a run that does not work at present.
 
     A cancel is a request, not a fact: what runs already may finish and be billed. The next `run` reads how each
-    ended.
+    ended: a cancelled job is failed then, and runs again only with `retry_failed`. What was not sent yet stays to do.
 
     Raises:
         RunDirectoryError: there is no run. RunLocked: it works at present; stop it first.

@@ -208,12 +208,18 @@ def audit(run_dir: RunDir, /, *, json: Json = False) -> int:
 def cancel(run_dir: RunDir, /) -> int:
     """Ask the target to cancel what is still open; the next run reads how each request ended."""
     from batch import api
+    from batch.manifest.survey import counted
 
     found = _run(lambda: api.cancel(run_dir))
     _print(
-        f"{found.asked:,} open requests: {found.requested:,} cancellations requested, {found.too_late:,} too late,"
-        f" {found.unanswered:,} without an answer; `restyle run` collects how they ended"
+        f"{counted(found.asked, 'open request')}: {counted(found.requested, 'cancellation')} requested,"
+        f" {found.too_late:,} too late, {found.unanswered:,} without an answer"
     )
+    if found.asked:
+        _print(
+            "`restyle run` collects how they ended: what was cancelled is a failed row then (client_cancelled), and is"
+            " done again only with --retry-failed"
+        )
     return ExitCode.COMPLETE
 
 

@@ -503,6 +503,7 @@ def test_cancel_empties_the_queue_and_the_next_run_reads_how_each_ended(tmp_path
     ended = restyle("cancel", directory)
     assert ended.code == 0, ended.text
     assert ended.out.startswith("6 open requests: 6 cancellations requested, 0 too late")
+    assert "a failed row then (client_cancelled), and is done again only with --retry-failed" in ended.out
     again = restyle(*command)
     assert again.code == 3, again.text
     rows = results(directory).to_pylist()
@@ -511,6 +512,8 @@ def test_cancel_empties_the_queue_and_the_next_run_reads_how_each_ended(tmp_path
     assert {row["status"] for row in cancelled} == {"failed"}
     assert len(cancelled) + sum(row["status"] == "done" for row in rows) == 6
     assert accepted(directory) == 6
+    assert restyle(*command, "--retry-failed").code == 0
+    assert accepted(directory) == 6 + len(cancelled)
 
 
 @pytest.mark.parametrize("command", ["status", "export", "cancel"])
