@@ -80,6 +80,7 @@ def plan(
             "price_as_of": None if price is None else price.as_of.isoformat(),
             "price_is_live": found.terms.live,
             "spent_usd": found.spent_usd,
+            "refusal": found.refusal or None,
             **found.survey.to_json(),
         }
         _print(orjson.dumps(facts, option=orjson.OPT_INDENT_2).decode())
@@ -90,6 +91,8 @@ def plan(
         _print(f"spent so far ${found.spent_usd:,.2f}")
     if found.survey.problem_count:
         _print(render_problems(str(manifest), found.survey.problems, found.survey.problem_count))
+    if found.refusal:
+        _print(f"`restyle run` would refuse this: {found.refusal}")
     return ExitCode.COMPLETE
 
 

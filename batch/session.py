@@ -41,7 +41,7 @@ from batch.run.pacing import TokenBucket, Window
 from batch.run.ports import Counts, Observer
 from batch.run.reconcile import Reconciler
 from batch.run.runner import Policy, Report, Runner
-from batch.targets import Terms, open_hints, open_target, terms_of
+from batch.targets import Terms, check_faults, open_hints, open_target, terms_of
 from batch.version import tool_version
 
 __all__ = ["Plan", "Request", "Summary", "open_planner", "run_session", "survey_of"]
@@ -60,6 +60,8 @@ class Plan(NamedTuple):
     survey: Survey
     spent_usd: float = 0.0
     """By earlier sessions of the same run directory."""
+    refusal: str = ""
+    """Why a run would refuse to do it in that directory, where it would: another config, and how to agree to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +144,8 @@ async def run_session(request: Request) -> Summary:
     terms, began, started_at = terms_of(settings), time.monotonic(), _timestamp()
     manifest = await _in_thread(partial(Manifest.open, request.manifest, settings.limits.rows))
     await _in_thread(partial(open_planner, manifest, settings, None))  # a wrong column leaves no folder behind
+    if not request.collect_only:  # what is left to collect may need no endpoint
+        await _in_thread(partial(check_faults, settings))
     directory.prepare()
     with directory.locked(started_at), _noted(directory, started_at):
         directory.check_config(settings, accept=request.new_config)

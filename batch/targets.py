@@ -26,7 +26,17 @@ from batch.run.budget import PRICES, Price
 from batch.run.ports import CallFailed, Hints, Trouble
 from batch.run.retry import reading
 
-__all__ = ["Connection", "LivePrice", "Terms", "live_price", "open_hints", "open_platform", "open_target", "terms_of"]
+__all__ = [
+    "Connection",
+    "LivePrice",
+    "Terms",
+    "check_faults",
+    "live_price",
+    "open_hints",
+    "open_platform",
+    "open_target",
+    "terms_of",
+]
 
 _LOCAL_ECHO_SLOTS = 32
 _FAL_SECONDS = 6.0
@@ -94,6 +104,18 @@ def terms_of(settings: Settings, live: LivePrice | None = None) -> Terms:
     words = "none" if usual is None else f"${usual.usd_per_megapixel:g} as of {usual.as_of}"
     when = f"read at {live.read_at:%Y-%m-%d %H:%M} UTC"
     return replace(known, headline=f"{known.headline}, {when} (a run reckons with its own price: {words})", live=True)
+
+
+def check_faults(settings: Settings) -> None:
+    """Read the faults file where one is named, as the embedded endpoint will.
+
+    Raises:
+        ConfigError: there is none, or it is not one; the message says where.
+    """
+    if settings.target.faults is not None:
+        from batch.server.faults_file import read_faults  # a command without faults need not load their table
+
+        read_faults(Path(settings.target.faults))
 
 
 def _check_updates(settings: Settings) -> None:

@@ -36,10 +36,11 @@ from batch.server.app import application
 from batch.server.engines import engine_of
 from batch.server.engines.base import Engine
 from batch.server.engines.flux.options import FluxOptions
+from batch.server.faults_file import read_faults
 from batch.server.guard import Guard
 from batch.server.history import History
 from batch.server.keys import ENVIRONMENT, Authenticator, Keys
-from batch.server.rehearsal import Rehearsal, read_faults
+from batch.server.rehearsal import Rehearsal
 from batch.server.retention import DEFAULT_SECONDS, Sweeper, sweeping
 from batch.server.service import QueueService, queue_service
 from batch.server.sources import Sources

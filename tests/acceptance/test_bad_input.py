@@ -191,6 +191,18 @@ def test_a_variable_that_is_misspelt_is_not_passed_over(tmp_path, manifest):
     assert "RESTYLE_LIMITS__BUDGET is not known; did you mean RESTYLE_LIMITS__BUDGET_USD?" in sentence
 
 
+@pytest.mark.parametrize("text", [None, '[[fault]]\nat = "sbumit"\n'], ids=["none", "wrong"])
+def test_a_faults_file_that_cannot_be_used_is_refused_by_plan_and_run(tmp_path, manifest, text):
+    """The same sentence, before a folder is made."""
+    if text is not None:
+        (tmp_path / "f.toml").write_text(text)
+    faults = ("--faults", tmp_path / "f.toml", *ECHO)
+    sentence = refused("plan", manifest, *faults)
+    assert "f.toml" in sentence
+    assert refused("run", manifest, "-o", tmp_path / "run", *faults) == sentence
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_without_a_run_directory_is_told_so(manifest):
     """`-o` has no default: results go where somebody said."""
     assert "--out" in refused("run", manifest)
@@ -214,6 +226,11 @@ def test_another_config_is_refused_until_it_is_accepted(tmp_path, manifest):
     before = results(directory)
     (tmp_path / "c.toml").write_text("[input]\nstrength = 0.5\n")
     sentence = refused(*command, "-c", tmp_path / "c.toml")
+    planned = restyle("plan", *command[1:], "-c", tmp_path / "c.toml")
+    assert planned.code == 0, planned.text
+    assert "to do       3" in planned.out, "it says all the same what would be done with --new-config"
+    assert planned.out.splitlines()[-1] == sentence.replace("restyle: ", "`restyle run` would refuse this: ")
+    assert "would refuse" not in restyle("plan", *command[1:]).out
     assert "input.strength was None, is 0.5" in sentence
     assert "--new-config" in sentence
     assert results(directory).equals(before)
@@ -239,9 +256,11 @@ def test_another_kind_of_target_is_refused_for_good(tmp_path, manifest):
 def test_a_file_or_a_strange_folder_as_run_directory(tmp_path, manifest):
     """Nothing of somebody else's is written to."""
     (tmp_path / "file").write_text("mine")
-    assert "is a file; -o names the folder of the run" in refused("run", manifest, "-o", tmp_path / "file", *ECHO)
-    assert (tmp_path / "file").read_text() == "mine"
-    assert "holds other files and no run" in refused("run", manifest, "-o", tmp_path, *ECHO)
+    for command in ("run", "plan"):
+        sentence = refused(command, manifest, "-o", tmp_path / "file", *ECHO)
+        assert "is a file; -o names the folder of the run" in sentence
+        assert (tmp_path / "file").read_text() == "mine"
+        assert "holds other files and no run" in refused(command, manifest, "-o", tmp_path, *ECHO)
 
 
 def test_a_place_that_cannot_be_written(manifest):
