@@ -151,9 +151,15 @@ def _terms_of(settings: Settings, price: Price | None) -> Terms:
         start, seconds = (
             (4, _PREVIEW_SECONDS) if target.engine == "preview" else (2 * _LOCAL_ECHO_SLOTS, target.service_time)
         )
-        words = f"target: local, the embedded endpoint ({what}); {cost}"
+        words = f"target: local, the embedded endpoint ({what}); {_local_cost(settings)}"
         return Terms("local", price, rate, start, 512, seconds, words)
     return Terms(target.name, price, rate, 64, 1024, _FAL_SECONDS, f"target: {target.name} ({target.app}); {cost}")
+
+
+def _local_cost(settings: Settings) -> str:
+    """What a dollar of the embedded endpoint means."""
+    usd = settings.price.usd_per_megapixel
+    return "costs nothing" if usd is None else f"counts ${usd:g} a megapixel to rehearse, nobody is charged"
 
 
 def _price(settings: Settings) -> Price | None:
@@ -239,7 +245,7 @@ async def open_platform(settings: Settings, *, version: str) -> AsyncIterator[Fa
     """
     name = settings.target.name
     if name == "local":
-        raise ConfigError("the embedded endpoint costs nothing: it has no price and sends no bills")
+        raise ConfigError(f"the embedded endpoint has no price list and sends no bills: it {_local_cost(settings)}")
     if name == "fal" and _key() is None:
         raise ConfigError("FAL_KEY is not set; export FAL_KEY=key_id:key_secret")
     async with _client(settings, FAL if name == "fal" else Origins.of_server(name), version, key=True) as client:
