@@ -38,7 +38,7 @@ from batch.run.lifecycle import State
 from batch.run.observe import Tally
 from batch.run.ports import CallFailed, Counts, Observer
 from batch.session import Plan, Request, Summary, open_planner, run_session, survey_of
-from batch.targets import Terms, open_target, terms_of
+from batch.targets import Terms, check_faults, open_target, terms_of
 from batch.targets import live_price as ask_live_price
 from batch.version import tool_version
 
@@ -76,16 +76,19 @@ async def plan(
     config: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
     live_price: bool = False,
+    retry_failed: bool = False,
 ) -> Plan:
     """What a run would do and cost. Spends nothing, writes nothing, and sends nothing but for a live price.
 
     Args:
         manifest: CSV, TSV, JSONL or Parquet file, or a folder or glob of Parquet files.
-        out: run directory of an earlier run, to count what is already done there.
+        out: run directory of an earlier run, to count what is already done there. One of another config is counted
+            too, and `Plan.refusal` says that a run would refuse it.
         config: TOML file.
         settings: nested like the file; wins over it.
         live_price: ask the target what it costs at present, and reckon with that. A run does not: it keeps to the
             configured or built-in price.
+        retry_failed: count as a run does that takes failed jobs up again.
 
     Raises:
         ConfigError, ManifestError, RunDirectoryError: with a sentence that says what to do.
@@ -97,7 +100,9 @@ async def plan(
         live = await ask_live_price(resolved, version=tool_version(), now=partial(datetime.now, UTC))
     terms = terms_of(resolved, live)
     run_directory = None if out is None else Path(out)
-    return await anyio.to_thread.run_sync(partial(_plan, Path(manifest), resolved, terms, run_directory))
+    return await anyio.to_thread.run_sync(
+        partial(_plan, Path(manifest), resolved, terms, run_directory, retry_failed=retry_failed)
+    )
 
 
 async def run(
@@ -254,7 +259,7 @@ async def cancel(out: str | Path) -> Cancelled:
     """Ask the target to cancel every open request of a run that does not work at present.
 
     A cancel is a request, not a fact: what runs already may finish and be billed. The next `run` reads how each
-    ended.
+    ended: a cancelled job is failed then, and runs again only with `retry_failed`. What was not sent yet stays to do.
 
     Raises:
         RunDirectoryError: there is no run. RunLocked: it works at present; stop it first.
@@ -279,19 +284,38 @@ async def cancel(out: str | Path) -> Cancelled:
     return Cancelled(sum(answers.values()), answers["requested"], answers["too_late"], answers["unanswered"])
 
 
-def _plan(manifest: Path, settings: Settings, terms: Terms, out: Path | None) -> Plan:
+def _plan(manifest: Path, settings: Settings, terms: Terms, out: Path | None, *, retry_failed: bool) -> Plan:
     opened = Manifest.open(manifest, settings.limits.rows)
-    file = None
-    if out is not None and RunDirectory(out).journal.exists():
-        RunDirectory(out).check_config(settings, accept=True)
-        file = JournalFile.open_read_only(RunDirectory(out).journal)
+    check_faults(settings)
+    file, refusal = None, ""
+    if out is not None:
+        directory = RunDirectory(out)
+        directory.check_place()
+        refusal = _refusal(directory, settings)
+        if directory.journal.exists():
+            file = JournalFile.open_read_only(directory.journal)
     try:
         planner = open_planner(opened, settings, None)
         spent = 0.0 if file is None else file.counts().spent_usd
-        return Plan(terms, opened, survey_of(planner, settings, terms, file), spent)
+        found = survey_of(planner, settings, terms, file, retry_failed=retry_failed)
+        return Plan(terms, opened, found, spent, refusal)
     finally:
         if file is not None:
             file.close()
+
+
+def _refusal(directory: RunDirectory, settings: Settings) -> str:
+    """Why a run there would not begin without `new_config`; empty where it would.
+
+    Raises:
+        RunDirectoryError: it would not begin with that either.
+    """
+    directory.check_config(settings, accept=True)
+    try:
+        directory.check_config(settings, accept=False)
+    except RunDirectoryError as error:
+        return str(error)
+    return ""
 
 
 def _status(directory: RunDirectory) -> Status:

@@ -21,7 +21,7 @@ import orjson
 from cyclopts import App, CycloptsError, Group, Parameter
 
 from batch import interrupts
-from batch.errors import ExitCode, RestyleError, StorageError
+from batch.errors import ConfigError, ExitCode, RestyleError, StorageError
 from batch.flags import DISPLAY, JOBS, JobFlags
 from batch.outlet import outlet, why_lost
 from batch.version import tool_version
@@ -62,6 +62,9 @@ def plan(
     live_price: Annotated[
         bool, Parameter(negative="", help="ask the target for its present price; else nothing is sent", group=JOBS)
     ] = False,
+    retry_failed: Annotated[
+        bool, Parameter(negative="", help="count failed rows of -o as to do again", group=JOBS)
+    ] = False,
     json: Json = False,
 ) -> int:
     """Show what a run would do and cost. Spends nothing, and sends nothing but for --live-price."""
@@ -69,7 +72,9 @@ def plan(
     from batch.manifest.survey import render_problems
 
     flags = jobs.settings()
-    found = _run(lambda: api.plan(manifest, out, config=config, settings=flags, live_price=live_price))
+    found = _run(
+        lambda: api.plan(manifest, out, config=config, settings=flags, live_price=live_price, retry_failed=retry_failed)
+    )
     if json:
         price = found.terms.price
         facts = {
@@ -77,6 +82,7 @@ def plan(
             "price_as_of": None if price is None else price.as_of.isoformat(),
             "price_is_live": found.terms.live,
             "spent_usd": found.spent_usd,
+            "refusal": found.refusal or None,
             **found.survey.to_json(),
         }
         _print(orjson.dumps(facts, option=orjson.OPT_INDENT_2).decode())
@@ -87,6 +93,8 @@ def plan(
         _print(f"spent so far ${found.spent_usd:,.2f}")
     if found.survey.problem_count:
         _print(render_problems(str(manifest), found.survey.problems, found.survey.problem_count))
+    if found.refusal:
+        _print(f"`restyle run` would refuse this: {found.refusal}")
     return ExitCode.COMPLETE
 
 
@@ -179,10 +187,11 @@ def export(
 ) -> int:
     """Rebuild the results from the journal and the manifest; free, as often as you like."""
     from batch import api
+    from batch.manifest.survey import counted
 
     totals = _run(lambda: api.export(run_dir, out, manifest=manifest))
-    where = out or run_dir / "results.parquet"
-    _print(f"{where}: {totals.rows:,} rows, {totals.done:,} done, {totals.failed:,} failed, {totals.pending:,} pending")
+    where, rows = out or run_dir / "results.parquet", counted(totals.rows, "row")
+    _print(f"{where}: {rows}, {totals.done:,} done, {totals.failed:,} failed, {totals.pending:,} pending")
     return ExitCode.COMPLETE
 
 
@@ -204,12 +213,18 @@ def audit(run_dir: RunDir, /, *, json: Json = False) -> int:
 def cancel(run_dir: RunDir, /) -> int:
     """Ask the target to cancel what is still open; the next run reads how each request ended."""
     from batch import api
+    from batch.manifest.survey import counted
 
     found = _run(lambda: api.cancel(run_dir))
     _print(
-        f"{found.asked:,} open requests: {found.requested:,} cancellations requested, {found.too_late:,} too late,"
-        f" {found.unanswered:,} without an answer; `restyle run` collects how they ended"
+        f"{counted(found.asked, 'open request')}: {counted(found.requested, 'cancellation')} requested,"
+        f" {found.too_late:,} too late, {found.unanswered:,} without an answer"
     )
+    if found.asked:
+        _print(
+            "`restyle run` collects how they ended: what was cancelled is a failed row then (client_cancelled), and is"
+            " done again only with --retry-failed"
+        )
     return ExitCode.COMPLETE
 
 
@@ -266,23 +281,18 @@ def serve(
     ] = False,
 ) -> int:
     """Run the endpoint on this machine: the same API as fal's, nothing to pay."""
-    from batch.config import parse_duration
     from batch.server.engines.flux.options import FluxOptions
     from batch.server.keys import load_keys
     from batch.server.serve import ServeOptions, run_server
 
     if new_key is not None:
         return _new_key(keys, new_key)
-    try:
-        seconds, kept = parse_duration(service_time), parse_duration(retention)
-    except ValueError as error:
-        return _fail(str(error), ExitCode.BAD_INPUT)
-    assert isinstance(seconds, float)
-    assert isinstance(kept, float)
     options = ServeOptions(
-        data_dir=data_dir, host=host, port=port, engine=engine, slots=slots, service_time=seconds,
-        price_usd=price, faults=faults, keys=load_keys(keys, os.environ), allow_private=allow_private,
-        retention=kept, tls_cert=tls_cert, tls_key=tls_key, flux=FluxOptions.of_flags(**asdict(flux)),
+        data_dir=data_dir, host=host, port=port, engine=engine, slots=slots,
+        service_time=_seconds("--service-time", service_time), price_usd=price, faults=faults,
+        keys=load_keys(keys, os.environ), allow_private=allow_private,
+        retention=_seconds("--retention", retention), tls_cert=tls_cert, tls_key=tls_key,
+        flux=FluxOptions.of_flags(**asdict(flux)),
     )  # fmt: skip
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     _begin()
@@ -389,6 +399,22 @@ def _new_key(path: Path | None, name: str) -> int:
     _print(add_key(path, name, secrets.token_urlsafe(32)))
     print(f"kept as a hash in {path}; give the key to {name} as FAL_KEY, it cannot be shown again", file=sys.stderr)
     return ExitCode.COMPLETE
+
+
+def _seconds(flag: str, text: str) -> float:
+    """A duration of `serve`, which has no settings that would name its place.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    from batch.config import parse_duration
+
+    try:
+        seconds = parse_duration(text)
+    except ValueError as error:
+        raise ConfigError(f"{flag}: {error}") from error
+    assert isinstance(seconds, float), "of a text"
+    return seconds
 
 
 def _command(arguments: list[str] | None) -> str:

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import orjson
 
 from batch.api import Plan, Summary
 from batch.errors import ConfigError
-from batch.manifest.survey import Survey, render_problems
+from batch.manifest.survey import Survey, counted, render_problems
 from batch.run.observe import PlainLines, ProgressBar, Tally
 from batch.run.ports import Observer
 
 __all__ = ["age", "announce", "conclude", "confirmed", "display_for"]
+
+_KINDS_SHOWN = 5
+"""Of errors, at the end of a run; `summary.json` has all of them."""
 
 
 def display_for(tally: Tally, *, quiet: bool, log_format: str) -> tuple[Observer, Callable[[], None]]:
@@ -50,16 +53,19 @@ def confirmed(found: Plan, *, yes: bool, budget: float | None) -> bool:
     survey = found.survey
     if not found.terms.paid or yes or not survey.to_do or budget is not None:
         return True
-    cost = f"about ${survey.dollars:,.2f} (at most ${survey.dollars_at_most:,.2f}) for {survey.to_do:,} jobs"
+    cost = f"about ${survey.dollars:,.2f} (at most ${survey.dollars_at_most:,.2f}) for {counted(survey.to_do, 'job')}"
     if not sys.stdin.isatty():
         raise ConfigError(f"this run would cost {cost}; say --yes, or set --budget USD")
     return input(f"This costs {cost}. Go on? [y/N] ").strip().lower() in {"y", "yes"}
 
 
 def _short(survey: Survey) -> str:
-    parts = [f"{survey.rows:,} rows", f"{survey.to_do:,} jobs to do"]
+    parts = [counted(survey.rows, "row"), f"{counted(survey.to_do, 'job')} to do"]
+    parts += [f"{survey.retried:,} of them failed before"] if survey.retried else []
     parts += [f"{survey.done:,} done before"] if survey.done else []
-    parts += [f"{survey.duplicates:,} duplicates"] if survey.duplicates else []
+    parts += [f"{survey.failed:,} failed before"] if survey.failed else []
+    parts += [f"{survey.in_flight:,} sent before"] if survey.in_flight else []
+    parts += [counted(survey.duplicates, "duplicate")] if survey.duplicates else []
     parts += [f"{survey.cells:,} cells a row"] if survey.cells > 1 else []
     return ", ".join(parts)
 
@@ -80,20 +86,30 @@ def conclude(summary: Summary, *, quiet: bool, log_format: str) -> None:
         return
     print(f"{counts or '0 rows'}{money}{held} in {summary.seconds:.1f} s")
     if summary.errors:
-        commonest = ", ".join(f"{count:,} {name}" for name, count in list(summary.errors.items())[:5])
-        print(f"failed with: {commonest}")
+        print(
+            f"failed with: {_commonest(summary.errors)}; `restyle run` with --retry-failed takes failed jobs up again,"
+            " a row that is wrong itself has to be mended in the manifest"
+        )
     if summary.stopped:
         print(f"stopped early ({summary.stopped}): {summary.reason}; the same command goes on")
     if summary.unknown:
         open_too = " (with what is open)" if summary.pending else ""
         cost = f", ${summary.reserved_usd:,.2f} at most{open_too}" if summary.reserved_usd else ""
         print(
-            f"{summary.unknown:,} submits have no known outcome and were not repeated: each may have been paid"
-            f" for{cost}; `restyle reconcile {summary.results.parent}` or the next run settles what it can"
+            f"{counted(summary.unknown, 'submit')} of unknown outcome, not repeated: each may have been paid for{cost};"
+            f" `restyle reconcile {summary.results.parent}` or the next run settles what it can"
         )
     print(f"results   {summary.results}")
     if summary.images is not None:
         print(f"pictures  {summary.images}")
+
+
+def _commonest(errors: Mapping[str, int]) -> str:
+    """The first five kinds with their numbers, and how much is left out."""
+    named = list(errors.items())[:_KINDS_SHOWN]
+    words = ", ".join(f"{count:,} {name}" for name, count in named)
+    kinds, rows = len(errors) - len(named), sum(errors.values()) - sum(count for _, count in named)
+    return words + (f" and {counted(kinds, 'other kind')} ({counted(rows, 'row')})" if kinds else "")
 
 
 def age(at: float) -> str:

@@ -41,7 +41,7 @@ from batch.run.pacing import TokenBucket, Window
 from batch.run.ports import Counts, Observer
 from batch.run.reconcile import Reconciler
 from batch.run.runner import Policy, Report, Runner
-from batch.targets import Terms, open_hints, open_target, terms_of
+from batch.targets import Terms, check_faults, open_hints, open_target, terms_of
 from batch.version import tool_version
 
 __all__ = ["Plan", "Request", "Summary", "open_planner", "run_session", "survey_of"]
@@ -60,6 +60,8 @@ class Plan(NamedTuple):
     survey: Survey
     spent_usd: float = 0.0
     """By earlier sessions of the same run directory."""
+    refusal: str = ""
+    """Why a run would refuse to do it in that directory, where it would: another config, and how to agree to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +144,8 @@ async def run_session(request: Request) -> Summary:
     terms, began, started_at = terms_of(settings), time.monotonic(), _timestamp()
     manifest = await _in_thread(partial(Manifest.open, request.manifest, settings.limits.rows))
     await _in_thread(partial(open_planner, manifest, settings, None))  # a wrong column leaves no folder behind
+    if not request.collect_only:  # what is left to collect may need no endpoint
+        await _in_thread(partial(check_faults, settings))
     directory.prepare()
     with directory.locked(started_at), _noted(directory, started_at):
         directory.check_config(settings, accept=request.new_config)
@@ -149,7 +153,8 @@ async def run_session(request: Request) -> Summary:
         async with open_journal(directory.journal, version=tool_version(), lost=lost) as journal:
             planner = await _in_thread(partial(open_planner, manifest, settings, journal.file))
             before = await journal.counts()
-            found = await _in_thread(partial(survey_of, planner, settings, terms, journal.file))
+            again = request.retry_failed
+            found = await _in_thread(partial(survey_of, planner, settings, terms, journal.file, retry_failed=again))
             plan = Plan(terms, manifest, found, before.spent_usd)
             _refuse_unasked(plan, request)
             identity = await _in_thread(partial(identity_of, manifest, settings))
@@ -182,8 +187,10 @@ def open_planner(manifest: Manifest, settings: Settings, file: JournalFile | Non
     return Planner(manifest, settings, Pictures(manifest.folder, settings.limits.max_image_megapixels, file))
 
 
-def survey_of(planner: Planner, settings: Settings, terms: Terms, file: JournalFile | None) -> Survey:
-    """Run once through the manifest: counts, problems, cost."""
+def survey_of(
+    planner: Planner, settings: Settings, terms: Terms, file: JournalFile | None, *, retry_failed: bool
+) -> Survey:
+    """Run once through the manifest: counts, problems, cost. A plan shows what it says, a run does it."""
     wanted = settings.limits.max_in_flight
     at_once = wanted if isinstance(wanted, int) else _guess(window_bounds(wanted))
     return survey(
@@ -193,6 +200,7 @@ def survey_of(planner: Planner, settings: Settings, terms: Terms, file: JournalF
         at_once,
         terms.service_seconds,
         terms.slots,
+        retry_failed=retry_failed,
     )
 
 
@@ -238,16 +246,16 @@ async def _carried_out(
 ) -> Report | None:
     """Run what is to do; None where there is nothing, and nothing was opened."""
     settings, found = request.settings, plan.survey
+    to_do = 0 if request.collect_only else found.to_do
     is_open = any(before.by_state.get(state) for state in (State.INTENDED, State.ACCEPTED, State.ANSWERED))
-    again = before.by_state.get(State.UNKNOWN) or (request.retry_failed and found.failed)
-    if not (is_open or again or (found.to_do and not request.collect_only)):
+    if not (is_open or before.by_state.get(State.UNKNOWN) or to_do):
         return None
     await _in_thread(projection.outdate)
     with JsonLog(directory.log) as log:
         observer = Several(request.tally, request.observer, log)
-        observer.expected(found.to_do + found.in_flight + (found.failed if request.retry_failed else 0), found.done)
+        observer.expected(to_do + found.in_flight, found.done)
         observer.happened("spent", usd=0.0, total_usd=before.spent_usd)
-        observer.happened("session", number=journal.session, target=plan.terms.name, to_do=found.to_do)
+        observer.happened("session", number=journal.session, target=plan.terms.name, to_do=to_do)
         async with (
             open_target(settings, directory.endpoint, version=tool_version()) as target,
             open_hints(settings, target, version=tool_version()) as hints,

@@ -27,7 +27,17 @@ from batch.run.budget import PRICES, Price
 from batch.run.ports import CallFailed, Hints, Trouble
 from batch.run.retry import reading
 
-__all__ = ["Connection", "LivePrice", "Terms", "live_price", "open_hints", "open_platform", "open_target", "terms_of"]
+__all__ = [
+    "Connection",
+    "LivePrice",
+    "Terms",
+    "check_faults",
+    "live_price",
+    "open_hints",
+    "open_platform",
+    "open_target",
+    "terms_of",
+]
 
 _LOCAL_ECHO_SLOTS = 32
 _FAL_SECONDS = 6.0
@@ -100,6 +110,18 @@ def terms_of(settings: Settings, live: LivePrice | None = None) -> Terms:
     return replace(known, headline=f"{known.headline}, {when} (a run reckons with its own price: {words})", live=True)
 
 
+def check_faults(settings: Settings) -> None:
+    """Read the faults file where one is named, as the embedded endpoint will.
+
+    Raises:
+        ConfigError: there is none, or it is not one; the message says where.
+    """
+    if settings.target.faults is not None:
+        from batch.server.faults_file import read_faults  # a command without faults need not load their table
+
+        read_faults(Path(settings.target.faults))
+
+
 def _check_updates(settings: Settings) -> None:
     """A target elsewhere cannot call a loopback address back."""
     name, url = settings.target.name, settings.webhook.public_url
@@ -133,7 +155,7 @@ def _terms_of(settings: Settings, price: Price | None) -> Terms:
         start, seconds = (
             (4, _PREVIEW_SECONDS) if target.engine == "preview" else (2 * _LOCAL_ECHO_SLOTS, target.service_time)
         )
-        words = f"target: local, the embedded endpoint ({what}); {cost}"
+        words = f"target: local, the embedded endpoint ({what}); {_local_cost(settings)}"
         return Terms("local", price, rate, start, 512, seconds, words, slots=_slots(target))
     return Terms(target.name, price, rate, 64, 1024, _FAL_SECONDS, f"target: {target.name} ({target.app}); {cost}")
 
@@ -141,6 +163,12 @@ def _terms_of(settings: Settings, price: Price | None) -> Terms:
 def _slots(target: TargetSettings) -> int:
     """What the embedded endpoint executes at once."""
     return target.slots or (_LOCAL_ECHO_SLOTS if target.engine == "echo" else os.cpu_count() or 1)
+
+
+def _local_cost(settings: Settings) -> str:
+    """What a dollar of the embedded endpoint means."""
+    usd = settings.price.usd_per_megapixel
+    return "costs nothing" if usd is None else f"counts ${usd:g} a megapixel to rehearse, nobody is charged"
 
 
 def _price(settings: Settings) -> Price | None:
@@ -225,7 +253,7 @@ async def open_platform(settings: Settings, *, version: str) -> AsyncIterator[Fa
     """
     name = settings.target.name
     if name == "local":
-        raise ConfigError("the embedded endpoint costs nothing: it has no price and sends no bills")
+        raise ConfigError(f"the embedded endpoint has no price list and sends no bills: it {_local_cost(settings)}")
     if name == "fal" and _key() is None:
         raise ConfigError("FAL_KEY is not set; export FAL_KEY=key_id:key_secret")
     async with _client(settings, FAL if name == "fal" else Origins.of_server(name), version, key=True) as client:

@@ -15,7 +15,7 @@ from batch.run.budget import UNKNOWN_MEGAPIXELS, Price
 from batch.run.lifecycle import OPEN, State
 from batch.run.ports import Known
 
-__all__ = ["Find", "Survey", "render_problems", "survey"]
+__all__ = ["Find", "Survey", "counted", "render_problems", "survey"]
 
 Find: TypeAlias = Callable[[Sequence[JobKey]], Mapping[JobKey, Known]]
 """Those of the keys that the journal knows; asked for a few thousand at a time."""
@@ -40,10 +40,12 @@ class Survey:
     """Rows x cells that are the same job as an earlier one: asked twice, paid once."""
     done: int
     failed: int
-    """Failed in an earlier run; done again only when that is asked for."""
+    """Failed in an earlier run, and not taken up again."""
     in_flight: int
     """Sent in an earlier run, their end not known: paid already, or held."""
     to_do: int
+    retried: int
+    """Those to do that failed in an earlier run: none, unless it is asked for."""
     megapixels: float
     """Where the size of the source is known; every picture of `num_images` counts."""
     unknown_sizes: int
@@ -72,16 +74,18 @@ class Survey:
         if self.dollars_at_most:
             dollars += f", at most ${self.dollars_at_most:,.2f} if every picture is rounded up"
         if self.unknown_sizes and self.price_per_megapixel:
-            dollars += f"; {self.unknown_sizes:,} unknown sizes taken as {UNKNOWN_MEGAPIXELS:g} megapixels each"
+            dollars += (
+                f"; {counted(self.unknown_sizes, 'unknown size')} taken as {UNKNOWN_MEGAPIXELS:g} megapixels each"
+            )
         lines = [
             ("rows", f"{self.rows:,}" + (f", {self.bad_rows:,} of them bad" if self.bad_rows else "")),
             ("cells", f"{self.cells:,} a row"),
-            ("jobs", f"{self.jobs:,} distinct, {self.duplicates:,} duplicates"),
+            ("jobs", f"{self.jobs:,} distinct, {counted(self.duplicates, 'duplicate')}"),
             ("done", f"{self.done:,}"),
             ("failed", f"{self.failed:,}"),
             ("in flight", f"{self.in_flight:,}"),
-            ("to do", f"{self.to_do:,}"),
-            ("megapixels", f"{self.megapixels:,.1f} known, {self.unknown_sizes:,} pictures of unknown size"),
+            ("to do", f"{self.to_do:,}" + (f", {self.retried:,} of them failed before" if self.retried else "")),
+            ("megapixels", f"{self.megapixels:,.1f} known, {counted(self.unknown_sizes, 'picture')} of unknown size"),
             ("cost", dollars),
             ("time", f"{_duration(self.hours)}, {self.at_once:,} at once, {self.service_seconds:g} s each"),
             ("problems", f"{self.problem_count:,}"),
@@ -96,6 +100,8 @@ def survey(
     max_in_flight: int,
     service_seconds: float,
     slots: int | None = None,
+    *,
+    retry_failed: bool = False,
 ) -> Survey:
     """Run through the whole plan once and add it up.
 
@@ -110,11 +116,12 @@ def survey(
         max_in_flight: jobs at once, at least 1.
         service_seconds: how long one job takes.
         slots: how many the target executes at once, where that is known.
+        retry_failed: whether what failed in an earlier run is to do again, and costs again.
 
     Raises:
         ManifestError: the manifest can no longer be read.
     """
-    tally = _Tally(find, price)
+    tally = _Tally(find, price, retry_failed=retry_failed)
     for checked in planner.checked():
         tally.add(checked)
     tally.merge()
@@ -132,6 +139,7 @@ def survey(
         failed=tally.states[State.FAILED],
         in_flight=sum(tally.states[state] for state in OPEN),
         to_do=to_do,
+        retried=tally.retried,
         megapixels=tally.megapixels,
         unknown_sizes=tally.unknown_sizes,
         price_per_megapixel=each,
@@ -149,8 +157,8 @@ def survey(
 class _Tally:
     """Running sums; a job counts when its key is seen for the first time."""
 
-    def __init__(self, find: Find | None, price: Price | None) -> None:
-        self._find, self._price = find, price
+    def __init__(self, find: Find | None, price: Price | None, *, retry_failed: bool) -> None:
+        self._find, self._price, self._retry_failed = find, price, retry_failed
         self.reserved = 0.0
         # Of the jobs that were not merged yet; the jobs themselves may carry pictures and are let go.
         self._keys: list[JobKey] = []
@@ -158,7 +166,7 @@ class _Tally:
         self._sizes: list[float | None] = []
         self.seen = pl.DataFrame(schema={"half": pl.UInt64})
         """First halves of the keys, sorted."""
-        self.rows = self.bad_rows = self.planned = self.unknown_sizes = self.problem_count = 0
+        self.rows = self.bad_rows = self.planned = self.retried = self.unknown_sizes = self.problem_count = 0
         self.megapixels = 0.0
         self.states = dict.fromkeys(State, 0)
         self.problems: list[Problem] = []
@@ -204,7 +212,9 @@ class _Tally:
             known = find([self._keys[place] for place in places])
             for place in places:
                 job = known.get(self._keys[place])
-                if job is None or job.state is State.PENDING:
+                again = job is not None and job.state is State.FAILED and self._retry_failed
+                self.retried += again
+                if job is None or job.state is State.PENDING or again:
                     yield place
                 else:
                     self.states[job.state] += 1
@@ -224,6 +234,11 @@ def _duration(hours: float) -> str:
     return f"{hours:.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes"
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 row`, `0 rows`, `2,000 rows`."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def render_problems(name: str, problems: Iterable[Problem], total: int) -> str:
     """`file:line column: message`, one a line, at most 20, and always how many there are in all.
 
@@ -236,5 +251,4 @@ def render_problems(name: str, problems: Iterable[Problem], total: int) -> str:
     if not total:
         return ""
     rest = total - len(lines)
-    noun = "problem" if total == 1 else "problems"
-    return "\n".join([*lines, f"{total:,} {noun}" + (f", {rest:,} more not shown" if rest > 0 else "")])
+    return "\n".join([*lines, counted(total, "problem") + (f", {rest:,} more not shown" if rest > 0 else "")])

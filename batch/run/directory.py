@@ -48,12 +48,11 @@ class RunDirectory:
     def __repr__(self) -> str:
         return f"<RunDirectory {self.root}>"
 
-    def prepare(self) -> None:
-        """Make it.
+    def check_place(self) -> None:
+        """Refuse what cannot be a run directory; it need not exist.
 
         Raises:
-            RunDirectoryError: a file lies there, or a folder of something else, or it cannot be written.
-            StorageError: the disk is full.
+            RunDirectoryError: a file lies there, or a folder of something else.
         """
         if self.root.is_file():
             raise RunDirectoryError(f"{self.root} is a file; -o names the folder of the run")
@@ -64,6 +63,15 @@ class RunDirectory:
             and any(self.root.iterdir())
         ):
             raise RunDirectoryError(f"{self.root} holds other files and no run; name a new or empty folder with -o")
+
+    def prepare(self) -> None:
+        """Make it.
+
+        Raises:
+            RunDirectoryError: a file lies there, or a folder of something else, or it cannot be written.
+            StorageError: the disk is full.
+        """
+        self.check_place()
         try:
             _make_durably(self.root)
             with tempfile.TemporaryFile(dir=self.root):

@@ -11,12 +11,10 @@ import logging
 import time
 from collections.abc import Callable
 from http import HTTPStatus
-from pathlib import Path
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from batch.errors import ConfigError
 from batch.fal import protocol
 from batch.fal.platform import PlatformError, platform_error_reply
 from batch.fal.protocol import Operation, Reply
@@ -33,12 +31,12 @@ from batch.server.engines.base import (
     OnStep,
     WorkerCrashed,
 )
-from batch.server.faults import Body, Deed, Fault, FaultPlan, Faults, ListingRules, Moment, parse_faults
+from batch.server.faults import Body, Deed, Fault, FaultPlan, Faults, ListingRules, Moment
 from batch.server.records import Ending
 from batch.server.service import QueueService
 from batch.server.storage import content_type_of
 
-__all__ = ["Rehearsal", "moment_of", "read_faults"]
+__all__ = ["Rehearsal", "moment_of"]
 
 _log = logging.getLogger(__name__)
 
@@ -72,20 +70,6 @@ _PLATFORM_ERRORS = {
     404: PlatformError.NOT_FOUND,
     429: PlatformError.RATE_LIMITED,
 }
-
-
-def read_faults(path: Path) -> FaultPlan:
-    """Read a faults file.
-
-    Raises:
-        ConfigError: there is none, or it is not one; the message says where.
-    """
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"the faults file {path} cannot be read: {reason}; configs/faults.toml is one") from error
-    return parse_faults(text, str(path))
 
 
 def moment_of(method: str, path: str, app_id: AppId) -> Moment | None:

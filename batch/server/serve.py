@@ -17,6 +17,7 @@ import math
 import random
 import signal
 import socket
+import sqlite3
 import ssl
 import threading
 import time
@@ -35,10 +36,11 @@ from batch.server.app import application
 from batch.server.engines import engine_of
 from batch.server.engines.base import Engine
 from batch.server.engines.flux.options import FluxOptions
+from batch.server.faults_file import read_faults
 from batch.server.guard import Guard
 from batch.server.history import History
 from batch.server.keys import ENVIRONMENT, Authenticator, Keys
-from batch.server.rehearsal import Rehearsal, read_faults
+from batch.server.rehearsal import Rehearsal
 from batch.server.retention import DEFAULT_SECONDS, Sweeper, sweeping
 from batch.server.service import QueueService, queue_service
 from batch.server.sources import Sources
@@ -105,27 +107,26 @@ async def serve(
         stop: ends the server when it is set.
 
     Raises:
-        StorageError: nothing could be written for `disk_patience`.
-        InputError: the port or the data dir is in use or cannot be used, the engine is not known or cannot work, the
-            price is none, or the faults file is wrong.
+        StorageError: nothing could be written for `disk_patience`, or there is no room to begin with.
+        InputError: the port or the data dir is in use or cannot be used, the engine is not known or cannot work, an
+            option is out of its range, or the faults file is wrong.
     """
     stop = stop or asyncio.Event()
     logging.getLogger("aiohttp.server").addFilter(_one_line_for_nonsense)
-    if not 0 <= options.price_usd < math.inf:
-        raise InputError(f"{options.price_usd} is no price of a megapixel; say US dollars, for instance --price 0.03")
+    _check(options)
     rehearsal = Rehearsal(read_faults(options.faults)) if options.faults is not None else None
     if rehearsal is not None:
         _log.warning("this server fails on purpose, as %s says", options.faults)
-    if not options.retention > 0:
-        raise InputError(f"results cannot be kept for {options.retention:g} s; say for instance --retention 30d")
     tls = _tls(options.tls_cert, options.tls_key)
-    options.data_dir.mkdir(parents=True, exist_ok=True)
     async with contextlib.AsyncExitStack() as stack:
-        await stack.enter_async_context(_locked(options.data_dir / "lock"))
-        listener = stack.enter_context(contextlib.closing(_listen(options)))
-        _check_exposure(options, listener)
-        store = await stack.enter_async_context(await Store.open(options.data_dir / "server.db"))
-        storage = await stack.enter_async_context(Storage(options.data_dir))
+        with _usable(options.data_dir):
+            options.data_dir.mkdir(parents=True, exist_ok=True)
+            await stack.enter_async_context(_locked(options.data_dir / "lock"))
+            listener = stack.enter_context(contextlib.closing(_listen(options)))
+            _check_exposure(options, listener)
+            store = await stack.enter_async_context(await Store.open(options.data_dir / "server.db"))
+            storage = await stack.enter_async_context(Storage(options.data_dir))
+            signer = webhooks.signing_key(options.data_dir / "webhook-key.pem")
         guard = await stack.enter_async_context(Guard(address_rule(allow_private=options.allow_private)))
         sources = Sources(storage, guard)
         engine = engine or _engine(options)
@@ -139,7 +140,6 @@ async def serve(
             queue_service(store, storage, engine, sources, time.time, options.retention)
         )
         await stack.enter_async_context(sweeping(Sweeper(store, storage, options.retention), time.time))
-        signer = webhooks.signing_key(options.data_dir / "webhook-key.pem")
         sender = webhooks.Webhooks(service, store, guard, signer, time.time, random.random)
         await stack.enter_async_context(webhooks.sending(sender))
         stack.enter_context(_signals(stop))
@@ -205,6 +205,22 @@ def run_server(
         uvloop.run(main())
 
 
+def _check(options: ServeOptions) -> None:
+    """Refuse numbers that no server can work with, before anything is opened."""
+    if not 0 <= options.port < 65536:
+        raise InputError(f"{options.port} is no port; --port is a number from 0 (any free one) to 65535")
+    if not options.host:  # which a socket takes for every address there is
+        raise InputError("--host is empty; name the address to listen at, for instance 127.0.0.1")
+    if options.slots is not None and options.slots < 1:
+        raise InputError(f"a server with {options.slots} slots executes nothing; --slots is 1 or more")
+    if not 0 <= options.service_time < math.inf:
+        raise InputError(f"a job cannot take {options.service_time:g} s; say for instance --service-time 2s")
+    if not 0 <= options.price_usd < math.inf:
+        raise InputError(f"{options.price_usd} is no price of a megapixel; say US dollars, for instance --price 0.03")
+    if not options.retention > 0:
+        raise InputError(f"results cannot be kept for {options.retention:g} s; say for instance --retention 30d")
+
+
 def _engine(options: ServeOptions) -> Engine:
     if options.flux is not None and options.engine != "flux":
         raise ConfigError(f"a model is given and the engine is {options.engine}; say --engine flux, or leave it out")
@@ -231,7 +247,13 @@ def _listen(options: ServeOptions) -> socket.socket:
                 f"port {options.port} of {options.host} is in use by another program; choose another with --port"
             ) from error
         raise InputError(f"cannot listen on {options.host}:{options.port}: {error}; check host and port") from error
-    memory.write_text(str(listener.getsockname()[1]), "ascii")
+    except TypeError as error:  # what the standard library says of a name that no address can have
+        raise InputError(f"{options.host!r} is no name of a host ({error}); check --host") from error
+    try:
+        memory.write_text(str(listener.getsockname()[1]), "ascii")
+    except OSError:
+        listener.close()
+        raise
     return listener
 
 
@@ -285,6 +307,28 @@ def _tls(certificate: Path | None, key: Path | None) -> ssl.SSLContext | None:
 def _url(host: str, listener: socket.socket, scheme: str) -> str:
     name = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104 - read, not bound
     return f"{scheme}://{name}:{listener.getsockname()[1]}"
+
+
+@contextlib.contextmanager
+def _usable(data_dir: Path) -> Iterator[None]:
+    """What the disk refuses in the block, said as a sentence about the data dir.
+
+    Raises:
+        StorageError: it is full. InputError: no server can work there.
+    """
+    if data_dir.is_file():
+        raise InputError(f"{data_dir} is a file; --data-dir names the folder of the server")
+    try:
+        yield
+    except (OSError, sqlite3.Error) as error:
+        number, code = getattr(error, "errno", None), getattr(error, "sqlite_errorcode", None)
+        if number in {errno.ENOSPC, errno.EDQUOT} or code == sqlite3.SQLITE_FULL:
+            raise StorageError(
+                f"the data dir {data_dir} cannot be written: {error}; make room and start again"
+            ) from error
+        raise InputError(
+            f"the data dir {data_dir} cannot be used: {error}; name a folder that can be written with --data-dir"
+        ) from error
 
 
 @contextlib.asynccontextmanager

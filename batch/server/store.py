@@ -74,7 +74,7 @@ class Store:
         """Open or make the file.
 
         Raises:
-            InputError: it was written by a newer version, or is no database.
+            InputError: it was written by a newer version, or is no database. StorageError: there is no room for it.
         """
         try:
             database = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=64)
@@ -86,6 +86,8 @@ class Store:
                 steps = "".join(_SQL[name] for name in _STEPS[version])
                 database.executescript(f"BEGIN IMMEDIATE; {steps} PRAGMA user_version = {VERSION}; COMMIT;")
         except sqlite3.Error as error:
+            if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+                raise StorageError(f"{path} cannot be written: {error}; make room and start again") from error
             raise InputError(
                 f"{path} cannot be used as the server's memory: {error}; choose another data dir"
             ) from error

@@ -7,6 +7,7 @@ import sqlite3
 import struct
 import subprocess
 import zlib
+from collections import Counter
 from contextlib import contextmanager
 
 import pytest
@@ -123,6 +124,11 @@ def test_bad_rows_are_data_and_the_good_ones_are_done(tmp_path):
     ended = restyle("run", manifest, "-o", directory, *ECHO)
     assert ended.code == 3, ended.text
     assert f"1 done, {len(ROWS)} failed" in ended.out
+    (failed,) = [line for line in ended.out.splitlines() if line.startswith("failed with: ")]
+    kinds = Counter(kind for *_, kind, _ in ROWS)
+    named = sum(count for _, count in kinds.most_common(5))
+    assert f" and {len(kinds) - 5} other kinds ({len(ROWS) - named} rows); " in failed
+    assert "--retry-failed takes failed jobs up again" in failed
     rows = results(directory).to_pylist()
     for row, (image, *_, kind, words) in zip(rows, ROWS, strict=False):
         assert (row["status"], row["error_type"]) == ("failed", kind), (image, row["error_message"])
@@ -185,6 +191,18 @@ def test_a_variable_that_is_misspelt_is_not_passed_over(tmp_path, manifest):
     assert "RESTYLE_LIMITS__BUDGET is not known; did you mean RESTYLE_LIMITS__BUDGET_USD?" in sentence
 
 
+@pytest.mark.parametrize("text", [None, '[[fault]]\nat = "sbumit"\n'], ids=["none", "wrong"])
+def test_a_faults_file_that_cannot_be_used_is_refused_by_plan_and_run(tmp_path, manifest, text):
+    """The same sentence, before a folder is made."""
+    if text is not None:
+        (tmp_path / "f.toml").write_text(text)
+    faults = ("--faults", tmp_path / "f.toml", *ECHO)
+    sentence = refused("plan", manifest, *faults)
+    assert "f.toml" in sentence
+    assert refused("run", manifest, "-o", tmp_path / "run", *faults) == sentence
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_without_a_run_directory_is_told_so(manifest):
     """`-o` has no default: results go where somebody said."""
     assert "--out" in refused("run", manifest)
@@ -208,6 +226,11 @@ def test_another_config_is_refused_until_it_is_accepted(tmp_path, manifest):
     before = results(directory)
     (tmp_path / "c.toml").write_text("[input]\nstrength = 0.5\n")
     sentence = refused(*command, "-c", tmp_path / "c.toml")
+    planned = restyle("plan", *command[1:], "-c", tmp_path / "c.toml")
+    assert planned.code == 0, planned.text
+    assert "to do       3" in planned.out, "it says all the same what would be done with --new-config"
+    assert planned.out.splitlines()[-1] == sentence.replace("restyle: ", "`restyle run` would refuse this: ")
+    assert "would refuse" not in restyle("plan", *command[1:]).out
     assert "input.strength was None, is 0.5" in sentence
     assert "--new-config" in sentence
     assert results(directory).equals(before)
@@ -233,9 +256,11 @@ def test_another_kind_of_target_is_refused_for_good(tmp_path, manifest):
 def test_a_file_or_a_strange_folder_as_run_directory(tmp_path, manifest):
     """Nothing of somebody else's is written to."""
     (tmp_path / "file").write_text("mine")
-    assert "is a file; -o names the folder of the run" in refused("run", manifest, "-o", tmp_path / "file", *ECHO)
-    assert (tmp_path / "file").read_text() == "mine"
-    assert "holds other files and no run" in refused("run", manifest, "-o", tmp_path, *ECHO)
+    for command in ("run", "plan"):
+        sentence = refused(command, manifest, "-o", tmp_path / "file", *ECHO)
+        assert "is a file; -o names the folder of the run" in sentence
+        assert (tmp_path / "file").read_text() == "mine"
+        assert "holds other files and no run" in refused(command, manifest, "-o", tmp_path, *ECHO)
 
 
 def test_a_place_that_cannot_be_written(manifest):
@@ -276,6 +301,43 @@ def test_a_journal_that_is_none_is_left_alone(tmp_path, manifest, content):
     for arguments in (("run", manifest, "-o", directory, *ECHO), ("status", directory)):
         assert "is not a journal of restyle; name another folder with -o" in refused(*arguments)
     assert (directory / "journal.db").read_bytes() == before
+
+
+# --- serve ------------------------------------------------------------------------------------------------
+
+SERVED = [
+    (["--slots", "0"], ["0 slots", "--slots is 1 or more"]),
+    (["--port", "99999"], ["99999 is no port", "from 0", "to 65535"]),
+    (["--port", "-1"], ["-1 is no port"]),
+    (["--host", "\u00fc..b"], ["'\u00fc..b' is no name of a host", "check --host"]),
+    (["--host", ""], ["--host is empty"]),
+    (["--retention", "soon"], ["--retention: 'soon' is not a duration"]),
+    (["--engine", "echo", "--service-time", "-1"], ["--service-time: '-1' is not a duration"]),
+    (["--data-dir", "file"], ["file is a file; --data-dir names the folder"]),
+    (["--data-dir", "file/below"], ["the data dir file/below cannot be used", "Not a directory"]),
+    (["--data-dir", "/proc/restyle"], ["the data dir /proc/restyle cannot be used", "--data-dir"]),
+    (["--data-dir", "strange"], ["the data dir strange cannot be used", "strange/files"]),
+]
+
+
+@pytest.mark.parametrize(("flags", "words"), SERVED, ids=lambda value: " ".join(value)[:40])
+def test_a_server_that_cannot_work_says_why_and_does_not_start(tmp_path, flags, words):
+    """A number out of its range, a host that is none, a data dir that cannot be one: the value, and what to do."""
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "strange").mkdir()
+    (tmp_path / "strange" / "files").write_text("mine")
+    port = () if "--port" in flags else ("--port", "0")
+    sentence = refused("serve", *port, *flags, cwd=tmp_path, timeout=20)
+    for word in words:
+        assert word in sentence
+
+
+def test_a_server_without_room_says_so(tmp_path):
+    """Exit 4, as a run whose disk is full: nothing it was given is wrong."""
+    with small_disk(tmp_path, "16k") as disk:
+        (disk / "ballast").write_bytes(bytes(8192))
+        sentence = refused("serve", "--port", "0", "--data-dir", disk / "data", code=4, timeout=20)
+    assert "room" in sentence
 
 
 # --- disks ------------------------------------------------------------------------------------------------

@@ -104,13 +104,33 @@ def test_a_live_price_is_used_and_says_from_when(tmp_path):
 
 @pytest.mark.parametrize(
     ("target", "why"),
-    [("fal", "FAL_KEY is not set"), ("local", "the embedded endpoint costs nothing")],
+    [
+        ("fal", "FAL_KEY is not set"),
+        ("local", "the embedded endpoint has no price list and sends no bills: it costs nothing"),
+    ],
 )
 def test_a_live_price_that_cannot_be_had_is_one_sentence(tmp_path, target, why):
     """Exit 2: nothing was sent."""
     ended = restyle("plan", write_manifest(tmp_path / "m.csv", [1]), "--target", target, "--live-price")
     assert (ended.code, ended.err.count("\n")) == (2, 1)
     assert why in ended.err
+
+
+# --- a rehearsal ------------------------------------------------------------------------------------------
+
+
+def test_a_rehearsal_with_a_price_says_what_its_dollars_are(tmp_path):
+    """Planned and reserved like the real picture, settled by the small card; nobody is charged, and audit says so."""
+    manifest, directory = write_manifest(tmp_path / "m.csv", [1]), tmp_path / "run"
+    command, env = (manifest, "-o", directory, "--engine", "echo"), {"RESTYLE_PRICE__USD_PER_MEGAPIXEL": "0.5"}
+    planned = restyle("plan", *command, env=env)
+    assert "counts $0.5 a megapixel to rehearse, nobody is charged" in planned.out.splitlines()[0]
+    assert "$1.05 at $0.5 a megapixel, at most $1.50 if every picture is rounded up" in planned.out
+    ended = restyle("run", *command, env=env)
+    assert "1 done, $0.01 spent" in ended.out
+    (charges,) = [line for line in restyle("audit", directory).out.splitlines() if line.startswith("charges")]
+    assert "sends no bills: it counts $0.5 a megapixel to rehearse, nobody is charged" in charges
+    assert "costs nothing" not in charges
 
 
 # --- a paid run -------------------------------------------------------------------------------------------

@@ -386,6 +386,44 @@ def test_too_many_failures_stop_the_run(tmp_path):
     assert summary(directory)["pending"] >= 24
 
 
+def two_failed(tmp_path):
+    """A run of three rows of which two failed: its directory, and the command without the faults."""
+    manifest, directory = write_manifest(tmp_path / "m.csv", range(3)), tmp_path / "run"
+    (tmp_path / "faults.toml").write_text('[[fault]]\nat = "execute"\ndo = "content-policy"\nfirst = 2\n')
+    command = ("run", manifest, "-o", directory, *ECHO)
+    ended = restyle(*command, "--faults", tmp_path / "faults.toml")
+    assert ended.code == 3, ended.text
+    return directory, command
+
+
+def test_what_a_plan_says_is_to_do_is_what_a_run_does(tmp_path):
+    """Failed rows are to do where they are taken up again: in the plan, the run's first lines, its log and its end."""
+    directory, command = two_failed(tmp_path)
+    usual = restyle(*command)
+    assert "3 rows, 0 jobs to do, 1 done before, 2 failed before" in usual.out
+    assert accepted(directory) == 3
+    planned = restyle("plan", *command[1:], "--retry-failed", "--json")
+    assert {name: json.loads(planned.out)[name] for name in ("to_do", "retried", "done", "failed")} == {
+        "to_do": 2, "retried": 2, "done": 1, "failed": 0,
+    }  # fmt: skip
+    ended = restyle(*command, "--retry-failed")
+    assert ended.code == 0, ended.text
+    assert "3 rows, 2 jobs to do, 2 of them failed before, 1 done before" in ended.out
+    (expected,) = [line["jobs"] for line in log(directory) if line["action"] == "expected"][1:]
+    assert expected == summary(directory)["ended"] == 2
+
+
+def test_failed_rows_are_taken_up_again_for_money_only_with_a_yes(tmp_path):
+    """They cost like any other job: exit 2 off a terminal, with the sum; nothing is sent."""
+    directory, command = two_failed(tmp_path)
+    facts = json.loads((directory / "run.json").read_text())
+    facts["config"]["target"] |= {"name": "fal", "faults": None}  # a paid run's directory, without paying for one
+    (directory / "run.json").write_text(json.dumps(facts))
+    ended = restyle(*command, "--target", "fal", "--retry-failed", env={"FAL_KEY": "id:secret"})
+    assert ended.code == 2, ended.text
+    assert "this run would cost about $0.13 (at most $0.18) for 2 jobs; say --yes" in ended.err
+
+
 # --- the lock ---------------------------------------------------------------------------------------------
 
 
@@ -465,6 +503,7 @@ def test_cancel_empties_the_queue_and_the_next_run_reads_how_each_ended(tmp_path
     ended = restyle("cancel", directory)
     assert ended.code == 0, ended.text
     assert ended.out.startswith("6 open requests: 6 cancellations requested, 0 too late")
+    assert "a failed row then (client_cancelled), and is done again only with --retry-failed" in ended.out
     again = restyle(*command)
     assert again.code == 3, again.text
     rows = results(directory).to_pylist()
@@ -473,6 +512,8 @@ def test_cancel_empties_the_queue_and_the_next_run_reads_how_each_ended(tmp_path
     assert {row["status"] for row in cancelled} == {"failed"}
     assert len(cancelled) + sum(row["status"] == "done" for row in rows) == 6
     assert accepted(directory) == 6
+    assert restyle(*command, "--retry-failed").code == 0
+    assert accepted(directory) == 6 + len(cancelled)
 
 
 @pytest.mark.parametrize("command", ["status", "export", "cancel"])

@@ -14,7 +14,8 @@ import pytest
 from batch.errors import ConfigError
 from batch.fal.endpoint import APP_ID
 from batch.server.faults import Deed, Fault, ListingRules, Moment
-from batch.server.rehearsal import moment_of, read_faults
+from batch.server.faults_file import read_faults
+from batch.server.rehearsal import moment_of
 from tests.acceptance.command import REPOSITORY, accepted, jobs_in, restyle, results, summary, write_manifest
 from tests.edges.serving import INPUT, SUBMIT, ScriptedEngine, call, completed, read, result, serving, submit
 

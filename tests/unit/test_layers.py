@@ -97,6 +97,7 @@ TABLE: dict[str, tuple[str, int]] = {
     "batch.server": (PURE, 0),
     "batch.server.grouping": ("edge: server's disk", 0),
     "batch.server.faults": (PURE, 1),
+    "batch.server.faults_file": ("edge: faults file", 2),
     "batch.server.records": (PURE, 1),
     "batch.server.embedded": ("edge: endpoint process", 1),
     "batch.server.keys": ("edge: keys file", 1),

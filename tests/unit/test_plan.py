@@ -13,7 +13,7 @@ from batch.errors import ConfigError, ManifestError
 from batch.fal.endpoint import ImageToImageInput
 from batch.manifest.plan import Planned, Planner
 from batch.manifest.ports import Fault, Resolved, RowBatch
-from batch.manifest.survey import render_problems, survey
+from batch.manifest.survey import counted, render_problems, survey
 from batch.model import LocalImage
 from batch.run.budget import Price
 from batch.run.lifecycle import State
@@ -361,7 +361,10 @@ def test_a_survey_counts_distinct_jobs_pictures_dollars_and_hours() -> None:
 
 
 def test_what_the_journal_knows_is_not_to_do_and_costs_nothing() -> None:
-    """Done, failed and sent jobs are counted apart; a job that the journal holds as pending is to do."""
+    """Done, failed and sent jobs are counted apart; a job that the journal holds as pending is to do.
+
+    Where failed ones are taken up again, they are to do and cost like any other: nothing is counted twice.
+    """
     states = [State.DONE, State.FAILED, State.ACCEPTED, State.UNKNOWN, State.PENDING, None]
     columns = {"image_url": [f"local:{i}" for i in range(6)] * 2, "prompt": ["p"] * 12}
     known = {
@@ -375,11 +378,16 @@ def test_what_the_journal_knows_is_not_to_do_and_costs_nothing() -> None:
         asked.extend(keys)
         return {key: known[key] for key in keys if key in known}
 
-    found = survey(planner(columns), find, Price(1.0, date(2026, 11, 1)), 1, 1.0)
-    assert (found.done, found.failed, found.in_flight, found.to_do) == (1, 1, 2, 2)
+    found = survey(planner(columns), find, Price(1.0, date(2026, 11, 1)), 1, 3600.0)
+    assert (found.done, found.failed, found.in_flight, found.to_do, found.retried) == (1, 1, 2, 2, 0)
     assert (found.jobs, found.duplicates) == (6, 6)
     assert found.dollars == pytest.approx(4.0)
     assert len(asked) == len(set(asked)) == 6
+
+    again = survey(planner(columns), find, Price(1.0, date(2026, 11, 1)), 1, 3600.0, retry_failed=True)
+    assert (again.done, again.failed, again.in_flight, again.to_do, again.retried) == (1, 0, 2, 3, 1)
+    assert (again.dollars, again.hours) == (pytest.approx(6.0), pytest.approx(3.0))
+    assert "to do       3, 1 of them failed before" in again.render()
 
 
 def test_duplicates_are_found_however_far_apart_they_stand() -> None:
@@ -408,3 +416,10 @@ def test_problems_of_a_manifest_without_lines_name_the_row() -> None:
     found = survey(planner(columns, lines=False), None, None, 1, 1)
     assert render_problems("pets.parquet", found.problems, 1).startswith("pets.parquet:row 0 strength: ")
     assert render_problems("pets.parquet", (), 0) == ""
+
+
+def test_one_is_not_many() -> None:
+    """A plan of one row reads like a sentence."""
+    assert [counted(number, "row") for number in (0, 1, 2, 1000)] == ["0 rows", "1 row", "2 rows", "1,000 rows"]
+    text = survey(planner({**ONE, "image_url": ["https://a/1"]}), None, None, 1, 1).render()
+    assert "0 known, 1 picture of unknown size" in text
