@@ -133,6 +133,49 @@ def test_bad_rows_are_data_and_the_good_ones_are_done(tmp_path):
     assert accepted(directory) == 1, "nothing was submitted for a bad row"
 
 
+JSON_ROWS = [
+    # further keys, error type, words of the message
+    (r'"prompt":"\ud83d half"', "string_unicode", [r"prompt is '\ud83d half'", "half a character"]),
+    (r'"prompt":"a","note":"\udc00"', "string_unicode", [r"note is '\udc00'"]),
+    ('"prompt":"a","seed":[1]', "int_parsing", ["seed is '[1]'", "a whole number"]),
+    ('"prompt":"a","seed":true', "int_parsing", ["seed is 'true'"]),
+    ('"prompt":"a","seed":9223372036854775808', "less_than_equal", ["seed is '9223372036854775808'"]),
+    (f'"prompt":"a","seed":{"1" * 41}', "less_than_equal", ["seed is '11111"]),
+    ('"prompt":"a","seed":1.5', "int_parsing", ["seed is '1.5'"]),
+    ('"prompt":"a","strength":1e400', "finite_number", ["strength is '1e400'"]),
+]
+
+
+def test_bad_values_of_json_are_bad_rows_and_change_no_good_one(tmp_path):
+    """What a column cannot hold is told by its line; a seed beyond 2^53 beside it is the seed that is used."""
+    (tmp_path / "cat.jpg").write_bytes(CAT.read_bytes())
+    good = '"prompt":"a good cat \\ud83d\\ude00","seed":9007199254740993,"meta":{}'
+    lines = ['{"image_url":"cat.jpg",' + keys + "}" for keys in [*(keys for keys, _, _ in JSON_ROWS), good]]
+    manifest, directory = tmp_path / "m.jsonl", tmp_path / "run"
+    manifest.write_text("\n".join(lines))
+
+    planned = restyle("plan", manifest)
+    assert planned.code == 0, planned.text
+    for number in range(1, len(lines)):
+        assert f"{manifest}:{number} " in planned.out
+    assert restyle("run", manifest, "-o", directory, *ECHO).code == 3
+    rows = results(directory).to_pylist()
+    for row, (keys, kind, words) in zip(rows, JSON_ROWS, strict=False):
+        assert (row["status"], row["error_type"]) == ("failed", kind), (keys, row["error_message"])
+        for word in words:
+            assert word in row["error_message"]
+    assert (rows[-1]["status"], rows[-1]["seed"]) == ("done", 2**53 + 1)
+    assert rows[-1]["prompt"] == "a good cat \U0001f600"
+    assert accepted(directory) == 1
+
+
+def test_true_is_no_seed(tmp_path):
+    """Not even where it is all that the column holds: pydantic would read a 1 in it."""
+    (tmp_path / "cat.jpg").write_bytes(CAT.read_bytes())
+    (tmp_path / "m.jsonl").write_text('{"image_url":"cat.jpg","prompt":"a","seed":true,"enable_safety_checker":true}')
+    assert "m.jsonl:1 seed: seed is 'true'; it must be a whole number" in restyle("plan", tmp_path / "m.jsonl").out
+
+
 def test_bad_rows_can_be_skipped(tmp_path, manifest):
     """`--on-bad-row skip`: no failure, exit 0, and still in the table."""
     manifest.write_text(manifest.read_text() + "x,no-such-file.jpg,y\n")
