@@ -97,7 +97,7 @@ async def plan(
         live = await ask_live_price(resolved, version=tool_version(), now=partial(datetime.now, UTC))
     terms = terms_of(resolved, live)
     run_directory = None if out is None else Path(out)
-    return await anyio.to_thread.run_sync(partial(_plan, Path(manifest), resolved, terms, run_directory))
+    return await anyio.to_thread.run_sync(partial(_plan, manifest, resolved, terms, run_directory))
 
 
 async def run(
@@ -279,7 +279,7 @@ async def cancel(out: str | Path) -> Cancelled:
     return Cancelled(sum(answers.values()), answers["requested"], answers["too_late"], answers["unanswered"])
 
 
-def _plan(manifest: Path, settings: Settings, terms: Terms, out: Path | None) -> Plan:
+def _plan(manifest: str | Path, settings: Settings, terms: Terms, out: Path | None) -> Plan:
     opened = Manifest.open(manifest, settings.limits.rows)
     file = None
     if out is not None and RunDirectory(out).journal.exists():

@@ -88,6 +88,8 @@ class Manifest:
             ManifestError: nothing is there, it is empty or unreadable, not UTF-8, a line or a header is wrong.
                 The message names the line where there is one.
         """
+        if not str(source).strip():
+            raise ManifestError("the manifest's name is empty; name a file (is a variable of the shell not set?)")
         source = Path(source)
         paths, folder = _find(source)
         packing, delimiter, parquet = _kind(paths[0])

@@ -70,6 +70,14 @@ def test_a_manifest_that_cannot_be_used(tmp_path, name, content, words):
         assert word in sentence
 
 
+@pytest.mark.parametrize("name", ["", " "])
+@pytest.mark.parametrize("command", ["plan", "run"])
+def test_a_manifest_without_a_name(tmp_path, command, name):
+    """What an unset variable of a shell comes to; it is not the folder where one stands."""
+    flags = ("-o", tmp_path / "run") if command == "run" else ()
+    assert "the manifest's name is empty; name a file" in refused(command, name, *flags)
+
+
 # --- rows -------------------------------------------------------------------------------------------------
 
 

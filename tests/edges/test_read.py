@@ -357,6 +357,17 @@ def test_shards_with_other_columns_are_refused(tmp_path) -> None:
     pl.DataFrame({"a": [["list"]]}).write_parquet(tmp_path / "1.parquet")
     with pytest.raises(ManifestError, match="cannot be read"):
         Manifest.open(tmp_path)
+    (tmp_path / "1.parquet").write_bytes(b"no Parquet")
+    with pytest.raises(ManifestError, match=r"1\.parquet cannot be read: Parquet magic bytes"):
+        Manifest.open(tmp_path)
+
+
+def test_parquet_text_that_is_not_utf8_is_refused(tmp_path) -> None:
+    """Polars would end the process over it."""
+    text = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"a\xff")])
+    pq.write_table(pa.table({"n": [1], "prompt": text}), tmp_path / "m.parquet")
+    with pytest.raises(ManifestError, match=r"m\.parquet: the column 'prompt' holds .* write it again, text as UTF-8"):
+        list(Manifest.open(tmp_path / "m.parquet").batches())
 
 
 def test_parquet_without_rows_or_with_a_name_twice_is_refused(tmp_path) -> None:
