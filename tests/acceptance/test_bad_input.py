@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 import struct
 import subprocess
+import sys
 import zlib
 from contextlib import contextmanager
 
+import polars as pl
 import pytest
 
 from tests.acceptance.command import (
@@ -327,6 +330,45 @@ def test_a_journal_that_is_none_is_left_alone(tmp_path, manifest, content):
     for arguments in (("run", manifest, "-o", directory, *ECHO), ("status", directory)):
         assert "is not a journal of restyle; name another folder with -o" in refused(*arguments)
     assert (directory / "journal.db").read_bytes() == before
+
+
+PLACES = [
+    ("x.csv", ["x.csv does not end in .parquet", "write_ndjson"]),
+    ("x", ["x does not end in .parquet"]),
+    ("nowhere/x.parquet", ["there is no folder", "nowhere; make it"]),
+    ("m.parquet/x.parquet", ["there is no folder", "m.parquet; make it"]),
+    ("folder", ["is a folder; name a file in it", "folder/results.parquet"]),
+    ("folder.parquet", ["is a folder; name a file in it"]),
+    ("m.parquet", ["is the manifest", "name another file with -o"]),
+    ("", ["is a folder"]),
+]
+
+
+def test_a_place_that_is_none_for_an_export(tmp_path):
+    """The user's slip, not a run that was stopped: exit 2, and nothing is written or overwritten."""
+    manifest = tmp_path / "m.parquet"
+    pl.read_csv(write_manifest(tmp_path / "m.csv", range(3))).write_parquet(manifest)
+    assert restyle("run", manifest, "-o", tmp_path / "run", *ECHO).code == 0
+    for folder in ("folder", "folder.parquet"):
+        (tmp_path / folder).mkdir()
+    before = sorted(tmp_path.rglob("*")), manifest.read_bytes()
+    for name, words in PLACES:
+        sentence = refused("export", tmp_path / "run", "-o", tmp_path / name if name else "")
+        for word in words:
+            assert word in sentence, sentence
+    assert (sorted(tmp_path.rglob("*")), manifest.read_bytes()) == before
+
+
+def test_the_advice_for_another_format_works(tmp_path, manifest):
+    """The line of Python that the sentence gives, as it stands."""
+    assert restyle("run", manifest, "-o", tmp_path / "run", *ECHO).code == 0
+    sentence = refused("export", tmp_path / "run", "-o", tmp_path / "x.csv")
+    assert restyle("export", tmp_path / "run", "-o", tmp_path / "x.parquet").code == 0
+    code = sentence.partition('python -c "')[2].partition('"')[0]
+    subprocess.run([sys.executable, "-c", code], check=True)
+    lines = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
+    assert [line["status"] for line in lines] == ["done"] * 3
+    assert all(line["images"] for line in lines)
 
 
 # --- disks ------------------------------------------------------------------------------------------------
