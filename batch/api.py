@@ -28,7 +28,7 @@ from batch.config import Settings, load_settings
 from batch.errors import ConfigError, RunDirectoryError, RunLocked
 from batch.manifest.read import Manifest
 from batch.model import JsonObject
-from batch.projection import Projection, identity_of
+from batch.projection import Projection, identity_of, require_place
 from batch.results.totals import Totals
 from batch.run.books import Books
 from batch.run.directory import RunDirectory
@@ -101,7 +101,7 @@ async def plan(
     terms = terms_of(resolved, live)
     run_directory = None if out is None else Path(out)
     return await anyio.to_thread.run_sync(
-        partial(_plan, Path(manifest), resolved, terms, run_directory, retry_failed=retry_failed)
+        partial(_plan, manifest, resolved, terms, run_directory, retry_failed=retry_failed)
     )
 
 
@@ -193,11 +193,12 @@ async def export(out: str | Path, to: str | Path | None = None, *, manifest: str
 
     Args:
         out: the run directory.
-        to: another file than its `results.parquet`.
+        to: another file than its `results.parquet`; its name ends in .parquet.
         manifest: where the manifest is now, if it has moved.
 
     Raises:
         RunDirectoryError: there is no run. ManifestError: the manifest is gone; say where it is.
+        ConfigError: `to` is no place for a table of results.
     """
     return await anyio.to_thread.run_sync(partial(_export, RunDirectory(Path(out)), to, manifest))
 
@@ -284,7 +285,7 @@ async def cancel(out: str | Path) -> Cancelled:
     return Cancelled(sum(answers.values()), answers["requested"], answers["too_late"], answers["unanswered"])
 
 
-def _plan(manifest: Path, settings: Settings, terms: Terms, out: Path | None, *, retry_failed: bool) -> Plan:
+def _plan(manifest: str | Path, settings: Settings, terms: Terms, out: Path | None, *, retry_failed: bool) -> Plan:
     opened = Manifest.open(manifest, settings.limits.rows)
     check_faults(settings)
     file, refusal = None, ""
@@ -351,12 +352,15 @@ def _rate(file: JournalFile) -> float | None:
 def _export(directory: RunDirectory, to: str | Path | None, manifest: str | Path | None) -> Totals:
     directory.require()
     settings = _settings_of(directory)
-    opened = Manifest.open(_manifest_of(directory, manifest), settings.limits.rows)
+    source = _manifest_of(directory, manifest)
+    if to is not None:
+        require_place(Path(to), source)
+    opened = Manifest.open(source, settings.limits.rows)
     file = JournalFile.open_read_only(directory.journal)
     try:
         planner = open_planner(opened, settings, None)
         projection = Projection(planner, opened, settings, file, identity_of(opened, settings))
-        return projection.write(Path(to) if to else directory.results)
+        return projection.write(directory.results if to is None else Path(to))
     finally:
         file.close()
 

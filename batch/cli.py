@@ -182,7 +182,9 @@ def export(
     run_dir: RunDir,
     /,
     *,
-    out: Annotated[Path | None, Parameter(["--out", "-o"], help="write here instead of results.parquet")] = None,
+    out: Annotated[
+        Path | None, Parameter(["--out", "-o"], help="write this .parquet file instead of results.parquet")
+    ] = None,
     manifest: Annotated[str | None, Parameter(help="where the manifest is now, if it has moved")] = None,
 ) -> int:
     """Rebuild the results from the journal and the manifest; free, as often as you like."""

@@ -8,6 +8,7 @@ be written `"90s"`, `"50m"`, `"2h"`.
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 import tomllib
@@ -54,6 +55,7 @@ __all__ = [
 
 _UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(ms|s|m|h|d)?\s*")
+_NO_WINDOW = "{!r} is no window; it is auto, auto:LOW-HIGH like auto:16-512, or a number from 1 on"
 _ENVIRONMENT_PREFIX = "RESTYLE_"
 _REFUSED = {
     "sync_mode": "its results are data URIs, kept for about six minutes and in no history; leave it out, restyle"
@@ -89,7 +91,7 @@ def window_bounds(value: str) -> tuple[int, int] | None:
         return None
     match = re.fullmatch(r"auto:(\d{1,6})-(\d{1,6})", value, re.ASCII)
     if match is None:
-        raise ValueError(f"{value!r} is no window; it is auto, auto:LOW-HIGH like auto:16-512, or a number")
+        raise ValueError(_NO_WINDOW.format(value))
     low, high = int(match[1]), int(match[2])
     if not 1 <= low <= high:
         raise ValueError(f"{value!r} leaves no room: LOW is at least 1, and HIGH at least LOW")
@@ -155,7 +157,7 @@ class TargetSettings(_Section):
 class LimitSettings(_Section):
     """How much at once, how fast, how long, how dear."""
 
-    max_in_flight: Annotated[int, Field(ge=1)] | str = "auto"
+    max_in_flight: int | str = "auto"
     """A number, `auto`, or `auto:LOW-HIGH`; see `window_bounds`."""
     submits_per_second: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """None: 20 for fal, unlimited elsewhere."""
@@ -182,10 +184,12 @@ class LimitSettings(_Section):
     @field_validator("max_in_flight", mode="before")
     @classmethod
     def _window(cls, value: object) -> object:
-        if isinstance(value, str) and value.isascii() and value.isdigit():
-            return int(value)
-        if isinstance(value, str):
-            window_bounds(value)
+        number = int(value) if isinstance(value, str) and re.fullmatch(r"\d{1,9}", value, re.ASCII) else value
+        if isinstance(number, int) and not isinstance(number, bool) and number >= 1:
+            return number
+        if not isinstance(value, str):
+            raise ValueError(_NO_WINDOW.format(value))  # noqa: TRY004 - pydantic makes a sentence of a ValueError only
+        window_bounds(value)
         return value
 
     @field_validator("max_failures", mode="before")
@@ -210,10 +214,24 @@ class LimitSettings(_Section):
 class WebhookSettings(_Section):
     """Where callbacks are received, with `limits.updates = "webhook"`."""
 
-    bind: Annotated[str, Field(pattern=r"^(\[[0-9A-Fa-f:]+\]|[^\s:/\[\]]+):\d{1,5}$")] = "127.0.0.1:0"
+    bind: str = "127.0.0.1:0"
     """Address and port to listen on; port 0: any that is free."""
-    public_url: Annotated[str | None, Field(pattern=r"^https?://[^/\s?#]+[^\s?#]*$")] = None
+    public_url: str | None = None
     """Under which the target reaches it. None: the bound address itself, for a target on this machine."""
+
+    @field_validator("bind")
+    @classmethod
+    def _address(cls, value: str) -> str:
+        if re.fullmatch(r"(\[[0-9A-Fa-f:]+\]|[^\s:/\[\]]+):\d{1,5}", value, re.ASCII):
+            return value
+        raise ValueError(f"{value!r} is no address; it is HOST:PORT like 0.0.0.0:8080 or [::1]:8080")
+
+    @field_validator("public_url")
+    @classmethod
+    def _url(cls, value: str | None) -> str | None:
+        if value is None or re.fullmatch(r"https?://[^/\s?#]+[^\s?#]*", value):
+            return value
+        raise ValueError(f"{value!r} is no URL for callbacks; it is like https://box.example/hook, without ? and #")
 
 
 class OutputSettings(_Section):
@@ -291,9 +309,9 @@ def load_settings(path: Path | None = None, flags: dict[str, dict[str, Any]] | N
         loaded = Loaded(**(flags or {}))  # type: ignore[arg-type]
     except ValidationError as error:
         source = str(path) if path is not None else "the configuration"
-        raise ConfigError(_explain(error, source)) from error
+        raise ConfigError(_explain(error, source, flags or {}, os.environ)) from error
     except SettingsError as error:
-        raise ConfigError(f"the environment cannot be read: {error}; RESTYLE_* values are plain or JSON") from error
+        raise ConfigError(_explain_environment(error, os.environ)) from error
     return Settings.model_construct(**{name: getattr(loaded, name) for name in Settings.model_fields})
 
 
@@ -331,19 +349,70 @@ def _check_environment(environment: Mapping[str, str]) -> None:
             raise ConfigError(_refusal(name) or f"the environment variable {name} is not known{_nearest(upper, known)}")
 
 
-def _explain(error: ValidationError, source: str) -> str:
-    """Every problem in one message, a line each."""
-    lines = []
+def _explain(error: ValidationError, source: str, flags: Mapping[str, Any], environment: Mapping[str, str]) -> str:
+    """Every problem in one message, under where it comes from: a variable of the environment, the file, or neither."""
+    lines: dict[str, list[str]] = {}
     for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("constrained", "literal")))
+        place = [str(part) for part in problem["loc"]]
+        key = ".".join(place)
+        given = _holds(flags, place)  # and a flag wins over the environment
+        variable = None if given else _variable(place, environment)
         if problem["type"] == "extra_forbidden":
             within = problem["input"] if isinstance(problem["input"], dict) else ()
-            refused = next(filter(None, map(_refusal, [where, *within])), None)
-            lines.append(refused or f"unknown key {where}{_nearest(where, _known_keys())}")
+            refused = next(filter(None, map(_refusal, [key, *within])), None)
+            line = refused or f"unknown key {key}{_nearest(key, _known_keys())}"
         else:
-            message = problem["msg"].removeprefix("Value error, ")
-            lines.append(f"{where} = {problem['input']!r}: {message[0].lower()}{message[1:]}")
-    return f"{source}: " + "; ".join(dict.fromkeys(lines))
+            line = f"{key} = {problem['input']!r}: {_said(problem['type'], place, problem['msg'])}"
+        origin = "the configuration" if given else source
+        if variable is not None:
+            origin = f"the environment variable {variable}"
+        lines.setdefault(origin, []).append(line)
+    return "; ".join(f"{origin}: {'; '.join(dict.fromkeys(said))}" for origin, said in lines.items())
+
+
+def _said(kind: str, place: list[str], message: str) -> str:
+    """What pydantic says, but for sections, which it calls by the names of our classes."""
+    if kind in {"model_type", "dict_type"}:
+        keys = sorted(key.partition(".")[2] for key in _known_keys() if key.startswith(f"{place[0]}."))
+        return f"it is a section, with the keys {', '.join(keys or sorted(_ROW_INPUTS))}"
+    if kind == "list_type":
+        return "it is a list of values, like [1, 2]"
+    message = message.removeprefix("Value error, ")
+    return f"{message[0].lower()}{message[1:]}"
+
+
+def _holds(values: Any, place: list[str]) -> bool:
+    """Whether nested values have one at a place."""
+    for part in place:
+        if not isinstance(values, Mapping):
+            return True  # a place within a value, of a list say
+        if part not in values:
+            return False
+        values = values[part]
+    return True
+
+
+def _variable(place: list[str], environment: Mapping[str, str]) -> str | None:
+    """The environment variable that the value at a place came from: its own, or its section's with JSON in it."""
+    names = {name.upper(): name for name in environment}
+    own = names.get((_ENVIRONMENT_PREFIX + "__".join(place[:2])).upper())
+    section = names.get((_ENVIRONMENT_PREFIX + place[0]).upper())
+    if own is not None or section is None:
+        return own
+    try:
+        return section if _holds(json.loads(environment[section]), place[1:]) else None
+    except ValueError:
+        return section
+
+
+def _explain_environment(error: SettingsError, environment: Mapping[str, str]) -> str:
+    """Which variable is neither plain nor JSON."""
+    named = re.search(r'field "(\w+)"', str(error))
+    variable = None if named is None else _variable([named[1]], environment)
+    if variable is None:
+        return f"the environment cannot be read: {error}; RESTYLE_* values are plain or JSON"
+    said = f"{variable} = {environment[variable]!r} is not JSON"
+    return f"the environment cannot be read: {said}; write it so, or set single keys: {variable}__KEY=VALUE"
 
 
 def _refusal(name: str) -> str | None:

@@ -5,6 +5,7 @@ Everything here blocks, and is for a worker thread.
 
 from __future__ import annotations
 
+import os
 import platform
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from threading import Timer
 import orjson
 
 from batch.config import Settings
+from batch.errors import ConfigError
 from batch.manifest.keys import content_hash
 from batch.manifest.plan import Planner
 from batch.manifest.read import Manifest
@@ -27,7 +29,7 @@ from batch.run.journal_file import JournalFile
 from batch.run.lifecycle import State
 from batch.version import tool_version
 
-__all__ = ["Projection", "identity_of", "loading_sink"]
+__all__ = ["Projection", "identity_of", "loading_sink", "require_place"]
 
 _NOTE = "projected"
 """The journal's note of what `results.parquet` shows, and the totals of it; empty while it may be behind."""
@@ -90,6 +92,28 @@ class Projection:
             on_bad_row=self.settings.manifest.on_bad_row,
             metadata={"restyle": orjson.dumps(metadata).decode()},
         )
+
+
+def require_place(path: Path, manifest: str) -> None:
+    """Refuse a place where an export cannot be, or had better not be, before anything is read.
+
+    Raises:
+        ConfigError: it has another format's name, is a folder or the manifest itself, or its folder is not there.
+    """
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder; name a file in it with -o, like {path / 'results.parquet'}")
+    if path.suffix.lower() not in {".parquet", ".pq"}:
+        raise ConfigError(
+            f"{path} does not end in .parquet, and the results are Parquet: there are lists and structs in them. Name"
+            f" a .parquet file; python -c \"import polars; polars.read_parquet('{path.with_suffix('.parquet')}')"
+            f".write_ndjson('{path.with_suffix('.jsonl')}')\" makes lines of JSON of it"
+        )
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path} cannot be written: there is no folder {path.parent}; make it, or name another place")
+    if not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"{path} cannot be written: nothing may be written in {path.parent}; name another place")
+    if path.exists() and Path(manifest).exists() and path.samefile(manifest):
+        raise ConfigError(f"{path} is the manifest, which the results are made from; name another file with -o")
 
 
 def _totals_of(kept: str) -> Totals:

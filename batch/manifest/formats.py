@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import polars as pl
 
 from batch.errors import ManifestError
+from batch.manifest.ports import Half
 
-__all__ = ["Chunk", "Format", "refuse_twins"]
+__all__ = ["BATCH_BYTES", "BATCH_ROWS", "Chunk", "Format", "refuse_twins"]
+
+BATCH_ROWS = 4096
+BATCH_BYTES = 32 * 2**20
+"""Of text; rows with data URIs are long."""
 
 
 class Chunk(NamedTuple):
-    """Some consecutive rows, and the lines on which they start where the format has lines."""
+    """Some consecutive rows, the lines on which they start where the format has lines, and what no frame can hold."""
 
     frame: pl.DataFrame
     lines: list[int] | None
+    halves: Mapping[int, Half] = MappingProxyType({})
 
 
 class Format(Protocol):

@@ -15,7 +15,7 @@ from batch.fal.endpoint import ImageToImageInput
 from batch.manifest.ports import Fault
 from batch.model import Json, JsonObject
 
-__all__ = ["DEFAULTS", "INPUTS", "allowed", "check_column", "check_value", "shorten"]
+__all__ = ["DEFAULTS", "INPUTS", "allowed", "check_column", "check_value", "half_fault", "shorten"]
 
 _FIELDS = ImageToImageInput.model_fields
 INPUTS: frozenset[str] = frozenset(_FIELDS)
@@ -60,10 +60,15 @@ def check_value(name: str, value: object) -> Json | Fault:
     """One value of the input `name` in the endpoint's type, or what is wrong with it."""
     try:
         str(value).encode()
-    except UnicodeEncodeError:  # cannot come out of a file, but can out of Python
-        return Fault("string_unicode", f"{name} is {value!r}; it holds half a character, write it again")
+    except UnicodeEncodeError:
+        return half_fault(name, str(value))
     checked, faults = check_column(name, [value])
     return faults[0] if faults else checked[0]
+
+
+def half_fault(name: str, text: str) -> Fault:
+    """What to say of text that holds half a character; it is shown as it would be escaped."""
+    return Fault("string_unicode", f"{name} is {shorten(text)!r}; it holds half a character, write it again")
 
 
 def allowed(name: str) -> str:

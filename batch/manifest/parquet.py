@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ class Parquet:
         self._paths = paths
         schemas, total = [], 0
         for path in paths:
-            with pq.ParquetFile(path) as file:
+            with _named(path), pq.ParquetFile(path) as file:
                 schemas.append(file.schema_arrow.remove_metadata())
                 total += file.metadata.num_rows
             refuse_twins(path, schemas[-1].names)
@@ -45,14 +46,35 @@ class Parquet:
         size = min(size, _PICTURE_ROWS) if self._has_pictures else size
         for path in self._paths:
             # Unbuffered ahead and read in pieces: memory is a few pages, whatever the size of a row group.
-            with pq.ParquetFile(path, pre_buffer=False, buffer_size=2**16) as file:
+            with _named(path), pq.ParquetFile(path, pre_buffer=False, buffer_size=2**16) as file:
                 for batch in file.iter_batches(batch_size=size, use_threads=False):
                     if left <= 0:
                         return
                     table = pa.Table.from_batches([batch.slice(0, left)]).select(self._schema.names)
                     left -= len(table)
+                    _check_text(path, table)
                     if len(table):
                         yield Chunk(_frame(table.cast(self._schema)), None)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Say which file of a folder it is that cannot be read."""
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        reason = str(error).splitlines()[0]
+        raise ManifestError(f"{path} cannot be read: {reason}; is it complete, and what its suffix says?") from error
+
+
+def _check_text(path: Path, table: Any) -> None:
+    """Nobody else does, and polars ends the process over text that is none."""
+    for name, column in zip(table.schema.names, table.columns, strict=True):
+        try:
+            column.validate(full=True)
+        except pa.ArrowInvalid as error:
+            what = f"the column {name!r} holds what its type does not allow ({str(error).splitlines()[0]})"
+            raise ManifestError(f"{path}: {what}; write it again, text as UTF-8") from error
 
 
 def _frame(table: Any) -> pl.DataFrame:

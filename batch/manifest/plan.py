@@ -15,7 +15,7 @@ import polars as pl
 
 from batch.config import Settings
 from batch.errors import ConfigError, ManifestError
-from batch.manifest.inputs import DEFAULTS, check_column, check_value, shorten
+from batch.manifest.inputs import DEFAULTS, check_column, check_value, half_fault, shorten
 from batch.manifest.keys import derived_seed, job_key
 from batch.manifest.ports import Fault, PictureResolver, Resolved, RowBatch, Rows
 from batch.manifest.sweep import Cell, cells
@@ -115,12 +115,14 @@ class Planner:
 
     def _batch(self, rows: RowBatch) -> Checked:
         first_row, frame, found = rows.first_row, rows.frame, _Problems(rows)
+        for index, (column, text) in rows.halves.items():
+            found.add(index, column, text, half_fault(column, text))
         pictures = self._resolved(frame, found)
         inputs: dict[str, list[Any]] = {"image_url": [picture and picture.token for picture in pictures]}
         if self._prompt is not None:
             inputs["prompt"] = self._prompts(frame, self._prompt, found)
         for name in self._columns:
-            inputs[name] = self._values(name, frame[name].to_list(), found)
+            inputs[name] = self._values(name, _cells_of(frame[name], name), found)
         identities = self._identities(frame, found)
 
         items: list[Planned] = []
@@ -196,7 +198,8 @@ class _Problems:
 
     def add(self, index: int, column: str, value: object, fault: Fault) -> None:
         line = self._rows.lines[index] if self._rows.lines is not None else None
-        problem = Problem(self._rows.first_row + index, line, column, shorten(value), fault.type, fault.message)
+        shown = shorten(value).encode("utf-8", "backslashreplace").decode()  # half a character cannot be printed
+        problem = Problem(self._rows.first_row + index, line, column, shown, fault.type, fault.message)
         self._found.setdefault(index, []).append(problem)
 
     def first(self) -> dict[int, Problem]:
@@ -205,6 +208,12 @@ class _Problems:
 
     def ordered(self) -> list[Problem]:
         return [problem for index in sorted(self._found) for problem in self._found[index]]
+
+
+def _cells_of(column: pl.Series, name: str) -> list[Any]:
+    """The values of an input's column; `true` where a number belongs is text: pydantic would read a 1 in it."""
+    is_number = column.dtype == pl.Boolean and not isinstance(DEFAULTS[name], bool)
+    return (column.cast(pl.String) if is_number else column).to_list()
 
 
 # --- what the settings ask of the columns -----------------------------------------------------------------

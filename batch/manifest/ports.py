@@ -7,14 +7,21 @@ Pure but for polars types.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import polars as pl
 
 from batch.model import LocalImage
 
-__all__ = ["Fault", "FileFact", "FileFacts", "FileKey", "PictureResolver", "Resolved", "RowBatch", "Rows"]
+__all__ = ["Fault", "FileFact", "FileFacts", "FileKey", "Half", "PictureResolver", "Resolved", "RowBatch", "Rows"]
+
+
+class Half(NamedTuple):
+    """Text with half a character in it, one surrogate of two: no table can hold it, and no request carry it."""
+
+    column: str
+    value: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +33,8 @@ class RowBatch:
     frame: pl.DataFrame
     lines: list[int] | None
     """1-based line on which each row starts, a newline inside a quoted CSV field counted; None for Parquet."""
+    halves: Mapping[int, Half] = field(default_factory=dict)
+    """Rows that cannot work, by place in the batch; the frame has U+FFFD for each half."""
 
 
 class Rows(Protocol):

@@ -22,18 +22,16 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import BinaryIO
 
-import orjson
 import polars as pl
 
 from batch.errors import ManifestError
-from batch.manifest.formats import Chunk, Format, refuse_twins
+from batch.manifest.formats import BATCH_BYTES, BATCH_ROWS, Chunk, Format, refuse_twins
 from batch.manifest.inputs import shorten
+from batch.manifest.jsonl import Jsonl
 from batch.manifest.ports import RowBatch
 
 __all__ = ["Manifest", "RowBatch"]
 
-_BATCH_ROWS = 4096
-_BATCH_BYTES = 32 * 2**20  # of text; rows with data URIs are long
 _STEP_ROWS = 16  # between two looks at how long rows are
 _LINE_BREAK = re.compile(r"\r\n|\r|\n")
 _FIELD_CHARACTERS = 64 * 2**20
@@ -90,6 +88,8 @@ class Manifest:
             ManifestError: nothing is there, it is empty or unreadable, not UTF-8, a line or a header is wrong.
                 The message names the line where there is one.
         """
+        if not str(source).strip():
+            raise ManifestError("the manifest's name is empty; name a file (is a variable of the shell not set?)")
         source = Path(source)
         paths, folder = _find(source)
         packing, delimiter, parquet = _kind(paths[0])
@@ -102,10 +102,10 @@ class Manifest:
             elif delimiter is not None:
                 content = _Csv(paths[0], _UNPACK[packing], delimiter, rows)
             else:
-                content = _Jsonl(paths[0], _UNPACK[packing], rows)
+                content = Jsonl(paths[0], _UNPACK[packing], rows)
         return cls(source, folder, paths, content, not parquet)
 
-    def batches(self, size: int = _BATCH_ROWS) -> Iterator[RowBatch]:
+    def batches(self, size: int = BATCH_ROWS) -> Iterator[RowBatch]:
         """All rows in order, at most `size` at a time; fewer where they are long or carry pictures.
 
         Raises:
@@ -113,8 +113,8 @@ class Manifest:
         """
         first_row = 0
         with _explained(self.source, self._paths):
-            for frame, lines in self._content.chunks(size):
-                yield RowBatch(first_row, frame, lines)
+            for frame, lines, halves in self._content.chunks(size):
+                yield RowBatch(first_row, frame, lines, halves)
                 first_row += len(frame)
         if first_row != self.rows:
             raise ManifestError(f"{self.source} had {self.rows} rows and now has {first_row}; run the command again")
@@ -214,7 +214,7 @@ class _Csv:
         # Process-wide, as the csv module has it; its default of 128 KiB is less than a small data URI.
         csv.field_size_limit(max(csv.field_size_limit(), _FIELD_CHARACTERS))
         self._names: list[str] = []
-        self.rows = sum(len(lines) for lines, _ in self._blocks(_BATCH_ROWS))
+        self.rows = sum(len(lines) for lines, _ in self._blocks(BATCH_ROWS))
         if not self._names:
             raise ManifestError(f"{path} is empty; its first line has to name the columns")
         if not self.rows:
@@ -273,7 +273,7 @@ def _take(records: Iterable[list[str]], count: int) -> tuple[list[list[str]], cs
     taken: list[list[str]] = []
     characters = 0
     try:
-        while len(taken) < count and characters < _BATCH_BYTES:
+        while len(taken) < count and characters < BATCH_BYTES:
             before = len(taken)
             taken.extend(islice(records, min(_STEP_ROWS, count - before)))  # keeps what came before an error
             if len(taken) == before:
@@ -296,79 +296,3 @@ def _starts(records: list[list[str]], first: int, last: int) -> list[int]:
 
 def _fields(count: int) -> str:
     return f"{count} field" + "s" * (count != 1)
-
-
-class _Jsonl:
-    """One JSON object a line, parsed by polars; a column's type is the one that fits all of its values."""
-
-    def __init__(self, path: Path, unpack: Callable[[Path], BinaryIO], rows: int | None) -> None:
-        self._path, self._unpack, self._limit = path, unpack, rows
-        self.rows = 0
-        merged = pl.DataFrame()
-        for lines, group in _grouped(self._records(), _BATCH_ROWS):
-            merged = self._merged(merged, self._parsed(lines, group, None), lines)
-            self.rows += len(lines)
-        if not self.rows:
-            raise ManifestError(f"{path} is empty; give at least one line with a JSON object")
-        if not merged.columns:
-            raise ManifestError(f"{path} names no columns: its objects are empty")
-        self.schema = pl.Schema(
-            {name: pl.String() if kind == pl.Null else kind for name, kind in merged.schema.items()}
-        )
-
-    def chunks(self, size: int) -> Iterator[Chunk]:
-        for lines, group in _grouped(self._records(), size):
-            yield Chunk(self._parsed(lines, group, self.schema), lines)
-
-    def _records(self) -> Iterator[tuple[int, bytes]]:
-        with self._unpack(self._path) as stream:
-            numbered = enumerate(stream, 1)
-            filled = ((number, line) for number, line in numbered if line.strip(b" \t\r\n\xef\xbb\xbf"))
-            for number, line in islice(filled, self._limit):
-                yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-
-    def _parsed(self, lines: list[int], group: list[bytes], schema: pl.Schema | None) -> pl.DataFrame:
-        if not group[-1].endswith(b"\n"):
-            group[-1] += b"\n"
-        try:
-            frame = pl.read_ndjson(b"".join(group), schema=schema, infer_schema_length=None)
-        except pl.exceptions.PolarsError as error:
-            raise self._explain(lines, group, error) from error
-        if schema is not None and len(frame) != len(lines):
-            raise ManifestError(f"{self._path}, lines {lines[0]} to {lines[-1]}: not one object a line")
-        return frame
-
-    def _merged(self, left: pl.DataFrame, right: pl.DataFrame, lines: list[int]) -> pl.DataFrame:
-        try:
-            return pl.concat([left.clear(), right.clear()], how="diagonal_relaxed")
-        except pl.exceptions.PolarsError as error:
-            where = f"{self._path}, lines {lines[0]} to {lines[-1]}"
-            raise ManifestError(f"{where}: a column has another kind of value than before ({error})") from error
-
-    def _explain(self, lines: list[int], group: list[bytes], error: Exception) -> ManifestError:
-        for number, line in zip(lines, group, strict=True):
-            where = f"{self._path}, line {number}: "
-            try:
-                value = orjson.loads(line)
-            except orjson.JSONDecodeError as wrong:
-                line.decode()  # the caller knows what to say of text that is not UTF-8
-                return ManifestError(f"{where}not parseable as JSON ({wrong}); each line holds one object")
-            if not isinstance(value, dict):
-                return ManifestError(f"{where}{shorten(value, 40)!r} is not a JSON object; each line holds one")
-        return ManifestError(f"{self._path}, lines {lines[0]} to {lines[-1]}: the values do not fit together ({error})")
-
-
-def _grouped(records: Iterable[tuple[int, bytes]], size: int) -> Iterator[tuple[list[int], list[bytes]]]:
-    """Numbered lines in groups of at most `size`, fewer where they are long."""
-    lines: list[int] = []
-    group: list[bytes] = []
-    total = 0
-    for line, record in records:
-        lines.append(line)
-        group.append(record)
-        total += len(record)
-        if len(group) >= size or total >= _BATCH_BYTES:
-            yield lines, group
-            lines, group, total = [], [], 0
-    if group:
-        yield lines, group

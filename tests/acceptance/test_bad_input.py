@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 import struct
 import subprocess
+import sys
 import zlib
 from collections import Counter
 from contextlib import contextmanager
 
+import polars as pl
 import pytest
 
 from tests.acceptance.command import (
@@ -69,6 +72,14 @@ def test_a_manifest_that_cannot_be_used(tmp_path, name, content, words):
     sentence = refused("run", tmp_path / name, "-o", tmp_path / "run", *ECHO)
     for word in words:
         assert word in sentence
+
+
+@pytest.mark.parametrize("name", ["", " "])
+@pytest.mark.parametrize("command", ["plan", "run"])
+def test_a_manifest_without_a_name(tmp_path, command, name):
+    """What an unset variable of a shell comes to; it is not the folder where one stands."""
+    flags = ("-o", tmp_path / "run") if command == "run" else ()
+    assert "the manifest's name is empty; name a file" in refused(command, name, *flags)
 
 
 # --- rows -------------------------------------------------------------------------------------------------
@@ -137,6 +148,49 @@ def test_bad_rows_are_data_and_the_good_ones_are_done(tmp_path):
             assert word in row["error_message"], row["error_message"]
     assert rows[-1]["status"] == "done"
     assert accepted(directory) == 1, "nothing was submitted for a bad row"
+
+
+JSON_ROWS = [
+    # further keys, error type, words of the message
+    (r'"prompt":"\ud83d half"', "string_unicode", [r"prompt is '\ud83d half'", "half a character"]),
+    (r'"prompt":"a","note":"\udc00"', "string_unicode", [r"note is '\udc00'"]),
+    ('"prompt":"a","seed":[1]', "int_parsing", ["seed is '[1]'", "a whole number"]),
+    ('"prompt":"a","seed":true', "int_parsing", ["seed is 'true'"]),
+    ('"prompt":"a","seed":9223372036854775808', "less_than_equal", ["seed is '9223372036854775808'"]),
+    (f'"prompt":"a","seed":{"1" * 41}', "less_than_equal", ["seed is '11111"]),
+    ('"prompt":"a","seed":1.5', "int_parsing", ["seed is '1.5'"]),
+    ('"prompt":"a","strength":1e400', "finite_number", ["strength is '1e400'"]),
+]
+
+
+def test_bad_values_of_json_are_bad_rows_and_change_no_good_one(tmp_path):
+    """What a column cannot hold is told by its line; a seed beyond 2^53 beside it is the seed that is used."""
+    (tmp_path / "cat.jpg").write_bytes(CAT.read_bytes())
+    good = '"prompt":"a good cat \\ud83d\\ude00","seed":9007199254740993,"meta":{}'
+    lines = ['{"image_url":"cat.jpg",' + keys + "}" for keys in [*(keys for keys, _, _ in JSON_ROWS), good]]
+    manifest, directory = tmp_path / "m.jsonl", tmp_path / "run"
+    manifest.write_text("\n".join(lines))
+
+    planned = restyle("plan", manifest)
+    assert planned.code == 0, planned.text
+    for number in range(1, len(lines)):
+        assert f"{manifest}:{number} " in planned.out
+    assert restyle("run", manifest, "-o", directory, *ECHO).code == 3
+    rows = results(directory).to_pylist()
+    for row, (keys, kind, words) in zip(rows, JSON_ROWS, strict=False):
+        assert (row["status"], row["error_type"]) == ("failed", kind), (keys, row["error_message"])
+        for word in words:
+            assert word in row["error_message"]
+    assert (rows[-1]["status"], rows[-1]["seed"]) == ("done", 2**53 + 1)
+    assert rows[-1]["prompt"] == "a good cat \U0001f600"
+    assert accepted(directory) == 1
+
+
+def test_true_is_no_seed(tmp_path):
+    """Not even where it is all that the column holds: pydantic would read a 1 in it."""
+    (tmp_path / "cat.jpg").write_bytes(CAT.read_bytes())
+    (tmp_path / "m.jsonl").write_text('{"image_url":"cat.jpg","prompt":"a","seed":true,"enable_safety_checker":true}')
+    assert "m.jsonl:1 seed: seed is 'true'; it must be a whole number" in restyle("plan", tmp_path / "m.jsonl").out
 
 
 def test_bad_rows_can_be_skipped(tmp_path, manifest):
@@ -338,6 +392,45 @@ def test_a_server_without_room_says_so(tmp_path):
         (disk / "ballast").write_bytes(bytes(8192))
         sentence = refused("serve", "--port", "0", "--data-dir", disk / "data", code=4, timeout=20)
     assert "room" in sentence
+
+
+PLACES = [
+    ("x.csv", ["x.csv does not end in .parquet", "write_ndjson"]),
+    ("x", ["x does not end in .parquet"]),
+    ("nowhere/x.parquet", ["there is no folder", "nowhere; make it"]),
+    ("m.parquet/x.parquet", ["there is no folder", "m.parquet; make it"]),
+    ("folder", ["is a folder; name a file in it", "folder/results.parquet"]),
+    ("folder.parquet", ["is a folder; name a file in it"]),
+    ("m.parquet", ["is the manifest", "name another file with -o"]),
+    ("", ["is a folder"]),
+]
+
+
+def test_a_place_that_is_none_for_an_export(tmp_path):
+    """The user's slip, not a run that was stopped: exit 2, and nothing is written or overwritten."""
+    manifest = tmp_path / "m.parquet"
+    pl.read_csv(write_manifest(tmp_path / "m.csv", range(3))).write_parquet(manifest)
+    assert restyle("run", manifest, "-o", tmp_path / "run", *ECHO).code == 0
+    for folder in ("folder", "folder.parquet"):
+        (tmp_path / folder).mkdir()
+    before = sorted(tmp_path.rglob("*")), manifest.read_bytes()
+    for name, words in PLACES:
+        sentence = refused("export", tmp_path / "run", "-o", tmp_path / name if name else "")
+        for word in words:
+            assert word in sentence, sentence
+    assert (sorted(tmp_path.rglob("*")), manifest.read_bytes()) == before
+
+
+def test_the_advice_for_another_format_works(tmp_path, manifest):
+    """The line of Python that the sentence gives, as it stands."""
+    assert restyle("run", manifest, "-o", tmp_path / "run", *ECHO).code == 0
+    sentence = refused("export", tmp_path / "run", "-o", tmp_path / "x.csv")
+    assert restyle("export", tmp_path / "run", "-o", tmp_path / "x.parquet").code == 0
+    code = sentence.partition('python -c "')[2].partition('"')[0]
+    subprocess.run([sys.executable, "-c", code], check=True)
+    lines = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
+    assert [line["status"] for line in lines] == ["done"] * 3
+    assert all(line["images"] for line in lines)
 
 
 # --- disks ------------------------------------------------------------------------------------------------

@@ -227,7 +227,14 @@ def test_lines_are_right_for_any_text_in_any_batch_size(tmp_path_factory, record
         ("m.jsonl", b'{"a":1}\n3\n', ["line 2", "not a JSON object"]),
         ("m.jsonl", b'[{"a":1}]', ["line 1", "not a JSON object"]),
         ("m.jsonl", b'{"a":1}\n{"a":"caf\xe9"}\n', ["line 2", "not UTF-8"]),
-        ("m.jsonl", b'{"a":1}\n{"a":[1]}\n', ["lines 1 to 2", "fit together"]),
+        ("m.jsonl", b'{"a":1}\n{"a":NaN}\n', ["line 2", "at character 6", "write null"]),
+        ("m.jsonl", b'{"a":1}\nnull\n', ["line 2: null is not a JSON object"]),
+        ("m.jsonl", b'{"a":1,"b":2}\n{"a":1,"b":2,"a":3}\n', ["line 2", "the key 'a' stands twice"]),
+        ("m.jsonl", b'{"prompt":"x","\\u0070rompt":"y"}\n', ["line 1", "the key 'prompt' stands twice"]),
+        ("m.jsonl", b'{"a" : 1, "b" :2,"b":3}\n', ["line 1", "the key 'b' stands twice"]),
+        ("m.jsonl", b'{"a":{"b":1,"b":2}}\n', ["line 1", "the key 'b' stands twice"]),
+        ("m.jsonl", b'{"a":1,"a":null}\n{"a":1}\n', ["line 1", "the key 'a' stands twice"]),
+        ("m.jsonl", b'{"a":1}\n{"\\ud83d":1}\n', ["line 2", "the key '\\ud83d' holds half a character"]),
         ("m.parquet", b"", ["cannot be read"]),
         ("m.parquet", b"PAR1 but not for long PAR1", ["cannot be read"]),
         ("m.txt", CSV, [".txt", ".csv", ".jsonl", ".parquet"]),
@@ -255,10 +262,70 @@ def test_a_bad_line_far_down_is_found_by_opening(write) -> None:
         Manifest.open(write("m.jsonl", good + b'{"a":\n'))
 
 
-def test_a_column_that_changes_its_kind_far_down_is_refused(write) -> None:
-    """A number cannot become a list; the lines are named."""
-    with pytest.raises(ManifestError, match="lines 4097 to 4098: a column has another kind of value"):
-        Manifest.open(write("m.jsonl", b'{"a":1}\n' * 4096 + b'{"a":[1]}\n' * 2))
+HALVES = [
+    # the value as JSON, what the frame shows of it, and the value where half a character is missing
+    (rb'"\ud83d half"', "\ufffd half", "\ud83d half"),
+    (rb'"a \uDC00"', "a \ufffd", "a \udc00"),
+    (rb'"\ud83d\ud83d\ude00"', "\ufffd\U0001f600", "\ud83d\U0001f600"),
+    (rb'"\ud83d\ude00 and \uD83D\uDE00"', "\U0001f600 and \U0001f600", None),
+    (rb'"a folder \\ud83d"', r"a folder \ud83d", None),
+    (rb'"nothing \u0000"', "nothing \0", None),
+]
+
+
+@pytest.mark.parametrize(("written", "shown", "half"), HALVES, ids=[row[0].decode() for row in HALVES])
+@pytest.mark.parametrize("size", [1, 4096])
+def test_half_a_character_is_told_and_never_made_into_another(write, written, shown, half, size) -> None:
+    """Polars reads a NUL in its place; a row beside it is as it was."""
+    manifest = Manifest.open(write("m.jsonl", b'{"p":"good"}\n\n{"p":' + written + b"}\n"))
+    assert [row["p"] for row in rows_of(manifest, size)] == ["good", shown]
+    halves = {batch.lines[index]: half for batch in manifest.batches(size) for index, half in batch.halves.items()}
+    assert halves == ({} if half is None else {3: ("p", half)})
+
+
+def test_half_a_character_deep_inside_is_told_by_its_column(write) -> None:
+    """A picture's struct, for instance."""
+    manifest = Manifest.open(write("m.jsonl", rb'{"n":1,"image":{"path":"\udc00.png"}}'))
+    (batch,) = manifest.batches()
+    assert batch.halves[0].column == "image"
+    assert batch.frame["image"].to_list() == [{"path": "\ufffd.png"}]
+
+
+LONG = "1" * 41
+KINDS = [
+    # values of one column, and what they are read as
+    (["1", "true"], ["1", "true"]),
+    (["1.5", "false"], ["1.5", "false"]),
+    (["1", "[1]"], ["1", "[1]"]),
+    (["1", '{"a":2}'], ["1", '{"a": 2}']),
+    (["[1]", '{"a":2}', '"x"'], ["[1]", '{"a": 2}', "x"]),
+    (["1", LONG], ["1", LONG]),
+    (["9223372036854775807", "0"], [2**63 - 1, 0]),
+    (["9223372036854775808", "0"], ["9223372036854775808", "0"]),
+    (["1e400", "-1e400"], ["1e400", "-1e400"]),
+    (["1.5", "9007199254740993"], ["1.5", "9007199254740993"]),
+    (["1.5", "9007199254740992"], [1.5, 2.0**53]),
+    (["1.5", "12345678901234567890"], ["1.5", "12345678901234567890"]),
+    (["1.5", "1.7e18"], [1.5, 1.7e18]),
+    (['{"a":1}', '{"a":true}'], [{"a": "1"}, {"a": "true"}]),
+    (["[1]", "[true]"], [["1"], ["true"]]),
+    (["{}", "{}"], ["{}", "{}"]),
+    (["null", "true"], [None, True]),
+]
+
+
+@pytest.mark.parametrize(("values", "read"), KINDS, ids=[" and ".join(row[0])[:40] for row in KINDS])
+@pytest.mark.parametrize("apart", [1, 5000])
+@pytest.mark.parametrize("turned", [False, True])
+def test_values_of_several_kinds_are_text_and_none_is_changed(write, values, read, apart, turned) -> None:
+    """Near or far from each other, in either order: as in a CSV, so that one odd seed is one bad row."""
+    values, read = (values[::-1], read[::-1]) if turned else (values, read)
+    lines = [f'{{"n":{i},"a":{value}}}' for value in values for i in range(apart)]
+    manifest = Manifest.open(write("m.jsonl", "\n".join(lines).encode()))
+    found = [row["a"] for row in rows_of(manifest)]
+    assert found == [value for value in read for _ in range(apart)]
+    assert list(map(type, found[::apart])) == list(map(type, read))
+    assert manifest.schema["n"] == pl.Int64
 
 
 def test_a_missing_manifest_names_its_neighbours(write, tmp_path) -> None:
@@ -290,6 +357,17 @@ def test_shards_with_other_columns_are_refused(tmp_path) -> None:
     pl.DataFrame({"a": [["list"]]}).write_parquet(tmp_path / "1.parquet")
     with pytest.raises(ManifestError, match="cannot be read"):
         Manifest.open(tmp_path)
+    (tmp_path / "1.parquet").write_bytes(b"no Parquet")
+    with pytest.raises(ManifestError, match=r"1\.parquet cannot be read: Parquet magic bytes"):
+        Manifest.open(tmp_path)
+
+
+def test_parquet_text_that_is_not_utf8_is_refused(tmp_path) -> None:
+    """Polars would end the process over it."""
+    text = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"a\xff")])
+    pq.write_table(pa.table({"n": [1], "prompt": text}), tmp_path / "m.parquet")
+    with pytest.raises(ManifestError, match=r"m\.parquet: the column 'prompt' holds .* write it again, text as UTF-8"):
+        list(Manifest.open(tmp_path / "m.parquet").batches())
 
 
 def test_parquet_without_rows_or_with_a_name_twice_is_refused(tmp_path) -> None:

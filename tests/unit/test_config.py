@@ -66,7 +66,62 @@ def test_one_axis_can_be_set_from_the_environment(monkeypatch):
 def test_the_environment_that_is_no_json_is_a_sentence(monkeypatch):
     """A half-written value is refused, not passed over."""
     monkeypatch.setenv("RESTYLE_SWEEP", "{half")
-    assert "the environment cannot be read" in refusal()
+    said = refusal()
+    assert "the environment cannot be read: RESTYLE_SWEEP = '{half' is not JSON" in said
+    assert "RESTYLE_SWEEP__KEY=VALUE" in said
+
+
+VARIABLES = [
+    ("RESTYLE_LIMITS__MAX_IN_FLIGHT", "0", "limits.max_in_flight = '0': '0' is no window; it is auto, auto:LOW-HIGH"),
+    ("restyle_limits__rows", "many", "limits.rows = 'many': input should be a valid integer"),
+    ("RESTYLE_RUN_SEED", "-1", "run_seed = '-1': input should be greater than or equal to 0"),
+    ("RESTYLE_LIMITS", '{"attempts": 0}', "limits.attempts = 0: input should be greater"),
+    ("RESTYLE_LIMITS", "3", "limits = 3: it is a section, with the keys attempts, budget_usd,"),
+    ("RESTYLE_SWEEP__SEED", "1", "sweep.seed = 1: it is a list of values, like [1, 2]"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "words"), VARIABLES, ids=[f"{row[0]}={row[1]}" for row in VARIABLES])
+def test_a_variable_with_a_wrong_value_is_named(monkeypatch, toml, name, value, words):
+    """Whoever has it in the profile of a shell would look for it in the file."""
+    monkeypatch.setenv(name, value)
+    assert refusal(path=toml("[limits]\ndrain = '5s'")).startswith(f"the environment variable {name}: {words}")
+
+
+def test_each_problem_stands_under_where_it_comes_from(monkeypatch, toml):
+    """Of a variable, of the file, and of a flag that wins over a variable."""
+    monkeypatch.setenv("RESTYLE_LIMITS__ATTEMPTS", "0")
+    monkeypatch.setenv("RESTYLE_LIMITS__ROWS", "x")
+    monkeypatch.setenv("RESTYLE_OUTPUT", '{"download": true}')
+    path = toml("[limits]\nbudget_usd = -1\n[output]\nfoo = 1")
+    said = refusal({"limits": {"rows": 0}}, path).split("; ")
+    too_small = "input should be greater than or equal to"
+    assert f"the environment variable RESTYLE_LIMITS__ATTEMPTS: limits.attempts = '0': {too_small} 1" in said
+    assert f"the configuration: limits.rows = 0: {too_small} 1" in said
+    assert f"{path}: limits.budget_usd = -1: {too_small} 0" in said
+    assert "unknown key output.foo" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("limits = 3", ["limits = 3: it is a section, with the keys attempts, ", "submits_per_second, updates"]),
+        ("manifest = 'm.csv'", ["manifest = 'm.csv': it is a section, with the keys id, image, on_bad_row, prompt"]),
+        ("sweep = 3", ["sweep = 3: it is a section, with the keys acceleration, ", "seed, strength"]),
+        ("[webhook]\nbind = '80'", ["webhook.bind = '80': '80' is no address; it is HOST:PORT like 0.0.0.0:8080"]),
+        ("[webhook]\npublic_url = 'box'", ["'box' is no URL for callbacks; it is like https://box.example/hook"]),
+        ("[limits]\nmax_in_flight = 0", ["0 is no window; it is auto, auto:LOW-HIGH like auto:16-512, or a number"]),
+        ("[limits]\nmax_in_flight = true", ["true is no window"]),
+        ("[limits]\nmax_in_flight = 2.5", ["2.5 is no window"]),
+    ],
+)
+def test_a_wrong_value_is_told_what_would_do(toml, text, words):
+    """In our words: no pattern, no name of a class, no second kind that it is not either."""
+    said = refusal(path=toml(text))
+    for word in words:
+        assert word in said
+    for foreign in ("instance of", "pattern", "valid string", ";  ", "constrained"):
+        assert foreign not in said
 
 
 def test_settings_cannot_be_changed_later():
