@@ -231,6 +231,8 @@ def _among(values: pl.Series, ordered: pl.Series) -> pl.Series:
 def _duration(hours: float) -> str:
     if hours >= 48:
         return f"{hours / 24:,.1f} days"
+    if hours * 60 < 1:
+        return f"{hours * 3600:.1f} seconds"
     return f"{hours:.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes"
 
 
