@@ -52,8 +52,10 @@ class RunDirectory:
         """Refuse what cannot be a run directory; it need not exist.
 
         Raises:
-            RunDirectoryError: a file lies there, or a folder of something else.
+            RunDirectoryError: a file lies there, a folder of something else, or a run whose journal is lost.
         """
+        if not self.journal.exists() and (lost := self.lost_journal()):
+            raise RunDirectoryError(lost)
         if self.root.is_file():
             raise RunDirectoryError(f"{self.root} is a file; -o names the folder of the run")
         if (

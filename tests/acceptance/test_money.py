@@ -337,6 +337,8 @@ def test_a_lost_journal_is_not_begun_anew(tmp_path, how):
         ended = restyle(told, directory)
         assert ended.code == 2
         assert "missing" in ended.err or "-wal is lost" in ended.err, ended.text
+    planned = restyle("plan", manifest, "-o", directory, "--engine", "echo")
+    assert (planned.code, "missing" in planned.err or "-wal is lost" in planned.err) == (2, True), planned.text
     kept.replace(journal)
     again = restyle(*command)
     assert (again.code, "0 jobs to do" in again.out) == (0, True), again.text
