@@ -12,12 +12,14 @@ import sys
 from typing import NoReturn
 
 from batch.interrupts import postpone
+from batch.outlet import fill_closed
 
 
 def entry() -> NoReturn:
     """Carry out the command line of this process and end it; everything is written and closed by then."""
     gc.disable()  # until `batch.cli` has loaded what its command needs
     postpone()  # until then, too
+    fill_closed()
     try:
         from batch.cli import main
 

@@ -28,7 +28,7 @@ from batch.config import Settings, load_settings
 from batch.errors import ConfigError, RunDirectoryError, RunLocked
 from batch.manifest.read import Manifest
 from batch.model import JsonObject
-from batch.projection import Projection, identity_of, require_place
+from batch.projection import Projection, identity_of, require_apart, require_place
 from batch.results.totals import Totals
 from batch.run.books import Books
 from batch.run.directory import RunDirectory
@@ -271,7 +271,7 @@ async def cancel(out: str | Path) -> Cancelled:
     answers = {"requested": 0, "too_late": 0, "unanswered": 0}
     with directory.locked("restyle cancel"):
         async with (
-            open_journal(directory.journal, version=tool_version()) as journal,
+            open_journal(directory.journal, version=tool_version(), lost=directory.lost_journal()) as journal,
             open_target(settings, directory.endpoint, version=tool_version()) as target,
         ):
             async for entry in journal.entries({State.ACCEPTED}):
@@ -293,7 +293,7 @@ def _plan(manifest: str | Path, settings: Settings, terms: Terms, out: Path | No
         directory = RunDirectory(out)
         directory.check_place()
         refusal = _refusal(directory, settings)
-        if directory.journal.exists():
+        if directory.has_begun():
             file = JournalFile.open_read_only(directory.journal)
     try:
         planner = open_planner(opened, settings, None)
@@ -354,8 +354,10 @@ def _export(directory: RunDirectory, to: str | Path | None, manifest: str | Path
     settings = _settings_of(directory)
     source = _manifest_of(directory, manifest)
     if to is not None:
-        require_place(Path(to), source)
+        require_place(Path(to))
     opened = Manifest.open(source, settings.limits.rows)
+    if to is not None:
+        require_apart(Path(to), opened)
     file = JournalFile.open_read_only(directory.journal)
     try:
         planner = open_planner(opened, settings, None)

@@ -287,6 +287,7 @@ def serve(
     from batch.server.keys import load_keys
     from batch.server.serve import ServeOptions, run_server
 
+    _begin()
     if new_key is not None:
         return _new_key(keys, new_key)
     options = ServeOptions(
@@ -297,8 +298,7 @@ def serve(
         flux=FluxOptions.of_flags(**asdict(flux)),
     )  # fmt: skip
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    _begin()
-    run_server(options, ready=lambda url: _print(f"serving {engine} at {url}  (Ctrl-C stops)"))
+    run_server(options, ready=lambda url: print(f"serving {engine} at {url}  (Ctrl-C stops)", flush=True))
     return ExitCode.COMPLETE
 
 

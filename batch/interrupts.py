@@ -7,9 +7,11 @@ interrupted may take the process with them.
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["postpone", "take"]
+__all__ = ["at_once", "postpone", "take"]
 
 _BOTH = (signal.SIGINT, signal.SIGTERM)
 _noted: list[int] | None = None
@@ -38,6 +40,17 @@ def take() -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     if noted:
         raise KeyboardInterrupt
+
+
+@contextmanager
+def at_once() -> Iterator[None]:
+    """While it lasts they interrupt whatever waits, also inside of an event loop: a question on the terminal, say."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in _BOTH}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _note(number: int, _: FrameType | None) -> None:

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-__all__ = ["Outlet", "outlet", "why_lost"]
+__all__ = ["Outlet", "fill_closed", "outlet", "why_lost"]
 
 
 class Outlet:
@@ -24,6 +24,9 @@ class Outlet:
         if self.lost is None:
             try:
                 self._stream.write(text)
+            except UnicodeEncodeError:  # a terminal, or a log, that knows fewer characters than a file name has
+                encoding = self._stream.encoding
+                self.write(text.encode(encoding, "backslashreplace").decode(encoding))
             except OSError as error:
                 self.lost = error
         return len(text)
@@ -38,6 +41,18 @@ class Outlet:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def fill_closed() -> None:
+    """Put nowhere in the place of each standard stream that is closed.
+
+    Else the next file gets its number, and a loop that takes such a number for a stream aborts the process.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
 
 
 def outlet(stream: TextIO | None) -> TextIO:

@@ -29,7 +29,7 @@ from batch.run.journal_file import JournalFile
 from batch.run.lifecycle import State
 from batch.version import tool_version
 
-__all__ = ["Projection", "identity_of", "loading_sink", "require_place"]
+__all__ = ["Projection", "identity_of", "loading_sink", "require_apart", "require_place"]
 
 _NOTE = "projected"
 """The journal's note of what `results.parquet` shows, and the totals of it; empty while it may be behind."""
@@ -94,26 +94,43 @@ class Projection:
         )
 
 
-def require_place(path: Path, manifest: str) -> None:
+def require_place(path: Path) -> None:
     """Refuse a place where an export cannot be, or had better not be, before anything is read.
 
     Raises:
-        ConfigError: it has another format's name, is a folder or the manifest itself, or its folder is not there.
+        ConfigError: it has another format's name, is a folder, or its folder is not there.
     """
+    try:
+        _check_place(path)
+    except OSError as error:  # a name that is too long
+        raise ConfigError(f"{path} cannot be written: {error.strerror}; name another place") from error
+
+
+def require_apart(path: Path, manifest: Manifest) -> None:
+    """Refuse a place among the files that the results are made from.
+
+    Raises:
+        ConfigError: it is one of them, or would be one the next time.
+    """
+    if path.exists() and any(path.samefile(file) for file in manifest.files):
+        raise ConfigError(f"{path} is the manifest, which the results are made from; name another file with -o")
+    if manifest.source.is_dir() and path.parent.samefile(manifest.source):
+        raise ConfigError(f"{path} would be a part of the manifest {manifest.source}; name another folder with -o")
+
+
+def _check_place(path: Path) -> None:
     if path.is_dir():
         raise ConfigError(f"{path} is a folder; name a file in it with -o, like {path / 'results.parquet'}")
     if path.suffix.lower() not in {".parquet", ".pq"}:
         raise ConfigError(
             f"{path} does not end in .parquet, and the results are Parquet: there are lists and structs in them. Name"
-            f" a .parquet file; python -c \"import polars; polars.read_parquet('{path.with_suffix('.parquet')}')"
-            f".write_ndjson('{path.with_suffix('.jsonl')}')\" makes lines of JSON of it"
+            f' a .parquet file; python -c "import polars; polars.read_parquet({str(path.with_suffix(".parquet"))!r})'
+            f'.write_ndjson({str(path.with_suffix(".jsonl"))!r})" makes lines of JSON of it'
         )
     if not path.parent.is_dir():
         raise ConfigError(f"{path} cannot be written: there is no folder {path.parent}; make it, or name another place")
     if not os.access(path.parent, os.W_OK):
         raise ConfigError(f"{path} cannot be written: nothing may be written in {path.parent}; name another place")
-    if path.exists() and Path(manifest).exists() and path.samefile(manifest):
-        raise ConfigError(f"{path} is the manifest, which the results are made from; name another file with -o")
 
 
 def _totals_of(kept: str) -> Totals:

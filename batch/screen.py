@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 
 import orjson
 
+from batch import interrupts
 from batch.api import Plan, Summary
 from batch.errors import ConfigError
 from batch.manifest.survey import Survey, counted, render_problems
@@ -56,7 +57,12 @@ def confirmed(found: Plan, *, yes: bool, budget: float | None) -> bool:
     cost = f"about ${survey.dollars:,.2f} (at most ${survey.dollars_at_most:,.2f}) for {counted(survey.to_do, 'job')}"
     if not sys.stdin.isatty():
         raise ConfigError(f"this run would cost {cost}; say --yes, or set --budget USD")
-    return input(f"This costs {cost}. Go on? [y/N] ").strip().lower() in {"y", "yes"}
+    try:
+        with interrupts.at_once():
+            answer = input(f"This costs {cost}. Go on? [y/N] ")
+    except EOFError:  # Ctrl-D
+        return False
+    return answer.strip().lower() in {"y", "yes"}
 
 
 def _short(survey: Survey) -> str:

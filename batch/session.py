@@ -6,10 +6,9 @@ Everything that one run opens is opened here, in the order in which it is needed
 from __future__ import annotations
 
 import platform
-import signal
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -21,7 +20,7 @@ import anyio
 import anyio.to_thread
 
 from batch.config import Settings, parse_duration, window_bounds
-from batch.errors import ConfigError, ExitCode, RestyleError, StoppedEarly, StorageError
+from batch.errors import ConfigError, ExitCode, StoppedEarly, StorageError
 from batch.manifest.pictures import Pictures
 from batch.manifest.plan import Planner
 from batch.manifest.read import Manifest
@@ -41,6 +40,7 @@ from batch.run.pacing import TokenBucket, Window
 from batch.run.ports import Counts, Observer
 from batch.run.reconcile import Reconciler
 from batch.run.runner import Policy, Report, Runner
+from batch.signals import Signals, listening
 from batch.targets import Terms, check_faults, open_hints, open_target, terms_of
 from batch.version import tool_version
 
@@ -140,6 +140,11 @@ class Summary:
 
 async def run_session(request: Request) -> Summary:
     """Do it, or go on with it; see `batch.api.run`."""
+    async with listening(request.observer, wanted=request.signals) as signals:
+        return await _session(request, signals)
+
+
+async def _session(request: Request, signals: Signals) -> Summary:
     settings, directory = request.settings, RunDirectory(request.out)
     terms, began, started_at = terms_of(settings), time.monotonic(), _timestamp()
     manifest = await _in_thread(partial(Manifest.open, request.manifest, settings.limits.rows))
@@ -159,11 +164,12 @@ async def run_session(request: Request) -> Summary:
             _refuse_unasked(plan, request)
             identity = await _in_thread(partial(identity_of, manifest, settings))
             directory.write_run(_run_facts(identity, request, terms, started_at))
+            await signals.begin()
             projection = Projection(planner, manifest, settings, journal.file, identity)
-            async with _signals(request) as signals:
-                report = await _carried_out(request, directory, journal, projection, plan, before, signals)
-                after = await journal.counts()
-                totals = await _in_thread(partial(projection.refresh, directory.results, after.by_state))
+            report = await _carried_out(request, directory, journal, projection, plan, before, signals)
+            signals.over()
+            after = await journal.counts()
+            totals = await _in_thread(partial(projection.refresh, directory.results, after.by_state))
     summary = _summary(request, directory, report, totals, before, after, began, started_at)
     directory.write_summary(summary.to_json())
     return summary
@@ -242,7 +248,7 @@ async def _carried_out(
     projection: Projection,
     plan: Plan,
     before: Counts,
-    signals: _Signals,
+    signals: Signals,
 ) -> Report | None:
     """Run what is to do; None where there is nothing, and nothing was opened."""
     settings, found = request.settings, plan.survey
@@ -278,56 +284,6 @@ async def _carried_out(
             jobs = _no_jobs() if request.collect_only else _jobs(projection.planner)
             with loading_sink(), signals.stopping(runner):
                 return await runner.run(jobs)
-
-
-class _Signals:
-    """What SIGINT and SIGTERM do, from the first submit to the written results."""
-
-    def __init__(self, observer: Observer) -> None:
-        self._observer = observer
-        self._runner: Runner | None = None
-
-    @contextmanager
-    def stopping(self, runner: Runner) -> Iterator[None]:
-        """While it lasts they stop this run: the first in order, the second at once."""
-        self._runner = runner
-        try:
-            yield
-        finally:
-            self._runner = None
-
-    def heard(self, number: int) -> None:
-        """One came. The results are written to their end: the second Ctrl-C of two often comes so late."""
-        name = signal.Signals(number).name
-        if self._runner is not None:
-            self._runner.stop(Stop.SIGNAL, name, "collecting what is in flight; once more stops at once")
-        else:
-            self._observer.happened("warning", reason=f"{name}: the results are being written; this ends by itself")
-
-
-@asynccontextmanager
-async def _signals(request: Request) -> AsyncIterator[_Signals]:
-    """Listen where the request says so; else the process's own handlers stay."""
-    signals = _Signals(request.observer)
-    if not request.signals:
-        yield signals
-        return
-    failure: RestyleError | None = None
-    async with anyio.create_task_group() as tasks:
-
-        async def listen() -> None:
-            with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as received:
-                async for number in received:
-                    signals.heard(number)
-
-        tasks.start_soon(listen)
-        try:
-            yield signals
-        except RestyleError as error:  # carried around the task group, which would wrap it
-            failure = error
-        tasks.cancel_scope.cancel()
-    if failure is not None:
-        raise failure
 
 
 async def _jobs(planner: Planner) -> AsyncGenerator[Sequence[Job], None]:

@@ -28,6 +28,8 @@ _FLOAT_EXACT = 2**53
 """Up to here every whole number is a float; beyond it a float may be another number than was written."""
 
 
+_DEEPEST = 32
+"""Lists and objects in one another; a Parquet file of deeper ones cannot be written, or read again."""
 _NO_NUMBER = re.compile(rb"[:\[,]\s*-?(NaN|Infinity)\b")
 
 
@@ -141,7 +143,7 @@ class Jsonl:
     def _final(self, name: str, kind: pl.DataType) -> pl.DataType:
         changed = kind == pl.Float64 and name in self._large
         nothing = kind == pl.Null or _EMPTY in str(kind)  # the results, a Parquet file, know no object without fields
-        return pl.String() if changed or nothing else kind
+        return pl.String() if changed or nothing or _depth(kind) > _DEEPEST else kind
 
     # --- line by line, where polars alone will not do ---
 
@@ -242,6 +244,14 @@ def _joint(left: pl.DataType, right: pl.DataType) -> pl.DataType:
             fields[field.name] = _joint(fields.get(field.name, kind), kind)
         return pl.Struct(fields)
     return pl.String()
+
+
+def _depth(kind: pl.DataType) -> int:
+    if isinstance(kind, pl.List):
+        return 1 + _depth(_value(kind.inner))
+    if isinstance(kind, pl.Struct):
+        return 1 + max((_depth(_value(field.dtype)) for field in kind.fields), default=0)
+    return 0
 
 
 def _value(kind: Any) -> pl.DataType:

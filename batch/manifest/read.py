@@ -74,7 +74,7 @@ class Manifest:
         self.columns = tuple(content.schema.names())
         self.rows = content.rows
         self.has_lines = has_lines
-        self._paths = paths
+        self.files = paths
         self._content = content
 
     def __repr__(self) -> str:
@@ -112,7 +112,7 @@ class Manifest:
             ManifestError: the file has changed or can no longer be read.
         """
         first_row = 0
-        with _explained(self.source, self._paths):
+        with _explained(self.source, self.files):
             for frame, lines, halves in self._content.chunks(size):
                 yield RowBatch(first_row, frame, lines, halves)
                 first_row += len(frame)
@@ -122,7 +122,7 @@ class Manifest:
     def fingerprint(self) -> str:
         """Hash of the files' bytes, the whole of them: equal for a copy under another name."""
         total = blake2b(digest_size=16)
-        for path in self._paths:
+        for path in self.files:
             with _explained(self.source, (path,)), path.open("rb") as file:
                 total.update(file_digest(file, "blake2b").digest())
         return total.hexdigest()

@@ -87,6 +87,10 @@ class RunDirectory:
             kind = StorageError if full else RunDirectoryError
             raise kind(f"{self.root} cannot be written ({error.strerror}); {advice}") from error
 
+    def has_begun(self) -> bool:
+        """Whether there is a journal to read, or one that should be there; a first start that was cut off left none."""
+        return self.journal.exists() and (self.journal.stat().st_size > 0 or self.lost_journal() is not None)
+
     def lost_journal(self) -> str | None:
         """What to say if there is no journal; None where there need not be one yet, for no run has begun here.
 

@@ -421,6 +421,39 @@ def test_a_place_that_is_none_for_an_export(tmp_path):
     assert (sorted(tmp_path.rglob("*")), manifest.read_bytes()) == before
 
 
+def test_an_export_among_the_files_of_its_manifest(tmp_path):
+    """A folder of Parquet files: neither over one of them, nor beside them, where it would be one the next time."""
+    folder = tmp_path / "manifest"
+    folder.mkdir()
+    pl.read_csv(write_manifest(tmp_path / "m.csv", range(3))).write_parquet(folder / "a.parquet")
+    before = (folder / "a.parquet").read_bytes()
+    assert restyle("run", folder, "-o", tmp_path / "run", *ECHO).code == 0
+    assert "is the manifest" in refused("export", tmp_path / "run", "-o", folder / "a.parquet")
+    assert "would be a part of the manifest" in refused("export", tmp_path / "run", "-o", folder / "b.parquet")
+    assert "File name too long" in refused("export", tmp_path / "run", "-o", tmp_path / f"{'x' * 300}.parquet")
+    assert [path.name for path in folder.iterdir()] == ["a.parquet"]
+    assert (folder / "a.parquet").read_bytes() == before
+
+
+def test_a_column_that_no_table_can_hold_is_carried_as_text(tmp_path):
+    """Two hundred lists in one another: the results could never be written, and the jobs would be paid for."""
+    manifest = tmp_path / "m.jsonl"
+    deep = "[" * 200 + "1" + "]" * 200
+    manifest.write_text(f'{{"image_url": "https://pictures.example/1.jpg", "prompt": "one", "x": {deep}}}\n')
+    ended = restyle("run", manifest, "-o", tmp_path / "run", *ECHO)
+    assert ended.code == 0, ended.text
+    assert results(tmp_path / "run").to_pylist()[0]["x"] == deep
+
+
+def test_a_plan_into_a_first_start_that_was_cut_off(tmp_path, manifest):
+    """An empty journal and nothing else: a run begins there, so a plan does not refuse it."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").touch()
+    (tmp_path / "run" / "journal.db").touch()
+    assert restyle("plan", manifest, "-o", tmp_path / "run", *ECHO).code == 0
+    assert restyle("run", manifest, "-o", tmp_path / "run", *ECHO).code == 0
+
+
 def test_the_advice_for_another_format_works(tmp_path, manifest):
     """The line of Python that the sentence gives, as it stands."""
     assert restyle("run", manifest, "-o", tmp_path / "run", *ECHO).code == 0

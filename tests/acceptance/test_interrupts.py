@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import pty
 import signal
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
 from PIL import Image
 
-from tests.acceptance.command import finish, jobs_in, start, summary, write_manifest
+from tests.acceptance.command import environment, finish, jobs_in, start, summary, write_manifest
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -27,6 +31,50 @@ def test_an_early_stop_is_told(tmp_path, number, after, command):
         return
     assert ended.code == 4, ended.text
     assert "interrupted" in ended.err or "stopped_early" in ended.out, ended.text
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_while_the_endpoint_starts_is_not_forgotten(tmp_path, number):
+    """Between the plan and the first submit: the run ends without one, or collects the few that were sent."""
+    manifest = write_manifest(tmp_path / "m.csv", range(200))
+    where = ("-o", tmp_path / "run", "--engine", "echo", "--service-time", "1s", "--max-in-flight", "4")
+    with start("run", manifest, *where) as process:
+        assert process.stdout is not None
+        while "jobs to do" not in process.stdout.readline():
+            pass
+        process.send_signal(number)
+        ended = finish(process)
+    assert ended.code == 4, ended.text
+    assert "Traceback" not in ended.text
+    assert jobs_in(tmp_path / "run", "done") <= 8
+    if (tmp_path / "run" / "summary.json").exists():
+        assert summary(tmp_path / "run")["reason"] == signal.Signals(number).name
+
+
+@pytest.mark.parametrize("answer", [signal.SIGINT, signal.SIGTERM, b"\x04", b"n\n"])
+def test_a_question_is_left_in_any_way(tmp_path, answer):
+    """Ctrl-C, SIGTERM, Ctrl-D and no, at "Go on?": exit 4, and nothing was sent."""
+    manifest = write_manifest(tmp_path / "m.csv", range(3))
+    terminal, stdin = pty.openpty()
+    command = [sys.executable, "-m", "batch", "run", str(manifest), "-o", str(tmp_path / "run"), "--target", "fal"]
+    with subprocess.Popen(
+        command, env=environment({"FAL_KEY": "id:secret"}), stdin=stdin, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        shown = ""
+        while "[y/N]" not in shown:
+            shown += process.stdout.read(1)
+        if isinstance(answer, bytes):
+            os.write(terminal, answer)
+        else:
+            process.send_signal(answer)
+        ended = finish(process)
+    os.close(terminal)
+    os.close(stdin)
+    assert (ended.code, jobs_in(tmp_path / "run", "intended", "accepted", "done")) == (4, 0), ended.text
+    assert "Traceback" not in ended.text
+    assert "defect" not in ended.text
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -66,11 +66,20 @@ def test_the_exit_code_is_the_runs_own(tmp_path):
     assert told(("run", manifest, "-o", tmp_path / "run", "--engine", "echo"), gone()).code == 3
 
 
-def test_closed_streams_are_no_streams(tmp_path, command):
-    """`>&- 2>&-`: some supervisors start their processes so."""
-    shell = ("sh", "-c", 'exec "$@" >&- 2>&-', "sh")
+@pytest.mark.parametrize("closed", [">&- 2>&-", "<&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_streams(tmp_path, command, closed):
+    """Some supervisors start their processes so."""
+    shell = ("sh", "-c", f'exec "$@" {closed}', "sh")
     assert restyle(*command, through=shell).code == 0
     assert jobs_in(tmp_path / "run", "done") == ROWS
+
+
+def test_a_terminal_that_knows_few_characters(tmp_path):
+    """What it cannot show is escaped; that a file is called so is no reason to fail."""
+    manifest = write_manifest(tmp_path / "ü日.csv", range(ROWS))
+    ended = restyle("run", manifest, "-o", tmp_path / "öut", "--engine", "echo", env={"PYTHONIOENCODING": "ascii"})
+    assert ended.code == 0, ended.text
+    assert r"\xf6ut" in ended.out
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")

@@ -333,7 +333,7 @@ def test_a_lost_journal_is_not_begun_anew(tmp_path, how):
     assert "missing or empty, but a run was here" in refused.err
     assert "Put it back" in refused.err
     assert (directory / "results.parquet").read_bytes() == table
-    for told in ("status", "export", "audit", "reconcile"):
+    for told in ("status", "export", "audit", "reconcile", "cancel"):
         ended = restyle(told, directory)
         assert ended.code == 2
         assert "missing" in ended.err or "-wal is lost" in ended.err, ended.text

@@ -35,6 +35,7 @@ TABLE: dict[str, tuple[str, int]] = {
     "batch.bills": (ASSEMBLY, 5),
     "batch.audit": (ASSEMBLY, 6),
     "batch.projection": (ASSEMBLY, 7),
+    "batch.signals": (ASSEMBLY, 7),
     "batch.session": (ASSEMBLY, 8),
     "batch.api": (ASSEMBLY, 9),
     "batch.flags": ("edge: command line", 0),
