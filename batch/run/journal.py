@@ -223,10 +223,9 @@ class Journal:
     async def _flush(self, groups: list[_Group]) -> None:
         calls = [call for group in groups for call in group.calls]
         errors: list[Exception | None] = [_late()] * len(calls)
-        began = anyio.current_time()
         try:
-            errors = await anyio.to_thread.run_sync(
-                self.file.commit, calls, limiter=self._one_at_a_time, abandon_on_cancel=True
+            errors, seconds = await anyio.to_thread.run_sync(
+                self._commit, calls, limiter=self._one_at_a_time, abandon_on_cancel=True
             )
         except Exception as error:  # whatever it is, it belongs to the callers, who wait for it
             errors = [error] * len(calls)
@@ -235,13 +234,18 @@ class Journal:
             refused = {place for place, error in enumerate(errors) if error is not None}
             self._events += sum(len(call) for place, call in enumerate(calls) if place not in refused)
             self._commits += 1
+            self._is_slow = seconds > _SLOW_SECONDS
             self._largest_group = max(self._largest_group, len(calls))
         finally:
-            self._is_slow = anyio.current_time() - began > _SLOW_SECONDS
             for group in groups:
                 size = len(group.calls)
                 group.settle(errors[:size])
                 del errors[:size]
+
+    def _commit(self, calls: list[tuple[Event, ...]]) -> tuple[list[Exception | None], float]:
+        """In the thread, where a busy event loop is not taken for a slow disk."""
+        began = time.perf_counter()
+        return self.file.commit(calls), time.perf_counter() - began
 
 
 @asynccontextmanager
