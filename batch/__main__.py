@@ -11,6 +11,7 @@ import os
 import sys
 from typing import NoReturn
 
+from batch.errors import ExitCode
 from batch.interrupts import postpone
 from batch.outlet import fill_closed
 
@@ -26,7 +27,7 @@ def entry() -> NoReturn:
         code = main()
     except KeyboardInterrupt:  # so late that nobody else takes it
         sys.stderr.write("restyle: interrupted\n")
-        code = 4
+        code = ExitCode.STOPPED_EARLY
     os._exit(code)
 
 

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["at_once", "postpone", "take"]
+__all__ = ["BOTH", "at_once", "postpone", "restored", "take"]
 
-_BOTH = (signal.SIGINT, signal.SIGTERM)
+BOTH = (signal.SIGINT, signal.SIGTERM)
 _noted: list[int] | None = None
 """Those that came since `postpone`; None where it was not called."""
 
@@ -22,7 +22,7 @@ def postpone() -> None:
     """Note them until `take`."""
     global _noted  # noqa: PLW0603 - handlers belong to the process, and so does this
     _noted = []
-    for number in _BOTH:
+    for number in BOTH:
         signal.signal(number, _note)
 
 
@@ -45,12 +45,22 @@ def take() -> None:
 @contextmanager
 def at_once() -> Iterator[None]:
     """While it lasts they interrupt whatever waits, also inside of an event loop: a question on the terminal, say."""
-    before = {number: signal.signal(number, signal.default_int_handler) for number in _BOTH}
+    with restored():
+        for number in BOTH:
+            signal.signal(number, signal.default_int_handler)
+        yield
+
+
+@contextmanager
+def restored() -> Iterator[None]:
+    """Whoever takes them over in the block: after it their handlers are what they were before."""
+    before = {number: signal.getsignal(number) for number in BOTH}
     try:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if handler is not None:  # None: it is not Python's
+                signal.signal(number, handler)
 
 
 def _note(number: int, _: FrameType | None) -> None:

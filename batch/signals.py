@@ -8,13 +8,12 @@ from contextlib import asynccontextmanager, contextmanager
 
 import anyio
 
+from batch import interrupts
 from batch.run.gate import Stop
 from batch.run.ports import Observer
 from batch.run.runner import Runner
 
 __all__ = ["Signals", "listening"]
-
-_BOTH = (signal.SIGINT, signal.SIGTERM)
 
 
 class Signals:
@@ -64,16 +63,10 @@ class Signals:
     async def listen(self) -> None:
         """Hear them from `begin` on, until cancelled; then the handlers are what they were before."""
         await self._begun.wait()
-        before = {number: signal.getsignal(number) for number in _BOTH}
-        try:
-            with anyio.open_signal_receiver(*_BOTH) as received:
-                self._ready.set()
-                async for number in received:
-                    self._heard(number)
-        finally:
-            for number, handler in before.items():
-                if handler is not None:  # None: it is not Python's
-                    signal.signal(number, handler)
+        with interrupts.restored(), anyio.open_signal_receiver(*interrupts.BOTH) as received:
+            self._ready.set()
+            async for number in received:
+                self._heard(number)
 
 
 @asynccontextmanager
