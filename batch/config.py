@@ -169,6 +169,9 @@ class LimitSettings(_Section):
     deadline: Duration | None = None
     drain: Duration = 60.0
     """How long a stopping run collects what is in flight."""
+    collect_for: Annotated[float, BeforeValidator(parse_duration), Field(ge=0, allow_inf_nan=False)] = 7 * 86400.0
+    """Within this time after its end a paid request whose answer or images could not be read is asked for again, free;
+    after it, `--retry-failed` submits a new attempt."""
     max_failures: str | None = None
     """`50` jobs, or `10%` of those that ended (judged from 20 jobs on)."""
     attempts: Annotated[int, Field(ge=1, le=20)] = 3

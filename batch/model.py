@@ -116,9 +116,12 @@ class Answer(NamedTuple):
     """A finished request: the endpoint's output as it came, and what the headers said."""
 
     output: JsonObject
+    """{} where the answer is not a JSON object."""
     billable_units: float | None = None
     engine: str | None = None
     """What our own server says executed it (`preview`, `flux`, `echo`); None from fal."""
+    raw: bytes | None = None
+    """The body as it came; None where only the output is known."""
 
 
 class StoredImage(NamedTuple):

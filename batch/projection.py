@@ -65,7 +65,7 @@ class Projection:
         shown = {**self.identity, "jobs": {str(state): count for state, count in jobs.items()}}
         mark = orjson.dumps(shown, option=orjson.OPT_SORT_KEYS).decode() + "\n"
         noted = self.file.noted(_NOTE) or ""
-        if path.exists() and noted.startswith(mark):
+        if path.exists() and noted.startswith(mark) and b'"examples"' in noted.encode():  # else of an older version
             return _totals_of(noted.removeprefix(mark))
         totals = self.write(path)
         kept = orjson.dumps(totals._asdict(), option=orjson.OPT_NON_STR_KEYS).decode()
@@ -135,7 +135,8 @@ def _check_place(path: Path) -> None:
 
 def _totals_of(kept: str) -> Totals:
     fields = orjson.loads(kept)
-    return Totals(**{**fields, "errors": Counter(fields["errors"])})
+    examples = {name: (row, message) for name, (row, message) in fields["examples"].items()}
+    return Totals(**{**fields, "errors": Counter(fields["errors"]), "examples": examples})
 
 
 @contextmanager

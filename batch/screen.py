@@ -20,6 +20,8 @@ from batch.run.ports import Observer
 
 __all__ = ["age", "announce", "conclude", "confirmed", "display_for"]
 
+_MESSAGE_SHOWN = 160
+"""Characters of an example's message."""
 _KINDS_SHOWN = 5
 """Of errors, at the end of a run; `summary.json` has all of them."""
 
@@ -70,6 +72,7 @@ def _short(survey: Survey) -> str:
     parts += [f"{survey.retried:,} of them failed before"] if survey.retried else []
     parts += [f"{survey.done:,} done before"] if survey.done else []
     parts += [f"{survey.failed:,} failed before"] if survey.failed else []
+    parts += [f"{survey.collectable:,} paid for and collected again, free"] if survey.collectable else []
     parts += [f"{survey.in_flight:,} sent before"] if survey.in_flight else []
     parts += [counted(survey.duplicates, "duplicate")] if survey.duplicates else []
     parts += [f"{survey.cells:,} cells a row"] if survey.cells > 1 else []
@@ -91,11 +94,10 @@ def conclude(summary: Summary, *, quiet: bool, log_format: str) -> None:
         print(f"{facts['status']}: {counts or '0 rows'}{money}{held} in {summary.seconds:.1f} s -> {summary.results}")
         return
     print(f"{counts or '0 rows'}{money}{held} in {summary.seconds:.1f} s")
+    if summary.flagged_images:
+        print(f"{counted(summary.flagged_images, 'image')} flagged as NSFW (column has_nsfw_concepts)")
     if summary.errors:
-        print(
-            f"failed with: {_commonest(summary.errors)}; `restyle run` with --retry-failed takes failed jobs up again,"
-            " a row that is wrong itself has to be mended in the manifest"
-        )
+        _explain_failures(summary)
     if summary.stopped:
         print(f"stopped early ({summary.stopped}): {summary.reason}; the same command goes on")
     if summary.unknown:
@@ -108,6 +110,24 @@ def conclude(summary: Summary, *, quiet: bool, log_format: str) -> None:
     print(f"results   {summary.results}")
     if summary.images is not None:
         print(f"pictures  {summary.images}")
+
+
+def _explain_failures(summary: Summary) -> None:
+    print(f"failed with: {_commonest(summary.errors)}")
+    for name, (row, message) in summary.examples.items():
+        print(f"  {name}, for example row {row}: {_in_one_line(message)}")
+    if summary.collectable:
+        print(
+            f"paid for: {counted(summary.collectable, 'failed job')}; the same command asks for the answers and images"
+            " again, free"
+        )
+    if summary.failed > summary.collectable:
+        print("--retry-failed submits failed jobs again; fix invalid rows in the manifest")
+
+
+def _in_one_line(message: str) -> str:
+    text = " ".join(message.split())
+    return text if len(text) <= _MESSAGE_SHOWN else text[: _MESSAGE_SHOWN - 1] + "…"
 
 
 def _commonest(errors: Mapping[str, int]) -> str:

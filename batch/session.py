@@ -48,6 +48,9 @@ __all__ = ["Plan", "Request", "Summary", "open_planner", "run_session", "survey_
 
 T = TypeVar("T")
 
+_EXAMPLES = 3
+"""Error types that the end of a run shows with an example; `errors` has all of them."""
+_TO_COLLECT = (State.INTENDED, State.ACCEPTED, State.ANSWERED, State.COLLECTABLE)
 _AUTO_GUESS = 16
 """Jobs at once that a plan reckons with where the window finds its own size."""
 
@@ -96,6 +99,12 @@ class Summary:
     skipped: int
     errors: dict[str, int]
     """Failed rows by error type, the commonest first."""
+    examples: dict[str, tuple[int, str]]
+    """For the three commonest error types, the first row with it and its message."""
+    flagged_images: int
+    """Images that the safety checker flagged."""
+    collectable: int
+    """Failed jobs that are paid for: the next run asks for their answers or images again, free."""
     ended: int
     """Jobs that this session finished, or that failed in it."""
     spent_usd: float
@@ -123,6 +132,9 @@ class Summary:
             "pending": self.pending,
             "skipped": self.skipped,
             "errors": dict(self.errors),
+            "examples": {name: {"row": row, "message": text} for name, (row, text) in self.examples.items()},
+            "flagged_images": self.flagged_images,
+            "collectable": self.collectable,
             "ended": self.ended,
             "spent_usd": round(self.spent_usd, 6),
             "spent_total_usd": round(self.spent_total_usd, 6),
@@ -207,6 +219,7 @@ def survey_of(
         terms.service_seconds,
         terms.slots,
         retry_failed=retry_failed,
+        lost_before=time.time() - settings.limits.collect_for,
     )
 
 
@@ -253,13 +266,13 @@ async def _carried_out(
     """Run what is to do; None where there is nothing, and nothing was opened."""
     settings, found = request.settings, plan.survey
     to_do = 0 if request.collect_only else found.to_do
-    is_open = any(before.by_state.get(state) for state in (State.INTENDED, State.ACCEPTED, State.ANSWERED))
+    is_open = any(before.by_state.get(state) for state in _TO_COLLECT)
     if not (is_open or before.by_state.get(State.UNKNOWN) or to_do):
         return None
     await _in_thread(projection.outdate)
     with JsonLog(directory.log) as log:
         observer = Several(request.tally, request.observer, log)
-        observer.expected(to_do + found.in_flight, found.done)
+        observer.expected(to_do + found.in_flight + found.collectable, found.done)
         observer.happened("spent", usd=0.0, total_usd=before.spent_usd)
         observer.happened("session", number=journal.session, target=plan.terms.name, to_do=to_do)
         async with (
@@ -336,6 +349,7 @@ def _policy(request: Request, *, idempotent: bool) -> Policy:
         collect_only=request.collect_only,
         resubmit_unknown_after=seconds if isinstance(seconds, float) else None,
         drain=limits.drain,
+        collect_for=limits.collect_for,
         deadline=limits.deadline,
         max_failures=int(failures) if failures and not failures.endswith("%") else None,
         max_failure_share=float(failures[:-1]) / 100 if failures.endswith("%") else None,
@@ -379,6 +393,9 @@ def _summary(
         pending=totals.pending,
         skipped=totals.skipped,
         errors=dict(totals.errors.most_common()),
+        examples={name: totals.examples[name] for name, _ in totals.errors.most_common(_EXAMPLES)},
+        flagged_images=totals.flagged,
+        collectable=after.by_state.get(State.COLLECTABLE, 0),
         ended=0 if report is None else report.done + report.failed,
         spent_usd=after.spent_usd - before.spent_usd,
         spent_total_usd=after.spent_usd,

@@ -21,10 +21,10 @@ from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 import orjson
-from pydantic import SecretStr, ValidationError
+from pydantic import SecretStr
 
 from batch.fal import platform, protocol
-from batch.fal.endpoint import ImageToImageOutput
+from batch.fal.answer import has_images, says_no_images
 from batch.fal.protocol import Call, CancelOutcome, Malformed, Operation, Origins, Reply
 from batch.model import Answer, AppId, Attempt, Ticket, TicketStatus
 from batch.run.ports import CallFailed, Trouble
@@ -47,7 +47,7 @@ TRANSFER_SECONDS = 900.0
 ANSWER_LIMIT_BYTES = 2**20
 """Of an answer to a submit, a status, a cancel. They are a few hundred bytes, and some hundred log lines more."""
 JSON_LIMIT_BYTES = 16 * 2**20
-"""Of a result, which may carry its pictures itself, and of a page of a listing."""
+"""Limit for a page of a listing, and for a result where the limit for an image's file is lower."""
 ERROR_LIMIT_BYTES = 64 * 2**10
 """What is kept of an error's words. The model's own errors quote the input at length, picture included."""
 LARGE_BODY_BYTES = 2**20
@@ -118,13 +118,9 @@ class FalClient:
             return protocol.read_status(reply)
 
     async def result(self, ticket: Ticket) -> Answer:
-        """Read the output once, and check that it has the endpoint's shape."""
+        """Read the output once; it names an image, and any other field may be odd (`batch.fal.answer`)."""
         reply = await self._exchange("result", self._ticket_call(ticket, Operation.RESULT))
-        with _reading("result"):
-            output = protocol.read_output(reply)
-            ImageToImageOutput.model_validate(output)
-        units = reply.headers.get(protocol.BILLABLE_UNITS)
-        return Answer(output, _float(units), reply.headers.get(protocol.ENGINE))
+        return _answer(reply)
 
     async def cancel(self, ticket: Ticket) -> CancelOutcome | None:
         """Ask for cancellation once."""
@@ -147,7 +143,7 @@ class FalClient:
         )
         reply = await self._exchange("initiate", start)
         with _reading("initiate"):
-            answer = protocol.read_output(reply)
+            answer = protocol.read_object(reply.body)
             upload_url, file_url = answer.get("upload_url"), answer.get("file_url")
             if not isinstance(upload_url, str) or not isinstance(file_url, str):
                 raise Malformed("the upload answer lacks upload_url or file_url")
@@ -195,6 +191,8 @@ class FalClient:
 
     async def _exchange(self, phase: str, call: Call, *, key: bool = True) -> Reply:
         limit_bytes = JSON_LIMIT_BYTES if phase in _LONG_ANSWERS else ANSWER_LIMIT_BYTES
+        if phase == "result":  # it may carry its images itself
+            limit_bytes = max(limit_bytes, self._download_limit_bytes)
         return _successful(phase, self._without_key(await self._request(phase, call, limit_bytes, key=key)))
 
     def _without_key(self, reply: Reply) -> Reply:
@@ -259,8 +257,30 @@ _TRANSFERS = frozenset({"upload", "download"})
 _LONG_ANSWERS = frozenset({"result", "listing", "billing"})
 
 
+def _answer(reply: Reply) -> Answer:
+    """The answer in a 2xx result.
+
+    Raises:
+        CallFailed: no image is in it; what came is in its `answer`, for it may be paid for.
+    """
+    units, engine = _float(reply.headers.get(protocol.BILLABLE_UNITS)), reply.headers.get(protocol.ENGINE)
+    try:
+        output = protocol.read_output(reply.body)
+    except Malformed as error:
+        came = Answer({}, units, engine, reply.body)
+        raise CallFailed(Trouble("result", "malformed", detail=str(error), answer=came)) from error
+    answer = Answer(output, units, engine, reply.body)
+    if has_images(output):
+        return answer
+    if says_no_images(output):
+        raise CallFailed(Trouble("result", "no images", detail="the answer has no images", answer=answer))
+    detail = f"the answer names no image: {reply.body[:80]!r}"
+    raise CallFailed(Trouble("result", "malformed", detail=detail, answer=answer))
+
+
 def _oversize(phase: str, limit_bytes: int) -> CallFailed:
-    return CallFailed(Trouble(phase, "oversize", detail=f"an answer of more than {limit_bytes} bytes"))
+    raised = "; limits.max_download_bytes raises the limit" if phase in {"result", "download"} else ""
+    return CallFailed(Trouble(phase, "oversize", detail=f"an answer of more than {limit_bytes} bytes{raised}"))
 
 
 class _Proxies:
@@ -326,10 +346,6 @@ class _reading:  # noqa: N801 - used as a with statement: reads as a phrase
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, ValidationError):
-            first = error.errors(include_url=False, include_input=False)[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise CallFailed(Trouble(self._phase, "malformed", detail=f"{where}: {first['msg']}")) from error
         if isinstance(error, Malformed):
             raise CallFailed(Trouble(self._phase, "malformed", detail=str(error))) from error
 

@@ -9,13 +9,14 @@ differ from its pages, the comment says so. Pure.
 from __future__ import annotations
 
 import ipaddress
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
 from types import MappingProxyType
-from typing import NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 from urllib.parse import quote, urlsplit
 
 import orjson
@@ -331,13 +332,39 @@ def read_status(reply: Reply) -> TicketStatus:
     )
 
 
-def read_output(reply: Reply) -> JsonObject:
+def read_output(body: bytes) -> JsonObject:
     """The bare model output of a 200 result.
+
+    Read leniently, for it is paid for: a byte order mark, bytes that are not UTF-8, `NaN` and unpaired surrogates cost
+    only the value that they are in, although JSON forbids them.
 
     Raises:
         Malformed: not a JSON object.
     """
-    return read_object(reply.body)
+    try:
+        return read_object(body)
+    except Malformed as strict:
+        try:
+            value = json.loads(body.decode("utf-8-sig", "replace"), parse_constant=lambda _: None)
+        except (ValueError, RecursionError):
+            raise strict from None
+        if not isinstance(value, dict) or _too_many_values(body, VALUES_LIMIT):
+            raise
+        output: JsonObject = _storable(value)
+        return output
+
+
+def _storable(value: Any) -> Any:
+    """A parsed JSON value in which every text can be encoded as UTF-8."""
+    match value:
+        case str():
+            return value.encode("utf-8", "replace").decode("utf-8")
+        case dict():
+            return {_storable(name): _storable(item) for name, item in value.items()}
+        case list():
+            return [_storable(item) for item in value]
+        case _:
+            return value
 
 
 class CancelOutcome(StrEnum):
@@ -540,7 +567,7 @@ def read_object(body: bytes, *, values: int = VALUES_LIMIT) -> JsonObject:
     Raises:
         Malformed: it is none.
     """
-    if len(body) > values and sum(map(body.count, (b",", b"[", b"{"))) > values:
+    if _too_many_values(body, values):
         raise Malformed(f"more than {values} values")
     try:
         value = orjson.loads(body)
@@ -549,6 +576,10 @@ def read_object(body: bytes, *, values: int = VALUES_LIMIT) -> JsonObject:
     if not isinstance(value, dict):
         raise Malformed(f"a JSON object was expected, not {body[:80]!r}")
     return value
+
+
+def _too_many_values(body: bytes, values: int) -> bool:
+    return len(body) > values and sum(map(body.count, (b",", b"[", b"{"))) > values
 
 
 def _position(value: Json) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -41,6 +42,8 @@ class Survey:
     done: int
     failed: int
     """Failed in an earlier run, and not taken up again."""
+    collectable: int
+    """Failed in an earlier run, but paid for: their answers or images are asked for again, free."""
     in_flight: int
     """Sent in an earlier run, their end not known: paid already, or held."""
     to_do: int
@@ -77,12 +80,14 @@ class Survey:
             dollars += (
                 f"; {counted(self.unknown_sizes, 'unknown size')} taken as {UNKNOWN_MEGAPIXELS:g} megapixels each"
             )
+        collect = ("collect", f"{self.collectable:,} failed before and paid for: asked for again, free")
         lines = [
             ("rows", f"{self.rows:,}" + (f", {self.bad_rows:,} of them bad" if self.bad_rows else "")),
             ("cells", f"{self.cells:,} a row"),
             ("jobs", f"{self.jobs:,} distinct, {counted(self.duplicates, 'duplicate')}"),
             ("done", f"{self.done:,}"),
             ("failed", f"{self.failed:,}"),
+            *([collect] if self.collectable else []),
             ("in flight", f"{self.in_flight:,}"),
             ("to do", f"{self.to_do:,}" + (f", {self.retried:,} of them failed before" if self.retried else "")),
             ("megapixels", f"{self.megapixels:,.1f} known, {counted(self.unknown_sizes, 'picture')} of unknown size"),
@@ -102,6 +107,7 @@ def survey(
     slots: int | None = None,
     *,
     retry_failed: bool = False,
+    lost_before: float = -math.inf,
 ) -> Survey:
     """Run through the whole plan once and add it up.
 
@@ -117,11 +123,13 @@ def survey(
         service_seconds: how long one job takes.
         slots: how many the target executes at once, where that is known.
         retry_failed: whether what failed in an earlier run is to do again, and costs again.
+        lost_before: instant in Unix seconds. A request that ended before it and could not be collected counts as
+            failed: the target may not keep it any more.
 
     Raises:
         ManifestError: the manifest can no longer be read.
     """
-    tally = _Tally(find, price, retry_failed=retry_failed)
+    tally = _Tally(find, price, retry_failed=retry_failed, lost_before=lost_before)
     for checked in planner.checked():
         tally.add(checked)
     tally.merge()
@@ -137,6 +145,7 @@ def survey(
         duplicates=tally.planned - len(tally.seen),
         done=tally.states[State.DONE],
         failed=tally.states[State.FAILED],
+        collectable=tally.states[State.COLLECTABLE],
         in_flight=sum(tally.states[state] for state in OPEN),
         to_do=to_do,
         retried=tally.retried,
@@ -157,8 +166,9 @@ def survey(
 class _Tally:
     """Running sums; a job counts when its key is seen for the first time."""
 
-    def __init__(self, find: Find | None, price: Price | None, *, retry_failed: bool) -> None:
+    def __init__(self, find: Find | None, price: Price | None, *, retry_failed: bool, lost_before: float) -> None:
         self._find, self._price, self._retry_failed = find, price, retry_failed
+        self._lost_before = lost_before
         self.reserved = 0.0
         # Of the jobs that were not merged yet; the jobs themselves may carry pictures and are let go.
         self._keys: list[JobKey] = []
@@ -212,12 +222,17 @@ class _Tally:
             known = find([self._keys[place] for place in places])
             for place in places:
                 job = known.get(self._keys[place])
-                again = job is not None and job.state is State.FAILED and self._retry_failed
+                state = State.PENDING if job is None else self._state_of(job)
+                again = state is State.FAILED and self._retry_failed
                 self.retried += again
-                if job is None or job.state is State.PENDING or again:
+                if state is State.PENDING or again:
                     yield place
                 else:
-                    self.states[job.state] += 1
+                    self.states[state] += 1
+
+    def _state_of(self, job: Known) -> State:
+        lost = job.state is State.COLLECTABLE and (job.ended_at or 0.0) < self._lost_before
+        return State.FAILED if lost else job.state
 
 
 def _among(values: pl.Series, ordered: pl.Series) -> pl.Series:

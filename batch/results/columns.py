@@ -15,21 +15,33 @@ import numpy as np
 import orjson
 import pyarrow as pa
 
-from batch.fal.endpoint import SEED_LIMIT
+from batch.fal.answer import AnswerFields, fields_of, has_images, images_of
 from batch.manifest.plan import Planned, PlannedBatch
 from batch.model import JobKey, Json, JsonObject
+from batch.run.answers import output_of
+from batch.run.ledger import encode_images
 from batch.run.lifecycle import State
 from batch.run.ports import Outcome
 
-__all__ = ["IMAGE", "INPUT_COLUMNS", "OWN_SCHEMA", "TIMINGS", "OnBadRow", "record_batch", "results_schema", "status_of"]
+__all__ = [
+    "IMAGE",
+    "INPUT_COLUMNS",
+    "OWN_SCHEMA",
+    "TIMING",
+    "TIMINGS",
+    "OnBadRow",
+    "record_batch",
+    "results_schema",
+    "status_of",
+]
 
 OnBadRow: TypeAlias = Literal["fail", "skip"]
 
 _SUFFIX = "_manifest"
 _INSTANT = pa.timestamp("us", tz="UTC")
-_INFERENCE = "inference"
 _UNHEARD = Outcome(JobKey(""), State.PENDING, attempts=0)
 _NOTHING: JsonObject = {}
+_NO_FIELDS = AnswerFields(None, None, None, None, ())
 _UNDECIDED = "its submit may have been accepted, nobody knows; `restyle reconcile` or the next run settles it"
 
 IMAGE = pa.struct(
@@ -48,6 +60,9 @@ IMAGE = pa.struct(
 
 TIMINGS = pa.struct([(name, pa.float64()) for name in ("inference", "queue", "total", "download")])
 """Seconds."""
+
+TIMING = pa.struct([("name", pa.string()), ("seconds", pa.float64())])
+"""One of the endpoint's other timings. A list of them, not a map: `datasets` refuses to load a file with a map."""
 
 _INPUTS = [
     ("prompt", pa.string()),
@@ -76,7 +91,7 @@ OWN_SCHEMA = pa.schema(
         ("images", pa.list_(IMAGE)),
         ("has_nsfw_concepts", pa.list_(pa.bool_())),
         ("timings", TIMINGS),
-        ("timings_extra", pa.map_(pa.string(), pa.float64())),
+        ("timings_extra", pa.list_(TIMING)),
         ("request_id", pa.string()),
         ("attempts", pa.int32()),
         ("submitted_at", _INSTANT),
@@ -87,10 +102,12 @@ OWN_SCHEMA = pa.schema(
         ("error_message", pa.string()),
         ("target", pa.string()),
         ("engine", pa.string()),
+        ("notes", pa.list_(pa.string())),
     ]
 )
 """Our columns, behind those of the manifest. The same for every run: a column without values keeps its type."""
 
+_FAILED = frozenset({State.FAILED, State.COLLECTABLE})
 _STATUS = {
     State.PENDING: "pending",
     State.INTENDED: "unknown",
@@ -99,6 +116,7 @@ _STATUS = {
     State.DONE: "done",
     State.FAILED: "failed",
     State.UNKNOWN: "unknown",
+    State.COLLECTABLE: "failed",
 }
 
 
@@ -169,8 +187,9 @@ def _own_columns(
     inputs = [_NO_INPUT if job is None else job.input for job in jobs]
     found = [_UNHEARD if job is None else outcomes.get(job.key, _UNHEARD) for job in jobs]
     said = _by_name(Outcome._fields, found)
-    outputs = [_NOTHING if output is None else orjson.loads(output) for output in said["output"]]
-    endpoint_timings = [timings if type(timings := output.get("timings")) is dict else _NOTHING for output in outputs]
+    outputs = [_NOTHING if output is None else output_of(output) for output in said["output"]]
+    asked = [values["seed"] for values in inputs]
+    fields = [fields_of(output, seed) if output else _NO_FIELDS for output, seed in zip(outputs, asked, strict=True)]
     bad = "failed" if on_bad_row == "fail" else "skipped"
     statuses = [bad if job is None else _STATUS[state] for job, state in zip(jobs, said["state"], strict=True)]
     errors = list(map(_error, items, statuses, said["error_type"], said["error_message"]))
@@ -181,20 +200,17 @@ def _own_columns(
         "status": statuses,
         **_by_name(INPUT_COLUMNS, map(_INPUT_VALUES, inputs)),
         # The one that the endpoint reports, else the one that was asked for.
-        "seed": [
-            seed if type(seed := output.get("seed")) is int and seed <= SEED_LIMIT else values["seed"]
-            for output, values in zip(outputs, inputs, strict=True)
-        ],
-        # An empty list says that nothing was checked, not that nothing was found.
-        "has_nsfw_concepts": [output.get("has_nsfw_concepts") or None for output in outputs],
-        "timings_extra": list(map(_extra, endpoint_timings)),
+        "seed": [seed if one.seed is None else one.seed for one, seed in zip(fields, asked, strict=True)],
+        "has_nsfw_concepts": [one.flags for one in fields],
+        "timings_extra": [None if one.timings is None else list(map(_timing, one.timings)) for one in fields],
+        "notes": [list(one.notes) or None for one in fields],
         **{name: said[name] for name in ("request_id", "attempts", "billable_units", "cost_usd", "engine")},
         "error_type": [error[0] for error in errors],
         "error_message": [error[1] for error in errors],
     }
     columns = {name: _array(values, OWN_SCHEMA.field(name).type) for name, values in plain.items()}
-    columns["images"] = _images(said["images"])
-    inference = [timings.get(_INFERENCE) for timings in endpoint_timings]
+    columns["images"] = _images(list(map(_known_images, said["state"], said["images"], outputs)))
+    inference = [one.inference for one in fields]
     columns["timings"] = _timings(inference, *(said[f"{name}_seconds"] for name in ("queue", "total", "download")))
     columns["submitted_at"] = _instants(said["submitted_at"])
     columns["completed_at"] = _instants(said["completed_at"])
@@ -232,10 +248,15 @@ def _error(item: Planned, status: str, word: str | None, message: str | None) ->
     return (word, message) if status == "failed" else (None, None)
 
 
-def _extra(timings: JsonObject) -> list[tuple[str, Json]] | None:
-    if not timings or (len(timings) == 1 and _INFERENCE in timings):
-        return None
-    return [(name, seconds) for name, seconds in timings.items() if name != _INFERENCE]
+def _timing(timing: tuple[str, float]) -> dict[str, str | float]:
+    return {"name": timing[0], "seconds": timing[1]}
+
+
+def _known_images(state: State, stored: bytes | None, output: JsonObject) -> bytes | None:
+    """The stored images; of a failed job those that its answer names, for they are paid for and can be fetched."""
+    if stored is None and output and state in _FAILED:
+        return encode_images(images_of(output)) if has_images(output) else None
+    return stored
 
 
 def _timings(*seconds: Sequence[Json]) -> pa.Array:
@@ -246,7 +267,7 @@ def _timings(*seconds: Sequence[Json]) -> pa.Array:
 
 
 def _images(encoded: Sequence[bytes | None]) -> pa.Array:
-    """A list for each job that is done, null for any other."""
+    """A list for each job whose images are known, null for any other."""
     lists = [() if images is None else orjson.loads(images) for images in encoded]
     said = _by_name([field.name for field in IMAGE], chain.from_iterable(lists))
     values = pa.StructArray.from_arrays([_array(said[field.name], field.type) for field in IMAGE], fields=list(IMAGE))

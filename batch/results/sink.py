@@ -64,12 +64,16 @@ def write_results(
     schema = results_schema(manifest_schema).with_metadata(dict(metadata))
     statuses: Counter[str] = Counter()
     errors: Counter[str] = Counter()
-    cost = 0.0
+    cost, flagged = 0.0, 0
+    examples: dict[str, tuple[int, str]] = {}
     with _collector_paused(), _appearing(path, schema) as write, _one_behind(write) as put:
         for group in _row_groups(_tables(batches, outcomes, schema, target, on_bad_row)):
             put(group)
             statuses += _tally(group["status"])
-            errors += _tally(group.filter(pc.equal(group["status"], "failed"))["error_type"])
+            failed = group.filter(pc.equal(group["status"], "failed"))
+            errors += _tally(failed["error_type"])
+            _add_examples(examples, failed)
+            flagged += pc.sum(pc.list_flatten(group["has_nsfw_concepts"])).as_py() or 0
             cost += pc.sum(group["cost_usd"]).as_py() or 0.0
     return Totals(
         rows=statuses.total(),
@@ -80,6 +84,8 @@ def write_results(
         skipped=statuses["skipped"],
         errors=errors,
         cost_usd=cost,
+        flagged=flagged,
+        examples=examples,
     )
 
 
@@ -148,6 +154,15 @@ def _collector_paused() -> Iterator[None]:
 
 def _tally(column: pa.ChunkedArray) -> Counter[str]:
     return Counter({entry["values"]: entry["counts"] for entry in column.value_counts().to_pylist()})
+
+
+def _add_examples(examples: dict[str, tuple[int, str]], failed: pa.Table) -> None:
+    """Add the first row of each error type that has none yet."""
+    if not len(failed):
+        return
+    firsts = failed.select(["error_type", "row", "error_message"]).group_by("error_type", use_threads=False)
+    for row in firsts.aggregate([("row", "first"), ("error_message", "first")]).to_pylist():
+        examples.setdefault(row["error_type"] or "", (row["row_first"], row["error_message_first"] or ""))
 
 
 @contextmanager

@@ -21,3 +21,7 @@ class Totals(NamedTuple):
     """Failed rows by error type."""
     cost_usd: float
     """Sum over the rows: a job that serves several rows counts with each of them."""
+    flagged: int = 0
+    """Images that the safety checker flagged."""
+    examples: dict[str, tuple[int, str]] = {}  # noqa: RUF012 - never changed
+    """For each error type the first row with it, and its message."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from batch.fal.answer import has_images
 from batch.model import Answer, Failed, Job, JobKey, StoredImage, Ticket
 from batch.run.lifecycle import State
 from batch.run.polling import Stay
@@ -13,11 +14,24 @@ __all__ = ["Course", "Held", "JobFailed", "TurnedBack"]
 
 
 class JobFailed(Exception):
-    """This attempt ended without a result; `new_attempt` says whether another may go better."""
+    """This attempt ended without a result; `new_attempt` says whether another may go better.
 
-    def __init__(self, failure: Failed, *, new_attempt: bool = False) -> None:
+    `collectable`: it is not the service's own verdict, so what is paid for may be collected later, free. `answer` is
+    what came in place of a usable one, `images` what is known and stored of its images.
+    """
+
+    def __init__(
+        self,
+        failure: Failed,
+        *,
+        new_attempt: bool = False,
+        collectable: bool = False,
+        answer: Answer | None = None,
+        images: tuple[StoredImage, ...] = (),
+    ) -> None:
         super().__init__(failure.message)
         self.failure, self.new_attempt = failure, new_attempt
+        self.collectable, self.answer, self.images = collectable, answer, images
 
 
 class Held(Exception):
@@ -45,6 +59,8 @@ class Course:
     intended_at: float = 0.0
     accepted_at: float = 0.0
     reserved_usd: float = 0.0
+    ended_at: float | None = None
+    """When we learned that its request had ended, where that is in the journal."""
     resumed: bool = False
     """Whether an earlier session submitted it: its times teach nothing about the service's pace."""
     stay: Stay = field(default_factory=Stay)
@@ -62,10 +78,12 @@ class Course:
             body=entry.body,
             state=entry.state,
             ticket=entry.ticket,
-            answer=entry.answer,
+            # What an earlier version could not read may be readable now; if not, it is asked for again.
+            answer=entry.answer if entry.answer is not None and has_images(entry.answer.output) else None,
             intended_at=entry.intended_at,
             accepted_at=entry.accepted_at or entry.intended_at,
             reserved_usd=entry.reserved_usd,
+            ended_at=entry.ended_at,
             resumed=True,
             stay=Stay(resumed=True),
         )
@@ -74,5 +92,6 @@ class Course:
         """A new attempt at the same job."""
         self.attempt += 1
         self.state, self.ticket, self.answer, self.resumed = State.PENDING, None, None, False
+        self.ended_at = None
         self.stay = Stay()
         self.reserved_usd = 0.0

@@ -12,6 +12,7 @@ from random import Random
 
 import anyio
 
+from batch.fal.answer import inference_of
 from batch.model import Answer, QueueState, Ticket, TicketStatus
 from batch.run.course import Course, JobFailed
 from batch.run.gate import Gate, Stop
@@ -19,7 +20,7 @@ from batch.run.pacing import TokenBucket, queued_share
 from batch.run.polling import PollTimes, Stay
 from batch.run.ports import CallFailed, Hints, Service, Trouble
 from batch.run.retention import Retention
-from batch.run.retry import Action, Verdict, failure_of, judge, kind_of, pause_after, reading, retry_after_of
+from batch.run.retry import Action, Verdict, failure_of, final, judge, kind_of, pause_after, reading, retry_after_of
 
 __all__ = ["Follower"]
 
@@ -145,7 +146,7 @@ class Follower:
         self._times.came(in_time=True)
         self._was_read()
         course.stay.noticed = self._now() - course.accepted_at
-        course.stay.executed = _inference(answer)
+        course.stay.executed = inference_of(answer.output)
         self._learn(course)
         return answer
 
@@ -180,7 +181,8 @@ class Follower:
         try:
             status = await reading(lambda: self._read(ticket), self._rng, notice=self._unread)
         except CallFailed as error:
-            raise JobFailed(failure_of(error.trouble, judge(error.trouble))) from error
+            verdict = final(error.trouble)
+            raise JobFailed(failure_of(error.trouble, verdict), collectable=verdict.collectable) from error
         self._was_read()
         stay, age = course.stay, self._now() - course.accepted_at
         if status.state is not QueueState.COMPLETED:
@@ -219,7 +221,12 @@ class Follower:
         faults[kind] = faults.get(kind, 0) + 1
         verdict = judge(trouble, seen=faults[kind])
         if verdict.action is not Action.READ_AGAIN:
-            raise JobFailed(failure_of(trouble, verdict), new_attempt=verdict.new_attempt)
+            raise JobFailed(
+                failure_of(trouble, verdict),
+                new_attempt=verdict.new_attempt,
+                collectable=verdict.collectable,
+                answer=trouble.answer,
+            )
         self._unread(verdict)
         return (verdict.retry_after or 0.0) + pause_after(trouble, faults[kind], self._rng)
 
@@ -231,10 +238,3 @@ class Follower:
             if anyio.current_time() - since >= self._patience:
                 words = f"reads have been refused for {self._patience:g} s ({verdict.reason}): is the key still good?"
                 self._gate.stop(Stop.ACCOUNT, words)
-
-
-def _inference(answer: Answer) -> float | None:
-    """Seconds of execution, as the output itself says."""
-    timings = answer.output.get("timings")
-    seconds = timings.get("inference") if isinstance(timings, dict) else None
-    return float(seconds) if isinstance(seconds, int | float) and 0.0 <= seconds < float("inf") else None

@@ -44,8 +44,13 @@ CREATE TABLE jobs (
 ) STRICT
 
 -- name: create_open_jobs
--- Small whatever the size of the run: it holds only what was sent and has not ended.
-CREATE INDEX open_jobs ON jobs (intended_at, id) WHERE state IN ('intended', 'accepted', 'answered', 'unknown')
+-- Small whatever the size of the run: it holds only what was sent and has not ended, or can still be collected.
+CREATE INDEX IF NOT EXISTS open_jobs ON jobs (intended_at, id)
+WHERE state IN ('intended', 'accepted', 'answered', 'unknown', 'collectable')
+
+-- name: create_request_ids
+-- Two jobs never share a request id. Ids rise with time, so that new ones lie next to each other.
+CREATE INDEX IF NOT EXISTS request_ids ON jobs (request_id) WHERE request_id IS NOT NULL
 
 -- name: create_bodies
 -- What was intended last, for each job. Read only when a job is taken up again.
@@ -55,7 +60,8 @@ CREATE TABLE bodies (
 ) STRICT
 
 -- name: create_outcomes
--- Append-only: one row for each answer, each finish and each failure. `images` is a JSON list of lists
+-- Append-only: one row for each answer, each finish, each failure, and each time that an answer or its images could not
+-- be collected. `output` is the answer's body as it came (`batch.run.answers`). `images` is a JSON list of lists
 -- [url, width, height, content_type, file_name, file_size, path, sha256].
 CREATE TABLE outcomes (
     id INTEGER PRIMARY KEY,
@@ -77,6 +83,11 @@ CREATE TABLE outcomes (
     error_message TEXT
 ) STRICT
 
+-- name: create_failed_request_ids
+-- Those of attempts that failed; the job may have another one since.
+CREATE INDEX IF NOT EXISTS failed_request_ids ON outcomes (request_id)
+WHERE happening = 'fail' AND request_id IS NOT NULL
+
 -- name: create_uploads
 CREATE TABLE uploads (
     sha256 TEXT PRIMARY KEY,
@@ -93,6 +104,20 @@ CREATE TABLE files (
     sha256 TEXT NOT NULL,
     megapixels REAL NOT NULL
 ) STRICT, WITHOUT ROWID
+
+-- name: upgrade_1
+-- Version 1 had no state `collectable`: it called such jobs failed.
+DROP INDEX IF EXISTS open_jobs
+
+-- name: upgrade_1_outcomes
+UPDATE outcomes SET happening = 'uncollected'
+WHERE happening = 'fail' AND error_type IN (
+    'malformed_output', 'result_file_gone', 'result_file_damaged', 'result_file_too_large', 'http_404', 'not_found'
+) AND id IN (SELECT end_id FROM jobs WHERE state = 'failed' AND request_id IS NOT NULL)
+
+-- name: upgrade_1_jobs
+UPDATE jobs SET state = 'collectable'
+WHERE state = 'failed' AND end_id IN (SELECT id FROM outcomes WHERE happening = 'uncollected')
 
 -- name: begin_session
 INSERT INTO sessions (started_at, version) VALUES (:at, :version) RETURNING number
@@ -134,6 +159,9 @@ INSERT OR REPLACE INTO bodies (job_id, body) VALUES (?, ?)
 UPDATE bodies SET body = slim_body(body)
 WHERE job_id IN (SELECT value FROM json_each(?)) AND length(body) > 4096
 
+-- name: slim_answers
+UPDATE outcomes SET output = slim_answer(output) WHERE id IN (SELECT value FROM json_each(?)) AND output IS NOT NULL
+
 -- name: put_outcomes
 INSERT INTO outcomes (id, job_id, happening, session, attempt, at, request_id, output, engine, billable_units,
                       cost_usd, queue_seconds, total_seconds, images, download_seconds, error_type, error_message)
@@ -146,15 +174,25 @@ INSERT OR REPLACE INTO uploads (sha256, at, url) VALUES (?, ?, ?)
 SELECT url FROM uploads WHERE sha256 = ? AND at >= ?
 
 -- name: find_jobs
-SELECT key, state, session, attempt FROM jobs WHERE key IN (SELECT value FROM json_each(?))
+SELECT j.key, j.state, j.session, j.attempt, e.at
+FROM jobs AS j LEFT JOIN outcomes AS e ON e.id = j.end_id AND j.state = 'collectable'
+WHERE j.key IN (SELECT value FROM json_each(?))
 
 -- name: find_requests
 SELECT request_id FROM jobs WHERE request_id IN (SELECT value FROM json_each(?))
 UNION SELECT request_id FROM outcomes WHERE request_id IN (SELECT value FROM json_each(?))
 
+-- name: find_owners
+-- Jobs that a request id belongs to, or belonged to in an attempt that failed.
+SELECT request_id, key FROM jobs WHERE request_id IN (SELECT value FROM json_each(:ids)) AND request_id IS NOT NULL
+UNION ALL
+SELECT o.request_id, j.key FROM outcomes AS o JOIN jobs AS j ON j.id = o.job_id
+WHERE o.happening = 'fail' AND o.request_id IS NOT NULL AND o.request_id IN (SELECT value FROM json_each(:ids))
+
 -- name: open_ids
 SELECT id FROM jobs
-WHERE state IN ('intended', 'accepted', 'answered', 'unknown') AND state IN (SELECT value FROM json_each(?))
+WHERE state IN ('intended', 'accepted', 'answered', 'unknown', 'collectable')
+  AND state IN (SELECT value FROM json_each(?))
 ORDER BY intended_at, id
 
 -- name: all_ids
@@ -162,11 +200,12 @@ SELECT id FROM jobs WHERE state IN (SELECT value FROM json_each(?)) ORDER BY int
 
 -- name: read_entries
 SELECT j.key, j.state, j.attempt, j.intended_at, b.body, j.accepted_at, j.request_id, j.status_url,
-       j.response_url, j.cancel_url, a.output, a.billable_units, a.engine, j.reserved_usd
+       j.response_url, j.cancel_url, j.reserved_usd, coalesce(a.at, e.at), a.output, a.billable_units, a.engine
 FROM json_each(:ids) AS wanted
 CROSS JOIN jobs AS j ON j.id = wanted.value
 LEFT JOIN bodies AS b ON b.job_id = j.id
 LEFT JOIN outcomes AS a ON a.id = j.answer_id
+LEFT JOIN outcomes AS e ON e.id = j.end_id
 WHERE j.state IN (SELECT value FROM json_each(:states))
 ORDER BY wanted.key
 
@@ -214,7 +253,7 @@ SELECT coalesce(sum(spent_usd), 0.0) FROM sessions
 
 -- name: sum_open
 SELECT coalesce(sum(reserved_usd), 0.0), min(intended_at) FROM jobs
-WHERE state IN ('intended', 'accepted', 'answered', 'unknown')
+WHERE state IN ('intended', 'accepted', 'answered', 'unknown', 'collectable') AND state <> 'collectable'
 
 -- name: read_sessions
 SELECT number, started_at, ended_at, version, spent_usd, finished, last_finished_at FROM sessions ORDER BY number

@@ -24,17 +24,19 @@ from typing import Any, NamedTuple
 import orjson
 
 from batch.errors import RunDirectoryError, StorageError
+from batch.fal.answer import images_of
 from batch.manifest.ports import FileFact, FileKey
-from batch.model import Answer, JobKey, RequestId, StoredImage, Ticket
+from batch.model import JobKey, RequestId, StoredImage, Ticket
+from batch.run.answers import answer_of, output_of, without_data_uris
 from batch.run.ledger import JobRow, Ledger, decode_images, slim_body
 from batch.run.lifecycle import OPEN, State
-from batch.run.ports import Counts, Entry, Event, Known, Outcome, Uploaded
+from batch.run.ports import Accepted, Counts, Entry, Event, Known, Outcome, Uploaded
 
 __all__ = ["APPLICATION_ID", "SCHEMA_VERSION", "Ended", "Finishes", "JournalFile", "Kept", "Session"]
 
 APPLICATION_ID = 0x52535459
 """`RSTY`, in the header of the file: another program's database is refused, not written to."""
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _BUSY_SECONDS = 10.0
 _CACHE_KIB = 16_000
 _WAL_LIMIT_BYTES = 64 * 2**20
@@ -43,6 +45,7 @@ _ROWS_AT_ONCE = 32
 _READ_AHEAD = 16_384
 """Outcomes that were read before they were asked for."""
 _STATES = {str(state): state for state in State}
+_INDEXED = OPEN | {State.COLLECTABLE}
 _UNDER_WAY = frozenset({State.INTENDED, State.ACCEPTED, State.ANSWERED})
 
 
@@ -139,6 +142,8 @@ class JournalFile:
                 connection.execute("BEGIN IMMEDIATE")
                 if _is_fresh(connection):
                     _create(connection)
+                else:
+                    _upgrade(connection)
                 connection.execute("COMMIT")
             journal = cls(connection, path, 0)
             with journal.atomic():
@@ -204,8 +209,10 @@ class JournalFile:
         """Write a group of calls in one transaction; durable when it returns.
 
         Returns:
-            For each call None, or the `IllegalTransition` that kept it, and it alone, from being written.
+            For each call None, or the `IllegalTransition` or `RequestIdTaken` that kept it, and it alone, from being
+            written.
         """
+        ids = [event.ticket.request_id for event in chain.from_iterable(calls) if isinstance(event, Accepted)]
         keys = {event.job_key for event in chain.from_iterable(calls) if not isinstance(event, Uploaded)}
         with self.atomic():
             # They are changed while the group is taken in: should it not come to be written, they are read again.
@@ -217,6 +224,7 @@ class JournalFile:
                 session=self.session,
                 last_job=self._last_job,
                 last_outcome=self._last_outcome,
+                owners=dict(self._all("find_owners", {"ids": _json(ids)})) if ids else {},
             )
             refusals: list[Exception | None] = [ledger.take(call) for call in calls]
             self._write(ledger)
@@ -231,6 +239,8 @@ class JournalFile:
         self._put("put_uploads", ledger.uploads)
         if ledger.slimmed:
             self._execute("slim_bodies", [_json(ledger.slimmed)])
+        if ledger.stored_answers:
+            self._execute("slim_answers", [_json(ledger.stored_answers)])
         if ledger.spent_usd or ledger.finished:
             totals = {"usd": ledger.spent_usd, "finished": ledger.finished, "last_finished_at": ledger.last_finished_at}
             self._execute("sum_up", {**totals, "session": self.session})
@@ -251,11 +261,11 @@ class JournalFile:
     def find(self, keys: Sequence[JobKey]) -> dict[JobKey, Known]:
         """Those of the keys that the journal knows."""
         rows = self._all("find_jobs", [_json(keys)])
-        return {key: Known(_STATES[state], session, attempt) for key, state, session, attempt in rows}
+        return {key: Known(_STATES[state], *rest) for key, state, *rest in rows}
 
     def entry_ids(self, states: Collection[State]) -> array[int]:
         """Row ids of the jobs in these states, the one intended first coming first. Eight bytes a job."""
-        statement = "open_ids" if OPEN.issuperset(states) else "all_ids"
+        statement = "open_ids" if _INDEXED.issuperset(states) else "all_ids"
         return array("q", [row_id for (row_id,) in self._all(statement, [_json(states)])])
 
     def read_entries(self, ids: Sequence[int], states: Collection[State]) -> list[Entry]:
@@ -398,7 +408,8 @@ def _json(values: Iterable[str | int]) -> str:
 
 
 def _entry(row: tuple[Any, ...]) -> Entry:
-    key, state, attempt, intended_at, body, accepted_at, request_id, *urls, output, units, engine, reserved = row
+    key, state, attempt, intended_at, body, accepted_at, request_id, *urls, reserved, ended_at, output = row[:-2]
+    units, engine = row[-2:]
     return Entry(
         job_key=key,
         state=_STATES[state],
@@ -407,14 +418,14 @@ def _entry(row: tuple[Any, ...]) -> Entry:
         body=body or b"",
         accepted_at=accepted_at,
         ticket=None if request_id is None else Ticket(RequestId(request_id), *urls),
-        answer=None if output is None else Answer(orjson.loads(output), units, engine),
+        answer=None if output is None else answer_of(output, units, engine),
         reserved_usd=reserved,
+        ended_at=ended_at,
     )
 
 
 def _kept(row: tuple[Any, ...]) -> Kept:
     row_id, key, state, request_id, reserved, cost, output, images = row
-    promised = None if output is None else orjson.loads(output).get("images")
     return Kept(
         row_id,
         key,
@@ -422,7 +433,7 @@ def _kept(row: tuple[Any, ...]) -> Kept:
         request_id,
         reserved,
         cost,
-        None if promised is None else len(promised),
+        None if output is None else len(images_of(output_of(output))),
         None if images is None else decode_images(images),
     )
 
@@ -448,6 +459,7 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
 def _try_connect(uri: str) -> sqlite3.Connection:
     connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=_BUSY_SECONDS)
     connection.create_function("slim_body", 1, slim_body, deterministic=True)
+    connection.create_function("slim_answer", 1, without_data_uris, deterministic=True)
     try:
         connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
         connection.execute("SELECT count(*) FROM sqlite_schema")  # the first thing that reads the file
@@ -487,6 +499,19 @@ def _create(connection: sqlite3.Connection) -> None:
         if name.startswith("create_"):
             connection.execute(statement)
     connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+
+def _upgrade(connection: sqlite3.Connection) -> None:
+    """Bring a journal of an earlier version up to date, inside the transaction of the caller."""
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if version == SCHEMA_VERSION:
+        return
+    for name, statement in _sql().items():
+        if name.startswith("upgrade_1"):
+            connection.execute(statement)
+    for name in ("create_open_jobs", "create_request_ids", "create_failed_request_ids"):
+        connection.execute(_sql()[name])
     connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
 

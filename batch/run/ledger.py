@@ -7,12 +7,14 @@ Owns which columns each event changes and when money counts as spent. Refuses to
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TypeAlias
 
 import orjson
 
-from batch.model import JobKey, Json, StoredImage
+from batch.model import Answer, JobKey, Json, StoredImage
+from batch.run.answers import pack
 from batch.run.lifecycle import IllegalTransition, State, advance
 from batch.run.ports import (
     Accepted,
@@ -23,11 +25,13 @@ from batch.run.ports import (
     Intended,
     Lost,
     Refused,
+    RequestIdTaken,
     Retried,
+    Uncollected,
     Uploaded,
 )
 
-__all__ = ["JobRow", "Ledger", "decode_images", "encode_images", "slim_body"]
+__all__ = ["JobRow", "Ledger", "decode_images", "encode_images", "slim_body", "taken"]
 
 Value: TypeAlias = str | bytes | int | float | None
 """What SQLite stores in one field."""
@@ -101,20 +105,32 @@ class Ledger:
     Each call in the group is taken whole or not at all; what one call did is what the next one finds.
     """
 
-    def __init__(self, jobs: Iterable[JobRow], *, session: int, last_job: int, last_outcome: int) -> None:
+    def __init__(
+        self,
+        jobs: Iterable[JobRow],
+        *,
+        session: int,
+        last_job: int,
+        last_outcome: int,
+        owners: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """`owners` has the job of each request id in the group that the journal knows already."""
         self.jobs: dict[str, JobRow] = {job.key: job for job in jobs}
+        self._owners = dict(owners)
         self.session, self.last_job, self.last_outcome = session, last_job, last_outcome
         self.touched: dict[str, JobRow] = {}
         self.bodies: list[tuple[Value, ...]] = []
         self.slimmed: list[int] = []
         """Jobs that ended: their bodies are needed whole only to be sent again."""
+        self.stored_answers: list[int] = []
+        """Outcomes whose answers carried images themselves, which are files now."""
         self.outcomes: list[tuple[Value, ...]] = []
         self.uploads: list[tuple[Value, ...]] = []
         self.spent_usd = 0.0
         self.finished = 0
         self.last_finished_at: float | None = None
 
-    def take(self, events: Sequence[Event]) -> IllegalTransition | None:
+    def take(self, events: Sequence[Event]) -> IllegalTransition | RequestIdTaken | None:
         """Enter the events of one call; the error, with nothing entered, where one of them is illegal."""
         states: dict[JobKey, State] = {}
         try:
@@ -128,8 +144,16 @@ class Ledger:
         except IllegalTransition as error:
             return error
         for event in events:
+            if isinstance(event, Accepted) and (owner := self._other_owner(event)):
+                return taken(event.ticket.request_id, owner)
+        for event in events:
             self._enter(event)
         return None
+
+    def _other_owner(self, event: Accepted) -> str | None:
+        """Another job with the same request id, where there is one."""
+        owner = self._owners.setdefault(event.ticket.request_id, event.job_key)
+        return None if owner == event.job_key else owner
 
     def _enter(self, event: Event) -> None:
         if isinstance(event, Uploaded):
@@ -158,6 +182,9 @@ class Ledger:
             case Finished():
                 job.end_id = self._finish(job, event)
                 self.slimmed.append(job.id)
+                carried = any(image.url.startswith("data:") and image.path for image in event.images)
+                if carried and job.answer_id is not None:
+                    self.stored_answers.append(job.answer_id)
                 self.finished, self.last_finished_at = self.finished + 1, event.at
             case FailedForGood():
                 job.reserved_usd = 0.0
@@ -165,6 +192,12 @@ class Ledger:
                     self._spend(job, event.cost_usd)
                 job.end_id = self._fail(job, event)
                 self.slimmed.append(job.id)
+            case Uncollected():
+                job.reserved_usd = 0.0
+                self._spend(job, event.cost_usd)
+                job.end_id = self._uncollected(job, event)
+                if event.answer is not None:
+                    job.answer_id = job.end_id
             case Retried():
                 job.forget()
                 job.attempt += 1
@@ -185,7 +218,7 @@ class Ledger:
     def _answer(self, job: JobRow, event: Answered) -> int:
         answer = event.answer
         return self._outcome(
-            job, event, orjson.dumps(answer.output), answer.engine, answer.billable_units, event.cost_usd,
+            job, event, pack(answer), answer.engine, answer.billable_units, event.cost_usd,
             event.queue_seconds, event.total_seconds, None, None, None, None,
         )  # fmt: skip
 
@@ -202,13 +235,28 @@ class Ledger:
             _storable(failure.error_type), _storable(failure.message),
         )  # fmt: skip
 
-    def _outcome(self, job: JobRow, event: Answered | Finished | FailedForGood, *columns: Value) -> int:
+    def _uncollected(self, job: JobRow, event: Uncollected) -> int:
+        answer, failure = event.answer or Answer({}), event.failure
+        output = None if event.answer is None else pack(answer)
+        images = encode_images(event.images) if event.images else None
+        return self._outcome(
+            job, event, output, answer.engine, answer.billable_units, event.cost_usd, None, None, images, None,
+            _storable(failure.error_type), _storable(failure.message),
+        )  # fmt: skip
+
+    def _outcome(self, job: JobRow, event: Answered | Finished | FailedForGood | Uncollected, *columns: Value) -> int:
+        at = event.ended_at if isinstance(event, Uncollected) else event.at
         self.last_outcome += 1
         self.outcomes.append((
-            self.last_outcome, job.id, event.happening.value, self.session, job.attempt, event.at, job.request_id,
+            self.last_outcome, job.id, event.happening.value, self.session, job.attempt, at, job.request_id,
             *columns,
         ))  # fmt: skip
         return self.last_outcome
+
+
+def taken(request_id: str, owner: str) -> RequestIdTaken:
+    """The refusal of a request id that is another job's."""
+    return RequestIdTaken(f"the service answered with request id {request_id[:80]}, which is that of job {owner}")
 
 
 def encode_images(images: Sequence[StoredImage]) -> bytes:

@@ -26,6 +26,9 @@ class State(StrEnum):
     FAILED = "failed"
     UNKNOWN = "unknown"
     """The submit may or may not have been accepted."""
+    COLLECTABLE = "collectable"
+    """The request ended and is paid for, but its answer or an image could not be read. It failed as far as the results
+    go, and it is asked for again, free, for as long as the target may keep it."""
 
 
 class Happening(StrEnum):
@@ -40,6 +43,8 @@ class Happening(StrEnum):
     ANSWER = "answer"
     FINISH = "finish"
     FAIL = "fail"
+    UNCOLLECTED = "uncollected"
+    """The request ended, and its answer or an image of it could not be read; not by a verdict of the service."""
     RETRY = "retry"
     """A failed job is taken up again: a new attempt."""
 
@@ -60,9 +65,15 @@ TABLE: dict[tuple[State, Happening], State] = {
     (_S.ANSWERED, _H.FINISH): _S.DONE,
     (_S.ANSWERED, _H.FAIL): _S.FAILED,  # its files can no longer be had
     (_S.FAILED, _H.RETRY): _S.PENDING,
+    (_S.ACCEPTED, _H.UNCOLLECTED): _S.COLLECTABLE,
+    (_S.ANSWERED, _H.UNCOLLECTED): _S.COLLECTABLE,
+    (_S.COLLECTABLE, _H.UNCOLLECTED): _S.COLLECTABLE,
+    (_S.COLLECTABLE, _H.ANSWER): _S.ANSWERED,
+    (_S.COLLECTABLE, _H.FINISH): _S.DONE,  # its stored answer was readable after all
+    (_S.COLLECTABLE, _H.FAIL): _S.FAILED,  # the service's own verdict, or it is no longer kept
 }
 
-TERMINAL = frozenset({State.DONE, State.FAILED})
+TERMINAL = frozenset({State.DONE, State.FAILED, State.COLLECTABLE})
 OPEN = frozenset({State.INTENDED, State.ACCEPTED, State.ANSWERED, State.UNKNOWN})
 """Something was sent and its end is not written down: collected before anything new is submitted."""
 

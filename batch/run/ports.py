@@ -45,9 +45,11 @@ __all__ = [
     "Picture",
     "PictureError",
     "Refused",
+    "RequestIdTaken",
     "Retried",
     "Service",
     "Trouble",
+    "Uncollected",
     "Uploaded",
 ]
 
@@ -132,6 +134,24 @@ class FailedForGood:
 
 
 @dataclass(frozen=True, slots=True)
+class Uncollected:
+    """The request ended, and its answer or an image of it could not be read: it can be collected later, free."""
+
+    job_key: JobKey
+    at: float
+    failure: Failed
+    ended_at: float
+    """When we learned that the request had ended: a later try to collect it does not change it."""
+    cost_usd: float | None = None
+    """What the request cost; None where an earlier event said so."""
+    answer: Answer | None = None
+    """What came in place of a usable answer, where something came."""
+    images: tuple[StoredImage, ...] = ()
+    """Those of a usable answer; `path` is None where the file could not be stored."""
+    happening = Happening.UNCOLLECTED
+
+
+@dataclass(frozen=True, slots=True)
 class Retried:
     """A failed job is taken up again, as a new attempt: its number grows by one here."""
 
@@ -150,7 +170,14 @@ class Uploaded:
     url: str
 
 
-Event: TypeAlias = Intended | Accepted | Refused | Lost | Answered | Finished | FailedForGood | Retried | Uploaded
+Event: TypeAlias = (
+    Intended | Accepted | Refused | Lost | Answered | Finished | FailedForGood | Uncollected | Retried | Uploaded
+)
+
+
+class RequestIdTaken(Exception):
+    """The service gave a request id that it had given to another job: whose result it will show is not known."""
+
 
 # --- what the journal tells --------------------------------------------------------------------------------
 
@@ -163,6 +190,8 @@ class Known(NamedTuple):
     """Number of the `restyle run` that last changed it; the present one is `Journal.session`."""
     attempt: int = 1
     """The last attempt's number; of a PENDING job, the number that its next attempt gets."""
+    ended_at: float | None = None
+    """When we learned that its request had ended; of a COLLECTABLE job only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +208,8 @@ class Entry:
     ticket: Ticket | None = None
     answer: Answer | None = None
     reserved_usd: float = 0.0
+    ended_at: float | None = None
+    """When we learned that its request had ended; None where that is not known yet."""
 
 
 class Outcome(NamedTuple):
@@ -193,9 +224,9 @@ class Outcome(NamedTuple):
     completed_at: float | None = None
     """When we learned that it had ended."""
     output: bytes | None = None
-    """The endpoint's output, JSON; None where there was no answer."""
+    """The endpoint's answer as it is stored (`batch.run.answers.unpack`); None where there was none."""
     images: bytes | None = None
-    """The stored pictures, as `batch.run.ledger.encode_images` has them; None where the job is not done."""
+    """The stored images, as `batch.run.ledger.encode_images` has them; None where the job is not done."""
     queue_seconds: float | None = None
     total_seconds: float | None = None
     download_seconds: float | None = None
@@ -228,6 +259,7 @@ class Journal(Protocol):
         Raises:
             StorageError: the disk refused; nothing of this call is written.
             IllegalTransition: an event that the lifecycle does not allow.
+            RequestIdTaken: an acceptance under a request id that is another job's.
         """
 
     async def settled(self) -> None:
@@ -270,6 +302,8 @@ class Trouble:
     """The answer, where a complete one came."""
     detail: str = ""
     """A sentence for a person; nothing is decided by it."""
+    answer: Answer | None = None
+    """What came in place of a usable result, where something came."""
 
 
 class CallFailed(Exception):

@@ -11,6 +11,7 @@ result URL itself answers for so long was measured by nobody we know, so the flo
 from __future__ import annotations
 
 __all__ = [
+    "COLLECT_SECONDS",
     "FILE_SECONDS",
     "LARGE_RESULT_BYTES",
     "LARGE_RESULT_SECONDS",
@@ -26,6 +27,9 @@ LARGE_RESULT_SECONDS = 360.0
 """The same for any larger one: "about six minutes"."""
 FILE_SECONDS = 7 * 86400.0
 """Result files are promised for so long; an expired one cannot be recovered. Their clock is one of their own."""
+COLLECT_SECONDS = FILE_SECONDS
+"""An answer or a file that could not be read is asked for again within this time; after it, it counts as lost. fal
+keeps payloads longer (30 days by default) and promises less for the result's URL; an attempt to read costs nothing."""
 _TELL_AT = 0.5
 """Share of a period that may pass before it is worth a warning: then there is still time to do something."""
 

@@ -61,6 +61,8 @@ class Verdict:
     """Seconds that the service asked for."""
     new_attempt: bool = False
     """With JOB_FAILED: whether another attempt may go better."""
+    collectable: bool = False
+    """With JOB_FAILED: whether it is not the service's own verdict. What was paid for may be collected later, free."""
     account: bool = False
     """With READ_AGAIN: it was the account that was refused. That says nothing about the job, but about the run."""
 
@@ -90,17 +92,22 @@ _NOT_FOUND_LIMIT = 16
 """A request id that the server once gave and now does not know: believed after so many reads. It is paid for: where
 every second read is answered wrongly, one in 65,000 jobs is given up."""
 _MALFORMED_LIMIT = 16
+_CERTAIN_LIMIT = 3
+"""A result that says that it has no images, or that is too large: believed sooner than one that is not a result."""
+_CERTAIN = frozenset({"no images", "oversize"})
 _MISSHAPEN = frozenset({"malformed", "oversize"})
 _HOPELESS = _MISSHAPEN | {"bad url", "redirect"}
 """Of a file: neither a better network nor a server that comes back makes another URL, or a smaller file, of it."""
 _HOPELESS_LIMIT = 6
 _FILES = frozenset({"initiate", "upload", "download"})
+_REFUSED_FILE = frozenset({401, 402, 403, 404, 410})
 _CALLS = {
     "initiate": "upload of a source picture",
     "upload": "upload of a source picture",
     "download": "result picture",
 }
 """What a person calls them; the others are called what they are."""
+_OUTPUT_WORDS = {"malformed": "malformed_output", "oversize": "malformed_output", "no images": "no_images"}
 _OFTEN = max(_CONFIRMATIONS, _NOT_FOUND_LIMIT, _MALFORMED_LIMIT, _HOPELESS_LIMIT)
 _WORD_LIMIT = 100
 """Characters of an error type: it is counted by, and printed."""
@@ -122,10 +129,13 @@ def judge(trouble: Trouble, *, seen: int = 1) -> Verdict:
     if trouble.phase == "submit":
         return _judge_submit(trouble)
     if trouble.reply is None:
-        if trouble.transport in _MISSHAPEN and trouble.phase == "result" and seen >= _MALFORMED_LIMIT:
-            return Verdict(Action.JOB_FAILED, f"the result has not the endpoint's shape: {trouble.detail}")
+        if trouble.transport == "malformed" and trouble.phase == "result" and seen >= _MALFORMED_LIMIT:
+            words = f"the result is not an image-to-image answer: {trouble.detail}"
+            return Verdict(Action.JOB_FAILED, words, collectable=True)
+        if trouble.phase == "result" and trouble.transport in _CERTAIN and seen >= _CERTAIN_LIMIT:
+            return Verdict(Action.JOB_FAILED, trouble.detail, collectable=True)
         if trouble.transport in _HOPELESS and trouble.phase in _FILES and seen >= _HOPELESS_LIMIT:
-            return Verdict(Action.JOB_FAILED, trouble.detail or str(trouble.transport))
+            return Verdict(Action.JOB_FAILED, trouble.detail or str(trouble.transport), collectable=True)
         words = trouble.detail or trouble.transport or "no answer"
         return Verdict(Action.READ_AGAIN, f"{_CALLS.get(trouble.phase, trouble.phase)}: {words}")
     answer = f"{_CALLS.get(trouble.phase, trouble.phase)}: HTTP {trouble.reply.status}"
@@ -134,11 +144,11 @@ def judge(trouble: Trouble, *, seen: int = 1) -> Verdict:
     if trouble.phase == "result":
         return _judge_result(trouble.reply, seen)
     if trouble.phase == "status" and trouble.reply.status == 404 and seen >= _NOT_FOUND_LIMIT:
-        return Verdict(Action.JOB_FAILED, "the target no longer knows this request")
+        return Verdict(Action.JOB_FAILED, "the target does not know this request (any more)", collectable=True)
     if trouble.phase == "initiate" and trouble.reply.status in _ACCOUNT and seen >= _NOT_FOUND_LIMIT:
         return Verdict(Action.STOP_ACCOUNT, f"HTTP {trouble.reply.status}")
     if trouble.phase in _FILES and _for_good(trouble.reply, seen):
-        return Verdict(Action.JOB_FAILED, f"HTTP {trouble.reply.status}")
+        return Verdict(Action.JOB_FAILED, f"HTTP {trouble.reply.status}", collectable=trouble.phase == "download")
     return Verdict(Action.READ_AGAIN, answer, retry_after_of(trouble.reply))
 
 
@@ -167,10 +177,11 @@ def _judge_result(reply: Reply, seen: int) -> Verdict:
         return Verdict(Action.READ_AGAIN, f"HTTP {reply.status}", retry_after_of(reply))
     if reply.status == 404:
         gone = seen >= _NOT_FOUND_LIMIT
-        return Verdict(Action.JOB_FAILED if gone else Action.READ_AGAIN, "HTTP 404")
+        return Verdict(Action.JOB_FAILED if gone else Action.READ_AGAIN, "HTTP 404", collectable=gone)
     if reply.status == 400 and error.type in {None, "bad_request"}:
         # "Request is still in progress": only a repeated one, after COMPLETED each time, is the job's own.
-        return Verdict(Action.JOB_FAILED if seen >= _NOT_FOUND_LIMIT else Action.READ_AGAIN, "HTTP 400")
+        final = seen >= _NOT_FOUND_LIMIT
+        return Verdict(Action.JOB_FAILED if final else Action.READ_AGAIN, "HTTP 400", collectable=final)
     if not error.is_fal:
         return Verdict(Action.READ_AGAIN, f"HTTP {reply.status} without fal's body", retry_after_of(reply))
     if reply.status >= 500 and seen < _CONFIRMATIONS:
@@ -188,7 +199,7 @@ def _may_go_better(reply: Reply, error: ErrorBody) -> bool:
 
 def _for_good(reply: Reply, seen: int) -> bool:
     """An upload refused as such, or a file that is gone and stays gone; storages call that forbidden, too."""
-    if reply.status in {401, 402, 403, 404, 410}:
+    if reply.status in _REFUSED_FILE:
         return seen >= _NOT_FOUND_LIMIT
     return 400 <= reply.status < 500 and reply.status not in _SAYS_NOTHING
 
@@ -196,8 +207,9 @@ def _for_good(reply: Reply, seen: int) -> bool:
 def failure_of(trouble: Trouble, verdict: Verdict) -> Failed:
     """The row's error, from the service's own words where it has any."""
     if trouble.reply is None:
-        is_output = trouble.phase == "result" and trouble.transport in _MISSHAPEN
-        word = "malformed_output" if is_output else trouble.transport or "no_answer"
+        word = trouble.transport or "no_answer"
+        if trouble.phase == "result":
+            word = _OUTPUT_WORDS.get(word, word)
         return Failed(word, trouble.detail or verdict.reason)
     error = error_body_of(trouble.reply)
     billable = _amount(trouble.reply.headers.get("x-fal-billable-units", ""))
@@ -299,8 +311,9 @@ def pause_after(trouble: Trouble, tries: int, rng: Random) -> float:
         return backoff(tries, rng, cap=_CONFIRMED_CAP)
     if trouble.phase == "initiate" and reply is not None and reply.status in _ACCOUNT:
         return backoff(tries, rng, cap=_REFUSED_CAP)
-    is_refused_file = trouble.phase in _FILES and reply is not None and reply.status in _ACCOUNT
-    counted = kind == "404" or is_refused_file or (trouble.phase == "result" and kind in {"400", "malformed"})
+    is_refused_file = trouble.phase in _FILES and reply is not None and reply.status in _REFUSED_FILE
+    is_odd_result = trouble.phase == "result" and kind in {"400", "malformed", "no images", "oversize"}
+    counted = kind == "404" or is_refused_file or is_odd_result
     return backoff(tries, rng, cap=_COUNTED_CAP) if counted else backoff(tries, rng)
 
 

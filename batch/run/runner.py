@@ -19,7 +19,8 @@ import anyio.abc
 import orjson
 
 from batch.errors import StorageError
-from batch.model import Answer, Attempt, Job, JobKey, StoredImage, Ticket
+from batch.fal.answer import images_of
+from batch.model import Answer, Attempt, Failed, Job, JobKey, JsonObject, StoredImage, Ticket
 from batch.run.course import Course, Held, JobFailed, TurnedBack
 from batch.run.follow import Follower
 from batch.run.gate import Gate, Stop, Stopping
@@ -40,12 +41,14 @@ from batch.run.ports import (
     Lost,
     Observer,
     Refused,
+    RequestIdTaken,
     Retried,
     Service,
     Trouble,
+    Uncollected,
 )
 from batch.run.reconcile import Reconciler, Settled
-from batch.run.retention import Retention
+from batch.run.retention import COLLECT_SECONDS, Retention
 from batch.run.retry import Action, Verdict, backoff, failure_of, judge
 from batch.run.transfer import Transfers
 
@@ -71,6 +74,9 @@ class Policy:
     """Settle and collect what was submitted before; no attempt is submitted that was not begun before."""
     resubmit_unknown_after: float | None = None
     drain: float = 60.0
+    collect_for: float = COLLECT_SECONDS
+    """How long after its end a request whose answer or images could not be read is asked for again, free, before it
+    counts as lost."""
     deadline: float | None = None
     max_failures: int | None = None
     max_failure_share: float | None = None
@@ -119,6 +125,8 @@ class Runner:
         self._gate, self._policy, self._now, self._rng = gate, policy, now, rng
         self._underway: set[JobKey] = set()
         self._handled: set[JobKey] = set()
+        self._lost: set[JobKey] = set()
+        """Paid for in an earlier session, and not kept by the target any more: only a new attempt gives a result."""
         self._retention = Retention(for_good=policy.keeps_results)
         self._transfers = Transfers(
             service=service,
@@ -183,8 +191,13 @@ class Runner:
     async def _work(self, source: AsyncGenerator[Sequence[Job], None]) -> None:
         await self._doubt_what_was_cut_off()
         await self._reconcile()
+        if self._policy.retry_failed:  # what is lost for good is known before the manifest's jobs are fed
+            async with anyio.create_task_group() as jobs:
+                await self._resume(jobs, {State.COLLECTABLE})
         async with anyio.create_task_group() as jobs:
             await self._resume(jobs, OPEN)
+            if not self._policy.retry_failed:
+                await self._resume(jobs, {State.COLLECTABLE})
             await self._feed(source, jobs)
         if await self._reconcile():
             async with anyio.create_task_group() as jobs:
@@ -280,7 +293,7 @@ class Runner:
         """The job's course where it still has to be driven."""
         if known is None:
             return Course(job.key, job)
-        again = self._policy.retry_failed and known.session != self._journal.session
+        again = self._policy.retry_failed and (known.session != self._journal.session or job.key in self._lost)
         if known.state is State.PENDING or (known.state is State.FAILED and again):
             return Course(job.key, job, known.attempt, state=known.state)
         return None
@@ -350,9 +363,9 @@ class Runner:
                     await self._turned_away(course, error.trouble, verdict)
                 continue
             self._gate.accepted()
-            course.ticket, course.accepted_at, course.state = ticket, self._now(), State.ACCEPTED
-            course.stay.position = ticket.position
-            await self._journal.record(Accepted(course.key, course.accepted_at, ticket))
+            course.accepted_at, course.stay.position = self._now(), ticket.position
+            await self._accept(course, ticket)
+            course.ticket, course.state = ticket, State.ACCEPTED
             self._observer.happened("accepted", job=course.key, request_id=ticket.request_id)
             return ticket
 
@@ -362,6 +375,19 @@ class Runner:
             Intended(course.key, course.intended_at, course.attempt, course.body, course.reserved_usd)
         )
         course.state = State.INTENDED
+
+    async def _accept(self, course: Course, ticket: Ticket) -> None:
+        """Write down which request it is.
+
+        Raises:
+            Held: the request id is another job's. Whose result it shows is not known, so neither job gets the other's.
+        """
+        try:
+            await self._journal.record(Accepted(course.key, course.accepted_at, ticket))
+        except RequestIdTaken as error:
+            await self._journal.record(Lost(course.key, self._now(), str(error)))
+            self._hold(course, str(error))
+            raise Held from error
 
     async def _turned_away(self, course: Course, trouble: Trouble, verdict: Verdict) -> None:
         """A submit that was certainly not accepted: the job failed, the run stops, or it is sent again later."""
@@ -409,19 +435,21 @@ class Runner:
 
     async def _keep(self, course: Course, answer: Answer) -> None:
         """Write the answer down, and what it cost."""
-        at, stay = self._now(), course.stay
-        age = at - course.accepted_at
+        now, stay = self._now(), course.stay
+        age = now - course.accepted_at
+        at = course.ended_at = course.ended_at or now
         waited = 0.0 if course.resumed else age - (stay.unfinished or 0.0)
-        self._warn(self._retention.collected(waited, len(orjson.dumps(answer.output))))
+        self._warn(self._retention.collected(waited, len(answer.raw or b"")))
         total = at - course.intended_at
         queued = None if stay.executed is None else max(0.0, total - stay.executed)
-        cost = self._gate.settle(course, answer.billable_units)
+        # Of a request that ended before, what it cost is settled.
+        cost = None if course.state is State.COLLECTABLE else self._gate.settle(course, answer.billable_units)
         answered = Answered(course.key, at, answer, cost, queued, total)
         if self._policy.download:
             await self._journal.record(answered)
             course.state = State.ANSWERED
         else:  # with nothing to store there is nothing between the two
-            course.images = tuple(_images_of(answer))
+            course.images = tuple(images_of(answer.output))
             await self._journal.record(answered, Finished(course.key, at, course.images, None))
             course.state = State.DONE
         course.answer = answer
@@ -436,37 +464,81 @@ class Runner:
             return kept
 
     async def _finished(self, course: Course, answer: Answer) -> None:
-        """Store every picture, then call the job done."""
+        """Store every image, then call the job done."""
         if course.state is not State.DONE:
-            started, images = anyio.current_time(), _images_of(answer)
+            started, images = anyio.current_time(), images_of(answer.output)
             if self._policy.download:
-                images = [await self._transfers.stored(said) for said in images]
+                images = await self._stored(images)
             seconds = anyio.current_time() - started if self._policy.download else None
             course.images = tuple(images)
             await self._journal.record(Finished(course.key, self._now(), course.images, seconds))
         self._done += 1
         self._observer.happened("done", job=course.key, attempt=course.attempt, images=[i.path for i in course.images])
 
+    async def _stored(self, said: list[StoredImage]) -> list[StoredImage]:
+        """Every image, downloaded and stored. One that cannot be had does not keep the others from being stored.
+
+        Raises:
+            JobFailed: the first of those that could not be stored; with all images, stored or not.
+        """
+        images: list[StoredImage] = []
+        failed: JobFailed | None = None
+        for image in said:
+            try:
+                images.append(await self._transfers.stored(image))
+            except JobFailed as error:
+                failed = failed or error
+                images.append(image)
+        if failed is not None:
+            raise JobFailed(failed.failure, collectable=failed.collectable, images=tuple(images)) from failed
+        return images
+
     # --- the ends ----------------------------------------------------------------------------------------
 
     async def _another_attempt(self, course: Course, error: JobFailed) -> bool:
         """Write the failure down; whether a new attempt follows, and its pause is over."""
-        failure = error.failure
+        failure, was = error.failure, course.state
+        if error.collectable and await self._collected_later(course, error):
+            return False
         # What was never accepted costs nothing; what was, costs what the service says or was reserved.
         units = failure.billable_units if course.state is State.ACCEPTED else 0.0
         cost = self._gate.settle(course, units)
         await self._journal.record(FailedForGood(course.key, self._now(), failure, cost))
         said = {"job": course.key, "error_type": failure.error_type, "message": failure.message}
-        if error.new_attempt and course.attempt < self._policy.attempts:  # where the run stops: in the next one
+        # What was taken up to be collected, free, is not paid for again in the same breath.
+        may_retry = error.new_attempt and was is not State.COLLECTABLE
+        if may_retry and course.attempt < self._policy.attempts:  # where the run stops: in the next one
             await self._take_up_again(course)
             self._observer.happened("retried", attempt=course.attempt, **said)
             await anyio.sleep(backoff(course.attempt, self._rng, base=1.0))
             return True
+        self._count_failure(course, failure)
+        return False
+
+    async def _collected_later(self, course: Course, error: JobFailed) -> bool:
+        """Write down that what is paid for can be asked for again; False where that is over."""
+        at, was = self._now(), course.state
+        ended_at = course.ended_at or at
+        if at - ended_at > self._policy.collect_for:
+            self._lost.add(course.key)
+            return False
+        cost = None
+        if was is State.ACCEPTED:
+            cost = self._gate.settle(course, None if error.answer is None else error.answer.billable_units)
+        await self._journal.record(
+            Uncollected(course.key, at, error.failure, ended_at, cost, error.answer, error.images)
+        )
+        self._count_failure(course, error.failure, collectable=True)
+        return True
+
+    def _count_failure(self, course: Course, failure: Failed, *, collectable: bool = False) -> None:
+        said: JsonObject = {"error_type": failure.error_type, "message": failure.message}
+        if collectable:
+            said["collectable"] = True
         self._failed += 1
         self._errors[failure.error_type] += 1
-        self._observer.happened("failed", attempt=course.attempt, **said)
+        self._observer.happened("failed", job=course.key, attempt=course.attempt, **said)
         self._stop_if_all_fails()
-        return False
 
     async def _take_up_again(self, course: Course) -> None:
         await self._journal.record(Retried(course.key, self._now()))
@@ -495,16 +567,3 @@ def _words(errors: BaseExceptionGroup[StorageError]) -> str:
     while isinstance(first, BaseExceptionGroup):
         first = first.exceptions[0]
     return str(first)
-
-
-def _images_of(answer: Answer) -> list[StoredImage]:
-    """What the output says of its pictures. Its shape was checked when it was read."""
-    images = answer.output.get("images")
-    found: list[StoredImage] = []
-    for image in images if isinstance(images, list) else []:
-        assert isinstance(image, dict), "checked against the endpoint's schema"
-        found.append(StoredImage(**{name: image.get(name) for name in _SAID}))  # type: ignore[arg-type]  # likewise
-    return found
-
-
-_SAID = ("url", "width", "height", "content_type", "file_name", "file_size")

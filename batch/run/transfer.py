@@ -13,6 +13,7 @@ from random import Random
 import anyio
 
 from batch.model import Failed, Job, LocalImage, StoredImage
+from batch.run.answers import shorten_data_uri
 from batch.run.course import JobFailed, TurnedBack
 from batch.run.gate import Stop
 from batch.run.ports import CallFailed, Images, Journal, PictureError, Service, Uploaded
@@ -146,10 +147,12 @@ class Transfers:
                 is_large = error.trouble.transport == "oversize"
                 word = "result_file_too_large" if is_large else "result_file_gone"
                 reason = error.trouble.detail or final(error.trouble).reason
-                raise JobFailed(Failed(word, f"{said.url[:200]}: {reason}")) from error
+                failure = Failed(word, f"{said.url[:200]}: {reason}")
+                raise JobFailed(failure, collectable=True) from error
             except PictureError as error:
                 if tries >= _DOWNLOAD_TRIES:
-                    raise JobFailed(Failed("result_file_damaged", f"{said.url[:200]}: {error}")) from error
+                    failure = Failed("result_file_damaged", f"{said.url[:200]}: {error}")
+                    raise JobFailed(failure, collectable=True) from error
 
     async def _fetched(self, said: StoredImage, line: anyio.Semaphore) -> StoredImage:
         async with line:
@@ -161,7 +164,7 @@ class Transfers:
 def _joined(said: StoredImage, kept: StoredImage) -> StoredImage:
     """What the endpoint said of a picture, and what its bytes proved."""
     return StoredImage(
-        url=said.url,
+        url=shorten_data_uri(said.url),
         width=kept.width,
         height=kept.height,
         content_type=said.content_type or kept.content_type,

@@ -9,12 +9,13 @@ import math
 from collections import Counter
 from collections.abc import AsyncGenerator, Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeGuard
 
 import anyio.lowlevel
-import orjson
 
-from batch.model import JobKey, Ticket
-from batch.run.ledger import encode_images, slim_body
+from batch.model import Answer, JobKey, Ticket
+from batch.run.answers import answer_of, pack
+from batch.run.ledger import encode_images, slim_body, taken
 from batch.run.lifecycle import OPEN, State, advance
 from batch.run.ports import (
     Accepted,
@@ -30,6 +31,7 @@ from batch.run.ports import (
     Outcome,
     Refused,
     Retried,
+    Uncollected,
     Uploaded,
 )
 
@@ -51,7 +53,7 @@ class _Kept:
     cost_usd: float | None = None
     reason: str | None = None
     answered: Answered | None = None
-    ended: Finished | FailedForGood | None = None
+    ended: Finished | FailedForGood | Uncollected | None = None
 
     def forget(self) -> None:
         """Leave the last attempt behind; what it cost stays."""
@@ -69,6 +71,7 @@ class MemoryJournal:
         self.events: list[Event] = []
         self._jobs: dict[JobKey, _Kept] = {}
         self._uploads: dict[str, Uploaded] = {}
+        self._owners: dict[str, JobKey] = {}
         self._spent_usd = 0.0
 
     def __repr__(self) -> str:
@@ -80,6 +83,7 @@ class MemoryJournal:
         journal.events = list(self.events)
         journal._jobs = {key: replace(job) for key, job in self._jobs.items()}
         journal._uploads = dict(self._uploads)
+        journal._owners = dict(self._owners)
         journal._spent_usd = self._spent_usd
         return journal
 
@@ -88,12 +92,18 @@ class MemoryJournal:
 
         Raises:
             IllegalTransition: an event that the lifecycle does not allow.
+            RequestIdTaken: an acceptance under a request id that is another job's.
         """
         states: dict[JobKey, State] = {}
         for event in events:
             if not isinstance(event, Uploaded):
                 state = states.get(event.job_key, self.state(event.job_key))
                 states[event.job_key] = advance(state, event.happening)
+        for event in events:
+            if isinstance(event, Accepted):
+                owner = self._owners.setdefault(event.ticket.request_id, event.job_key)
+                if owner != event.job_key:
+                    raise taken(event.ticket.request_id, owner)
         for event in events:
             self._apply(event)
             self.events.append(event)
@@ -103,7 +113,7 @@ class MemoryJournal:
         """Those of the keys that the journal knows."""
         await anyio.lowlevel.checkpoint()
         jobs = {key: self._jobs[key] for key in keys if key in self._jobs}
-        return {key: Known(job.state, job.session, job.attempt) for key, job in jobs.items()}
+        return {key: Known(job.state, job.session, job.attempt, _collectable_since(job)) for key, job in jobs.items()}
 
     async def entries(self, states: Collection[State]) -> AsyncGenerator[Entry, None]:
         """Jobs in these states, the one intended first coming first."""
@@ -175,6 +185,11 @@ class MemoryJournal:
             case FailedForGood():
                 job.reserved_usd, job.ended, job.body = 0.0, event, slim_body(job.body)
                 self._spend(job, None if was is State.ANSWERED else event.cost_usd)
+            case Uncollected(answer=answer):
+                job.reserved_usd, job.ended = 0.0, event
+                self._spend(job, event.cost_usd)
+                if answer is not None:
+                    job.answered = Answered(event.job_key, event.ended_at, answer)
             case Retried():
                 job.forget()
                 job.attempt += 1
@@ -183,6 +198,30 @@ class MemoryJournal:
         if usd is not None:
             job.cost_usd = (job.cost_usd or 0.0) + usd
             self._spent_usd += usd
+
+
+def _collectable_since(job: _Kept) -> float | None:
+    return job.ended.ended_at if job.state is State.COLLECTABLE and isinstance(job.ended, Uncollected) else None
+
+
+def _ended_at(job: _Kept) -> float | None:
+    if job.answered is not None:
+        return job.answered.at
+    return job.ended.ended_at if isinstance(job.ended, Uncollected) else None if job.ended is None else job.ended.at
+
+
+def _has_images(ended: Finished | FailedForGood | Uncollected) -> TypeGuard[Finished | Uncollected]:
+    return isinstance(ended, Finished) or (isinstance(ended, Uncollected) and bool(ended.images))
+
+
+def _as_stored(answer: Answer) -> Answer:
+    return answer_of(pack(answer), answer.billable_units, answer.engine)
+
+
+def _units(answered: Answered | None, ended: Finished | FailedForGood | Uncollected | None) -> float | None:
+    if answered is not None:
+        return answered.answer.billable_units
+    return ended.failure.billable_units if isinstance(ended, FailedForGood) else None
 
 
 def _age_order(job: _Kept) -> float:
@@ -198,33 +237,33 @@ def _entry(key: JobKey, job: _Kept) -> Entry:
         body=job.body,
         accepted_at=job.accepted_at,
         ticket=job.ticket,
-        answer=None if job.answered is None else job.answered.answer,
+        answer=None if job.answered is None else _as_stored(job.answered.answer),
         reserved_usd=job.reserved_usd,
+        ended_at=_ended_at(job),
     )
 
 
 def _outcome(key: JobKey, job: _Kept) -> Outcome:
     answered, ended = job.answered, job.ended
-    failure = ended.failure if isinstance(ended, FailedForGood) else None
+    failure = ended.failure if isinstance(ended, FailedForGood | Uncollected) else None
     error: tuple[str | None, str | None] = (None, None)
     if failure is not None:
         error = (failure.error_type, failure.message)
     elif job.state is State.UNKNOWN:
         error = ("unknown", job.reason)
-    last = answered or ended
     return Outcome(
         job_key=key,
         state=job.state,
         attempts=job.attempt,
         request_id=None if job.ticket is None else job.ticket.request_id,
         submitted_at=job.intended_at,
-        completed_at=None if last is None else last.at,
-        output=None if answered is None else orjson.dumps(answered.answer.output),
-        images=encode_images(ended.images) if isinstance(ended, Finished) else None,
+        completed_at=_ended_at(job),
+        output=None if answered is None else pack(answered.answer),
+        images=encode_images(ended.images) if ended is not None and _has_images(ended) else None,
         queue_seconds=None if answered is None else answered.queue_seconds,
         total_seconds=None if answered is None else answered.total_seconds,
         download_seconds=ended.download_seconds if isinstance(ended, Finished) else None,
-        billable_units=answered.answer.billable_units if answered else failure.billable_units if failure else None,
+        billable_units=_units(answered, ended),
         cost_usd=job.cost_usd,
         engine=None if answered is None else answered.answer.engine,
         error_type=error[0],

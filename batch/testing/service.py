@@ -308,7 +308,7 @@ class FakeService:
             "prompt": body["prompt"],
             "has_nsfw_concepts": [],
         }
-        return Answer(output, billable_units=0.5)
+        return Answer(output, 0.5, raw=orjson.dumps(output))
 
     async def cancel(self, ticket: Ticket) -> CancelOutcome | None:
         """Cancel what has not ended."""

@@ -15,8 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from batch.model import Answer, Failed, JobKey, RequestId, StoredImage, Ticket
+from batch.run.answers import unpack
 from batch.run.journal import open_journal
-from batch.run.ledger import encode_images
+from batch.run.ledger import decode_images, encode_images
 from batch.run.lifecycle import TABLE, Happening, IllegalTransition, State
 from batch.run.ports import (
     Accepted,
@@ -29,13 +30,16 @@ from batch.run.ports import (
     Lost,
     Outcome,
     Refused,
+    RequestIdTaken,
     Retried,
+    Uncollected,
     Uploaded,
 )
 from batch.testing.journal import MemoryJournal
 
 A, B, C = JobKey("a" * 32), JobKey("b" * 32), JobKey("c" * 32)
 TICKET = Ticket(RequestId("r-1"), "http://x/status", "http://x/response", "http://x/cancel")
+TICKET_B = Ticket(RequestId("r-2"))
 ANSWER = Answer({"images": [{"url": "http://x/1.jpg"}], "seed": 2**62, "timings": {"inference": 1.5}}, 1.25, "preview")
 IMAGE = StoredImage("http://x/1.jpg", 64, 48, "image/jpeg", "1.jpg", 9, "images/ab/abc.jpg", "abc")
 
@@ -70,10 +74,18 @@ def intended(key=A, at=1.0, attempt=1, body=b'{"prompt": "x"}', usd=0.03):
     return Intended(key, at, attempt, body, usd)
 
 
+def ticket_of(key):
+    return TICKET if key == A else TICKET_B
+
+
+def as_stored(answer):
+    return answer._replace(raw=orjson.dumps(answer.output))
+
+
 def whole_life(key=A, at=1.0):
     return [
         intended(key, at),
-        Accepted(key, at + 1, TICKET),
+        Accepted(key, at + 1, ticket_of(key)),
         Answered(key, at + 2, ANSWER, 0.04, 0.5, 2.0),
         Finished(key, at + 3, (IMAGE,), 0.25),
     ]
@@ -136,7 +148,18 @@ async def test_entry_can_be_taken_up(journal):
     await journal.record(intended(B, 0.5, attempt=1, usd=0.06))
     assert await entries(journal, State.ANSWERED, State.INTENDED) == [
         Entry(B, State.INTENDED, 1, 0.5, b'{"prompt": "x"}', reserved_usd=0.06),
-        Entry(A, State.ANSWERED, 1, 1.0, b'{"prompt": "x"}', 2.0, TICKET, ANSWER, 0.0),
+        Entry(
+            A,
+            State.ANSWERED,
+            1,
+            1.0,
+            b'{"prompt": "x"}',
+            2.0,
+            TICKET,
+            as_stored(ANSWER),
+            0.0,
+            3.0,
+        ),
     ]
 
 
@@ -168,7 +191,7 @@ async def test_failed_before_it_was_sent(journal):
     assert journal.outcomes([A])[A] == Outcome(
         A, State.FAILED, 0, completed_at=5.0, error_type="image_load_error", error_message="not a picture"
     )
-    assert await entries(journal, State.FAILED) == [Entry(A, State.FAILED, 0, 0.0, b"")]
+    assert await entries(journal, State.FAILED) == [Entry(A, State.FAILED, 0, 0.0, b"", ended_at=5.0)]
     await journal.record(Retried(A, 6.0))
     assert await journal.find([A]) == {A: Known(State.PENDING, journal.session, 1)}
 
@@ -310,6 +333,81 @@ async def test_messages_with_undecodable_names_are_kept(journal):
     assert journal.outcomes([A])[A].error_message.startswith("no ")
 
 
+async def test_two_jobs_never_share_a_request_id(journal):
+    """The later acceptance is refused, and it alone; an ended attempt's id stays its job's."""
+    await journal.record(*whole_life(A)[:2])
+    await journal.record(intended(B, 5.0))
+    with pytest.raises(RequestIdTaken, match=rf"r-1.*{A}"):
+        await journal.record(Accepted(B, 6.0, TICKET))
+    await journal.record(Lost(B, 6.0, "request id taken"))
+    await journal.record(FailedForGood(A, 7.0, Failed("e", "m")), Retried(A, 8.0), intended(A, 9.0, attempt=2))
+    await journal.record(Accepted(A, 10.0, TICKET_B), intended(B, 11.0))
+    with pytest.raises(RequestIdTaken):
+        await journal.record(Accepted(B, 12.0, TICKET))
+    await journal.record(intended(C, 13.0))
+    with pytest.raises(RequestIdTaken):
+        await journal.record(Accepted(C, 14.0, TICKET_B))
+    assert {key: known.state for key, known in (await journal.find([A, B, C])).items()} == {
+        A: State.ACCEPTED,
+        B: State.INTENDED,
+        C: State.INTENDED,
+    }
+
+
+async def test_two_jobs_of_one_group_never_share_a_request_id(journal):
+    """Neither where both acceptances are written at once."""
+    await journal.record(intended(A), intended(B, 2.0))
+    errors = []
+
+    async def accept(key):
+        try:
+            await journal.record(Accepted(key, 3.0, TICKET))
+        except RequestIdTaken as error:
+            errors.append(str(error))
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(accept, A)
+        tasks.start_soon(accept, B)
+    assert len(errors) == 1
+    assert sorted(known.state for known in (await journal.find([A, B])).values()) == [State.ACCEPTED, State.INTENDED]
+
+
+async def test_what_could_not_be_collected_keeps_what_is_known(journal):
+    """The raw answer, the request, the images, and when it ended; a later try does not change that instant."""
+    raw = b'{"images": "none", "padding": "' + b"x" * 2000 + b'"}'
+    odd = Answer({}, 1.5, "preview", raw)
+    await journal.record(*whole_life(A)[:2])
+    await journal.record(Uncollected(A, 3.0, Failed("malformed_output", "no images"), 3.0, 0.04, odd))
+    assert await journal.find([A]) == {A: Known(State.COLLECTABLE, journal.session, 1, 3.0)}
+    await journal.record(Uncollected(A, 90.0, Failed("result_file_gone", "404"), 3.0, None, None, (IMAGE,)))
+    (entry,) = await entries(journal, State.COLLECTABLE)
+    assert (entry.ended_at, entry.answer.raw, entry.ticket) == (3.0, raw, TICKET)
+    outcome = journal.outcomes([A])[A]
+    assert (outcome.completed_at, outcome.error_type, outcome.cost_usd) == (3.0, "result_file_gone", 0.04)
+    assert unpack(outcome.output) == raw
+    assert decode_images(outcome.images) == (IMAGE,)
+    counts = await journal.counts()
+    assert (counts.spent_usd, counts.reserved_usd, counts.oldest_open_at) == (0.04, 0.0, None)
+    await journal.record(Answered(A, 3.0, ANSWER), Finished(A, 99.0, (IMAGE,)))
+    outcome = journal.outcomes([A])[A]
+    assert (outcome.state, outcome.error_type, outcome.cost_usd, outcome.completed_at) == (State.DONE, None, 0.04, 3.0)
+
+
+async def test_data_uris_are_dropped_once_their_bytes_are_stored():
+    """The answer stays, without the images that it carried: these are files now."""
+    uri = "data:image/png;base64," + "A" * 5000
+    answer = Answer({"images": [{"url": uri}], "seed": 3, "other": uri})
+    with tempfile.TemporaryDirectory() as folder:
+        async with opened_file(Path(folder) / "journal.db") as journal:
+            await journal.record(*whole_life(A)[:2], Answered(A, 3.0, answer))
+            assert uri in unpack(journal.outcomes([A])[A].output).decode()
+            stored = StoredImage("data:image/png;base64,…", path="images/ab/abc.png", sha256="abc")
+            await journal.record(Finished(A, 4.0, (stored,)))
+            kept = unpack(journal.outcomes([A])[A].output).decode()
+    assert orjson.loads(kept)["seed"] == 3
+    assert "AAAA" not in kept
+
+
 # --- any legal history ------------------------------------------------------------------------------------
 
 _KEYS = [A, B, C]
@@ -332,6 +430,10 @@ def _event(draw, happening, key, at, attempt):
             return Finished(key, at, draw(st.sampled_from([(), (IMAGE,), (IMAGE, IMAGE)])), draw(_MONEY))
         case Happening.FAIL:
             return FailedForGood(key, at, Failed("e", "m", draw(_MONEY)), draw(_MONEY))
+        case Happening.UNCOLLECTED:
+            answer = draw(st.sampled_from([None, ANSWER, Answer({}, 2.0, "echo", b"<html>" * 200)]))
+            images = draw(st.sampled_from([(), (IMAGE,)]))
+            return Uncollected(key, at, Failed("e", "m"), at - 0.5, draw(_MONEY), answer, images)
         case Happening.RETRY:
             return Retried(key, at)
 

@@ -63,7 +63,11 @@ def test_fresh_schema_is_the_documented_one(path):
     assert {name for name, (kind, _) in schema.items() if kind == "table"} == {
         "meta", "sessions", "jobs", "bodies", "outcomes", "uploads", "files",
     }  # fmt: skip
-    assert [name for name, (kind, _) in schema.items() if kind == "index"] == ["open_jobs"]
+    assert [name for name, (kind, _) in schema.items() if kind == "index"] == [
+        "open_jobs",
+        "request_ids",
+        "failed_request_ids",
+    ]
     assert all("STRICT" in sql for kind, sql in schema.values() if kind == "table")
     connection = sqlite3.connect(path)
     columns = [row[1] for row in connection.execute("PRAGMA table_info(jobs)")]
@@ -106,7 +110,7 @@ def test_sessions_know_what_was_spent_and_done_in_them(path):
         key = JobKey(f"{session:032x}")
         life = [
             Intended(key, 1.0, 1, b"{}", 0.03),
-            Accepted(key, 2.0, Ticket(RequestId("r"))),
+            Accepted(key, 2.0, Ticket(RequestId(f"r-{session}"))),
             Answered(key, 3.0, Answer({}), 0.01 * session),
             Finished(key, 1500.0 * session, ()),
         ]
@@ -191,7 +195,10 @@ def test_newer_journal_is_refused(path):
     connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
     connection.close()
     for opening in both_openings(path):
-        with pytest.raises(RunDirectoryError, match=r"newer restyle \(version 2, this one knows 1\); upgrade"):
+        with pytest.raises(
+            RunDirectoryError,
+            match=rf"newer restyle \(version {SCHEMA_VERSION + 1}, this one knows {SCHEMA_VERSION}\); upgrade",
+        ):
             opening()
 
 

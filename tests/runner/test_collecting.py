@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from random import Random
 
 import anyio
+import orjson
 import pytest
 
 from batch.fal.protocol import Reply
@@ -56,7 +57,7 @@ class Service(FakeService):
     async def result(self, ticket):
         answer = await super().result(ticket)
         answer.output["timings"] = {f"part {n}": 1.0 for n in range(self.padding)}
-        return answer
+        return answer._replace(raw=orjson.dumps(answer.output))
 
     async def download(self, url):
         name = url.removeprefix("fake://").partition("/")[0]

@@ -11,7 +11,7 @@ import pytest
 
 from batch.manifest.plan import Planned, PlannedBatch
 from batch.model import Job, JobKey, Problem, RequestId, StoredImage
-from batch.results.columns import IMAGE, OWN_SCHEMA, record_batch, results_schema
+from batch.results.columns import IMAGE, OWN_SCHEMA, TIMING, record_batch, results_schema
 from batch.run.ledger import encode_images
 from batch.run.lifecycle import State
 from batch.run.ports import Outcome
@@ -29,7 +29,12 @@ INPUT = {
     "acceleration": "none",
 }
 PICTURE = StoredImage("http://x/1.jpg", 64, 48, "image/jpeg", "1.jpg", 9, "images/ab/abc.jpg", "abc")
-OUTPUT = {"images": [], "seed": 2**62 + 1, "timings": {"inference": 1.5}, "has_nsfw_concepts": [False]}
+OUTPUT = {
+    "images": [{"url": "http://x/1.jpg", "width": 64}],
+    "seed": 2**62 + 1,
+    "timings": {"inference": 1.5},
+    "has_nsfw_concepts": [False],
+}
 KEY = JobKey("0" * 32)
 DONE = Outcome(
     KEY, State.DONE, 2, RequestId("r-1"), 1_700_000_000.123456, 1_700_000_003.5, orjson.dumps(OUTPUT),
@@ -87,7 +92,7 @@ def test_schema_is_the_documented_one():
         f"images: list<item: {picture}>",
         "has_nsfw_concepts: list<item: bool>",
         "timings: struct<inference: double, queue: double, total: double, download: double>",
-        "timings_extra: map<string, double>",
+        "timings_extra: list<item: struct<name: string, seconds: double>>",
         "request_id: string",
         "attempts: int32",
         "submitted_at: timestamp[us, tz=UTC]",
@@ -98,6 +103,7 @@ def test_schema_is_the_documented_one():
         "error_message: string",
         "target: string",
         "engine: string",
+        "notes: list<item: string>",
     ]
 
 
@@ -142,6 +148,7 @@ def test_done_job_fills_every_column():
         "error_message": None,
         "target": "local",
         "engine": "preview",
+        "notes": [f"seed: the service reports {2**62 + 1}, 7 was asked for"],
     }
 
 
@@ -155,6 +162,7 @@ def test_done_job_fills_every_column():
         (State.DONE, "done"),
         (State.FAILED, "failed"),
         (State.UNKNOWN, "unknown"),
+        (State.COLLECTABLE, "failed"),
     ],
 )
 def test_status_follows_the_state(state, status):
@@ -222,11 +230,11 @@ def test_done_without_pictures_has_an_empty_list():
 
 
 def test_unknown_timings_are_kept():
-    """The endpoint's own timings beyond inference go into a map."""
+    """The endpoint's own timings beyond inference go into a list."""
     output = {**OUTPUT, "timings": {"load": 0.5, "inference": 1.0, "queue": 9.0}}
     said = record(done(output))
     assert said["timings"] == {"inference": 1.0, "queue": None, "total": None, "download": None}
-    assert said["timings_extra"] == [("load", 0.5), ("queue", 9.0)]
+    assert said["timings_extra"] == [{"name": "load", "seconds": 0.5}, {"name": "queue", "seconds": 9.0}]
 
 
 @pytest.mark.parametrize("seed", [2**63, 1.5, "12", None, True])
@@ -289,5 +297,33 @@ def test_columns_without_values_keep_their_type():
         frame = pl.DataFrame({"x": [None] * len(items)}, schema={"x": pl.Int16})
         table = table_of(batch_of(items, frame))
         assert table.schema.field("x").type == pa.int16()
-        assert table.schema.field("timings_extra").type == pa.map_(pa.string(), pa.float64())
+        assert table.schema.field("timings_extra").type == pa.list_(TIMING)
         assert len(table) == len(items)
+
+
+@pytest.mark.parametrize("state", [State.FAILED, State.COLLECTABLE])
+def test_a_failed_job_keeps_what_its_answer_said(state):
+    """Its images could not be stored: their URLs, its flags and timings are there all the same."""
+    outcome = DONE._replace(state=state, images=None, error_type="result_file_gone", error_message="HTTP 404")
+    said = record(outcome)
+    assert said["status"] == "failed"
+    assert (said["images"][0]["url"], said["images"][0]["width"], said["images"][0]["path"]) == (
+        "http://x/1.jpg",
+        64,
+        None,
+    )
+    assert (said["has_nsfw_concepts"], said["timings"]["inference"], said["request_id"]) == ([False], 1.5, "r-1")
+
+
+def test_odd_fields_are_null_and_noted():
+    """One field that cannot be read costs that field only."""
+    said = record(done({**OUTPUT, "seed": None, "has_nsfw_concepts": None, "timings": {"inference": "x", "load": 2}}))
+    assert (said["seed"], said["has_nsfw_concepts"], said["timings"]) == (7, None, None)
+    assert said["timings_extra"] == [{"name": "load", "seconds": 2.0}]
+    assert [note.partition(":")[0] for note in said["notes"]] == ["seed", "timings.inference", "has_nsfw_concepts"]
+
+
+def test_an_answer_that_is_no_object_costs_nothing_but_itself():
+    """It is kept in the journal, and the row has what is known without it."""
+    said = record(DONE._replace(state=State.COLLECTABLE, output=b"<html>", images=None, error_type="malformed_output"))
+    assert (said["seed"], said["images"], said["notes"], said["error_type"]) == (7, None, None, "malformed_output")

@@ -251,6 +251,7 @@ IN_BOUNDS = [
     ("limits.budget_usd", [0, 25.5], [-0.01, math.inf, math.nan]),
     ("limits.deadline", ["1s", 5], [0, "0s", math.inf, math.nan, "soon"]),
     ("limits.drain", ["1s", 5], [0, "-1s"]),
+    ("limits.collect_for", ["7d", 0], [-1, "-1s"]),
     ("limits.max_failures", ["50", "10%", 50], ["half", "-1", "10.5%"]),
     ("limits.attempts", [1, 20], [0, 21]),
     ("limits.rows", [1], [0]),

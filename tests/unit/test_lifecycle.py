@@ -25,6 +25,12 @@ LEGAL = [
     (S.ANSWERED, H.FINISH, S.DONE),
     (S.ANSWERED, H.FAIL, S.FAILED),
     (S.FAILED, H.RETRY, S.PENDING),
+    (S.ACCEPTED, H.UNCOLLECTED, S.COLLECTABLE),
+    (S.ANSWERED, H.UNCOLLECTED, S.COLLECTABLE),
+    (S.COLLECTABLE, H.UNCOLLECTED, S.COLLECTABLE),
+    (S.COLLECTABLE, H.ANSWER, S.ANSWERED),
+    (S.COLLECTABLE, H.FINISH, S.DONE),
+    (S.COLLECTABLE, H.FAIL, S.FAILED),
 ]
 ILLEGAL = sorted(set(itertools.product(S, H)) - {(state, happening) for state, happening, _ in LEGAL})
 
@@ -57,4 +63,4 @@ def test_every_state_is_reached_and_left_as_it_should_be():
 
 def test_a_job_that_may_have_been_paid_for_is_never_simply_pending_again():
     """From accepted, answered or unknown no single event leads back to a state in which it counts as unsent."""
-    assert all(after is not S.PENDING for (state, _), after in TABLE.items() if state in {S.ACCEPTED, S.ANSWERED, S.UNKNOWN})  # fmt: skip # noqa: E501
+    assert all(after is not S.PENDING for (state, _), after in TABLE.items() if state in {S.ACCEPTED, S.ANSWERED, S.UNKNOWN, S.COLLECTABLE})  # fmt: skip # noqa: E501

@@ -1,0 +1,189 @@
+"""Reading the endpoint's output leniently: what can be read is kept, what is odd is null and named in a note. Pure.
+
+A paid answer needs its images; every other field may be absent, null, of another type or out of range. What was paid
+for is never thrown away for such a field. Our own server is held to the strict schema (`batch.fal.endpoint`) by tests.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from batch.fal.endpoint import IMAGES_LIMIT, SEED_LIMIT
+from batch.model import Json, JsonObject, StoredImage
+
+__all__ = ["AnswerFields", "fields_of", "has_images", "images_of", "inference_of", "says_no_images"]
+
+_NOTES_LIMIT = 16
+"""Notes on one answer; a broken service could cause thousands."""
+_INT64 = 2**63
+_ABSENT: Json = "\0absent"
+
+
+class AnswerFields(NamedTuple):
+    """What an output says, beside its images. A field that is not usable is None, and a note names it."""
+
+    seed: int | None
+    flags: list[bool | None] | None
+    """One per image; None where nothing was checked."""
+    inference: float | None
+    """Seconds of execution."""
+    timings: list[tuple[str, float]] | None
+    """The other timings by name, in seconds."""
+    notes: tuple[str, ...]
+
+
+def images_of(output: JsonObject) -> list[StoredImage]:
+    """The images that an output names, at most 16; empty where it names none that has a URL."""
+    images, _ = _images(output)
+    return images
+
+
+def has_images(output: JsonObject) -> bool:
+    """Whether an output is usable: it names at least one image with a URL."""
+    return bool(images_of(output))
+
+
+def says_no_images(output: JsonObject) -> bool:
+    """Whether an output says explicitly that there are no images, as opposed to not being an output at all."""
+    return output.get("images") == []
+
+
+def inference_of(output: JsonObject) -> float | None:
+    """Seconds of execution as the output reports them; None where it does not, or not as a number from 0 on."""
+    timings = output.get("timings")
+    return _seconds(timings.get("inference")) if isinstance(timings, dict) else None
+
+
+def fields_of(output: JsonObject, asked_seed: Json = None) -> AnswerFields:
+    """Everything that an output says beside its images.
+
+    Args:
+        output: the JSON object that the service answered; {} where it is not one.
+        asked_seed: the seed of the request, for a note where the service reports another one.
+    """
+    notes: list[str] = []
+    seed = _seed(output.get("seed", _ABSENT), asked_seed, notes)
+    inference, timings = _timings(output.get("timings", _ABSENT), notes)
+    images, odd = _images(output)
+    notes += odd
+    flags = _flags(output.get("has_nsfw_concepts", _ABSENT), len(images), notes)
+    if len(notes) > _NOTES_LIMIT:
+        notes[_NOTES_LIMIT:] = [f"and {len(notes) - _NOTES_LIMIT} more"]
+    return AnswerFields(seed, flags, inference, timings, tuple(notes))
+
+
+def _seed(said: Json, asked: Json, notes: list[str]) -> int | None:
+    if type(said) is int and 0 <= said <= SEED_LIMIT:
+        if said != asked and type(asked) is int:
+            notes.append(f"seed: the service reports {said}, {asked} was asked for")
+        return said
+    notes.append(f"seed: {_odd(said)}; the column has the seed that was asked for")
+    return None
+
+
+def _flags(said: Json, images: int, notes: list[str]) -> list[bool | None] | None:
+    if not isinstance(said, list):
+        notes.append(f"has_nsfw_concepts: {_odd(said)}")
+        return None
+    if not said:  # nothing was checked
+        return None
+    flags: list[bool | None] = [flag if flag is True or flag is False else None for flag in said[:IMAGES_LIMIT]]
+    for place, flag in enumerate(flags):
+        if flag is None:
+            notes.append(f"has_nsfw_concepts[{place}]: {_odd(said[place])}")
+    if len(said) != images:
+        notes.append(f"has_nsfw_concepts: {len(said)} values for {images} images")
+    return flags if any(flag is not None for flag in flags) else None
+
+
+def _timings(said: Json, notes: list[str]) -> tuple[float | None, list[tuple[str, float]] | None]:
+    if not isinstance(said, dict):
+        notes.append(f"timings: {_odd(said)}")
+        return None, None
+    inference: float | None = None
+    rest: list[tuple[str, float]] = []
+    for name, value in said.items():
+        seconds = _seconds(value)
+        if seconds is None:
+            notes.append(f"timings.{name[:40]}: {_odd(value)}")
+        elif name == "inference":
+            inference = seconds
+        else:
+            rest.append((name, seconds))
+    return inference, rest or None
+
+
+def _seconds(value: Json) -> float | None:
+    if type(value) is float or type(value) is int:
+        try:
+            seconds = float(value)
+        except OverflowError:
+            return None
+        return seconds if 0.0 <= seconds < math.inf else None
+    return None
+
+
+def _images(output: JsonObject) -> tuple[list[StoredImage], list[str]]:
+    """The usable images, and notes on what is odd about them."""
+    said = output.get("images")
+    if not isinstance(said, list):
+        single = output.get("image")  # as endpoints with one image call it
+        if not isinstance(single, dict | str):
+            return [], []  # the failure says so
+        said = [single]
+    images: list[StoredImage] = []
+    notes: list[str] = []
+    for place, item in enumerate(said[:IMAGES_LIMIT]):
+        fields: JsonObject = item if isinstance(item, dict) else {"url": item}
+        url = fields.get("url")
+        if not isinstance(url, str) or not url.strip():
+            notes.append(f"images[{place}]: no URL in {_odd(item)}")
+            continue
+        where = f"images[{place}]"
+        images.append(
+            StoredImage(
+                url,
+                _integer(fields, "width", where, notes),
+                _integer(fields, "height", where, notes),
+                _text(fields, "content_type", where, notes),
+                _text(fields, "file_name", where, notes),
+                _integer(fields, "file_size", where, notes),
+            )
+        )
+    if len(said) > IMAGES_LIMIT:
+        notes.append(f"images: {len(said)} of them; the first {IMAGES_LIMIT} are kept")
+    return images, notes
+
+
+def _integer(fields: JsonObject, name: str, where: str, notes: list[str]) -> int | None:
+    value = fields.get(name)
+    if value is None or (type(value) is int and 0 <= value < _INT64):
+        return value
+    if type(value) is float and value.is_integer() and 0 <= value < 2**53:  # JavaScript has no integers
+        return int(value)
+    notes.append(f"{where}.{name}: {_odd(value)}")
+    return None
+
+
+def _text(fields: JsonObject, name: str, where: str, notes: list[str]) -> str | None:
+    value = fields.get(name)
+    if value is None or isinstance(value, str):
+        return value
+    notes.append(f"{where}.{name}: {_odd(value)}")
+    return None
+
+
+def _odd(value: Json) -> str:
+    """A value in a few words."""
+    if value is _ABSENT:
+        return "missing"
+    if value is None:
+        return "null"
+    if isinstance(value, dict):
+        return "an object"
+    if isinstance(value, list):
+        return "a list"
+    if isinstance(value, str):
+        return f"the text {value[:40]!r}"
+    return "a number beyond 64 bits" if isinstance(value, int) and not -_INT64 < value < _INT64 else str(value)

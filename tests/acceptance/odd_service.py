@@ -1,0 +1,138 @@
+"""A service that speaks the queue protocol over real HTTP and answers as oddly as a test wants. In a thread."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from PIL import Image
+
+from batch.fal.endpoint import APP_ID
+
+Sent = tuple[int, bytes, dict[str, str]]
+"""Status, body and headers of one answer."""
+
+
+def answer(body: Any, status: int = 200, **headers: str) -> Sent:
+    """An answer with a JSON body; bytes are sent as they are."""
+    return status, body if isinstance(body, bytes) else json.dumps(body).encode(), headers
+
+
+def jpeg(seed: int) -> bytes:
+    """A whole image whose pixels come from a number."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 48), (seed % 256, seed * 7 % 256, 40)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+@dataclass
+class OddService:
+    """Replace a member with a function of your own to make the service odd; `counts` has what arrived."""
+
+    url: str = ""
+    counts: Counter[str] = field(default_factory=Counter)
+    inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By request id."""
+    name: Callable[[int], str] = lambda n: f"request-{n}"
+    """The id of the n-th submit, from 1."""
+    change: dict[str, Any] = field(default_factory=dict)
+    """Fields of the output that are replaced; `...` removes one."""
+    output: Callable[[str], Any] | None = None
+    """The whole output of a request."""
+    status: Callable[[str, int], Sent] = lambda _, __: answer({"status": "COMPLETED"})
+    """The n-th status read of a request."""
+    result: Callable[[str, int], Sent | None] = lambda _, __: None
+    """The n-th result read of a request; None: its output."""
+    image: Callable[[str, int], Sent | None] = lambda _, __: None
+    """The n-th read of a request's image; None: the image."""
+    submit: Callable[[int], Sent | None] = lambda _: None
+    """The n-th submit; None: accepted."""
+
+    @property
+    def posts(self) -> int:
+        return self.counts["submit"]
+
+    def ok(self, request: str) -> dict[str, Any]:
+        """The output as it should be, with the changes."""
+        given = self.inputs[request]
+        whole = {
+            "images": [
+                {"url": f"{self.url}/files/{request}.jpg", "width": 64, "height": 48, "content_type": "image/jpeg"}
+            ],
+            "seed": given["seed"],
+            "has_nsfw_concepts": [False],
+            "timings": {"inference": 0.5},
+            "prompt": given["prompt"],
+        }
+        return {name: value for name, value in (whole | self.change).items() if value is not ...}
+
+    def reply(self, method: str, path: str, body: bytes) -> Sent:
+        """The answer to one request."""
+        path = path.partition("?")[0]
+        if method == "POST" and path == f"/{APP_ID}":
+            self.counts["submit"] += 1
+            odd = self.submit(self.counts["submit"])
+            if odd is not None:
+                return odd
+            request = self.name(self.counts["submit"])
+            self.inputs[request] = json.loads(body)
+            return answer({"request_id": request, "status": "IN_QUEUE"})
+        if path.startswith("/files/"):
+            request = path.removeprefix("/files/").removesuffix(".jpg")
+            n = self._count("image", request)
+            return self.image(request, n) or (200, jpeg(self.inputs[request]["seed"]), {"content-type": "image/jpeg"})
+        _, _, rest = path.partition("/requests/")
+        request, _, tail = rest.partition("/")
+        if request not in self.inputs:
+            return answer({"detail": "not found"}, 404)
+        if tail == "status":
+            return self.status(request, self._count("status", request))
+        output = self.output or self.ok
+        return self.result(request, self._count("result", request)) or answer(output(request))
+
+    def _count(self, what: str, request: str) -> int:
+        self.counts[what] += 1
+        self.counts[f"{what} {request}"] += 1
+        return self.counts[f"{what} {request}"]
+
+
+@contextmanager
+def odd_service(**odd: Any) -> Iterator[OddService]:
+    """Serve while the block lasts."""
+    service, lock = OddService(**odd), threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def _reply(self) -> None:
+            body = self.rfile.read(int(self.headers.get("content-length") or 0))
+            with lock:
+                status, content, headers = service.reply(self.command, self.path, body)
+            self.send_response(status)
+            for name, value in ({"content-type": "application/json", "content-length": len(content)} | headers).items():
+                self.send_header(name, str(value))
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_GET = do_POST = do_PUT = _reply  # noqa: N815 - the names that http.server calls
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    service.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield service
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
