@@ -14,10 +14,11 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from random import Random
 from threading import Thread
 from typing import Any, ParamSpec, TypeVar
 
@@ -203,16 +204,20 @@ async def export(out: str | Path, to: str | Path | None = None, *, manifest: str
     return await anyio.to_thread.run_sync(partial(_export, RunDirectory(Path(out)), to, manifest))
 
 
-async def audit(out: str | Path) -> Books:
-    """Hold journal, results, pictures and, where the key allows it, the target's bills against each other.
+async def audit(out: str | Path, *, repair: bool = False) -> Books:
+    """Hold journal, results, images and, where the key allows it, the target's bills against each other.
 
-    Writes nothing and takes no lock; reads every picture again. `Books.add_up` says whether all is well.
+    Without `repair` it writes nothing and takes no lock; it reads every image again. `Books.add_up` says whether all is
+    well.
 
     Args:
         out: the run directory.
+        repair: first fetch stored images that are missing or damaged on disk again, free; `Books.repair` says what came
+            of it.
 
     Raises:
         RunDirectoryError: there is no run. RunLocked: it works at present; look when it has ended.
+        ConfigError, StorageError: of a repair; the key is missing, or the disk refused.
     """
     directory = RunDirectory(Path(out))
     directory.require()
@@ -220,7 +225,14 @@ async def audit(out: str | Path) -> Books:
         raise RunLocked(f"a run works in {directory.root}; audit it when that has ended")
     from batch.audit import audited  # with pyarrow behind it, which a run does not wait for
 
-    return await audited(directory, _settings_of(directory), version=tool_version(), now=time.time())
+    settings, repair_facts = _settings_of(directory), None
+    if repair:
+        from batch.repair import repaired
+
+        with directory.locked("restyle audit"):
+            repair_facts = await repaired(directory, settings, version=tool_version(), rng=Random())
+    books = await audited(directory, settings, version=tool_version(), now=time.time())
+    return books if repair_facts is None else replace(books, repair=repair_facts)
 
 
 async def reconcile(out: str | Path, *, manifest: str | Path | None = None, signals: bool = False) -> Summary:

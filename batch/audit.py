@@ -6,7 +6,6 @@ was found is a value (`run.books`). The bills are the target's word, everything 
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,8 +25,9 @@ from batch.model import JobKey, StoredImage
 from batch.results.columns import status_of
 from batch.run.books import EXAMPLES, Books, Check, Mismatch, Remark
 from batch.run.directory import RunDirectory
+from batch.run.images import sum_of
 from batch.run.journal_file import Ended, JournalFile, Kept
-from batch.run.lifecycle import OPEN, State
+from batch.run.lifecycle import OPEN, TERMINAL, State
 from batch.run.scratch import Scratch, Seen
 from batch.targets import terms_of
 
@@ -37,7 +37,6 @@ _PAGE = 1000
 _FUZZ_USD = 1e-6
 """Of one sum; sums of a million floats are granted more."""
 _HASHED_AT_ONCE = 4
-_CHUNK_BYTES = 2**20
 _COLUMNS = ["job_key", "status", "request_id", "cost_usd", "images.list.element.sha256"]
 _Row = TypeVar("_Row", Kept, Ended)
 
@@ -185,12 +184,14 @@ class _Jobs:
             "`restyle reconcile` looks them up; see limits.on_unknown",
         )
         self._unstored = Mismatch("jobs are done without a stored answer", "this journal is damaged: please report")
-        self._missing = Mismatch(
-            "pictures are missing", "fetch them again from the URL in the results, while it is kept"
-        )
+        self._missing = Mismatch("images are missing", "`restyle audit --repair` fetches them again, free")
         self._damaged = Mismatch(
-            "pictures have another size or SHA-256 than when they were stored",
-            "a file was changed or the disk failed: fetch it again from the URL in the results, while it is kept",
+            "images have another size or SHA-256 than when they were stored",
+            "a file was changed or the disk failed: `restyle audit --repair` fetches them again, free",
+        )
+        self._collectable = Mismatch(
+            "failed jobs are paid for, and their answers or images could not be read",
+            "`restyle run` with the same command asks for them again, free",
         )
         self._stray = Mismatch("reservations belong to no open submit", "this journal is damaged: please report")
         self._unasked = Mismatch("finished jobs are asked for by no row of results.parquet (any more)", "")
@@ -206,7 +207,7 @@ class _Jobs:
     @property
     def open(self) -> int:
         """Accepted, and not collected yet."""
-        return self.states[State.ACCEPTED] + self.states[State.ANSWERED]
+        return sum(self.states[state] for state in (State.ACCEPTED, State.ANSWERED, State.COLLECTABLE))
 
     def take(self, page: list[Kept]) -> None:
         """One page of the journal."""
@@ -215,12 +216,13 @@ class _Jobs:
         pictures: list[tuple[JobKey, StoredImage]] = []
         for job in page:
             self._count(job)
-            if job.state in {State.DONE, State.FAILED} and job.key not in shown:
+            if job.state in TERMINAL and job.key not in shown:
                 self._unasked.met(job.key)
-            if job.state is State.DONE:
-                if job.promised is None or job.images is None or len(job.images) != job.promised:
-                    self._unstored.met(_name(job))
-                pictures += [(job.key, image) for image in job.images or ()]
+            if job.state is State.DONE and not _has_its_images(job):
+                self._unstored.met(_name(job))
+            if job.state in {State.DONE, State.COLLECTABLE}:
+                known = [(job.key, image) for image in job.images or ()]
+                pictures += [one for one in known if one[1].path is not None or job.state is State.DONE]
         self._look_at(pictures)
 
     def _count(self, job: Kept) -> None:
@@ -229,6 +231,8 @@ class _Jobs:
         self.reserved_usd += job.reserved_usd
         if job.state in {State.ACCEPTED, State.ANSWERED}:
             self.uncollected.met(_name(job))
+        elif job.state is State.COLLECTABLE:
+            self._collectable.met(_name(job))
         elif job.state in {State.INTENDED, State.UNKNOWN}:
             self._unknown.met(f"{_name(job)}, ${job.reserved_usd:,.4f} reserved")
         if job.reserved_usd and job.state not in OPEN:
@@ -241,7 +245,7 @@ class _Jobs:
         known = self._scratch.files(list(by_path))
         fresh = [(key, image) for path, (key, image) in by_path.items() if path not in known]
         self._scratch.add_files(path for path in by_path if path not in known)
-        sums = self._threads.map(_sum_of, [self._root / str(image.path) for _, image in fresh])
+        sums = self._threads.map(sum_of, [self._root / str(image.path) for _, image in fresh])
         for (key, image), found in zip(fresh, sums, strict=True):
             if found is None:
                 self._missing.met(f"{image.path} of job {key}")
@@ -256,7 +260,7 @@ class _Jobs:
 
     def answers_check(self) -> Check:
         """Every done job has its answer and all of its pictures noted."""
-        return Check("answers", f"{self.states[State.DONE]:,} jobs done", (self._unstored,))
+        return Check("answers", f"{self.states[State.DONE]:,} jobs done", (self._unstored, self._collectable))
 
     def pictures_check(self) -> Check:
         """Size and hash of every file that a done job refers to."""
@@ -273,21 +277,12 @@ class _Jobs:
         return Remark(self._unasked.what, self._unasked.count, tuple(self._unasked.examples))
 
 
+def _has_its_images(job: Kept) -> bool:
+    return job.promised is not None and job.images is not None and len(job.images) == job.promised
+
+
 def _name(job: Kept) -> str:
     return f"job {job.key}" + (f", request {job.request_id}" if job.request_id else "")
-
-
-def _sum_of(path: Path) -> tuple[int, str] | None:
-    """Size and SHA-256 of a file; None where it cannot be read."""
-    digest, size = hashlib.sha256(), 0
-    try:
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                digest.update(chunk)
-                size += len(chunk)
-    except OSError:
-        return None
-    return size, digest.hexdigest()
 
 
 def _orphans(directory: RunDirectory, scratch: Scratch) -> Remark:

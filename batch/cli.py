@@ -198,11 +198,19 @@ def export(
 
 
 @app.command
-def audit(run_dir: RunDir, /, *, json: Json = False) -> int:
-    """Show whether journal, results, pictures and bills add up; exit code 3 where they do not."""
+def audit(
+    run_dir: RunDir,
+    /,
+    *,
+    repair: Annotated[
+        bool, Parameter(negative="", help="fetch images that are missing or damaged on disk again, free")
+    ] = False,
+    json: Json = False,
+) -> int:
+    """Show whether journal, results, images and bills add up; exit code 3 where they do not."""
     from batch import api
 
-    books = _run(lambda: api.audit(run_dir))
+    books = _run(lambda: api.audit(run_dir, repair=repair))
     if json:
         _print(orjson.dumps(books.to_json(), option=orjson.OPT_INDENT_2).decode())
     else:

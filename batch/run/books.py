@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from batch.model import Json, JsonObject
 
-__all__ = ["EXAMPLES", "Books", "Check", "Mismatch", "Remark"]
+__all__ = ["EXAMPLES", "Books", "Check", "Mismatch", "Remark", "Repair"]
 
 EXAMPLES = 10
 """How many examples of one mismatch are shown."""
@@ -71,6 +71,25 @@ class Remark:
     examples: tuple[str, ...] = ()
 
 
+@dataclass(slots=True)
+class Repair:
+    """What came of fetching missing and damaged images again."""
+
+    fetched: int = 0
+    unavailable: list[str] = field(default_factory=list)
+    """Those that could not be had: path, job and why."""
+
+    def to_json(self) -> JsonObject:
+        """Plain JSON values."""
+        lost: list[Json] = [*self.unavailable]
+        return {"fetched": self.fetched, "unavailable": lost}
+
+    def render(self) -> str:
+        """A line, and one for each image that is not available."""
+        lines = [f"repair        {self.fetched:,} images fetched again, {len(self.unavailable):,} not available"]
+        return "\n".join([*lines, *(f"  {lost}" for lost in self.unavailable)])
+
+
 @dataclass(frozen=True, slots=True)
 class Books:
     """A whole audit."""
@@ -82,6 +101,8 @@ class Books:
     """Numbers by name, for a machine."""
     checks: Sequence[Check]
     remarks: Sequence[Remark] = ()
+    repair: Repair | None = None
+    """What came of fetching images again, where that was asked for."""
 
     @property
     def add_up(self) -> bool:
@@ -109,11 +130,13 @@ class Books:
             "counts": dict(self.counts),
             "checks": checks,
             "remarks": remarks,
+            "repair": None if self.repair is None else self.repair.to_json(),
         }
 
     def render(self) -> str:
         """A table, then each mismatch with its examples, then what else was seen."""
-        lines = [f"{check.name:<14}{check.verdict:<17}{check.sum}" for check in self.checks]
+        lines = [] if self.repair is None else [self.repair.render(), ""]
+        lines += [f"{check.name:<14}{check.verdict:<17}{check.sum}" for check in self.checks]
         for check in self.checks:
             for mismatch in check.mismatches:
                 if mismatch.count:

@@ -26,9 +26,10 @@ from batch.errors import StorageError
 from batch.model import LocalImage, StoredImage
 from batch.run.ports import Picture, PictureError
 
-__all__ = ["ImageFolder", "decode"]
+__all__ = ["ImageFolder", "decode", "sum_of"]
 
 _SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+_CHUNK_BYTES = 2**20
 _PNG_END = b"IEND\xaeB`\x82"
 """Pillow calls a PNG whole when it has all pixels; one without this was cut off at the end."""
 _HARD_LIMIT_PIXELS = 400_000_000
@@ -177,6 +178,19 @@ class ImageFolder:
             _sync_folder(folder.parent)
             _sync_folder(self._root)
             self._synced.add(folder)
+
+
+def sum_of(path: Path) -> tuple[int, str] | None:
+    """Size in bytes and SHA-256 of a file; None where it cannot be read."""
+    digest, size = hashlib.sha256(), 0
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
+                size += len(chunk)
+    except OSError:
+        return None
+    return size, digest.hexdigest()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -322,3 +322,50 @@ def test_a_journal_of_0_1_0_is_opened_and_its_refused_answers_are_collected(tmp_
     }  # fmt: skip
     nullseed = rows[1]
     assert any("seed" in note for note in nullseed["notes"])
+
+
+# --- what was stored, and is gone ---------------------------------------------------------------------------
+
+
+def test_audit_repair_fetches_missing_and_damaged_images_again(tmp_path):
+    """Free; only equal bytes take the place of a file, and what is no longer available is listed."""
+    names = ("missing", "shorter", "same_size", "gone", "other", "whole")
+    with odd_service() as service:
+        rows, _ = run(tmp_path, service, names=names)
+        paths = {name: tmp_path / "out" / row["images"][0]["path"] for name, row in zip(names, rows, strict=True)}
+        before = {name: path.read_bytes() for name, path in paths.items()}
+        for name in ("missing", "gone", "other"):
+            paths[name].unlink()
+        paths["shorter"].write_bytes(before["shorter"][:100])
+        paths["same_size"].write_bytes(before["same_size"][:-1] + b"!")
+        by_request = {row["request_id"]: name for name, row in zip(names, rows, strict=True)}
+        odd = {"gone": answer({}, 404), "other": (200, jpeg(250), {})}
+        service.image = lambda request, _: odd.get(by_request[request])
+        audited = restyle("audit", tmp_path / "out")
+        assert audited.code == 3
+        assert "restyle audit --repair" in audited.out
+        repaired = restyle("audit", tmp_path / "out", "--repair")
+        assert repaired.code == 3
+        assert "3 images fetched again, 2 not available" in repaired.out
+        assert "other bytes" in repaired.out
+        for name in ("missing", "shorter", "same_size", "whole"):
+            assert paths[name].read_bytes() == before[name], name
+        assert not paths["gone"].exists()
+        service.image = lambda _, __: None
+        assert restyle("audit", tmp_path / "out", "--repair").code == 0
+        assert restyle("audit", tmp_path / "out").code == 0
+        assert service.posts == len(names)
+
+
+def test_audit_repair_asks_the_result_for_a_fresh_url(tmp_path):
+    """The stored URL has expired; the target shows the image under another one."""
+    with odd_service() as service:
+        ((row,), _) = run(tmp_path, service)
+        path = tmp_path / "out" / row["images"][0]["path"]
+        path.unlink()
+        moved = service.ok("request-1") | {"images": [{"url": f"{service.url}/files/moved.jpg"}]}
+        service.inputs["moved"] = service.inputs["request-1"]
+        service.result = lambda _, __: answer(moved)
+        service.image = lambda request, _: answer({}, 404) if request == "request-1" else None
+        assert restyle("audit", tmp_path / "out", "--repair").code == 0
+        assert path.exists()

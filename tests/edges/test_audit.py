@@ -464,12 +464,13 @@ def large(finished: Path, folder: Path, jobs: int) -> Path:
     image = '[["https://files.example/x.jpg", 8, 8, "image/jpeg", null, null, null, null]]'
     numbers = f"WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {jobs})"
     one, request = "job_id, session, attempt, at, request_id", "printf('r-%030x', i)"
+    output = '{"images": ["u"]}'
     damage(
         folder,
         "INSERT INTO jobs (id, key, state, session, attempt, request_id, reserved_usd, cost_usd, answer_id, end_id)"
         f" {numbers} SELECT i, printf('%032x', i), 'done', 1, 1, {request}, 0.0, 0.03, i * 2 - 1, i * 2 FROM n",
         f"INSERT INTO outcomes (id, happening, {one}, output, billable_units, cost_usd) {numbers}"
-        f" SELECT i * 2 - 1, 'answer', i, 1, 1, 1.0, {request}, CAST('{{\"images\": [1]}}' AS BLOB), 1.0, 0.03 FROM n",
+        f" SELECT i * 2 - 1, 'answer', i, 1, 1, 1.0, {request}, CAST('{output}' AS BLOB), 1.0, 0.03 FROM n",
         f"INSERT INTO outcomes (id, happening, {one}, images) {numbers}"
         f" SELECT i * 2, 'finish', i, 1, 1, 1.0, {request}, CAST('{image}' AS BLOB) FROM n",
         f"UPDATE sessions SET spent_usd = {jobs} * 0.03",

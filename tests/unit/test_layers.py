@@ -34,6 +34,7 @@ TABLE: dict[str, tuple[str, int]] = {
     "batch.targets": (ASSEMBLY, 4),
     "batch.bills": (ASSEMBLY, 5),
     "batch.audit": (ASSEMBLY, 6),
+    "batch.repair": (ASSEMBLY, 6),
     "batch.projection": (ASSEMBLY, 7),
     "batch.signals": (ASSEMBLY, 7),
     "batch.session": (ASSEMBLY, 8),

@@ -1,0 +1,174 @@
+"""What is paid for and could not be read is collected later, free; in virtual time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from datetime import date
+
+import anyio
+import orjson
+import pytest
+
+from batch.fal.protocol import Reply, request_error_reply
+from batch.model import Answer
+from batch.run.budget import Price
+from batch.run.lifecycle import State
+from batch.run.ports import CallFailed, Trouble
+from batch.run.runner import Policy
+from batch.testing.service import FakeService, Fault
+from tests.runner.world import World, jobs
+
+pytestmark = pytest.mark.anyio
+
+DAY = 86400.0
+PRICE = Price(0.03, date(2026, 11, 1))
+
+
+@dataclass
+class Odd(FakeService):
+    """Answers a request's result as its entry in `odd` says: `empty`, `html`, `oversize`, `hidden`, `verdict`."""
+
+    odd: dict[str, str] = field(default_factory=dict)
+    gone: set[str] = field(default_factory=set)
+    """Requests whose files are refused."""
+    downloads: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self):
+        super().__init__(service_time=2.0, faults=[_Verdicts(self)])
+
+    async def result(self, ticket):
+        answer = await super().result(ticket)
+        match self.odd.get(ticket.request_id):
+            case "empty":
+                raw = orjson.dumps(answer.output | {"images": []})
+                came = Answer({}, 0.5, None, raw)
+                raise CallFailed(Trouble("result", "no images", detail="the answer has no images", answer=came))
+            case "html":
+                raise CallFailed(Trouble("result", "malformed", detail="odd", answer=Answer({}, None, None, b"<html>")))
+            case "oversize":
+                raise CallFailed(Trouble("result", "oversize", detail="too large"))
+            case "hidden":
+                raise CallFailed(Trouble("result", reply=Reply(404, b'{"detail": "no"}'), detail="HTTP 404"))
+            case _:
+                return answer
+
+    async def download(self, url):
+        request = url.removeprefix("fake://").partition("/")[0]
+        self.downloads[request] += 1
+        if request in self.gone:
+            raise CallFailed(Trouble("download", reply=Reply(403, b"no"), detail="HTTP 403"))
+        return await super().download(url)
+
+
+@dataclass
+class _Verdicts(Fault):
+    service: Odd
+
+    def completing(self, request, n):
+        if self.service.odd.get(request.id) == "verdict":
+            return request_error_reply(503, "runner_server_error", "on purpose", None)
+        return None
+
+
+def states(world):
+    return Counter(known for known in (world.journal.state(job.key) for job in jobs(6)) if known is not State.PENDING)
+
+
+@pytest.mark.parametrize("kind", ["empty", "html", "oversize", "hidden", "gone"])
+@pytest.mark.parametrize("retry", [False, True])
+async def test_it_is_collected_by_the_next_run_free(kind, retry):
+    """Whatever was odd: one request, counted once, done as soon as it can be read."""
+    service = Odd(gone={"request-1"}) if kind == "gone" else Odd(odd={"request-1": kind})
+    world = World(service, price=PRICE)
+    report = await world.run(jobs(3))
+    assert (report.done, report.failed) == (2, 1)
+    assert states(world) == {State.DONE: 2, State.COLLECTABLE: 1}
+    spent = (await world.journal.counts()).spent_usd
+    service.odd.clear()
+    service.gone.clear()
+    await anyio.sleep(2 * DAY)
+    report = await world.again().run(jobs(3), Policy(retry_failed=retry))
+    assert (report.done, report.failed) == (1, 0)
+    assert states(world) == {State.DONE: 3}
+    assert service.posts == 3
+    counts = await world.journal.counts()
+    assert (counts.spent_usd, counts.reserved_usd) == (spent, 0.0)
+
+
+@pytest.mark.parametrize("kind", ["empty", "html", "hidden", "gone"])
+async def test_within_its_time_it_is_never_paid_for_again(kind):
+    """Neither by the next runs nor by --retry-failed."""
+    service = Odd(gone={"request-1"}) if kind == "gone" else Odd(odd={"request-1": kind})
+    world = World(service, price=PRICE)
+    await world.run(jobs(3))
+    for _ in range(3):
+        await anyio.sleep(2 * DAY)
+        await world.again().run(jobs(3), Policy(retry_failed=True))
+        assert states(world) == {State.DONE: 2, State.COLLECTABLE: 1}
+    assert service.posts == 3
+
+
+@pytest.mark.parametrize("kind", ["html", "hidden", "gone"])
+async def test_after_its_time_it_is_lost_and_paid_for_again_when_asked(kind):
+    """One last free try; then it is failed, and a new attempt follows only with --retry-failed."""
+    service = Odd(gone={"request-1"}) if kind == "gone" else Odd(odd={"request-1": kind})
+    world = World(service, price=PRICE)
+    await world.run(jobs(3))
+    await anyio.sleep(8 * DAY)
+    await world.again().run(jobs(3))
+    assert states(world) == {State.DONE: 2, State.FAILED: 1}
+    assert service.posts == 3
+    await world.again().run(jobs(3), Policy(retry_failed=True))
+    assert states(world) == {State.DONE: 3}
+    assert service.posts == 4
+
+
+async def test_after_its_time_retry_failed_needs_one_run_only():
+    """The free try and the new attempt, in this order, in one run."""
+    service = Odd(odd={"request-1": "hidden"})
+    world = World(service, price=PRICE)
+    await world.run(jobs(3))
+    await anyio.sleep(8 * DAY)
+    await world.again().run(jobs(3), Policy(retry_failed=True))
+    assert states(world) == {State.DONE: 3}
+    assert service.posts == 4
+
+
+async def test_a_verdict_that_shows_later_ends_it_without_a_new_attempt():
+    """It was taken up to be collected, free: a retryable failure is not paid for in the same breath."""
+    service = Odd(odd={"request-1": "html"})
+    world = World(service, price=PRICE)
+    await world.run(jobs(3))
+    service.odd["request-1"] = "verdict"
+    await world.again().run(jobs(3))
+    assert states(world) == {State.DONE: 2, State.FAILED: 1}
+    assert service.posts == 3
+
+
+async def test_a_killed_run_leaves_it_collectable():
+    """Nothing is written before the answer is."""
+    service = Odd(odd={"request-1": "html"})
+    world = World(service, price=PRICE)
+    await world.run(jobs(3))
+    service.odd.clear()
+    with anyio.move_on_after(0.001):
+        await world.again().run(jobs(3))
+    assert states(world)[State.COLLECTABLE] in {0, 1}
+    await world.again().run(jobs(3))
+    assert states(world) == {State.DONE: 3}
+    assert service.posts == 3
+
+
+async def test_a_repeated_request_id_holds_the_later_job():
+    """Two submits get the same id: the first keeps it, the other is unknown."""
+
+    class Twins(FakeService):
+        async def submit(self, attempt):
+            ticket = await super().submit(attempt)
+            return ticket if ticket.request_id == "request-0" else type(ticket)("request-0")
+
+    world = World(Twins(service_time=1.0), window=1)
+    report = await world.run(jobs(2))
+    assert (report.done, report.held) == (1, 1)
+    assert states(world) == {State.DONE: 1, State.UNKNOWN: 1}
