@@ -16,6 +16,8 @@ __all__ = ["AnswerFields", "fields_of", "has_images", "images_of", "inference_of
 
 _NOTES_LIMIT = 16
 """Notes on one answer; a broken service could cause thousands."""
+_SCHEMES = ("https://", "http://", "data:")
+"""What a text among the images has to start with to be taken for one."""
 _INT64 = 2**63
 _ABSENT: Json = "\0absent"
 
@@ -137,7 +139,7 @@ def _images(output: JsonObject) -> tuple[list[StoredImage], list[str]]:
     for place, item in enumerate(said[:IMAGES_LIMIT]):
         fields: JsonObject = item if isinstance(item, dict) else {"url": item}
         url = fields.get("url")
-        if not isinstance(url, str) or not url.strip():
+        if not isinstance(url, str) or not url.strip() or not (isinstance(item, dict) or url.startswith(_SCHEMES)):
             notes.append(f"images[{place}]: no URL in {_odd(item)}")
             continue
         where = f"images[{place}]"

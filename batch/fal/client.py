@@ -53,6 +53,8 @@ ERROR_LIMIT_BYTES = 64 * 2**10
 LARGE_BODY_BYTES = 2**20
 LARGE_BODIES_AT_ONCE = 8
 """Larger bodies wait for each other: what is in memory at once does not grow with what is in flight."""
+HUGE_BODIES_AT_ONCE = 2
+"""The same for bodies of more than `JSON_LIMIT_BYTES`."""
 REDIRECTS = 5
 
 
@@ -80,6 +82,7 @@ class FalClient:
         # Waiting for a connection is not part of an exchange: here, not in aiohttp's pool, where it would be.
         self._free = asyncio.Semaphore(connections)
         self._large = asyncio.Semaphore(LARGE_BODIES_AT_ONCE)
+        self._huge = asyncio.Semaphore(HUGE_BODIES_AT_ONCE)
 
     def __repr__(self) -> str:
         return f"<FalClient {self._origins.queue} app={self._app} key={'set' if self._key else 'none'}>"
@@ -244,6 +247,8 @@ class FalClient:
             async for part in response.content.iter_any():
                 if size <= LARGE_BODY_BYTES < size + len(part):
                     await stack.enter_async_context(self._large)
+                if size <= JSON_LIMIT_BYTES < size + len(part):
+                    await stack.enter_async_context(self._huge)
                 size += len(part)
                 parts.append(part)
                 if size > limit_bytes:

@@ -344,11 +344,13 @@ def read_output(body: bytes) -> JsonObject:
     try:
         return read_object(body)
     except Malformed as strict:
+        if _too_many_values(body, VALUES_LIMIT):
+            raise
         try:
             value = json.loads(body.decode("utf-8-sig", "replace"), parse_constant=lambda _: None)
         except (ValueError, RecursionError):
             raise strict from None
-        if not isinstance(value, dict) or _too_many_values(body, VALUES_LIMIT):
+        if not isinstance(value, dict):
             raise
         output: JsonObject = _storable(value)
         return output

@@ -19,6 +19,7 @@ from anyio.abc import SocketStream
 from pydantic import SecretStr
 
 from batch.fal import client as module
+from batch.fal.answer import images_of
 from batch.fal.client import FalClient, trouble_of
 from batch.fal.endpoint import APP_ID
 from batch.fal.protocol import Call, CancelOutcome, Origins
@@ -412,29 +413,43 @@ async def test_odd_fields_of_a_status_are_passed_over():
     [
         [],
         {},
-        {"images": [], "prompt": "a"},
         {"images": [{}], "seed": 1},
         {"images": [{"url": 5}], "seed": 1},
         {"images": "x", "seed": 1},
-        {"images": [], "seed": "many"},
-        {"images": [], "seed": 1.5},
-        {"images": [], "seed": 1, "timings": {"inference": "long"}},
+        {"images": [None, 5, "x"], "seed": 1},
     ],
     ids=repr,
 )
 async def test_a_result_of_another_shape_is_malformed(output):
-    """It is checked against the endpoint's schema before it is believed; the field is named."""
+    """It names no image: it is read again, and what came is kept."""
     async with answering(json_answer(output)) as (client, _):
         found = await trouble(client.result(TICKET))
     assert found.transport == "malformed"
+    assert orjson.loads(found.answer.raw) == output
     assert judge(found).action is Action.READ_AGAIN
-    assert judge(found, seen=16).action is Action.JOB_FAILED
+    last = judge(found, seen=16)
+    assert (last.action, last.collectable) == (Action.JOB_FAILED, True)
 
 
-async def test_a_result_with_nan_is_malformed():
-    """NaN is no JSON."""
-    async with answering(web.Response(body=b'{"images": [], "seed": NaN}')) as (client, _):
-        assert (await trouble(client.result(TICKET))).transport == "malformed"
+async def test_a_result_without_images_says_so():
+    """An empty list is believed sooner than another shape; what came is kept."""
+    async with answering(json_answer({"images": [], "seed": 1})) as (client, _):
+        found = await trouble(client.result(TICKET))
+    assert (found.transport, found.answer.output) == ("no images", {"images": [], "seed": 1})
+    assert judge(found, seen=2).action is Action.READ_AGAIN
+    assert judge(found, seen=3).action is Action.JOB_FAILED
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b'{"images": [{"url": "https://x/1"}], "seed": NaN}', b'\xef\xbb\xbf{"images": ["https://x/1"], "a": "\xff"}'],
+)
+async def test_a_result_that_is_nearly_json_is_read(body):
+    """It is paid for: NaN, a byte order mark and bytes that are not UTF-8 cost only the value that they are in."""
+    async with answering(web.Response(body=body)) as (client, _):
+        answer = await client.result(TICKET)
+    assert images_of(answer.output)[0].url == "https://x/1"
+    assert answer.raw == body
 
 
 @pytest.mark.parametrize(("said", "units"), [("0.75", 0.75), ("", None), ("many", None), ("nan", None), ("inf", None), ("-1", None)])  # fmt: skip # noqa: E501

@@ -77,7 +77,7 @@ def test_timings_of_another_type_are_null(timings):
     assert inference_of(OK | {"timings": timings}) is None
 
 
-@pytest.mark.parametrize("images", [None, {}, "x", 3, [None], [{}], [{"url": None}], [{"url": " "}], [[]]])
+@pytest.mark.parametrize("images", [None, {}, "x", 3, [None], [{}], [{"url": None}], [{"url": " "}], [[]], ["x"]])
 def test_an_answer_without_a_usable_image_is_not_usable(images):
     assert not has_images(OK | {"images": images})
     assert not says_no_images(OK | {"images": images})
