@@ -48,6 +48,7 @@ from batch.run.reconcile import Reconciler, Settled
 from batch.run.retention import Retention
 from batch.run.retry import Action, Verdict, backoff, failure_of, judge
 from batch.run.transfer import Transfers
+from batch.run.waits import Stage, Waits
 
 __all__ = ["Policy", "Report", "Runner"]
 
@@ -120,6 +121,8 @@ class Runner:
         self._underway: set[JobKey] = set()
         self._handled: set[JobKey] = set()
         self._retention = Retention(for_good=policy.keeps_results)
+        self.waits = Waits()
+        """What each accepted job waits for."""
         self._transfers = Transfers(
             service=service,
             journal=journal,
@@ -146,6 +149,7 @@ class Runner:
             rng=rng,
             notice=self._unanswered,
             warn=self._warn,
+            waits=self.waits,
         )
         self._errors: Counter[str] = Counter()
         self._scope = anyio.CancelScope()
@@ -302,6 +306,7 @@ class Runner:
             self.stop(Stop.STORAGE, str(error))
         finally:
             self._underway.discard(course.key)
+            self.waits.drop(course.key)
             self._gate.left(course)
             self._observer.happened("ended", job=course.key)
 
@@ -430,6 +435,7 @@ class Runner:
     async def _renewed(self, course: Course, ticket: Ticket, kept: Answer) -> Answer:
         """A kept answer whose pictures were not stored: fresh URLs where the target still has them."""
         self._gate.answered(course)
+        self.waits.put(course.key, Stage.DOWNLOADING, self._now())
         try:
             return await self._service.result(ticket)
         except CallFailed:

@@ -187,7 +187,8 @@ ATTACKS = {
     # a status that says nothing
     "status of other type": (OPEN, "status", {"status": 5}),
     "status null": (OPEN, "status", b"null"),
-    "status unheard of": (OPEN, "status", {"status": "FAILED"}),
+    "status unheard of": (OPEN, "status", {"status": "BANANA"}),
+    "status that lies about a failure": (DONE, "status", {"status": "FAILED"}),
     "status NaN": (OPEN, "status", b'{"status": NaN}'),
     "status redirected": (OPEN, *redirects(lambda target, asked: f"{STRANGER}/status", "status")),
     "status endless": (OPEN, "status", body(endless, b'{"status": "COMPLETED", "x": "')),
