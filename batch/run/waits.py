@@ -34,6 +34,10 @@ class Stage(StrEnum):
 _WORDS = {Stage.RESULT: "ended and unread", Stage.UNKNOWN: "of unknown status"}
 
 
+def _named(stage: Stage) -> str:
+    return _WORDS.get(stage, str(stage).replace("_", " "))
+
+
 def stage_of(status: TicketStatus) -> Stage:
     """What a job waits for after this status."""
     if status.state is None:
@@ -107,8 +111,15 @@ class Overview(NamedTuple):
                 low, median, high = self.positions
                 places = f"queue positions {low:,} to {high:,}, median {median:,}"
                 rest += f", {places if low < high else f'queue position {low:,}'}"
-            found.append((_WORDS.get(stage, str(stage).replace("_", " ")), waiting.jobs, rest))
+            found.append((_named(stage), waiting.jobs, rest))
         return found
+
+    def brief(self, *, least: float = NOTICEABLE_SECONDS) -> str:
+        """The stage with the longest wait, in a few words; empty where nothing has waited for so long."""
+        if self.oldest_seconds < least or not self.stages:
+            return ""
+        stage, waiting = max(self.stages.items(), key=lambda item: item[1].oldest_seconds)
+        return f"{waiting.jobs:,} {_named(stage)} {duration(waiting.oldest_seconds)}"
 
     def sentence(self, *, least: float = NOTICEABLE_SECONDS) -> str:
         """The lines as one clause; empty where nothing has waited for so long."""
