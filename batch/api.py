@@ -38,6 +38,7 @@ from batch.run.journal_file import JournalFile
 from batch.run.lifecycle import State
 from batch.run.observe import Tally
 from batch.run.ports import CallFailed, Counts, Observer
+from batch.run.waits import Overview
 from batch.session import Plan, Request, Summary, open_planner, run_session, survey_of
 from batch.targets import Terms, check_faults, open_target, terms_of
 from batch.targets import live_price as ask_live_price
@@ -164,6 +165,10 @@ class Status:
     target: str
     manifest: str
     running: bool
+    waits: Overview | None = None
+    """What open jobs wait for, as the run wrote it down; None where no run works here, or nothing waits yet."""
+    waits_age_seconds: float = 0.0
+    """How long ago that was."""
 
     def to_json(self) -> JsonObject:
         """Plain JSON values."""
@@ -177,11 +182,14 @@ class Status:
             "target": self.target,
             "manifest": self.manifest,
             "running": self.running,
+            "waits": None
+            if self.waits is None
+            else {**self.waits.to_json(), "age_seconds": round(self.waits_age_seconds, 1)},
         }
 
 
 async def status(out: str | Path) -> Status:
-    """Counts by state, spend, rate, the oldest open request; also while a run works there.
+    """Counts by state, spend, rate, the oldest open request, what open jobs wait for; also while a run works there.
 
     Raises:
         RunDirectoryError: there is no run.
@@ -339,14 +347,27 @@ def _status(directory: RunDirectory) -> Status:
         counts, rate = file.counts(), _rate(file)
     finally:
         file.close()
-    manifest = facts.get("manifest")
+    manifest, running = facts.get("manifest"), directory.is_locked()
+    waits, waits_age = _waits_of(directory) if running else (None, 0.0)
     return Status(
         counts=counts,
         done_per_minute=rate,
         target=str(facts.get("target", "")),
         manifest=str(manifest.get("source", "")) if isinstance(manifest, dict) else "",
-        running=directory.is_locked(),
+        running=running,
+        waits=waits,
+        waits_age_seconds=waits_age,
     )
+
+
+def _waits_of(directory: RunDirectory) -> tuple[Overview | None, float]:
+    """What open jobs wait for, by the note of the run that works there, and the age of that note."""
+    note = directory.read_waits()
+    at = None if note is None else note.get("at")
+    if note is None or not isinstance(at, int | float):
+        return None, 0.0
+    overview = Overview.of_json(note)
+    return (overview if overview.stages else None), max(0.0, time.time() - at)
 
 
 def _rate(file: JournalFile) -> float | None:

@@ -154,8 +154,9 @@ def run(
 
 @app.command
 def status(run_dir: RunDir, /, *, json: Json = False) -> int:
-    """Show counts by state, spend, rate and the oldest open request of a run."""
+    """Show counts by state, spend, rate, the oldest open request and what open jobs wait for."""
     from batch import api, screen
+    from batch.run.waits import duration
 
     found = _run(lambda: api.status(run_dir))
     facts = found.to_json()
@@ -174,6 +175,10 @@ def status(run_dir: RunDir, /, *, json: Json = False) -> int:
         _print(f"{'rate':<12}{found.done_per_minute:>12,.1f} jobs a minute")
     if counts.oldest_open_at is not None:
         _print(f"{'oldest open':<12}{screen.age(counts.oldest_open_at):>12}")
+    if found.waits is not None:
+        _print(f"waiting, as of {duration(found.waits_age_seconds)} ago:")
+        for name, jobs, rest in found.waits.lines():
+            _print(f"  {name:<18}{jobs:>4,} {rest}")
     return ExitCode.COMPLETE
 
 

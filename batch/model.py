@@ -103,13 +103,18 @@ class Ticket:
 class TicketStatus:
     """One status answer. COMPLETED says that the work ended, not that it went well."""
 
-    state: QueueState
+    state: QueueState | None
+    """None where the service's word is unknown, or missing: the request counts as running, but not without limit."""
     position: int | None = None
     """0-based place in the queue while IN_QUEUE."""
     inference_time: float | None = None
     error: str | None = None
     error_type: str | None = None
     logs: tuple[JsonObject, ...] = ()
+    word: str = ""
+    """The service's own word, at most 100 characters; empty where its answer has no text there."""
+    failed: bool = False
+    """With COMPLETED: the word itself says that the work failed (FAILED, CANCELLED, ...). fal has no such word."""
 
 
 class Answer(NamedTuple):

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -53,6 +53,8 @@ _EXAMPLES = 3
 _TO_COLLECT = (State.INTENDED, State.ACCEPTED, State.ANSWERED, State.COLLECTABLE)
 _AUTO_GUESS = 16
 """Jobs at once that a plan reckons with where the window finds its own size."""
+_SHOW_WAITS_EVERY = 2.0
+"""Seconds between two looks at what open jobs wait for."""
 
 
 class Plan(NamedTuple):
@@ -296,7 +298,36 @@ async def _carried_out(
             )
             jobs = _no_jobs() if request.collect_only else _jobs(projection.planner)
             with loading_sink(), signals.stopping(runner):
-                return await runner.run(jobs)
+                async with _showing_waits(runner, observer, directory):
+                    return await runner.run(jobs)
+
+
+@asynccontextmanager
+async def _showing_waits(runner: Runner, observer: Observer, directory: RunDirectory) -> AsyncIterator[None]:
+    """While the block lasts, show every few seconds what open jobs wait for, to observers and to `restyle status`."""
+    failure: Exception | None = None
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(_show_waits, runner, observer, directory)
+        try:
+            yield
+        except Exception as error:  # carried around the task group, which would wrap it
+            failure = error
+        tasks.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+
+
+async def _show_waits(runner: Runner, observer: Observer, directory: RunDirectory) -> None:
+    was_shown = False
+    while True:
+        await anyio.sleep(_SHOW_WAITS_EVERY)
+        now = time.time()
+        overview = runner.waits.overview(now)
+        if overview.stages or was_shown:
+            observer.happened("waiting", **overview.to_json())
+            facts: JsonObject | None = {"at": now, **overview.to_json()} if overview.stages else None
+            await anyio.to_thread.run_sync(partial(directory.note_waits, facts), abandon_on_cancel=True)
+        was_shown = bool(overview.stages)
 
 
 async def _jobs(planner: Planner) -> AsyncGenerator[Sequence[Job], None]:

@@ -3,8 +3,8 @@
 Owns the HTTP session, the key, timeouts and size limits, and the one translation of aiohttp's exceptions
 into `Trouble`. What a trouble means is `batch.run.retry`'s; what the bytes mean is `batch.fal.protocol`'s.
 
-The key is added to a request only where its URL lies on the target's own origins; redirects are never
-followed with it.
+The key is added to a request only where its URL lies on the target's own origins. A read of a status or a result
+follows redirects among these origins; a submit follows none, and nothing else follows one with the key.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pydantic import SecretStr
 
 from batch.fal import platform, protocol
 from batch.fal.answer import has_images, says_no_images
-from batch.fal.protocol import Call, CancelOutcome, Malformed, Operation, Origins, Reply
+from batch.fal.protocol import Call, CancelOutcome, Malformed, Operation, Origins, RedirectRefused, Reply
 from batch.model import Answer, AppId, Attempt, Ticket, TicketStatus
 from batch.run.ports import CallFailed, Trouble
 
@@ -116,14 +116,13 @@ class FalClient:
 
     async def status(self, ticket: Ticket) -> TicketStatus:
         """Read the status once."""
-        reply = await self._exchange("status", self._ticket_call(ticket, Operation.STATUS))
+        reply = await self._read("status", self._ticket_call(ticket, Operation.STATUS))
         with _reading("status"):
             return protocol.read_status(reply)
 
     async def result(self, ticket: Ticket) -> Answer:
         """Read the output once; it names an image, and any other field may be odd (`batch.fal.answer`)."""
-        reply = await self._exchange("result", self._ticket_call(ticket, Operation.RESULT))
-        return _answer(reply)
+        return _answer(await self._read("result", self._ticket_call(ticket, Operation.RESULT)))
 
     async def cancel(self, ticket: Ticket) -> CancelOutcome | None:
         """Ask for cancellation once."""
@@ -182,7 +181,7 @@ class FalClient:
         for _ in range(REDIRECTS + 1):
             reply = await self._request("download", Call("GET", url), self._download_limit_bytes, key=False)
             target = reply.headers.get("location")
-            if reply.status not in {301, 302, 303, 307, 308} or target is None:
+            if reply.status not in protocol.REDIRECTS or target is None:
                 return _successful("download", reply).body
             url = urljoin(url, target)
         raise CallFailed(Trouble("download", "redirect", detail=f"more than {REDIRECTS} redirects"))
@@ -192,11 +191,26 @@ class FalClient:
     def _ticket_call(self, ticket: Ticket, operation: Operation) -> Call:
         return protocol.ticket_call(self._origins, self._app, ticket, operation)
 
+    async def _read(self, phase: str, call: Call) -> Reply:
+        """A GET that may be redirected, at most `REDIRECTS` times, among the target's own origins."""
+        for _ in range(REDIRECTS + 1):
+            reply = await self._answered(phase, call, key=True)
+            if not 300 <= reply.status < 400:
+                return _successful(phase, reply)
+            try:
+                call = protocol.redirected(self._origins, call, reply)
+            except RedirectRefused as refused:
+                raise CallFailed(Trouble(phase, "redirect", detail=str(refused))) from refused
+        raise CallFailed(Trouble(phase, "redirect", detail=f"more than {REDIRECTS} redirects in a row"))
+
     async def _exchange(self, phase: str, call: Call, *, key: bool = True) -> Reply:
+        return _successful(phase, await self._answered(phase, call, key=key))
+
+    async def _answered(self, phase: str, call: Call, *, key: bool) -> Reply:
         limit_bytes = JSON_LIMIT_BYTES if phase in _LONG_ANSWERS else ANSWER_LIMIT_BYTES
         if phase == "result":  # it may carry its images itself
             limit_bytes = max(limit_bytes, self._download_limit_bytes)
-        return _successful(phase, self._without_key(await self._request(phase, call, limit_bytes, key=key)))
+        return self._without_key(await self._request(phase, call, limit_bytes, key=key))
 
     def _without_key(self, reply: Reply) -> Reply:
         """A service that echoes the key, in an error message say, does not bring it into our journal and log."""

@@ -17,7 +17,7 @@ from enum import StrEnum
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeGuard
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
 import orjson
 
@@ -31,6 +31,7 @@ __all__ = [
     "FAL",
     "IDEMPOTENCY_KEY",
     "NEEDS_RETRY",
+    "REDIRECTS",
     "REQUEST_ID",
     "RETRYABLE",
     "Address",
@@ -39,6 +40,7 @@ __all__ = [
     "Malformed",
     "Operation",
     "Origins",
+    "RedirectRefused",
     "Reply",
     "accepted_reply",
     "cancel_reply",
@@ -58,6 +60,7 @@ __all__ = [
     "read_output",
     "read_status",
     "read_ticket",
+    "redirected",
     "request_error_reply",
     "request_path",
     "split_app",
@@ -74,10 +77,16 @@ RETRYABLE = "x-fal-retryable"  # older name of the same
 BILLABLE_UNITS = "x-fal-billable-units"
 IDEMPOTENCY_KEY = "idempotency-key"  # ours: honoured by our server, ignored by fal
 ENGINE = "x-restyle-engine"  # ours: what executed the request
+REDIRECTS = frozenset({301, 302, 303, 307, 308})
+"""Statuses that name another address in `Location`."""
 
 
 class Malformed(ValueError):
     """The other side sent something that the protocol does not allow. The message says what."""
+
+
+class RedirectRefused(ValueError):
+    """A redirect that is not followed. The message says where it leads, as far as that may be shown."""
 
 
 class Call(NamedTuple):
@@ -292,6 +301,31 @@ def ticket_call(origins: Origins, app: AppId, ticket: Ticket, operation: Operati
     return Call(_METHODS.get(operation, "GET"), url)
 
 
+def redirected(origins: Origins, call: Call, reply: Reply) -> Call:
+    """The same read at the address that a 3xx answer names, where that is one of the target's own.
+
+    Raises:
+        RedirectRefused: it leads elsewhere, or nowhere. Only scheme, host and port are named: the rest may be secret.
+    """
+    location = reply.headers.get("location")
+    if reply.status not in REDIRECTS or not location:
+        raise RedirectRefused(f"HTTP {reply.status} names no address to read instead")
+    try:
+        url = urljoin(call.url, location)
+    except ValueError:
+        url = ""
+    scheme, host, port = origin_of(url)
+    if not host:
+        raise RedirectRefused(f"HTTP {reply.status} redirects to an address that is not valid, so it is not followed")
+    if not origins.own(url):
+        where = f"{scheme}://{host[:100]}:{port}".encode("ascii", "backslashreplace").decode()
+        raise RedirectRefused(
+            f"HTTP {reply.status} redirects to {where}, which is not the target's own address, so it is not followed;"
+            " check the address of the target"
+        )
+    return Call("GET", url)
+
+
 def read_ticket(reply: Reply) -> Ticket:
     """The ticket in a 2xx answer to a submit.
 
@@ -309,27 +343,85 @@ def read_ticket(reply: Reply) -> Ticket:
     return Ticket(RequestId(request_id), status_url, response_url, cancel_url, position)
 
 
+# Other services of this shape use these words. fal has QueueState's three only. Letters alone count, in any case.
+_QUEUED_WORDS = frozenset({
+    "created", "enqueued", "inqueue", "notstarted", "pending", "queued", "received", "scheduled", "submitted",
+    "waiting",
+})  # fmt: skip
+_RUNNING_WORDS = frozenset({
+    "active", "booting", "canceling", "cancelling", "executing", "generating", "initializing", "inprogress", "loading",
+    "preparing", "processing", "rendering", "retry", "retrying", "running", "started", "starting", "working",
+})  # fmt: skip
+_ENDED_WORDS = frozenset({
+    "complete", "completed", "done", "finished", "ok", "succeeded", "success", "successful",
+})  # fmt: skip
+_FAILED_WORDS = frozenset({
+    "aborted", "blocked", "canceled", "cancelled", "crashed", "dead", "declined", "deleted", "denied", "error",
+    "errored", "errors", "exception", "expired", "fail", "failed", "failure", "interrupted", "invalid", "killed",
+    "moderated", "refused", "rejected", "revoked", "stopped", "terminated", "timedout", "timeout",
+})  # fmt: skip
+_MEANINGS = {
+    **dict.fromkeys(_QUEUED_WORDS, (QueueState.IN_QUEUE, False)),
+    **dict.fromkeys(_RUNNING_WORDS, (QueueState.IN_PROGRESS, False)),
+    **dict.fromkeys(_ENDED_WORDS, (QueueState.COMPLETED, False)),
+    **dict.fromkeys(_FAILED_WORDS, (QueueState.COMPLETED, True)),
+}
+_SUBJECTS = frozenset({"execution", "job", "prediction", "request", "run", "state", "status", "task"})
+"""Say nothing: JOB_STATE_FAILED is FAILED."""
+_DOUBTS = _QUEUED_WORDS | _RUNNING_WORDS | {"no", "not", "progress", "queue", "requested", "without"}
+"""A compound with one of these among its parts does not say that the work failed: ERROR_RETRYING."""
+_PART = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+_STATUS_WORD_LIMIT = 100
+
+
 def read_status(reply: Reply) -> TicketStatus:
-    """A status answer (202 or 200).
+    """A status answer (202 or 200), whatever its status word is, and also without one.
 
     Raises:
-        Malformed: no JSON object, or a status outside the three that exist.
+        Malformed: no JSON object.
     """
     answer = read_object(reply.body)
-    try:
-        state = QueueState(str(answer.get("status")))
-    except ValueError:
-        raise Malformed(f"unknown status {str(answer.get('status'))[:40]!r}") from None
+    said = answer.get("status")
+    word = said[:_STATUS_WORD_LIMIT] if isinstance(said, str) else ""
+    state, failed = _meaning_of(word)
     metrics, logs = answer.get("metrics"), answer.get("logs")
     inference = metrics.get("inference_time") if isinstance(metrics, dict) else None
     return TicketStatus(
         state,
         _position(answer.get("queue_position")),
         float(inference) if _number(inference) else None,
-        _text(answer.get("error")),
+        _first_text(answer.get("error"), answer.get("detail")),
         _text(answer.get("error_type")),
         tuple(line for line in logs if isinstance(line, dict)) if isinstance(logs, list) else (),
+        word,
+        failed,
     )
+
+
+@lru_cache(maxsize=256)
+def _meaning_of(word: str) -> tuple[QueueState | None, bool]:
+    """The state that a status word stands for, None where it is unknown; and whether it stands for a failure."""
+    parts = [part.lower() for part in _PART.findall(word)]
+    bare = [part for part in parts if part not in _SUBJECTS]
+    meaning = _MEANINGS.get("".join(parts)) or _MEANINGS.get("".join(bare))
+    if meaning is not None:
+        return meaning
+    if _FAILED_WORDS.intersection(bare) and not _DOUBTS.intersection(bare):
+        return (QueueState.COMPLETED, True)
+    return (None, False)
+
+
+def _first_text(*values: Json) -> str | None:
+    """The first of these that says anything: a text, an object with a message, or fal's list of errors."""
+    for value in values:
+        said = value
+        if isinstance(said, dict):
+            said = next((said[name] for name in ("message", "msg", "detail", "error") if said.get(name)), None)
+        if isinstance(said, list):
+            said = "; ".join(_describe(item) for item in said[:5] if isinstance(item, dict))
+        if isinstance(said, str) and said:
+            return said[:1000]
+    return None
 
 
 def read_output(body: bytes) -> JsonObject:

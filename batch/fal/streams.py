@@ -120,6 +120,7 @@ class Streams:
                 async for status in self._events(ticket):
                     if status.state is QueueState.COMPLETED:
                         line.is_over = True
+                    if status.state in {QueueState.COMPLETED, None}:  # a word that is unknown may be an end, or not
                         break
         except Exception:  # noqa: S110 - nothing depends on a stream: whatever it dies of, the job is read
             pass

@@ -44,6 +44,7 @@ class RunDirectory:
         self.images = root / "images"
         self.endpoint = root / "endpoint"
         self._lock_file, self._owner_file = root / ".lock", root / ".owner.json"
+        self._waits_file = root / ".waits.json"
 
     def __repr__(self) -> str:
         return f"<RunDirectory {self.root}>"
@@ -134,9 +135,11 @@ class RunDirectory:
         try:
             owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": started_at}
             write_whole(self._owner_file, orjson.dumps(owner))
+            self.note_waits(None)  # one of a run that was killed
             yield
         finally:
             self._owner_file.unlink(missing_ok=True)
+            self.note_waits(None)
             lock.release()
 
     def is_locked(self) -> bool:
@@ -157,6 +160,28 @@ class RunDirectory:
         except (OSError, orjson.JSONDecodeError):
             return "its owner has not said who it is"
         return f"process {owner.get('pid')} on {owner.get('host')} since {owner.get('since')}"
+
+    def note_waits(self, facts: JsonObject | None) -> None:
+        """Replace the note on what open jobs wait for, or remove it. A disk that refuses costs the note, not the run.
+
+        Only the process that holds the lock may call this. The note is not made durable: it is for `restyle status`
+        while that process works.
+        """
+        with suppress(OSError):
+            if facts is None:
+                self._waits_file.unlink(missing_ok=True)
+                return
+            temporary = self._waits_file.with_name(f"{self._waits_file.name}.part")
+            temporary.write_bytes(orjson.dumps(facts))
+            temporary.replace(self._waits_file)
+
+    def read_waits(self) -> JsonObject | None:
+        """The note of the run that works here; None where there is none."""
+        try:
+            value = orjson.loads(self._waits_file.read_bytes())
+        except (OSError, orjson.JSONDecodeError):
+            return None
+        return value if isinstance(value, dict) else None
 
     def read_run(self) -> JsonObject | None:
         """`run.json`, or None where there is none yet.

@@ -3,6 +3,10 @@
 Owns every wait for an answer. When to read next is `polling`'s to say, what an answer proves `retry`'s; whoever may
 wake it earlier (`ports.Hints`) is believed only as far as reading now: a hint that lies costs a read, one that is lost
 costs a wait.
+
+A status is the service's word, not a fact. A word for a failure is followed by one read of the result; a job that takes
+ten times as long as usual (`PollTimes.overdue`) has its result read whatever its status says. An output is believed in
+either case.
 """
 
 from __future__ import annotations
@@ -13,20 +17,59 @@ from random import Random
 import anyio
 
 from batch.fal.answer import inference_of
-from batch.model import Answer, QueueState, Ticket, TicketStatus
+from batch.model import Answer, JobKey, QueueState, Ticket, TicketStatus
 from batch.run.course import Course, JobFailed
 from batch.run.gate import Gate, Stop
 from batch.run.pacing import TokenBucket, queued_share
 from batch.run.polling import PollTimes, Stay
 from batch.run.ports import CallFailed, Hints, Service, Trouble
 from batch.run.retention import Retention
-from batch.run.retry import Action, Verdict, failure_of, final, judge, kind_of, pause_after, reading, retry_after_of
+from batch.run.retry import (
+    Action,
+    Verdict,
+    backoff,
+    concerns_request,
+    failure_of,
+    final,
+    judge,
+    judge_failed,
+    kind_of,
+    pause_after,
+    reading,
+    retry_after_of,
+)
+from batch.run.waits import Stage, Waits, duration, stage_of
 
 __all__ = ["Follower"]
 
 _NET = 4.0
 """Where a hint is to be expected, a job is read by itself after so many times the usual wait, and after
 `PollTimes.LONGEST` at the latest."""
+_WORDS_TOLD = 5
+"""Unknown status words that somebody is told of; a service may use another one at each read."""
+_LONGEST_WISH = 30.0
+"""Seconds: the longest pause that a service gets by its wish after a status that says that the work failed."""
+
+
+class _Faults:
+    """Reads of one job's result that brought none."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, int] = {}
+        self._kind = ""
+        self._since = 0.0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(self._seen.values())
+
+    def add(self, kind: str, age: float) -> tuple[int, float]:
+        """One more of a kind, at the job's age: how many there are by now, and for how long there were no others."""
+        self._seen[kind] = self._seen.get(kind, 0) + 1
+        if kind != self._kind:
+            self._kind, self._since = kind, age
+        return self._seen[kind], age - self._since
 
 
 class Follower:
@@ -45,6 +88,7 @@ class Follower:
         rng: Random,
         notice: Callable[[Verdict], None],
         warn: Callable[[str | None], None],
+        waits: Waits,
     ) -> None:
         """Plug it together.
 
@@ -60,11 +104,16 @@ class Follower:
             rng: for the pauses between reads that failed.
             notice: told of each read that is read again.
             warn: told a sentence, or nothing.
+            waits: told what each job waits for.
         """
         self._service, self._gate, self._retention = service, gate, retention
         self._polls, self._hints, self._patience = polls, hints, patience
         self._now, self._rng, self._notice, self._warn = now, rng, notice, warn
+        self._waits = waits
         self._times = PollTimes()
+        self._unknown_words: set[str] = set()
+        self._last_fault: dict[JobKey, Trouble] = {}
+        """Why the last read of a status failed, of jobs whose status cannot be read."""
         self._feeling: set[anyio.CancelScope] = set()
         """Jobs that sleep without anything known; the first that ends wakes them."""
         self._refused_since: float | None = None
@@ -90,14 +139,22 @@ class Follower:
         Raises:
             JobFailed: it ended without one.
         """
+        stage = Stage.UNKNOWN if course.resumed else Stage.IN_QUEUE
+        self._waits.put(course.key, stage, course.accepted_at, ticket.position)
         try:
-            return await self._followed(course, ticket)
+            answer = await self._followed(course, ticket)
+        except BaseException:
+            self._waits.drop(course.key)
+            raise
         finally:
+            self._last_fault.pop(course.key, None)
             if self._hints is not None:
                 self._hints.forget(ticket)
+        self._waits.put(course.key, Stage.DOWNLOADING, self._now())
+        return answer
 
     async def _followed(self, course: Course, ticket: Ticket) -> Answer:
-        faults: dict[str, int] = {}
+        faults = _Faults()
         pause = 0.0 if course.resumed else None
         while True:
             teaches = pause is None and not course.resumed
@@ -112,16 +169,23 @@ class Follower:
                 teaches = False  # that read did
             pause = None
             status = await self._status(course, ticket)
-            has_ended = status.state is QueueState.COMPLETED
-            if teaches:
+            has_ended = status is not None and status.state is QueueState.COMPLETED
+            if teaches and status is not None and not status.failed:
                 self._times.came(in_time=has_ended)
             if not has_ended:
-                continue
+                if self._age(course) < self._times.overdue(course.stay):
+                    continue
+                await self._permitted()
             try:
                 answer = await self._service.result(ticket)
             except CallFailed as error:
                 # Read again means: after a fresh status, for a gateway's 503 and a job's own look alike.
-                pause = self._disbelief(error.trouble, faults)
+                if status is not None and status.failed:
+                    pause = self._failed(course, status, error.trouble, faults)
+                elif has_ended:
+                    pause = self._disbelief(course, error.trouble, faults)
+                else:
+                    pause = self._not_there(course, status, error.trouble, faults)
                 continue
             self.reads += 1
             self._learn(course)
@@ -177,14 +241,31 @@ class Follower:
             longest = max(seconds, min(_NET * seconds, PollTimes.LONGEST))
             course.stay.told = await self._hints.wait(ticket, seconds, longest)
 
-    async def _status(self, course: Course, ticket: Ticket) -> TicketStatus:
-        try:
-            status = await reading(lambda: self._read(ticket), self._rng, notice=self._unread)
-        except CallFailed as error:
-            verdict = final(error.trouble)
-            raise JobFailed(failure_of(error.trouble, verdict), collectable=verdict.collectable) from error
+    async def _status(self, course: Course, ticket: Ticket) -> TicketStatus | None:
+        """Its status; None where none could be read for so long that its result is to be read instead."""
+        stay, status = course.stay, None
+        with anyio.CancelScope() as scope:
+
+            def unread(verdict: Verdict) -> None:
+                age = self._age(course)
+                stay.unreadable = age if stay.unreadable is None else stay.unreadable
+                scope.deadline = anyio.current_time() + max(0.0, self._times.overdue(stay) - age)
+                self._waits.put(course.key, Stage.UNKNOWN, course.accepted_at)
+                self._unread(verdict)
+
+            try:
+                status = await reading(lambda: self._read(course, ticket), self._rng, notice=unread)
+            except CallFailed as error:
+                verdict = final(error.trouble)
+                raise JobFailed(failure_of(error.trouble, verdict), collectable=verdict.collectable) from error
+        if status is None:
+            return None
         self._was_read()
-        stay, age = course.stay, self._now() - course.accepted_at
+        stay.unreadable = None
+        age = self._age(course)
+        self._waits.put(course.key, stage_of(status), course.accepted_at, status.position)
+        if status.state is None:
+            self._tell_unknown(ticket, status.word)
         if status.state is not QueueState.COMPLETED:
             self._times.pending(stay, age, queued=status.state is QueueState.IN_QUEUE, position=status.position)
         else:
@@ -193,9 +274,24 @@ class Follower:
                 stay.noticed = age
         return status
 
-    async def _read(self, ticket: Ticket) -> TicketStatus:
+    async def _read(self, course: Course, ticket: Ticket) -> TicketStatus:
         await self._permitted()
-        return await self._service.status(ticket)
+        try:
+            return await self._service.status(ticket)
+        except CallFailed as error:
+            self._last_fault[course.key] = error.trouble
+            raise
+
+    def _age(self, course: Course) -> float:
+        return self._now() - course.accepted_at
+
+    def _tell_unknown(self, ticket: Ticket, word: str) -> None:
+        if word in self._unknown_words or len(self._unknown_words) >= _WORDS_TOLD:
+            return
+        self._unknown_words.add(word)
+        said = f"unknown status {word!r}" if word else "a status answer without a status"
+        after = duration(self._times.patience)
+        self._warn(f"request {ticket.request_id}: {said}; it counts as running, its result is read after {after}")
 
     async def _permitted(self) -> None:
         if self._polls is not None and (wait := self._polls.reserve(anyio.current_time())):
@@ -215,11 +311,46 @@ class Follower:
             scope.cancel()
         self._feeling.clear()
 
-    def _disbelief(self, trouble: Trouble, faults: dict[str, int]) -> float:
-        """Seconds until the result is asked for again; raises where the fault is the job's own."""
-        kind = kind_of(trouble)
-        faults[kind] = faults.get(kind, 0) + 1
-        verdict = judge(trouble, seen=faults[kind])
+    def _disbelief(self, course: Course, trouble: Trouble, faults: _Faults) -> float:
+        """Seconds until the result of an ended job is asked for again; raises where the fault is the job's own."""
+        seen, verdict = self._judged(course, trouble, faults)
+        self._unread(verdict)
+        return (verdict.retry_after or 0.0) + pause_after(trouble, seen, self._rng)
+
+    def _failed(self, course: Course, status: TicketStatus, trouble: Trouble, faults: _Faults) -> float:
+        """The same after a status that says that the work failed: seconds only where nothing was answered."""
+        faults.add(kind_of(trouble), self._age(course))
+        verdict, failure = judge_failed(trouble, status, seen=faults.total)
+        if verdict.action is not Action.READ_AGAIN:
+            raise JobFailed(failure, new_attempt=verdict.new_attempt)
+        self._unread(verdict)
+        return min(verdict.retry_after or 0.0, _LONGEST_WISH) + backoff(faults.total, self._rng, cap=1.0)
+
+    def _not_there(
+        self, course: Course, status: TicketStatus | None, trouble: Trouble, faults: _Faults
+    ) -> float | None:
+        """The result of an overdue job was read in vain: seconds until its status is read, None where as ever.
+
+        A failure is believed only where the status says nothing: unknown words, or answers that are about the request
+        (`concerns_request`). A request that is queued or running has an answer yet to come.
+        """
+        self._times.overdue_read(course.stay, self._age(course))
+        unread = self._last_fault.get(course.key) if status is None else None
+        if (status is not None and status.state is None) or (unread is not None and concerns_request(unread)):
+            self._judged(course, trouble, faults, overdue=unread is not None)
+        wish = retry_after_of(trouble.reply) if trouble.reply is not None else None
+        return wish if unread is None else (wish or 0.0) + backoff(faults.total, self._rng)
+
+    def _judged(
+        self, course: Course, trouble: Trouble, faults: _Faults, *, overdue: bool = False
+    ) -> tuple[int, Verdict]:
+        """How often it was seen, and that it is to be read again.
+
+        Raises:
+            JobFailed: the fault is the job's own.
+        """
+        seen, lasted = faults.add(kind_of(trouble), self._age(course))
+        verdict = judge(trouble, seen=seen, overdue=overdue or lasted >= self._times.patience)
         if verdict.action is not Action.READ_AGAIN:
             raise JobFailed(
                 failure_of(trouble, verdict),
@@ -227,8 +358,7 @@ class Follower:
                 collectable=verdict.collectable,
                 answer=trouble.answer,
             )
-        self._unread(verdict)
-        return (verdict.retry_after or 0.0) + pause_after(trouble, faults[kind], self._rng)
+        return seen, verdict
 
     def _unread(self, verdict: Verdict) -> None:
         self._notice(verdict)

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from batch.errors import StorageError
 from batch.model import Json
 from batch.run.ports import Observer
+from batch.run.waits import Overview
 
 __all__ = ["JsonLog", "PlainLines", "ProgressBar", "Several", "Tally"]
 
@@ -60,6 +61,8 @@ class Tally(Observer):
     errors: Counter[str] = field(default_factory=Counter)
     note: str = ""
     """The last thing that slows the run down: a pause, a refused key, a service that does not answer."""
+    waits: Overview = field(default_factory=lambda: Overview({}))
+    """What open jobs wait for, as of a few seconds ago."""
 
     def expected(self, jobs: int, already_done: int) -> None:
         """Remember the totals."""
@@ -85,6 +88,8 @@ class Tally(Observer):
                     self.spent_usd, self.spent_total_usd = float(cost), float(total)
             case "paused" | "unreachable" | "stopping":
                 self.note = f"{action}: {facts.get('reason', '')}"
+            case "waiting":
+                self.waits = Overview.of_json(facts)
             case _:
                 pass
 
@@ -97,17 +102,20 @@ class Tally(Observer):
             earlier = self.spent_total_usd - self.spent_usd > 0.005
             in_all = f" (${self.spent_total_usd:,.2f} with earlier runs)" if earlier else ""
             parts.append(f"${self.spent_usd:,.2f} spent{in_all}")
-        return ", ".join(parts) + (f" ({self.note})" if self.note else "")
+        waits = self.waits.sentence()
+        notes = [*([f"waiting: {waits}"] if waits else []), *([self.note] if self.note else [])]
+        return ", ".join(parts) + (f" ({'; '.join(notes)})" if notes else "")
 
 
 class ProgressBar(Observer):
     """One tqdm bar on a terminal."""
 
-    _SHOWN = frozenset({"done", "failed", "held", "paused", "stopping", "unreachable", "warning"})
+    _SHOWN = frozenset({"done", "failed", "held", "paused", "stopping", "unreachable", "waiting", "warning"})
 
     def __init__(self, tally: Tally, stream: TextIO) -> None:
         self._tally, self._stream = tally, stream
         self._bar: tqdm[Never] | None = None
+        self._waits = ""
 
     def expected(self, jobs: int, already_done: int) -> None:
         """Draw it; what was done before is in the count from the start."""
@@ -130,9 +138,14 @@ class ProgressBar(Observer):
             shown["$"] = f"{tally.spent_usd:,.2f}"
             if tally.spent_total_usd - tally.spent_usd > 0.005:
                 shown["$ in all"] = f"{tally.spent_total_usd:,.2f}"
-        self._bar.set_postfix(shown, refresh=False)
+        before, self._waits = self._waits, tally.waits.brief()
+        if self._waits:
+            shown["waiting"] = self._waits
+        self._bar.set_postfix(shown, refresh=action == "waiting" and self._waits != before)
         if action in {"done", "failed", "held"}:
             self._bar.update(1)
+        elif action == "waiting":
+            return
         else:
             self._bar.write(f"{action}: {facts.get('reason', '')}", file=self._stream)
 
@@ -143,7 +156,7 @@ class ProgressBar(Observer):
 
 
 class PlainLines(Observer):
-    """One plain line every `every` seconds, for logs and cron; nothing while nothing happens."""
+    """One plain line every `every` seconds, for logs and cron; nothing while nothing happens and nothing waits."""
 
     def __init__(
         self,
@@ -178,6 +191,7 @@ class PlainLines(Observer):
                 "in_flight": tally.in_flight,
                 "spent_usd": round(tally.spent_usd, 4),
                 "spent_total_usd": round(tally.spent_total_usd, 4),
+                "waits": tally.waits.to_json() if tally.waits.stages else None,
             }
             text = orjson.dumps(line).decode()
         print(text, file=self._stream, flush=True)
@@ -191,7 +205,7 @@ class JsonLog(Observer):
     """
 
     FLUSH_SECONDS = 1.0
-    _LIVE = frozenset({"started", "ended", "spent"})
+    _LIVE = frozenset({"started", "ended", "spent", "waiting"})
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -1,6 +1,7 @@
 """When to read a status next: learned from how long finished jobs took, and from places in the queue. Pure.
 
-No clock: all seconds count from the acceptance of the job. The runner sleeps and reads (`batch.run.follow`).
+No clock: all seconds count from the acceptance of the job. The runner sleeps and reads (`batch.run.follow`). No wait is
+without an end: a job that takes ten times as long as usual has its result read whatever its status says.
 
 Reads and lateness are two ends of one rope: who reads at each tenth of a job's time reads often and is late by a
 twentieth. Here the middle of the known distribution is walked in `STEPS` steps of equal ratio; a service that always
@@ -23,12 +24,14 @@ class Stay:
         "executed",
         "inference",
         "noticed",
+        "overdue_next",
         "position",
         "queued",
         "resumed",
         "told",
         "turn",
         "unfinished",
+        "unreadable",
     )
 
     def __init__(self, position: int | None = None, *, resumed: bool = False) -> None:
@@ -57,6 +60,10 @@ class Stay:
         """When a read first said that it had ended."""
         self.ended: float | None = None
         """When it is taken to have ended; None until its end has taught something."""
+        self.unreadable: float | None = None
+        """Since when no read of its status succeeds; None where the last one did."""
+        self.overdue_next = 0.0
+        """When its result may be read again whatever its status says; 0.0 before the first such read."""
 
 
 class _Recent:
@@ -93,6 +100,16 @@ class PollTimes:
     """No two reads of one job come closer, seconds, nor closer than `CLOSEST` of the time it already took."""
     CLOSEST = 0.03
     LONGEST = 10.0
+    LONGEST_QUEUED = 600.0
+    """The same while its place in the queue foretells a longer wait: the service's numbers may be wrong."""
+    OVERDUE = 10.0
+    """Times the usual duration after which a job that has not ended has its result read whatever its status says."""
+    OVERDUE_SECONDS = 600.0
+    """The least that this can be."""
+    OVERDUE_GROWTH = 1.5
+    """From one such read to the next, as a factor of the job's age."""
+    OVERDUE_LONGEST = 1800.0
+    """Longest interval between two such reads, seconds: half of the hour for which fal keeps a result in any case."""
     MEMORY = 128
     """Finished jobs that are remembered. The service's speed changes: one that becomes six times as fast is
     followed within some 300 jobs."""
@@ -186,9 +203,22 @@ class PollTimes:
         longest = self.LONGEST
         if stay.queued is not None and stay.queued == last:  # it had not even begun
             turn = max(last, stay.turn or 0.0)
-            longest = max(longest, (turn - last) / 2)
+            longest = max(longest, min(self.LONGEST_QUEUED, (turn - last) / 2))
             aim = max(aim, turn + (self._inference.at(self.EARLY) if self._inference.sorted else 0.0))
         return min(last + longest, max(aim, last + max(self.FINEST, last * self.CLOSEST)))
+
+    @property
+    def patience(self) -> float:
+        """Seconds that a job may take until its result is read whatever its status says."""
+        return max(self.OVERDUE_SECONDS, self.OVERDUE * self._ends.at(0.5) if self.knows else 0.0)
+
+    def overdue(self, stay: Stay) -> float:
+        """The age from which on its result is read whatever its status says."""
+        return max(stay.overdue_next, (stay.unreadable or 0.0) + self.patience)
+
+    def overdue_read(self, stay: Stay, age: float) -> None:
+        """Such a read was made at that age, and brought no result: the next one comes later and later."""
+        stay.overdue_next = min(max(age, 1.0) * self.OVERDUE_GROWTH, age + self.OVERDUE_LONGEST)
 
     def _feel(self, stay: Stay, last: float) -> float:
         """Ages grow by a fixed ratio over all jobs that may be the first to end: many feel more finely than one."""

@@ -7,6 +7,7 @@ certain that it was not accepted. Source: `docs/design-notes.md`, "What an answe
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -18,16 +19,18 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_nev
 from tenacity.stop import stop_base
 
 from batch.fal.protocol import ErrorBody, Reply, error_body_of, names_webhook
-from batch.model import Failed
+from batch.model import Failed, TicketStatus
 from batch.run.ports import CallFailed, Trouble
 
 __all__ = [
     "Action",
     "Verdict",
     "backoff",
+    "concerns_request",
     "failure_of",
     "final",
     "judge",
+    "judge_failed",
     "kind_of",
     "pause_after",
     "reading",
@@ -95,8 +98,12 @@ _MALFORMED_LIMIT = 16
 _CERTAIN_LIMIT = 3
 """A result that says that it has no images, or that is too large: believed sooner than one that is not a result."""
 _CERTAIN = frozenset({"no images", "oversize"})
+_UNANSWERED_LIMIT = 6
+"""After a status that says that the work failed: so many reads of its result may go unanswered."""
+_GATEWAY = frozenset({502, 503, 504})
+_REDIRECT = "redirect"
 _MISSHAPEN = frozenset({"malformed", "oversize"})
-_HOPELESS = _MISSHAPEN | {"bad url", "redirect"}
+_HOPELESS = _MISSHAPEN | {"bad url", _REDIRECT}
 """Of a file: neither a better network nor a server that comes back makes another URL, or a smaller file, of it."""
 _HOPELESS_LIMIT = 6
 _FILES = frozenset({"initiate", "upload", "download"})
@@ -124,11 +131,19 @@ def final(trouble: Trouble) -> Verdict:
     return judge(trouble, seen=_OFTEN)
 
 
-def judge(trouble: Trouble, *, seen: int = 1) -> Verdict:
-    """The verdict on one failed exchange; `seen` counts equal answers for this job so far, this one included."""
+def judge(trouble: Trouble, *, seen: int = 1, overdue: bool = False) -> Verdict:
+    """The verdict on one failed exchange.
+
+    Args:
+        trouble: what went wrong.
+        seen: equal answers for this job so far, this one included.
+        overdue: whether they have been equal for longer than any job takes.
+    """
     if trouble.phase == "submit":
         return _judge_submit(trouble)
     if trouble.reply is None:
+        if trouble.transport == _REDIRECT and trouble.phase == "result" and overdue:
+            return Verdict(Action.JOB_FAILED, f"the result cannot be read: {trouble.detail}", collectable=True)
         if trouble.transport == "malformed" and trouble.phase == "result" and seen >= _MALFORMED_LIMIT:
             words = f"the result is not an image-to-image answer: {trouble.detail}"
             return Verdict(Action.JOB_FAILED, words, collectable=True)
@@ -187,6 +202,63 @@ def _judge_result(reply: Reply, seen: int) -> Verdict:
     if reply.status >= 500 and seen < _CONFIRMATIONS:
         return Verdict(Action.READ_AGAIN, f"HTTP {reply.status}, to be confirmed", retry_after_of(reply))
     return Verdict(Action.JOB_FAILED, f"HTTP {reply.status}", new_attempt=_may_go_better(reply, error))
+
+
+def judge_failed(trouble: Trouble, status: TicketStatus, *, seen: int) -> tuple[Verdict, Failed]:
+    """What a result that cannot be read means after a status that says itself that the work failed.
+
+    One answer is enough: an error in fal's form is the job's own, anything else leaves the status word as the reason.
+
+    Args:
+        trouble: of the read of the result.
+        status: its `failed` is set.
+        seen: reads of this result so far, this one included.
+    """
+    reply = trouble.reply
+    if _is_unanswered(trouble) and seen < _UNANSWERED_LIMIT:
+        return Verdict(Action.READ_AGAIN, judge(trouble).reason), _failure_by_word(status, trouble)
+    if reply is not None:
+        verdict = judge(trouble, seen=_OFTEN)
+        error = error_body_of(reply)
+        if error.is_fal and verdict.action is Action.JOB_FAILED and not _is_not_there(reply, error):
+            return verdict, failure_of(trouble, verdict)
+    return Verdict(Action.JOB_FAILED, f"status {status.word}"), _failure_by_word(status, trouble)
+
+
+def _is_unanswered(trouble: Trouble) -> bool:
+    """Whether it says nothing about the request: no answer, or one about the network, the key or our pace."""
+    if trouble.reply is None:
+        return trouble.transport not in _HOPELESS
+    status = trouble.reply.status
+    return status in _SAYS_NOTHING or (status in _GATEWAY and not error_body_of(trouble.reply).is_fal)
+
+
+def _is_not_there(reply: Reply, error: ErrorBody) -> bool:
+    """An answer that says only that there is no result, not why."""
+    return reply.status == 404 or (reply.status == 400 and error.type in {None, "bad_request"})
+
+
+def _failure_by_word(status: TicketStatus, trouble: Trouble) -> Failed:
+    """The row's error where nothing but the status says that the work failed."""
+    word = _printable(status.word)
+    said, billable = trouble.detail or str(trouble.transport), None
+    if trouble.reply is not None:
+        error = error_body_of(trouble.reply)
+        said = f"HTTP {trouble.reply.status}" + (f", {error.message}" if error.is_fal and error.message else "")
+        billable = _amount(trouble.reply.headers.get("x-fal-billable-units", ""))
+    why = f": {status.error}" if status.error else ""
+    kind = _printable(status.error_type or "") or re.sub(r"\W+", "_", word.lower()).strip("_")
+    return Failed(kind[:_WORD_LIMIT], _printable(f"status {word}{why} (result: {said})"), billable)
+
+
+def concerns_request(trouble: Trouble) -> bool:
+    """Whether a status read that fails so for longer than any job takes is about the request: then its result decides.
+
+    Not where nothing answers, a gateway does, or the answer is about the key or our pace: that may pass.
+    """
+    if trouble.reply is None:
+        return trouble.transport == _REDIRECT
+    return trouble.reply.status < 500 and trouble.reply.status not in _SAYS_NOTHING
 
 
 def _may_go_better(reply: Reply, error: ErrorBody) -> bool:

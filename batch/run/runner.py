@@ -51,6 +51,7 @@ from batch.run.reconcile import Reconciler, Settled
 from batch.run.retention import COLLECT_SECONDS, Retention
 from batch.run.retry import Action, Verdict, backoff, failure_of, judge
 from batch.run.transfer import Transfers
+from batch.run.waits import Stage, Waits
 
 __all__ = ["Policy", "Report", "Runner"]
 
@@ -128,6 +129,8 @@ class Runner:
         self._lost: set[JobKey] = set()
         """Paid for in an earlier session, and not kept by the target any more: only a new attempt gives a result."""
         self._retention = Retention(for_good=policy.keeps_results)
+        self.waits = Waits()
+        """What each accepted job waits for."""
         self._transfers = Transfers(
             service=service,
             journal=journal,
@@ -154,6 +157,7 @@ class Runner:
             rng=rng,
             notice=self._unanswered,
             warn=self._warn,
+            waits=self.waits,
         )
         self._errors: Counter[str] = Counter()
         self._scope = anyio.CancelScope()
@@ -315,6 +319,7 @@ class Runner:
             self.stop(Stop.STORAGE, str(error))
         finally:
             self._underway.discard(course.key)
+            self.waits.drop(course.key)
             self._gate.left(course)
             self._observer.happened("ended", job=course.key)
 
@@ -458,6 +463,7 @@ class Runner:
     async def _renewed(self, course: Course, ticket: Ticket, kept: Answer) -> Answer:
         """A kept answer whose pictures were not stored: fresh URLs where the target still has them."""
         self._gate.answered(course)
+        self.waits.put(course.key, Stage.DOWNLOADING, self._now())
         try:
             return await self._service.result(ticket)
         except CallFailed:

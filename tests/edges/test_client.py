@@ -343,15 +343,20 @@ async def test_a_download_has_a_limit_of_its_own():
     assert "1000 bytes" in found.detail
 
 
+@pytest.mark.parametrize("location", ["/elsewhere", "{url}/elsewhere", "http://127.0.0.1:1/elsewhere"])
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-async def test_a_redirected_submit_is_not_followed(status):
-    """Where the POST went is not where we meant it; whether it was accepted is not known."""
-    async with answering(web.Response(status=status, headers={"location": "/elsewhere"})) as (client, received):
+async def test_a_redirected_submit_is_not_followed(status, location):
+    """Where the POST went is not where we meant it; whether it was accepted is not known. Also inside the target."""
+
+    async def redirect(request):
+        return web.Response(status=status, headers={"location": location.format(url=client.url)})
+
+    async with answering(redirect) as (client, received):
         found = await trouble(client.submit(ATTEMPT))
     assert found.reply is not None
     assert found.reply.status == status
     assert judge(found).action is Action.UNKNOWN
-    assert len(received) == 1
+    assert [request.method for request in received] == ["POST"]
 
 
 @pytest.mark.parametrize(
@@ -388,9 +393,7 @@ async def test_a_submit_answer_without_a_usable_request_id_is_unknown(body):
     assert received.posts() == 1
 
 
-@pytest.mark.parametrize(
-    "body", [b"{}", b'{"status": "FAILED"}', b'{"status": 1}', b"[]", b"NaN", b'{"status": "IN_QUEUE"']
-)
+@pytest.mark.parametrize("body", [b"", b"[]", b"null", b"NaN", b"<html>fine</html>", b'{"status": "IN_QUEUE"'])
 async def test_a_status_outside_the_protocol_is_read_again(body):
     """It says nothing about the job."""
     async with answering(web.Response(body=body)) as (client, _):
@@ -551,6 +554,120 @@ async def test_a_submit_carries_its_body_and_its_idempotency_key():
     assert headers["idempotency-key"] == ATTEMPT.idempotency_key
     assert headers["x-app-fal-disable-fallback"] == "true"
     assert received[0].path == f"/{APP_ID}"
+
+
+# --- redirected reads -------------------------------------------------------------------------------------
+
+READS = {
+    "status": (lambda client: client.status(TICKET), {"status": "IN_PROGRESS"}),
+    "result": (lambda client: client.result(TICKET), OUTPUT),
+}
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("phase", READS)
+async def test_a_redirected_read_is_followed_inside_the_target(phase, status):
+    """Relative and absolute, as a GET with the key."""
+    read, body = READS[phase]
+
+    async def hop(request):
+        if request.path.endswith("/there"):
+            return json_answer(body)
+        there = "/moved/again" if "moved" not in request.path else f"{client.url}/there"
+        return web.Response(status=status, headers={"location": there})
+
+    async with answering(hop, key=KEY) as (client, received):
+        await read(client)
+    assert [request.method for request in received] == ["GET"] * 3
+    assert [request.path for request in received][1:] == ["/moved/again", "/there"]
+    assert [request.headers.get("authorization") for request in received] == [f"Key {KEY}"] * 3
+
+
+@pytest.mark.parametrize("phase", READS)
+async def test_a_read_that_is_redirected_elsewhere_is_refused(phase):
+    """The other server is not asked at all; the sentence names it, and nothing of the path."""
+    read, body = READS[phase]
+    async with answering(json_answer(body)) as (other, others):
+        location = f"{other.url}/catch?token=secret"
+        async with answering(web.Response(status=302, headers={"location": location}), key=KEY) as (client, received):
+            found = await trouble(read(client))
+    assert (found.transport, found.reply, len(received), len(others)) == ("redirect", None, 1, 0)
+    assert f"HTTP 302 redirects to {other.url}, which is not the target's own address" in found.detail
+    assert "secret" not in found.detail
+    assert judge(found, seen=99).action is Action.READ_AGAIN
+
+
+@pytest.mark.parametrize("phase", READS)
+@pytest.mark.parametrize(
+    ("status", "headers", "asked"),
+    [
+        (302, {"location": "/again"}, 6),
+        (302, {}, 1),
+        (302, {"location": ""}, 1),
+        (304, {"location": "/again"}, 1),
+        (300, {}, 1),
+        (308, {"location": "file:///etc/passwd"}, 1),
+        (307, {"location": "http://user:secret@127.0.0.1/x"}, 1),
+    ],
+)
+async def test_a_redirect_that_leads_nowhere_is_given_up(phase, status, headers, asked):
+    """In circles, without an address, or with one that is none: a few requests, and one kind of trouble."""
+    read, _ = READS[phase]
+    async with answering(web.Response(status=status, headers=headers)) as (client, received):
+        found = await trouble(read(client))
+    assert (found.transport, len(received)) == ("redirect", asked)
+    assert found.detail
+    assert "secret" not in found.detail
+
+
+async def test_a_redirect_to_an_error_is_that_error():
+    """What the last of them answers counts."""
+
+    async def hop(request):
+        if request.path == "/there":
+            return json_answer({"detail": "gone"}, 404)
+        return web.Response(status=302, headers={"location": "/there"})
+
+    async with answering(hop) as (client, _):
+        found = await trouble(client.result(TICKET))
+    assert found.reply is not None
+    assert found.reply.status == 404
+
+
+@pytest.mark.parametrize("call", ["cancel", "upload", "listing"])
+async def test_nothing_else_is_redirected_with_the_key(call):
+    """A cancel, the start of an upload and a listing: the redirect is the answer."""
+    calls = {
+        "cancel": lambda client: client.cancel(TICKET),
+        "upload": lambda client: client.upload(b"x", "image/png", "a.png"),
+        "listing": lambda client: client.listing(0.0, 1.0, None),
+    }
+    async with answering(web.Response(status=302, headers={"location": "/x"}), key=KEY) as (client, received):
+        found = await trouble(calls[call](client))
+    assert found.reply is not None
+    assert (found.reply.status, len(received)) == (302, 1)
+
+
+@pytest.mark.parametrize(
+    ("answer", "state", "failed"),
+    [
+        ({"status": "FAILED", "error": "out of memory"}, QueueState.COMPLETED, True),
+        ({"status": "succeeded"}, QueueState.COMPLETED, False),
+        ({"status": "in_queue", "queue_position": "3"}, QueueState.IN_QUEUE, False),
+        ({"status": "IN_QUEUE", "queue_position": None}, QueueState.IN_QUEUE, False),
+        ({"status": "BOOTSTRAPPING"}, None, False),
+        ({"status": None}, None, False),
+        ({"status": 1}, None, False),
+        ({}, None, False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("code", [200, 202])
+async def test_an_odd_status_is_read(answer, state, failed, code):
+    """Words that fal does not use, and none at all."""
+    async with answering(json_answer(answer, code)) as (client, _):
+        status = await client.status(TICKET)
+    assert (status.state, status.failed, status.position) == (state, failed, None)
 
 
 # --- downloads --------------------------------------------------------------------------------------------

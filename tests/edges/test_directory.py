@@ -156,6 +156,38 @@ def test_an_error_inside_frees_the_lock(root):
     assert not root.is_locked()
 
 
+# --- what the run waits for -------------------------------------------------------------------------------
+
+
+def test_a_note_is_read_back_and_ends_with_the_run(root):
+    """Replaced whole; the next run begins without that of a killed one."""
+    root.note_waits({"at": 1.0})
+    with root.locked("now"):
+        assert root.read_waits() is None
+        root.note_waits({"at": 2.0, "in_queue": {"jobs": 1}})
+        root.note_waits({"at": 3.0})
+        assert root.read_waits() == {"at": 3.0}
+        root.note_waits(None)
+        assert root.read_waits() is None
+        root.note_waits({"at": 4.0})
+    assert {path.name for path in root.root.iterdir()} <= {".lock"}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "7"])
+def test_a_note_that_cannot_be_read_is_none(root, text):
+    """It is for a display only."""
+    (root.root / ".waits.json").write_text(text)
+    assert root.read_waits() is None
+
+
+def test_a_note_that_cannot_be_written_is_no_fault(tmp_path):
+    """The journal notices a full disk, and says so."""
+    gone = RunDirectory(tmp_path / "gone")
+    gone.note_waits({"at": 1.0})
+    gone.note_waits(None)
+    assert gone.read_waits() is None
+
+
 # --- the same command? ------------------------------------------------------------------------------------
 
 

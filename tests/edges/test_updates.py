@@ -96,7 +96,8 @@ FAULTS = {
     "ends early": lambda request: served(request, event("IN_QUEUE"), event("IN_PROGRESS")),
     "cut in the middle": lambda request: served(request, event("IN_QUEUE"), event("COMPLETED")[:20]),
     "nonsense": lambda request: served(request, b"data: ]]\n\n", hold=True),
-    "unknown status": lambda request: served(request, event("FAILED"), hold=True),
+    "unknown status": lambda request: served(request, event("BANANA"), hold=True),
+    "no status": lambda request: served(request, event(None), hold=True),
     "a line without end": lambda request: served(request, b"data: " + b"x" * 2**20, hold=True),
     "an event without end": lambda request: served(request, b"data: 12345678\n" * 2**16, hold=True),
     "redirect": lambda request: served(request, status=302),
@@ -118,6 +119,16 @@ async def test_a_stream_that_fails_leaves_the_job_to_reading(fault):
         assert 0.35 <= seconds < 5.0
         assert await timed(streams.wait(TICKET, 0.1, LONG)) == (False, pytest.approx(0.1, abs=0.5))
     assert opened == ["/fal-ai/flux/requests/request-1/status/stream"]
+
+
+@pytest.mark.parametrize("word", ["COMPLETED", "FAILED", "Cancelled", "succeeded"])
+async def test_a_stream_wakes_at_every_word_for_an_end(word):
+    """Also where it is not fal's own."""
+    async with (
+        answering(lambda request: served(request, event("in_progress"), event(word), hold=True)) as url,
+        listening(url) as streams,
+    ):
+        assert (await timed(streams.wait(TICKET, LONG, LONG)))[0] is True
 
 
 async def test_a_silent_stream_is_given_up(monkeypatch):

@@ -111,6 +111,8 @@ SVG = b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"
 # target, request and asked). "open": not to be had from this target, left for the next run.
 
 DONE, OPEN, UNKNOWN = "done", "pending", "unknown"
+EITHER = "done or pending"
+"""Counts as running: done where the other rows made the run sure enough to ask for results without a status."""
 INLINE = "data:image/png;base64," + base64.b64encode(picture()).decode()
 STRANGER = "http://127.0.0.1:9"
 """Set to the second server's address when it runs."""
@@ -185,9 +187,10 @@ ATTACKS = {
     "submit NaN": (UNKNOWN, "submit", b'{"request_id": NaN}'),
     "submit null": (UNKNOWN, "submit", b"null"),
     # a status that says nothing
-    "status of other type": (OPEN, "status", {"status": 5}),
+    "status of other type": (EITHER, "status", {"status": 5}),
     "status null": (OPEN, "status", b"null"),
-    "status unheard of": (OPEN, "status", {"status": "FAILED"}),
+    "status unheard of": (EITHER, "status", {"status": "BANANA"}),
+    "status that lies about a failure": (DONE, "status", {"status": "FAILED"}),
     "status NaN": (OPEN, "status", b'{"status": NaN}'),
     "status redirected": (OPEN, *redirects(lambda target, asked: f"{STRANGER}/status", "status")),
     "status endless": (OPEN, "status", body(endless, b'{"status": "COMPLETED", "x": "')),
@@ -354,8 +357,8 @@ def test_each_row_comes_to(attacked, name):
     """An attack spoils its own row and no other."""
     row = next(row for row in results(attacked[2]).to_pylist() if row["prompt"] == name)
     expected = ATTACKS[name][0]
-    if expected in {DONE, OPEN, UNKNOWN, "failed"}:
-        assert row["status"] == expected, row["error_message"]
+    if expected in {DONE, OPEN, EITHER, UNKNOWN, "failed"}:
+        assert row["status"] in expected.split(" or "), row["error_message"]
     else:
         # Tried a few times before it is given up; on a slow day the deadline comes first.
         assert (row["status"], row["error_type"]) in {("failed", expected), (OPEN, None)}

@@ -75,6 +75,7 @@ TABLE: dict[str, tuple[str, int]] = {
     "batch.run.lifecycle": (PURE, 0),
     "batch.run.pacing": (PURE, 0),
     "batch.run.polling": (PURE, 0),
+    "batch.run.waits": (PURE, 1),
     "batch.run.retention": (PURE, 0),
     "batch.run.books": (PURE, 1),
     "batch.run.scratch": ("edge: an audit's scratch database", 1),

@@ -71,6 +71,51 @@ def test_what_slows_a_run_down_is_shown_until_it_moves_again():
     assert tally.note == ""
 
 
+WAITING = {
+    "in_queue": {"jobs": 50, "oldest_seconds": 120.0},
+    "in_progress": {"jobs": 14, "oldest_seconds": 31.0},
+    "downloading": {"jobs": 2, "oldest_seconds": 3.0},
+    "queue_positions": {"lowest": 3, "median": 40, "highest": 120},
+}
+WAITS = "50 in queue for up to 2 min, queue positions 3 to 120, median 40; 14 in progress for up to 31 s"
+
+
+def test_what_open_jobs_wait_for_is_in_the_line_once_it_is_noticeable():
+    """Beside what slows the run down; gone when nothing waits any longer."""
+    tally = Tally()
+    tally.happened("waiting", **WAITING)
+    assert tally.line() == f"0/0 done, 0 failed, 0 in flight (waiting: {WAITS})"
+    tally.happened("paused", reason="HTTP 429")
+    assert tally.line().endswith(f"(waiting: {WAITS}; paused: HTTP 429)")
+    tally.happened("done", job="1")
+    tally.happened("waiting", in_queue={"jobs": 50, "oldest_seconds": 29.0})
+    assert tally.line() == "1/0 done, 0 failed, 0 in flight"
+    tally.happened("waiting", **WAITING)
+    tally.happened("waiting", in_queue={"jobs": 0, "oldest_seconds": None})
+    assert "waiting" not in tally.line()
+
+
+def test_a_bar_says_what_is_waited_for_longest():
+    """It is drawn again when that changes, although no job ends; other notices keep it."""
+    tally, stream = Tally(), io.StringIO()
+    bar = ProgressBar(tally, stream)
+    observer = Several(tally, bar)
+    observer.expected(9, 0)
+    observer.happened("waiting", in_queue={"jobs": 50, "oldest_seconds": 5.0})
+    assert "waiting" not in stream.getvalue()
+    observer.happened("waiting", **WAITING)
+    assert "waiting=50 in queue 2 min" in stream.getvalue().rsplit("\r", 1)[-1]
+    drawn = stream.getvalue()
+    observer.happened("waiting", **WAITING)
+    assert stream.getvalue() == drawn
+    observer.happened("waiting", downloading={"jobs": 2, "oldest_seconds": 7200.0})
+    assert "waiting=2 downloading 2.0 h" in stream.getvalue().rsplit("\r", 1)[-1]
+    observer.happened("waiting", in_queue={"jobs": 0, "oldest_seconds": None})
+    assert "waiting" not in stream.getvalue().rsplit("\r", 1)[-1]
+    assert "waiting: " not in stream.getvalue()
+    bar.close()
+
+
 class Clock:
     now = 0.0
 
@@ -90,6 +135,34 @@ def test_plain_lines_come_every_thirty_seconds():
         "61/0 done, 0 failed, 0 in flight",
         "91/0 done, 0 failed, 0 in flight",
     ]
+
+
+def test_plain_lines_come_while_jobs_are_only_waited_for():
+    """Nothing ends for ten minutes: a line every thirty seconds says what it is that lasts so long."""
+    clock, tally, stream = Clock(), Tally(), io.StringIO()
+    observer = Several(tally, PlainLines(tally, stream, clock=clock))
+    for second in range(0, 600, 2):
+        clock.now = float(second)
+        observer.happened("waiting", in_queue={"jobs": 7, "oldest_seconds": clock.now})
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 19
+    assert lines[0] == "0/0 done, 0 failed, 0 in flight (waiting: 7 in queue for up to 30 s)"
+    assert lines[-1].endswith("(waiting: 7 in queue for up to 10 min)")
+
+
+def test_plain_lines_as_json_say_what_is_waited_for():
+    """With every stage, or null."""
+    clock, tally, stream = Clock(), Tally(), io.StringIO()
+    observer = Several(tally, PlainLines(tally, stream, as_json=True, clock=clock))
+    observer.happened("warning", reason="x")
+    clock.now = 40.0
+    observer.happened("waiting", **WAITING)
+    before, line = [json.loads(text) for text in stream.getvalue().splitlines()]
+    assert before["waits"] is None
+    assert line["action"] == "progress"
+    assert line["waits"]["in_queue"] == WAITING["in_queue"]
+    assert line["waits"]["unknown"] == {"jobs": 0, "oldest_seconds": None}
+    assert line["waits"]["queue_positions"] == WAITING["queue_positions"]
 
 
 @pytest.mark.parametrize("action", ["paused", "stopping", "unreachable", "warning"])
@@ -142,11 +215,12 @@ def lines(path: Path) -> list[dict]:
 
 
 def test_the_log_has_a_line_for_everything_but_the_display(tmp_path):
-    """`started`, `ended` and `spent` are for a live display only."""
+    """`started`, `ended`, `spent` and `waiting` are for a live display only."""
     path = tmp_path / "log.jsonl"
     with JsonLog(path) as log:
         ran(log)
         log.happened("spent", usd=1.0, total_usd=1.0)
+        log.happened("waiting", **WAITING)
     found = lines(path)
     assert [line["action"] for line in found] == ["expected", "done", "done", "failed"]
     assert found[0]["jobs"] == 4

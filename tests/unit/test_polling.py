@@ -52,7 +52,8 @@ def test_a_poll_time_is_within_its_bounds(finished, read):
         last, queued, position = read
         times.pending(stay, last, queued=queued, position=position)
     delay = times.due(stay) - last
-    longest = max(PollTimes.LONGEST, ((stay.turn or 0.0) - last) / 2 if finished else 0.0)
+    turn = min(PollTimes.LONGEST_QUEUED, ((stay.turn or 0.0) - last) / 2) if finished else 0.0
+    longest = max(PollTimes.LONGEST, turn)
     tolerance = 1e-9 * (1 + last + longest)
     assert min(longest, max(PollTimes.FINEST, last * PollTimes.CLOSEST)) - tolerance <= delay <= longest + tolerance
 
@@ -134,6 +135,45 @@ def test_what_is_queued_is_not_read_before_it_can_have_ended():
     assert times.due(stay) == pytest.approx(10.0)
     times.pending(stay, 5.5, queued=False, position=None)
     assert times.due(stay) < 6.0
+
+
+def test_a_job_is_overdue_after_ten_times_the_usual_duration_and_ten_minutes_at_least():
+    """The middle of what is known; a few slow ones change nothing."""
+    times = PollTimes()
+    assert times.overdue(Stay()) == 600.0
+    for _ in range(20):
+        polled(times, 5.0)
+    assert times.overdue(Stay()) == 600.0
+    for _ in range(100):
+        polled(times, 200.0)
+    for _ in range(20):
+        polled(times, 5000.0)
+    assert times.overdue(Stay()) == pytest.approx(2000.0, rel=0.1)
+
+
+def test_an_overdue_job_is_looked_at_later_and_later():
+    """Half as much later as it is old, half an hour at most; counted anew from when its status cannot be read."""
+    times, stay, ages = PollTimes(), Stay(), []
+    for _ in range(9):
+        ages.append(times.overdue(stay))
+        times.overdue_read(stay, ages[-1])
+    assert ages[:4] == [600.0, 900.0, 1350.0, 2025.0]
+    assert ages[-1] - ages[-2] == 1800.0
+    resumed = Stay(resumed=True)
+    resumed.unreadable = 86400.0
+    assert times.overdue(resumed) == 87000.0
+    times.overdue_read(resumed, 87000.0)
+    assert times.overdue(resumed) == 88800.0
+
+
+def test_a_place_far_beyond_all_reason_is_looked_at_every_ten_minutes():
+    """Places are the service's word: a million billion would be waited for until the end of days."""
+    times = PollTimes()
+    for _ in range(50):
+        polled(times, 5.0)
+    stay = Stay(10**15)
+    times.pending(stay, 10.0, queued=True, position=10**15 - 1)
+    assert times.due(stay) == 10.0 + PollTimes.LONGEST_QUEUED
 
 
 def test_a_place_in_a_long_queue_foretells_the_turn():

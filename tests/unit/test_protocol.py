@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from batch.fal import protocol
 from batch.fal.endpoint import APP_ID
-from batch.fal.protocol import Address, CancelOutcome, Malformed, Operation, Origins, Reply
+from batch.fal.protocol import Address, Call, CancelOutcome, Malformed, Operation, Origins, Reply
 from batch.model import AppId, QueueState, RequestId, Ticket
 
 ID = RequestId("0199c0de-0000-7000-8000-000000000001")
@@ -137,10 +137,139 @@ def test_a_submit_answer_without_a_usable_id_is_malformed(body):
         protocol.read_ticket(Reply(200, body))
 
 
-def test_a_status_outside_the_three_is_malformed():
-    """FAILED and CANCELLED do not exist."""
-    with pytest.raises(Malformed, match="FAILED"):
-        protocol.read_status(Reply(200, b'{"status": "FAILED"}'))
+def read_status(body: object):
+    return protocol.read_status(Reply(200, orjson.dumps(body)))
+
+
+FAILURE_WORDS = [
+    "FAILED", "failed", "Failed", "FAIL", "FAILURE", "ERROR", "error", "ERRORED", "CANCELLED", "CANCELED", "Cancelled",
+    "TIMEOUT", "TIMED_OUT", "timed out", "Timed-Out", "TimedOut", "ABORTED", "EXPIRED", "REJECTED", "TERMINATED",
+    "KILLED", "CRASHED", "STOPPED", " FAILED ", "JOB_STATE_FAILED", "job failed", "EXECUTION_ERROR", "FAILED_TO_START",
+    "USER_CANCELLED", "COMPLETED_WITH_ERRORS", "failed: out of memory", "Content Moderated",
+]  # fmt: skip
+END_WORDS = ["COMPLETED", "completed", "Complete", "SUCCEEDED", "SUCCESS", "success", "OK", "ok", "DONE", "Finished", "JOB_STATE_SUCCEEDED"]  # fmt: skip # noqa: E501
+RUNNING_WORDS = ["IN_PROGRESS", "in_progress", "In Progress", "InProgress", "in-progress", "PROCESSING", "Running", "STARTED", "cancelling"]  # fmt: skip # noqa: E501
+QUEUED_WORDS = ["IN_QUEUE", "in_queue", "In Queue", "queued", "PENDING", "Waiting", "SUBMITTED"]
+UNKNOWN_WORDS = ["", " ", "???", "READY", "BANANA", "ERROR_RETRYING", "NOT_FAILED", "CANCEL_REQUESTED", "FAILED_QUEUE_PENDING", "état", "失敗", "7", "A" * 100_000]  # fmt: skip # noqa: E501
+
+
+@pytest.mark.parametrize(
+    ("word", "state", "failed"),
+    [
+        *[(word, QueueState.COMPLETED, True) for word in FAILURE_WORDS],
+        *[(word, QueueState.COMPLETED, False) for word in END_WORDS],
+        *[(word, QueueState.IN_PROGRESS, False) for word in RUNNING_WORDS],
+        *[(word, QueueState.IN_QUEUE, False) for word in QUEUED_WORDS],
+        *[(word, None, False) for word in UNKNOWN_WORDS],
+    ],
+)
+def test_a_status_word_means(word, state, failed):
+    """In any case, with or without spaces; a word that may mean anything is unknown, never a failure."""
+    status = read_status({"status": word})
+    assert (status.state, status.failed, status.word) == (state, failed, word[:100])
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [{}, {"status": None}, {"status": 5}, {"status": ["FAILED"]}, {"status": {"state": "FAILED"}}, {"status": True},
+     {"state": "COMPLETED"}],
+)  # fmt: skip
+def test_a_status_answer_without_a_word_is_unknown(answer):
+    """Missing, null or of another type: the request counts as running."""
+    status = read_status(answer)
+    assert (status.state, status.failed, status.word, status.error) == (None, False, "", None)
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"<html>", b"COMPLETED", b'{"status": "COMPLETED"', b"\xff", b"[" * 200_000, b"[]", b"null"]
+)
+def test_a_status_answer_that_is_no_json_object_is_malformed(body):
+    """It says nothing: a proxy's page, or half of an answer."""
+    with pytest.raises(Malformed):
+        protocol.read_status(Reply(200, body))
+
+
+@pytest.mark.parametrize("position", [None, "3", -1, 2.5, True, [], {}, 1e300])
+@pytest.mark.parametrize("word", ["IN_QUEUE", "IN_PROGRESS"])
+def test_a_queue_position_of_another_kind_is_none(position, word):
+    """Never an error, of a status or of a submit."""
+    assert read_status({"status": word, "queue_position": position}).position is None
+    reply = Reply(200, orjson.dumps({"request_id": ID, "queue_position": position}))
+    assert protocol.read_ticket(reply).position is None
+
+
+@pytest.mark.parametrize(
+    ("said", "text"),
+    [
+        ({"error": "out of memory"}, "out of memory"),
+        ({"error": {"message": "out of memory", "code": 7}}, "out of memory"),
+        ({"error": None, "detail": "out of memory"}, "out of memory"),
+        ({"error": "", "detail": [{"loc": ["body", "seed"], "msg": "too large"}]}, "seed: too large"),
+        ({"error": 7, "detail": []}, None),
+        ({"error": {"message": 7}}, None),
+        ({"error": "x" * 5000}, "x" * 1000),
+    ],
+)
+def test_a_status_keeps_what_the_service_says_of_a_failure(said, text):
+    """As `error` or `detail`, in the forms that are in use."""
+    assert read_status({"status": "FAILED", **said}).error == text
+
+
+HERE = f"{BASE}/fal-ai/flux/requests/{ID}/status"
+
+
+@pytest.mark.parametrize("status", sorted(protocol.REDIRECTS))
+@pytest.mark.parametrize(
+    ("location", "url"),
+    [
+        ("/v2/status", f"{BASE}/v2/status"),
+        ("v2", HERE.rpartition("/")[0] + "/v2"),
+        ("?again=1", f"{HERE}?again=1"),
+        (f"{BASE}/v2", f"{BASE}/v2"),
+        (f"{BASE.replace('http', 'HTTP')}/v2", f"{BASE}/v2"),
+    ],
+)
+def test_a_redirect_of_a_read_leads_to_another_address_of_the_target(status, location, url):
+    """It is a GET again."""
+    call = protocol.redirected(Origins.of_server(BASE), Call("GET", HERE), Reply(status, b"", {"location": location}))
+    assert (call.method, call.url.replace("HTTP:", "http:"), call.body) == ("GET", url, b"")
+
+
+@pytest.mark.parametrize("location", ["https://rest.fal.ai/x", "https://v3.fal.media/x", "https://api.fal.ai/x", "//queue.fal.run/x"])  # fmt: skip # noqa: E501
+def test_a_redirect_among_the_origins_of_fal_is_followed(location):
+    """All of them are the target's own."""
+    call = Call("GET", "https://queue.fal.run/fal-ai/flux/requests/1/status")
+    assert protocol.redirected(protocol.FAL, call, Reply(302, b"", {"location": location})).url.endswith("/x")
+
+
+@pytest.mark.parametrize(
+    ("location", "shown"),
+    [
+        ("https://evil.example/a?token=secret", "https://evil.example:443"),
+        ("//evil.example/secret", "http://evil.example:80"),
+        (BASE.replace("http:", "https:") + "/secret", "https://"),
+        (BASE[:-1] + "/secret", "http://127.0.0.1:878,"),
+        (BASE.replace("://", "://secret@"), "not valid"),
+        (BASE.replace("://", "://secret\\@"), "not valid"),
+        (f"{BASE}/a b secret", "not valid"),
+        ("http://[secret", "not valid"),
+        ("file:///etc/secret", "not valid"),
+        ("javascript:secret", "not valid"),
+        ("http://secr\udcffet.example/", "http://secr\\udcffet.example:80,"),
+        ("", "names no address"),
+        (None, "names no address"),
+    ],
+)
+def test_a_redirect_elsewhere_is_refused_with_a_sentence(location, shown):
+    """Which names the host and nothing that may be secret, in characters that every terminal and file takes."""
+    headers = {} if location is None else {"location": location}
+    with pytest.raises(protocol.RedirectRefused) as caught:
+        protocol.redirected(Origins.of_server(BASE), Call("GET", HERE), Reply(307, b"", headers))
+    sentence = str(caught.value)
+    assert sentence.startswith("HTTP 307 ")
+    assert shown in sentence
+    assert "secret" not in sentence
+    assert sentence.isascii()
 
 
 def test_reads_use_returned_urls_on_the_own_origin_and_rebuild_foreign_ones():

@@ -13,8 +13,21 @@ from hypothesis import strategies as st
 from tenacity.stop import stop_after_attempt
 
 from batch.fal.protocol import Reply
+from batch.model import Failed, QueueState, TicketStatus
 from batch.run.ports import CallFailed, Trouble
-from batch.run.retry import Action, Verdict, backoff, failure_of, final, judge, kind_of, reading, retry_after_of
+from batch.run.retry import (
+    Action,
+    Verdict,
+    backoff,
+    concerns_request,
+    failure_of,
+    final,
+    judge,
+    judge_failed,
+    kind_of,
+    reading,
+    retry_after_of,
+)
 
 A = Action
 MODEL_ERROR = orjson.dumps({"detail": [{"loc": ["body", "image_url"], "msg": "cannot be read", "type": "image_load_error"}]})  # fmt: skip # noqa: E501
@@ -75,6 +88,8 @@ TABLE = [
     (Trouble("result", "malformed"), 15, A.READ_AGAIN),
     (Trouble("result", "malformed"), 16, A.JOB_FAILED),
     (Trouble("status", "malformed"), 99, A.READ_AGAIN),
+    # a redirect that is not followed: never by its number
+    *[(Trouble(phase, "redirect"), 99, A.READ_AGAIN) for phase in ("status", "result")],
     # files
     *[(answered(phase, 413), 1, A.JOB_FAILED) for phase in ("initiate", "upload")],
     *[(answered(phase, status), seen, action)
@@ -122,6 +137,102 @@ def _worded(body, words):
         for entry in said["detail"]:
             entry["msg"] = words
     return orjson.dumps(said)
+
+
+def test_a_result_that_is_redirected_for_longer_than_any_job_takes_is_given_up():
+    """With the sentence that says where; a status alone never fails a job, and nothing else is bounded by time."""
+    sentence = "HTTP 302 redirects to https://evil.example:443, ..."
+    trouble = Trouble("result", "redirect", detail=sentence)
+    verdict = judge(trouble, overdue=True)
+    assert verdict.action is A.JOB_FAILED
+    assert failure_of(trouble, verdict) == Failed("redirect", sentence)
+    others = [Trouble("status", "redirect"), Trouble("result", "timeout"), Trouble("result", "malformed")]
+    others += [answered("result", 502, GATEWAY), answered("result", 401), answered("status", 404)]
+    assert [judge(other, overdue=True).action for other in others] == [A.READ_AGAIN] * len(others)
+
+
+# --- after a status that says that the work failed --------------------------------------------------------
+
+SAID = TicketStatus(QueueState.COMPLETED, word="FAILED", failed=True)
+OWN = "the service's own error"
+BY_WORD = "the status word"
+AGAIN = "read again"
+AFTER_FAILED = [
+    # an error in fal's form is the job's own, however it would be doubted after COMPLETED
+    (answered("result", 422, MODEL_ERROR), 1, OWN),
+    *[(answered("result", status, request_error("runner_server_error")), 1, OWN) for status in (500, 502, 503, 504)],
+    (answered("result", 500, b'{"detail": "it broke"}'), 1, OWN),
+    (answered("result", 499, request_error("client_cancelled")), 1, OWN),
+    (answered("result", 400, request_error("bad_image")), 1, OWN),
+    (answered("result", 500, GATEWAY, x_fal_error_type="runner_disconnected"), 1, OWN),
+    # there is no result, and nothing says why
+    *[(answered("result", 404, body), 1, BY_WORD) for body in (b"", b"<html>", b'{"status": "NOT_FOUND"}')],
+    (answered("result", 400, b'{"detail": "Request is still in progress"}'), 1, BY_WORD),
+    # an answer of another form
+    *[(answered("result", status, GATEWAY), 1, BY_WORD) for status in (400, 405, 410, 418, 422, 500, 520)],
+    *[(Trouble("result", word), 1, BY_WORD) for word in ("malformed", "oversize", "redirect")],
+    # no answer, or one about the network, the key or our pace
+    *[(Trouble("result", word, sent=sent), seen, meaning)
+      for word, sent in [*((w, False) for w in UNSENT), ("reset", True), ("timeout", True), ("broken body", True)]
+      for seen, meaning in ((1, AGAIN), (5, AGAIN), (6, BY_WORD))],
+    *[(answered("result", status, GATEWAY), seen, meaning)
+      for status in (401, 403, 408, 429, 502, 503, 504) for seen, meaning in ((5, AGAIN), (6, BY_WORD))],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("trouble", "seen", "meaning"), AFTER_FAILED, ids=str)
+def test_after_a_status_that_says_failed_one_answer_is_believed(trouble, seen, meaning):
+    """An error in fal's form is that error; anything else is the status word. What is no answer is read again, a few times."""  # noqa: E501
+    verdict, failure = judge_failed(trouble, SAID, seen=seen)
+    assert verdict.reason
+    assert verdict.action is (A.READ_AGAIN if meaning == AGAIN else A.JOB_FAILED)
+    if meaning == OWN:
+        assert failure == failure_of(trouble, verdict)
+        assert verdict.new_attempt is judge(trouble, seen=99).new_attempt
+    if meaning == BY_WORD:
+        assert (failure.error_type, verdict.new_attempt) == ("failed", False)
+        assert failure.message.startswith("status FAILED (result: ")
+
+
+@pytest.mark.parametrize(
+    ("status", "error_type", "message"),
+    [
+        ({"word": "Timed Out"}, "timed_out", "status Timed Out (result: HTTP 404)"),
+        ({"word": "CANCELLED", "error": "by user"}, "cancelled", "status CANCELLED: by user (result: HTTP 404)"),
+        ({"word": "ERROR", "error_type": "oom"}, "oom", "status ERROR (result: HTTP 404)"),
+        ({"word": "FAILED\x1b[2J", "error": "a\nb"}, "failed_2j", "status FAILED [2J: a b (result: HTTP 404)"),
+        ({"word": "FAILED " * 14, "error_type": "x" * 500}, "x" * 100, None),
+    ],
+)
+def test_a_failure_by_status_word_keeps_what_the_status_said(status, error_type, message):
+    """The word in small letters to count by, unless the service has one; its texts for a person, as printable text."""
+    said = TicketStatus(QueueState.COMPLETED, failed=True, **status)
+    _, failure = judge_failed(answered("result", 404, b""), said, seen=1)
+    assert (failure.error_type, failure.billable_units) == (error_type, None)
+    assert failure.message == message or message is None
+    assert failure.message.isprintable()
+
+
+def test_a_failure_by_status_word_costs_what_the_service_says():
+    """And names its words, where they are in its own form."""
+    trouble = answered("result", 404, b'{"detail": "no such result"}', x_fal_billable_units="0")
+    _, failure = judge_failed(trouble, SAID, seen=1)
+    assert (failure.message, failure.billable_units) == ("status FAILED (result: HTTP 404, no such result)", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "expected"),
+    [
+        (Trouble("status", "redirect"), True),
+        *[(answered("status", status), True) for status in (400, 404, 405, 410, 422)],
+        *[(answered("status", status), False) for status in (401, 403, 408, 425, 429, 500, 502, 503)],
+        *[(Trouble("status", word), False) for word in ("timeout", "reset", "malformed", "oversize", "connect")],
+    ],
+    ids=str,
+)
+def test_a_status_that_cannot_be_read_for_long_is_about_the_request_or_the_service(trouble, expected):
+    """An outage of a day fails no job; a refusal of this one request lets its result decide."""
+    assert concerns_request(trouble) is expected
 
 
 @given(st.integers(300, 599), st.binary(max_size=40), st.booleans())
