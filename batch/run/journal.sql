@@ -54,6 +54,15 @@ CREATE TABLE bodies (
     body BLOB NOT NULL
 ) STRICT
 
+-- name: create_start_timeouts
+-- Of submits with a start timeout, until they have ended. Versions without this table pass it over and may intend a job
+-- again: a row holds only for the intent of its own instant. Made where it is missing.
+CREATE TABLE IF NOT EXISTS start_timeouts (
+    job_id INTEGER PRIMARY KEY,
+    intended_at REAL NOT NULL,
+    seconds REAL NOT NULL
+) STRICT
+
 -- name: create_outcomes
 -- Append-only: one row for each answer, each finish and each failure. `images` is a JSON list of lists
 -- [url, width, height, content_type, file_name, file_size, path, sha256].
@@ -130,6 +139,12 @@ ON CONFLICT (id) DO UPDATE SET
 -- name: put_bodies
 INSERT OR REPLACE INTO bodies (job_id, body) VALUES (?, ?)
 
+-- name: put_start_timeouts
+INSERT OR REPLACE INTO start_timeouts (job_id, intended_at, seconds) VALUES (?, ?, ?)
+
+-- name: drop_start_timeouts
+DELETE FROM start_timeouts WHERE job_id IN (SELECT value FROM json_each(?))
+
 -- name: slim_bodies
 UPDATE bodies SET body = slim_body(body)
 WHERE job_id IN (SELECT value FROM json_each(?)) AND length(body) > 4096
@@ -162,11 +177,12 @@ SELECT id FROM jobs WHERE state IN (SELECT value FROM json_each(?)) ORDER BY int
 
 -- name: read_entries
 SELECT j.key, j.state, j.attempt, j.intended_at, b.body, j.accepted_at, j.request_id, j.status_url,
-       j.response_url, j.cancel_url, a.output, a.billable_units, a.engine, j.reserved_usd
+       j.response_url, j.cancel_url, a.output, a.billable_units, a.engine, j.reserved_usd, t.seconds
 FROM json_each(:ids) AS wanted
 CROSS JOIN jobs AS j ON j.id = wanted.value
 LEFT JOIN bodies AS b ON b.job_id = j.id
 LEFT JOIN outcomes AS a ON a.id = j.answer_id
+LEFT JOIN start_timeouts AS t ON t.job_id = j.id AND t.intended_at = j.intended_at
 WHERE j.state IN (SELECT value FROM json_each(:states))
 ORDER BY wanted.key
 

@@ -139,6 +139,8 @@ class JournalFile:
                 connection.execute("BEGIN IMMEDIATE")
                 if _is_fresh(connection):
                     _create(connection)
+                else:
+                    connection.execute(_sql()["create_start_timeouts"])
                 connection.execute("COMMIT")
             journal = cls(connection, path, 0)
             with journal.atomic():
@@ -227,10 +229,12 @@ class JournalFile:
     def _write(self, ledger: Ledger) -> None:
         self._put("put_jobs", [job.columns() for job in ledger.touched.values()])
         self._put("put_bodies", ledger.bodies)
+        self._put("put_start_timeouts", ledger.start_timeouts)
         self._put("put_outcomes", ledger.outcomes)
         self._put("put_uploads", ledger.uploads)
         if ledger.slimmed:
             self._execute("slim_bodies", [_json(ledger.slimmed)])
+            self._execute("drop_start_timeouts", [_json(ledger.slimmed)])
         if ledger.spent_usd or ledger.finished:
             totals = {"usd": ledger.spent_usd, "finished": ledger.finished, "last_finished_at": ledger.last_finished_at}
             self._execute("sum_up", {**totals, "session": self.session})
@@ -398,7 +402,9 @@ def _json(values: Iterable[str | int]) -> str:
 
 
 def _entry(row: tuple[Any, ...]) -> Entry:
-    key, state, attempt, intended_at, body, accepted_at, request_id, *urls, output, units, engine, reserved = row
+    key, state, attempt, intended_at, body, accepted_at, request_id, *urls, output, units, engine, reserved, timeout = (
+        row
+    )
     return Entry(
         job_key=key,
         state=_STATES[state],
@@ -409,6 +415,7 @@ def _entry(row: tuple[Any, ...]) -> Entry:
         ticket=None if request_id is None else Ticket(RequestId(request_id), *urls),
         answer=None if output is None else Answer(orjson.loads(output), units, engine),
         reserved_usd=reserved,
+        start_timeout=timeout,
     )
 
 

@@ -63,6 +63,8 @@ class Intended:
     attempt: int
     body: bytes = field(repr=False)
     reserved_usd: float = 0.0
+    start_timeout: float | None = None
+    """Seconds from its acceptance after which the target starts it no more. None: it may start at any time."""
     happening = Happening.INTEND
 
 
@@ -179,6 +181,8 @@ class Entry:
     ticket: Ticket | None = None
     answer: Answer | None = None
     reserved_usd: float = 0.0
+    start_timeout: float | None = None
+    """As it was intended."""
 
 
 class Outcome(NamedTuple):
