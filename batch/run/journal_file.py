@@ -402,9 +402,8 @@ def _json(values: Iterable[str | int]) -> str:
 
 
 def _entry(row: tuple[Any, ...]) -> Entry:
-    key, state, attempt, intended_at, body, accepted_at, request_id, *urls, output, units, engine, reserved, timeout = (
-        row
-    )
+    key, state, attempt, intended_at, body, accepted_at, request_id, *urls, output, units, engine = row[:-2]
+    reserved, start_timeout = row[-2:]
     return Entry(
         job_key=key,
         state=_STATES[state],
@@ -415,7 +414,7 @@ def _entry(row: tuple[Any, ...]) -> Entry:
         ticket=None if request_id is None else Ticket(RequestId(request_id), *urls),
         answer=None if output is None else Answer(orjson.loads(output), units, engine),
         reserved_usd=reserved,
-        start_timeout=timeout,
+        start_timeout=start_timeout,
     )
 
 
