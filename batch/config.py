@@ -24,6 +24,7 @@ from pydantic import (
     Field,
     SecretStr,
     ValidationError,
+    ValidationInfo,
     field_validator,
 )
 from pydantic_settings import (
@@ -36,9 +37,11 @@ from pydantic_settings import (
 
 from batch.errors import ConfigError
 from batch.fal.endpoint import APP_ID, ImageToImageInput
+from batch.fal.protocol import TAG_PAIRS, TAGS_BYTES, checked_tag
 from batch.model import AppId
 
 __all__ = [
+    "RUN_NAME_LIMIT",
     "InputSettings",
     "LimitSettings",
     "ManifestSettings",
@@ -64,6 +67,10 @@ _REFUSED = {
     " be found again; leave it out",
 }
 """Wishes that would lose what is paid for, each with the reason."""
+RUN_NAME_LIMIT = 128
+"""Characters of a run's name in the tag `run`."""
+_OWN_TAGS = {"run": RUN_NAME_LIMIT, "job": 32}
+"""Tags that each submit gets, and how long their values may be."""
 _ROW_INPUTS = frozenset(ImageToImageInput.model_fields) - {"image_url", "sync_mode"}
 
 
@@ -96,6 +103,35 @@ def window_bounds(value: str) -> tuple[int, int] | None:
     if not 1 <= low <= high:
         raise ValueError(f"{value!r} leaves no room: LOW is at least 1, and HIGH at least LOW")
     return low, high
+
+
+def _tags(value: object) -> dict[str, str]:
+    """Tags from a table `{team = "design"}` or a list `["team=design"]`.
+
+    Raises:
+        ValueError: a tag that the target would drop, one that is given twice, or more than fit into one header.
+    """
+    match value:
+        case dict():
+            given = list(value.items())
+        case list() if all(isinstance(one, str) and "=" in one for one in value):
+            given = [one.split("=", 1) for one in value]
+        case _:
+            raise ValueError('use a table like {team = "design"} or a list like ["team=design"]')
+    tags: dict[str, str] = {}
+    for name, text in given:
+        if isinstance(text, bool) or not isinstance(text, str | int | float):
+            raise ValueError(f"invalid value {text!r} of tag {name!r}: use text or a number")  # noqa: TRY004 - as below
+        key, content = checked_tag(str(name), str(text))
+        if key in tags:
+            raise ValueError(f"duplicate tag {key!r}; remove one")
+        tags[key] = content
+    sizes = _OWN_TAGS | {key: len(content) for key, content in tags.items()}
+    if len(sizes) > TAG_PAIRS:
+        raise ValueError(f"{len(sizes)} tags with run and job: the limit is {TAG_PAIRS}")
+    if (size := sum(len(key) + length for key, length in sizes.items())) > TAGS_BYTES:
+        raise ValueError(f"up to {size} bytes of keys and values with run and job: the limit is {TAGS_BYTES}")
+    return tags
 
 
 Duration = Annotated[float, BeforeValidator(parse_duration), Field(gt=0, allow_inf_nan=False)]
@@ -145,6 +181,23 @@ class TargetSettings(_Section):
     """Requests that the embedded endpoint executes at once; default: one a core, 32 for `echo`."""
     faults: str | None = None
     """Rehearse failures: a faults file for the embedded endpoint."""
+    idempotency: Literal["auto", "replay", "reject", "none"] = "auto"
+    """What the target does with a repeated `Idempotency-Key`: see `batch.run.retry.Idempotency`. `auto`: the embedded
+    endpoint replays, fal ignores keys, other servers say it at /health."""
+    priority: Literal["normal", "low"] = "normal"
+    """`low` waits behind all requests of normal priority."""
+    keep_files: Annotated[float | None, BeforeValidator(parse_duration), Field(ge=3600, allow_inf_nan=False)] = None
+    """Lifetime of result files at the target; None: its default."""
+    tags: Annotated[dict[str, str], BeforeValidator(_tags)] = {}
+    """Labels for bills. Each submit also has `run`, the run directory's name, and `job`, the job's key, unless they are
+    given here; an empty value leaves a tag out."""
+
+    @field_validator("idempotency")
+    @classmethod
+    def _possible(cls, value: str, info: ValidationInfo) -> str:
+        if info.data.get("name") == "fal" and value in {"replay", "reject"}:
+            raise ValueError("fal ignores Idempotency-Key: a repeated submit is paid for twice; use auto")
+        return value
 
     @field_validator("name")
     @classmethod
@@ -178,6 +231,8 @@ class LimitSettings(_Section):
     """Of a job whose failure the service calls retryable."""
     rows: Annotated[int | None, Field(ge=1)] = None
     """Only the first rows of the manifest."""
+    start_timeout: Annotated[float | None, BeforeValidator(parse_duration), Field(gt=1, allow_inf_nan=False)] = None
+    """Sent with each submit: a request that has not started so long after its acceptance ends, and costs nothing."""
     on_unknown: str = "hold"
     """`hold`, or `resubmit-after=30m`: what to do with a submit whose outcome nobody knows."""
     max_image_megapixels: Annotated[float, Field(gt=0)] = 100.0
@@ -205,12 +260,17 @@ class LimitSettings(_Section):
 
     @field_validator("on_unknown")
     @classmethod
-    def _unknown(cls, value: str) -> str:
+    def _unknown(cls, value: str, info: ValidationInfo) -> str:
         if value != "hold":
             kind, _, span = value.partition("=")
             if kind != "resubmit-after":
                 raise ValueError(f"{value!r} is neither hold nor resubmit-after=DURATION")
-            parse_duration(span)
+            after, timeout = parse_duration(span), info.data.get("start_timeout")
+            if timeout is not None and isinstance(after, float) and after < timeout:
+                raise ValueError(
+                    f"it is shorter than limits.start_timeout = {timeout:g}s, in which the first submit may still start"
+                    f" and be billed; use resubmit-after={timeout:g}s or longer"
+                )
         return value
 
 
@@ -347,8 +407,8 @@ def _check_environment(environment: Mapping[str, str]) -> None:
     known |= {"RESTYLE_DEBUG"}  # of the command, no setting: see `batch.cli`
     for name in environment:
         upper = name.upper()
-        swept = upper.startswith(f"{_ENVIRONMENT_PREFIX}SWEEP__")
-        if upper.startswith(_ENVIRONMENT_PREFIX) and upper not in known and not swept:
+        is_table = upper.startswith((f"{_ENVIRONMENT_PREFIX}SWEEP__", f"{_ENVIRONMENT_PREFIX}TARGET__TAGS__"))
+        if upper.startswith(_ENVIRONMENT_PREFIX) and upper not in known and not is_table:
             raise ConfigError(_refusal(name) or f"the environment variable {name} is not known{_nearest(upper, known)}")
 
 
@@ -411,11 +471,16 @@ def _variable(place: list[str], environment: Mapping[str, str]) -> str | None:
 def _explain_environment(error: SettingsError, environment: Mapping[str, str]) -> str:
     """Which variable is neither plain nor JSON."""
     named = re.search(r'field "(\w+)"', str(error))
-    variable = None if named is None else _variable([named[1]], environment)
+    variable = None if named is None else _variable([named[1]], environment) or _tables_of(named[1], environment)
     if variable is None:
         return f"the environment cannot be read: {error}; RESTYLE_* values are plain or JSON"
     said = f"{variable} = {environment[variable]!r} is not JSON"
     return f"the environment cannot be read: {said}; write it so, or set single keys: {variable}__KEY=VALUE"
+
+
+def _tables_of(section: str, environment: Mapping[str, str]) -> str | None:
+    """The environment variable with the value of a table inside a section; there is one such key."""
+    return next((name for name in environment if name.upper() == f"{_ENVIRONMENT_PREFIX}{section}__TAGS".upper()), None)
 
 
 def _refusal(name: str) -> str | None:

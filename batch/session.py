@@ -39,9 +39,10 @@ from batch.run.observe import JsonLog, Several, Tally
 from batch.run.pacing import TokenBucket, Window
 from batch.run.ports import Counts, Observer
 from batch.run.reconcile import Reconciler
+from batch.run.retry import REPEAT_SECONDS, Idempotency
 from batch.run.runner import Policy, Report, Runner
 from batch.signals import Signals, listening
-from batch.targets import Terms, check_faults, open_hints, open_target, terms_of
+from batch.targets import Connection, Terms, check_faults, open_hints, open_target, terms_of
 from batch.version import tool_version
 
 __all__ = ["Plan", "Request", "Summary", "open_planner", "run_session", "survey_of"]
@@ -278,7 +279,9 @@ async def _carried_out(
         observer.happened("spent", usd=0.0, total_usd=before.spent_usd)
         observer.happened("session", number=journal.session, target=plan.terms.name, to_do=to_do)
         async with (
-            open_target(settings, directory.endpoint, version=tool_version()) as target,
+            open_target(
+                settings, directory.endpoint, version=tool_version(), run_name=directory.root.absolute().name
+            ) as target,
             open_hints(settings, target, version=tool_version()) as hints,
         ):
             rng = Random()
@@ -289,12 +292,12 @@ async def _carried_out(
                 images=images,
                 observer=observer,
                 gate=_gate(settings, plan.terms, before, observer, rng),
-                policy=_policy(request, idempotent=target.idempotent),
+                policy=_policy(request, target),
                 now=time.time,
                 rng=rng,
                 polls=_bucket(plan.terms.polls_per_second),
                 hints=hints,
-                reconciler=None if target.idempotent else Reconciler(target.client, journal, observer, time.time, rng),
+                reconciler=_reconciler(target, journal, observer, rng),
             )
             jobs = _no_jobs() if request.collect_only else _jobs(projection.planner)
             with loading_sink(), signals.stopping(runner):
@@ -366,16 +369,27 @@ def _bucket(rate: float | None) -> TokenBucket | None:
     return None if rate is None else TokenBucket(rate, burst=max(1.0, rate / 10))
 
 
-def _policy(request: Request, *, idempotent: bool) -> Policy:
+def _reconciler(target: Connection, journal: Journal, observer: Observer, rng: Random) -> Reconciler | None:
+    """None where a repeated submit finds out what became of the first one, and its request id."""
+    if target.idempotency is Idempotency.REPLAY:
+        return None
+    repeated_for = REPEAT_SECONDS if target.idempotency is Idempotency.REJECT else 0.0
+    return Reconciler(target.client, journal, observer, time.time, rng, repeated_for=repeated_for)
+
+
+def _policy(request: Request, target: Connection) -> Policy:
     settings = request.settings
     limits = settings.limits
     failures = limits.max_failures or ""
+    bounded = target.bounds_starts and target.idempotency is Idempotency.NONE
     _, _, after = limits.on_unknown.partition("=")
     seconds = parse_duration(after) if after else None
     return Policy(
         download=settings.output.download,
         attempts=limits.attempts,
-        idempotent=idempotent,
+        idempotency=target.idempotency,
+        start_timeout=limits.start_timeout if bounded else None,
+        file_seconds=settings.target.keep_files,
         retry_failed=request.retry_failed,
         collect_only=request.collect_only,
         resubmit_unknown_after=seconds if isinstance(seconds, float) else None,
@@ -384,7 +398,7 @@ def _policy(request: Request, *, idempotent: bool) -> Policy:
         deadline=limits.deadline,
         max_failures=int(failures) if failures and not failures.endswith("%") else None,
         max_failure_share=float(failures[:-1]) / 100 if failures.endswith("%") else None,
-        keeps_results=idempotent,  # our own server, the only one that says so, keeps them
+        keeps_results=target.keeps_results,
         target=settings.target.name,
     )
 

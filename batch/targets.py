@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -17,15 +18,15 @@ import orjson
 from pydantic import SecretStr
 from tenacity import stop_after_attempt
 
-from batch.config import Settings, TargetSettings, api_key
+from batch.config import RUN_NAME_LIMIT, Settings, TargetSettings, api_key
 from batch.errors import AccountRefused, ConfigError, RestyleError, StoppedEarly
 from batch.fal import protocol
 from batch.fal.client import FalClient
-from batch.fal.protocol import FAL, Origins
+from batch.fal.protocol import FAL, Origins, RequestOptions
 from batch.fal.streams import Streams
 from batch.run.budget import PRICES, Price
 from batch.run.ports import CallFailed, Hints, Trouble
-from batch.run.retry import reading
+from batch.run.retry import Idempotency, reading
 
 __all__ = [
     "Connection",
@@ -181,26 +182,45 @@ class Connection(NamedTuple):
     """An opened target."""
 
     client: FalClient
-    idempotent: bool
-    """Whether it honours `Idempotency-Key`."""
     origins: Origins
+    idempotency: Idempotency
+    """What it does with a repeated `Idempotency-Key`."""
+    bounds_starts: bool
+    """Whether it is known to honour a start timeout."""
+    keeps_results: bool = False
+    """Whether it keeps results until they are fetched, as our own server does."""
     key: SecretStr | None = None
 
 
+class _Health(NamedTuple):
+    """What a server says of itself at /health."""
+
+    replays_keys: bool | None
+    """None: it does not say."""
+    bounds_starts: bool
+
+
+_OURS = _Health(replays_keys=True, bounds_starts=True)
+
+
 @asynccontextmanager
-async def open_target(settings: Settings, endpoint_directory: Path, *, version: str) -> AsyncIterator[Connection]:
+async def open_target(
+    settings: Settings, endpoint_directory: Path, *, version: str, run_name: str = ""
+) -> AsyncIterator[Connection]:
     """Connect to the configured target; the embedded endpoint is started, and ends with the block.
 
+    `run_name` labels what is submitted, unless the settings do.
+
     Raises:
-        ConfigError: fal without a key.
+        ConfigError: fal without a key, or a server that contradicts `target.idempotency`.
         RestyleError: the embedded endpoint does not start; the end of its log is in the message.
     """
     target = settings.target
     if target.name == "fal":
         if _key() is None:
             raise ConfigError("FAL_KEY is not set; export FAL_KEY=key_id:key_secret, or use --target local")
-        async with _client(settings, FAL, version, key=True) as client:
-            yield Connection(client, idempotent=False, origins=FAL, key=_key())
+        async with _client(settings, FAL, version, key=True, run_name=run_name) as client:
+            yield Connection(client, FAL, Idempotency.NONE, bounds_starts=True, key=_key())
     elif target.name == "local":
         from batch.server.embedded import embedded_endpoint
 
@@ -212,13 +232,33 @@ async def open_target(settings: Settings, endpoint_directory: Path, *, version: 
                 service_time=target.service_time,
                 faults=None if target.faults is None else Path(target.faults),
             ) as endpoint,
-            _client(settings, (origins := Origins.of_server(endpoint.url)), version, key=False) as client,
+            _client(
+                settings, (origins := Origins.of_server(endpoint.url)), version, key=False, run_name=run_name
+            ) as client,
         ):
-            yield Connection(client, idempotent=True, origins=origins)
+            said = _OURS if target.faults is None else await _health(endpoint.url)
+            yield _connection(target, client, origins, said, None)
     else:
         origins = Origins.of_server(target.name)
-        async with _client(settings, origins, version, key=True) as client:
-            yield Connection(client, await _honours_keys(target.name), origins, _key())
+        async with _client(settings, origins, version, key=True, run_name=run_name) as client:
+            yield _connection(target, client, origins, await _health(target.name), _key())
+
+
+def _connection(
+    target: TargetSettings, client: FalClient, origins: Origins, said: _Health, key: SecretStr | None
+) -> Connection:
+    """A server of our own make, or one that may be."""
+    replays = said.replays_keys is True
+    if target.idempotency == "auto":
+        keys = Idempotency.REPLAY if replays else Idempotency.NONE
+    else:
+        keys = Idempotency(target.idempotency)
+    if keys is Idempotency.REPLAY and said.replays_keys is False:
+        raise ConfigError(
+            f"target.idempotency = 'replay', but {target.name} says at /health that it does not honour Idempotency-Key:"
+            " a submit without an answer would be repeated and paid for twice; use auto"
+        )
+    return Connection(client, origins, keys, said.bounds_starts, keeps_results=replays, key=key)
 
 
 @asynccontextmanager
@@ -298,14 +338,41 @@ def _unpriced(settings: Settings, error: CallFailed | TimeoutError) -> RestyleEr
     return StoppedEarly(f"the price could not be read from {name} ({trouble.detail}); try again, {without}")
 
 
-def _client(settings: Settings, origins: Origins, version: str, *, key: bool) -> FalClient:
+def _client(settings: Settings, origins: Origins, version: str, *, key: bool, run_name: str = "") -> FalClient:
     return FalClient(
         origins,
         settings.target.app,
         _key() if key else None,
         download_limit_bytes=settings.limits.max_download_bytes,
         user_agent=f"restyle/{version}",
+        options=_options(settings, run_name),
     )
+
+
+def _options(settings: Settings, run_name: str) -> RequestOptions:
+    """What each submit asks for besides its input."""
+    target = settings.target
+    tags = {"run": _tag_value(run_name), **target.tags}
+    if shown := next((name for name, value in tags.items() if _holds_key(value)), None):
+        raise ConfigError(f"the tag {shown!r} holds FAL_KEY: bills show tags; remove it from target.tags")
+    return RequestOptions(
+        start_timeout=settings.limits.start_timeout,
+        low_priority=target.priority == "low",
+        file_seconds=target.keep_files,
+        tags=tags,
+    )
+
+
+def _tag_value(name: str) -> str:
+    """A name as the value of a tag: printable ASCII without commas."""
+    return re.sub(r"[^\x20-\x2b\x2d-\x7e]", "-", name).strip()[:RUN_NAME_LIMIT]
+
+
+def _holds_key(text: str) -> bool:
+    """Whether the API key, or the secret half of it, is in a text."""
+    key = api_key()
+    secret = "" if key is None else key.get_secret_value().rpartition(":")[2]
+    return bool(secret) and secret in text
 
 
 def _key() -> SecretStr | None:
@@ -316,12 +383,14 @@ def _key() -> SecretStr | None:
     return key
 
 
-async def _honours_keys(url: str) -> bool:
-    """Ask a server of unknown make; only one that says so is trusted to repeat a submit safely."""
+async def _health(url: str) -> _Health:
+    """Ask a server of unknown make; only what it says is relied on."""
     timeout = aiohttp.ClientTimeout(total=10)
     try:
         async with aiohttp.ClientSession(timeout=timeout) as session, session.get(f"{url}/health") as answer:
             said = orjson.loads(await answer.content.read(65536))
     except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
-        return False
-    return isinstance(said, dict) and said.get("honours_idempotency_key") is True
+        said = {}
+    facts = said if isinstance(said, dict) else {}
+    replays = facts.get("honours_idempotency_key")
+    return _Health(replays if isinstance(replays, bool) else None, facts.get("honours_start_timeout") is True)

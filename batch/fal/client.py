@@ -14,6 +14,7 @@ import base64
 import binascii
 import contextlib
 import io
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 from urllib.parse import urljoin
@@ -25,7 +26,16 @@ from pydantic import SecretStr
 
 from batch.fal import platform, protocol
 from batch.fal.answer import has_images, says_no_images
-from batch.fal.protocol import Call, CancelOutcome, Malformed, Operation, Origins, RedirectRefused, Reply
+from batch.fal.protocol import (
+    Call,
+    CancelOutcome,
+    Malformed,
+    Operation,
+    Origins,
+    RedirectRefused,
+    Reply,
+    RequestOptions,
+)
 from batch.model import Answer, AppId, Attempt, Ticket, TicketStatus
 from batch.run.ports import CallFailed, Trouble
 
@@ -70,8 +80,11 @@ class FalClient:
         connections: int = 256,
         download_limit_bytes: int = 64 * 2**20,
         user_agent: str = "restyle",
+        options: RequestOptions | None = None,
     ) -> None:
+        """`options` go with each submit; the job's key is added to their tags as `job`, unless they have that tag."""
         self._origins, self._app, self._key = origins, app, key
+        self._options = options or RequestOptions()
         self._download_limit_bytes = download_limit_bytes
         self._connections, self._user_agent = connections, user_agent
         self._session: aiohttp.ClientSession | None = None
@@ -109,7 +122,10 @@ class FalClient:
 
     async def submit(self, attempt: Attempt) -> Ticket:
         """Send the POST that costs money, once."""
-        call = protocol.submit_call(self._origins, self._app, attempt.body, attempt.idempotency_key, self.webhook)
+        options = replace(self._options, tags={"job": attempt.job_key, **self._options.tags})
+        call = protocol.submit_call(
+            self._origins, self._app, attempt.body, attempt.idempotency_key, self.webhook, options
+        )
         reply = await self._exchange("submit", call)
         with _reading("submit"):
             return protocol.read_ticket(reply)

@@ -7,7 +7,7 @@ still waits is listed is not documented, so absence proves nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -232,6 +232,8 @@ class Charge:
     at: float
     units: float
     unit_price_usd: float
+    tags: Mapping[str, str] | None = None
+    """`X-Fal-Tags` of the request. None where they were not asked for."""
 
 
 def listing_reply(
@@ -274,6 +276,7 @@ def billing_reply(charges: Sequence[Charge], next_cursor: str | None, request_id
 
 def _event(charge: Charge) -> JsonObject:
     nano = round(charge.units * charge.unit_price_usd * _NANO)
+    tags: JsonObject = {} if charge.tags is None else {"tags": dict(charge.tags)}
     return {
         "request_id": charge.request_id,
         "endpoint_id": charge.app,
@@ -285,6 +288,7 @@ def _event(charge: Charge) -> JsonObject:
         "cost_discount": 0,
         "cost_total": nano / _NANO,
         "cost_estimate_nano_usd": nano,
+        **tags,
     }
 
 

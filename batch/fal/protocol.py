@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
@@ -34,6 +35,8 @@ __all__ = [
     "REDIRECTS",
     "REQUEST_ID",
     "RETRYABLE",
+    "TAGS_BYTES",
+    "TAG_PAIRS",
     "Address",
     "Call",
     "CancelOutcome",
@@ -42,8 +45,10 @@ __all__ = [
     "Origins",
     "RedirectRefused",
     "Reply",
+    "RequestOptions",
     "accepted_reply",
     "cancel_reply",
+    "checked_tag",
     "completed_reply",
     "error_body_of",
     "is_loopback",
@@ -51,7 +56,10 @@ __all__ = [
     "json_reply",
     "lifetime_in",
     "model_error_reply",
+    "names_idempotency_key",
     "names_webhook",
+    "option_headers",
+    "options_in",
     "origin_of",
     "parse_path",
     "progress_reply",
@@ -79,6 +87,11 @@ IDEMPOTENCY_KEY = "idempotency-key"  # ours: honoured by our server, ignored by 
 ENGINE = "x-restyle-engine"  # ours: what executed the request
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 """Statuses that name another address in `Location`."""
+START_TIMEOUT = "x-fal-request-start-timeout"
+START_TIMEOUT_OLD = "x-fal-request-timeout"  # the only name that released clients send
+PRIORITY = "x-fal-queue-priority"
+LIFECYCLE = "x-fal-object-lifecycle-preference"
+TAGS = "x-fal-tags"
 
 
 class Malformed(ValueError):
@@ -261,10 +274,118 @@ def parse_path(path: str) -> Address | None:
     return Address(operation, AppId(app), RequestId(request_id))
 
 
+# --- what a submit asks for besides its input ---------------------------------------------------------------
+
+TAG_PAIRS = 10
+"""The most tags of one request."""
+TAGS_BYTES = 1024
+"""The most bytes of all keys and values of one request's tags."""
+_TAG_KEY = re.compile(r"[a-z0-9._-]{1,64}")
+_TAG_VALUE = re.compile(r"[\x20-\x2b\x2d-\x7e]{0,256}")
+_RESERVED_TAGS = "fal."
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOptions:
+    """What a submit asks of the service besides its input. Headers carry it: `option_headers`, `options_in`."""
+
+    start_timeout: float | None = None
+    """Seconds from its acceptance: a request that has not started by then ends with 504 and costs nothing."""
+    low_priority: bool = False
+    """Whether it waits behind all requests of normal priority."""
+    file_seconds: float | None = None
+    """Lifetime of its result files. None: the service's default."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """Labels for bills, as `checked_tag` returns them. An empty value leaves its tag out."""
+
+
+def option_headers(options: RequestOptions) -> dict[str, str]:
+    """The headers of a submit that ask for this. The start timeout goes under both names that fal has documented."""
+    headers = {PRIORITY: "low" if options.low_priority else "normal"}
+    if options.start_timeout is not None:
+        headers[START_TIMEOUT] = headers[START_TIMEOUT_OLD] = _decimal(options.start_timeout)
+    if options.file_seconds is not None:
+        wish = {"expiration_duration_seconds": math.ceil(options.file_seconds)}
+        headers[LIFECYCLE] = orjson.dumps(wish).decode()
+    if tags := ",".join(f"{key}={value}" for key, value in options.tags.items() if value):
+        headers[TAGS] = tags
+    return headers
+
+
+def options_in(headers: Mapping[str, str]) -> RequestOptions:
+    """What the headers of a submit ask for. Values that make no sense are ignored, as fal ignores them."""
+    return RequestOptions(
+        start_timeout=_start_timeout_in(headers),
+        low_priority=headers.get(PRIORITY, "").strip().lower() == "low",
+        file_seconds=lifetime_in(headers),
+        tags=_tags_in(headers.get(TAGS, "")),
+    )
+
+
+def checked_tag(key: str, value: str) -> tuple[str, str]:
+    """A tag as fal stores it: without spaces around key and value, the key in lower case.
+
+    Raises:
+        ValueError: fal would drop it. The message says why.
+    """
+    name, text = key.strip().lower(), value.strip()
+    if not _TAG_KEY.fullmatch(name):
+        raise ValueError(f"invalid tag key {key!r}: use 1 to 64 characters of a-z, 0-9, '.', '_' and '-'")
+    if name.startswith(_RESERVED_TAGS):
+        raise ValueError(f"invalid tag key {key!r}: keys that start with 'fal.' are reserved")
+    if not _TAG_VALUE.fullmatch(text):
+        raise ValueError(
+            f"invalid value {value!r} of tag {name!r}: use up to 256 printable ASCII characters, without commas"
+        )
+    return name, text
+
+
+def _tags_in(packed: str) -> dict[str, str]:
+    """Tags of a header. Those that break a rule or exceed a limit are dropped; of equal keys the last one counts."""
+    return dict(_first_tags(packed.split(",")))
+
+
+def _first_tags(parts: Iterable[str]) -> Iterable[tuple[str, str]]:
+    """Valid tags within the limits, which count repeated keys too."""
+    pairs = size = 0
+    for part in parts:
+        name, _, text = part.partition("=")
+        try:
+            key, value = checked_tag(name, text)
+        except ValueError:
+            continue
+        pairs, size = pairs + 1, size + len(key) + len(value)
+        if pairs > TAG_PAIRS or size > TAGS_BYTES:
+            return
+        yield key, value
+
+
+def _start_timeout_in(headers: Mapping[str, str]) -> float | None:
+    """Seconds; the newer name wins. None where it is absent, no number, or at most a tenth of a second."""
+    text = headers.get(START_TIMEOUT) or headers.get(START_TIMEOUT_OLD)
+    try:
+        seconds = float(text) if text else 0.0
+    except ValueError:
+        return None
+    return seconds if 0.1 < seconds < 1e9 else None
+
+
+def _decimal(seconds: float) -> str:
+    """Seconds with up to three decimals: `30`, `2.5`."""
+    return f"{seconds:.3f}".rstrip("0").rstrip(".")
+
+
 # --- client role ------------------------------------------------------------------------------------------
 
 
-def submit_call(origins: Origins, app: AppId, body: bytes, idempotency_key: str, webhook: str = "") -> Call:
+def submit_call(
+    origins: Origins,
+    app: AppId,
+    body: bytes,
+    idempotency_key: str,
+    webhook: str = "",
+    options: RequestOptions | None = None,
+) -> Call:
     """The one POST that costs money. `webhook` is called when the request has ended; empty: nobody is.
 
     Fallback models are switched off under both names that the documentation has used, so that a seed means
@@ -278,6 +399,7 @@ def submit_call(origins: Origins, app: AppId, body: bytes, idempotency_key: str,
             IDEMPOTENCY_KEY: idempotency_key,
             "x-app-fal-disable-fallback": "true",
             "x-fal-disable-fallbacks": "true",
+            **option_headers(options or RequestOptions()),
         },
         body,
     )
@@ -515,13 +637,24 @@ def error_body_of(reply: Reply) -> ErrorBody:
 
 def names_webhook(reply: Reply) -> bool:
     """Whether what an error answer refuses is the callback that was asked for (`fal_webhook`); never raises."""
+    return "fal_webhook" in _place_of(reply)
+
+
+def names_idempotency_key(reply: Reply) -> bool:
+    """Whether what an error answer refuses is the `Idempotency-Key`, by its type or by its `loc`; never raises."""
+    words = (error_body_of(reply).type, *_place_of(reply))
+    return any(isinstance(word, str) and "idempotency" in word.lower() for word in words)
+
+
+def _place_of(reply: Reply) -> list[Json]:
+    """The `loc` of the first model error; empty where there is none."""
     try:
         detail = read_object(reply.body).get("detail")
     except Malformed:
-        return False
+        return []
     first = detail[0] if isinstance(detail, list) and detail else None
     where = first.get("loc") if isinstance(first, dict) else None
-    return isinstance(where, list) and "fal_webhook" in where
+    return where if isinstance(where, list) else []
 
 
 def _describe(item: JsonObject) -> str:
@@ -638,7 +771,7 @@ def json_reply(
 
 def lifetime_in(headers: Mapping[str, str]) -> float | None:
     """Seconds that files shall live, as the lifecycle header wishes; None where nothing, or no number, is said."""
-    text = headers.get("x-fal-object-lifecycle-preference") or headers.get("x-fal-object-lifecycle")
+    text = headers.get(LIFECYCLE) or headers.get("x-fal-object-lifecycle")
     if not text:
         return None
     try:

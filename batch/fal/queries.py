@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple, TypeVar
 from uuid import UUID
 
 from batch.fal.platform import BILLING_LIMIT, BILLING_SPAN, PAGE_LIMIT, instant_of
-from batch.fal.protocol import Malformed, is_plain_id, read_object
+from batch.fal.protocol import TAG_PAIRS, Malformed, is_plain_id, read_object
 from batch.model import AppId, Json, RequestId
 
 __all__ = [
     "ID_LIMIT",
     "BillingQuery",
+    "ChargeSource",
     "Estimate",
     "EstimateKind",
     "ListingQuery",
@@ -49,6 +50,14 @@ class Outcome(StrEnum):
     """The service's fault: 5xx."""
     USER_ERROR = "user_error"
     """The caller's: 4xx."""
+
+
+class ChargeSource(StrEnum):
+    """Which feed of billing events is read."""
+
+    BILLED = "billed"
+    TAGGED = "tagged-billed"
+    """Each event with the tags of its request."""
 
 
 class SortBy(StrEnum):
@@ -89,6 +98,10 @@ class BillingQuery:
     """Empty: all."""
     request_ids: tuple[RequestId, ...] = ()
     """Empty: all."""
+    tagged: bool = False
+    """Whether each event shows its request's tags."""
+    tags: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Only requests that have, for each of these keys, one of its values; `(untagged)`: that lack the key."""
     limit: int = BILLING_LIMIT
     page: int = 1
 
@@ -150,14 +163,32 @@ def read_billing_query(query: Sequence[tuple[str, str]], now: float) -> BillingQ
         raise Malformed(f"request_id is none: {strange[0][:60]!r}")
     if end - start > BILLING_SPAN:
         raise Malformed(f"start and end lie {(end - start) / DAY:.0f} days apart; 90 are the most")
+    tagged = given.word("source", ChargeSource, ChargeSource.BILLED) is ChargeSource.TAGGED
     return BillingQuery(
         start,
         end,
         apps=tuple(AppId(app) for app in given.ids("endpoint_id")),
         request_ids=tuple(RequestId(one) for one in request_ids),
+        tagged=tagged,
+        tags=_tags(given.every("tag"), tagged=tagged),
         limit=given.limit(BILLING_LIMIT, BILLING_LIMIT),
         page=given.page(),
     )
+
+
+def _tags(filters: Sequence[str], *, tagged: bool) -> dict[str, list[str]]:
+    """`key=value` filters: the values that are wanted of each key."""
+    if filters and not tagged:
+        raise Malformed(f"tag needs source={ChargeSource.TAGGED}")
+    if len(filters) > TAG_PAIRS:
+        raise Malformed(f"tag takes 1 to {TAG_PAIRS} filters, {len(filters)} were given")
+    wanted: dict[str, list[str]] = {}
+    for one in filters:
+        key, found, value = one.partition("=")
+        if not key or not found:
+            raise Malformed(f"invalid tag filter {one[:60]!r}: use key=value")
+        wanted.setdefault(key.strip().lower(), []).append(value.strip())
+    return wanted
 
 
 def read_pricing_query(query: Sequence[tuple[str, str]]) -> tuple[AppId, ...]:

@@ -61,6 +61,10 @@ class Course:
     reserved_usd: float = 0.0
     ended_at: float | None = None
     """When we learned that its request had ended, where that is in the journal."""
+    start_timeout: float | None = None
+    """Of its last submit, in seconds from acceptance."""
+    repeats: bool = False
+    """Whether its submit of an earlier session goes out again under the same key: the first intent's time counts."""
     resumed: bool = False
     """Whether an earlier session submitted it: its times teach nothing about the service's pace."""
     stay: Stay = field(default_factory=Stay)
@@ -84,6 +88,7 @@ class Course:
             accepted_at=entry.accepted_at or entry.intended_at,
             reserved_usd=entry.reserved_usd,
             ended_at=entry.ended_at,
+            start_timeout=entry.start_timeout,
             resumed=True,
             stay=Stay(resumed=True),
         )
@@ -91,7 +96,11 @@ class Course:
     def renew(self) -> None:
         """A new attempt at the same job."""
         self.attempt += 1
+        self.start_over()
+
+    def start_over(self) -> None:
+        """Nothing of this attempt is at the target: it is sent as if for the first time."""
         self.state, self.ticket, self.answer, self.resumed = State.PENDING, None, None, False
         self.ended_at = None
         self.stay = Stay()
-        self.reserved_usd = 0.0
+        self.reserved_usd, self.repeats = 0.0, False

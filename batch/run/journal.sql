@@ -59,6 +59,15 @@ CREATE TABLE bodies (
     body BLOB NOT NULL
 ) STRICT
 
+-- name: create_start_timeouts
+-- Of submits with a start timeout, until they have ended. Versions without this table pass it over and may intend a job
+-- again: a row holds only for the intent of its own instant. Made where it is missing.
+CREATE TABLE IF NOT EXISTS start_timeouts (
+    job_id INTEGER PRIMARY KEY,
+    intended_at REAL NOT NULL,
+    seconds REAL NOT NULL
+) STRICT
+
 -- name: create_outcomes
 -- Append-only: one row for each answer, each finish, each failure, and each time that an answer or its images could not
 -- be collected. `output` is the answer's body as it came (`batch.run.answers`). `images` is a JSON list of lists
@@ -155,6 +164,12 @@ ON CONFLICT (id) DO UPDATE SET
 -- name: put_bodies
 INSERT OR REPLACE INTO bodies (job_id, body) VALUES (?, ?)
 
+-- name: put_start_timeouts
+INSERT OR REPLACE INTO start_timeouts (job_id, intended_at, seconds) VALUES (?, ?, ?)
+
+-- name: drop_start_timeouts
+DELETE FROM start_timeouts WHERE job_id IN (SELECT value FROM json_each(?))
+
 -- name: slim_bodies
 UPDATE bodies SET body = slim_body(body)
 WHERE job_id IN (SELECT value FROM json_each(?)) AND length(body) > 4096
@@ -200,12 +215,13 @@ SELECT id FROM jobs WHERE state IN (SELECT value FROM json_each(?)) ORDER BY int
 
 -- name: read_entries
 SELECT j.key, j.state, j.attempt, j.intended_at, b.body, j.accepted_at, j.request_id, j.status_url,
-       j.response_url, j.cancel_url, j.reserved_usd, coalesce(a.at, e.at), a.output, a.billable_units, a.engine
+       j.response_url, j.cancel_url, j.reserved_usd, t.seconds, coalesce(a.at, e.at), a.output, a.billable_units, a.engine
 FROM json_each(:ids) AS wanted
 CROSS JOIN jobs AS j ON j.id = wanted.value
 LEFT JOIN bodies AS b ON b.job_id = j.id
 LEFT JOIN outcomes AS a ON a.id = j.answer_id
 LEFT JOIN outcomes AS e ON e.id = j.end_id
+LEFT JOIN start_timeouts AS t ON t.job_id = j.id AND t.intended_at = j.intended_at
 WHERE j.state IN (SELECT value FROM json_each(:states))
 ORDER BY wanted.key
 

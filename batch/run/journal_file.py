@@ -235,10 +235,12 @@ class JournalFile:
     def _write(self, ledger: Ledger) -> None:
         self._put("put_jobs", [job.columns() for job in ledger.touched.values()])
         self._put("put_bodies", ledger.bodies)
+        self._put("put_start_timeouts", ledger.start_timeouts)
         self._put("put_outcomes", ledger.outcomes)
         self._put("put_uploads", ledger.uploads)
         if ledger.slimmed:
             self._execute("slim_bodies", [_json(ledger.slimmed)])
+            self._execute("drop_start_timeouts", [_json(ledger.slimmed)])
         if ledger.stored_answers:
             self._execute("slim_answers", [_json(ledger.stored_answers)])
         if ledger.spent_usd or ledger.finished:
@@ -408,8 +410,8 @@ def _json(values: Iterable[str | int]) -> str:
 
 
 def _entry(row: tuple[Any, ...]) -> Entry:
-    key, state, attempt, intended_at, body, accepted_at, request_id, *urls, reserved, ended_at, output = row[:-2]
-    units, engine = row[-2:]
+    key, state, attempt, intended_at, body, accepted_at, request_id, *urls, reserved, start_timeout = row[:-4]
+    ended_at, output, units, engine = row[-4:]
     return Entry(
         job_key=key,
         state=_STATES[state],
@@ -421,6 +423,7 @@ def _entry(row: tuple[Any, ...]) -> Entry:
         answer=None if output is None else answer_of(output, units, engine),
         reserved_usd=reserved,
         ended_at=ended_at,
+        start_timeout=start_timeout,
     )
 
 
@@ -510,7 +513,7 @@ def _upgrade(connection: sqlite3.Connection) -> None:
     for name, statement in _sql().items():
         if name.startswith("upgrade_1"):
             connection.execute(statement)
-    for name in ("create_open_jobs", "create_request_ids", "create_failed_request_ids"):
+    for name in ("create_start_timeouts", "create_open_jobs", "create_request_ids", "create_failed_request_ids"):
         connection.execute(_sql()[name])
     connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 

@@ -120,6 +120,7 @@ class Ledger:
         self.session, self.last_job, self.last_outcome = session, last_job, last_outcome
         self.touched: dict[str, JobRow] = {}
         self.bodies: list[tuple[Value, ...]] = []
+        self.start_timeouts: list[tuple[Value, ...]] = []
         self.slimmed: list[int] = []
         """Jobs that ended: their bodies are needed whole only to be sent again."""
         self.stored_answers: list[int] = []
@@ -168,6 +169,8 @@ class Ledger:
                 job.forget()
                 job.attempt, job.intended_at, job.reserved_usd = event.attempt, event.at, event.reserved_usd
                 self.bodies.append((job.id, event.body))
+                if event.start_timeout is not None:
+                    self.start_timeouts.append((job.id, event.at, event.start_timeout))
             case Accepted(ticket=ticket):
                 job.accepted_at, job.request_id, job.reason = event.at, ticket.request_id, None
                 job.urls = (ticket.status_url, ticket.response_url, ticket.cancel_url)

@@ -65,6 +65,8 @@ class Intended:
     attempt: int
     body: bytes = field(repr=False)
     reserved_usd: float = 0.0
+    start_timeout: float | None = None
+    """Seconds from its acceptance after which the target starts it no more. None: it may start at any time."""
     happening = Happening.INTEND
 
 
@@ -210,6 +212,8 @@ class Entry:
     reserved_usd: float = 0.0
     ended_at: float | None = None
     """When we learned that its request had ended; None where that is not known yet."""
+    start_timeout: float | None = None
+    """As it was intended."""
 
 
 class Outcome(NamedTuple):

@@ -4,13 +4,14 @@
 where exactly one listed request bears every key that was sent, in its window of time, and no other unknown
 submit lays claim to it. Everything else, two matches, a request whose input is not shown, a page that failed,
 leaves it unknown: absence proves nothing, because requests that still wait may not be listed and the listing
-lags.
+lags. A start timeout ends that: once a submit can neither wait nor run any more, a listing that demonstrably covers its
+time shows it, or it was not accepted.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from enum import StrEnum
@@ -27,12 +28,36 @@ from batch.run.lifecycle import State
 from batch.run.ports import Accepted, CallFailed, Entry, Journal, Observer
 from batch.run.retry import reading
 
-__all__ = ["Finding", "Found", "Listing", "Reconciler", "Search", "Settled", "Window", "match", "same_input", "windows"]
+__all__ = [
+    "Finding",
+    "Found",
+    "Listing",
+    "Reconciler",
+    "Search",
+    "Settled",
+    "Window",
+    "bounded",
+    "match",
+    "same_input",
+    "windows",
+]
 
 BEFORE_SECONDS = 300.0
 """The clocks of two machines differ, and which of its instants the listing filters on is not documented."""
 AFTER_SECONDS = 900.0
 """A submit may have hung for its whole timeout before it was accepted, and the listing filter may mean the end."""
+LATE_SECONDS = 300.0
+"""A submit may be accepted so long after its intent: the client waits 120 s for its answer, and clocks differ."""
+OVER_SECONDS = 5400.0
+"""From its last possible start to its entry in the listing: fal executes a request for an hour at most, and the listing
+may lag."""
+COVERED_SECONDS = 14 * 86400.0
+"""An older submit may have left the listing. fal keeps inputs for 30 days; other services do not say."""
+_NOT_STARTED_STATUS = 504
+_AT_ONCE_SECONDS = 60.0
+"""The first submits of a run go out together: none was sent before the others."""
+_WITNESSES = 50
+"""Requests at each end of a window that may be this run's."""
 _READS = 5
 """Tries at one page. A page that cannot be read leaves its window's jobs unknown."""
 _PAGE_SECONDS = 60.0
@@ -53,6 +78,10 @@ class Finding(StrEnum):
     ADOPTED = "adopted"
     ABSENT = "absent"
     """Not listed. No proof: it may still wait, or the listing may lag."""
+    NOT_ACCEPTED = "not accepted"
+    """Not listed, although it can no longer wait or run, and the listing shows this run's requests around its time."""
+    NOT_STARTED = "not started"
+    """Accepted, and over without a start: HTTP 504, which costs nothing."""
     AMBIGUOUS = "ambiguous"
     """Two or more requests match."""
     HIDDEN = "hidden"
@@ -101,8 +130,26 @@ class Settled:
         """
         return self.still_unknown.get(key) in _MISSED and self.at - intended_at >= after
 
+    def clears(self, key: JobKey) -> bool:
+        """Whether a submit is certain not to be billed: the same attempt may be sent again."""
+        return self.still_unknown.get(key) in _CLEARED
+
 
 _MISSED = frozenset({Finding.ABSENT, Finding.REFUSED})
+_CLEARED = frozenset({Finding.NOT_ACCEPTED, Finding.NOT_STARTED})
+
+
+def bounded(after: float, start_timeout: float | None) -> float:
+    """Seconds that a submit gets to show up: as asked for, but none while it may still start."""
+    return after if start_timeout is None else max(after, start_timeout + LATE_SECONDS)
+
+
+def _is_over(entry: Entry, at: float) -> bool:
+    """Whether a look-up that began then shows the submit if it was accepted, whatever became of it."""
+    if entry.start_timeout is None:
+        return False
+    age = at - entry.intended_at
+    return LATE_SECONDS + entry.start_timeout + OVER_SECONDS <= age <= COVERED_SECONDS
 
 
 def same_input(sent: JsonObject, listed: JsonObject) -> bool:
@@ -113,16 +160,17 @@ def same_input(sent: JsonObject, listed: JsonObject) -> bool:
     return all(name in listed and _equal(value, listed[name]) for name, value in sent.items())
 
 
-def match(entry: Entry, listed: Sequence[Listed], known: Collection[str]) -> Found:
+def match(entry: Entry, listed: Sequence[Listed], known: Collection[str], *, after: float = AFTER_SECONDS) -> Found:
     """Decide about one unknown submit.
 
     Args:
         entry: the job, with the body as it was sent.
         listed: every request of its window, all pages read.
         known: request ids that already belong to a job or to an earlier attempt.
+        after: seconds from its intent in which it can have been accepted.
     """
     sent = orjson.loads(entry.body)
-    candidates = [item for item in listed if item.request_id not in known and _in_time(entry, item)]
+    candidates = [item for item in listed if item.request_id not in known and _in_time(entry, item, after)]
     matches = [item for item in candidates if item.input is not None and same_input(sent, item.input)]
     if len(matches) > 1:
         return Found(Finding.AMBIGUOUS)
@@ -131,16 +179,16 @@ def match(entry: Entry, listed: Sequence[Listed], known: Collection[str]) -> Fou
     return Found(Finding.ADOPTED, matches[0].request_id) if matches else Found(Finding.ABSENT)
 
 
-def windows(entries: Sequence[Entry], now: float) -> list[Window]:
+def windows(entries: Sequence[Entry], now: float, *, after: float = AFTER_SECONDS) -> list[Window]:
     """The spans to list, each with its submits: spans that touch are one, and none ends in the future."""
     spans: list[list[Entry]] = []
     for entry in sorted(entries, key=lambda entry: entry.intended_at):
-        if spans and entry.intended_at - BEFORE_SECONDS <= spans[-1][-1].intended_at + AFTER_SECONDS:
+        if spans and entry.intended_at - BEFORE_SECONDS <= spans[-1][-1].intended_at + after:
             spans[-1].append(entry)
         else:
             spans.append([entry])
     return [
-        Window(span[0].intended_at - BEFORE_SECONDS, min(now, span[-1].intended_at + AFTER_SECONDS), tuple(span))
+        Window(span[0].intended_at - BEFORE_SECONDS, min(now, span[-1].intended_at + after), tuple(span))
         for span in spans
     ]
 
@@ -149,11 +197,15 @@ class Search:
     """One window's search: is given its pages, keeps what may be one of its submits, and concludes at the end.
 
     A busy account has many more requests in a window than unknown submits: only those that bear one's seed, or
-    show no input at all, are kept. Every job has a seed before it is sent.
+    show no input at all, are kept. Every job has a seed before it is sent. Where a submit has a start timeout, the
+    first and last requests of the window are kept too: those of this run among them show which time the listing
+    covers.
     """
 
-    def __init__(self, entries: Sequence[Entry]) -> None:
-        self._entries = entries
+    def __init__(self, entries: Sequence[Entry], *, after: float = AFTER_SECONDS) -> None:
+        self._entries, self._after = entries, after
+        self._bounded = any(entry.start_timeout is not None for entry in entries)
+        self._edges: dict[RequestId, float] = {}
         self._seeds = [_seed_of(orjson.loads(entry.body)) for entry in entries]
         self._by_seed: dict[str, dict[RequestId, Listed]] = {seed: {} for seed in self._seeds}
         self._hidden: dict[RequestId, Listed] = {}
@@ -162,28 +214,51 @@ class Search:
     def take(self, items: Iterable[Listed]) -> None:
         """One page. Pages shift while they are read: a request that comes twice counts once, as it was shown last."""
         for item in items:
+            if self._bounded and (at := _instant_of(item)) is not None:
+                self._edges[item.request_id] = at
             if item.input is None:
                 self._hidden[item.request_id] = item
                 continue
             for seed in {_seed_of(item.input), _NO_SEED} & self._by_seed.keys():
                 self._by_seed[seed][item.request_id] = item
                 self._shown.add(item.request_id)
+        if len(self._edges) > 4 * _WITNESSES:
+            inwards = sorted(self._edges.items(), key=lambda edge: edge[1])
+            self._edges = dict(inwards[:_WITNESSES] + inwards[-_WITNESSES:])
 
     def ids(self) -> list[RequestId]:
         """Of everything that was kept."""
-        return [*self._shown, *self._hidden]
+        return [*dict.fromkeys((*self._shown, *self._hidden, *self._edges))]
 
-    def findings(self, known: Collection[str]) -> dict[JobKey, Found]:
-        """Decide about each submit of the window; `known` as for `match`."""
+    def findings(self, known: Collection[str], at: float = 0.0) -> dict[JobKey, Found]:
+        """Decide about each submit of the window; `known` as for `match`, `at`: before the first page was asked for."""
         hidden = [item for item in self._hidden.values() if item.request_id not in self._shown]
+        covered = [instant for request_id, instant in self._edges.items() if request_id in known]
         found: dict[JobKey, Found] = {}
         for entry, seed in zip(self._entries, self._seeds, strict=True):
-            found[entry.job_key] = match(entry, [*self._by_seed[seed].values(), *hidden], known)
+            listed = self._by_seed[seed]
+            finding = match(entry, [*listed.values(), *hidden], known, after=self._after)
+            if _is_over(entry, at):
+                finding = _concluded(entry, finding, listed, covered)
+            found[entry.job_key] = finding
         claims = Counter(finding.request_id for finding in found.values() if finding.request_id is not None)
         for key, finding in found.items():
             if finding.request_id is not None and claims[finding.request_id] > 1:
                 found[key] = Found(Finding.AMBIGUOUS)
         return found
+
+
+def _concluded(entry: Entry, found: Found, listed: Mapping[RequestId, Listed], covered: Sequence[float]) -> Found:
+    """What a finding proves of a submit that can neither wait nor run any more.
+
+    `covered` has the instants of listed requests that are known to be this run's.
+    """
+    sent = entry.intended_at
+    if found.finding is Finding.ABSENT and covered and min(covered) - _AT_ONCE_SECONDS <= sent <= max(covered):
+        return Found(Finding.NOT_ACCEPTED)
+    if found.request_id is not None and listed[found.request_id].status_code == _NOT_STARTED_STATUS:
+        return Found(Finding.NOT_STARTED)
+    return found
 
 
 _NO_SEED = ""
@@ -220,10 +295,19 @@ class Reconciler:
     """Settles what is unknown in a journal."""
 
     def __init__(
-        self, listing: Listing, journal: Journal, observer: Observer, now: Callable[[], float], rng: Random
+        self,
+        listing: Listing,
+        journal: Journal,
+        observer: Observer,
+        now: Callable[[], float],
+        rng: Random,
+        *,
+        repeated_for: float = 0.0,
     ) -> None:
+        """`repeated_for`: seconds from its intent in which a submit may have been repeated under its key."""
         self._listing, self._journal, self._observer = listing, journal, observer
         self._now, self._rng = now, rng
+        self._after = AFTER_SECONDS + repeated_for
 
     async def settle(self) -> Settled:
         """Look every unknown submit up; those that are found are accepted in the journal when this returns.
@@ -235,10 +319,10 @@ class Reconciler:
             entries = [entry async for entry in unknown]
         at, adopted, rest, unreadable = self._now(), 0, dict[JobKey, Finding](), 0
         without = Found(Finding.UNREADABLE)
-        for window in windows(entries, at):
+        for window in windows(entries, at, after=self._after):
             found: dict[JobKey, Found] = {}
             try:
-                found = await self._search(window) if unreadable < _UNREADABLE_WINDOWS else {}
+                found = await self._search(window, at) if unreadable < _UNREADABLE_WINDOWS else {}
             except _Unreadable as error:
                 unreadable += 1
                 without = Found(Finding.REFUSED if isinstance(error, _Refused) else Finding.UNREADABLE)
@@ -252,19 +336,19 @@ class Reconciler:
                 self._observer.happened("reconciled", job=entry.job_key, finding=finding, request_id=request_id)
         return Settled(at, adopted, rest)
 
-    async def _search(self, window: Window) -> dict[JobKey, Found]:
+    async def _search(self, window: Window, at: float) -> dict[JobKey, Found]:
         """What the listing says of a window's submits, all pages read.
 
         Raises:
             _Unreadable: a page failed.
         """
         for limit in _PAGE_SIZES:
-            search = Search(window.entries)
+            search = Search(window.entries, after=self._after)
             try:
                 await self._all_pages(window, limit, search)
             except _TooLarge:
                 continue
-            return search.findings(await self._journal.requests(search.ids()))
+            return search.findings(await self._journal.requests(search.ids()), at)
         raise _Unreadable
 
     async def _all_pages(self, window: Window, limit: int, search: Search) -> None:
@@ -301,9 +385,14 @@ class Reconciler:
             raise (_Refused if reply is not None and reply.status in _NOT_FOR_US else _Unreadable) from error
 
 
-def _in_time(entry: Entry, item: Listed) -> bool:
+def _instant_of(item: Listed) -> float | None:
+    """When a request was sent, as far as the listing or its id says."""
+    return minted_at(item.request_id) if item.sent_at is None else item.sent_at
+
+
+def _in_time(entry: Entry, item: Listed, after: float) -> bool:
     """Whether a request can be this submit, by each instant that is known of it."""
-    earliest, latest = entry.intended_at - BEFORE_SECONDS, entry.intended_at + AFTER_SECONDS
+    earliest, latest = entry.intended_at - BEFORE_SECONDS, entry.intended_at + after
     instants = (minted_at(item.request_id), item.sent_at)
     return all(at is None or earliest <= at <= latest for at in instants)
 

@@ -45,16 +45,23 @@ class Retention:
     All instants are Unix seconds. A method that can warn answers with a sentence for a person, or None.
     """
 
-    def __init__(self, *, for_good: bool = False) -> None:
-        """`for_good`: the target keeps everything until it is fetched, hence never a warning."""
+    def __init__(self, *, for_good: bool = False, file_seconds: float | None = None) -> None:
+        """Make it for one run.
+
+        Args:
+            for_good: the target keeps everything until it is fetched, hence never a warning.
+            file_seconds: lifetime of result files that each submit asked for; it holds at any target.
+        """
         self._for_good = for_good
+        self._files_for_good = for_good and file_seconds is None
+        self._file_seconds = FILE_SECONDS if file_seconds is None else file_seconds
         self._floor = RESULT_SECONDS
         self._unread_since: float | None = None
         self._told: set[str] = set()
 
     def resumed(self, intended_at: float, now: float, *, answered: bool) -> str | None:
         """A job of an earlier run is taken up again, the oldest first; `answered`: only its files are to be fetched."""
-        age, kept = now - intended_at, FILE_SECONDS if answered else self._floor
+        age, kept = now - intended_at, self._file_seconds if answered else self._floor
         if age <= kept:
             return None
         what = "pictures of a stored answer" if answered else "result of an open request"
@@ -62,6 +69,7 @@ class Retention:
             f"resumed {answered}",
             f"the {what} is {_span(age)} old, and the target promises to keep it for {_span(kept)} only; what is there"
             " is collected now, the oldest first",
+            files=answered,
         )
 
     def read(self) -> None:
@@ -96,16 +104,17 @@ class Retention:
     def undownloaded(self, failing_since: float, now: float) -> str | None:
         """A picture's download failed once more; `failing_since`: its first failure."""
         failing = now - failing_since
-        if failing < _TELL_AT * FILE_SECONDS:
+        if failing < _TELL_AT * self._file_seconds:
             return None
         return self._once(
             "undownloaded",
             f"the download of a picture has failed for {_span(failing)}; files are promised for"
-            f" {_span(FILE_SECONDS)} only: is its host reachable from here?",
+            f" {_span(self._file_seconds)} only: is its host reachable from here?",
+            files=True,
         )
 
-    def _once(self, kind: str, sentence: str) -> str | None:
-        if self._for_good or kind in self._told:
+    def _once(self, kind: str, sentence: str, *, files: bool = False) -> str | None:
+        if (self._files_for_good if files else self._for_good) or kind in self._told:
             return None
         self._told.add(kind)
         return sentence

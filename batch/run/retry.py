@@ -18,12 +18,14 @@ import anyio
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_never
 from tenacity.stop import stop_base
 
-from batch.fal.protocol import ErrorBody, Reply, error_body_of, names_webhook
+from batch.fal.protocol import ErrorBody, Reply, error_body_of, names_idempotency_key, names_webhook
 from batch.model import Failed, TicketStatus
 from batch.run.ports import CallFailed, Trouble
 
 __all__ = [
+    "REPEAT_SECONDS",
     "Action",
+    "Idempotency",
     "Verdict",
     "backoff",
     "concerns_request",
@@ -31,6 +33,7 @@ __all__ = [
     "final",
     "judge",
     "judge_failed",
+    "judge_submit",
     "kind_of",
     "pause_after",
     "reading",
@@ -38,6 +41,17 @@ __all__ = [
 ]
 
 Answered = TypeVar("Answered")
+
+
+class Idempotency(StrEnum):
+    """What a target does with a submit whose `Idempotency-Key` it has seen before."""
+
+    REPLAY = "replay"
+    """It answers with the request that the first one made."""
+    REJECT = "reject"
+    """It refuses, which proves that the first one was accepted. If it accepts, the first one was not."""
+    NONE = "none"
+    """It ignores keys: each submit is a new request."""
 
 
 class Action(StrEnum):
@@ -49,6 +63,10 @@ class Action(StrEnum):
     """The submit was certainly not accepted; waiting may help."""
     UNKNOWN = "unknown"
     """The submit may have been accepted."""
+    REPEAT = "repeat"
+    """The submit may have been accepted, and the target knows its key: the same POST again finds out."""
+    DUPLICATE = "duplicate"
+    """The submit was accepted before; its request id is not known."""
     JOB_FAILED = "job failed"
     STOP_ACCOUNT = "stop: account refused"
     STOP_TARGET = "stop: no such endpoint"
@@ -70,6 +88,9 @@ class Verdict:
     """With READ_AGAIN: it was the account that was refused. That says nothing about the job, but about the run."""
 
 
+REPEAT_SECONDS = 3600.0
+"""How long after its first POST a submit is repeated under its key, where a repeated key is rejected: a target that has
+forgotten the key accepts the job a second time. Services that document it keep keys for a day."""
 # Gateways and our own server speak of a 4xx as a complete, considered refusal; these cannot have been queued.
 _REFUSED = frozenset({400, 405, 406, 410, 411, 413, 414, 415, 422, 431})
 _ACCOUNT = frozenset({401, 402, 403})
@@ -165,6 +186,37 @@ def judge(trouble: Trouble, *, seen: int = 1, overdue: bool = False) -> Verdict:
     if trouble.phase in _FILES and _for_good(trouble.reply, seen):
         return Verdict(Action.JOB_FAILED, f"HTTP {trouble.reply.status}", collectable=trouble.phase == "download")
     return Verdict(Action.READ_AGAIN, answer, retry_after_of(trouble.reply))
+
+
+def judge_submit(trouble: Trouble, keys: Idempotency = Idempotency.NONE, *, repeated: bool = False) -> Verdict:
+    """The verdict on one failed submit.
+
+    Args:
+        trouble: its exchange.
+        keys: what the target does with a repeated key.
+        repeated: an earlier POST of the same attempt may have been accepted. A refusal is then about this POST alone:
+            the job neither fails nor counts as not accepted.
+    """
+    verdict = _judge_submit(trouble)
+    if keys is Idempotency.REJECT and trouble.reply is not None and _is_duplicate(trouble.reply, repeated=repeated):
+        words = f"HTTP {trouble.reply.status}: the target has accepted it before, and its request id is not known"
+        return Verdict(Action.DUPLICATE, words)
+    if not repeated and verdict.action is not Action.UNKNOWN:
+        return verdict
+    if keys is not Idempotency.NONE and verdict.action in {Action.UNKNOWN, Action.SUBMIT_AGAIN}:
+        return Verdict(Action.REPEAT, verdict.reason, verdict.retry_after)
+    return verdict if verdict.action is Action.STOP_ACCOUNT else Verdict(Action.UNKNOWN, verdict.reason)
+
+
+def _is_duplicate(reply: Reply, *, repeated: bool) -> bool:
+    """Whether a target that rejects repeated keys refuses this one as repeated.
+
+    409 says so even to the first POST of an attempt, which a proxy may have sent twice. A plain 422 to a first POST is
+    about its input.
+    """
+    if reply.status == 409 or (reply.status == 422 and repeated):
+        return True
+    return reply.status in _REFUSED and names_idempotency_key(reply)
 
 
 def _judge_submit(trouble: Trouble) -> Verdict:

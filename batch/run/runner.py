@@ -47,9 +47,9 @@ from batch.run.ports import (
     Trouble,
     Uncollected,
 )
-from batch.run.reconcile import Reconciler, Settled
+from batch.run.reconcile import Reconciler, Settled, bounded
 from batch.run.retention import COLLECT_SECONDS, Retention
-from batch.run.retry import Action, Verdict, backoff, failure_of, judge
+from batch.run.retry import REPEAT_SECONDS, Action, Idempotency, Verdict, backoff, failure_of, judge_submit
 from batch.run.transfer import Transfers
 from batch.run.waits import Stage, Waits
 
@@ -58,6 +58,8 @@ __all__ = ["Policy", "Report", "Runner"]
 _JUDGE_FAILURES_FROM = 20
 """A percentage of failures means nothing among fewer ended jobs."""
 _REASONS_SHOWN = 3
+_DOUBTS = frozenset({Action.UNKNOWN, Action.REPEAT, Action.DUPLICATE})
+"""Verdicts on a submit that may have been accepted."""
 _BOUNDED = frozenset({Stop.SIGNAL, Stop.DEADLINE, Stop.STORAGE})
 """Stops that wait only `Policy.drain` for what is in flight; the others collect all that is paid for."""
 
@@ -68,8 +70,13 @@ class Policy:
 
     download: bool = True
     attempts: int = 3
-    idempotent: bool = False
-    """Whether the target honours `Idempotency-Key`: then a submit of unknown outcome may be repeated."""
+    idempotency: Idempotency = Idempotency.NONE
+    """What the target does with a repeated key: unless it ignores keys, a submit of unknown outcome may be repeated."""
+    start_timeout: float | None = None
+    """Seconds from its acceptance after which the target does not start a request any more. None: it may, or a submit
+    is repeated under its key, so that nobody knows when it was accepted."""
+    file_seconds: float | None = None
+    """Lifetime of result files that each submit asks for."""
     retry_failed: bool = False
     collect_only: bool = False
     """Settle and collect what was submitted before; no attempt is submitted that was not begun before."""
@@ -128,7 +135,7 @@ class Runner:
         self._handled: set[JobKey] = set()
         self._lost: set[JobKey] = set()
         """Paid for in an earlier session, and not kept by the target any more: only a new attempt gives a result."""
-        self._retention = Retention(for_good=policy.keeps_results)
+        self._retention = Retention(for_good=policy.keeps_results, file_seconds=policy.file_seconds)
         self.waits = Waits()
         """What each accepted job waits for."""
         self._transfers = Transfers(
@@ -237,7 +244,7 @@ class Runner:
 
     async def _doubt_what_was_cut_off(self) -> None:
         """A submit that a crash cut off is unknown, unless it may be repeated under its key."""
-        if self._policy.idempotent:
+        if self._policy.idempotency is Idempotency.REPLAY:
             return
         async with aclosing(self._journal.entries({State.INTENDED})) as entries:
             async for entry in entries:
@@ -263,8 +270,16 @@ class Runner:
 
     def _held_back(self, course: Course) -> bool:
         """Whether an unknown submit has to stay unknown for now."""
-        if course.state is not State.UNKNOWN or self._policy.idempotent:
+        if course.state is not State.UNKNOWN or self._policy.idempotency is Idempotency.REPLAY:
             return False
+        if not self._policy.collect_only:
+            if self._looked_up is not None and self._looked_up.clears(course.key):
+                self._gate.settle(course, 0.0)
+                course.start_over()
+                return False
+            if self._policy.idempotency is Idempotency.REJECT and self._may_repeat(course):
+                course.repeats = True
+                return False
         if self._policy.collect_only or not self._given_up(course):
             self._hold(course, "the outcome of its submit is unknown")
             return True
@@ -276,9 +291,16 @@ class Runner:
     def _given_up(self, course: Course) -> bool:
         """Whether an unknown submit had the time that the user set to show up, and did not."""
         after = self._policy.resubmit_unknown_after
-        if after is None or self._looked_up is None:
-            return after is not None and self._now() - course.intended_at >= after
+        if after is None or self._policy.idempotency is Idempotency.REJECT:  # its repeats may have proved otherwise
+            return False
+        after = bounded(after, course.start_timeout)
+        if self._looked_up is None:
+            return self._now() - course.intended_at >= after
         return self._looked_up.missed(course.key, course.intended_at, after)
+
+    def _may_repeat(self, course: Course) -> bool:
+        """Whether the target still knows the key of this submit, if it was accepted."""
+        return self._now() - course.intended_at < REPEAT_SECONDS
 
     async def _feed(self, source: AsyncGenerator[Sequence[Job], None], jobs: anyio.abc.TaskGroup) -> None:
         async with aclosing(source) as batches:
@@ -360,8 +382,8 @@ class Runner:
             try:
                 ticket = await self._service.submit(Attempt(course.key, course.attempt, course.body))
             except CallFailed as error:
-                verdict = judge(error.trouble)
-                doubtful = doubtful or verdict.action is Action.UNKNOWN
+                verdict = judge_submit(error.trouble, self._policy.idempotency, repeated=doubtful)
+                doubtful = doubtful or verdict.action in _DOUBTS
                 if doubtful:
                     await self._doubt(course, verdict, tries)
                 else:
@@ -375,9 +397,11 @@ class Runner:
             return ticket
 
     async def _intend(self, course: Course) -> None:
-        course.intended_at = self._now()
+        if not course.repeats:
+            course.intended_at = self._now()
+        timeout = self._policy.start_timeout
         await self._journal.record(
-            Intended(course.key, course.intended_at, course.attempt, course.body, course.reserved_usd)
+            Intended(course.key, course.intended_at, course.attempt, course.body, course.reserved_usd, timeout)
         )
         course.state = State.INTENDED
 
@@ -410,7 +434,8 @@ class Runner:
 
     async def _doubt(self, course: Course, verdict: Verdict, tries: int) -> None:
         """A submit of unknown outcome: repeat it under the same key where that is safe, else hold it."""
-        if self._policy.idempotent and verdict.action in {Action.UNKNOWN, Action.SUBMIT_AGAIN}:
+        forever = self._policy.idempotency is Idempotency.REPLAY
+        if verdict.action is Action.REPEAT and (forever or self._may_repeat(course)):
             self._gate.notice("unreachable", f"{verdict.reason}; asking again under the same idempotency key")
             await anyio.sleep((verdict.retry_after or 0.0) + backoff(tries, self._rng))
             return

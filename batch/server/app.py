@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable
 from typing import TypeAlias
 
 import orjson
@@ -158,6 +158,7 @@ class _Face:
             "safety_checked": info.safety_checker is not None,
             "slots": info.slots,
             "honours_idempotency_key": self._idempotency,
+            "honours_start_timeout": True,
             "queue_depth": counts.waiting,
             "running": counts.running,
             "accepted": counts.accepted,
@@ -338,16 +339,17 @@ def _wants_logs(request: web.Request) -> bool:
 
 
 def _wishes(request: web.Request, permitted: AddressRule) -> Wishes:
-    headers = request.headers
+    headers, options = request.headers, protocol.options_in(request.headers)
     limit = request.query.get("fal_max_queue_length", "") if request.query_string else ""
     webhook = request.query.get("fal_webhook", "") if request.query_string else ""
     return Wishes(
         idempotency_key=_text(headers.get(protocol.IDEMPOTENCY_KEY)),
-        priority=Priority.LOW if headers.get("x-fal-queue-priority") == "low" else Priority.NORMAL,
-        start_timeout=_start_timeout(headers),
+        priority=Priority.LOW if options.low_priority else Priority.NORMAL,
+        start_timeout=options.start_timeout,
         queue_limit=int(limit) if limit.isdecimal() and len(limit) < 20 else None,
         webhook=webhook_of(webhook, _base(request), permitted) if webhook else None,
-        keeping=Keeping(headers.get("x-fal-store-io") == "0", protocol.lifetime_in(headers)),
+        keeping=Keeping(headers.get("x-fal-store-io") == "0", options.file_seconds),
+        tags=options.tags,
     )
 
 
@@ -357,13 +359,3 @@ def _text(header: str | None) -> str | None:
     Bytes that are no UTF-8 arrive as halves of surrogates; their numbers stand in for them, so that two stay two.
     """
     return header if header is None or header.isascii() else header.encode("utf-8", "backslashreplace").decode()
-
-
-def _start_timeout(headers: Mapping[str, str]) -> float | None:
-    """Seconds; the newer name wins over the one that all released clients still send. Nonsense is no deadline."""
-    text = headers.get("x-fal-request-start-timeout") or headers.get("x-fal-request-timeout")
-    try:
-        seconds = float(text) if text else 0.0
-    except ValueError:
-        return None
-    return seconds if 0.1 < seconds < 1e9 else None

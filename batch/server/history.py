@@ -65,6 +65,8 @@ class Charged(NamedTuple):
     app: AppId
     at: float
     units: float
+    tags: dict[str, str] | None = None
+    """None where they were not asked for."""
 
 
 class History:
@@ -157,14 +159,19 @@ class History:
             "end": query.end,
             "owner": owner,
             "request_ids": orjson.dumps(query.request_ids) if query.request_ids else None,
+            "tags": orjson.dumps(query.tags),
             "limit": query.limit + 1,
             "offset": query.offset,
         }
-        rows = self._database.execute(_SQL["charges"], values).fetchall()
-        return [Charged(*row) for row in rows[: query.limit]], len(rows) > query.limit
+        rows = self._database.execute(_SQL["tagged_charges" if query.tagged else "charges"], values).fetchall()
+        return [_charged(*row) for row in rows[: query.limit]], len(rows) > query.limit
 
     async def _call(self, function: Callable[[], Value]) -> Value:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+
+
+def _charged(request_id: RequestId, app: AppId, at: float, units: float, tags: str | None) -> Charged:
+    return Charged(request_id, app, at, units, None if tags is None else orjson.loads(tags))
 
 
 def _past(row: tuple[Any, ...], known: float) -> Past:

@@ -53,10 +53,24 @@ SELECT
 FROM request WHERE seq IN (SELECT value FROM json_each(:seqs));
 
 -- name: charges
-SELECT request_id, app, accepted_at, billable_units FROM request
+SELECT request_id, app, accepted_at, billable_units, NULL FROM request
 WHERE ended_at >= :start AND accepted_at >= :start AND accepted_at < :end AND billable_units > 0
   AND (:request_ids IS NULL OR request_id IN (SELECT value FROM json_each(:request_ids)))
   AND (:owner IS NULL OR owner = :owner)
+ORDER BY ended_at DESC, accepted_at DESC
+LIMIT :limit OFFSET :offset;
+
+-- name: tagged_charges
+-- The same with each request's tags. `tags` is a JSON object: the values of a key that will do, for each key.
+SELECT request_id, app, accepted_at, billable_units, coalesce(t.tags, '{}') FROM request LEFT JOIN tags AS t USING (request_id)
+WHERE ended_at >= :start AND accepted_at >= :start AND accepted_at < :end AND billable_units > 0
+  AND (:request_ids IS NULL OR request_id IN (SELECT value FROM json_each(:request_ids)))
+  AND (:owner IS NULL OR owner = :owner)
+  AND NOT EXISTS (
+      SELECT 1 FROM json_each(:tags) AS asked
+      WHERE coalesce((SELECT value FROM json_each(coalesce(t.tags, '{}')) WHERE key = asked.key), '(untagged)')
+          NOT IN (SELECT value FROM json_each(asked.value))
+  )
 ORDER BY ended_at DESC, accepted_at DESC
 LIMIT :limit OFFSET :offset;
 

@@ -126,7 +126,7 @@ class _Platform:
         more = False
         if not query.apps or self._app_id in query.apps:
             found, more = await self._history.charges(query, _owner(request))
-        charges = [Charge(one.request_id, one.app, one.at, one.units, self._price_usd) for one in found]
+        charges = [Charge(one.request_id, one.app, one.at, one.units, self._price_usd, one.tags) for one in found]
         cursor = queries.cursor_of(query.page + 1) if more else None
         return platform.billing_reply(charges, cursor, self._service.new_id())
 

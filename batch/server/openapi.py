@@ -14,7 +14,7 @@ from pydantic.json_schema import models_json_schema
 from batch.fal import protocol
 from batch.fal.endpoint import APP_ID, ImageToImageInput, ImageToImageOutput
 from batch.fal.platform import BILLING_LIMIT, PAGE_LIMIT, PlatformError
-from batch.fal.queries import ID_LIMIT, EstimateKind, Outcome, SortBy
+from batch.fal.queries import ID_LIMIT, ChargeSource, EstimateKind, Outcome, SortBy
 from batch.model import AppId, Json, JsonObject
 
 __all__ = ["document"]
@@ -24,6 +24,12 @@ _TEXT: JsonObject = {"type": "string"}
 _URL: JsonObject = {"type": "string", "format": "uri"}
 _INSTANT: JsonObject = {"type": "string", "format": "date-time"}
 _NUMBER: JsonObject = {"type": "number"}
+_TAG_FILTERS: JsonObject = {
+    "type": "array",
+    "items": {"type": "string", "pattern": "^[^=,]+=[^,]*$"},
+    "minItems": 1,
+    "maxItems": protocol.TAG_PAIRS,
+}
 _AMOUNT: JsonObject = {"type": "number", "minimum": 0}
 _CURSOR: JsonObject = {"type": ["string", "null"], "description": "of the next page; null on the last one"}
 _NAME: JsonObject = {"type": "string", "pattern": "^[0-9a-f]{32}$"}
@@ -159,6 +165,13 @@ def _wishes() -> list[JsonObject]:
         _parameter("X-Fal-Request-Start-Timeout", "header", seconds, "not started within so many seconds: 504"),
         _parameter("X-Fal-Request-Timeout", "header", seconds, "the older name of it"),
         _parameter("X-Fal-Queue-Priority", "header", {"enum": ["normal", "low"]}, "low waits behind every normal one"),
+        _parameter(
+            "X-Fal-Object-Lifecycle-Preference",
+            "header",
+            _TEXT,
+            'lifetime of the result files: `{"expiration_duration_seconds": 604800}`',
+        ),
+        _parameter("X-Fal-Tags", "header", _TEXT, "up to 10 labels, `team=design,env=prod`; billing events show them"),
     ]
 
 
@@ -262,7 +275,15 @@ def _platform() -> JsonObject:
         _parameter("sort_by", "query", {"enum": [str(one) for one in SortBy]}, "the greatest first"),
         *_paging(PAGE_LIMIT),
     ]
-    charges = [apps, _ids("request_id", "only these"), *span, *_paging(BILLING_LIMIT)]
+    sources = {"enum": [str(one) for one in ChargeSource]}
+    charges = [
+        apps,
+        _ids("request_id", "only these"),
+        *span,
+        _parameter("source", "query", sources, "tagged-billed: with the tags of each request"),
+        _parameter("tag", "query", _TAG_FILTERS, "key=value, with source=tagged-billed; `(untagged)` as the value"),
+        *_paging(BILLING_LIMIT),
+    ]
     return {
         "/v1/models/requests/by-endpoint": {
             "get": _asked("listRequestsByEndpoint", "Requests of the endpoint, page by page.", "RequestPage", listing)
@@ -449,6 +470,7 @@ def _queue_schemas() -> JsonObject:
                 "safety_checked": {"type": "boolean"},
                 "slots": {"type": "integer", "minimum": 1},
                 "honours_idempotency_key": {"type": "boolean"},
+                "honours_start_timeout": {"type": "boolean"},
                 **dict.fromkeys(("queue_depth", "running", "accepted", "submit_posts"), position),
                 "disk": {"enum": ["ok", "refuses"]},
             }
@@ -515,7 +537,8 @@ def _platform_schemas() -> JsonObject:
         "BillingPage": _page(
             "billing_events",
             _object(
-                {**one, "timestamp": _INSTANT, "percent_discount": {"type": "null"}, **dict.fromkeys(money, _AMOUNT)}
+                {**one, "timestamp": _INSTANT, "percent_discount": {"type": "null"}, **dict.fromkeys(money, _AMOUNT)},
+                tags={"type": "object", "additionalProperties": _TEXT},
             ),
         ),
         "PricePage": _page(

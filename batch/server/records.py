@@ -5,6 +5,7 @@ Instants are Unix seconds, durations seconds. Nothing here knows where a record 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple
@@ -105,6 +106,8 @@ class Submission:
     keeping: Keeping = AS_ALL_OTHERS
     source: str | None = None
     """`/files/...` of its source picture, where that is a file of ours."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """`X-Fal-Tags`: labels that its billing event shows."""
 
 
 class Admission(NamedTuple):

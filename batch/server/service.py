@@ -13,9 +13,10 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager, suppress
 from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple
 
 import orjson
@@ -71,6 +72,8 @@ class Wishes(NamedTuple):
     webhook: Webhook | None = None
     """Whom to tell when it has ended."""
     keeping: Keeping = AS_ALL_OTHERS
+    tags: Mapping[str, str] = MappingProxyType({})
+    """Labels for the billing events."""
 
 
 class Known(NamedTuple):
@@ -123,6 +126,8 @@ class QueueService:
         self._retention = retention
         self._keeping: dict[RequestId, Keeping] = {}
         """Of those that wish something there."""
+        self._start_by: dict[RequestId, float] = {}
+        """Of those with a start timeout that have not ended."""
         self._executing: set[asyncio.Task[None]] = set()
         self._bodies: dict[RequestId, bytes] = {}
         self._watchers: dict[RequestId, list[asyncio.Future[None]]] = {}
@@ -177,6 +182,7 @@ class QueueService:
             wishes.webhook,
             wishes.keeping,
             source,
+            wishes.tags,
         )
         admission = await self._store.accept(submission)
         self.disk_refuses = None
@@ -264,6 +270,8 @@ class QueueService:
         found = await self._store.to_do()
         for request_id, app, priority, start_by, owner, keeping in found:
             self._enqueue(request_id, app, priority, start_by, owner, keeping)
+            if self._is_overdue(request_id):  # its start timeout passed while the server was down
+                self._expire(request_id)
         self._start_next()
         return len(found)
 
@@ -288,6 +296,7 @@ class QueueService:
         if keeping != AS_ALL_OTHERS:
             self._keeping[request_id] = keeping
         if start_by is not None:
+            self._start_by[request_id] = start_by
             delay = max(0.0, start_by - self._clock())
             asyncio.get_running_loop().call_later(delay, self._expire, request_id)
 
@@ -310,6 +319,10 @@ class QueueService:
         except WorkerCrashed as crash:
             self._log(request_id, "ERROR", f"the worker died: {crash}")
             if self._broker.crash(request_id):
+                if self._is_overdue(request_id):  # the start timeout covers retries too
+                    self._expire(request_id)
+                    self._start_next()
+                    return
                 _log.warning("the worker of request %s died (%s); it is tried once more", request_id, crash)
                 if crash.pause:
                     await asyncio.sleep(crash.pause)
@@ -350,6 +363,7 @@ class QueueService:
         self.tally.ended(ending)
         self._broker.finish(request_id)
         self._bodies.pop(request_id, None)
+        self._start_by.pop(request_id, None)
         self._notify(request_id)
         self.ended.set()
         self._start_next()
@@ -388,6 +402,10 @@ class QueueService:
         """Whether its time is over, removed already or not."""
         kept_for = self._retention if ending.kept_for is None else ending.kept_for
         return ending.ended_at + kept_for < self._clock()
+
+    def _is_overdue(self, request_id: RequestId) -> bool:
+        """Whether its start timeout has passed."""
+        return self._start_by.get(request_id, math.inf) <= self._clock()
 
     def _expire(self, request_id: RequestId) -> None:
         if not self._stopping and self._broker.expire(request_id):

@@ -85,6 +85,8 @@ class Store:
             if version < VERSION:
                 steps = "".join(_SQL[name] for name in _STEPS[version])
                 database.executescript(f"BEGIN IMMEDIATE; {steps} PRAGMA user_version = {VERSION}; COMMIT;")
+            if version <= VERSION:
+                database.executescript(_SQL["schema_tags"])
         except sqlite3.Error as error:
             if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
                 raise StorageError(f"{path} cannot be written: {error}; make room and start again") from error
@@ -281,6 +283,8 @@ class Store:
         if cursor.rowcount == 1:
             if item.webhook is not None:
                 self._database.execute(_SQL["webhook"], (item.request_id, *item.webhook))
+            if item.tags:
+                self._database.execute(_SQL["tags"], (item.request_id, orjson.dumps(dict(item.tags)).decode()))
             return Admission(item.request_id, fresh=True)
         earlier = self._row("earlier", key)
         assert earlier is not None, "only an idempotency key can be in the way"

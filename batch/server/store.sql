@@ -60,6 +60,16 @@ CREATE TRIGGER webhook_expires AFTER DELETE ON request BEGIN
     DELETE FROM webhook WHERE request_id = OLD.request_id;
 END;
 
+-- name: schema_tags
+-- Beside the requests, and made where it is missing: servers of the versions before read the file as ever.
+CREATE TABLE IF NOT EXISTS tags (
+    request_id TEXT PRIMARY KEY,
+    tags TEXT NOT NULL                  -- JSON object
+) STRICT, WITHOUT ROWID;
+CREATE TRIGGER IF NOT EXISTS tags_expire AFTER DELETE ON request BEGIN
+    DELETE FROM tags WHERE request_id = OLD.request_id;
+END;
+
 -- name: upgrade_1
 ALTER TABLE request ADD COLUMN owner TEXT NOT NULL DEFAULT '';
 ALTER TABLE request ADD COLUMN brief INTEGER NOT NULL DEFAULT 0;
@@ -172,6 +182,9 @@ SELECT count(*) FROM webhook;
 
 -- name: webhook
 INSERT INTO webhook (request_id, url, host, base) VALUES (?, ?, ?, ?);
+
+-- name: tags
+INSERT INTO tags (request_id, tags) VALUES (?, ?);
 
 -- name: webhooks_due
 -- The oldest ones first, without those that are under way and without hosts that have enough of them.

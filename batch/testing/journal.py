@@ -50,6 +50,7 @@ class _Kept:
     accepted_at: float | None = None
     ticket: Ticket | None = None
     reserved_usd: float = 0.0
+    start_timeout: float | None = None
     cost_usd: float | None = None
     reason: str | None = None
     answered: Answered | None = None
@@ -170,7 +171,7 @@ class MemoryJournal:
                     self._spend(job, job.reserved_usd)
                 job.forget()
                 job.attempt, job.intended_at, job.reserved_usd = event.attempt, event.at, event.reserved_usd
-                job.body = event.body
+                job.body, job.start_timeout = event.body, event.start_timeout
             case Accepted():
                 job.accepted_at, job.ticket, job.reason = event.at, event.ticket, None
             case Refused():
@@ -240,6 +241,7 @@ def _entry(key: JobKey, job: _Kept) -> Entry:
         answer=None if job.answered is None else _as_stored(job.answered.answer),
         reserved_usd=job.reserved_usd,
         ended_at=_ended_at(job),
+        start_timeout=job.start_timeout,
     )
 
 

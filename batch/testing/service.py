@@ -50,6 +50,8 @@ class Request:
     cancelled: bool = False
     reads: int = 0
     """Status reads that arrived."""
+    is_expired: bool = False
+    """Whether it did not start in time: it ended with 504, and is not billed."""
     noticed_at: float | None = None
     """When a status read first said that it had ended."""
 
@@ -221,7 +223,9 @@ class FakeService:
     """See the module.
 
     `slots` None: every request runs at once. A number: so many at once. Else each slot's shifts, as spans of the clock
-    in which it begins requests: `[[(0, 100)], [(50, math.inf)]]`; some slot has to stay.
+    in which it begins requests: `[[(0, 100)], [(50, math.inf)]]`; some slot has to stay. `rejects_repeats`: the answer
+    to a submit whose key it has seen; None: it replays the first one where it `honours_keys`, else it ignores keys.
+    `start_timeout`: seconds that a request may wait before it ends with 504.
     """
 
     def __init__(
@@ -230,6 +234,8 @@ class FakeService:
         service_time: float | Callable[[int], float] = 1.0,
         slots: int | Sequence[Sequence[tuple[float, float]]] | None = None,
         honours_keys: bool = False,
+        rejects_repeats: Reply | None = None,
+        start_timeout: float | None = None,
         faults: Sequence[Fault] = (),
         round_trip: float = 0.0,
         listing: Listing | None = None,
@@ -238,6 +244,7 @@ class FakeService:
         shifts = [[(0.0, math.inf)]] * slots if isinstance(slots, int) else slots or []
         self._slots = [_Slot(of_one) for of_one in shifts]
         self._honours_keys, self._faults, self._round_trip = honours_keys, list(faults), round_trip
+        self._rejects_repeats, self._start_timeout = rejects_repeats, start_timeout
         self.lists = listing or Listing()
         self._by_key: dict[str, RequestId] = {}
         self._counts: Counter[str] = Counter()
@@ -266,6 +273,8 @@ class FakeService:
         self.bodies.append(orjson.loads(attempt.body))
         for fault in self._faults:
             self._refuse("submit", fault.submitting(attempt, n))
+        if attempt.idempotency_key in self._by_key:
+            self._refuse("submit", self._rejects_repeats)
         request_id = self._by_key.get(attempt.idempotency_key) if self._honours_keys else None
         if request_id is None:
             request_id = self._accept(attempt)
@@ -293,6 +302,9 @@ class FakeService:
             request.reads += 1  # in vain, like that of a status which says the same
             self._refuse("result", Reply(400, b'{"detail":"Request is still in progress"}'))
         request.noticed_at = now if request.noticed_at is None else request.noticed_at
+        if request.is_expired:
+            said = {"x-fal-request-timeout-type": "user"}
+            self._refuse("result", request_error_reply(504, "request_timeout", "Not started in time", None, **said))
         for fault in self._faults:
             self._refuse("result", fault.completing(request, self._counts["result"]))
         body = request.body
@@ -361,7 +373,8 @@ class FakeService:
     def _listed(self, request: Request) -> Listed:
         ended = request.ends_at if request.ends_at <= anyio.current_time() else None
         shown = None if self.lists.hidden(request) else request.body
-        return Listed(request.id, APP_ID, request.accepted_at, request.starts_at, ended, 200 if ended else None, shown)
+        status = (504 if request.is_expired else 200) if ended else None
+        return Listed(request.id, APP_ID, request.accepted_at, request.starts_at, ended, status, shown)
 
     async def _arrive(self, phase: str) -> int:
         await anyio.sleep(self._round_trip)
@@ -385,9 +398,15 @@ class FakeService:
         request_id = RequestId(f"request-{number}")
         slot = min(self._slots, key=lambda one: one.next_start(now)) if self._slots else _Slot([(0.0, math.inf)])
         starts = slot.next_start(now)
-        ends = slot.free_at = starts + self._service_time(number)
+        is_expired = self._start_timeout is not None and starts - now > self._start_timeout
+        if is_expired and self._start_timeout is not None:
+            starts = ends = now + self._start_timeout
+        else:
+            ends = slot.free_at = starts + self._service_time(number)
         self._by_key[attempt.idempotency_key] = request_id
-        self.requests[request_id] = Request(request_id, orjson.loads(attempt.body), now, ends, starts)
+        self.requests[request_id] = Request(
+            request_id, orjson.loads(attempt.body), now, ends, starts, is_expired=is_expired
+        )
         insort(self._starts, starts)
         return request_id
 

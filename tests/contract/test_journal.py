@@ -142,6 +142,16 @@ async def test_record_without_events_returns(journal):
     assert (await journal.counts()).by_state == {}
 
 
+async def test_an_entry_has_the_start_timeout_of_its_last_intent(journal):
+    """A later attempt without one, or with another one, does not inherit it; of a job without one there is none."""
+    await journal.record(Intended(A, 1.0, 1, b"{}", start_timeout=600.0), Lost(A, 2.0, "reset"))
+    await journal.record(intended(B, 1.0), Lost(B, 2.0, "reset"))
+    assert [entry.start_timeout for entry in await entries(journal, State.UNKNOWN)] == [600.0, None]
+    await journal.record(Intended(A, 3.0, 2, b"{}"), Lost(A, 4.0, "reset"))
+    await journal.record(Intended(B, 5.0, 2, b"{}", start_timeout=60.5), Lost(B, 6.0, "reset"))
+    assert [entry.start_timeout for entry in await entries(journal, State.UNKNOWN)] == [None, 60.5]
+
+
 async def test_entry_can_be_taken_up(journal):
     """An entry has all that going on needs."""
     await journal.record(*whole_life()[:3])

@@ -23,7 +23,7 @@ from batch.model import Answer, Failed, JobKey, RequestId, Ticket
 from batch.run.journal import open_journal
 from batch.run.journal_file import APPLICATION_ID, SCHEMA_VERSION, JournalFile, _sql
 from batch.run.lifecycle import State
-from batch.run.ports import Accepted, Answered, FailedForGood, Finished, Intended, Retried
+from batch.run.ports import Accepted, Answered, FailedForGood, Finished, Intended, Lost, Retried
 
 KEY = JobKey("a" * 32)
 
@@ -61,7 +61,7 @@ def test_fresh_schema_is_the_documented_one(path):
     opened(path).close()
     schema = schema_of(path)
     assert {name for name, (kind, _) in schema.items() if kind == "table"} == {
-        "meta", "sessions", "jobs", "bodies", "outcomes", "uploads", "files",
+        "meta", "sessions", "jobs", "bodies", "start_timeouts", "outcomes", "uploads", "files",
     }  # fmt: skip
     assert [name for name, (kind, _) in schema.items() if kind == "index"] == [
         "open_jobs",
@@ -585,3 +585,24 @@ def test_outcomes_in_turn_are_the_outcomes(tmp_path):
             part = asked[start : start + 40]
             assert read(part) == {key: known[key] for key in part if key in known}
     file.close()
+
+
+def test_a_journal_made_before_start_timeouts_is_taken_over(path):
+    """Its open submits have none; those that are intended from now on have."""
+    file = opened(path)
+    file.commit([[Intended(JobKey("a" * 32), 1.0, 1, b"{}"), Lost(JobKey("a" * 32), 2.0, "reset")]])
+    file._connection.execute("DROP TABLE start_timeouts")
+    file.close()
+    file = opened(path)
+    file.commit([[Intended(JobKey("b" * 32), 3.0, 1, b"{}", start_timeout=60.0), Lost(JobKey("b" * 32), 4.0, "reset")]])
+    entries = file.read_entries(file.entry_ids({State.UNKNOWN}), {State.UNKNOWN})
+    assert [entry.start_timeout for entry in entries] == [None, 60.0]
+
+
+def test_start_timeouts_are_kept_until_a_job_has_ended(path):
+    """The table holds what is open, whatever the size of the run."""
+    file, key = opened(path), JobKey("a" * 32)
+    file.commit([[Intended(key, 1.0, 1, b"{}", start_timeout=60.0)]])
+    assert file._connection.execute("SELECT count(*) FROM start_timeouts").fetchone() == (1,)
+    file.commit([[Accepted(key, 2.0, Ticket(RequestId("r"))), FailedForGood(key, 3.0, Failed("x", "y"))]])
+    assert file._connection.execute("SELECT count(*) FROM start_timeouts").fetchone() == (0,)

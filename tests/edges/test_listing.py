@@ -328,6 +328,49 @@ def test_charges_are_the_true_units_at_the_price_of_the_server(tmp_path):
     assert [events[one]["cost_total"] for one in paid] == [0.015, 0.03]
 
 
+BILLS = "/v1/models/billing-events"
+
+
+def test_tagged_charges_show_and_filter_the_tags_of_their_requests(tmp_path):
+    """Keys are joined with "and", values of one key with "or"; they outlive a restart; the plain feed has none."""
+
+    async def use():
+        async with serving(tmp_path) as session:
+            tags = ["team=a,env=prod", "team=b,env=prod", "team=a,env=test,fal.x=y", None]
+            ids_of = {}
+            for number, packed in enumerate(tags):
+                ids_of[await submit(session, headers={"X-Fal-Tags": packed} if packed else None)] = number
+            await asyncio.gather(*(completed(session, one) for one in ids_of))
+        async with serving(tmp_path) as session:
+
+            async def found(*filters):
+                query = [("source", "tagged-billed"), *(("tag", one) for one in filters)]
+                status, _, body = await call(session, "GET", BILLS, params=query)
+                assert status == 200, body
+                return {ids_of[one["request_id"]]: one["tags"] for one in body["billing_events"]}
+
+            assert await found() == {
+                0: {"team": "a", "env": "prod"},
+                1: {"team": "b", "env": "prod"},
+                2: {"team": "a", "env": "test"},
+                3: {},
+            }
+            assert set(await found("team=a")) == {0, 2}
+            assert set(await found("team=a", "env=prod")) == {0}
+            assert set(await found("team=a", "team=b", "env=prod")) == {0, 1}
+            assert set(await found("team=(untagged)")) == {3}
+            assert set(await found("owner=x")) == set()
+            plain = (await call(session, "GET", BILLS))[2]["billing_events"]
+            assert len(plain) == 4
+            assert not any("tags" in one for one in plain)
+            for query in ("tag=a=b", "source=all", "source=tagged-billed&tag=a", "source=tagged-billed&tag==a"):
+                assert (await call(session, "GET", f"{BILLS}?{query}"))[0] == 400, query
+            eleven = "&".join(f"tag=k{number}=v" for number in range(11))
+            assert (await call(session, "GET", f"{BILLS}?source=tagged-billed&{eleven}"))[0] == 400
+
+    run(use())
+
+
 def test_price_and_estimates_are_those_of_the_one_endpoint(tmp_path):
     """An unknown endpoint is 404; calls cost what calls have cost, a megapixel where there were none."""
 

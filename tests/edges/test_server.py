@@ -24,6 +24,7 @@ from batch.fal.endpoint import APP_ID
 from batch.server import app as app_module
 from batch.server import service as service_module
 from batch.server import uploads as uploads_module
+from batch.server.engines.base import WorkerCrashed
 from batch.server.engines.echo import EchoEngine
 from batch.server.guard import Guard
 from batch.server.records import Ending
@@ -319,6 +320,52 @@ def test_a_start_timeout_ends_a_request_that_still_waits(tmp_path, header):
     run(use())
 
 
+def test_a_start_timeout_that_passed_while_the_server_was_down_is_honoured(tmp_path):
+    """The next server does not start it, however free it is."""
+
+    async def use():
+        engine = ScriptedEngine(slots=1)
+        async with serving(tmp_path, engine) as session:
+            await submit(session, "hold")
+            late = await submit(session, headers={"X-Fal-Request-Start-Timeout": "0.2"})
+        await asyncio.sleep(0.2)
+        engine = ScriptedEngine(slots=2)
+        engine.go.set()
+        async with serving(tmp_path, engine) as session:
+            status, headers, _ = await result(session, late)
+            assert (status, headers["x-fal-request-timeout-type"]) == (504, "user")
+            await session.get("/health")
+        assert [job.input.prompt for job in engine.seen] == ["hold"]
+
+    run(use())
+
+
+def test_a_request_whose_worker_died_after_its_start_timeout_is_not_started_again(tmp_path):
+    """The deadline covers retries too."""
+
+    async def use():
+        engine = CrashesLate(slots=1)
+        async with serving(tmp_path, engine) as session:
+            late = await submit(session, headers={"X-Fal-Request-Start-Timeout": "0.2"})
+            status, headers, _ = await result(session, late)
+            assert (status, headers["x-fal-request-timeout-type"]) == (504, "user")
+            assert (await result(session, await submit(session)))[0] == 200, "its slot is free again"
+        assert len(engine.seen) == 2
+
+    run(use())
+
+
+class CrashesLate(ScriptedEngine):
+    """The worker of the first request dies after 0.3 s."""
+
+    async def generate(self, job, on_step, cancelled):
+        if not self.seen:
+            self.seen.append(job)
+            await asyncio.sleep(0.3)
+            raise WorkerCrashed("killed by signal 9")
+        return await super().generate(job, on_step, cancelled)
+
+
 def test_priority_and_queue_limit_are_honoured(tmp_path):
     """`low` stands behind `normal`; `fal_max_queue_length` refuses with 429 and accepts nothing."""
 
@@ -389,6 +436,7 @@ def test_health_says_what_runs_and_that_nothing_is_checked(tmp_path):
                 "safety_checked": False,
                 "slots": 2,
                 "honours_idempotency_key": True,
+                "honours_start_timeout": True,
                 "queue_depth": 0,
                 "running": 0,
                 "accepted": 0,

@@ -224,7 +224,7 @@ async def test_spent_and_reserved_never_pass_the_limit(seed):
     """Lost answers, retries, resubmits, refusals, and a crash at any moment of each session; looked at per event."""
     rng = Random(seed)
     service, limit = troubled(rng), rng.uniform(0.2, 1.0)
-    policy = Policy(resubmit_unknown_after=rng.choice([None, 5.0]), idempotent=False)
+    policy = Policy(resubmit_unknown_after=rng.choice([None, 5.0]))
     world = World(service, price=PRICE, budget=limit, window=rng.randint(1, 9), policy=policy, seed=seed)
     world.journal = Watched(service, limit)
     made = [job._replace(megapixels=rng.choice([None, 0.4, 1.0, 1.7])) for job in jobs(40)]

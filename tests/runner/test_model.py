@@ -9,6 +9,7 @@ seconds (`make soak`).
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import tempfile
 from collections import Counter
@@ -43,6 +44,7 @@ from batch.run.journal_file import JournalFile
 from batch.run.ledger import decode_images
 from batch.run.lifecycle import TERMINAL, State
 from batch.run.ports import CallFailed, Entry, Event, Outcome, Trouble
+from batch.run.retry import Idempotency
 from batch.run.runner import Policy, Report
 from batch.testing.images import MemoryImages
 from batch.testing.journal import MemoryJournal
@@ -77,6 +79,8 @@ class Books:
     """Requests that ended without a result, or whose result is gone."""
     allowed: set[tuple[JobKey, int]] = field(default_factory=set)
     """Attempts that the user's policy gave up while their outcome was unknown."""
+    expired: set[RequestId] = field(default_factory=set)
+    """Those of them that did not start in time: never executed, never billed."""
     violations: list[str] = field(default_factory=list)
     attempt: Attempt | None = None
 
@@ -94,6 +98,9 @@ class Accountable(FakeService):
             if key == attempt.job_key and earlier not in books.spoiled and (key, number) not in books.allowed:
                 books.violations.append(f"{key}: {earlier} (attempt {number}), then {request_id} ({attempt.number})")
         books.accepted.append((attempt.job_key, attempt.number, request_id))
+        if self.requests[request_id].is_expired:
+            books.expired.add(request_id)
+            books.spoiled.add(request_id)
         return request_id
 
 
@@ -306,11 +313,24 @@ class Runs(RuleBasedStateMachine):
     def make_journal(self) -> Any:
         return MemoryJournal()
 
-    @initialize(idempotent=st.booleans(), after=st.sampled_from([None, None, 5.0, 3600.0]))
-    def begin(self, idempotent: bool, after: float | None) -> None:
-        self.idempotent = idempotent
-        self.after = None if idempotent else after
-        self.service = Accountable(self.books, honours_keys=idempotent, faults=[self.script, self.noise])
+    @initialize(
+        keys=st.sampled_from([*Idempotency, Idempotency.NONE]),
+        after=st.sampled_from([None, None, 5.0, 3600.0]),
+        start_timeout=st.sampled_from([None, 8.0, 1800.0]),
+        rejection=st.sampled_from([409, 422]),
+    )
+    def begin(self, keys: Idempotency, after: float | None, start_timeout: float | None, rejection: int) -> None:
+        self.keys, self.after = keys, after
+        # Ours alone of these three: where a submit may be repeated nobody knows when it was accepted.
+        self.start_timeout = start_timeout if keys is Idempotency.NONE else None
+        self.service = Accountable(
+            self.books,
+            honours_keys=keys is Idempotency.REPLAY,
+            rejects_repeats=Reply(rejection, b"{}") if keys is Idempotency.REJECT else None,
+            start_timeout=start_timeout,
+            slots=[[(0.0, math.inf)]] * 2,
+            faults=[self.script, self.noise],
+        )
 
     # --- what happens ---
 
@@ -339,7 +359,7 @@ class Runs(RuleBasedStateMachine):
     def reconcile(self, weather: Weather, death: Death | None) -> None:
         posts = self.service.posts
         self.run(weather, death=death, collect_only=True)
-        if not self.idempotent:
+        if self.keys is not Idempotency.REPLAY:
             assert self.service.posts == posts, "reconciling submits nothing"
 
     # --- how ---
@@ -351,14 +371,19 @@ class Runs(RuleBasedStateMachine):
         self.journal, self.budget = self.journal.reopened(), budget
         self.script.submits, self.script.ends = [*weather.submits], [*weather.ends]
         self.noise.status, self.service.lists = weather.reads, weather.listing()
-        decided = Policy(idempotent=self.idempotent, resubmit_unknown_after=self.after, **policy)
+        decided = Policy(
+            idempotency=self.keys,
+            start_timeout=self.start_timeout,
+            resubmit_unknown_after=self.after,
+            **policy,
+        )
         rows = [] if decided.collect_only else MADE[: self.rows]
 
         async def process() -> Report | None:
             with anyio.CancelScope() as scope:
                 mortality = Fuse(death, scope)
                 service = Mortal(self.service, mortality)
-                world = World(service, price=PRICE, budget=self.budget, reconciles=not self.idempotent)
+                world = World(service, price=PRICE, budget=self.budget, reconciles=self.keys is not Idempotency.REPLAY)
                 world.images, world.journal = self.images, Mortal(self.journal, mortality)
                 await self._allow()
                 return await world.run(rows, decided)
@@ -369,7 +394,9 @@ class Runs(RuleBasedStateMachine):
     async def _allow(self) -> None:
         """Attempts that may be given up in the run that begins: the user said after how long."""
         async for entry in self.journal.entries({State.UNKNOWN, State.INTENDED}):
-            if self.after is not None and self.now - entry.intended_at >= self.after - 2.0:
+            if self.after is None or self.keys is Idempotency.REJECT:
+                continue
+            if self.now - entry.intended_at >= self.after - 2.0:
                 self.books.allowed.add((entry.job_key, entry.attempt))
 
     def in_virtual_time(self, main: Callable[[], Any]) -> Any:
@@ -396,7 +423,7 @@ class Runs(RuleBasedStateMachine):
     def nothing_is_paid_twice(self) -> None:
         """Never two accepted requests for one key, unless the first is spoiled or the policy gave it up."""
         assert self.books.violations == []
-        attempts = [(key, number) for key, number, _ in self.books.accepted]
+        attempts = [(key, number) for key, number, one in self.books.accepted if one not in self.books.expired]
         assert len(set(attempts)) == len(attempts), "one attempt, one accepted request"
 
     @invariant()
@@ -408,6 +435,8 @@ class Runs(RuleBasedStateMachine):
         known = self.in_virtual_time(lambda: self.journal.requests(ids))
         is_open = self.read({State.INTENDED, State.UNKNOWN})
         for key, number, request_id in self.books.accepted:
+            if request_id in self.books.expired:
+                continue
             entry = is_open.get(key)
             doubted = entry is not None and entry.attempt == number
             assert request_id in known or doubted or (key, number) in self.books.allowed, f"{request_id} of {key}"
@@ -421,6 +450,7 @@ class Runs(RuleBasedStateMachine):
             assert counted <= max(self.budget, self.highest) + 1e-6
         self.highest = max(self.highest, counted)
         failed = {r for r in self.books.spoiled if self.script._fates.get(r) == "fail retryably"}
+        failed |= self.books.expired
         charged = UNIT_USD * sum(1 for _, _, request_id in self.books.accepted if request_id not in failed)
         assert charged <= counted + 1e-6, "a charge that nobody counted"
 
@@ -458,8 +488,9 @@ class Runs(RuleBasedStateMachine):
         assert set(left) <= {State.UNKNOWN}, left
         for key, entry in self.read({State.UNKNOWN}).items():
             arrived = [number for k, number, _ in self.books.accepted if k == key and number == entry.attempt]
-            assert not arrived or self.after is not None, f"{key} was accepted, is listed, and was not found"
-            assert not self.idempotent, "a server that honours keys leaves nothing in doubt"
+            gives_up = self.after is not None and self.keys is Idempotency.NONE
+            assert not arrived or gives_up, f"{key} was accepted, is listed, and was not found"
+            assert self.keys is not Idempotency.REPLAY, "a server that replays keys leaves nothing in doubt"
 
     def close(self) -> None:
         """Nothing to put away."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 
 import anyio
@@ -16,9 +16,18 @@ from batch.model import AppId, Attempt, RequestId
 from batch.run.budget import Price
 from batch.run.gate import Stop
 from batch.run.lifecycle import State
-from batch.run.ports import Accepted, CallFailed, Trouble
+from batch.run.ports import Accepted, CallFailed, Intended, Trouble
+from batch.run.reconcile import LATE_SECONDS, OVER_SECONDS
 from batch.run.runner import Policy
-from batch.testing.service import CompletesWith, DropsAfterAccept, DropsBeforeAccept, FakeService, Fault, Listing
+from batch.testing.service import (
+    CompletesWith,
+    DropsAfterAccept,
+    DropsBeforeAccept,
+    FakeService,
+    Fault,
+    Listing,
+    RefusesSubmits,
+)
 from tests.runner.world import World, jobs
 
 pytestmark = pytest.mark.anyio
@@ -61,6 +70,20 @@ class LosesReplyTo(Fault):
     def accepted(self, attempt: Attempt, n: int) -> None:
         if self.word in str(orjson.loads(attempt.body)["prompt"]):
             raise CallFailed(Trouble("submit", "disconnected", detail="disconnected"))
+
+
+@dataclass(slots=True)
+class LosesRequestOf(Fault):
+    """The first submit with a word in its prompt is lost on its way."""
+
+    word: str
+    is_spent: bool = False
+
+    def submitting(self, attempt: Attempt, n: int) -> Reply | None:
+        if not self.is_spent and self.word in str(orjson.loads(attempt.body)["prompt"]):
+            self.is_spent = True
+            raise CallFailed(Trouble("submit", "reset", detail="reset"))
+        return None
 
 
 class GoesRound(FakeService):
@@ -346,6 +369,139 @@ async def test_a_retryable_failure_of_a_stopping_run_is_tried_again_by_the_next(
     assert (report.done, report.failed, of.service.posts) == (9, 0, 10)
     assert await state(of) == {State.DONE: 9, State.PENDING: 1}
     assert (await of.again().run(jobs(10), Policy())).done == 1
+
+
+# --- with a start timeout -----------------------------------------------------------------------------------
+
+TIMEOUT = 600.0
+OVER = LATE_SECONDS + TIMEOUT + OVER_SECONDS
+BOUNDED = Policy(start_timeout=TIMEOUT)
+
+
+def bounded_world(*faults: Fault, policy: Policy = BOUNDED, listing: Listing | None = None, **options) -> World:
+    service = FakeService(
+        service_time=2.0, round_trip=0.1, faults=faults, listing=listing, start_timeout=TIMEOUT, **options
+    )
+    return World(service, policy=policy, reconciles=True, price=PRICE, budget=100.0)
+
+
+async def test_what_never_arrived_is_sent_again_once_it_can_no_longer_start():
+    """Held while it may start, run or be listed late; then the same attempt goes out, at no cost for the first try."""
+    of = bounded_world(LosesRequestOf("4 as"))
+    assert (await of.run(jobs(10))).held == 1
+    await anyio.sleep(OVER - 60.0)
+    assert (await of.again().run(jobs(10))).held == 1
+    assert of.service.posts == 10
+    await anyio.sleep(120.0)
+    report = await of.again().run(jobs(10))
+    assert (report.done, report.held, of.service.posts, of.service.accepted) == (1, 0, 11, 10)
+    assert findings(of) == {"absent", "not accepted"}
+    assert {event.attempt for event in of.journal.events if isinstance(event, Intended)} == {1}
+    counts = await of.journal.counts()
+    assert counts.spent_usd == pytest.approx(10 * 0.5 * 0.03)
+    assert counts.reserved_usd == pytest.approx(0.0)
+
+
+async def test_a_start_timeout_of_this_run_says_nothing_of_an_earlier_submit():
+    """It was sent without one: it may still wait."""
+    of = bounded_world(LosesRequestOf("4 as"))
+    assert (await of.run(jobs(10), Policy())).held == 1
+    await anyio.sleep(OVER + 60.0)
+    assert (await of.again().run(jobs(10))).held == 1
+    assert of.service.posts == 10
+
+
+async def test_where_everything_is_lost_nothing_shows_that_the_listing_works():
+    """No request of this run is listed: an empty list may be the list of a service that has none."""
+    of = bounded_world(DropsBeforeAccept())
+    assert (await of.run(jobs(5))).held == 5
+    await anyio.sleep(OVER + 60.0)
+    assert (await of.again().run(jobs(5))).held == 5
+    assert of.service.posts == 5
+
+
+async def test_a_listing_that_is_hours_late_does_not_cost_anything_twice():
+    """It shows nothing yet of the time of the submit: that is seen, and waited for."""
+    of = bounded_world(LosesReplyTo("4 as"), listing=Listing(lag=OVER + 3600.0))
+    assert (await of.run(jobs(10))).held == 1
+    await anyio.sleep(OVER + 60.0)
+    assert (await of.again().run(jobs(10))).held == 1
+    await anyio.sleep(3600.0)
+    report = await of.again().run(jobs(10))
+    assert (report.done, report.held, of.service.posts) == (1, 0, 10)
+
+
+@pytest.mark.parametrize("hidden", [True, False])
+async def test_a_look_up_in_doubt_sends_nothing_again_after_a_start_timeout(hidden):
+    """A hidden input or a failed page may hide the request, however late it is."""
+    of = bounded_world(LosesReplyTo("4 as"), listing=Listing(hidden=lambda request: request.body["seed"] == 4))
+    if not hidden:
+        of.service._faults.append(FailsPages(first=1))
+    assert (await of.run(jobs(10))).held == 1
+    await anyio.sleep(OVER + 60.0)
+    assert (await of.again().run(jobs(10))).held == 1
+    assert of.service.posts == 10
+
+
+async def test_a_lost_request_that_did_not_start_in_time_is_sent_again_for_free():
+    """The listing shows it: 504, never executed, never billed. Looked up earlier it is a failure like any other."""
+    of = bounded_world(LosesReplyTo("1 as"), slots=[[(0.0, 1.0), (5000.0, float("inf"))]])
+    assert (await of.run(jobs(1))).done == 1
+    with anyio.move_on_after(0.15):
+        await of.again().run(jobs(2))
+    assert of.service.accepted == 2
+    of.service._faults.clear()
+    await anyio.sleep(OVER + 60.0)
+    report = await of.again().run(jobs(2))
+    assert findings(of) - {"absent"} == {"not started"}
+    assert (report.done, report.failed, report.held, of.service.posts) == (1, 0, 0, 3)
+    counts = await of.journal.counts()
+    assert counts.spent_usd == pytest.approx(2 * 0.5 * 0.03), "nothing for what did not start"
+    assert counts.reserved_usd == pytest.approx(0.0)
+
+
+async def test_an_expired_start_is_a_failed_row_that_costs_nothing():
+    """The target's own word on it is not contradicted by another attempt; --retry-failed takes it up."""
+    of = bounded_world(slots=[[(0.0, 1.0), (5000.0, float("inf"))]])
+    report = await of.run(jobs(2))
+    assert (report.done, report.failed) == (1, 1)
+    assert (await of.journal.counts()).spent_usd == pytest.approx(0.5 * 0.03)
+    await anyio.sleep(5000.0)
+    report = await of.again().run(jobs(2), replace(BOUNDED, retry_failed=True))
+    assert (report.done, of.service.accepted) == (1, 3)
+
+
+async def test_resubmit_after_waits_until_the_first_submit_can_no_longer_start():
+    """The user said 60 s; while the submit may still start, nobody would see it in the listing."""
+    policy = Policy(start_timeout=TIMEOUT, resubmit_unknown_after=60.0)
+    of = bounded_world(LosesRequestOf("4 as"), policy=policy)
+    assert (await of.run(jobs(10))).held == 1
+    await anyio.sleep(TIMEOUT + 60.0)
+    assert (await of.again().run(jobs(10))).held == 1
+    await anyio.sleep(LATE_SECONDS)
+    report = await of.again().run(jobs(10))
+    assert (report.done, report.held, of.service.posts, of.service.accepted) == (1, 0, 11, 10)
+
+
+async def test_reconciling_says_what_was_not_accepted_and_sends_nothing():
+    """The next run sends it."""
+    of = bounded_world(LosesRequestOf("4 as"))
+    await of.run(jobs(10))
+    await anyio.sleep(OVER + 60.0)
+    report = await of.again().run([], replace(BOUNDED, collect_only=True))
+    assert (report.held, of.service.posts) == (1, 10)
+    assert "not accepted" in findings(of)
+    assert (await of.again().run(jobs(10))).done == 1
+
+
+async def test_a_submit_that_is_sent_again_may_be_throttled_and_refused_like_any_other():
+    """It is certain that nothing of it is at the target: a 429 waits, a 422 fails the row."""
+    of = bounded_world(LosesRequestOf("4 as"), LosesRequestOf("7 as"))
+    assert (await of.run(jobs(10))).held == 2
+    await anyio.sleep(OVER + 60.0)
+    of.service._faults[:] = [RefusesSubmits(429, first=11, times=3), RefusesSubmits(422, first=14, times=1)]
+    report = await of.again().run(jobs(10))
+    assert (report.done, report.failed, report.held, of.service.accepted) == (1, 1, 0, 9)
 
 
 # --- the edges of it --------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from batch.run.gate import Stop, Stopping
 from batch.run.lifecycle import State
 from batch.run.pacing import TokenBucket, Window
 from batch.run.ports import CallFailed, Trouble
+from batch.run.retry import Idempotency
 from batch.run.runner import Policy
 from batch.testing.service import (
     AnswersReadsWith,
@@ -34,6 +35,7 @@ from tests.runner.world import World, jobs
 
 pytestmark = pytest.mark.anyio
 PRICE = Price(0.03, date(2026, 11, 1))
+REPLAYS = Policy(idempotency=Idempotency.REPLAY)
 
 
 async def states(world):
@@ -112,7 +114,10 @@ async def test_lost_reply_is_one_post_and_held():
 
 async def test_lost_reply_is_repeated_under_the_same_key_where_honoured():
     """Where the target honours the key a lost answer is asked for again: accepted once, nothing held."""
-    world = World(FakeService(honours_keys=True, faults=[DropsAfterAccept(every=3)]), policy=Policy(idempotent=True))
+    world = World(
+        FakeService(honours_keys=True, faults=[DropsAfterAccept(every=3)]),
+        policy=REPLAYS,
+    )
     report = await world.run(jobs(60))
     assert (report.done, report.held, world.service.accepted) == (60, 0, 60)
     assert world.service.posts > 60
@@ -192,13 +197,13 @@ async def test_retry_failed_takes_failed_jobs_up_again_once():
     """--retry-failed: failed jobs of earlier runs get one new attempt, under a new idempotency key."""
     fault = CompletesWith("3 as", 422, "file_download_error")
     service = FakeService(honours_keys=True, faults=[fault])
-    world = World(service, policy=Policy(idempotent=True))
+    world = World(service, policy=REPLAYS)
     made = jobs(10)
     await world.run(made)
-    report = await world.again().run(made + made, Policy(retry_failed=True, idempotent=True))
+    report = await world.again().run(made + made, Policy(retry_failed=True, idempotency=Idempotency.REPLAY))
     assert (report.failed, service.accepted) == (1, 11)
     service._faults.clear()
-    report = await world.again().run(made, Policy(retry_failed=True, idempotent=True))
+    report = await world.again().run(made, Policy(retry_failed=True, idempotency=Idempotency.REPLAY))
     assert (report.done, service.accepted) == (1, 12)
 
 
@@ -281,7 +286,7 @@ async def test_crash_anywhere_then_resume_pays_once():
     """A run cut off at any moment, resumed to the end: accepted once each, with a server that knows keys."""
     for moment in [0.0, 0.5, 1.0, 1.01, 1.5, 2.0, 2.2, 3.1, 4.9]:
         service = FakeService(service_time=1.0, honours_keys=True, round_trip=0.05)
-        world = World(service, window=5, policy=Policy(idempotent=True))
+        world = World(service, window=5, policy=REPLAYS)
         with anyio.move_on_after(moment):
             await world.run(jobs(20))
         report = await world.again().run(jobs(20))

@@ -14,6 +14,7 @@ from batch.run.budget import Budget
 from batch.run.gate import Gate
 from batch.run.pacing import Window
 from batch.run.reconcile import Reconciler
+from batch.run.retry import REPEAT_SECONDS, Idempotency
 from batch.run.runner import Policy, Runner
 from batch.testing.images import MemoryImages
 from batch.testing.journal import MemoryJournal
@@ -69,10 +70,14 @@ class World:
             observer=self.observer,
             rng=rng,
         )
-        reconciler = Reconciler(self.service, self.journal, self.observer, anyio.current_time, rng)
+        decided = policy or self.policy
+        repeated_for = REPEAT_SECONDS if decided.idempotency is Idempotency.REJECT else 0.0
+        reconciler = Reconciler(
+            self.service, self.journal, self.observer, anyio.current_time, rng, repeated_for=repeated_for
+        )
         self.runner = Runner(
             service=self.service, journal=self.journal, images=self.images, observer=self.observer,
-            gate=gate, policy=policy or self.policy, now=anyio.current_time, rng=rng,
+            gate=gate, policy=decided, now=anyio.current_time, rng=rng,
             reconciler=reconciler if self.reconciles else None, polls=self.polls, hints=self.hints,
         )  # fmt: skip
         with anyio.fail_after(7 * 86400):

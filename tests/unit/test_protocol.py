@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 
 from batch.fal import protocol
 from batch.fal.endpoint import APP_ID
-from batch.fal.protocol import Address, Call, CancelOutcome, Malformed, Operation, Origins, Reply
+from batch.fal.protocol import (
+    Address,
+    Call,
+    CancelOutcome,
+    Malformed,
+    Operation,
+    Origins,
+    Reply,
+    RequestOptions,
+)
 from batch.model import AppId, QueueState, RequestId, Ticket
 
 ID = RequestId("0199c0de-0000-7000-8000-000000000001")
@@ -287,3 +296,91 @@ def test_no_path_breaks_the_parser(path):
     """Any text is a path or none; nothing raises."""
     address = protocol.parse_path(path)
     assert address is None or address.app
+
+
+# --- what a submit asks for besides its input -------------------------------------------------------------
+
+
+TAG_KEYS = st.text("abcz09._-", min_size=1, max_size=64).filter(lambda key: not key.startswith("fal."))
+TAG_VALUES = st.text(st.characters(min_codepoint=32, max_codepoint=126, exclude_characters=","), min_size=1).map(
+    str.strip
+)
+OPTIONS = st.builds(
+    RequestOptions,
+    start_timeout=st.none() | st.integers(1001, 10**9).map(lambda ms: ms / 1000),
+    low_priority=st.booleans(),
+    file_seconds=st.none() | st.integers(60, 10**9).map(float),
+    tags=st.dictionaries(TAG_KEYS, TAG_VALUES.filter(bool).map(lambda text: text[:30].strip()), max_size=10),
+)
+
+
+@given(OPTIONS)
+def test_what_the_client_asks_for_is_what_the_server_reads(options):
+    """Start timeout, priority, lifetime and tags survive the way through the headers of a real submit."""
+    call = protocol.submit_call(Origins.of_server(BASE), APP_ID, b"{}", "key", options=options)
+    assert protocol.options_in(call.headers) == options
+
+
+def test_the_headers_are_those_that_fal_documents():
+    """Both names of the start timeout, a word, JSON, and `key=value` pairs with commas between them."""
+    options = RequestOptions(600.0, True, 604800.0, {"run": "quick", "job": "ab12", "team": "", "note": "a=b c"})
+    assert protocol.option_headers(options) == {
+        "x-fal-request-start-timeout": "600",
+        "x-fal-request-timeout": "600",
+        "x-fal-queue-priority": "low",
+        "x-fal-object-lifecycle-preference": '{"expiration_duration_seconds":604800}',
+        "x-fal-tags": "run=quick,job=ab12,note=a=b c",
+    }
+    assert protocol.option_headers(RequestOptions()) == {"x-fal-queue-priority": "normal"}
+    assert protocol.option_headers(RequestOptions(start_timeout=1e6))["x-fal-request-timeout"] == "1000000"
+    assert protocol.option_headers(RequestOptions(start_timeout=2.5))["x-fal-request-timeout"] == "2.5"
+
+
+@pytest.mark.parametrize(
+    ("headers", "options"),
+    [
+        ({}, RequestOptions()),
+        ({"x-fal-request-timeout": "30.0"}, RequestOptions(start_timeout=30.0)),
+        ({"x-fal-request-timeout": "30", "x-fal-request-start-timeout": "7"}, RequestOptions(start_timeout=7.0)),
+        ({"x-fal-request-start-timeout": "0.1"}, RequestOptions()),
+        ({"x-fal-request-start-timeout": "soon"}, RequestOptions()),
+        ({"x-fal-request-start-timeout": "nan"}, RequestOptions()),
+        ({"x-fal-request-start-timeout": "1e400"}, RequestOptions()),
+        ({"x-fal-queue-priority": " Low "}, RequestOptions(low_priority=True)),
+        ({"x-fal-queue-priority": "urgent"}, RequestOptions()),
+        ({"x-fal-object-lifecycle-preference": '{"expiration_duration_seconds": null}'}, RequestOptions()),
+        ({"x-fal-tags": " Team = design , env=prod"}, RequestOptions(tags={"team": "design", "env": "prod"})),
+        ({"x-fal-tags": "a=1,a=2"}, RequestOptions(tags={"a": "2"})),
+        ({"x-fal-tags": "fal.run=x,,=y,b,a b=c,ok=1"}, RequestOptions(tags={"b": "", "ok": "1"})),
+        ({"x-fal-tags": "a=\udce9,b=2"}, RequestOptions(tags={"b": "2"})),
+        ({"x-fal-tags": f"a={'x' * 257},b=2"}, RequestOptions(tags={"b": "2"})),
+        ({"x-fal-tags": f"{'k' * 65}=1,b=2"}, RequestOptions(tags={"b": "2"})),
+        ({"x-fal-tags": ",".join(f"k{n}=v" for n in range(11))},
+         RequestOptions(tags={f"k{n}": "v" for n in range(10)})),
+        ({"x-fal-tags": ",".join(f"k{n}={'v' * 254}" for n in range(5))},
+         RequestOptions(tags={f"k{n}": "v" * 254 for n in range(4)})),
+    ],
+)  # fmt: skip
+def test_a_wish_that_makes_no_sense_is_ignored(headers, options):
+    """A request is never refused for it: fal drops the invalid tag, not the request."""
+    assert protocol.options_in(headers) == options
+
+
+@pytest.mark.parametrize(
+    ("reply", "named"),
+    [
+        (protocol.model_error_reply(422, [{"loc": ["header", "idempotency-key"], "msg": "used", "type": "x"}]), True),
+        (protocol.model_error_reply(422, [{"loc": ["body"], "msg": "m", "type": "idempotency_key_reused"}]), True),
+        (protocol.request_error_reply(409, "idempotency_conflict", "used"), True),
+        (protocol.request_error_reply(409, "conflict", "Idempotency-Key was used"), False),
+        (
+            protocol.model_error_reply(422, [{"loc": ["body", "prompt"], "msg": "idempotency", "type": "missing"}]),
+            False,
+        ),
+        (Reply(409, b"<html>"), False),
+        (Reply(422, b'{"detail": "no"}'), False),
+    ],
+)
+def test_an_answer_about_the_idempotency_key_is_known_by_its_words(reply, named):
+    """By its type or by what it points at, never by a sentence."""
+    assert protocol.names_idempotency_key(reply) is named

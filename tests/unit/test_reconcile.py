@@ -15,7 +15,7 @@ from batch.fal.platform import Listed
 from batch.model import AppId, JobKey, RequestId
 from batch.run.lifecycle import State
 from batch.run.ports import Entry
-from batch.run.reconcile import Finding, Found, Search, match, same_input, windows
+from batch.run.reconcile import Finding, Found, Search, bounded, match, same_input, windows
 
 NOW = 1_790_000_000.0
 SENT = {"image_url": "https://x/1.jpg", "prompt": "a cat", "seed": 7, "strength": 0.95, "enable_safety_checker": True}
@@ -156,6 +156,92 @@ def test_a_request_that_has_its_job_is_not_given_to_another(of_known):
     """An earlier attempt at the same job has the same input: its request is known, and neither adopted nor counted."""
     assert match(entry(), [of_known], {"r9"}) == Found(Finding.ABSENT)
     assert match(entry(), [of_known, listed()], {"r9"}) == Found(Finding.ADOPTED, RequestId("r1"))
+
+
+# --- a submit with a start timeout -------------------------------------------------------------------------
+
+TIMEOUT = 600.0
+OVER = NOW + 300 + TIMEOUT + 5400
+BEFORE, AFTER = listed(SENT | {"seed": 1}, NOW + 59, "before"), listed(SENT | {"seed": 2}, NOW + 99, "after")
+EARLY, LATE = replace(BEFORE, sent_at=NOW + 61), replace(AFTER, sent_at=NOW - 1)
+EXPIRED = replace(listed(), status_code=504, ended_at=NOW + 700)
+
+
+def found_by(*pages, at=OVER, timeout: float | None = TIMEOUT, known=frozenset({"before", "after"})) -> Found:
+    """What a search of these pages says of one submit with that start timeout."""
+    search = Search([replace(entry(), start_timeout=timeout)])
+    for page in pages:
+        search.take(page)
+    return search.findings(known & set(search.ids()), at)["a"]
+
+
+def test_what_can_no_longer_start_and_is_not_listed_was_not_accepted():
+    """Requests of this run from before and after it are listed, so it would be."""
+    assert found_by([AFTER], [BEFORE]) == Found(Finding.NOT_ACCEPTED)
+
+
+@pytest.mark.parametrize(
+    ("page", "how"),
+    [
+        # too early: it may still run, or the listing lags; too late: it may have left the listing
+        ([AFTER, BEFORE], {"at": OVER - 1}),
+        ([AFTER, BEFORE], {"at": NOW + 14 * 86400 + 1}),
+        ([AFTER, BEFORE], {"timeout": None}),
+        # nothing shows that the listing covers its time
+        ([], {}),
+        ([AFTER, EARLY], {}),
+        ([LATE], {}),
+        ([AFTER, BEFORE], {"known": frozenset({"after"})}),
+    ],
+    ids=["a second early", "after two weeks", "no timeout", "empty", "none before", "none after", "not ours"],
+)
+def test_absence_proves_nothing_where_anything_else_may_explain_it(page, how):
+    """Too early, too late, or a listing that may not reach so far."""
+    assert found_by(page, **how) == Found(Finding.ABSENT)
+
+
+def test_what_is_listed_is_adopted_after_its_start_timeout_too():
+    """It started in time; one that hides its input may be it, two may both be."""
+    assert found_by([AFTER, BEFORE, listed()]) == Found(Finding.ADOPTED, RequestId("r1"))
+    assert found_by([AFTER, BEFORE, listed(None)]) == Found(Finding.HIDDEN)
+    assert found_by([AFTER, BEFORE, listed(), listed(request_id="r2")]) == Found(Finding.AMBIGUOUS)
+
+
+def test_what_ended_without_a_start_is_known_from_the_listing():
+    """HTTP 504 costs nothing. Until it is certain to be over, the request itself is asked."""
+    assert found_by([EXPIRED]) == Found(Finding.NOT_STARTED)
+    assert found_by([EXPIRED], at=OVER - 1) == Found(Finding.ADOPTED, RequestId("r1"))
+    assert found_by([EXPIRED], timeout=None) == Found(Finding.ADOPTED, RequestId("r1"))
+    assert found_by([replace(EXPIRED, status_code=500)]) == Found(Finding.ADOPTED, RequestId("r1"))
+
+
+def test_the_ends_of_a_long_window_are_found_on_whatever_page_they_are():
+    """Thousands of other people's requests lie between; memory does not grow with them."""
+    others = [listed(SENT | {"seed": n}, NOW + (n - 1000) / 10, f"r{n}") for n in range(1000, 6000)]
+    around = [listed(SENT | {"seed": 3}, NOW + 800, "late"), listed(SENT | {"seed": 4}, NOW - 250, "early")]
+    shown = [*others[:2500], *around, *others[2500:]]
+    search = Search([replace(entry(), start_timeout=TIMEOUT)])
+    for n in range(0, len(shown), 100):
+        search.take(shown[n : n + 100])
+    assert len(search.ids()) <= 300
+    assert search.findings({"late", "early"}, OVER)["a"] == Found(Finding.NOT_ACCEPTED)
+
+
+@pytest.mark.parametrize(
+    ("after", "timeout", "seconds"), [(1800.0, None, 1800.0), (1800.0, 600.0, 1800.0), (700.0, 600.0, 900.0)]
+)
+def test_a_submit_is_not_given_up_while_it_may_start(after, timeout, seconds):
+    """`resubmit-after` is raised to the start timeout and five minutes."""
+    assert bounded(after, timeout) == seconds
+
+
+def test_a_submit_that_may_have_been_repeated_is_looked_for_longer():
+    """A target that rejects a repeat has accepted any of the POSTs of its key, the last one too."""
+    late = listed(at=NOW + 4000)
+    assert match(entry(), [late], ()) == Found(Finding.ABSENT)
+    assert match(entry(), [late], (), after=4500.0) == Found(Finding.ADOPTED, RequestId("r1"))
+    (window,) = windows([entry()], NOW + 10_000, after=4500.0)
+    assert (window.start, window.end) == (NOW - 300, NOW + 4500)
 
 
 # --- many submits, page by page ---------------------------------------------------------------------------

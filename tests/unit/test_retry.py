@@ -17,6 +17,7 @@ from batch.model import Failed, QueueState, TicketStatus
 from batch.run.ports import CallFailed, Trouble
 from batch.run.retry import (
     Action,
+    Idempotency,
     Verdict,
     backoff,
     concerns_request,
@@ -24,6 +25,7 @@ from batch.run.retry import (
     final,
     judge,
     judge_failed,
+    judge_submit,
     kind_of,
     reading,
     retry_after_of,
@@ -269,6 +271,77 @@ def test_another_attempt_is_made_where_it_may_go_better(reply, expected):
     verdict = judge(Trouble("result", reply=reply), seen=12)
     assert verdict.action is A.JOB_FAILED
     assert verdict.new_attempt is expected
+
+
+# --- a submit whose key the target may have seen ----------------------------------------------------------
+
+I = Idempotency  # noqa: E741
+USED = orjson.dumps({"detail": [{"loc": ["header", "idempotency-key"], "msg": "used", "type": "value_error"}]})
+NOT_SENT, LOST = Trouble("submit", "connect", sent=False), Trouble("submit", "reset")
+HELD = A.UNKNOWN
+REPEATS = [
+    # trouble, then what it means to a repeat where keys are replayed, rejected, ignored
+    (NOT_SENT, A.REPEAT, A.REPEAT, HELD),
+    (LOST, A.REPEAT, A.REPEAT, HELD),
+    (answered("submit", 429, retry_after="7"), A.REPEAT, A.REPEAT, HELD),
+    *[(answered("submit", status), A.REPEAT, A.REPEAT, HELD) for status in (302, 408, 425, 500, 502, 503, 504)],
+    (answered("submit", 409), A.REPEAT, A.DUPLICATE, HELD),
+    (answered("submit", 409, request_error("in_progress")), A.REPEAT, A.DUPLICATE, HELD),
+    (answered("submit", 422), HELD, A.DUPLICATE, HELD),
+    (answered("submit", 422, USED), HELD, A.DUPLICATE, HELD),
+    (answered("submit", 400, USED), HELD, A.DUPLICATE, HELD),
+    *[(answered("submit", status), HELD, HELD, HELD) for status in (400, 404, 413, 415)],
+    (answered("submit", 422, NO_WEBHOOK), HELD, A.DUPLICATE, HELD),
+    *[(answered("submit", status), A.STOP_ACCOUNT, A.STOP_ACCOUNT, A.STOP_ACCOUNT) for status in (401, 402, 403)],
+]
+FIRSTS = [
+    # the same for the first POST of an attempt
+    (NOT_SENT, A.SUBMIT_AGAIN, A.SUBMIT_AGAIN, A.SUBMIT_AGAIN),
+    (LOST, A.REPEAT, A.REPEAT, A.UNKNOWN),
+    (answered("submit", 429), A.SUBMIT_AGAIN, A.SUBMIT_AGAIN, A.SUBMIT_AGAIN),
+    *[(answered("submit", status), A.REPEAT, A.REPEAT, A.UNKNOWN) for status in (302, 408, 500, 502, 503, 504)],
+    (answered("submit", 409), A.REPEAT, A.DUPLICATE, A.UNKNOWN),
+    (answered("submit", 422, USED), A.JOB_FAILED, A.DUPLICATE, A.JOB_FAILED),
+    (answered("submit", 400, USED), A.JOB_FAILED, A.DUPLICATE, A.JOB_FAILED),
+    *[(answered("submit", status), A.JOB_FAILED, A.JOB_FAILED, A.JOB_FAILED) for status in (400, 413, 415, 422)],
+    (answered("submit", 422, NO_WEBHOOK), A.STOP_TARGET, A.STOP_TARGET, A.STOP_TARGET),
+    (answered("submit", 404), A.STOP_TARGET, A.STOP_TARGET, A.STOP_TARGET),
+    *[(answered("submit", status), A.STOP_ACCOUNT, A.STOP_ACCOUNT, A.STOP_ACCOUNT) for status in (401, 402, 403)],
+]
+
+
+@pytest.mark.parametrize(
+    ("trouble", "replayed", "rejected", "ignored", "repeated"),
+    [(*row, True) for row in REPEATS] + [(*row, False) for row in FIRSTS],
+    ids=str,
+)
+def test_a_failed_submit_means_by_what_becomes_of_a_repeated_key(trouble, replayed, rejected, ignored, repeated):
+    """Each row; where keys are ignored, a first POST is judged as by `judge`."""
+    for keys, action in ((I.REPLAY, replayed), (I.REJECT, rejected), (I.NONE, ignored)):
+        verdict = judge_submit(trouble, keys, repeated=repeated)
+        assert verdict.action is action, keys
+        assert verdict.reason
+    if not repeated:
+        assert judge_submit(trouble) == judge(trouble)
+
+
+@given(st.sampled_from(I), st.integers(300, 599), st.booleans(), st.binary(max_size=20))
+def test_a_job_that_may_be_accepted_never_fails_and_never_counts_as_unsent(keys, status, named, body):
+    """Whatever the answer to a repeat is: only a success, or the listing, ends the doubt."""
+    trouble = answered("submit", status, USED if named else body)
+    assert judge_submit(trouble, keys, repeated=True).action in {A.REPEAT, A.DUPLICATE, A.UNKNOWN, A.STOP_ACCOUNT}
+
+
+@given(st.integers(300, 599), st.booleans(), st.binary(max_size=20))
+def test_a_submit_is_never_repeated_where_keys_are_ignored(status, repeated, body):
+    """Each repeat would be another request, and another charge."""
+    assert judge_submit(answered("submit", status, body), I.NONE, repeated=repeated).action is not A.REPEAT
+    assert judge_submit(LOST, I.NONE, repeated=repeated).action is A.UNKNOWN
+
+
+def test_a_repeat_waits_for_what_the_service_asks():
+    """`Retry-After` of a 429 stays with the verdict."""
+    assert judge_submit(answered("submit", 429, retry_after="7"), I.REJECT, repeated=True).retry_after == 7.0
 
 
 # --- what the row is told ---------------------------------------------------------------------------------
