@@ -144,7 +144,9 @@ class Call(Generic[T]):
         numbers: tuple[signal.Signals, ...] = ()
         if self._are_wanted:
             numbers = interrupts.BOTH
-        elif _is_main() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        elif not _is_main():
+            _let_interrupt()
+        elif signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             numbers = (signal.SIGINT,)
         before = {number: signal.signal(number, self._note) for number in numbers}
         try:
@@ -195,6 +197,15 @@ _current: ContextVar[Call[Any] | None] = ContextVar("_current", default=None)
 def current_call() -> Call[Any] | None:
     """The call that this coroutine is carried out for, where a thread waits for it."""
     return _current.get()
+
+
+def _let_interrupt() -> None:
+    """Have SIGINT interrupt a main thread that waits for this one, as Python has it.
+
+    polars takes the handler over when it is imported, and with its flags `Thread.join` would not notice the signal.
+    """
+    if callable(signal.getsignal(signal.SIGINT)):
+        signal.siginterrupt(signal.SIGINT, True)
 
 
 def _is_main() -> bool:
