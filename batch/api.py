@@ -13,18 +13,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from random import Random
-from threading import Thread
 from typing import Any, ParamSpec, TypeVar
 
 import anyio
 import anyio.to_thread
 
+from batch.blocking import Call
 from batch.config import Settings, load_settings
 from batch.errors import ConfigError, RunDirectoryError, RunLocked
 from batch.manifest.read import Manifest
@@ -427,30 +426,24 @@ def _settings_of(directory: RunDirectory) -> Settings:
 # --- plain functions --------------------------------------------------------------------------------------
 
 
-def _plainly(function: Callable[P, Awaitable[T]]) -> Callable[P, T]:
-    """The same call without `await`: an event loop of its own, in a thread of its own where one runs already."""
+def _blocking(
+    function: Callable[P, Awaitable[T]], sentence: Callable[[T], str] = lambda _: "interrupted"
+) -> Callable[P, T]:
+    """The same call without `await`: in a thread and an event loop of its own, see `batch.blocking`."""
     name = getattr(function, "__name__", "call")
 
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        async def main() -> T:
-            return await function(*args, **kwargs)
-
-        result: Future[T] = Future()
-
-        def work() -> None:
-            try:
-                result.set_result(anyio.run(main, backend_options=event_loop()))
-            except BaseException as error:
-                result.set_exception(error)
-
-        thread = Thread(target=work, name=f"restyle {name}")
-        thread.start()
-        thread.join()
-        return result.result()
+        started = Call(partial(function, *args, **kwargs), sentence, signals=bool(kwargs.get("signals")))
+        return started.result(f"restyle {name}", event_loop())
 
     call.__name__ = f"{name}_sync"
     call.__doc__ = f"`{name}` without `await`.\n\n{function.__doc__}"
     return call
+
+
+def _interrupted(summary: Summary) -> str:
+    """What a KeyboardInterrupt says about a run that ended in order."""
+    return f"{summary.done} of {summary.rows} rows are done and written; the same call goes on"
 
 
 def event_loop() -> dict[str, Any]:
@@ -462,10 +455,10 @@ def event_loop() -> dict[str, Any]:
     return {"use_uvloop": True}
 
 
-plan_sync = _plainly(plan)
-run_sync = _plainly(run)
-status_sync = _plainly(status)
-export_sync = _plainly(export)
-audit_sync = _plainly(audit)
-reconcile_sync = _plainly(reconcile)
-cancel_sync = _plainly(cancel)
+plan_sync = _blocking(plan)
+run_sync = _blocking(run, _interrupted)
+status_sync = _blocking(status)
+export_sync = _blocking(export)
+audit_sync = _blocking(audit)
+reconcile_sync = _blocking(reconcile, _interrupted)
+cancel_sync = _blocking(cancel)

@@ -41,7 +41,7 @@ from batch.run.ports import Counts, Observer
 from batch.run.reconcile import Reconciler
 from batch.run.retry import REPEAT_SECONDS, Idempotency
 from batch.run.runner import Policy, Report, Runner
-from batch.signals import Signals, listening
+from batch.signals import Signals, in_order
 from batch.targets import Connection, Terms, check_faults, open_hints, open_target, terms_of
 from batch.version import tool_version
 
@@ -155,8 +155,7 @@ class Summary:
 
 async def run_session(request: Request) -> Summary:
     """Do it, or go on with it; see `batch.api.run`."""
-    async with listening(request.observer, wanted=request.signals) as signals:
-        return await _session(request, signals)
+    return await in_order(partial(_session, request), request.observer, wanted=request.signals)
 
 
 async def _session(request: Request, signals: Signals) -> Summary:
@@ -181,13 +180,35 @@ async def _session(request: Request, signals: Signals) -> Summary:
             directory.write_run(_run_facts(identity, request, terms, started_at))
             await signals.begin()
             projection = Projection(planner, manifest, settings, journal.file, identity)
-            report = await _carried_out(request, directory, journal, projection, plan, before, signals)
+            report: Report | None = None
+            cut_off: BaseException | None = None
+            try:
+                report = await _carried_out(request, directory, journal, projection, plan, before, signals)
+            except BaseException as error:
+                if isinstance(error, Exception):
+                    raise
+                cut_off = error  # asyncio cancels every task of a loop that it closes: the results are still written
+                report = _report_of(request.tally, signals)
+                await journal.settled()
             signals.over()
-            after = await journal.counts()
-            totals = await _in_thread(partial(projection.refresh, directory.results, after.by_state))
+            after, totals = await journal.to_the_end(partial(_concluded, projection, directory))
     summary = _summary(request, directory, report, totals, before, after, began, started_at)
     directory.write_summary(summary.to_json())
+    if cut_off is not None:
+        raise cut_off
     return summary
+
+
+def _concluded(projection: Projection, directory: RunDirectory) -> tuple[Counts, Totals]:
+    """Write the results as the journal has them."""
+    counts = projection.file.counts()
+    return counts, projection.refresh(directory.results, counts.by_state)
+
+
+def _report_of(tally: Tally, signals: Signals) -> Report:
+    """Of a run that was cut off before it could report."""
+    stopping = signals.first or Stopping(Stop.CANCELLED, "every task of the event loop was cancelled")
+    return Report(tally.done, tally.failed, tally.held, stopping)
 
 
 @contextmanager
@@ -299,6 +320,7 @@ async def _carried_out(
                 hints=hints,
                 reconciler=_reconciler(target, journal, observer, rng),
             )
+            target.client.may_submit = runner.may_submit
             jobs = _no_jobs() if request.collect_only else _jobs(projection.planner)
             with loading_sink(), signals.stopping(runner):
                 async with _showing_waits(runner, observer, directory):

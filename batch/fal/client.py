@@ -14,6 +14,7 @@ import base64
 import binascii
 import contextlib
 import io
+from collections.abc import Callable
 from dataclasses import replace
 from types import TracebackType
 from typing import Self
@@ -90,6 +91,8 @@ class FalClient:
         self._session: aiohttp.ClientSession | None = None
         self.webhook = ""
         """URL that each submit asks to be called at; empty: none."""
+        self.may_submit: Callable[[], bool] = lambda: True
+        """Asked once more when a submit has waited for its connection; False: it is not sent."""
         self._exchanging, self._transferring = _at_most(EXCHANGE_SECONDS), _at_most(TRANSFER_SECONDS, READ_TIMEOUT)
         self._proxies = _Proxies()
         # Waiting for a connection is not part of an exchange: here, not in aiohttp's pool, where it would be.
@@ -241,9 +244,10 @@ class FalClient:
         if key and self._key is not None and self._origins.own(call.url):
             headers["authorization"] = f"Key {self._key.get_secret_value()}"
         try:
-            async with (
-                self._free,
-                self._session.request(
+            async with self._free:
+                if phase == "submit" and not self.may_submit():
+                    raise CallFailed(Trouble(phase, "withheld", sent=False, detail="the run stops"))
+                async with self._session.request(
                     call.method,
                     call.url,
                     headers=headers,
@@ -251,10 +255,9 @@ class FalClient:
                     allow_redirects=False,
                     proxy=self._proxies.of(call.url),
                     timeout=self._transferring if phase in _TRANSFERS else self._exchanging,
-                ) as response,
-            ):
-                body = await self._body(response, phase, limit_bytes)
-                return Reply(response.status, body, response.headers)
+                ) as response:
+                    body = await self._body(response, phase, limit_bytes)
+                    return Reply(response.status, body, response.headers)
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             raise CallFailed(trouble_of(phase, error)) from error
 

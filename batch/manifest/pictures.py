@@ -170,7 +170,11 @@ class Pictures:
         if len(paths) < _READERS:
             return [self._read(path) for path in paths]
         with ThreadPoolExecutor(_READERS, "pictures") as readers:  # hashing and disk waits both free the GIL
-            return list(readers.map(self._read, paths))
+            try:
+                found = readers.map(self._read, paths)
+            except RuntimeError:  # the main thread has ended: executors take nothing more, other threads go on
+                return [self._read(path) for path in paths]
+            return list(found)
 
     def _read(self, path: Path) -> FileFact | Fault:
         try:

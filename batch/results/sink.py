@@ -133,7 +133,10 @@ def _one_behind(write: Callable[[pa.Table], None]) -> Iterator[Callable[[pa.Tabl
         def put(table: pa.Table) -> None:
             if under_way:
                 under_way.pop().result()
-            under_way.append(thread.submit(write, table))
+            try:
+                under_way.append(thread.submit(write, table))
+            except RuntimeError:  # the main thread has ended: executors take nothing more, other threads go on
+                write(table)
 
         yield put
         for last in under_way:

@@ -32,6 +32,8 @@ class Stop(StrEnum):
     """Why a run ended before its manifest did."""
 
     SIGNAL = "signal"
+    CANCELLED = "cancelled"
+    """The program that called the library cancelled the run."""
     DEADLINE = "deadline"
     BUDGET = "budget"
     FAILURES = "too many failures"

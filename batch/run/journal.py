@@ -6,13 +6,15 @@ one, so that hundreds of callers share one fsync. Refuses to know SQL; `journal_
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future, wait
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -195,21 +197,44 @@ class Journal:
         if failure is not None:
             raise failure
 
+    async def to_the_end(self, work: Callable[[], _T]) -> _T:
+        """Do this in a thread and wait until it has ended; a cancellation meanwhile has no effect.
+
+        Where `asyncio.run` ends on a second Ctrl-C it cancels every task of its loop, and no shield holds that off.
+        """
+        with anyio.CancelScope(shield=True):
+            return await self._done_once(work, unless=lambda: False)
+
     async def _in_thread(self, work: Callable[[], _T]) -> _T:
         return await anyio.to_thread.run_sync(work, limiter=self._one_at_a_time)
+
+    async def _done_once(self, work: Callable[[], _T], *, unless: Callable[[], bool]) -> _T:
+        once = _Once(work)
+        while not once.result.done():
+            with _uncancelled(unless=unless):
+                await anyio.to_thread.run_sync(once, limiter=self._one_at_a_time, abandon_on_cancel=True)
+        return once.result.result()
 
     async def _flush_until_closed(self) -> None:
         with self._shield:
             while self._full or self._group.calls or not self._closed:
-                if not (self._full or self._group.calls):
-                    self._wake = anyio.Event()
-                    await self._wake.wait()
-                    continue
-                if not (self._full or self._closed):
-                    await anyio.sleep(_GATHER_SECONDS)
-                await self._flush(self._next())
+                with _uncancelled(unless=self._is_given_up):
+                    await self._flush_once()
         for group in (*self._full, self._group):
             group.give_up()
+
+    async def _flush_once(self) -> None:
+        if not (self._full or self._group.calls):
+            self._wake = anyio.Event()
+            await self._wake.wait()
+            return
+        if not (self._full or self._closed):
+            await anyio.sleep(_GATHER_SECONDS)
+        await self._flush(self._next())
+
+    def _is_given_up(self) -> bool:
+        """Whether closing has waited for the disk as long as it does."""
+        return self._shield.cancel_called
 
     def _next(self) -> list[_Group]:
         """The oldest calls that were not written yet, as one transaction; of a slow disk all of them."""
@@ -224,9 +249,7 @@ class Journal:
         calls = [call for group in groups for call in group.calls]
         errors: list[Exception | None] = [_late()] * len(calls)
         try:
-            errors, seconds = await anyio.to_thread.run_sync(
-                self._commit, calls, limiter=self._one_at_a_time, abandon_on_cancel=True
-            )
+            errors, seconds = await self._done_once(partial(self._commit, calls), unless=self._is_given_up)
         except Exception as error:  # whatever it is, it belongs to the callers, who wait for it
             errors = [error] * len(calls)
             self._refused = error
@@ -246,6 +269,35 @@ class Journal:
         """In the thread, where a busy event loop is not taken for a slow disk."""
         began = time.perf_counter()
         return self.file.commit(calls), time.perf_counter() - began
+
+
+class _Once(Generic[_T]):
+    """Work that is done once, however many threads are asked for it; each of them returns when it is done."""
+
+    __slots__ = ("_begun", "_work", "result")
+
+    def __init__(self, work: Callable[[], _T]) -> None:
+        self._work, self._begun = work, threading.Lock()
+        self.result: Future[_T] = Future()
+
+    def __call__(self) -> None:
+        if not self._begun.acquire(blocking=False):
+            wait([self.result])
+            return
+        try:
+            self.result.set_result(self._work())
+        except BaseException as error:  # it belongs to the caller
+            self.result.set_exception(error)
+
+
+@contextmanager
+def _uncancelled(*, unless: Callable[[], bool]) -> Iterator[None]:
+    """Go on after a cancellation that reaches a shielded task all the same: asyncio's own, of all tasks at once."""
+    try:
+        yield
+    except anyio.get_cancelled_exc_class():
+        if unless():
+            raise
 
 
 @asynccontextmanager

@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from random import Random
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import anyio
 import anyio.abc
@@ -60,7 +60,7 @@ _JUDGE_FAILURES_FROM = 20
 _REASONS_SHOWN = 3
 _DOUBTS = frozenset({Action.UNKNOWN, Action.REPEAT, Action.DUPLICATE})
 """Verdicts on a submit that may have been accepted."""
-_BOUNDED = frozenset({Stop.SIGNAL, Stop.DEADLINE, Stop.STORAGE})
+_BOUNDED = frozenset({Stop.SIGNAL, Stop.CANCELLED, Stop.DEADLINE, Stop.STORAGE})
 """Stops that wait only `Policy.drain` for what is in flight; the others collect all that is paid for."""
 
 
@@ -168,6 +168,7 @@ class Runner:
         )
         self._errors: Counter[str] = Counter()
         self._scope = anyio.CancelScope()
+        self._stop_called = False
         self._done = self._failed = 0
 
     def __repr__(self) -> str:
@@ -215,10 +216,20 @@ class Runner:
                 await self._resume(jobs, {State.ACCEPTED})
 
     def stop(self, why: Stop, reason: str, meanwhile: str = "") -> None:
-        """Submit nothing more and collect what is in flight. Called a second time: give that up too."""
-        if self._gate.stopping is not None or why is Stop.STORAGE:
+        """Submit nothing more and collect what is in flight. Called a second time: give that up too.
+
+        A run that stops already, for its budget say, collects for `Policy.drain` from the first call on.
+        """
+        if self._stop_called or why is Stop.STORAGE:
             self._scope.cancel()
+        elif self._gate.stopping is not None:
+            self._scope.deadline = min(self._scope.deadline, anyio.current_time() + self._policy.drain)
+        self._stop_called = True
         self._gate.stop(why, reason, meanwhile)
+
+    def may_submit(self) -> bool:
+        """Whether a submit that waited for something, a connection say, may still be sent."""
+        return not self._ends_soon
 
     async def _bound_the_end(self) -> None:
         """Stop in time for the deadline, and give a bounded stop its last moment."""
@@ -229,7 +240,7 @@ class Runner:
                 await self._gate.stopped()
             self._gate.stop(Stop.DEADLINE, f"the deadline of {deadline:g} s is near")
         await self._gate.stopped()
-        if self._gate.stopping is not None and self._gate.stopping.why in _BOUNDED:
+        if self._ends_soon:
             self._scope.deadline = anyio.current_time() + drain
         elif self._gate.stopping is not None and self._gate.stopping.why is Stop.ACCOUNT:
             await self._while_reads_succeed()
@@ -372,12 +383,16 @@ class Runner:
         doubtful = course.state in {State.INTENDED, State.UNKNOWN}  # an earlier POST of it may have arrived
         tries = 0
         while True:
+            if doubtful and self._ends_soon:
+                raise TurnedBack  # the next run sends it again under its key
             course.body = course.body or await self._body_of(course)
             if course.state is not State.INTENDED:
                 if self._policy.collect_only and not doubtful:
                     raise TurnedBack
                 await self._gate.turn(course)
                 await self._intend(course)
+                if self._gate.stopping is not None:  # called while the intent was written
+                    await self._take_back(course, doubtful=doubtful)
             tries += 1
             try:
                 ticket = await self._service.submit(Attempt(course.key, course.attempt, course.body))
@@ -418,6 +433,29 @@ class Runner:
             self._hold(course, str(error))
             raise Held from error
 
+    async def _take_back(self, course: Course, *, doubtful: bool) -> NoReturn:
+        """Withdraw an intent whose submit was not sent: the job is again what it was before."""
+        reason = "the run stopped before it was sent"
+        if doubtful:
+            await self._journal.record(Lost(course.key, self._now(), reason))
+        else:
+            await self._journal.record(Refused(course.key, self._now(), reason))
+            self._gate.settle(course, 0.0)
+        raise TurnedBack
+
+    @property
+    def _ends_soon(self) -> bool:
+        """Whether the run stops and waits only `Policy.drain` for what is in flight."""
+        stopping = self._gate.stopping
+        return self._stop_called or (stopping is not None and stopping.why in _BOUNDED)
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait; a run that ends soon does not."""
+        with anyio.move_on_after(seconds):
+            await self._gate.stopped()
+            if not self._ends_soon:
+                await anyio.sleep_forever()
+
     async def _turned_away(self, course: Course, trouble: Trouble, verdict: Verdict) -> None:
         """A submit that was certainly not accepted: the job failed, the run stops, or it is sent again later."""
         if verdict.action is Action.JOB_FAILED:
@@ -425,6 +463,8 @@ class Runner:
         await self._journal.record(Refused(course.key, self._now(), verdict.reason))
         course.state = State.PENDING
         self._gate.settle(course, 0.0)
+        if self._ends_soon:
+            raise TurnedBack
         if verdict.action is Action.SUBMIT_AGAIN:
             self._gate.turned_away(verdict, trouble.detail, throttled=trouble.reply is not None)
             return
@@ -437,7 +477,7 @@ class Runner:
         forever = self._policy.idempotency is Idempotency.REPLAY
         if verdict.action is Action.REPEAT and (forever or self._may_repeat(course)):
             self._gate.notice("unreachable", f"{verdict.reason}; asking again under the same idempotency key")
-            await anyio.sleep((verdict.retry_after or 0.0) + backoff(tries, self._rng))
+            await self._pause((verdict.retry_after or 0.0) + backoff(tries, self._rng))
             return
         if verdict.action is Action.STOP_ACCOUNT:
             self._gate.stop(Stop.ACCOUNT, verdict.reason)

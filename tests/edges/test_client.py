@@ -841,3 +841,30 @@ def test_what_is_not_aiohttps_is_a_defect():
     """Nothing unknown is taken for a network fault."""
     with pytest.raises(AssertionError, match="KeyError"):
         trouble_of("submit", KeyError("x"))
+
+
+async def test_a_submit_that_waited_for_its_connection_is_not_sent_by_a_run_that_stops():
+    """All connections are in use; when one is free the run has been told to stop. A read goes on."""
+    held, go = anyio.Event(), anyio.Event()
+
+    async def hold(request: web.Request) -> web.Response:
+        held.set()
+        await go.wait()
+        return web.json_response({"request_id": "1", "status": "IN_PROGRESS"})
+
+    async with answering(hold, connections=1) as (client, received), anyio.create_task_group() as tasks:
+        tasks.start_soon(client.status, TICKET)
+        await held.wait()
+        troubles = []
+
+        async def submit():
+            with pytest.raises(CallFailed) as caught:
+                await client.submit(ATTEMPT)
+            troubles.append(caught.value.trouble)
+
+        tasks.start_soon(submit)
+        await anyio.wait_all_tasks_blocked()
+        client.may_submit = lambda: False
+        go.set()
+    assert (received.posts(), troubles[0].sent) == (0, False)
+    assert judge(troubles[0]).action is Action.SUBMIT_AGAIN

@@ -18,7 +18,7 @@ from batch.run.budget import Price
 from batch.run.gate import Stop, Stopping
 from batch.run.lifecycle import State
 from batch.run.pacing import TokenBucket, Window
-from batch.run.ports import CallFailed, Trouble
+from batch.run.ports import CallFailed, Intended, Trouble
 from batch.run.retry import Idempotency
 from batch.run.runner import Policy
 from batch.testing.service import (
@@ -280,6 +280,68 @@ async def test_signal_collects_what_is_in_flight_and_a_second_one_does_not():
         assert service.accepted == 8
         report = await world.again().run(jobs(100))
         assert service.accepted == 100
+
+
+async def stopped_run(world, *moments, made=None, why=Stop.SIGNAL):
+    """A run that is told to stop at these moments, and its report."""
+    async with anyio.create_task_group() as tasks:
+
+        async def stop():
+            for moment in moments:
+                await anyio.sleep_until(moment)
+                world.runner.stop(why, "SIGINT")
+
+        tasks.start_soon(stop)
+        return await world.run(made or jobs(100))
+
+
+async def test_an_intent_that_is_written_when_the_run_stops_is_not_sent():
+    """A slow disk: the stop comes while the intents are on their way to it. They are withdrawn, and nothing is held."""
+    for budget in (None, 100.0):
+        world = World(FakeService(), window=8, price=None if budget is None else PRICE, budget=budget)
+        record = world.journal.record
+
+        async def slowly(*events, record=record):
+            await record(*events)
+            if isinstance(events[0], Intended):
+                await anyio.sleep(3.0)
+
+        world.journal.record = slowly
+        began = anyio.current_time()
+        report = await stopped_run(world, began + 2.0)
+        assert (report.done, report.held, world.service.posts) == (0, 0, 0)
+        assert await states(world) == {State.PENDING: 8}
+        assert (await world.journal.counts()).reserved_usd == 0.0
+        world.journal.record = record
+        assert (await world.again().run(jobs(100))).done == 100
+        assert world.service.posts == 100
+
+
+@pytest.mark.parametrize("why", [Stop.SIGNAL, Stop.CANCELLED])
+async def test_a_doubtful_submit_is_not_sent_again_by_a_run_that_ends_soon(why):
+    """Under its key it may be repeated, and is: by the next run. This one ends at once, there is nothing to collect."""
+    service = FakeService(honours_keys=True, faults=[DropsAfterAccept()])
+    world = World(service, window=4, policy=Policy(idempotent=True))
+    began = anyio.current_time()
+    report = await stopped_run(world, began + 20.0, why=why)
+    posts = service.posts
+    assert (report.done, report.stopped.why, service.accepted) == (0, why, 4)
+    assert anyio.current_time() - began < 21
+    service._faults.clear()
+    assert (await world.again().run(jobs(100))).done == 100
+    assert (service.accepted, service.posts) == (100, posts + 100)
+
+
+async def test_a_signal_bounds_a_stop_that_would_collect_all():
+    """Too much failed, and all that is paid for is collected; the first Ctrl-C leaves it `drain` seconds."""
+    for moments, seconds in (((10.0,), 70.0), ((10.0, 12.0), 12.0)):
+        fails = CompletesWith("as", 422, "image_load_error", times=1)
+        service = FakeService(service_time=lambda n: 1.0 if n == 1 else 600.0, faults=[fails])
+        world = World(service, window=8, policy=Policy(max_failures=0))
+        began = anyio.current_time()
+        report = await stopped_run(world, *(began + moment for moment in moments))
+        assert (report.stopped.why, report.done) == (Stop.FAILURES, 0)
+        assert anyio.current_time() - began == pytest.approx(seconds, abs=0.1)
 
 
 async def test_crash_anywhere_then_resume_pays_once():

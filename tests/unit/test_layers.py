@@ -42,6 +42,7 @@ TABLE: dict[str, tuple[str, int]] = {
     "batch.flags": ("edge: command line", 0),
     "batch.outlet": ("edge: terminal", 0),
     "batch.interrupts": ("edge: the process", 0),
+    "batch.blocking": ("edge: the process", 1),
     "batch.screen": (ASSEMBLY, 10),
     "batch.cli": (ASSEMBLY, 11),
     "batch.__main__": (ASSEMBLY, 12),
