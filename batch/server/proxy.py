@@ -7,6 +7,7 @@ had been asked for directly. Nothing is ever sent anywhere.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable
 from functools import lru_cache
 from typing import TypeAlias
@@ -32,6 +33,8 @@ _PREFIXES = {
     "api.fal.ai": "",
 }
 """Where the paths of fal's hosts lie on this server."""
+_AUTHORITY = re.compile(r"[^\s/?#@\\\ud800-\udfff]{1,512}")
+"""A host and perhaps a port; bytes that are not UTF-8 arrive as lone surrogates."""
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 _CORS = {
     "access-control-allow-origin": "*",
@@ -88,11 +91,12 @@ async def _forward(request: web.Request) -> web.StreamResponse:
 
 
 @lru_cache(maxsize=64)
-def _is_this_machine(authority: str) -> bool:
+def _host(authority: str) -> str | None:
+    """The host in a `Host` header; None where the header is not one: no URL could be made with it."""
     try:
-        return is_loopback(URL(f"http://{authority}").host or "")
+        return URL(f"http://{authority}").host if _AUTHORITY.fullmatch(authority) else None
     except ValueError:
-        return False
+        return None
 
 
 class Crossing:
@@ -112,16 +116,20 @@ class Crossing:
             answer.headers.update(_CORS)
 
     def check(self, authority: str) -> None:
-        """Refuse a `Host` header that is not one of ours.
+        """Refuse a `Host` header that is invalid, or not one of ours.
 
         Without keys only this machine may ask. A page whose own name is made to resolve to 127.0.0.1 (DNS rebinding)
         asks from this machine too, and is of the same origin to its browser; but its requests bear its name.
 
         Raises:
             Denied: 403.
+            HTTPBadRequest: it is not a host and a port.
         """
-        if not self._keyed and not _is_this_machine(authority):
+        host = _host(authority)
+        if not self._keyed and not is_loopback(host or ""):
             raise Denied(403, _FOREIGN_HOST.format(authority[:200]))
+        if host is None and authority:
+            raise web.HTTPBadRequest(text=f"The Host header {authority[:200]!r} is not a host and a port")
 
     def _permits(self, origin: str) -> bool:
         if self._keyed:

@@ -192,8 +192,13 @@ class QueueService:
         view = self._broker.view(request_id)
         return view.position if view is not None else 0
 
-    async def find(self, request_id: RequestId) -> Known | None:
-        """How a request stands; None for an id that was never given out."""
+    async def find(self, request_id: RequestId, *, expired: bool = False) -> Known | None:
+        """How a request stands; None for an id that was never given out, or whose ending has expired.
+
+        Args:
+            request_id: its id.
+            expired: report an ending that has expired too, while it is remembered: for a call that waited for it.
+        """
         view = self._broker.view(request_id)
         if view is not None:
             app = self._broker.app_of(request_id)
@@ -202,7 +207,7 @@ class QueueService:
         stored = await self._store.find(request_id)
         if stored is None:
             return None
-        if stored.ending is not None and self._is_over(stored.ending):
+        if stored.ending is not None and not expired and self._is_over(stored.ending):
             return None
         # Accepted and neither live nor ended: its acceptance became durable this very moment.
         state = stored.ending or self._broker.view(request_id) or View(QueueState.IN_QUEUE, 0, ())
