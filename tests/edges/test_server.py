@@ -24,6 +24,7 @@ from batch.fal.endpoint import APP_ID
 from batch.server import app as app_module
 from batch.server import service as service_module
 from batch.server import uploads as uploads_module
+from batch.server.engines.base import WorkerCrashed
 from batch.server.engines.echo import EchoEngine
 from batch.server.guard import Guard
 from batch.server.records import Ending
@@ -315,6 +316,76 @@ def test_a_start_timeout_ends_a_request_that_still_waits(tmp_path, header):
             assert headers["x-fal-request-timeout-type"] == "user"
             engine.go.set()
         assert len(engine.seen) == 1
+
+    run(use())
+
+
+def test_a_start_timeout_is_forgotten_once_its_request_has_started_or_was_cancelled(tmp_path):
+    """A deadline of a day leaves no timer for that day."""
+
+    async def use():
+        engine = ScriptedEngine(slots=1)
+        async with serving(tmp_path, engine) as session:
+            day = {"x-fal-request-start-timeout": "86400"}
+            held = await submit(session, "hold", headers=day)
+            waiting = [await submit(session, headers=day) for _ in range(5)]
+            await call(session, "PUT", read(waiting[0], "/cancel"))
+            loop = asyncio.get_running_loop()
+            timers = [one for one in loop._scheduled if one.when() > loop.time() + 80_000]
+            assert [one.cancelled() for one in timers].count(False) == 4
+            engine.go.set()
+            for one in (held, *waiting):
+                await completed(session, one)
+            assert all(one.cancelled() for one in timers)
+
+    run(use())
+
+
+def test_a_request_that_started_before_its_deadline_is_not_ended_by_it(tmp_path):
+    """Its worker dies, it waits again, and the deadline passes meanwhile."""
+
+    class Lame(ScriptedEngine):
+        async def generate(self, job, on_step, cancelled):
+            if not self.seen:
+                self.seen.append(job)
+                crash = WorkerCrashed("killed by signal 9")
+                crash.pause = 0.3
+                raise crash
+            return await super().generate(job, on_step, cancelled)
+
+    async def use():
+        engine = Lame(slots=1)
+        async with serving(tmp_path, engine) as session:
+            again = await submit(session, headers={"x-fal-request-start-timeout": "0.11"})
+            assert (await result(session, again))[0] == 200
+        assert len(engine.seen) == 2
+
+    run(use())
+
+
+def test_a_call_that_waits_leaves_nothing_behind_with_each_sign_of_life(tmp_path, monkeypatch):
+    """The status stream and the direct call, on a request that waits: no future more after a hundred of them."""
+    monkeypatch.setattr(app_module, "KEEP_ALIVE_SECONDS", 0.002)
+
+    def futures():
+        gc.collect()
+        return sum(isinstance(one, asyncio.Future) for one in gc.get_objects())
+
+    async def use():
+        engine = ScriptedEngine(slots=1)
+        async with serving(tmp_path, engine) as session:
+            await submit(session, "hold")
+            direct = asyncio.create_task(call(session, "POST", f"/run{SUBMIT}", json=INPUT))
+            async with session.get(read(await submit(session), "/status/stream")) as stream:
+                for round_ in range(220):
+                    while not (await stream.content.readline()).startswith(b": "):
+                        pass
+                    if round_ == 20:
+                        before = futures()
+                assert futures() - before < 20
+                engine.go.set()
+                assert b"COMPLETED" in await stream.read()
+            assert (await direct)[0] == 200
 
     run(use())
 
