@@ -547,6 +547,10 @@ GOOD_PICTURES = {
         (304, 304),
     ),
     "WebP": (saved(Image.new("RGB", (300, 300)), "WEBP"), (304, 304)),
+    "a phone's photo": (
+        saved(Image.new("RGB", (300, 300)), "MPO", save_all=True, append_images=[Image.new("RGB", (300, 300))]),
+        (304, 304),
+    ),
     "huge": (saved(Image.new("L", (6000, 4000)), "JPEG"), (1760, 1168)),
 }
 
