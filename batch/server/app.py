@@ -193,12 +193,17 @@ class _Face:
         if request.method not in allowed:
             return self._refuse(405, f"{request.method} is not allowed here, {' or '.join(sorted(allowed))} is")
         if address.operation is Operation.SUBMIT:
-            return await self._submit(request, address.app)
+            direct = proxy.is_direct(request.host)
+            return await (self._run if direct else self._submit)(request, address.app)
         return await self._read(request, address)
 
     async def run(self, request: web.Request) -> web.StreamResponse:
-        """The direct call: the output on the same connection. A lost connection does not cancel the work."""
-        accepted = await self._accept(request, AppId(request.match_info["app"].strip("/")))
+        """The direct call, by its path."""
+        return await self._run(request, AppId(request.match_info["app"].strip("/")))
+
+    async def _run(self, request: web.Request, app: AppId) -> web.StreamResponse:
+        """The output on the same connection. A lost connection does not cancel the work."""
+        accepted = await self._accept(request, app)
         if isinstance(accepted, web.Response):
             return accepted
         known = await self._service.find(accepted, expired=True)
