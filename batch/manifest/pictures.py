@@ -23,6 +23,7 @@ from urllib.request import url2pathname
 
 from PIL import Image
 
+from batch.image_formats import READABLE
 from batch.manifest.inputs import shorten
 from batch.manifest.keys import content_hash
 from batch.manifest.ports import Fault, FileFact, FileFacts, FileKey, Resolved
@@ -34,7 +35,6 @@ _WEB = re.compile(r"https?://[^\s/?#]", re.IGNORECASE)
 # Two letters at least before the colon: C:\cat.jpg is a path.
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 _DATA = re.compile(r"data:(image/[\w.+-]+)(?:;[\w.+-]+=[^;,]*)*;base64,", re.IGNORECASE)
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP")
 # What Pillow's plugins raise on bytes that are not what they began as (`Image.open` treats the first four alike).
 _BROKEN = (SyntaxError, IndexError, TypeError, struct.error, KeyError, ValueError, EOFError, OSError)
 _PIXELS = 1_000_000  # of a megapixel, as the price counts them
@@ -243,7 +243,7 @@ def _header_size(file: BinaryIO) -> tuple[int, int] | None:
     """
     Image.init()
     prefix = file.read(16)
-    for name in _FORMATS:
+    for name in READABLE:
         factory, accept = Image.OPEN.get(name, (None, None))
         if factory is None or (accept is not None and accept(prefix) is not True):
             continue

@@ -23,12 +23,12 @@ import anyio.to_thread
 from PIL import Image, UnidentifiedImageError
 
 from batch.errors import StorageError
+from batch.image_formats import READABLE, format_named
 from batch.model import LocalImage, StoredImage
 from batch.run.ports import Picture, PictureError
 
 __all__ = ["ImageFolder", "decode", "sum_of"]
 
-_SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 _CHUNK_BYTES = 2**20
 _PNG_END = b"IEND\xaeB`\x82"
 """Pillow calls a PNG whole when it has all pixels; one without this was cut off at the end."""
@@ -43,20 +43,20 @@ class Decoded(NamedTuple):
     height: int
     format: str
     content_type: str
+    suffix: str
+    """Of its file's name, with the dot."""
 
 
 _RESULT_LIMIT_PIXELS = 100_000_000
 """Of a result. The endpoint answers with four megapixels at most; a small file can claim any number of them."""
 _ALONE_FROM_PIXELS = 16_000_000
 """A larger picture is decoded while no other large one is: 64 MB and more of memory each."""
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP")
-"""What a manifest may have. Pillow knows sixty more, one of which starts another program to draw them (EPS)."""
 
 
 @cache
 def _formats() -> list[str]:
     Image.init()
-    return [name for name in _FORMATS if name in Image.OPEN]
+    return [name for name in READABLE if name in Image.OPEN]
 
 
 def decode(
@@ -77,7 +77,8 @@ def decode(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=_formats()) as picture:
-                width, height, kind = picture.width, picture.height, picture.format or ""
+                width, height, kind = picture.width, picture.height, format_named(picture.format)
+                assert kind is not None, "only formats of the table are opened"
                 if width * height > limit_pixels:
                     raise PictureError(
                         "image_too_large", f"{width} x {height} pixels are more than {limit_pixels / 1e6:g} megapixels"
@@ -86,16 +87,15 @@ def decode(
                 picture.draft(None, (max(1, width // 8), max(1, height // 8)))
                 with alone if alone is not None and width * height > _ALONE_FROM_PIXELS else nullcontext():
                     picture.load()
-                if kind == "PNG" and _PNG_END not in data:
+                if kind.name == "PNG" and _PNG_END not in data:
                     raise PictureError("image_load_error", "the picture is damaged or incomplete (its end is missing)")
-                content_type = picture.get_format_mimetype() or "application/octet-stream"
     except Image.DecompressionBombError as error:
         raise PictureError("image_too_large", str(error)) from error
     except UnidentifiedImageError as error:
         raise PictureError("image_load_error", "the bytes are not a picture in a known format") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise PictureError("image_load_error", f"the picture is damaged or incomplete ({error})") from error
-    return Decoded(width, height, kind, content_type)
+    return Decoded(width, height, *kind)
 
 
 class ImageFolder:
@@ -136,7 +136,7 @@ class ImageFolder:
     def _store(self, data: bytes) -> StoredImage:
         seen = decode(data, limit_pixels=_RESULT_LIMIT_PIXELS, alone=self._alone)
         digest = hashlib.sha256(data).hexdigest()
-        relative = f"images/{digest[:2]}/{digest}.{_SUFFIXES.get(seen.format, 'bin')}"
+        relative = f"images/{digest[:2]}/{digest}{seen.suffix}"
         target = self._root / relative
         try:
             if not (target.exists() and target.stat().st_size == len(data)):

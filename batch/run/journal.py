@@ -203,7 +203,8 @@ class Journal:
         Where `asyncio.run` ends on a second Ctrl-C it cancels every task of its loop, and no shield holds that off.
         """
         with anyio.CancelScope(shield=True):
-            return await self._done_once(work, unless=lambda: False)
+            done = await self._done_once(work, unless=lambda: False)
+        return done  # noqa: RET504 - a return inside of the scope looks to mypy as if it might not be reached
 
     async def _in_thread(self, work: Callable[[], _T]) -> _T:
         return await anyio.to_thread.run_sync(work, limiter=self._one_at_a_time)

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import TypeAlias
 
 import orjson
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 from aiohttp.http_exceptions import BadHttpMessage
 
 from batch.errors import StorageError
@@ -71,20 +71,20 @@ def application(
         service, app_id, authenticator, permitted, idempotency=rehearsal.idempotency if rehearsal is not None else True
     )
     app = web.Application(client_max_size=BODY_LIMIT_BYTES)
-    guarded = face.guarded
-    app.router.add_get("/health", guarded(face.health, access_of("GET", "/health")))
-    app.router.add_get("/openapi.json", guarded(face.schema, access_of("GET", "/openapi.json")))
-    app.router.add_post("/run/{app:.+}", guarded(face.run))
     known = (
+        *((method, "/health", face.health) for method in ("GET", "HEAD")),
+        *((method, "/openapi.json", face.schema) for method in ("GET", "HEAD")),
+        ("POST", "/run/{app:.+}", face.run),
         *proxy.routes(),
         *uploads.routes(service, authenticator),
         *metrics.routes(service),
         *page.routes(service, app_id),
         *more,
+        ("*", r"/{path:[\s\S]*}", face.queue),
     )
     for method, path, handler in known:
-        app.router.add_route(method, path, guarded(handler, access_of(method, path)))
-    app.router.add_route("*", r"/{path:[\s\S]*}", guarded(face.queue))
+        guarded = face.guarded(handler, access_of(method, path))
+        app.router.add_route(method, path, guarded, expect_handler=face.expect)
     if rehearsal is not None:
         app.middlewares.append(rehearsal.middleware(service, app_id))
     return app
@@ -125,7 +125,7 @@ class _Face:
                 if request.method == "OPTIONS":  # a browser asks, without a key, whether it may ask with one
                     return self._crossed(request, web.Response(status=204))
                 self._crossing.check(request.host)
-                set_owner(request, self._authenticator.owner(request.headers.get("authorization"), access))
+                set_owner(request, self._authenticator.owner(_authorization(request), access))
                 answer = await handler(request)
             except Denied as denied:
                 answer = self._deny(request, denied)
@@ -146,6 +146,17 @@ class _Face:
             return answer
 
         return handle
+
+    async def expect(self, request: web.Request) -> web.Response | None:
+        """Answer an `Expect` header, which is read before the handlers: aiohttp's own answer repeats it as it came."""
+        expected = request.headers.get("expect", "")
+        if request.version < HttpVersion11:
+            return None
+        if expected.lower() != "100-continue":
+            return self._refuse(417, f"Expect: {expected[:100]!r} is not supported; 100-continue is")
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # of the answer itself
+        return None
 
     async def health(self, _: web.Request) -> web.Response:
         """What runs here and how much of it."""
@@ -183,21 +194,27 @@ class _Face:
         if request.method not in allowed:
             return self._refuse(405, f"{request.method} is not allowed here, {' or '.join(sorted(allowed))} is")
         if address.operation is Operation.SUBMIT:
-            return await self._submit(request, address.app)
+            direct = proxy.is_direct(request.host)
+            return await (self._run if direct else self._submit)(request, address.app)
         return await self._read(request, address)
 
     async def run(self, request: web.Request) -> web.StreamResponse:
-        """The direct call: the output on the same connection. A lost connection does not cancel the work."""
-        accepted = await self._accept(request, AppId(request.match_info["app"].strip("/")))
+        """The direct call, by its path."""
+        return await self._run(request, AppId(request.match_info["app"].strip("/")))
+
+    async def _run(self, request: web.Request, app: AppId) -> web.StreamResponse:
+        """The output on the same connection. A lost connection does not cancel the work."""
+        accepted = await self._accept(request, app)
         if isinstance(accepted, web.Response):
             return accepted
-        known = await self._service.find(accepted)
+        known = await self._service.find(accepted, expired=True)
         while known is not None and not isinstance(known.state, Ending):
             if self._service.stopping:
                 return self._refuse(503, "The server goes down; the request stays queued", "runner_disconnected")
             await self._service.changed(accepted, KEEP_ALIVE_SECONDS)
-            known = await self._service.find(accepted)
-        assert known is not None, "it was accepted"
+            known = await self._service.find(accepted, expired=True)
+        if known is None:  # it ended and was forgotten between two looks
+            return response(answers.not_found_reply(accepted))
         return await self._result(request, accepted, known)
 
     # --- submit -------------------------------------------------------------------------------------------
@@ -296,7 +313,7 @@ class _Face:
                 break
             last = body
             await self._service.changed(request_id, KEEP_ALIVE_SECONDS)
-            known = await self._service.find(request_id)
+            known = await self._service.find(request_id, expired=True)
         await stream.write_eof()
         return stream
 
@@ -317,6 +334,12 @@ class _Face:
     def _refuse(self, status: int, detail: str, error_type: str | None = None, **headers: str) -> web.Response:
         new_id = self._service.new_id()
         return response(protocol.request_error_reply(status, error_type, detail, new_id, **headers))
+
+
+def _authorization(request: web.Request) -> str | None:
+    """The header, if it was sent; several of them are one list, as HTTP has it."""
+    given = request.headers.getall("authorization", ())
+    return ", ".join(given) if given else None
 
 
 def _base(request: web.Request) -> str:

@@ -122,7 +122,7 @@ class Keys:
         name, colon, secret = credentials.strip().partition(":")
         if not colon or not name or not secret:
             raise Denied(401, "Invalid Key Authorization header format. Expected '<key_id>:<key_secret>'.")
-        digest, found = hashlib.sha256(secret.encode("utf-8", "surrogateescape")).digest(), None
+        digest, found = hashlib.sha256(_sent(secret)).digest(), None
         keys = self._of.get(name, [])
         for key in keys or [Key("", _NOBODY)]:
             if hmac.compare_digest(key.digest, digest) and keys:
@@ -175,7 +175,7 @@ class Authenticator:
         """The caller's name; empty on a server without keys, and where nothing is asked for.
 
         Args:
-            authorization: the header, if there was one.
+            authorization: the header, if there was one; several are one, joined by ", ", and so no good key.
             access: what the route asks for.
 
         Raises:
@@ -202,7 +202,7 @@ class Authenticator:
 
     def _name_in(self, token: str) -> str:
         stem, _, signature = token.rpartition(".")
-        if not hmac.compare_digest(self._sign(stem).encode(), signature.encode()):
+        if not hmac.compare_digest(self._sign(stem).encode(), _sent(signature)):
             raise Denied(401, "The token is not one of this server; ask for a new one")
         name, _, expires_at = stem.rpartition(".")
         if int(expires_at) < self._clock():
@@ -210,7 +210,12 @@ class Authenticator:
         return name
 
     def _sign(self, stem: str) -> str:
-        return hmac.new(self._secret, stem.encode(), hashlib.sha256).hexdigest()
+        return hmac.new(self._secret, _sent(stem), hashlib.sha256).hexdigest()
+
+
+def _sent(text: str) -> bytes:
+    """Part of a header, as its bytes were sent: those that are not UTF-8 arrive as lone surrogates."""
+    return text.encode("utf-8", "surrogateescape")
 
 
 def load_keys(path: Path | None, environment: Mapping[str, str]) -> Keys:

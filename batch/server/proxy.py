@@ -1,4 +1,4 @@
-"""What browsers need of us: the proxy route of JavaScript's client, and permission to call across origins.
+"""Fal's host names on this server; what browsers need of us: the client's proxy route, and calls across origins.
 
 The client of fal's own makes can be told to send everything to one URL, the true target in a header
 (`proxyUrl`). Here the target is ourselves: its host says which of fal's roles is meant, its path is routed as if it
@@ -7,6 +7,7 @@ had been asked for directly. Nothing is ever sent anywhere.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable
 from functools import lru_cache
 from typing import TypeAlias
@@ -17,7 +18,7 @@ from yarl import URL
 from batch.fal.protocol import is_loopback
 from batch.server.keys import Denied
 
-__all__ = ["PATH", "TARGET", "Crossing", "own_path", "routes"]
+__all__ = ["PATH", "TARGET", "Crossing", "is_direct", "own_path", "routes"]
 
 PATH = "/api/fal/proxy"
 TARGET = "x-fal-target-url"
@@ -32,6 +33,10 @@ _PREFIXES = {
     "api.fal.ai": "",
 }
 """Where the paths of fal's hosts lie on this server."""
+_DIRECT = ("fal.run", "falrun.com")
+"""Hosts that run at once what is posted to them, and so does every host below them but those of the queue."""
+_AUTHORITY = re.compile(r"[^\s/?#@\\\ud800-\udfff]{1,512}")
+"""A host and perhaps a port; bytes that are not UTF-8 arrive as lone surrogates."""
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 _CORS = {
     "access-control-allow-origin": "*",
@@ -88,11 +93,24 @@ async def _forward(request: web.Request) -> web.StreamResponse:
 
 
 @lru_cache(maxsize=64)
-def _is_this_machine(authority: str) -> bool:
+def _host(authority: str) -> str | None:
+    """The host in a `Host` header; None where the header is not one: no URL could be made with it."""
     try:
-        return is_loopback(URL(f"http://{authority}").host or "")
+        return URL(f"http://{authority}").host if _AUTHORITY.fullmatch(authority) else None
     except ValueError:
-        return False
+        return None
+
+
+@lru_cache(maxsize=64)
+def is_direct(authority: str) -> bool:
+    """Whether a `Host` header names a host by which fal runs directly what is posted to the path of an app.
+
+    With fal's host names led here (a hosts file, a tunnel) the unchanged clients ask `fal.run` for a direct call and
+    `queue.fal.run` for a submit, both under the same path.
+    """
+    host = (_host(authority) or "").lower().rstrip(".")
+    below = any(host == direct or host.endswith(f".{direct}") for direct in _DIRECT)
+    return below and "queue" not in host.split(".")
 
 
 class Crossing:
@@ -112,16 +130,20 @@ class Crossing:
             answer.headers.update(_CORS)
 
     def check(self, authority: str) -> None:
-        """Refuse a `Host` header that is not one of ours.
+        """Refuse a `Host` header that is invalid, or not one of ours.
 
         Without keys only this machine may ask. A page whose own name is made to resolve to 127.0.0.1 (DNS rebinding)
         asks from this machine too, and is of the same origin to its browser; but its requests bear its name.
 
         Raises:
             Denied: 403.
+            HTTPBadRequest: it is not a host and a port.
         """
-        if not self._keyed and not _is_this_machine(authority):
+        host = _host(authority)
+        if not self._keyed and not is_loopback(host or ""):
             raise Denied(403, _FOREIGN_HOST.format(authority[:200]))
+        if host is None and authority:
+            raise web.HTTPBadRequest(text=f"The Host header {authority[:200]!r} is not a host and a port")
 
     def _permits(self, origin: str) -> bool:
         if self._keyed:

@@ -124,7 +124,7 @@ async def serve(
             await stack.enter_async_context(_locked(options.data_dir / "lock"))
             listener = stack.enter_context(contextlib.closing(_listen(options)))
             _check_exposure(options, listener)
-            store = await stack.enter_async_context(await Store.open(options.data_dir / "server.db"))
+            store = await stack.enter_async_context(await Store.open(options.data_dir / "server.db", options.retention))
             storage = await stack.enter_async_context(Storage(options.data_dir))
             signer = webhooks.signing_key(options.data_dir / "webhook-key.pem")
         guard = await stack.enter_async_context(Guard(address_rule(allow_private=options.allow_private)))

@@ -130,7 +130,9 @@ class QueueService:
         """Of those with a start timeout that have not ended."""
         self._executing: set[asyncio.Task[None]] = set()
         self._bodies: dict[RequestId, bytes] = {}
-        self._watchers: dict[RequestId, list[asyncio.Future[None]]] = {}
+        self._watchers: dict[RequestId, set[asyncio.Future[None]]] = {}
+        self._deadlines: dict[RequestId, asyncio.TimerHandle] = {}
+        """Of those that wait and have one."""
         self._stopping = False
 
     def new_id(self) -> RequestId:
@@ -198,8 +200,13 @@ class QueueService:
         view = self._broker.view(request_id)
         return view.position if view is not None else 0
 
-    async def find(self, request_id: RequestId) -> Known | None:
-        """How a request stands; None for an id that was never given out."""
+    async def find(self, request_id: RequestId, *, expired: bool = False) -> Known | None:
+        """How a request stands; None for an id that was never given out, or whose ending has expired.
+
+        Args:
+            request_id: its id.
+            expired: report an ending that has expired too, while it is remembered: for a call that waited for it.
+        """
         view = self._broker.view(request_id)
         if view is not None:
             app = self._broker.app_of(request_id)
@@ -208,7 +215,7 @@ class QueueService:
         stored = await self._store.find(request_id)
         if stored is None:
             return None
-        if stored.ending is not None and self._is_over(stored.ending):
+        if stored.ending is not None and not expired and self._is_over(stored.ending):
             return None
         # Accepted and neither live nor ended: its acceptance became durable this very moment.
         state = stored.ending or self._broker.view(request_id) or View(QueueState.IN_QUEUE, 0, ())
@@ -229,6 +236,7 @@ class QueueService:
         """Take a request out of the queue, or tell its engine to stop."""
         match self._broker.cancel(request_id):
             case Cancellation.REMOVED:
+                self._forget_deadline(request_id)
                 await self._end_with(request_id, Fault.of(*answers.CANCELLED))
                 return CancelOutcome.REQUESTED
             case Cancellation.SIGNALLED:
@@ -244,9 +252,12 @@ class QueueService:
         if self._stopping or request_id not in self._broker:
             return
         watcher: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._watchers.setdefault(request_id, []).append(watcher)
-        with suppress(TimeoutError):
-            await asyncio.wait_for(watcher, seconds)
+        self._watchers.setdefault(request_id, set()).add(watcher)
+        try:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(watcher, seconds)
+        finally:
+            self._forget_watcher(request_id, watcher)
 
     @property
     def stopping(self) -> bool:
@@ -298,10 +309,12 @@ class QueueService:
         if start_by is not None:
             self._start_by[request_id] = start_by
             delay = max(0.0, start_by - self._clock())
-            asyncio.get_running_loop().call_later(delay, self._expire, request_id)
+            timer = asyncio.get_running_loop().call_later(delay, self._expire, request_id)
+            self._deadlines[request_id] = timer
 
     def _start_next(self) -> None:
         while not self._stopping and (request_id := self._broker.start()) is not None:
+            self._forget_deadline(request_id)
             self._notify(request_id)
             self._spawn(self._execute(request_id))
 
@@ -408,6 +421,7 @@ class QueueService:
         return self._start_by.get(request_id, math.inf) <= self._clock()
 
     def _expire(self, request_id: RequestId) -> None:
+        self._deadlines.pop(request_id, None)
         if not self._stopping and self._broker.expire(request_id):
             self._spawn(self._end_with(request_id, Fault.of(*answers.NOT_STARTED)))
 
@@ -418,6 +432,19 @@ class QueueService:
     def _log(self, request_id: RequestId, level: str, message: str) -> None:
         self._broker.log(request_id, LogLine(self._clock(), level, message))
         self._notify(request_id)
+
+    def _forget_watcher(self, request_id: RequestId, watcher: asyncio.Future[None]) -> None:
+        """Without it a call that waits for hours would leave one at each sign of life."""
+        watchers = self._watchers.get(request_id, set())
+        watchers.discard(watcher)
+        if not watchers:
+            self._watchers.pop(request_id, None)
+
+    def _forget_deadline(self, request_id: RequestId) -> None:
+        """It was started, or will not be; its timer would stay for as long as the caller said."""
+        timer = self._deadlines.pop(request_id, None)
+        if timer is not None:
+            timer.cancel()
 
     def _notify(self, request_id: RequestId) -> None:
         for watcher in self._watchers.pop(request_id, ()):

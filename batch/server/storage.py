@@ -27,6 +27,7 @@ from typing import NamedTuple, Self
 from urllib.parse import urlsplit
 
 from batch.errors import StorageError
+from batch.image_formats import FORMATS, format_of_type
 from batch.server.parts import Part, Parts
 from batch.server.smallfiles import SMALL_BYTES, SmallFile, SmallFiles
 from batch.server.spool import Spooled, TooLarge, spool
@@ -35,6 +36,8 @@ __all__ = ["Reservation", "Storage", "TooLarge", "content_type_of"]
 
 _PATH = re.compile(r"/files/([0-9a-f]{2})/(\1[0-9a-f]{30}(?:\.[a-z0-9]{1,8})?)")
 _TYPES = mimetypes.MimeTypes(filenames=())  # the standard library's own table: the same on every machine
+for _known in FORMATS:  # some of which it knows in later versions of Python only
+    _TYPES.add_type(_known.content_type, _known.suffix)
 
 
 class Reservation(NamedTuple):
@@ -288,8 +291,11 @@ def content_type_of(name: str) -> str:
 @lru_cache(maxsize=256)
 def _suffix(content_type: str | None) -> str:
     """The name carries the type; a type without a usual suffix is served as plain bytes."""
+    image = format_of_type(content_type or "")
+    if image is not None:
+        return image.suffix
     plain = (content_type or "").partition(";")[0].strip().lower()
-    suffix = {"image/webp": ".webp", "image/jpeg": ".jpg"}.get(plain) or _TYPES.guess_extension(plain) or ""
+    suffix = _TYPES.guess_extension(plain) or ""
     return suffix if content_type_of("x" + suffix) == plain else ""
 
 

@@ -6,6 +6,7 @@ fsync each, and are durable when the awaited call returns. Knows nothing of queu
 
 from __future__ import annotations
 
+import math
 import re
 import sqlite3
 from collections import OrderedDict
@@ -38,13 +39,18 @@ from batch.server.records import (
 
 __all__ = ["Store"]
 
-VERSION = 3
-_STEPS = (("schema", "schema_2"), ("upgrade_1", "upgrade_2", "schema_2"), ("upgrade_2",))
+VERSION = 4
+_STEPS = (
+    ("schema", "schema_2"),
+    ("upgrade_1", "upgrade_2", "schema_2"),
+    ("upgrade_2", "upgrade_3"),
+    ("upgrade_3",),
+)
 """Statements that bring a file of each earlier version to this one."""
 REMEMBERED = 8192
 """Endings kept in memory: a client that waits for its result asks within seconds of its end."""
 KEY_SECONDS = 86400.0
-"""How long an idempotency key is good, whatever becomes of its request."""
+"""How long an idempotency key outlives the acceptance of a request that has ended; its answer may expire sooner."""
 
 _SQL = {
     name: statement.strip()
@@ -59,19 +65,23 @@ _SQL = {
 class Store:
     """Requests on disk. Make it with `await Store.open(path)`; it is an async context manager."""
 
-    def __init__(self, database: sqlite3.Connection) -> None:
+    def __init__(self, database: sqlite3.Connection, retention: float) -> None:
         self._database = database
+        self._retention = retention
         self._writer: Grouped[Submission | Ending | Settlement, Admission | None] = Grouped(self._write, "store")
         self._recent: OrderedDict[RequestId, Ending] = OrderedDict()
         self.accepted: int = database.execute(_SQL["accepted"]).fetchone()[0]
         """Submits accepted ever. Repeats with the same idempotency key are not counted."""
         self.webhooks: int = database.execute(_SQL["webhooks"]).fetchone()[0]
         """Callbacks that are owed, now or when their request ends; those that expired since the start included."""
-        self._any_spent = bool(database.execute(_SQL["any_spent"]).fetchone()[0])
 
     @classmethod
-    async def open(cls, path: Path) -> Self:
+    async def open(cls, path: Path, retention: float = math.inf) -> Self:
         """Open or make the file.
+
+        Args:
+            path: the file.
+            retention: seconds that an ending is told, where the request itself wished nothing else.
 
         Raises:
             InputError: it was written by a newer version, or is no database. StorageError: there is no room for it.
@@ -96,7 +106,7 @@ class Store:
         if version > VERSION:
             database.close()
             raise InputError(f"{path} is of version {version}, this restyle knows {VERSION}; upgrade restyle")
-        return cls(database)
+        return cls(database, retention)
 
     async def __aenter__(self) -> Self:
         return self
@@ -273,10 +283,6 @@ class Store:
     def _accept(self, item: Submission) -> Admission:
         # A header holds no line break: no two owners' keys can come to the same.
         key = f"{item.owner}\n{item.idempotency_key}" if item.owner and item.idempotency_key else item.idempotency_key
-        if key is not None and self._any_spent:
-            spent = self._row("spent", key, item.accepted_at - KEY_SECONDS)
-            if spent is not None:
-                return Admission(RequestId(spent[0]), fresh=False, same_input=spent[1] == item.digest)
         values = (item.request_id, item.app, item.accepted_at, item.body, item.digest, key, item.priority)
         wishes = (item.start_by, item.owner, *item.keeping, item.source)
         cursor = self._database.execute(_SQL["accept"], (*values, *wishes))
@@ -286,12 +292,14 @@ class Store:
             if item.tags:
                 self._database.execute(_SQL["tags"], (item.request_id, orjson.dumps(dict(item.tags)).decode()))
             return Admission(item.request_id, fresh=True)
-        earlier = self._row("earlier", key)
+        now = item.accepted_at
+        earlier = self._row("earlier", now - KEY_SECONDS, self._retention, now, now, key)
         assert earlier is not None, "only an idempotency key can be in the way"
-        if earlier[2] < item.accepted_at - KEY_SECONDS:
+        request_id, digest, is_over = earlier
+        if is_over:
             self._database.execute(_SQL["free_key"], (key,))
             return self._accept(item)
-        return Admission(RequestId(earlier[0]), fresh=False, same_input=earlier[1] == item.digest)
+        return Admission(RequestId(request_id), fresh=False, same_input=digest == item.digest)
 
     def _apply(self, item: Submission | Ending | Settlement) -> Admission | None:
         match item:
@@ -318,11 +326,7 @@ class Store:
             query = {"now": now, "before": now - retention, "limit": limit}
             seqs = [row[0] for row in self._database.execute(_SQL["over"], query)]
             listed = orjson.dumps(seqs).decode()
-            kept = self._database.execute(_SQL["keep_keys"], (listed, now - KEY_SECONDS)).rowcount
-            self._any_spent = self._any_spent or kept > 0
             self._database.execute(_SQL["forget"], (listed,))
-            if self._any_spent and len(seqs) < limit:
-                self._database.execute(_SQL["forget_keys"], (now - KEY_SECONDS,))
         return len(seqs)
 
 

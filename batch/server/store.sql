@@ -1,5 +1,6 @@
 -- The statements of store.py, by name. A request is one row from its acceptance to its end; who wants to be told of its
--- end stands beside it. Since version 3 `engine` says what executed it: the server may be given another one.
+-- end stands beside it. Since version 3 `engine` says what executed it: the server may be given another one. Since version 4
+-- an idempotency key goes with its request.
 
 -- name: schema
 CREATE TABLE request (
@@ -38,12 +39,6 @@ CREATE INDEX request_of ON request (owner, seq) WHERE owner != '';  -- costs not
 CREATE INDEX request_ended ON request (ended_at, accepted_at, owner, status) WHERE ended_at IS NOT NULL;  -- history.py's
 CREATE INDEX request_brief ON request (ended_at) WHERE kept_for IS NOT NULL;
 CREATE INDEX request_source ON request (source) WHERE source IS NOT NULL;
-CREATE TABLE spent_key (                -- idempotency keys that outlive their requests
-    idempotency_key TEXT PRIMARY KEY,
-    request_id TEXT NOT NULL,
-    digest BLOB NOT NULL,
-    accepted_at REAL NOT NULL
-) STRICT, WITHOUT ROWID;
 CREATE TABLE webhook (
     request_id TEXT PRIMARY KEY,
     url TEXT NOT NULL,
@@ -80,6 +75,9 @@ ALTER TABLE request ADD COLUMN kept_for REAL;
 -- name: upgrade_2
 ALTER TABLE request ADD COLUMN engine TEXT;
 
+-- name: upgrade_3
+DROP TABLE IF EXISTS spent_key;
+
 -- name: accept
 INSERT INTO request (
     request_id, app, accepted_at, body, digest, idempotency_key, priority, start_by, owner, brief, file_life, source
@@ -88,16 +86,16 @@ VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT (idempotency_key) DO NOTHING;
 
 -- name: earlier
-SELECT request_id, digest, accepted_at FROM request WHERE idempotency_key = ?;
+-- The request that holds an idempotency key, and whether the key is free again: the request has ended, and its key is old
+-- or its answer has expired, as a whole or the images in it.
+SELECT request_id, digest, ended_at IS NOT NULL AND (
+    accepted_at < ? OR ended_at + coalesce(kept_for, ?) < ? OR (status < 400 AND ended_at + file_life < ?)
+)
+FROM request
+WHERE idempotency_key = ?;
 
 -- name: free_key
 UPDATE request SET idempotency_key = NULL WHERE idempotency_key = ?;
-
--- name: spent
-SELECT request_id, digest FROM spent_key WHERE idempotency_key = ? AND accepted_at >= ?;
-
--- name: any_spent
-SELECT EXISTS (SELECT 1 FROM spent_key);
 
 -- name: over
 SELECT * FROM (
@@ -109,16 +107,8 @@ SELECT * FROM (
     SELECT seq FROM request WHERE kept_for IS NOT NULL AND ended_at + kept_for < :now LIMIT :limit
 );
 
--- name: keep_keys
-INSERT OR REPLACE INTO spent_key
-SELECT idempotency_key, request_id, digest, accepted_at FROM request
-WHERE seq IN (SELECT value FROM json_each(?)) AND idempotency_key IS NOT NULL AND accepted_at >= ?;
-
 -- name: forget
 DELETE FROM request WHERE seq IN (SELECT value FROM json_each(?));
-
--- name: forget_keys
-DELETE FROM spent_key WHERE accepted_at < ?;
 
 -- name: sources
 SELECT DISTINCT source FROM request WHERE source IN (SELECT value FROM json_each(?));

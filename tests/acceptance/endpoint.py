@@ -7,13 +7,14 @@ import json
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -129,6 +130,43 @@ def callbacks() -> Iterator[Callbacks]:
         thread.start()
         try:
             yield found
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@contextmanager
+def tunnel(port: int) -> Iterator[tuple[str, list[str]]]:
+    """A CONNECT proxy on loopback that leads every name to a port of this machine; its URL, and the names asked for."""
+    names: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_CONNECT(self):
+            names.append(self.path)
+            with socket.create_connection(("127.0.0.1", port)) as upstream:
+                self.send_response(200)
+                self.end_headers()
+                self.close_connection = True
+                back = threading.Thread(target=copy, args=(upstream, self.connection))
+                back.start()
+                copy(self.connection, upstream)
+                back.join()
+
+        def log_message(self, *_):
+            pass
+
+    def copy(source, target):
+        with suppress(OSError):
+            while chunk := source.recv(65536):
+                target.sendall(chunk)
+        with suppress(OSError):
+            target.shutdown(socket.SHUT_WR)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", names
         finally:
             server.shutdown()
             thread.join()

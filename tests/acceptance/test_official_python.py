@@ -14,7 +14,7 @@ import fal_client.client
 import pytest
 
 from tests.acceptance.command import environment
-from tests.acceptance.endpoint import APP, INPUT, believed, callbacks, endpoint, is_same, large_file, picture
+from tests.acceptance.endpoint import APP, INPUT, believed, callbacks, endpoint, is_same, large_file, picture, tunnel
 from tests.certificate import certificate
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # the client never closes its upload connections
@@ -192,3 +192,31 @@ def test_environment_variables_alone_point_it_at_a_server_with_tls(tmp_path):
         said = json.loads(ended.stdout)
     assert (said["status"], said["result"]["seed"]) == ("Completed", 3)
     assert said["url"].startswith(running.url)
+
+
+RECIPE_C = """
+import json, sys, fal_client
+app, given = sys.argv[1], json.loads(sys.argv[2])
+given["image_url"] = fal_client.upload(bytes.fromhex(sys.argv[3]), "image/png")
+ran, queued = fal_client.run(app, given), fal_client.subscribe(app, given)
+print(json.dumps({"source": given["image_url"], "run": ran["images"], "queue": queued["images"]}))
+"""
+HOSTS = ("fal.run", "queue.fal.run", "rest.fal.ai", "v3.fal.media")
+
+
+def test_under_fal_s_own_host_names_the_unchanged_client_runs_queues_and_uploads(tmp_path):
+    """Recipe C: all of fal's hosts lead here. `run` is run by its host alone, `subscribe` is queued, under one path."""
+    cert, key = certificate(tmp_path, *HOSTS)
+    with endpoint(tmp_path, "--slots", "1", "--tls-cert", cert, "--tls-key", key) as running:
+        port = int(running.url.rpartition(":")[2])
+        with tunnel(port) as (proxy_url, asked_for):
+            variables = {"HTTPS_PROXY": proxy_url, "SSL_CERT_FILE": str(cert), "FAL_KEY": running.key}
+            command = [sys.executable, "-c", RECIPE_C, APP, json.dumps({**INPUT, "seed": 3}), picture().hex()]
+            ended = subprocess.run(command, env=environment(variables), capture_output=True, text=True, timeout=60)
+            assert ended.returncode == 0, ended.stderr
+            said = json.loads(ended.stdout)
+    assert said["source"].startswith("https://")
+    assert (len(said["run"]), len(said["queue"])) == (1, 1)
+    assert said["run"][0]["url"].startswith("https://fal.run/files/")
+    assert said["queue"][0]["url"].startswith("https://queue.fal.run/files/")
+    assert {"fal.run:443", "queue.fal.run:443"} <= set(asked_for) <= {f"{host}:443" for host in HOSTS}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import hashlib
 import io
 import itertools
 import re
@@ -18,6 +19,7 @@ from PIL import Image
 from batch.server import app as app_module
 from batch.server import uploads as uploads_module
 from batch.server.engines.preview.engine import PreviewEngine
+from batch.server.keys import Key, Keys
 from tests.edges.serving import INPUT, SUBMIT, ScriptedEngine, call, read, result, serving, submit
 
 NOBODY = "0199c0de-0000-7000-8000-000000000001"
@@ -164,6 +166,114 @@ def test_a_header_of_nonsense_does_no_harm(tmp_path):
                 status, _ = await raw(session, http(b"POST", SUBMIT.encode(), header, GOOD))
                 assert status in {200, 422}, name
                 assert await lives(session), name
+
+    run(use())
+
+
+AUTHORIZATIONS = {
+    "missing": b"",
+    "empty": b"Authorization:\r\n",
+    "blank": b"Authorization:  \t \r\n",
+    "a scheme alone": b"Authorization: Bearer\r\n",
+    "not UTF-8, a token": b"Authorization: Bearer \xff\xfe\r\n",
+    "not UTF-8, a token's signature": b"Authorization: Bearer alice.9999999999.\xff\r\n",
+    "not UTF-8, a token's name": b"Authorization: Bearer \xff.9999999999.00\r\n",
+    "not UTF-8, a key": b"Authorization: Key \xff:\xff\r\n",
+    "not UTF-8, a secret": b"Authorization: Key alice:\xc3\r\n",
+    "not UTF-8, basic": b"Authorization: Basic \xff\r\n",
+    "not UTF-8, the scheme": b"Authorization: \xff \xff\r\n",
+    "not UTF-8, no scheme": b"Authorization: \xff\r\n",
+    "UTF-8": "Authorization: Bearer ключ.9.é\r\n".encode(),
+    "huge": b"Authorization: Bearer " + b"\xff" * 8000 + b"\r\n",
+    "huge, a key": b"Authorization: Key alice:" + b"x" * 8000 + b"\r\n",
+    "several, all wrong": b"Authorization: Bearer \xff\r\nAuthorization: Key \xfe:\xff\r\n",
+    "several, all right": b"Authorization: Key alice:secret\r\n" * 2,
+    "several, one right": b"Authorization: Key alice:secret\r\nAuthorization: Bearer x\r\n",
+}
+
+
+@pytest.mark.parametrize("case", AUTHORIZATIONS)
+def test_whatever_stands_in_authorization_is_401(tmp_path, case):
+    """Where a key is asked for, and where a token does too; only the one right key is let in."""
+    keys = Keys((Key("alice", hashlib.sha256(b"secret").digest()),))
+    paths = (SUBMIT.encode(), b"/run" + SUBMIT.encode(), b"/files/upload", b"/files/upload/multipart", b"/v1/models")
+
+    async def use():
+        async with serving(tmp_path, keys=keys) as session:
+            for path in paths:
+                status, body = await raw(session, http(b"POST", path, AUTHORIZATIONS[case], GOOD))
+                assert (status, b"request_id" in body or b"detail" in body) == (401, True), path
+            good = b"Authorization: Key alice:secret\r\n"
+            assert (await raw(session, http(b"POST", SUBMIT.encode(), good, GOOD)))[0] == 200
+
+    run(use())
+
+
+# Each is decoded, compared or repeated somewhere; what aiohttp refuses before us is a 4xx too.
+NAMES = (
+    *("accept", "accept-encoding", "authorization", "content-encoding", "content-type", "cookie"),
+    *("expect", "forwarded", "host", "idempotency-key", "if-match", "if-modified-since", "if-none-match", "if-range"),
+    *("origin", "range", "sec-fetch-site", "transfer-encoding", "upgrade", "user-agent", "x-fal-file-name"),
+    *("x-fal-object-lifecycle-preference", "x-fal-queue-priority", "x-fal-request-start-timeout", "x-fal-store-io"),
+    *("x-fal-target-url", "x-forwarded-host"),
+)
+VALUES = (b"\xff\xfe", b"", "é".encode(), b"https://fal.run/\xff", b"bytes=\xff-", b"text/plain; charset=\xff")
+
+
+@pytest.mark.parametrize("keyed", [False, True], ids=["open", "with keys"])
+def test_bytes_that_are_not_text_are_never_a_fault_of_ours(tmp_path, keyed):
+    """In any header of any route, in the path and in the query: an answer, and none of 5xx."""
+    keys = Keys((Key("alice", hashlib.sha256(b"secret").digest()),) if keyed else ())
+
+    async def use():
+        async with serving(tmp_path, keys=keys) as session:
+            right = {"authorization": "Key alice:secret"}
+            _, _, upload = await call(session, "POST", "/files/upload", data=b"x" * 40_000, headers=right)
+            stored = "/files/" + upload["access_url"].partition("/files/")[2]
+            routes = [(b"POST", SUBMIT), (b"GET", read(NOBODY, "/status")), (b"GET", stored), (b"GET", "/")]
+            routes += [(b"POST", "/files/upload"), (b"POST", "/api/fal/proxy"), (b"GET", "/metrics")]
+            gate, wrong = asyncio.Semaphore(16), []
+
+            async def one(method, path, headers):
+                whole = {
+                    b"host": b"localhost",
+                    b"authorization": b"Key alice:secret",
+                    b"connection": b"close",
+                } | headers
+                lines = b"".join(name + b": " + value + b"\r\n" for name, value in whole.items())
+                start = method + b" " + path + b" HTTP/1.1\r\n" + lines
+                async with gate:
+                    status, _ = await raw(session, start + b"Content-Length: %d\r\n\r\n" % len(GOOD) + GOOD)
+                if status is None or status >= 500:
+                    wrong.append((method, path, headers, status))
+
+            tails = (b"\xff", b"?\xff=\xff", b"?logs=\xff&fal_webhook=\xff&fal_max_queue_length=\xff", b"/\xff/%ff")
+            await asyncio.gather(
+                *(
+                    one(method, path.encode(), {name.encode(): value})
+                    for method, path in routes
+                    for name in NAMES
+                    for value in VALUES
+                ),
+                *(one(method, path.encode() + tail, {}) for method, path in routes for tail in tails),
+                one(b"PUT", b"/storage/upload/\xff" + stored.encode(), {}),
+                one(b"PUT", b"/storage/upload/%ff" + stored.encode(), {}),
+            )
+            assert wrong == []
+
+    run(use())
+
+
+def test_an_expectation_is_met_or_refused_in_our_own_form(tmp_path):
+    """`100-continue` before the body; anything else is 417 with a request id."""
+
+    async def use():
+        async with serving(tmp_path) as session:
+            async with session.post(SUBMIT, json=INPUT, expect100=True) as answer:
+                assert answer.status == 200
+            status, headers, body = await call(session, "POST", SUBMIT, json=INPUT, headers={"expect": "a miracle"})
+            assert (status, "'a miracle'" in body["detail"], bool(headers["x-fal-request-id"])) == (417, True, True)
+            assert (await call(session, "GET", "/health"))[2]["accepted"] == 1
 
     run(use())
 
@@ -437,6 +547,10 @@ GOOD_PICTURES = {
         (304, 304),
     ),
     "WebP": (saved(Image.new("RGB", (300, 300)), "WEBP"), (304, 304)),
+    "a phone's photo": (
+        saved(Image.new("RGB", (300, 300)), "MPO", save_all=True, append_images=[Image.new("RGB", (300, 300))]),
+        (304, 304),
+    ),
     "huge": (saved(Image.new("L", (6000, 4000)), "JPEG"), (1760, 1168)),
 }
 

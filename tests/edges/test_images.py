@@ -61,6 +61,7 @@ KINDS = [
     ("GIF", "L"),
     ("TIFF", "RGB"),
     ("BMP", "RGB"),
+    ("AVIF", "RGB"),
 ]
 
 
@@ -70,6 +71,36 @@ def test_a_picture_proves_its_size_and_format(kind, mode):
     seen = decode(picture(kind, (31, 17), mode))
     assert (seen.width, seen.height, seen.format) == (31, 17, kind)
     assert seen.content_type == f"image/{kind.lower()}"
+
+
+def several(kind: str) -> bytes:
+    """A file of two images."""
+    buffer = io.BytesIO()
+    first, second = (Image.effect_noise((31, 17), 80).convert("RGB") for _ in range(2))
+    first.save(buffer, kind, save_all=True, append_images=[second])
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("kind", "content_type", "suffix"),
+    [
+        ("MPO", "image/jpeg", ".jpg"),  # as phones make them
+        ("PNG", "image/png", ".png"),  # animated
+        ("GIF", "image/gif", ".gif"),
+        ("WEBP", "image/webp", ".webp"),
+        ("TIFF", "image/tiff", ".tiff"),
+        ("AVIF", "image/avif", ".avif"),
+    ],
+)
+async def test_a_file_of_several_images_is_of_the_type_of_its_first(folder, tmp_path, kind, content_type, suffix):
+    """As a source, whose type is sent with the upload, and as a result, whose name carries it."""
+    data = several(kind)
+    (tmp_path / "photo").write_bytes(data)
+    loaded = await folder.load(local(data, path=tmp_path / "photo", name="photo"))
+    stored = await folder.store(data)
+    assert (loaded.content_type, stored.content_type) == (content_type, content_type)
+    assert (stored.path or "").endswith(suffix)
+    assert (stored.width, stored.height) == (31, 17)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.99])

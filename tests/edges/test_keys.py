@@ -147,6 +147,10 @@ def test_a_key_says_whose_the_call_is():
         ("Key alice:wrong", 401, "No user found for Key ID and Secret"),
         ("Key nobody:" + "a" * 43, 401, "No user found for Key ID and Secret"),
         ("Key alice:" + "b" * 43, 401, "No user found for Key ID and Secret"),
+        (f"Key alice:{SECRETS['alice']}, Key alice:{SECRETS['alice']}", 401, "No user found for Key ID and Secret"),
+        ("Key \udcff:\udcff", 401, "No user found for Key ID and Secret"),
+        ("\udcff \udcff", 401, "Invalid Key Authorization header format. Expected '<key_id>:<key_secret>'."),
+        ("Bearer \udcff", 401, "Invalid Key Authorization header format. Expected '<key_id>:<key_secret>'."),
         ("Key alice:\udcff", 401, "No user found for Key ID and Secret"),
         (f"Key eve:{SECRETS['eve']}", 403, "User is locked. Reason: Exhausted balance."),
         ("Key eve:wrong", 401, "No user found for Key ID and Secret"),
@@ -182,9 +186,15 @@ def test_a_token_stands_in_for_its_owner_s_key_at_uploads_only():
     assert denied(f"Bearer {door.token('eve').text}", Access.UPLOAD)[0] == 403
 
 
-@pytest.mark.parametrize("change", [lambda t: "bob" + t[5:], lambda t: t[:-1] + "x", lambda t: "", lambda t: "a.b.c"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(lambda t: "bob" + t[5:], lambda t: t[:-1] + "x", lambda t: "", lambda t: "a.b.c", lambda t: "é" + t),
+        *(lambda t: "\udcff", lambda t: "\udcff" + t, lambda t: t + "\udcff", lambda t: "a.1.\udcff"),
+    ],
+)
 def test_a_changed_token_is_none(change):
-    """Another owner, another signature, nothing, nonsense."""
+    """Another owner, another signature, nothing, nonsense, bytes that are not UTF-8."""
     assert denied(f"Bearer {change(authenticator().token('alice').text)}", Access.UPLOAD)[0] == 401
 
 

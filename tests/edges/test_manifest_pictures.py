@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from batch.image_formats import READABLE
 from batch.manifest.pictures import MemoryFacts, Pictures
 from batch.manifest.ports import Fault, FileFact, FileKey, Resolved
 from batch.model import LocalImage
@@ -58,7 +59,7 @@ def test_a_data_uri_passes_through_with_its_size(pictures) -> None:
     assert one(pictures, uri) == Resolved(uri, None, 0.001)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"])
+@pytest.mark.parametrize("kind", [*READABLE, "MPO"])
 def test_a_local_picture_is_its_content_hash_and_size(tmp_path, pictures, kind) -> None:
     """Every kind that the endpoint is given; the size comes from the header."""
     data = picture(kind)

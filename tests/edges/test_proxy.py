@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from batch.server.keys import Key, Keys
-from batch.server.proxy import PATH, TARGET, own_path
+from batch.server.proxy import PATH, TARGET, is_direct, own_path
 from tests.edges.serving import INPUT, SUBMIT, ScriptedEngine, call, completed, read, serving
 
 KEY = {"authorization": "Key tester:secret"}
@@ -106,6 +106,52 @@ def test_fal_s_hosts_have_their_place_on_this_server(target, path):
     found = own_path(target)
     assert found is not None
     assert found.raw_path_qs == path
+
+
+DIRECT = ("fal.run", "fal.run:443", "FAL.run:8787", "Fal.Run.", "ws.fal.run", "eu.fal.run:80", "falrun.com")
+QUEUED = (
+    *("queue.fal.run", "QUEUE.fal.run:443", "queue.eu.fal.run", "eu.queue.fal.run", "queue.falrun.com", "rest.fal.ai"),
+    *("localhost", "127.0.0.1:8787", "[::1]", "notfal.run", "fal.run.example", "fal.running", "run", "fal-run", ""),
+)
+
+
+@pytest.mark.parametrize(("hosts", "direct"), [(DIRECT, True), (QUEUED, False)], ids=["direct", "queued"])
+def test_a_host_of_fal_s_runs_directly_and_one_of_the_queue_queues(tmp_path, hosts, direct):
+    """The same path under each name; in any case, with and without a port. What a proxy forwards is not believed."""
+
+    async def use():
+        async with serving(tmp_path, keys=keys()) as session:
+            for host in hosts:
+                assert is_direct(host) is direct, host
+                others = {"x-forwarded-host": "fal.run", "forwarded": "host=fal.run"} if not direct else {}
+                headers = {"host": host, **others, **KEY}
+                for path in (SUBMIT, SUBMIT + "/"):
+                    status, answered, said = await call(session, "POST", path, json=INPUT, headers=headers)
+                    found = {"images", "seed"} if direct else {"request_id", "status_url"}
+                    assert (status, found <= said.keys()) == (200, True), host
+                    assert answered["x-fal-request-id"]
+                ended = await call(session, "GET", read(answered["x-fal-request-id"]), headers=headers)
+                assert ended[0] in ({200} if direct else {200, 400}), host
+
+    run(use())
+
+
+def test_a_direct_host_answers_as_the_direct_path_does(tmp_path):
+    """Errors, wrong methods and unknown apps too; reads are the queue's under every name."""
+
+    async def use():
+        async with serving(tmp_path, keys=keys()) as session:
+            named, plain = {"host": "fal.run", **KEY}, KEY
+            for given in ({**INPUT, "prompt": "fail"}, {**INPUT, "prompt": "boom"}, {}, {**INPUT, "seed": -1}):
+                by_host = await call(session, "POST", SUBMIT, json=given, headers=named)
+                by_path = await call(session, "POST", f"/run{SUBMIT}", json=given, headers=plain)
+                assert (by_host[0], by_host[2]) == (by_path[0], by_path[2]), given
+            assert (await call(session, "GET", SUBMIT, headers=named))[0] == 405
+            assert (await call(session, "POST", "/fal-ai/other", json=INPUT, headers=named))[0] == 404
+            assert (await call(session, "POST", SUBMIT, json=INPUT, headers={"host": "fal.run"}))[0] == 401
+            assert (await call(session, "POST", f"/run{SUBMIT}", json=INPUT, headers=named))[0] == 200
+
+    run(use())
 
 
 def test_the_proxy_asked_for_the_proxy_ends(tmp_path):

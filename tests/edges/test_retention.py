@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import math
 import sqlite3
 
 import pytest
@@ -46,8 +47,15 @@ class World:
             await self.end(request_id, payload)
         return request_id
 
-    async def end(self, request_id, payload=b'{"images":[]}', kept_for=None):
-        await self.store.end(Ending(request_id, APP_ID, self.now, 200, payload, kept_for=kept_for))
+    async def end(self, request_id, payload=b'{"images":[]}', kept_for=None, status=200):
+        await self.store.end(Ending(request_id, APP_ID, self.now, status, payload, kept_for=kept_for))
+
+    async def repeat(self, key, digest=b"digest"):
+        """Another submission with that key: its id, and what became of it."""
+        request_id = RequestId(f"{next(self._numbers):036}")
+        return request_id, await self.store.accept(
+            Submission(request_id, APP_ID, self.now, b"{}", digest, idempotency_key=key)
+        )
 
     async def sweep(self):
         """One whole round; what went: endings, files with an end of their own, old files."""
@@ -68,7 +76,7 @@ def play(tmp_path, monkeypatch, script, seconds=30 * DAY):
     async def use():
         world = None
         async with (
-            await Store.open(tmp_path / "server.db") as store,
+            await Store.open(tmp_path / "server.db", seconds) as store,
             Storage(tmp_path, lambda: world.now if world else BEGIN) as storage,
         ):
             world = World(store, storage, seconds)
@@ -195,45 +203,69 @@ def test_a_file_with_an_end_of_its_own_goes_then(tmp_path, monkeypatch, data):
     play(tmp_path, monkeypatch, script)
 
 
-def test_an_idempotency_key_is_good_for_a_day_whatever_becomes_of_its_request(tmp_path, monkeypatch):
-    """Within 24 h the first id, with the request gone or not; after it a new request."""
+def test_an_idempotency_key_is_good_for_a_day_while_its_request_can_be_answered(tmp_path, monkeypatch):
+    """Done, failed or cancelled: the first id within 24 h, then a new request. One that waits is never doubled."""
 
     async def script(world):
-        gone = await world.request(key="gone", keeping=Keeping(brief=True), end=False)
-        await world.end(gone, kept_for=360.0)
-        kept = await world.request(key="kept")
-        world.now += 3600
-        assert (await world.sweep())[0] == 1
-        for key, first in (("gone", gone), ("kept", kept)):
-            again = Submission(RequestId("again-" + key), APP_ID, world.now, b"{}", b"digest", key)
-            assert await world.store.accept(again) == (first, False, True)
-            other = Submission(RequestId("other-" + key), APP_ID, world.now, b"{}", b"another", key)
-            assert await world.store.accept(other) == (first, False, False)
-        world.now += DAY
-        await world.sweep()
-        for key in ("gone", "kept"):
-            late = Submission(RequestId("late-" + key), APP_ID, world.now, b"{}", b"another", key)
-            assert await world.store.accept(late) == ("late-" + key, True, True)
-        assert (await world.store.find(kept)).ending is not None
+        firsts = {"waits": await world.request(key="waits", end=False)}
+        for key, status in (("done", 200), ("failed", 422), ("broken", 500), ("cancelled", 499)):
+            firsts[key] = await world.request(key=key, end=False)
+            await world.end(firsts[key], status=status)
+        world.now += DAY - 1
+        for key, first in firsts.items():
+            assert (await world.repeat(key))[1] == (first, False, True)
+            assert (await world.repeat(key, b"another"))[1] == (first, False, False)
+        world.now += 2
+        for key in firsts.keys() - {"waits"}:
+            late, admission = await world.repeat(key, b"another")
+            assert admission == (late, True, True), key
+        assert (await world.repeat("waits"))[1] == (firsts["waits"], False, True)
+        assert (await world.store.find(firsts["done"])).ending is not None
 
     play(tmp_path, monkeypatch, script)
 
 
-def test_a_kept_key_survives_a_restart(tmp_path, monkeypatch):
-    """Its request is gone, the key is on disk."""
-    first = []
+EXPIRIES = {
+    "its result has expired": ({}, {}, 3600, 3600),
+    "its brief result has expired": ({"brief": True}, {"kept_for": 360.0}, 360, math.inf),
+    "its images have expired": ({"file_life": 600.0}, {}, 600, math.inf),
+    "it failed, which has expired": ({}, {"status": 422}, 3600, 3600),
+    "it was cancelled, which has expired": ({}, {"status": 499}, 3600, 3600),
+}
 
-    async def before(world):
-        first.append(await world.request(key="k"))
-        world.now += 7200
-        assert (await world.sweep())[0] == 1
 
-    async def after(world):
-        again = Submission(RequestId("again"), APP_ID, BEGIN + 7300, b"{}", b"digest", "k")
-        assert await world.store.accept(again) == (first[0], False, True)
+@pytest.mark.parametrize("swept", [False, True], ids=["still on disk", "swept"])
+@pytest.mark.parametrize("case", EXPIRIES)
+def test_the_key_of_an_answer_that_has_expired_makes_a_new_request(tmp_path, monkeypatch, case, swept):
+    """Whatever the input, and once only: the new request holds the key from then on. Before that: the first id."""
+    keeping, ended, life, seconds = EXPIRIES[case]
 
-    play(tmp_path, monkeypatch, before, seconds=3600)
-    play(tmp_path, monkeypatch, after, seconds=3600)
+    async def script(world):
+        first = await world.request(key="k", keeping=Keeping(**keeping), end=False)
+        await world.end(first, **ended)
+        world.now += life - 1
+        assert (await world.repeat("k"))[1] == (first, False, True)
+        world.now += 2
+        if swept:
+            await world.sweep()
+        second, admission = await world.repeat("k", b"another")
+        assert admission == (second, True, True)
+        assert (await world.repeat("k", b"another"))[1] == (second, False, True)
+        assert [one.request_id for one in await world.store.to_do()] == [second]
+
+    play(tmp_path, monkeypatch, script, seconds)
+
+
+def test_a_failed_request_has_no_images_to_expire(tmp_path, monkeypatch):
+    """The lifetime of files that were never made frees no key."""
+
+    async def script(world):
+        first = await world.request(key="k", keeping=Keeping(file_life=600.0), end=False)
+        await world.end(first, status=422)
+        world.now += 3600
+        assert (await world.repeat("k"))[1] == (first, False, True)
+
+    play(tmp_path, monkeypatch, script)
 
 
 def test_a_storage_of_the_first_version_is_taken_as_of_now(tmp_path, monkeypatch):
@@ -291,6 +323,48 @@ def test_a_result_is_not_told_any_more_when_its_time_is_over(tmp_path):
                 assert (status, said) == (404, {"status": "NOT_FOUND"})
             second = await submit(session)
             assert (await call(session, "GET", read(second)))[0] in {400, 404}
+
+    asyncio.run(use())
+
+
+@pytest.mark.parametrize("kind", ["a cat", "fail", "boom"])
+def test_a_repeat_after_the_result_has_expired_is_a_new_request(tmp_path, kind):
+    """On submit an id that can be read, on the direct call the answer itself: no 500, no id that stays 404."""
+    body, headers = {**INPUT, "prompt": kind}, {"idempotency-key": "k"}
+    expected = {"a cat": 200, "fail": 422, "boom": 500}[kind]
+
+    async def gone(session, request_id):
+        while (await call(session, "GET", read(request_id)))[0] != 404:
+            await asyncio.sleep(0.01)
+
+    async def use():
+        async with serving(tmp_path, retention=0.3) as session:
+            first = await submit(session, kind, headers=headers)
+            await gone(session, first)
+            second = await submit(session, kind, headers=headers)
+            status, answered, _ = await result(session, second)
+            assert (second != first, status) == (True, expected)
+            await gone(session, second)
+            status, answered, _ = await call(session, "POST", f"/run{SUBMIT}", json=body, headers=headers)
+            assert (answered["x-fal-request-id"] not in {first, second}, status) == (True, expected)
+            assert (await call(session, "GET", "/health"))[2]["accepted"] == 3
+
+    asyncio.run(use())
+
+
+def test_a_caller_that_waited_is_told_the_end_however_short_the_retention(tmp_path):
+    """The direct call and the status stream: the result expires before anybody else could ask for it."""
+
+    async def use():
+        async with serving(tmp_path, retention=1e-9) as session:
+            for _ in range(5):
+                status, _, output = await call(session, "POST", f"/run{SUBMIT}", json=INPUT)
+                assert (status, len(output["images"])) == (200, 1)
+            held = await submit(session, "hold")
+            async with session.get(read(held, "/status/stream")) as stream:
+                assert b"IN_" in await stream.content.readline()
+                await call(session, "PUT", read(held, "/cancel"))
+                assert b"COMPLETED" in await stream.read()
 
     asyncio.run(use())
 

@@ -340,6 +340,17 @@ def test_a_start_timeout_that_passed_while_the_server_was_down_is_honoured(tmp_p
     run(use())
 
 
+class CrashesLate(ScriptedEngine):
+    """The worker of the first request dies after 0.3 s."""
+
+    async def generate(self, job, on_step, cancelled):
+        if not self.seen:
+            self.seen.append(job)
+            await asyncio.sleep(0.3)
+            raise WorkerCrashed("killed by signal 9")
+        return await super().generate(job, on_step, cancelled)
+
+
 def test_a_request_whose_worker_died_after_its_start_timeout_is_not_started_again(tmp_path):
     """The deadline covers retries too."""
 
@@ -355,15 +366,52 @@ def test_a_request_whose_worker_died_after_its_start_timeout_is_not_started_agai
     run(use())
 
 
-class CrashesLate(ScriptedEngine):
-    """The worker of the first request dies after 0.3 s."""
+def test_a_start_timeout_is_forgotten_once_its_request_has_started_or_was_cancelled(tmp_path):
+    """A deadline of a day leaves no timer for that day."""
 
-    async def generate(self, job, on_step, cancelled):
-        if not self.seen:
-            self.seen.append(job)
-            await asyncio.sleep(0.3)
-            raise WorkerCrashed("killed by signal 9")
-        return await super().generate(job, on_step, cancelled)
+    async def use():
+        engine = ScriptedEngine(slots=1)
+        async with serving(tmp_path, engine) as session:
+            day = {"x-fal-request-start-timeout": "86400"}
+            held = await submit(session, "hold", headers=day)
+            waiting = [await submit(session, headers=day) for _ in range(5)]
+            await call(session, "PUT", read(waiting[0], "/cancel"))
+            loop = asyncio.get_running_loop()
+            timers = [one for one in loop._scheduled if one.when() > loop.time() + 80_000]
+            assert [one.cancelled() for one in timers].count(False) == 4
+            engine.go.set()
+            for one in (held, *waiting):
+                await completed(session, one)
+            assert all(one.cancelled() for one in timers)
+
+    run(use())
+
+
+def test_a_call_that_waits_leaves_nothing_behind_with_each_sign_of_life(tmp_path, monkeypatch):
+    """The status stream and the direct call, on a request that waits: no future more after a hundred of them."""
+    monkeypatch.setattr(app_module, "KEEP_ALIVE_SECONDS", 0.002)
+
+    def futures():
+        gc.collect()
+        return sum(isinstance(one, asyncio.Future) for one in gc.get_objects())
+
+    async def use():
+        engine = ScriptedEngine(slots=1)
+        async with serving(tmp_path, engine) as session:
+            await submit(session, "hold")
+            direct = asyncio.create_task(call(session, "POST", f"/run{SUBMIT}", json=INPUT))
+            async with session.get(read(await submit(session), "/status/stream")) as stream:
+                for round_ in range(220):
+                    while not (await stream.content.readline()).startswith(b": "):
+                        pass
+                    if round_ == 20:
+                        before = futures()
+                assert futures() - before < 20
+                engine.go.set()
+                assert b"COMPLETED" in await stream.read()
+            assert (await direct)[0] == 200
+
+    run(use())
 
 
 def test_priority_and_queue_limit_are_honoured(tmp_path):

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from batch.image_formats import READABLE
 from batch.server.engines.base import EngineFailure
 from batch.server.engines.source import MAX_AREA_PX, encode, output_size, read_source
 
@@ -77,7 +78,7 @@ def test_output_size_always_keeps_its_bounds(width, height):
         assert size.width / size.height == pytest.approx(width / height, rel=0.08)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("kind", READABLE)
 def test_usual_formats_are_read(kind):
     """The colour that went in comes out."""
     data = file_of(Image.new("RGB", (320, 272), (200, 60, 40)), kind)
@@ -171,11 +172,12 @@ def test_other_colour_models_become_rgb(mode, colour):
     assert colour_at(image, 9, 9) == pytest.approx(expected, abs=4)
 
 
-@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "AVIF", "TIFF", "MPO"])
 def test_animation_gives_its_first_frame(kind):
     """The first frame, whatever follows."""
     frames = [Image.new("RGB", (SIDE, SIDE), colour) for colour in ("red", "lime", "blue")]
-    data = file_of(frames[0], kind, save_all=True, append_images=frames[1:], duration=50)
+    pace = {} if kind in {"TIFF", "MPO"} else {"duration": 50}
+    data = file_of(frames[0], kind, save_all=True, append_images=frames[1:], **pace)
     assert colour_at(read_source(data), 9, 9) == pytest.approx((255, 0, 0), abs=4)
 
 

@@ -172,6 +172,7 @@ def test_a_file_of_the_version_before_is_taken_over(tmp_path):
         for name in ("r1", "r2"):
             database.execute(f"INSERT INTO request ({columns}) VALUES (?, 'a', 1, x'', x'', 0)", (name,))
         database.execute("UPDATE request SET ended_at = 2, status = 200, payload = x'' WHERE request_id = 'r1'")
+        database.execute("CREATE TABLE spent_key (idempotency_key TEXT PRIMARY KEY) STRICT, WITHOUT ROWID")
         database.execute("PRAGMA user_version = 2")
         database.commit()
 
@@ -179,6 +180,8 @@ def test_a_file_of_the_version_before_is_taken_over(tmp_path):
         await store.end(ending("r2", engine="echo"))
         store._recent.clear()
         assert [(await store.find(RequestId(name))).ending.engine for name in ("r1", "r2")] == [None, "echo"]
+        tables = store._database.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+        assert ("spent_key",) not in tables, "an idempotency key goes with its request since version 4"
 
     in_store(tmp_path / "server.db", later)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import os
 
 import pytest
 
+from batch.image_formats import FORMATS
 from batch.server import parts as parts_module
 from batch.server.storage import Storage
 from tests.edges.serving import ScriptedEngine, call, result, serving, submit
@@ -67,6 +69,43 @@ def test_parts_become_the_file_in_the_order_of_their_numbers(tmp_path, way):
     run(use())
     assert list((tmp_path / "parts").iterdir()) == []
     assert list((tmp_path / "incoming").iterdir()) == []
+
+
+SENT = {
+    **{known.content_type: known.content_type for known in FORMATS},
+    "image/mpo": "image/jpeg",  # as Pillow calls a phone's photo
+    "image/jpg": "image/jpeg",
+    "IMAGE/MPO; charset=binary": "image/jpeg",
+    "image/apng": "image/png",
+}
+
+
+def test_an_image_is_served_as_what_browsers_call_it(tmp_path):
+    """However it came in: uploaded at once or announced, or as a data URI; the name carries the usual suffix."""
+    suffixes = {known.content_type: known.suffix for known in FORMATS}
+
+    async def ways(session, content_type, data):
+        headers = {"content-type": content_type}
+        _, _, said = await call(session, "POST", "/files/upload", data=data, headers=headers)
+        yield said["access_url"]
+        _, _, said = await call(session, "POST", "/storage/upload/initiate", json={"content_type": content_type})
+        await call(session, "PUT", said["upload_url"], data=data, headers=headers)
+        yield said["file_url"]
+        uri = f"data:{content_type};base64,{base64.b64encode(data).decode()}"
+        request_id = await submit(session, image_url=uri)
+        await result(session, request_id)
+        _, _, page = await call(session, "GET", "/page/state")
+        yield next(one["source"]["picture"] for one in page["requests"] if one["id"] == request_id)
+
+    async def use():
+        async with serving(tmp_path, ScriptedEngine()) as session:
+            for sent, expected in SENT.items():
+                async for url in ways(session, sent, os.urandom(50)):
+                    async with session.get(url) as response:
+                        assert (response.status, response.content_type) == (200, expected), (sent, url)
+                    assert url.endswith(suffixes[expected]), (sent, url)
+
+    run(use())
 
 
 def test_completing_twice_at_once_and_again_is_completing_once(tmp_path):

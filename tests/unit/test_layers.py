@@ -30,6 +30,7 @@ TABLE: dict[str, tuple[str, int]] = {
     "batch.errors": (PURE, 0),
     "batch.model": (PURE, 0),
     "batch.version": (PURE, 0),
+    "batch.image_formats": (PURE, 0),
     "batch.config": ("edge: environment and config file", 2),
     "batch.targets": (ASSEMBLY, 4),
     "batch.bills": (ASSEMBLY, 5),
@@ -277,7 +278,7 @@ def test_the_server_knows_nothing_of_the_client_side():
     """The server shares the wire protocol, the values and the errors with the runner, and nothing else."""
     shared = ("batch.server", "batch.fal.endpoint", "batch.fal.platform", "batch.fal.protocol", "batch.fal.signing")
     shared += ("batch.fal.queries",)
-    shared += ("batch.model", "batch.errors", "batch.version")
+    shared += ("batch.model", "batch.errors", "batch.version", "batch.image_formats")
     for name in SOURCES:
         if name.startswith("batch.server"):
             assert [other for other in ours(name) if not other.startswith(shared)] == [], name

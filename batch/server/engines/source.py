@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image, PngImagePlugin
 
+from batch.image_formats import READABLE
 from batch.server.engines.base import EngineFailure, EnginePicture
 
 __all__ = ["MAX_AREA_PX", "MAX_SOURCE_PX", "MIN_SOURCE_SIDE_PX", "Size", "encode", "output_size", "read_source"]
@@ -28,7 +29,6 @@ MIN_SOURCE_SIDE_PX = 16
 
 _GRID_PX = 16  # FLUX packs 8 px latents two by two
 _MIN_SIDE_PX = 256
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "MPO", "TIFF", "BMP")
 _ROTATIONS = {  # EXIF orientation, tag 0x0112
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -101,7 +101,7 @@ _TURNED = frozenset(
 def _open(data: bytes, max_pixels: int) -> Image.Image:
     """Read the header only, and refuse by it."""
     Image.init()
-    known = [name for name in _FORMATS if name in Image.OPEN]
+    known = [name for name in READABLE if name in Image.OPEN]
     try:
         with warnings.catch_warnings():
             # Our own limit stands below; Pillow's warning would only repeat it.
