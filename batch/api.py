@@ -26,6 +26,7 @@ import anyio.to_thread
 
 from batch.config import Settings, load_settings
 from batch.errors import ConfigError, RunDirectoryError, RunLocked
+from batch.manifest.plan import dialect_of
 from batch.manifest.read import Manifest
 from batch.model import JsonObject
 from batch.projection import Projection, identity_of, require_apart, require_place
@@ -286,7 +287,7 @@ async def cancel(out: str | Path) -> Cancelled:
 
 
 def _plan(manifest: str | Path, settings: Settings, terms: Terms, out: Path | None, *, retry_failed: bool) -> Plan:
-    opened = Manifest.open(manifest, settings.limits.rows)
+    opened = Manifest.open(manifest, settings.limits.rows, dialect_of(settings))
     check_faults(settings)
     file, refusal = None, ""
     if out is not None:
@@ -355,7 +356,7 @@ def _export(directory: RunDirectory, to: str | Path | None, manifest: str | Path
     source = _manifest_of(directory, manifest)
     if to is not None:
         require_place(Path(to))
-    opened = Manifest.open(source, settings.limits.rows)
+    opened = Manifest.open(source, settings.limits.rows, dialect_of(settings))
     if to is not None:
         require_apart(Path(to), opened)
     file = JournalFile.open_read_only(directory.journal)

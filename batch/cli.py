@@ -69,7 +69,7 @@ def plan(
 ) -> int:
     """Show what a run would do and cost. Spends nothing, and sends nothing but for --live-price."""
     from batch import api
-    from batch.manifest.survey import render_problems
+    from batch.manifest.survey import render_note, render_problems
 
     flags = jobs.settings()
     found = _run(
@@ -83,11 +83,14 @@ def plan(
             "price_is_live": found.terms.live,
             "spent_usd": found.spent_usd,
             "refusal": found.refusal or None,
+            "manifest_notes": list(found.manifest.notes),
             **found.survey.to_json(),
         }
         _print(orjson.dumps(facts, option=orjson.OPT_INDENT_2).decode())
         return ExitCode.COMPLETE
     _print(found.terms.headline)
+    for note in found.manifest.notes:
+        _print(render_note(note))
     _print(found.survey.render())
     if found.spent_usd:
         _print(f"spent so far ${found.spent_usd:,.2f}")

@@ -7,6 +7,7 @@ be written `"90s"`, `"50m"`, `"2h"`.
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import json
 import os
@@ -55,6 +56,7 @@ __all__ = [
 
 _UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(ms|s|m|h|d)?\s*")
+_TABS = {"tab": "\t", "\\t": "\t"}
 _NO_WINDOW = "{!r} is no window; it is auto, auto:LOW-HIGH like auto:16-512, or a number from 1 on"
 _ENVIRONMENT_PREFIX = "RESTYLE_"
 _REFUSED = {
@@ -98,6 +100,14 @@ def window_bounds(value: str) -> tuple[int, int] | None:
     return low, high
 
 
+def _decodes_text(encoding: str) -> bool:
+    try:
+        codec = codecs.lookup(encoding)
+        return codec.incrementaldecoder is not None and isinstance(codec.incrementaldecoder().decode(b"", True), str)
+    except (LookupError, ValueError, TypeError):  # ValueError: a NUL in the name, or a codec that decodes nothing
+        return False
+
+
 Duration = Annotated[float, BeforeValidator(parse_duration), Field(gt=0, allow_inf_nan=False)]
 
 
@@ -114,7 +124,28 @@ class ManifestSettings(_Section):
     """Column name, or a template over columns: `a {animal} as a wizard`."""
     id: str | None = None
     """Column that identifies a row, for derived seeds; without it image and prompt do."""
+    separator: str | None = None
+    """Between the columns of a CSV: one character, or `tab`. None: found in the header."""
+    encoding: str | None = None
+    """Of CSV and JSONL: a text encoding that Python knows. None: UTF-8, or what a byte order mark says."""
     on_bad_row: Literal["fail", "skip"] = "fail"
+
+    @field_validator("separator")
+    @classmethod
+    def _one_character(cls, value: str | None) -> str | None:
+        character = _TABS.get(value, value) if value is not None else None
+        if character is None or (len(character) == 1 and character not in '"\r\n\0'):
+            return character
+        raise ValueError(f"{value!r} is not one character; use for example ';', '|' or 'tab'")
+
+    @field_validator("encoding")
+    @classmethod
+    def _text_encoding(cls, value: str | None) -> str | None:
+        if value is None or _decodes_text(value):
+            return value
+        raise ValueError(
+            f"unknown text encoding {value!r}; use one of Python's, for example 'cp1252', 'latin-1' or 'utf-16'"
+        )
 
 
 class InputSettings(_Section):

@@ -15,13 +15,14 @@ import polars as pl
 
 from batch.config import Settings
 from batch.errors import ConfigError, ManifestError
+from batch.manifest.formats import Dialect
 from batch.manifest.inputs import DEFAULTS, check_column, check_value, half_fault, shorten
 from batch.manifest.keys import derived_seed, job_key
 from batch.manifest.ports import Fault, PictureResolver, Resolved, RowBatch, Rows
 from batch.manifest.sweep import Cell, cells
 from batch.model import AppId, Job, JsonObject, Problem
 
-__all__ = ["Checked", "Planned", "PlannedBatch", "Planner"]
+__all__ = ["Checked", "Planned", "PlannedBatch", "Planner", "dialect_of"]
 
 _BATCH_JOBS = 4096
 _DEFAULT_PROMPT = "prompt"
@@ -217,6 +218,17 @@ def _cells_of(column: pl.Series, name: str) -> list[Any]:
 
 
 # --- what the settings ask of the columns -----------------------------------------------------------------
+
+
+def dialect_of(settings: Settings) -> Dialect:
+    """What the settings say about the text of a manifest; its header has to name the columns that they need."""
+    mapped = settings.manifest
+    try:
+        parts = {field for _, field, _, _ in Formatter().parse(mapped.prompt) if field}
+    except ValueError:  # no template: the planner says so
+        parts = set()
+    named = {mapped.image, mapped.prompt, *parts} | ({mapped.id} if mapped.id else set())
+    return Dialect(mapped.separator, mapped.encoding, frozenset(named))
 
 
 def _given(settings: Settings) -> JsonObject:

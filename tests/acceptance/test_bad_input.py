@@ -57,7 +57,12 @@ MANIFESTS = [
     ("m.csv", "image_url,text\na.jpg,x\n", ["no column 'prompt'", "Its columns are: image_url, text", "input.prompt"]),
     ("m.csv", "image_url,prompt\na.jpg,x,y\n", ["line 2", "3 fields where the header has 2"]),
     ("m.csv", 'image_url,prompt\na.jpg,"x\n', ["line 2", "is a quote opened and not closed?"]),
-    ("m.csv", b"image_url,prompt\na.jpg,caf\xe9\n", ["line 2", "not UTF-8", "save it as UTF-8"]),
+    ("m.csv", b"image_url,prompt\na.jpg,caf\xe9\n", ["line 2", "not UTF-8", "save it as UTF-8", "manifest.encoding"]),
+    ("m.csv", "image_url;prompt\na.jpg;x;y\n", ["line 2", "3 fields where the header has 2 (separator ';')"]),
+    ("m.csv", "bild;prompt\na.jpg;x\n", ["no column 'image_url'", "Its columns are: bild, prompt"]),
+    ("m.csv", "image_url;prompt;prompt\na.jpg;x;y\n", ["more than one column 'prompt'"]),
+    ("m.csv", b"image_url,pro\0mpt\na.jpg,x\n", ["m.csv", "NUL"]),
+    ("m.csv", "image_url,prompt\na.jpg,x\n".encode("utf-16-le"), ["NUL", 'manifest.encoding = "utf-16-le"']),
     ("m.parquet", "image_url,prompt\n", ["m.parquet", "what its suffix says"]),
 ]
 
