@@ -102,9 +102,8 @@ def window_bounds(value: str) -> tuple[int, int] | None:
 
 def _decodes_text(encoding: str) -> bool:
     try:
-        codec = codecs.lookup(encoding)
-        return codec.incrementaldecoder is not None and isinstance(codec.incrementaldecoder().decode(b"", True), str)
-    except (LookupError, ValueError, TypeError):  # ValueError: a NUL in the name, or a codec that decodes nothing
+        return isinstance(codecs.lookup(encoding).incrementaldecoder().decode(b"", True), str)
+    except (LookupError, ValueError, TypeError):  # a NUL in the name, a codec that decodes nothing, or not in pieces
         return False
 
 

@@ -15,7 +15,7 @@ import lzma
 import re
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b, file_digest
 from itertools import chain, islice
@@ -26,6 +26,7 @@ import polars as pl
 
 from batch.errors import ManifestError
 from batch.manifest.formats import BATCH_BYTES, BATCH_ROWS, Chunk, Dialect, Format, refuse_nul, refuse_twins
+from batch.manifest.hive import partitions_of
 from batch.manifest.inputs import shorten
 from batch.manifest.jsonl import Jsonl
 from batch.manifest.ports import RowBatch
@@ -113,7 +114,8 @@ class Manifest:
             if parquet:
                 from batch.manifest.parquet import Parquet  # with pyarrow, which text does not wait for
 
-                content = Parquet(paths, rows)
+                content = Parquet(paths, rows, _partitions(paths, folder))
+                notes = content.notes
             elif delimiter is not None:
                 encoding = encoding_of(paths[0], _UNPACK[packing], dialect.encoding)
                 content = _Csv(paths[0], _UNPACK[packing], delimiter, rows, encoding, dialect)
@@ -139,11 +141,16 @@ class Manifest:
             raise ManifestError(f"{self.source} had {self.rows} rows and now has {first_row}; run the command again")
 
     def fingerprint(self) -> str:
-        """Hash of the files' bytes, the whole of them: equal for a copy under another name."""
+        """Hash of the files' bytes, the whole of them, and of the columns that folders give them.
+
+        Equal for a copy under another name.
+        """
         total = blake2b(digest_size=16)
-        for path in self.files:
+        for path, partition in zip(self.files, _partitions(self.files, self.folder), strict=True):
             with _explained(self.source, (path,), self._dialect), path.open("rb") as file:
                 total.update(file_digest(file, "blake2b").digest())
+            if partition:
+                total.update(repr(sorted(partition.items())).encode())
         return total.hexdigest()
 
 
@@ -153,7 +160,7 @@ class Manifest:
 def _find(source: Path) -> tuple[tuple[Path, ...], Path]:
     """The files of a source in order, and the folder that relative paths start from."""
     if source.is_dir():
-        found = sorted(path for path in source.rglob("*") if _is_parquet(path))
+        found = sorted(path for path in source.rglob("*") if _is_parquet(path, source))
         if not found:
             raise ManifestError(f"the folder {source} has no Parquet file in it; name a manifest file")
         return tuple(found), source
@@ -161,15 +168,35 @@ def _find(source: Path) -> tuple[tuple[Path, ...], Path]:
         return (source,), source.parent
     if any(character in str(source) for character in "*?["):
         fixed = next(parent for parent in source.parents if not any(c in str(parent) for c in "*?["))
-        found = sorted(path for path in fixed.glob(str(source.relative_to(fixed))) if _is_parquet(path))
+        found = sorted(path for path in fixed.glob(str(source.relative_to(fixed))) if _is_parquet(path, fixed))
         if not found:
             raise ManifestError(f"no Parquet file matches {source}; only Parquet may be given as a glob")
         return tuple(found), fixed
     raise ManifestError(f"there is no manifest {source}{_near(source)}")
 
 
-def _is_parquet(path: Path) -> bool:
-    return path.suffix.lower() in _PARQUET and not path.name.startswith((".", "_")) and path.is_file()
+def _is_parquet(path: Path, folder: Path) -> bool:
+    """Whether it is a part of a table; as for Spark, hidden names and `_temporary/` are none, but `_key=value/` is."""
+    if path.suffix.lower() not in _PARQUET:
+        return False
+    parts = path.relative_to(folder).parts
+    hidden = any(part.startswith(".") or (part.startswith("_") and "=" not in part) for part in parts)
+    return not hidden and path.is_file()
+
+
+def _partitions(paths: Sequence[Path], folder: Path) -> list[Mapping[str, str | None]]:
+    """The columns that each file has by the folders between it and the table's own.
+
+    Raises:
+        ManifestError: a folder's name that cannot be read as a column.
+    """
+    found: list[Mapping[str, str | None]] = []
+    for path in paths:
+        try:
+            found.append(partitions_of(path.relative_to(folder).parts[:-1]))
+        except ValueError as error:
+            raise ManifestError(f"{str(path)!r}: {error}; rename it") from error
+    return found
 
 
 def _near(missing: Path) -> str:

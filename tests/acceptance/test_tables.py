@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import shutil
 
+import polars as pl
 import pytest
 
 from tests.acceptance.command import REPOSITORY, accepted, restyle, results
@@ -71,3 +72,47 @@ def test_another_encoding_and_separator_are_named_by_settings(folder):
     unknown = restyle("plan", manifest, env={"RESTYLE_MANIFEST__ENCODING": "cp1252000"})
     assert unknown.code == 2
     assert "unknown text encoding 'cp1252000'" in unknown.err
+
+
+# --- folders of Parquet -----------------------------------------------------------------------------------
+
+
+def test_columns_of_folders_and_of_some_files_are_used_like_any_other(folder):
+    """The prompt takes a part from a folder's name, an input is a column that one file lacks; `export` reads alike."""
+    table, directory = folder / "table", folder / "run"
+    for animal, columns in (("cat", {"strength": [0.5]}), ("big%20dog", {})):
+        (table / f"animal={animal}").mkdir(parents=True)
+        frame = pl.DataFrame({"image_url": ["https://pictures.example/1.jpg"], **columns})
+        frame.write_parquet(table / f"animal={animal}" / "part-0.parquet")
+        (table / f"animal={animal}" / "_SUCCESS").touch()
+    (folder / "c.toml").write_text("[manifest]\nprompt = 'a {animal}'\n")
+    for source in (table, table / "*" / "*.parquet"):
+        ran = restyle("run", source, "-o", directory, *ECHO, "-c", folder / "c.toml")
+        assert ran.code == 0, ran.text
+        assert "manifest    columns from the names of folders: 'animal'" in ran.out
+        assert "manifest    column 'strength' is in 1 of 2 files, null in the others (first: part-0.parquet)" in ran.out
+        assert restyle("export", directory).code == 0
+        rows = results(directory).select(["animal", "prompt", "strength_manifest", "strength"]).to_pylist()
+        assert [tuple(row.values()) for row in rows] == [
+            ("big dog", "a big dog", None, 0.95),
+            ("cat", "a cat", 0.5, 0.5),
+        ]
+    assert accepted(directory) == 2, "the glob is the same jobs"
+
+
+def test_a_file_of_ten_thousand_that_is_empty_or_no_parquet_is_named(folder):
+    """Exit code 2, and nothing is made."""
+    table = folder / "table"
+    table.mkdir()
+    pl.DataFrame({"image_url": ["https://a.example/1.jpg"], "prompt": ["x"]}).write_parquet(table / "0.parquet")
+    data = (table / "0.parquet").read_bytes()
+    for number in range(1, 10_000):
+        (table / f"{number}.parquet").write_bytes(data)
+    assert "rows        10,000" in restyle("plan", table).out
+    (table / "4000.parquet").write_bytes(b"")
+    (table / "7000.parquet").write_bytes(b"image_url,prompt\n")
+    refused = restyle("run", table, "-o", folder / "run", *ECHO)
+    assert refused.code == 2
+    for name in ("4000.parquet cannot be read: Parquet file size is 0 bytes", "7000.parquet"):
+        assert name in refused.err
+    assert not (folder / "run").exists()

@@ -53,6 +53,8 @@ TABLE: dict[str, tuple[str, int]] = {
     "batch.manifest.pictures": ("edge: source pictures", 3),
     "batch.manifest.formats": (PURE, 2),
     "batch.manifest.jsontext": (PURE, 2),
+    "batch.manifest.hive": (PURE, 0),
+    "batch.manifest.shards": (PURE, 1),
     "batch.manifest.text": ("edge: manifest files", 3),
     "batch.manifest.jsonl": ("edge: manifest files", 3),
     "batch.manifest.parquet": ("edge: manifest files", 3),
