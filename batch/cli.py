@@ -24,6 +24,7 @@ from batch import interrupts
 from batch.errors import ConfigError, ExitCode, RestyleError, StorageError
 from batch.flags import DISPLAY, JOBS, JobFlags
 from batch.outlet import outlet, why_lost
+from batch.paths import at_home
 from batch.version import tool_version
 
 __all__ = ["app", "main"]
@@ -291,10 +292,11 @@ def serve(
     from batch.server.serve import ServeOptions, run_server
 
     _begin()
+    faults, keys, tls_cert, tls_key = (path and at_home(path) for path in (faults, keys, tls_cert, tls_key))
     if new_key is not None:
         return _new_key(keys, new_key)
     options = ServeOptions(
-        data_dir=data_dir, host=host, port=port, engine=engine, slots=slots,
+        data_dir=at_home(data_dir), host=host, port=port, engine=engine, slots=slots,
         service_time=_seconds("--service-time", service_time), price_usd=price, faults=faults,
         keys=load_keys(keys, os.environ), allow_private=allow_private,
         retention=_seconds("--retention", retention), tls_cert=tls_cert, tls_key=tls_key,

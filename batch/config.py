@@ -176,6 +176,11 @@ class TargetSettings(_Section):
     faults: str | None = None
     """Rehearse failures: a faults file for the embedded endpoint."""
 
+    @field_validator("faults")
+    @classmethod
+    def _at_home(cls, value: str | None) -> str | None:
+        return None if value is None else os.path.expanduser(value)  # noqa: PTH111 - no error for an unknown user
+
     @field_validator("name")
     @classmethod
     def _known(cls, value: str) -> str:
@@ -317,6 +322,7 @@ def load_settings(path: Path | None = None, flags: dict[str, dict[str, Any]] | N
         ConfigError: the file is missing or no TOML, a key is unknown (the nearest known one is named), a
             value is out of its bounds. All problems are in one message.
     """
+    path = None if path is None else Path(os.path.expanduser(path))  # noqa: PTH111 - no error for an unknown user
     if path is not None:
         _check_toml(path)
     _check_environment(os.environ)

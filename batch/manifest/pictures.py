@@ -209,7 +209,20 @@ def _path_of(reference: str, folder: Path) -> Path | Fault:
         return Fault(
             "unsupported_scheme", f"{shorten(reference)!r} {what}; give an http(s) URL, a data URI or a local path"
         )
+    if reference.startswith("~"):
+        return _at_home(reference, folder)
     return Path(os.path.abspath(folder / reference))  # noqa: PTH100 - Path.resolve would follow links
+
+
+def _at_home(reference: str, folder: Path) -> Path | Fault:
+    """A path with `~` or `~name` at its start, as a shell expands it."""
+    expanded = os.path.expanduser(reference)  # noqa: PTH111 - Path.expanduser raises for an unknown user
+    first, slash, _ = reference.partition("/")
+    if expanded == reference and first == "~":
+        return Fault("file_not_found", f"{shorten(reference)!r}: the home folder is not known; write the whole path")
+    if expanded == reference and slash and not (folder / first).exists():
+        return Fault("file_not_found", f"{shorten(reference)!r}: there is no user {first[1:]!r}; write the whole path")
+    return Path(os.path.abspath(folder / expanded))  # noqa: PTH100
 
 
 def _stat(path: Path) -> FileKey | Fault:

@@ -116,3 +116,29 @@ def test_a_file_of_ten_thousand_that_is_empty_or_no_parquet_is_named(folder):
     for name in ("4000.parquet cannot be read: Parquet file size is 0 bytes", "7000.parquet"):
         assert name in refused.err
     assert not (folder / "run").exists()
+
+
+# --- home folders -----------------------------------------------------------------------------------------
+
+
+def test_a_tilde_is_the_home_folder_wherever_a_path_is_given(folder):
+    """A shell expands none of these: in `--out=~/run`, in quotes, in a cell, in a config."""
+    env, home = {"HOME": str(folder)}, folder
+    (folder / "elsewhere").mkdir()
+    (folder / "c.toml").write_text("[target]\nfaults = '~/f.toml'\n")
+    (folder / "f.toml").write_text("")
+    (folder / "m.csv").write_text("image_url,prompt\n~/pictures/cat.jpg,x\n~no-such-user/cat.jpg,x\n")
+    options = {"env": env, "cwd": folder / "elsewhere"}
+    ran = restyle("run", "~/m.csv", "--out=~/run", "--config=~/c.toml", *ECHO, **options)
+    assert ran.code == 3, ran.text
+    assert "1 done, 1 failed" in ran.out
+    rows = results(home / "run").to_pylist()
+    assert [row["error_type"] for row in rows] == [None, "file_not_found"]
+    assert "there is no user 'no-such-user'" in rows[1]["error_message"]
+    assert restyle("export", "~/run", "--out=~/copy.parquet", **options).code == 0
+    assert restyle("status", "~/run", **options).code == 0
+    assert (home / "copy.parquet").exists()
+    assert list((folder / "elsewhere").iterdir()) == []
+    refused = restyle("run", "~/m.csv", "-o", "~no-such-user/run", *ECHO, **options)
+    assert refused.code == 2
+    assert "there is no user 'no-such-user'" in refused.err

@@ -39,6 +39,7 @@ TABLE: dict[str, tuple[str, int]] = {
     "batch.session": (ASSEMBLY, 8),
     "batch.api": (ASSEMBLY, 9),
     "batch.flags": ("edge: command line", 0),
+    "batch.paths": ("edge: home folders", 1),
     "batch.outlet": ("edge: terminal", 0),
     "batch.interrupts": ("edge: the process", 0),
     "batch.screen": (ASSEMBLY, 10),
