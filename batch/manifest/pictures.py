@@ -30,7 +30,7 @@ from batch.model import LocalImage
 
 __all__ = ["MemoryFacts", "Pictures"]
 
-_WEB = re.compile(r"https?://[^\s/?#]", re.IGNORECASE)
+_WEB = re.compile(r"https?://[^\s/?#\0][^\0]*\Z", re.IGNORECASE)
 # Two letters at least before the colon: C:\cat.jpg is a path.
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 _DATA = re.compile(r"data:(image/[\w.+-]+)(?:;[\w.+-]+=[^;,]*)*;base64,", re.IGNORECASE)
@@ -205,7 +205,9 @@ def _path_of(reference: str, folder: Path) -> Path | Fault:
         host = "" if parts.netloc.lower() == "localhost" else parts.netloc
         reference = url2pathname(host + parts.path)
     elif scheme is not None:
-        what = "has no host" if scheme[1].lower() in {"http", "https"} else "is nothing that we can fetch"
+        what = "is nothing that we can fetch"
+        if scheme[1].lower() in {"http", "https"}:
+            what = "contains a NUL character" if "\0" in reference else "has no host"
         return Fault(
             "unsupported_scheme", f"{shorten(reference)!r} {what}; give an http(s) URL, a data URI or a local path"
         )
