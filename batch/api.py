@@ -26,8 +26,10 @@ import anyio.to_thread
 from batch.blocking import Call
 from batch.config import Settings, load_settings
 from batch.errors import ConfigError, RunDirectoryError, RunLocked
+from batch.manifest.plan import dialect_of
 from batch.manifest.read import Manifest
 from batch.model import JsonObject
+from batch.paths import at_home
 from batch.projection import Projection, identity_of, require_apart, require_place
 from batch.results.totals import Totals
 from batch.run.books import Books
@@ -100,9 +102,9 @@ async def plan(
     if live_price:
         live = await ask_live_price(resolved, version=tool_version(), now=partial(datetime.now, UTC))
     terms = terms_of(resolved, live)
-    run_directory = None if out is None else Path(out)
+    run_directory = None if out is None else Path(at_home(out))
     return await anyio.to_thread.run_sync(
-        partial(_plan, manifest, resolved, terms, run_directory, retry_failed=retry_failed)
+        partial(_plan, at_home(manifest), resolved, terms, run_directory, retry_failed=retry_failed)
     )
 
 
@@ -141,8 +143,8 @@ async def run(
         RunLocked: another process works in this run directory.
     """
     request = Request(
-        manifest=manifest,
-        out=Path(out),
+        manifest=at_home(manifest),
+        out=Path(at_home(out)),
         settings=_resolve(config, settings),
         retry_failed=retry_failed,
         new_config=new_config,
@@ -193,7 +195,7 @@ async def status(out: str | Path) -> Status:
     Raises:
         RunDirectoryError: there is no run.
     """
-    return await anyio.to_thread.run_sync(_status, RunDirectory(Path(out)))
+    return await anyio.to_thread.run_sync(_status, RunDirectory(Path(at_home(out))))
 
 
 async def export(out: str | Path, to: str | Path | None = None, *, manifest: str | Path | None = None) -> Totals:
@@ -208,7 +210,7 @@ async def export(out: str | Path, to: str | Path | None = None, *, manifest: str
         RunDirectoryError: there is no run. ManifestError: the manifest is gone; say where it is.
         ConfigError: `to` is no place for a table of results.
     """
-    return await anyio.to_thread.run_sync(partial(_export, RunDirectory(Path(out)), to, manifest))
+    return await anyio.to_thread.run_sync(partial(_export, RunDirectory(Path(at_home(out))), to, manifest))
 
 
 async def audit(out: str | Path, *, repair: bool = False) -> Books:
@@ -226,7 +228,7 @@ async def audit(out: str | Path, *, repair: bool = False) -> Books:
         RunDirectoryError: there is no run. RunLocked: it works at present; look when it has ended.
         ConfigError, StorageError: of a repair; the key is missing, or the disk refused.
     """
-    directory = RunDirectory(Path(out))
+    directory = RunDirectory(Path(at_home(out)))
     directory.require()
     if directory.is_locked():
         raise RunLocked(f"a run works in {directory.root}; audit it when that has ended")
@@ -253,7 +255,7 @@ async def reconcile(out: str | Path, *, manifest: str | Path | None = None, sign
     Raises:
         RunDirectoryError: there is no run. RunLocked: another process works in it.
     """
-    directory = RunDirectory(Path(out))
+    directory = RunDirectory(Path(at_home(out)))
     directory.require()
     request = Request(
         manifest=_manifest_of(directory, manifest),
@@ -284,7 +286,7 @@ async def cancel(out: str | Path) -> Cancelled:
     Raises:
         RunDirectoryError: there is no run. RunLocked: it works at present; stop it first.
     """
-    directory = RunDirectory(Path(out))
+    directory = RunDirectory(Path(at_home(out)))
     directory.require()
     settings = _settings_of(directory)
     answers = {"requested": 0, "too_late": 0, "unanswered": 0}
@@ -305,7 +307,7 @@ async def cancel(out: str | Path) -> Cancelled:
 
 
 def _plan(manifest: str | Path, settings: Settings, terms: Terms, out: Path | None, *, retry_failed: bool) -> Plan:
-    opened = Manifest.open(manifest, settings.limits.rows)
+    opened = Manifest.open(manifest, settings.limits.rows, dialect_of(settings))
     check_faults(settings)
     file, refusal = None, ""
     if out is not None:
@@ -385,16 +387,17 @@ def _export(directory: RunDirectory, to: str | Path | None, manifest: str | Path
     directory.require()
     settings = _settings_of(directory)
     source = _manifest_of(directory, manifest)
+    to = None if to is None else Path(at_home(to))
     if to is not None:
-        require_place(Path(to))
-    opened = Manifest.open(source, settings.limits.rows)
+        require_place(to)
+    opened = Manifest.open(source, settings.limits.rows, dialect_of(settings))
     if to is not None:
-        require_apart(Path(to), opened)
+        require_apart(to, opened)
     file = JournalFile.open_read_only(directory.journal)
     try:
         planner = open_planner(opened, settings, None)
         projection = Projection(planner, opened, settings, file, identity_of(opened, settings))
-        return projection.write(directory.results if to is None else Path(to))
+        return projection.write(directory.results if to is None else to)
     finally:
         file.close()
 
@@ -406,7 +409,7 @@ def _resolve(config: str | Path | None, settings: Mapping[str, Any] | None) -> S
 def _manifest_of(directory: RunDirectory, given: str | Path | None) -> str:
     """Where the manifest is: as given, else where the last run found it."""
     said = (directory.read_run() or {}).get("manifest")
-    source = given or (said.get("source") if isinstance(said, dict) else None)
+    source = at_home(given) if given else (said.get("source") if isinstance(said, dict) else None)
     if not source:
         raise RunDirectoryError(f"{directory.run_file} does not say which manifest; name it with --manifest")
     return str(source)

@@ -24,6 +24,7 @@ from batch import interrupts
 from batch.errors import ConfigError, ExitCode, RestyleError, StorageError
 from batch.flags import DISPLAY, JOBS, JobFlags
 from batch.outlet import outlet, why_lost
+from batch.paths import at_home
 from batch.version import tool_version
 
 __all__ = ["app", "main"]
@@ -69,7 +70,7 @@ def plan(
 ) -> int:
     """Show what a run would do and cost. Spends nothing, and sends nothing but for --live-price."""
     from batch import api
-    from batch.manifest.survey import render_problems
+    from batch.manifest.survey import render_note, render_problems
 
     flags = jobs.settings()
     found = _run(
@@ -83,11 +84,14 @@ def plan(
             "price_is_live": found.terms.live,
             "spent_usd": found.spent_usd,
             "refusal": found.refusal or None,
+            "manifest_notes": list(found.manifest.notes),
             **found.survey.to_json(),
         }
         _print(orjson.dumps(facts, option=orjson.OPT_INDENT_2).decode())
         return ExitCode.COMPLETE
     _print(found.terms.headline)
+    for note in found.manifest.notes:
+        _print(render_note(note))
     _print(found.survey.render())
     if found.spent_usd:
         _print(f"spent so far ${found.spent_usd:,.2f}")
@@ -301,10 +305,11 @@ def serve(
     from batch.server.serve import ServeOptions, run_server
 
     _begin()
+    faults, keys, tls_cert, tls_key = (path and at_home(path) for path in (faults, keys, tls_cert, tls_key))
     if new_key is not None:
         return _new_key(keys, new_key)
     options = ServeOptions(
-        data_dir=data_dir, host=host, port=port, engine=engine, slots=slots,
+        data_dir=at_home(data_dir), host=host, port=port, engine=engine, slots=slots,
         service_time=_seconds("--service-time", service_time), price_usd=price, faults=faults,
         keys=load_keys(keys, os.environ), allow_private=allow_private,
         retention=_seconds("--retention", retention), tls_cert=tls_cert, tls_key=tls_key,

@@ -7,6 +7,7 @@ be written `"90s"`, `"50m"`, `"2h"`.
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import json
 import os
@@ -58,6 +59,7 @@ __all__ = [
 
 _UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(ms|s|m|h|d)?\s*")
+_TABS = {"tab": "\t", "\\t": "\t"}
 _NO_WINDOW = "{!r} is no window; it is auto, auto:LOW-HIGH like auto:16-512, or a number from 1 on"
 _ENVIRONMENT_PREFIX = "RESTYLE_"
 _REFUSED = {
@@ -134,6 +136,13 @@ def _tags(value: object) -> dict[str, str]:
     return tags
 
 
+def _decodes_text(encoding: str) -> bool:
+    try:
+        return isinstance(codecs.lookup(encoding).incrementaldecoder().decode(b"", True), str)
+    except (LookupError, ValueError, TypeError):  # a NUL in the name, a codec that decodes nothing, or not in pieces
+        return False
+
+
 Duration = Annotated[float, BeforeValidator(parse_duration), Field(gt=0, allow_inf_nan=False)]
 
 
@@ -150,7 +159,28 @@ class ManifestSettings(_Section):
     """Column name, or a template over columns: `a {animal} as a wizard`."""
     id: str | None = None
     """Column that identifies a row, for derived seeds; without it image and prompt do."""
+    separator: str | None = None
+    """Between the columns of a CSV: one character, or `tab`. None: found in the header."""
+    encoding: str | None = None
+    """Of CSV and JSONL: a text encoding that Python knows. None: UTF-8, or what a byte order mark says."""
     on_bad_row: Literal["fail", "skip"] = "fail"
+
+    @field_validator("separator")
+    @classmethod
+    def _one_character(cls, value: str | None) -> str | None:
+        character = _TABS.get(value, value) if value is not None else None
+        if character is None or (len(character) == 1 and character not in '"\r\n\0'):
+            return character
+        raise ValueError(f"{value!r} is not one character; use for example ';', '|' or 'tab'")
+
+    @field_validator("encoding")
+    @classmethod
+    def _text_encoding(cls, value: str | None) -> str | None:
+        if value is None or _decodes_text(value):
+            return value
+        raise ValueError(
+            f"unknown text encoding {value!r}; use one of Python's, for example 'cp1252', 'latin-1' or 'utf-16'"
+        )
 
 
 class InputSettings(_Section):
@@ -198,6 +228,11 @@ class TargetSettings(_Section):
         if info.data.get("name") == "fal" and value in {"replay", "reject"}:
             raise ValueError("fal ignores Idempotency-Key: a repeated submit is paid for twice; use auto")
         return value
+
+    @field_validator("faults")
+    @classmethod
+    def _at_home(cls, value: str | None) -> str | None:
+        return None if value is None else os.path.expanduser(value)  # noqa: PTH111 - no error for an unknown user
 
     @field_validator("name")
     @classmethod
@@ -350,6 +385,7 @@ def load_settings(path: Path | None = None, flags: dict[str, dict[str, Any]] | N
         ConfigError: the file is missing or no TOML, a key is unknown (the nearest known one is named), a
             value is out of its bounds. All problems are in one message.
     """
+    path = None if path is None else Path(os.path.expanduser(path))  # noqa: PTH111 - no error for an unknown user
     if path is not None:
         _check_toml(path)
     _check_environment(os.environ)

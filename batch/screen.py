@@ -14,7 +14,7 @@ import orjson
 from batch import interrupts
 from batch.api import Plan, Summary
 from batch.errors import ConfigError
-from batch.manifest.survey import Survey, counted, render_problems
+from batch.manifest.survey import Survey, counted, render_note, render_problems
 from batch.run.observe import PlainLines, ProgressBar, Tally
 from batch.run.ports import Observer
 
@@ -42,10 +42,18 @@ def announce(found: Plan, manifest: str, *, quiet: bool, log_format: str) -> Non
     """Say what is about to happen: to a person on standard output, to a machine as the first of its log lines."""
     survey = found.survey
     if log_format == "json":
-        line = {"action": "plan", "message": found.terms.headline, "target": found.terms.name, **survey.to_json()}
+        line = {
+            "action": "plan",
+            "message": found.terms.headline,
+            "target": found.terms.name,
+            "manifest_notes": list(found.manifest.notes),
+            **survey.to_json(),
+        }
         print(orjson.dumps(line).decode(), file=sys.stderr, flush=True)
     elif not quiet:
         print(found.terms.headline, flush=True)
+        for note in found.manifest.notes:
+            print(render_note(note), flush=True)
         print(survey.render() if found.terms.paid else _short(survey), flush=True)
         if survey.problem_count:
             print(render_problems(manifest, survey.problems, survey.problem_count), flush=True)

@@ -22,7 +22,7 @@ import anyio.to_thread
 from batch.config import Settings, parse_duration, window_bounds
 from batch.errors import ConfigError, ExitCode, StoppedEarly, StorageError
 from batch.manifest.pictures import Pictures
-from batch.manifest.plan import Planner
+from batch.manifest.plan import Planner, dialect_of
 from batch.manifest.read import Manifest
 from batch.manifest.survey import Survey, survey
 from batch.model import Job, JsonObject
@@ -161,7 +161,7 @@ async def run_session(request: Request) -> Summary:
 async def _session(request: Request, signals: Signals) -> Summary:
     settings, directory = request.settings, RunDirectory(request.out)
     terms, began, started_at = terms_of(settings), time.monotonic(), _timestamp()
-    manifest = await _in_thread(partial(Manifest.open, request.manifest, settings.limits.rows))
+    manifest = await _in_thread(partial(Manifest.open, request.manifest, settings.limits.rows, dialect_of(settings)))
     await _in_thread(partial(open_planner, manifest, settings, None))  # a wrong column leaves no folder behind
     if not request.collect_only:  # what is left to collect may need no endpoint
         await _in_thread(partial(check_faults, settings))

@@ -12,11 +12,22 @@ import polars as pl
 from batch.errors import ManifestError
 from batch.manifest.ports import Half
 
-__all__ = ["BATCH_BYTES", "BATCH_ROWS", "Chunk", "Format", "refuse_twins"]
+__all__ = ["BATCH_BYTES", "BATCH_ROWS", "Chunk", "Dialect", "Format", "refuse_nul", "refuse_twins", "utf16_hint"]
 
 BATCH_ROWS = 4096
 BATCH_BYTES = 32 * 2**20
 """Of text; rows with data URIs are long."""
+
+
+class Dialect(NamedTuple):
+    """What the settings say about text manifests; other formats ignore it."""
+
+    separator: str | None = None
+    """Of CSV and TSV; None: it is found."""
+    encoding: str | None = None
+    """A codec of Python's; None: UTF-8. A byte order mark decides before it."""
+    needed: frozenset[str] = frozenset()
+    """Names of the columns that the settings need."""
 
 
 class Chunk(NamedTuple):
@@ -46,3 +57,21 @@ def refuse_twins(path: Path, names: list[str]) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ManifestError(f"{path} has more than one column {', '.join(map(repr, twice))}; rename all but one")
+
+
+def refuse_nul(path: Path, names: list[str]) -> None:
+    """A NUL in a column's name: most often UTF-16 that is read as UTF-8.
+
+    Raises:
+        ManifestError: there is one.
+    """
+    header = "".join(names)
+    if "\0" in header:
+        hint = utf16_hint(big_endian=header.startswith("\0"))
+        raise ManifestError(f"{path}: the names of its columns hold NUL characters; {hint}")
+
+
+def utf16_hint(big_endian: bool) -> str:
+    """What to say of NUL characters where none should be."""
+    order = "be" if big_endian else "le"
+    return f'if it is UTF-16 without a byte order mark, set manifest.encoding = "utf-16-{order}"'

@@ -15,8 +15,10 @@ from batch.fal.endpoint import ImageToImageInput
 from batch.manifest.ports import Fault
 from batch.model import Json, JsonObject
 
-__all__ = ["DEFAULTS", "INPUTS", "allowed", "check_column", "check_value", "half_fault", "shorten"]
+__all__ = ["DEFAULTS", "INPUTS", "PROMPT_LIMIT", "allowed", "check_column", "check_value", "half_fault", "shorten"]
 
+PROMPT_LIMIT = 1_000_000
+"""Characters of a prompt; the model reads 512 tokens of it."""
 _FIELDS = ImageToImageInput.model_fields
 INPUTS: frozenset[str] = frozenset(_FIELDS)
 """Names of all inputs of the endpoint."""
@@ -42,7 +44,8 @@ def check_column(name: str, values: Sequence[object], column: str | None = None)
     """
     adapter = _COLUMNS[name]
     try:
-        return adapter.validate_python(list(values)), {}
+        checked = adapter.validate_python(list(values))
+        return (checked, {}) if name != "prompt" else _without_unusable(checked, column or name)
     except ValidationError as error:
         types: dict[int, str] = {}
         for problem in error.errors(include_url=False, include_context=False, include_input=False):
@@ -53,7 +56,26 @@ def check_column(name: str, values: Sequence[object], column: str | None = None)
         index: Fault(word, f"{column or name} is {shorten(values[index])!r}; it must be {allowed(name)}")
         for index, word in types.items()
     }
+    if name == "prompt":
+        checked, unusable = _without_unusable(checked, column or name)
+        faults |= unusable
     return checked, faults
+
+
+def _without_unusable(prompts: list[Any], column: str) -> tuple[list[Any], dict[int, Fault]]:
+    """The endpoint states no bound, but no service takes a NUL, and a text of megabytes is a mistake."""
+    faults: dict[int, Fault] = {}
+    for index, text in enumerate(prompts):
+        if text and ("\0" in text or len(text) > PROMPT_LIMIT):
+            faults[index] = _unusable(text, column)
+    return [None if index in faults else text for index, text in enumerate(prompts)] if faults else prompts, faults
+
+
+def _unusable(text: str, column: str) -> Fault:
+    if "\0" in text:
+        return Fault("string_nul", f"{column} is {shorten(text)!r}; it contains a NUL character, remove it")
+    length = f"{column} has {len(text):,} characters ({shorten(text, 20)!r})"
+    return Fault("string_too_long", f"{length}; at most {PROMPT_LIMIT:,} are sent, shorten it")
 
 
 def check_value(name: str, value: object) -> Json | Fault:

@@ -17,7 +17,7 @@ import orjson
 import polars as pl
 
 from batch.errors import ManifestError
-from batch.manifest.formats import BATCH_BYTES, BATCH_ROWS, Chunk
+from batch.manifest.formats import BATCH_BYTES, BATCH_ROWS, Chunk, utf16_hint
 from batch.manifest.inputs import shorten
 from batch.manifest.jsontext import MAY_BE_HALF, count_keys, exact, find_half, find_twin, mend_halves
 from batch.manifest.ports import Half
@@ -176,11 +176,11 @@ class Jsonl:
         except orjson.JSONDecodeError as error:
             line.decode()  # the caller knows what to say of text that is not UTF-8
             what = f"not parseable as JSON ({error.msg}, at character {error.colno})"
-            hint = (
-                "JSON has no NaN and no Infinity, write null"
-                if _NO_NUMBER.search(line)
-                else "each line holds one object"
-            )
+            hint = "each line holds one object"
+            if _NO_NUMBER.search(line):
+                hint = "JSON has no NaN and no Infinity, write null"
+            elif b"\0" in line:
+                hint = utf16_hint(line.startswith(b"\0"))
             raise self._wrong(number, f"{what}; {hint}") from error
         if not isinstance(record, dict):
             raise self._wrong(number, f"{shorten(line.decode().strip(), 40)} is not a JSON object; each line holds one")

@@ -31,7 +31,7 @@ from batch.model import LocalImage
 
 __all__ = ["MemoryFacts", "Pictures"]
 
-_WEB = re.compile(r"https?://[^\s/?#]", re.IGNORECASE)
+_WEB = re.compile(r"https?://[^\s/?#\0][^\0]*\Z", re.IGNORECASE)
 # Two letters at least before the colon: C:\cat.jpg is a path.
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 _DATA = re.compile(r"data:(image/[\w.+-]+)(?:;[\w.+-]+=[^;,]*)*;base64,", re.IGNORECASE)
@@ -209,11 +209,26 @@ def _path_of(reference: str, folder: Path) -> Path | Fault:
         host = "" if parts.netloc.lower() == "localhost" else parts.netloc
         reference = url2pathname(host + parts.path)
     elif scheme is not None:
-        what = "has no host" if scheme[1].lower() in {"http", "https"} else "is nothing that we can fetch"
+        what = "is nothing that we can fetch"
+        if scheme[1].lower() in {"http", "https"}:
+            what = "contains a NUL character" if "\0" in reference else "has no host"
         return Fault(
             "unsupported_scheme", f"{shorten(reference)!r} {what}; give an http(s) URL, a data URI or a local path"
         )
+    if reference.startswith("~"):
+        return _at_home(reference, folder)
     return Path(os.path.abspath(folder / reference))  # noqa: PTH100 - Path.resolve would follow links
+
+
+def _at_home(reference: str, folder: Path) -> Path | Fault:
+    """A path with `~` or `~name` at its start, as a shell expands it."""
+    expanded = os.path.expanduser(reference)  # noqa: PTH111 - Path.expanduser raises for an unknown user
+    first, slash, _ = reference.partition("/")
+    if expanded == reference and first == "~":
+        return Fault("file_not_found", f"{shorten(reference)!r}: the home folder is not known; write the whole path")
+    if expanded == reference and slash and not (folder / first).exists():
+        return Fault("file_not_found", f"{shorten(reference)!r}: there is no user {first[1:]!r}; write the whole path")
+    return Path(os.path.abspath(folder / expanded))  # noqa: PTH100
 
 
 def _stat(path: Path) -> FileKey | Fault:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from string import Formatter
 from typing import Any, NamedTuple
 
@@ -15,16 +15,18 @@ import polars as pl
 
 from batch.config import Settings
 from batch.errors import ConfigError, ManifestError
+from batch.manifest.formats import Dialect
 from batch.manifest.inputs import DEFAULTS, check_column, check_value, half_fault, shorten
 from batch.manifest.keys import derived_seed, job_key
 from batch.manifest.ports import Fault, PictureResolver, Resolved, RowBatch, Rows
 from batch.manifest.sweep import Cell, cells
-from batch.model import AppId, Job, JsonObject, Problem
+from batch.model import AppId, Job, Json, JsonObject, Problem
 
-__all__ = ["Checked", "Planned", "PlannedBatch", "Planner"]
+__all__ = ["Checked", "Planned", "PlannedBatch", "Planner", "dialect_of"]
 
 _BATCH_JOBS = 4096
 _DEFAULT_PROMPT = "prompt"
+_NOTHING: JsonObject = {}
 _NO_SYNC = Fault("sync_mode", "sync_mode is refused: results are not kept; leave the cell empty")
 _NO_PROMPT = "the cell is empty; fill it, or set input.prompt for all rows"
 
@@ -36,6 +38,9 @@ class Planned(NamedTuple):
     cell: str
     job: Job | None
     problem: Problem | None
+    """The first one of its row; the message is that of all of them."""
+    known: JsonObject = _NOTHING
+    """Of a row that is no job: every input that could be read, as it would have been sent; the others are None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +93,7 @@ class Planner:
         self._image = _image_column(schema, settings.manifest.image)
         self._prompt = None if "prompt" in swept else _prompt(schema, settings.manifest.prompt, self._base)
         self._prompt_name = settings.manifest.prompt
+        self._prompt_columns = frozenset(() if self._prompt is None else self._prompt.meta.root_names())
         self._id = _id_column(schema, settings.manifest.id)
         mapped = {"image_url", "prompt"}
         self._columns = tuple(name for name in DEFAULTS if name in schema and name not in swept | mapped)
@@ -105,7 +111,7 @@ class Planner:
             yield checked.batch
 
     def checked(self) -> Iterator[Checked]:
-        """The same with all problems; a row's first one is what its `Planned` carry.
+        """The same with each problem by itself; a row's `Planned` carry all of them in one.
 
         Raises:
             ManifestError: the manifest can no longer be read.
@@ -117,22 +123,24 @@ class Planner:
         first_row, frame, found = rows.first_row, rows.frame, _Problems(rows)
         for index, (column, text) in rows.halves.items():
             found.add(index, column, text, half_fault(column, text))
+        halved = {index for index, half in rows.halves.items() if half.column in self._prompt_columns}
         pictures = self._resolved(frame, found)
         inputs: dict[str, list[Any]] = {"image_url": [picture and picture.token for picture in pictures]}
         if self._prompt is not None:
-            inputs["prompt"] = self._prompts(frame, self._prompt, found)
+            prompts = self._prompts(frame, self._prompt, found)
+            inputs["prompt"] = [None if i in halved else p for i, p in enumerate(prompts)] if halved else prompts
         for name in self._columns:
             inputs[name] = self._values(name, _cells_of(frame[name], name), found)
         identities = self._identities(frame, found)
 
         items: list[Planned] = []
-        bad = found.first()
+        bad = found.by_row()
         by_row = zip(*inputs.values(), strict=True)
         for row, (picture, identity, values) in enumerate(zip(pictures, identities, by_row, strict=True), first_row):
-            if picture is None or row in bad:
-                items += [Planned(row, cell.id, None, bad[row]) for cell in self.cells]
-                continue
             given = {**self._base, **dict(zip(inputs, values, strict=False))}  # as many as each other, a million times
+            if picture is None or row in bad:
+                items += self._bad(row, bad[row], given, identity, picture)
+                continue
             for cell in self.cells:
                 items.append(Planned(row, cell.id, self._job(given, cell, identity, picture), None))
         return Checked(PlannedBatch(first_row, frame, items), found.ordered())
@@ -140,10 +148,25 @@ class Planner:
     def _job(self, given: JsonObject, cell: Cell, identity: str | None, picture: Resolved) -> Job:
         complete = given | cell.values if cell.values else given
         if complete["seed"] is None:
-            # Without an id a row is the picture that it shows and what is asked of it.
-            who = f"id\n{identity}" if identity is not None else f"row\n{picture.token}\n{complete['prompt']}"
-            complete["seed"] = derived_seed(self._run_seed, who, cell.id)
+            complete["seed"] = self._derived(cell, identity, picture.token, complete["prompt"])
         return Job(job_key(self._app, complete), complete, picture.image, picture.megapixels)
+
+    def _derived(self, cell: Cell, identity: str | None, token: str, prompt: Json) -> int:
+        """A seed for a row that was given none. Without an id a row is its image and what is asked of it."""
+        who = f"id\n{identity}" if identity is not None else f"row\n{token}\n{prompt}"
+        return derived_seed(self._run_seed, who, cell.id)
+
+    def _bad(
+        self, row: int, problems: list[Problem], given: JsonObject, identity: str | None, picture: Resolved | None
+    ) -> Iterator[Planned]:
+        problem, columns = _together(problems), {problem.column for problem in problems}
+        for cell in self.cells:
+            known = given | cell.values
+            has_identity = picture is not None and known.get("prompt") is not None if self._id is None else identity
+            if known["seed"] is None and has_identity and not columns & {"seed", self._id}:
+                token = "" if picture is None else picture.token
+                known["seed"] = self._derived(cell, identity, token, known.get("prompt"))
+            yield Planned(row, cell.id, None, problem, known)
 
     # --- columns: each gives one value a row, None where it noted a problem ---
 
@@ -159,11 +182,14 @@ class Planner:
         fallback = self._base.get("prompt")
         texts = frame.select(expression).to_series().to_list()
         filled = [fallback if text is None else text for text in texts]
-        if None in filled:
-            for index in (index for index, text in enumerate(filled) if text is None):
-                found.add(index, self._prompt_name, None, Fault("missing", _NO_PROMPT))
-                filled[index] = ""
-        return self._checked("prompt", self._prompt_name, filled, found)
+        missing = [index for index, text in enumerate(filled) if text is None] if None in filled else []
+        for index in missing:
+            found.add(index, self._prompt_name, None, Fault("missing", _NO_PROMPT))
+            filled[index] = ""
+        checked = self._checked("prompt", self._prompt_name, filled, found)
+        for index in missing:
+            checked[index] = None
+        return checked
 
     def _values(self, name: str, cells_of_column: list[Any], found: _Problems) -> list[Any]:
         fallback = self._base[name]
@@ -202,12 +228,19 @@ class _Problems:
         problem = Problem(self._rows.first_row + index, line, column, shown, fault.type, fault.message)
         self._found.setdefault(index, []).append(problem)
 
-    def first(self) -> dict[int, Problem]:
-        """The first one of each bad row, by row."""
-        return {problems[0].row: problems[0] for problems in self._found.values()}
+    def by_row(self) -> dict[int, list[Problem]]:
+        """Those of each bad row."""
+        return {problems[0].row: problems for problems in self._found.values()}
 
     def ordered(self) -> list[Problem]:
         return [problem for index in sorted(self._found) for problem in self._found[index]]
+
+
+def _together(problems: list[Problem]) -> Problem:
+    """All that is wrong with one row as one problem, under the first one's type; each column once."""
+    first_of = {problem.column: problem.message for problem in reversed(problems)}
+    messages = [first_of[column] for column in dict.fromkeys(problem.column for problem in problems)]
+    return replace(problems[0], message=". ".join(messages)) if len(messages) > 1 else problems[0]
 
 
 def _cells_of(column: pl.Series, name: str) -> list[Any]:
@@ -217,6 +250,17 @@ def _cells_of(column: pl.Series, name: str) -> list[Any]:
 
 
 # --- what the settings ask of the columns -----------------------------------------------------------------
+
+
+def dialect_of(settings: Settings) -> Dialect:
+    """What the settings say about the text of a manifest; its header has to name the columns that they need."""
+    mapped = settings.manifest
+    try:
+        parts = {field for _, field, _, _ in Formatter().parse(mapped.prompt) if field}
+    except ValueError:  # no template: the planner says so
+        parts = set()
+    named = {mapped.image, mapped.prompt, *parts} | ({mapped.id} if mapped.id else set())
+    return Dialect(mapped.separator, mapped.encoding, frozenset(named))
 
 
 def _given(settings: Settings) -> JsonObject:

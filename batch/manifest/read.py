@@ -15,26 +15,29 @@ import lzma
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b, file_digest
 from itertools import chain, islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 import polars as pl
 
 from batch.errors import ManifestError
-from batch.manifest.formats import BATCH_BYTES, BATCH_ROWS, Chunk, Format, refuse_twins
+from batch.manifest.formats import BATCH_BYTES, BATCH_ROWS, Chunk, Dialect, Format, refuse_nul, refuse_twins
+from batch.manifest.hive import partitions_of
 from batch.manifest.inputs import shorten
 from batch.manifest.jsonl import Jsonl
 from batch.manifest.ports import RowBatch
+from batch.manifest.text import Encoding, Separator, Unpack, as_utf8, encoding_of, named, separator_of, undecodable
 
 __all__ = ["Manifest", "RowBatch"]
 
 _STEP_ROWS = 16  # between two looks at how long rows are
 _LINE_BREAK = re.compile(r"\r\n|\r|\n")
 _FIELD_CHARACTERS = 64 * 2**20
+_ANY = Dialect()
 _TEXT = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".jsonl": None, ".ndjson": None}
 _PARQUET = (".parquet", ".pq")
 _KNOWN = "it may end in .csv, .tsv, .jsonl or .ndjson (each also with .gz, .zst, .bz2 or .xz), or in .parquet"
@@ -46,7 +49,7 @@ def _unpack_zstd(path: Path) -> BinaryIO:
     return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
 
 
-_UNPACK: dict[str, Callable[[Path], BinaryIO]] = {
+_UNPACK: dict[str, Unpack] = {
     "": lambda path: path.open("rb"),
     ".gz": lambda path: io.BufferedReader(gzip.GzipFile(path)),
     ".bz2": lambda path: io.BufferedReader(bz2.BZ2File(path)),
@@ -65,9 +68,19 @@ class Manifest:
         schema: their types, the same in every batch.
         rows: how many rows `batches` gives.
         has_lines: whether rows have line numbers.
+        notes: what was found out about how to read it, for a person: `separator ';', found in the header`.
     """
 
-    def __init__(self, source: Path, folder: Path, paths: tuple[Path, ...], content: Format, has_lines: bool) -> None:
+    def __init__(
+        self,
+        source: Path,
+        folder: Path,
+        paths: tuple[Path, ...],
+        content: Format,
+        has_lines: bool,
+        dialect: Dialect,
+        notes: tuple[str, ...] = (),
+    ) -> None:
         self.source = source
         self.folder = folder
         self.schema = content.schema
@@ -75,35 +88,43 @@ class Manifest:
         self.rows = content.rows
         self.has_lines = has_lines
         self.files = paths
+        self.notes = notes
         self._content = content
+        self._dialect = dialect
 
     def __repr__(self) -> str:
         return f"Manifest({str(self.source)!r}, rows={self.rows}, columns={self.columns})"
 
     @classmethod
-    def open(cls, source: str | Path, rows: int | None = None) -> Manifest:
+    def open(cls, source: str | Path, rows: int | None = None, dialect: Dialect = _ANY) -> Manifest:
         """Open one file, or a folder or glob of Parquet files, or only its first `rows` rows.
 
         Raises:
-            ManifestError: nothing is there, it is empty or unreadable, not UTF-8, a line or a header is wrong.
-                The message names the line where there is one.
+            ManifestError: nothing is there, it is empty or unreadable, its encoding is another one, a line or a
+                header is wrong. The message names the line where there is one.
         """
         if not str(source).strip():
             raise ManifestError("the manifest's name is empty; name a file (is a variable of the shell not set?)")
         source = Path(source)
         paths, folder = _find(source)
         packing, delimiter, parquet = _kind(paths[0])
-        with _explained(source, paths):
+        notes: tuple[str, ...] = ()
+        with _explained(source, paths, dialect):
             content: Format
             if parquet:
                 from batch.manifest.parquet import Parquet  # with pyarrow, which text does not wait for
 
-                content = Parquet(paths, rows)
+                content = Parquet(paths, rows, _partitions(paths, folder))
+                notes = content.notes
             elif delimiter is not None:
-                content = _Csv(paths[0], _UNPACK[packing], delimiter, rows)
+                encoding = encoding_of(paths[0], _UNPACK[packing], dialect.encoding)
+                content = _Csv(paths[0], _UNPACK[packing], delimiter, rows, encoding, dialect)
+                notes = (*content.notes, *_noted(encoding))
             else:
-                content = Jsonl(paths[0], _UNPACK[packing], rows)
-        return cls(source, folder, paths, content, not parquet)
+                encoding = encoding_of(paths[0], _UNPACK[packing], dialect.encoding)
+                content = Jsonl(paths[0], as_utf8(_UNPACK[packing], encoding), rows)
+                notes = _noted(encoding)
+        return cls(source, folder, paths, content, not parquet, dialect, notes)
 
     def batches(self, size: int = BATCH_ROWS) -> Iterator[RowBatch]:
         """All rows in order, at most `size` at a time; fewer where they are long or carry pictures.
@@ -112,7 +133,7 @@ class Manifest:
             ManifestError: the file has changed or can no longer be read.
         """
         first_row = 0
-        with _explained(self.source, self.files):
+        with _explained(self.source, self.files, self._dialect):
             for frame, lines, halves in self._content.chunks(size):
                 yield RowBatch(first_row, frame, lines, halves)
                 first_row += len(frame)
@@ -120,11 +141,16 @@ class Manifest:
             raise ManifestError(f"{self.source} had {self.rows} rows and now has {first_row}; run the command again")
 
     def fingerprint(self) -> str:
-        """Hash of the files' bytes, the whole of them: equal for a copy under another name."""
+        """Hash of the files' bytes, the whole of them, and of the columns that folders give them.
+
+        Equal for a copy under another name.
+        """
         total = blake2b(digest_size=16)
-        for path in self.files:
-            with _explained(self.source, (path,)), path.open("rb") as file:
+        for path, partition in zip(self.files, _partitions(self.files, self.folder), strict=True):
+            with _explained(self.source, (path,), self._dialect), path.open("rb") as file:
                 total.update(file_digest(file, "blake2b").digest())
+            if partition:
+                total.update(repr(sorted(partition.items())).encode())
         return total.hexdigest()
 
 
@@ -134,7 +160,7 @@ class Manifest:
 def _find(source: Path) -> tuple[tuple[Path, ...], Path]:
     """The files of a source in order, and the folder that relative paths start from."""
     if source.is_dir():
-        found = sorted(path for path in source.rglob("*") if _is_parquet(path))
+        found = sorted(path for path in source.rglob("*") if _is_parquet(path, source))
         if not found:
             raise ManifestError(f"the folder {source} has no Parquet file in it; name a manifest file")
         return tuple(found), source
@@ -142,15 +168,35 @@ def _find(source: Path) -> tuple[tuple[Path, ...], Path]:
         return (source,), source.parent
     if any(character in str(source) for character in "*?["):
         fixed = next(parent for parent in source.parents if not any(c in str(parent) for c in "*?["))
-        found = sorted(path for path in fixed.glob(str(source.relative_to(fixed))) if _is_parquet(path))
+        found = sorted(path for path in fixed.glob(str(source.relative_to(fixed))) if _is_parquet(path, fixed))
         if not found:
             raise ManifestError(f"no Parquet file matches {source}; only Parquet may be given as a glob")
         return tuple(found), fixed
     raise ManifestError(f"there is no manifest {source}{_near(source)}")
 
 
-def _is_parquet(path: Path) -> bool:
-    return path.suffix.lower() in _PARQUET and not path.name.startswith((".", "_")) and path.is_file()
+def _is_parquet(path: Path, folder: Path) -> bool:
+    """Whether it is a part of a table; as for Spark, hidden names and `_temporary/` are none, but `_key=value/` is."""
+    if path.suffix.lower() not in _PARQUET:
+        return False
+    parts = path.relative_to(folder).parts
+    hidden = any(part.startswith(".") or (part.startswith("_") and "=" not in part) for part in parts)
+    return not hidden and path.is_file()
+
+
+def _partitions(paths: Sequence[Path], folder: Path) -> list[Mapping[str, str | None]]:
+    """The columns that each file has by the folders between it and the table's own.
+
+    Raises:
+        ManifestError: a folder's name that cannot be read as a column.
+    """
+    found: list[Mapping[str, str | None]] = []
+    for path in paths:
+        try:
+            found.append(partitions_of(path.relative_to(folder).parts[:-1]))
+        except ValueError as error:
+            raise ManifestError(f"{str(path)!r}: {error}; rename it") from error
+    return found
 
 
 def _near(missing: Path) -> str:
@@ -174,13 +220,22 @@ def _kind(path: Path) -> tuple[str, str | None, bool]:
     return packing, _TEXT[kind], False
 
 
+def _said(separator: Separator) -> tuple[str, ...]:
+    return (f"separator {named(separator.character)} ({separator.origin})",) if separator.origin else ()
+
+
+def _noted(encoding: Encoding) -> tuple[str, ...]:
+    return () if encoding.is_utf8 else (f"encoding {encoding.name} ({encoding.origin})",)
+
+
 @contextmanager
-def _explained(source: Path, paths: Iterable[Path]) -> Iterator[None]:
+def _explained(source: Path, paths: Sequence[Path], dialect: Dialect) -> Iterator[None]:
     """The one place where what the libraries raise becomes a sentence."""
     try:
         yield
-    except UnicodeDecodeError as error:
-        raise ManifestError(f"{source}{_undecodable(paths)} is not UTF-8 ({error.reason}); save it as UTF-8") from error
+    except UnicodeError as error:
+        unpack = _UNPACK[_kind(paths[0])[0]]
+        raise ManifestError(undecodable(paths[0], unpack, encoding_of(paths[0], unpack, dialect.encoding))) from error
     except _unreadable() as error:
         raise ManifestError(f"{source} cannot be read: {error}; is it complete, and what its suffix says?") from error
 
@@ -192,34 +247,29 @@ def _unreadable() -> tuple[type[Exception], ...]:
     return OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, pl.exceptions.PolarsError
 
 
-def _undecodable(paths: Iterable[Path]) -> str:
-    for path in paths:
-        with _UNPACK[_kind(path)[0]](path) as stream:
-            for number, line in enumerate(stream, 1):
-                try:
-                    line.decode()
-                except UnicodeDecodeError:
-                    return f", line {number},"
-    return ""
-
-
 # --- formats ----------------------------------------------------------------------------------------------
 
 
 class _Csv:
     """Delimited text by the standard library's reader: it alone tells on which line a record starts."""
 
-    def __init__(self, path: Path, unpack: Callable[[Path], BinaryIO], delimiter: str, rows: int | None) -> None:
-        self._path, self._unpack, self._delimiter, self._limit = path, unpack, delimiter, rows
+    def __init__(
+        self, path: Path, unpack: Unpack, usual: str, rows: int | None, encoding: Encoding, dialect: Dialect
+    ) -> None:
+        self._path, self._unpack, self._encoding, self._limit = path, unpack, encoding, rows
         # Process-wide, as the csv module has it; its default of 128 KiB is less than a small data URI.
         csv.field_size_limit(max(csv.field_size_limit(), _FIELD_CHARACTERS))
+        found = separator_of(self._text, usual, dialect)
+        self._delimiter, self._above = found.character, found.lines_above
         self._names: list[str] = []
+        self._joined: list[int] = []
         self.rows = sum(len(lines) for lines, _ in self._blocks(BATCH_ROWS))
         if not self._names:
             raise ManifestError(f"{path} is empty; its first line has to name the columns")
         if not self.rows:
             raise ManifestError(f"{path} has a header and no rows; give at least one")
         self.schema = pl.Schema(dict.fromkeys(self._names, pl.String()))
+        self.notes = (*_said(found), *self._unquoted())
 
     def chunks(self, size: int) -> Iterator[Chunk]:
         for lines, records in self._blocks(size):
@@ -228,23 +278,30 @@ class _Csv:
             frame = pl.DataFrame(columns, schema=self.schema)
             yield Chunk(frame.with_columns(pl.when(pl.all() != "").then(pl.all())), lines)
 
+    @contextmanager
+    def _text(self) -> Iterator[TextIO]:
+        with self._unpack(self._path) as raw, io.TextIOWrapper(raw, self._encoding.codec, newline="") as text:
+            yield text
+
     def _blocks(self, size: int) -> Iterator[tuple[list[int], list[list[str]]]]:
         """Records with the lines on which they start. Empty lines are passed over."""
-        with self._unpack(self._path) as raw, io.TextIOWrapper(raw, "utf-8-sig", newline="") as text:
+        with self._text() as text:
+            above = sum(1 for _ in islice(text, self._above))
             reader = csv.reader(text, delimiter=self._delimiter, strict=True)
             try:
                 self._names = next(filter(None, reader), [])
             except csv.Error as error:
-                raise self._broken(1, error) from error
+                raise self._broken(above + 1, error) from error
+            refuse_nul(self._path, self._names)
             refuse_twins(self._path, self._names)
-            line, left = reader.line_num + 1, sys.maxsize if self._limit is None else self._limit
+            line, left = above + reader.line_num + 1, sys.maxsize if self._limit is None else self._limit
             while left > 0:
                 records, error_after = _take(reader, min(size, left))
-                lines = _starts(records, line, reader.line_num)
+                lines = _starts(records, line, above + reader.line_num)
                 self._check_widths(lines, records)
                 if error_after is not None:
                     raise self._broken(lines[-1], error_after) from error_after
-                line = reader.line_num + 1
+                line = above + reader.line_num + 1
                 if not records:
                     return
                 lines = [start for start, record in zip(lines, records, strict=False) if record]
@@ -257,9 +314,42 @@ class _Csv:
         width = len(self._names)
         if set(map(len, records)) <= {0, width}:
             return
-        line, record = next((line, r) for line, r in zip(lines, records, strict=False) if len(r) not in {0, width})
-        raise ManifestError(
-            f"{self._path}, line {line}: {_fields(len(record))} where the header has {width}; "
+        for index, (line, record) in enumerate(zip(lines, records, strict=False)):
+            if len(record) in {0, width}:
+                continue
+            joined = self._join(record)
+            if len(joined) != width:
+                raise self._ragged(line, record)
+            records[index] = joined
+            self._joined.append(line)
+
+    def _join(self, record: list[str]) -> list[str]:
+        """The fields of a line in which a separator is a part of the text: `a.jpg;a cat; with a hat`.
+
+        A field that begins with a space goes on the one before. Exports with `;` often quote nothing; in files with
+        commas, where quotes are usual, a line with too many fields stays an error.
+        """
+        if self._delimiter == ",":
+            return record
+        joined = record[:1]
+        for field in record[1:]:
+            if field.startswith(" "):
+                joined[-1] += self._delimiter + field
+            else:
+                joined.append(field)
+        return joined
+
+    def _unquoted(self) -> Iterator[str]:
+        count = len(self._joined)
+        if count:
+            rows = "1 row has" if count == 1 else f"{count:,} rows have"
+            place = f"line {self._joined[0]}" if count == 1 else f"the first on line {self._joined[0]}"
+            yield f"{rows} an unquoted {self._delimiter!r} before a space, read as text ({place})"
+
+    def _ragged(self, line: int, record: list[str]) -> ManifestError:
+        separator = "" if self._delimiter == "," else f" (separator {named(self._delimiter)})"
+        return ManifestError(
+            f"{self._path}, line {line}: {_fields(len(record))} where the header has {len(self._names)}{separator}; "
             f"quote fields that hold {self._delimiter!r} ({shorten(self._delimiter.join(record))})"
         )
 

@@ -16,7 +16,7 @@ from batch.run.budget import UNKNOWN_MEGAPIXELS, Price
 from batch.run.lifecycle import OPEN, State
 from batch.run.ports import Known
 
-__all__ = ["Find", "Survey", "counted", "render_problems", "survey"]
+__all__ = ["Find", "Survey", "counted", "render_note", "render_problems", "survey"]
 
 Find: TypeAlias = Callable[[Sequence[JobKey]], Mapping[JobKey, Known]]
 """Those of the keys that the journal knows; asked for a few thousand at a time."""
@@ -96,6 +96,11 @@ class Survey:
             ("problems", f"{self.problem_count:,}"),
         ]
         return "\n".join(f"{name:<12}{text}" for name, text in lines)
+
+
+def render_note(note: str) -> str:
+    """A note on how the manifest is read, aligned with a survey."""
+    return f"{'manifest':<12}{note}"
 
 
 def survey(

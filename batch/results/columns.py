@@ -184,7 +184,7 @@ def _own_columns(
     items: Sequence[Planned], outcomes: Mapping[JobKey, Outcome], target: str, on_bad_row: OnBadRow
 ) -> dict[str, pa.Array]:
     jobs = [item.job for item in items]
-    inputs = [_NO_INPUT if job is None else job.input for job in jobs]
+    inputs = [_NO_INPUT | item.known if item.job is None else item.job.input for item in items]
     found = [_UNHEARD if job is None else outcomes.get(job.key, _UNHEARD) for job in jobs]
     said = _by_name(Outcome._fields, found)
     outputs = [_NOTHING if output is None else output_of(output) for output in said["output"]]

@@ -57,7 +57,12 @@ MANIFESTS = [
     ("m.csv", "image_url,text\na.jpg,x\n", ["no column 'prompt'", "Its columns are: image_url, text", "input.prompt"]),
     ("m.csv", "image_url,prompt\na.jpg,x,y\n", ["line 2", "3 fields where the header has 2"]),
     ("m.csv", 'image_url,prompt\na.jpg,"x\n', ["line 2", "is a quote opened and not closed?"]),
-    ("m.csv", b"image_url,prompt\na.jpg,caf\xe9\n", ["line 2", "not UTF-8", "save it as UTF-8"]),
+    ("m.csv", b"image_url,prompt\na.jpg,caf\xe9\n", ["line 2", "not UTF-8", "save it as UTF-8", "manifest.encoding"]),
+    ("m.csv", "image_url;prompt\na.jpg;x;y\n", ["line 2", "3 fields where the header has 2 (separator ';')"]),
+    ("m.csv", "bild;prompt\na.jpg;x\n", ["no column 'image_url'", "Its columns are: bild, prompt"]),
+    ("m.csv", "image_url;prompt;prompt\na.jpg;x;y\n", ["more than one column 'prompt'"]),
+    ("m.csv", b"image_url,pro\0mpt\na.jpg,x\n", ["m.csv", "NUL"]),
+    ("m.csv", "image_url,prompt\na.jpg,x\n".encode("utf-16-le"), ["NUL", 'manifest.encoding = "utf-16-le"']),
     ("m.parquet", "image_url,prompt\n", ["m.parquet", "what its suffix says"]),
 ]
 
@@ -148,6 +153,56 @@ def test_bad_rows_are_data_and_the_good_ones_are_done(tmp_path):
             assert word in row["error_message"], row["error_message"]
     assert rows[-1]["status"] == "done"
     assert accepted(directory) == 1, "nothing was submitted for a bad row"
+
+
+def test_failed_rows_keep_every_input_that_could_be_read(tmp_path):
+    """Whatever was wrong with them, failed or skipped; the message names everything that was."""
+    (tmp_path / "cat.jpg").write_bytes(CAT.read_bytes())
+    (tmp_path / "m.csv").write_text(
+        "image_url,prompt,strength,guidance_scale,seed,note\n"
+        "cat.jpg,bad seed,0.5,2,seven,a\n"
+        "nowhere.jpg,no image,0.6,,8,b\n"
+        "nowhere.jpg,,7,2,x,c\n"
+    )
+    for policy, status in (("fail", "failed"), ("skip", "skipped")):
+        directory = tmp_path / policy
+        restyle("run", tmp_path / "m.csv", "-o", directory, *ECHO, "--on-bad-row", policy)
+        rows = results(directory).to_pylist()
+        assert {row["status"] for row in rows} == {status}
+        names = ("image_url", "prompt", "strength", "guidance_scale", "seed", "num_images", "note")
+        assert [tuple(row[name] for name in names) for row in rows] == [
+            ("cat.jpg", "bad seed", 0.5, 2.0, None, 1, "a"),
+            ("nowhere.jpg", "no image", 0.6, 3.5, 8, 1, "b"),
+            ("nowhere.jpg", None, None, 2.0, None, 1, "c"),
+        ]
+        for words in ("there is no file", "input.prompt", "strength is '7'", "seed is 'x'"):
+            assert words in rows[2]["error_message"]
+
+
+def test_text_that_no_service_takes_is_a_bad_row(tmp_path):
+    """Ten megabytes in a prompt, NUL characters in a prompt, a URL or a path; nothing is submitted for them."""
+    (tmp_path / "cat.jpg").write_bytes(CAT.read_bytes())
+    rows = [
+        ("https://pictures.example/1.jpg", "x" * 10_000_000, "string_too_long", "10,000,000 characters"),
+        ("https://pictures.example/1.jpg", "a\0b", "string_nul", "NUL"),
+        ("https://pictures.example/\0.jpg", "x", "unsupported_scheme", "NUL"),
+        ("c\0at.jpg", "x", "unreadable", "cannot be read"),
+        ("cat.jpg", "good", None, ""),
+    ]
+    (tmp_path / "m.csv").write_text("image_url,prompt\n" + "".join(f"{image},{prompt}\n" for image, prompt, *_ in rows))
+    lines = [json.dumps({"image_url": image, "prompt": prompt}) for image, prompt, *_ in rows]
+    (tmp_path / "m.jsonl").write_text("\n".join(lines))
+    frame = pl.DataFrame({"image_url": [row[0] for row in rows], "prompt": [row[1] for row in rows]})
+    frame.write_parquet(tmp_path / "m.parquet")
+    for kind in ("csv", "jsonl", "parquet"):
+        directory = tmp_path / kind
+        ended = restyle("run", tmp_path / f"m.{kind}", "-o", directory, *ECHO)
+        assert ended.code == 3, ended.text
+        assert len(ended.text) < 3000
+        found = results(directory).select(["status", "error_type", "error_message"]).to_pylist()
+        assert [row["error_type"] for row in found] == [row[2] for row in rows]
+        assert all(words in (row["error_message"] or "") for row, (*_, words) in zip(found, rows, strict=True))
+        assert accepted(directory) == 1
 
 
 JSON_ROWS = [

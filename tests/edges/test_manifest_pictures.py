@@ -4,6 +4,7 @@ import base64
 import hashlib
 import io
 import os
+import pwd
 import struct
 import warnings
 import zlib
@@ -240,3 +241,48 @@ def test_the_folder_may_be_relative(tmp_path, monkeypatch) -> None:
     (tmp_path / "cat.png").write_bytes(picture())
     monkeypatch.chdir(tmp_path)
     assert one(Pictures(Path(), 100), "cat.png").image.path == tmp_path / "cat.png"
+
+
+# --- home folders ---
+
+
+@pytest.mark.parametrize("reference", ["~/sub/cat.png", "~/sub/../sub/cat.png", "file://~/sub/cat.png"])
+def test_a_tilde_is_the_users_home(tmp_path, pictures, monkeypatch, reference) -> None:
+    """As a shell expands it; also inside of a struct, and where the manifest's folder has one of that name."""
+    home = tmp_path / "home"
+    (home / "sub").mkdir(parents=True)
+    (home / "sub" / "cat.png").write_bytes(picture())
+    (tmp_path / "~" / "sub").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    for cell in (reference, {"bytes": None, "path": reference}):
+        assert one(pictures, cell).image.path == home / "sub" / "cat.png"
+    assert one(pictures, "./~/sub/cat.png").type == "file_not_found"
+
+
+def test_a_tilde_with_a_name_is_that_users_home(pictures, monkeypatch) -> None:
+    """As the system knows it, whatever HOME says."""
+    monkeypatch.setenv("HOME", "/nowhere")
+    user = pwd.getpwuid(os.geteuid())
+    answer = one(pictures, f"~{user.pw_name}/no such file.png")
+    assert answer.type == "file_not_found"
+    assert f"{Path(user.pw_dir) / 'no such file.png'}" in answer.message
+
+
+def test_an_unknown_user_is_a_bad_row_that_says_so(tmp_path, pictures) -> None:
+    """A name with a tilde that is there is that file, as it is for a shell."""
+    answer = one(pictures, "~no-such-user/cat.png")
+    assert answer.type == "file_not_found"
+    assert "'~no-such-user/cat.png': there is no user 'no-such-user'; write the whole path" in answer.message
+    (tmp_path / "~no-such-user").mkdir()
+    for name in ("~no-such-user/cat.png", "~cat.png", "cat~.png"):
+        (tmp_path / name).write_bytes(picture())
+        assert one(pictures, name).image.path == tmp_path / name
+    assert "manifest's folder" in one(pictures, "~dog.png").message
+
+
+def test_a_home_that_is_not_known_is_a_bad_row(pictures, monkeypatch) -> None:
+    """A container's user without an entry and without HOME."""
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: {}["none"])
+    answer = one(pictures, "~/cat.png")
+    assert (answer.type, "the home folder is not known" in answer.message) == ("file_not_found", True)

@@ -283,6 +283,16 @@ def test_part_of_a_batch_takes_its_own_rows():
     assert [s["label"] for s in said] == ["b"]
 
 
+def test_a_bad_row_shows_the_inputs_that_could_be_read():
+    """Beside the manifest's own columns; the others are null, and keep their type."""
+    problem = Problem(0, 2, "strength", "x", "float_parsing", "strength is 'x'")
+    kept = {name: value for name, value in INPUT.items() if name != "strength"}
+    said = table_of(batch_of([Planned(0, "base", None, problem, kept | {"strength": None})])).to_pylist()[0]
+    assert (said["status"], said["error_type"], said["job_key"]) == ("failed", "float_parsing", None)
+    shown = {name: said[name] for name in INPUT if name != "image_url"}
+    assert shown == {name: value for name, value in INPUT.items() if name != "image_url"} | {"strength": None}
+
+
 def test_rows_that_share_a_job_share_its_outcome():
     """Asked twice, paid once, shown twice."""
     one = job()

@@ -102,11 +102,27 @@ def test_each_problem_stands_under_where_it_comes_from(monkeypatch, toml):
     assert "unknown key output.foo" in said
 
 
+@pytest.mark.parametrize(("given", "character"), [("tab", "\t"), ("\\t", "\t"), ("\t", "\t"), (";", ";"), (" ", " ")])
+def test_a_separator_is_one_character_or_the_word_tab(given, character):
+    """A shell and a TOML literal can hardly write a tab."""
+    assert load_settings(None, {"manifest": {"separator": given}}).manifest.separator == character
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("limits = 3", ["limits = 3: it is a section, with the keys attempts, ", "submits_per_second, updates"]),
-        ("manifest = 'm.csv'", ["manifest = 'm.csv': it is a section, with the keys id, image, on_bad_row, prompt"]),
+        ("manifest = 'm.csv'", ["manifest = 'm.csv': it is a section, with the keys encoding, id, image, on_bad_row,"]),
+        (
+            "[manifest]\nencoding = 'latin-8'",
+            ["manifest.encoding = 'latin-8': unknown text encoding 'latin-8'; use one"],
+        ),
+        ("[manifest]\nencoding = 'rot13'", ["unknown text encoding 'rot13'"]),
+        ("[manifest]\nencoding = 'base64'", ["unknown text encoding 'base64'"]),
+        ("[manifest]\nencoding = ''", ["unknown text encoding ''"]),
+        ("[manifest]\nseparator = ';;'", ["manifest.separator = ';;': ';;' is not one character; use for example ';'"]),
+        ("[manifest]\nseparator = ''", ["'' is not one character"]),
+        ("[manifest]\nseparator = '\"'", ["'\"' is not one character"]),
         ("sweep = 3", ["sweep = 3: it is a section, with the keys acceleration, ", "seed, strength"]),
         ("[webhook]\nbind = '80'", ["webhook.bind = '80': '80' is no address; it is HOST:PORT like 0.0.0.0:8080"]),
         ("[webhook]\npublic_url = 'box'", ["'box' is no URL for callbacks; it is like https://box.example/hook"]),
@@ -234,6 +250,12 @@ IN_BOUNDS = [
     ("input.acceleration", ["none", "regular", "high"], ["warp"]),
     ("input.enable_safety_checker", [True, False], ["perhaps"]),
     ("manifest.on_bad_row", ["fail", "skip"], ["drop"]),
+    ("manifest.separator", [",", ";", "|", "\t", "tab"], ["", ";;", '"', "\n", "\0", 5]),
+    (
+        "manifest.encoding",
+        ["utf-8", "latin-1", "cp1252", "UTF-16", "utf_16_le", "utf-32", "big5", "shift_jis", "iso2022_jp", "cp037"],
+        ["", "latin-8", "hex", "base64", "zlib", "rot13", "undefined", "a\0b", "é", 8],
+    ),
     ("target.name", ["local", "fal", "http://box:8787", "https://box"], ["lokal", "ftp://box", "http://", "box:80"]),
     ("target.engine", ["preview", "echo"], ["oil"]),
     ("target.service_time", [0, "2s"], [-1, "soon"]),

@@ -12,7 +12,7 @@ from batch.config import Settings
 from batch.errors import ConfigError, ManifestError
 from batch.fal.endpoint import ImageToImageInput
 from batch.manifest.plan import Planned, Planner
-from batch.manifest.ports import Fault, Resolved, RowBatch
+from batch.manifest.ports import Fault, Half, Resolved, RowBatch
 from batch.manifest.survey import counted, render_problems, survey
 from batch.model import LocalImage
 from batch.run.budget import Price
@@ -237,6 +237,117 @@ def test_each_bad_cell_is_a_problem_and_the_first_is_the_rows() -> None:
         ("num_images=1", "image_url"),
         ("num_images=2", "image_url"),
     ]
+
+
+def known(columns, configuration=None):
+    """What is kept of the only row's inputs, and the keys that are null."""
+    (item,) = items(columns, configuration)
+    assert item.job is None
+    return item.known, {name for name, value in item.known.items() if value is None}
+
+
+FULL = {**ONE, "strength": ["0.5"], "num_inference_steps": ["20"], "seed": ["7"], "output_format": ["png"]}
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "null"),
+    [
+        ("strength", "high", {"strength"}),
+        ("strength", "2", {"strength"}),
+        ("num_inference_steps", "9", {"num_inference_steps"}),
+        ("seed", "-1", {"seed"}),
+        ("seed", "x", {"seed"}),
+        ("output_format", "PNG", {"output_format"}),
+        ("prompt", None, {"prompt"}),
+        ("prompt", "a\0b", {"prompt"}),
+        ("image_url", None, {"image_url"}),
+        ("sync_mode", "true", set()),
+    ],
+)
+def test_a_bad_row_keeps_every_input_that_could_be_read(column, value, null) -> None:
+    """Those of its other columns, of `[input]`, and the defaults; only what is wrong is null."""
+    found, nulls = known(FULL | {column: [value]}, {"input": {"guidance_scale": 5}})
+    assert nulls == null
+    good = {"prompt": "a fresco", "strength": 0.5, "num_inference_steps": 20, "seed": 7, "output_format": "png"}
+    good |= {"guidance_scale": 5.0, "num_images": 1, "acceleration": "none"}
+    assert {name: found[name] for name in good if name not in null} == {
+        name: value for name, value in good.items() if name not in null
+    }
+
+
+def test_a_bad_row_has_the_seed_that_it_will_have_when_it_is_corrected() -> None:
+    """Where all that the seed comes from could be read: image and prompt, or the id."""
+    (good,) = inputs(ONE)
+    assert known({**ONE, "strength": ["x"]})[0]["seed"] == good["seed"]
+    assert known({**ONE, "image_url": [None]})[0]["seed"] is None
+    assert known({**ONE, "prompt": [None]})[0]["seed"] is None
+    assert known({**ONE, "strength": ["x"], "seed": ["x"]})[0]["seed"] is None
+    with_id, named = {"manifest": {"id": "sku"}}, {**ONE, "sku": ["7"]}
+    (good,) = inputs(named, with_id)
+    assert known({**named, "image_url": [None]}, with_id)[0]["seed"] == good["seed"]
+    assert known({**named, "sku": [None]}, with_id)[0]["seed"] is None
+
+
+def test_each_cell_of_a_bad_row_has_its_own_inputs() -> None:
+    """What is swept is known whatever the row says."""
+    columns = {"image_url": [None], "prompt": ["p"], "seed": ["x"]}
+    found = items(columns, {"sweep": {"strength": [0.5, 1], "prompt": ["a", "b"]}})
+    assert [(item.cell, item.known["strength"], item.known["prompt"], item.known["seed"]) for item in found] == [
+        ("prompt=a,strength=0.5", 0.5, "a", None),
+        ("prompt=b,strength=0.5", 0.5, "b", None),
+        ("prompt=a,strength=1.0", 1.0, "a", None),
+        ("prompt=b,strength=1.0", 1.0, "b", None),
+    ]
+
+
+def test_a_bad_row_says_all_that_is_wrong_with_it() -> None:
+    """Under the type of the first; one sentence for each column."""
+    columns = {"image_url": [None], "prompt": [None], "strength": ["high"], "seed": ["x"]}
+    (item,) = items(columns)
+    assert item.problem.type == "missing"
+    assert item.problem.message == ". ".join(problem.message for problem in problems(columns))
+    for words in ("the cell is empty", "input.prompt", "strength is 'high'", "seed is 'x'"):
+        assert words in item.problem.message
+
+
+def test_text_with_half_a_character_is_no_input() -> None:
+    """U+FFFD in its place is nothing that somebody wrote; the other inputs are kept."""
+    frame = pl.DataFrame({"image_url": ["u://1"] * 2, "prompt": ["\ufffd", "p"], "style": ["s", "\ufffd"]})
+
+    class Halved(Table):
+        def batches(self, size: int = 4096) -> Iterator[RowBatch]:
+            halves = {0: Half("prompt", "\ud83d"), 1: Half("style", "\ud83d")}
+            yield RowBatch(0, self.frame, [2, 3], halves)
+
+    def prompts(configuration):
+        (batch,) = Planner(Halved(frame), Settings(**configuration), Shelf()).batches()
+        assert {item.problem.type for item in batch.items} == {"string_unicode"}
+        return [(item.known["prompt"], item.known["strength"]) for item in batch.items]
+
+    assert prompts({}) == [(None, 0.95), ("p", 0.95)]
+    assert prompts({"manifest": {"prompt": "{prompt} in {style}"}}) == [(None, 0.95), (None, 0.95)]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "type", "words"),
+    [
+        ("a\0b", "string_nul", ["prompt is 'a\\x00b'", "NUL"]),
+        ("x" * 10_000_000, "string_too_long", ["prompt has 10,000,000 characters", "at most 1,000,000"]),
+    ],
+)
+def test_a_prompt_that_no_service_takes_is_a_problem(prompt, type, words) -> None:  # noqa: A002
+    """From a column, a template or the settings; a long one that can be sent is sent."""
+    columns = {"image_url": ["u://1", "u://2"], "prompt": [prompt, "x" * 1_000_000]}
+    bad, good = items(columns)
+    assert (bad.problem.type, good.problem) == (type, None)
+    for word in words:
+        assert word in bad.problem.message
+    assert len(bad.problem.message) < 200
+    assert items(columns, {"manifest": {"prompt": "{prompt}"}})[0].problem.type == type
+    with pytest.raises(ConfigError, match=r"input\.prompt"):
+        planner(columns, {"input": {"prompt": prompt}})
+    with pytest.raises(ConfigError, match=r"sweep\.prompt"):
+        planner(columns, {"sweep": {"prompt": [prompt]}})
 
 
 def test_a_row_without_its_id_is_a_problem() -> None:
