@@ -5,10 +5,8 @@ Owns what a column means and which value wins; refuses to know where rows and pi
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from string import Formatter
 from typing import Any, NamedTuple
 
 import polars as pl
@@ -18,15 +16,16 @@ from batch.errors import ConfigError, ManifestError
 from batch.manifest.inputs import DEFAULTS, check_column, check_value, half_fault, shorten
 from batch.manifest.keys import derived_seed, job_key
 from batch.manifest.ports import Fault, PictureResolver, Resolved, RowBatch, Rows
+from batch.manifest.prompts import Prompts, kind_of, require_plain
 from batch.manifest.sweep import Cell, cells
 from batch.model import AppId, Job, JsonObject, Problem
 
 __all__ = ["Checked", "Planned", "PlannedBatch", "Planner"]
 
 _BATCH_JOBS = 4096
-_DEFAULT_PROMPT = "prompt"
+_BATCH_CHARACTERS = 2**24
+"""Of the prompts of a batch, as templates are written: one of 10,000 placeholders makes short batches."""
 _NO_SYNC = Fault("sync_mode", "sync_mode is refused: results are not kept; leave the cell empty")
-_NO_PROMPT = "the cell is empty; fill it, or set input.prompt for all rows"
 
 
 class Planned(NamedTuple):
@@ -62,8 +61,9 @@ class Planner:
     An input's value comes from, the last that there is winning: the endpoint's default, `[input]`, the manifest
     column of the same name (an empty cell falls back), the sweep. So where an input is swept, a column of its
     name is not even looked at. The prompt's column is what `manifest.prompt` names, or a template over columns
-    (`a {animal} as a wizard`, literal braces doubled); a missing part makes it fall back as a whole. In formats
-    with types an empty text is a prompt like any other; only null is missing.
+    (`a {animal} as a wizard`, literal braces doubled). `[input] prompt` and swept prompts are templates too. Where a
+    part is missing, a row or a cell falls back to `[input] prompt` as a whole. In formats with types an empty text is a
+    prompt like any other; only null is missing.
 
     Args:
         manifest: its rows.
@@ -72,7 +72,8 @@ class Planner:
 
     Raises:
         ManifestError: a column that the settings need is not there (the nearest is named), or of no use.
-        ConfigError: a template that is none, a value of `[input]` or `[sweep]` out of its bounds.
+        ConfigError: a template that is none; one of `[input]` or `[sweep]` that names no column (the nearest is named);
+            a value there out of its bounds.
     """
 
     def __init__(self, manifest: Rows, settings: Settings, pictures: PictureResolver) -> None:
@@ -82,12 +83,18 @@ class Planner:
         self._run_seed = settings.run_seed
         self.cells = cells(settings.sweep)
         swept = set(settings.sweep)
-        self._base = DEFAULTS | _given(settings)
-
         schema = manifest.schema
         self._image = _image_column(schema, settings.manifest.image)
-        self._prompt = None if "prompt" in swept else _prompt(schema, settings.manifest.prompt, self._base)
+        self._prompts = Prompts(
+            schema,
+            setting=settings.manifest.prompt,
+            default=settings.input.prompt,
+            swept=[str(cell.values["prompt"]) for cell in self.cells] if "prompt" in swept else None,
+        )
         self._prompt_name = settings.manifest.prompt
+        self._base = DEFAULTS | _given(settings)
+        if self._prompts.for_all is not None:
+            self._base["prompt"] = self._prompts.for_all
         self._id = _id_column(schema, settings.manifest.id)
         mapped = {"image_url", "prompt"}
         self._columns = tuple(name for name in DEFAULTS if name in schema and name not in swept | mapped)
@@ -110,7 +117,8 @@ class Planner:
         Raises:
             ManifestError: the manifest can no longer be read.
         """
-        for rows in self._manifest.batches(max(1, _BATCH_JOBS // len(self.cells))):
+        jobs = min(_BATCH_JOBS, _BATCH_CHARACTERS // max(1, self._prompts.longest))
+        for rows in self._manifest.batches(max(1, jobs // len(self.cells))):
             yield self._batch(rows)
 
     def _batch(self, rows: RowBatch) -> Checked:
@@ -119,26 +127,35 @@ class Planner:
             found.add(index, column, text, half_fault(column, text))
         pictures = self._resolved(frame, found)
         inputs: dict[str, list[Any]] = {"image_url": [picture and picture.token for picture in pictures]}
-        if self._prompt is not None:
-            inputs["prompt"] = self._prompts(frame, self._prompt, found)
+        prompts = self._prompts.of_rows(frame, found.add)
+        if prompts is not None:
+            inputs["prompt"] = self._checked("prompt", self._prompt_name, prompts, found)
         for name in self._columns:
             inputs[name] = self._values(name, _cells_of(frame[name], name), found)
         identities = self._identities(frame, found)
 
         items: list[Planned] = []
         bad = found.first()
+        swept: Sequence[list[str | Problem] | None]
+        swept = self._prompts.of_cells(frame, found.add) or (None,) * len(self.cells)
         by_row = zip(*inputs.values(), strict=True)
         for row, (picture, identity, values) in enumerate(zip(pictures, identities, by_row, strict=True), first_row):
             if picture is None or row in bad:
                 items += [Planned(row, cell.id, None, bad[row]) for cell in self.cells]
                 continue
             given = {**self._base, **dict(zip(inputs, values, strict=False))}  # as many as each other, a million times
-            for cell in self.cells:
-                items.append(Planned(row, cell.id, self._job(given, cell, identity, picture), None))
+            for cell, own in zip(self.cells, swept, strict=True):
+                prompt = None if own is None else own[row - first_row]
+                problem = prompt if isinstance(prompt, Problem) else None
+                job = None if isinstance(prompt, Problem) else self._job(given, cell, prompt, identity, picture)
+                items.append(Planned(row, cell.id, job, problem))
         return Checked(PlannedBatch(first_row, frame, items), found.ordered())
 
-    def _job(self, given: JsonObject, cell: Cell, identity: str | None, picture: Resolved) -> Job:
+    def _job(self, given: JsonObject, cell: Cell, prompt: str | None, identity: str | None, picture: Resolved) -> Job:
+        """The row's job in a cell; `prompt` is the cell's own, where prompts are swept."""
         complete = given | cell.values if cell.values else given
+        if prompt is not None:
+            complete["prompt"] = prompt
         if complete["seed"] is None:
             # Without an id a row is the picture that it shows and what is asked of it.
             who = f"id\n{identity}" if identity is not None else f"row\n{picture.token}\n{complete['prompt']}"
@@ -154,16 +171,6 @@ class Planner:
             if isinstance(answer, Fault):
                 found.add(index, self._image, references[index], answer)
         return [None if isinstance(answer, Fault) else answer for answer in answers]
-
-    def _prompts(self, frame: pl.DataFrame, expression: pl.Expr, found: _Problems) -> list[Any]:
-        fallback = self._base.get("prompt")
-        texts = frame.select(expression).to_series().to_list()
-        filled = [fallback if text is None else text for text in texts]
-        if None in filled:
-            for index in (index for index, text in enumerate(filled) if text is None):
-                found.add(index, self._prompt_name, None, Fault("missing", _NO_PROMPT))
-                filled[index] = ""
-        return self._checked("prompt", self._prompt_name, filled, found)
 
     def _values(self, name: str, cells_of_column: list[Any], found: _Problems) -> list[Any]:
         fallback = self._base[name]
@@ -196,11 +203,12 @@ class _Problems:
         self._rows = rows
         self._found: dict[int, list[Problem]] = {}
 
-    def add(self, index: int, column: str, value: object, fault: Fault) -> None:
+    def add(self, index: int, column: str, value: object, fault: Fault) -> Problem:
         line = self._rows.lines[index] if self._rows.lines is not None else None
         shown = shorten(value).encode("utf-8", "backslashreplace").decode()  # half a character cannot be printed
         problem = Problem(self._rows.first_row + index, line, column, shown, fault.type, fault.message)
         self._found.setdefault(index, []).append(problem)
+        return problem
 
     def first(self) -> dict[int, Problem]:
         """The first one of each bad row, by row."""
@@ -230,7 +238,7 @@ def _given(settings: Settings) -> JsonObject:
 
 
 def _image_column(schema: pl.Schema, name: str) -> str:
-    kind = _kind_of(schema, name, "manifest.image")
+    kind = kind_of(schema, name, "manifest.image")
     fields = {field.name for field in kind.fields} if isinstance(kind, pl.Struct) else set()
     text = kind in {pl.String, pl.Binary, pl.Null} or isinstance(kind, pl.Categorical | pl.Enum)
     if not text and not fields & {"bytes", "path"}:
@@ -243,51 +251,5 @@ def _image_column(schema: pl.Schema, name: str) -> str:
 
 def _id_column(schema: pl.Schema, name: str | None) -> str | None:
     if name is not None:
-        _plain(schema, name, "manifest.id")
+        require_plain(schema, name, "manifest.id")
     return name
-
-
-def _prompt(schema: pl.Schema, text: str, base: JsonObject) -> pl.Expr | None:
-    """Where a row's prompt comes from; None where it is the same for all rows."""
-    if text in schema:
-        return pl.col(text)
-    try:
-        parts = list(Formatter().parse(text))
-    except ValueError as error:
-        raise ConfigError(
-            f"manifest.prompt = {text!r} is no template ({error}); write {{{{ and }}}} for braces"
-        ) from error
-    if all(field is None for _, field, _, _ in parts):
-        # A default that nobody wrote may be absent; a column that somebody named may not.
-        if text == _DEFAULT_PROMPT and "prompt" in base:
-            return None
-        raise ManifestError(f"{_no_column(schema, text, 'manifest.prompt')}; input.prompt sets one prompt for all rows")
-    pieces: list[pl.Expr] = []
-    for literal, field, spec, conversion in parts:
-        pieces += [pl.lit(literal)] if literal else []
-        if field is None:
-            continue
-        if not field or spec or conversion:
-            raise ConfigError(f"manifest.prompt = {text!r}: braces hold a column's name and nothing else")
-        _plain(schema, field, "manifest.prompt")
-        pieces.append(pl.col(field).cast(pl.String))
-    return pl.concat_str(pieces)
-
-
-def _plain(schema: pl.Schema, name: str, key: str) -> None:
-    kind = _kind_of(schema, name, key)
-    if kind.is_nested() or kind == pl.Binary:
-        raise ManifestError(f"the column {name!r} holds {kind}; {key} needs one with text or numbers")
-
-
-def _kind_of(schema: pl.Schema, name: str, key: str) -> pl.DataType:
-    if name not in schema:
-        raise ManifestError(_no_column(schema, name, key))
-    return schema[name]
-
-
-def _no_column(schema: pl.Schema, name: str, key: str) -> str:
-    near = difflib.get_close_matches(name, schema.names(), 1, 0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
-    columns = ", ".join(schema.names())
-    return f"the manifest has no column {name!r} ({key}){hint} Its columns are: {columns}"
