@@ -26,6 +26,7 @@ import anyio.to_thread
 
 from batch.config import Settings, load_settings
 from batch.errors import ConfigError, RunDirectoryError, RunLocked
+from batch.fal.protocol import names_fal
 from batch.manifest.read import Manifest
 from batch.model import JsonObject
 from batch.projection import Projection, identity_of, require_apart, require_place
@@ -351,7 +352,7 @@ def _rate(file: JournalFile) -> float | None:
 
 def _export(directory: RunDirectory, to: str | Path | None, manifest: str | Path | None) -> Totals:
     directory.require()
-    settings = _settings_of(directory)
+    settings = _settings_of(directory, contacts_target=False)
     source = _manifest_of(directory, manifest)
     if to is not None:
         require_place(Path(to))
@@ -380,11 +381,24 @@ def _manifest_of(directory: RunDirectory, given: str | Path | None) -> str:
     return str(source)
 
 
-def _settings_of(directory: RunDirectory) -> Settings:
-    """The configuration that the run directory was last used with."""
+def _settings_of(directory: RunDirectory, *, contacts_target: bool = True) -> Settings:
+    """The configuration that the run directory was last used with.
+
+    Raises:
+        ConfigError: it is of another version; or the target is to be contacted, and is one that is refused by now.
+    """
     config = (directory.read_run() or {}).get("config")
     if not isinstance(config, dict):
         raise RunDirectoryError(f"{directory.run_file} holds no config; run the `restyle run` command once more")
+    target = config.get("target")
+    name = target.get("name") if isinstance(target, dict) else None
+    if isinstance(target, dict) and isinstance(name, str) and name != "fal" and names_fal(name):
+        if contacts_target:
+            raise ConfigError(
+                f"{directory.root} was made with one of fal's own hosts as a URL target, which is refused now;"
+                f" `restyle run MANIFEST -o {directory.root} --target fal` continues it and collects what is paid for"
+            )
+        config = {**config, "target": {**target, "name": "fal"}}
     try:
         return Settings.model_validate(config)
     except ValueError as error:

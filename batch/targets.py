@@ -139,6 +139,7 @@ def _check_updates(settings: Settings) -> None:
 def _terms_of(settings: Settings, price: Price | None) -> Terms:
     target, limits = settings.target, settings.limits
     rate = limits.submits_per_second
+    _require_not_fal(target.name)
     if target.name == "fal":
         if price is None:
             raise ConfigError(
@@ -158,6 +159,12 @@ def _terms_of(settings: Settings, price: Price | None) -> Terms:
         words = f"target: local, the embedded endpoint ({what}); {_local_cost(settings)}"
         return Terms("local", price, rate, start, 512, seconds, words, slots=_slots(target))
     return Terms(target.name, price, rate, 64, 1024, _FAL_SECONDS, f"target: {target.name} ({target.app}); {cost}")
+
+
+def _require_not_fal(name: str) -> None:
+    """Refuse a host of fal's as a URL also where settings were made without their checks: no price is known for it."""
+    if name != "fal" and protocol.names_fal(name):
+        raise ConfigError(f"target.name = {name!r} is one of fal's own hosts; use --target fal, which knows the price")
 
 
 def _slots(target: TargetSettings) -> int:
@@ -216,6 +223,7 @@ async def open_target(settings: Settings, endpoint_directory: Path, *, version: 
         ):
             yield Connection(client, idempotent=True, origins=origins)
     else:
+        _require_not_fal(target.name)
         origins = Origins.of_server(target.name)
         async with _client(settings, origins, version, key=True) as client:
             yield Connection(client, await _honours_keys(target.name), origins, _key())
@@ -256,6 +264,7 @@ async def open_platform(settings: Settings, *, version: str) -> AsyncIterator[Fa
         raise ConfigError(f"the embedded endpoint has no price list and sends no bills: it {_local_cost(settings)}")
     if name == "fal" and _key() is None:
         raise ConfigError("FAL_KEY is not set; export FAL_KEY=key_id:key_secret")
+    _require_not_fal(name)
     async with _client(settings, FAL if name == "fal" else Origins.of_server(name), version, key=True) as client:
         yield client
 
@@ -320,7 +329,10 @@ async def _honours_keys(url: str) -> bool:
     """Ask a server of unknown make; only one that says so is trusted to repeat a submit safely."""
     timeout = aiohttp.ClientTimeout(total=10)
     try:
-        async with aiohttp.ClientSession(timeout=timeout) as session, session.get(f"{url}/health") as answer:
+        async with (
+            aiohttp.ClientSession(timeout=timeout) as session,
+            session.get(f"{url}/health", allow_redirects=False) as answer,  # a redirect may lead to another service
+        ):
             said = orjson.loads(await answer.content.read(65536))
     except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
         return False
