@@ -36,7 +36,7 @@ from batch.run.directory import RunDirectory
 from batch.run.journal import open_journal
 from batch.run.journal_file import JournalFile
 from batch.run.lifecycle import State
-from batch.run.observe import Tally
+from batch.run.observe import Tally, pause_in
 from batch.run.ports import CallFailed, Counts, Observer
 from batch.session import Plan, Request, Summary, open_planner, run_session, survey_of
 from batch.targets import Terms, check_faults, open_target, terms_of
@@ -164,6 +164,8 @@ class Status:
     target: str
     manifest: str
     running: bool
+    paused_until: float | None = None
+    """Unix seconds; the run submits nothing until then, because the target asked for it or does not answer."""
 
     def to_json(self) -> JsonObject:
         """Plain JSON values."""
@@ -177,6 +179,7 @@ class Status:
             "target": self.target,
             "manifest": self.manifest,
             "running": self.running,
+            "paused_until": self.paused_until,
         }
 
 
@@ -328,13 +331,14 @@ def _status(directory: RunDirectory) -> Status:
         counts, rate = file.counts(), _rate(file)
     finally:
         file.close()
-    manifest = facts.get("manifest")
+    manifest, running = facts.get("manifest"), directory.is_locked()
     return Status(
         counts=counts,
         done_per_minute=rate,
         target=str(facts.get("target", "")),
         manifest=str(manifest.get("source", "")) if isinstance(manifest, dict) else "",
-        running=directory.is_locked(),
+        running=running,
+        paused_until=pause_in(directory.log, time.time()) if running else None,
     )
 
 

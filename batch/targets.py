@@ -280,7 +280,8 @@ async def live_price(settings: Settings, *, version: str, now: Callable[[], date
     async with open_platform(settings, version=version) as client:
         try:
             with anyio.fail_after(_PRICE_SECONDS):
-                usd, unit = await reading(client.price, Random(), stop=stop_after_attempt(_PRICE_READS))
+                stop = stop_after_attempt(_PRICE_READS)
+                usd, unit = await reading(client.price, Random(), stop=stop, now=lambda: now().timestamp())
         except (CallFailed, TimeoutError) as error:
             raise _unpriced(settings, error) from error
     if unit.lower() not in _MEGAPIXELS:

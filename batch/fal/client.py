@@ -14,6 +14,8 @@ import base64
 import binascii
 import contextlib
 import io
+from collections.abc import Awaitable, Callable
+from functools import partial
 from types import TracebackType
 from typing import Self
 from urllib.parse import urljoin
@@ -75,6 +77,7 @@ class FalClient:
         self._session: aiohttp.ClientSession | None = None
         self.webhook = ""
         """URL that each submit asks to be called at; empty: none."""
+        self.leave: Callable[[Attempt], Awaitable[None]] | None = None
         self._exchanging, self._transferring = _at_most(EXCHANGE_SECONDS), _at_most(TRANSFER_SECONDS, READ_TIMEOUT)
         self._proxies = _Proxies()
         # Waiting for a connection is not part of an exchange: here, not in aiohttp's pool, where it would be.
@@ -107,7 +110,8 @@ class FalClient:
     async def submit(self, attempt: Attempt) -> Ticket:
         """Send the POST that costs money, once."""
         call = protocol.submit_call(self._origins, self._app, attempt.body, attempt.idempotency_key, self.webhook)
-        reply = await self._exchange("submit", call)
+        leave = None if self.leave is None else partial(self.leave, attempt)
+        reply = await self._exchange("submit", call, leave=leave)
         with _reading("submit"):
             return protocol.read_ticket(reply)
 
@@ -193,9 +197,12 @@ class FalClient:
     def _ticket_call(self, ticket: Ticket, operation: Operation) -> Call:
         return protocol.ticket_call(self._origins, self._app, ticket, operation)
 
-    async def _exchange(self, phase: str, call: Call, *, key: bool = True) -> Reply:
+    async def _exchange(
+        self, phase: str, call: Call, *, key: bool = True, leave: Callable[[], Awaitable[None]] | None = None
+    ) -> Reply:
         limit_bytes = JSON_LIMIT_BYTES if phase in _LONG_ANSWERS else ANSWER_LIMIT_BYTES
-        return _successful(phase, self._without_key(await self._request(phase, call, limit_bytes, key=key)))
+        reply = await self._request(phase, call, limit_bytes, key=key, leave=leave)
+        return _successful(phase, self._without_key(reply))
 
     def _without_key(self, reply: Reply) -> Reply:
         """A service that echoes the key, in an error message say, does not bring it into our journal and log."""
@@ -204,15 +211,25 @@ class FalClient:
             return reply
         return Reply(reply.status, reply.body.replace(key, b"[key]"), reply.headers)
 
-    async def _request(self, phase: str, call: Call, limit_bytes: int, *, key: bool) -> Reply:
+    async def _request(
+        self,
+        phase: str,
+        call: Call,
+        limit_bytes: int,
+        *,
+        key: bool,
+        leave: Callable[[], Awaitable[None]] | None = None,
+    ) -> Reply:
+        """One exchange; `leave` is awaited when a connection is free, before anything is sent."""
         assert self._session is not None, "use `async with FalClient(...)`"
         headers = dict(call.headers)
         if key and self._key is not None and self._origins.own(call.url):
             headers["authorization"] = f"Key {self._key.get_secret_value()}"
         try:
-            async with (
-                self._free,
-                self._session.request(
+            async with self._free:
+                if leave is not None:
+                    await leave()
+                async with self._session.request(
                     call.method,
                     call.url,
                     headers=headers,
@@ -220,10 +237,9 @@ class FalClient:
                     allow_redirects=False,
                     proxy=self._proxies.of(call.url),
                     timeout=self._transferring if phase in _TRANSFERS else self._exchanging,
-                ) as response,
-            ):
-                body = await self._body(response, phase, limit_bytes)
-                return Reply(response.status, body, response.headers)
+                ) as response:
+                    body = await self._body(response, phase, limit_bytes)
+                    return Reply(response.status, body, response.headers)
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             raise CallFailed(trouble_of(phase, error)) from error
 

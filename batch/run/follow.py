@@ -140,7 +140,7 @@ class Follower:
             # A refusal says "not yet". Silence, or something else than an output, says that it is not to be asked so.
             self._in_two_steps = self._in_two_steps or error.trouble.reply is None
             if error.trouble.reply is not None:  # "not yet" may come with a wish for how long
-                await anyio.sleep(retry_after_of(error.trouble.reply) or 0.0)
+                await anyio.sleep(retry_after_of(error.trouble.reply, self._now()) or 0.0)
             return None
         self._times.came(in_time=True)
         self._was_read()
@@ -178,7 +178,7 @@ class Follower:
 
     async def _status(self, course: Course, ticket: Ticket) -> TicketStatus:
         try:
-            status = await reading(lambda: self._read(ticket), self._rng, notice=self._unread)
+            status = await reading(lambda: self._read(ticket), self._rng, notice=self._unread, now=self._now)
         except CallFailed as error:
             raise JobFailed(failure_of(error.trouble, judge(error.trouble))) from error
         self._was_read()
@@ -217,7 +217,7 @@ class Follower:
         """Seconds until the result is asked for again; raises where the fault is the job's own."""
         kind = kind_of(trouble)
         faults[kind] = faults.get(kind, 0) + 1
-        verdict = judge(trouble, seen=faults[kind])
+        verdict = judge(trouble, seen=faults[kind], now=self._now())
         if verdict.action is not Action.READ_AGAIN:
             raise JobFailed(failure_of(trouble, verdict), new_attempt=verdict.new_attempt)
         self._unread(verdict)

@@ -24,7 +24,7 @@ from batch.errors import StorageError
 from batch.model import Json
 from batch.run.ports import Observer
 
-__all__ = ["JsonLog", "PlainLines", "ProgressBar", "Several", "Tally"]
+__all__ = ["JsonLog", "PlainLines", "ProgressBar", "Several", "Tally", "pause_in"]
 
 
 class Several(Observer):
@@ -60,6 +60,8 @@ class Tally(Observer):
     errors: Counter[str] = field(default_factory=Counter)
     note: str = ""
     """The last thing that slows the run down: a pause, a refused key, a service that does not answer."""
+    paused_until: str = ""
+    """End of the pause that holds all submits, as ISO 8601 in UTC; empty where none does."""
 
     def expected(self, jobs: int, already_done: int) -> None:
         """Remember the totals."""
@@ -83,8 +85,11 @@ class Tally(Observer):
                 cost, total = facts.get("usd"), facts.get("total_usd")
                 if isinstance(cost, int | float) and isinstance(total, int | float):
                     self.spent_usd, self.spent_total_usd = float(cost), float(total)
+            case "resumed":
+                self.paused_until, self.note = "", "" if self.note.startswith("paused") else self.note
             case "paused" | "unreachable" | "stopping":
                 self.note = f"{action}: {facts.get('reason', '')}"
+                self.paused_until = str(facts.get("until", "")) if action == "paused" else self.paused_until
             case _:
                 pass
 
@@ -97,13 +102,18 @@ class Tally(Observer):
             earlier = self.spent_total_usd - self.spent_usd > 0.005
             in_all = f" (${self.spent_total_usd:,.2f} with earlier runs)" if earlier else ""
             parts.append(f"${self.spent_usd:,.2f} spent{in_all}")
-        return ", ".join(parts) + (f" ({self.note})" if self.note else "")
+        notes = [self.note] if self.note else []
+        if self.paused_until and not self.note.startswith("paused"):
+            notes.append(f"submits pause until {_clock_time(self.paused_until)}")
+        return ", ".join(parts) + (f" ({'; '.join(notes)})" if notes else "")
 
 
 class ProgressBar(Observer):
     """One tqdm bar on a terminal."""
 
     _SHOWN = frozenset({"done", "failed", "held", "paused", "stopping", "unreachable", "warning"})
+    _SILENT = frozenset({"pausing", "resumed"})
+    """Only the numbers beside the bar change."""
 
     def __init__(self, tally: Tally, stream: TextIO) -> None:
         self._tally, self._stream = tally, stream
@@ -122,7 +132,7 @@ class ProgressBar(Observer):
 
     def happened(self, action: str, **facts: Json) -> None:
         """Move it on for each job that ended; tqdm itself decides when to redraw."""
-        if self._bar is None or action not in self._SHOWN:
+        if self._bar is None or action not in self._SHOWN | self._SILENT:
             return
         tally = self._tally
         shown: dict[str, int | str] = {"failed": tally.failed, "in_flight": tally.in_flight}
@@ -130,7 +140,11 @@ class ProgressBar(Observer):
             shown["$"] = f"{tally.spent_usd:,.2f}"
             if tally.spent_total_usd - tally.spent_usd > 0.005:
                 shown["$ in all"] = f"{tally.spent_total_usd:,.2f}"
-        self._bar.set_postfix(shown, refresh=False)
+        if tally.paused_until:
+            shown["paused until"] = _clock_time(tally.paused_until)
+        self._bar.set_postfix(shown, refresh=action in self._SILENT)
+        if action in self._SILENT:
+            return
         if action in {"done", "failed", "held"}:
             self._bar.update(1)
         else:
@@ -178,6 +192,7 @@ class PlainLines(Observer):
                 "in_flight": tally.in_flight,
                 "spent_usd": round(tally.spent_usd, 4),
                 "spent_total_usd": round(tally.spent_total_usd, 4),
+                "paused_until": tally.paused_until or None,
             }
             text = orjson.dumps(line).decode()
         print(text, file=self._stream, flush=True)
@@ -191,7 +206,9 @@ class JsonLog(Observer):
     """
 
     FLUSH_SECONDS = 1.0
-    _LIVE = frozenset({"started", "ended", "spent"})
+    _LIVE = frozenset({"started", "ended", "pausing", "spent"})
+    _AT_ONCE = frozenset({"paused", "resumed"})
+    """Perhaps the last for an hour, and what `restyle status` looks for."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -223,7 +240,7 @@ class JsonLog(Observer):
         line = orjson.dumps({"at": _timestamp(), "action": action, **facts}, option=orjson.OPT_APPEND_NEWLINE)
         try:
             self._file.write(line)
-            if (now := time.monotonic()) - self._flushed_at > self.FLUSH_SECONDS:
+            if (now := time.monotonic()) - self._flushed_at > self.FLUSH_SECONDS or action in self._AT_ONCE:
                 self._file.flush()
                 self._flushed_at = now
         except OSError:  # a full disk stops the run through the journal, with a sentence
@@ -234,6 +251,45 @@ class JsonLog(Observer):
     def expected(self, jobs: int, already_done: int) -> None:
         """Append the totals."""
         self.happened("expected", jobs=jobs, already_done=already_done)
+
+
+_LOG_TAIL_BYTES = 4 * 2**20
+"""How far back a pause is looked for: some 20,000 jobs may have ended in it."""
+
+
+def pause_in(path: Path, now: float) -> float | None:
+    """The end, in Unix seconds, of the pause that a log says holds at `now`; None where none does.
+
+    True of a run that works; one that was killed leaves its last pause behind.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _LOG_TAIL_BYTES))
+            lines = file.read().splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        if not (b'"paused"' in line or b'"resumed"' in line or b'"session"' in line):
+            continue
+        until = _until_of(line)
+        if until is not None:
+            return until if until > now else None
+    return None
+
+
+def _until_of(line: bytes) -> float | None:
+    """The end of the pause that a line begins, 0 where it ends one; None where it is about something else."""
+    try:
+        said = orjson.loads(line)
+        if said["action"] in {"resumed", "session"}:
+            return 0.0
+        return datetime.fromisoformat(said["until"]).timestamp() if said["action"] == "paused" else None
+    except (ValueError, KeyError, TypeError):  # torn, or of an older version
+        return None
+
+
+def _clock_time(iso: str) -> str:
+    return f"{iso[11:19]} UTC"
 
 
 def _is_torn(path: Path) -> bool:

@@ -32,6 +32,7 @@ from batch.run.ports import (
     CallFailed,
     FailedForGood,
     Finished,
+    HeldBack,
     Hints,
     Images,
     Intended,
@@ -116,6 +117,7 @@ class Runner:
         self._reconciler = reconciler
         self._looked_up: Settled | None = None
         self._service, self._journal, self._observer = service, journal, observer
+        service.leave = gate.leave
         self._gate, self._policy, self._now, self._rng = gate, policy, now, rng
         self._underway: set[JobKey] = set()
         self._handled: set[JobKey] = set()
@@ -338,14 +340,20 @@ class Runner:
                     raise TurnedBack
                 await self._gate.turn(course)
                 await self._intend(course)
+            else:
+                await self._gate.repeat_turn()
             tries += 1
             try:
-                ticket = await self._service.submit(Attempt(course.key, course.attempt, course.body))
+                ticket = await self._service.submit(Attempt(course.key, course.attempt, course.body, doubtful))
+            except HeldBack as error:
+                if not doubtful:
+                    await self._not_sent(course, str(error))
+                continue
             except CallFailed as error:
-                verdict = judge(error.trouble)
+                verdict = judge(error.trouble, now=self._now())
                 doubtful = doubtful or verdict.action is Action.UNKNOWN
                 if doubtful:
-                    await self._doubt(course, verdict, tries)
+                    await self._doubt(course, error.trouble, verdict, tries)
                 else:
                     await self._turned_away(course, error.trouble, verdict)
                 continue
@@ -363,25 +371,36 @@ class Runner:
         )
         course.state = State.INTENDED
 
+    async def _not_sent(self, course: Course, reason: str) -> None:
+        """Take the intent back: the same attempt is to be sent later, or in another run."""
+        await self._journal.record(Refused(course.key, self._now(), reason))
+        course.state = State.PENDING
+        self._gate.settle(course, 0.0)
+
     async def _turned_away(self, course: Course, trouble: Trouble, verdict: Verdict) -> None:
         """A submit that was certainly not accepted: the job failed, the run stops, or it is sent again later."""
         if verdict.action is Action.JOB_FAILED:
             raise JobFailed(failure_of(trouble, verdict), new_attempt=verdict.new_attempt)
-        await self._journal.record(Refused(course.key, self._now(), verdict.reason))
-        course.state = State.PENDING
-        self._gate.settle(course, 0.0)
+        if verdict.action is Action.SUBMIT_AGAIN:  # before anything is waited for: others are about to be sent
+            self._pause(trouble, verdict)
+        await self._not_sent(course, verdict.reason)
         if verdict.action is Action.SUBMIT_AGAIN:
-            self._gate.turned_away(verdict, trouble.detail, throttled=trouble.reply is not None)
             return
         words = failure_of(trouble, verdict).message
         self._gate.stop(Stop.ACCOUNT if verdict.action is Action.STOP_ACCOUNT else Stop.TARGET, words)
         raise TurnedBack
 
-    async def _doubt(self, course: Course, verdict: Verdict, tries: int) -> None:
+    def _pause(self, trouble: Trouble, verdict: Verdict) -> None:
+        throttled = trouble.reply is not None and trouble.reply.status == 429
+        self._gate.turned_away(verdict, trouble.detail, throttled=throttled, now=self._now())
+
+    async def _doubt(self, course: Course, trouble: Trouble, verdict: Verdict, tries: int) -> None:
         """A submit of unknown outcome: repeat it under the same key where that is safe, else hold it."""
+        if verdict.action is Action.SUBMIT_AGAIN or verdict.retry_after is not None:
+            self._pause(trouble, verdict)
         if self._policy.idempotent and verdict.action in {Action.UNKNOWN, Action.SUBMIT_AGAIN}:
             self._gate.notice("unreachable", f"{verdict.reason}; asking again under the same idempotency key")
-            await anyio.sleep((verdict.retry_after or 0.0) + backoff(tries, self._rng))
+            await anyio.sleep(backoff(tries, self._rng))
             return
         if verdict.action is Action.STOP_ACCOUNT:
             self._gate.stop(Stop.ACCOUNT, verdict.reason)
