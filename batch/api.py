@@ -26,6 +26,7 @@ import anyio.to_thread
 from batch.blocking import Call
 from batch.config import Settings, load_settings
 from batch.errors import ConfigError, RunDirectoryError, RunLocked
+from batch.fal.protocol import names_fal
 from batch.manifest.plan import dialect_of
 from batch.manifest.read import Manifest
 from batch.model import JsonObject
@@ -37,7 +38,7 @@ from batch.run.directory import RunDirectory
 from batch.run.journal import open_journal
 from batch.run.journal_file import JournalFile
 from batch.run.lifecycle import State
-from batch.run.observe import Tally
+from batch.run.observe import Tally, pause_in
 from batch.run.ports import CallFailed, Counts, Observer
 from batch.run.waits import Overview
 from batch.session import Plan, Request, Summary, open_planner, run_session, survey_of
@@ -170,6 +171,8 @@ class Status:
     """What open jobs wait for, as the run wrote it down; None where no run works here, or nothing waits yet."""
     waits_age_seconds: float = 0.0
     """How long ago that was."""
+    paused_until: float | None = None
+    """Unix seconds; the run submits nothing until then, because the target asked for it or does not answer."""
 
     def to_json(self) -> JsonObject:
         """Plain JSON values."""
@@ -186,6 +189,7 @@ class Status:
             "waits": None
             if self.waits is None
             else {**self.waits.to_json(), "age_seconds": round(self.waits_age_seconds, 1)},
+            "paused_until": self.paused_until,
         }
 
 
@@ -358,6 +362,7 @@ def _status(directory: RunDirectory) -> Status:
         running=running,
         waits=waits,
         waits_age_seconds=waits_age,
+        paused_until=pause_in(directory.log, time.time()) if running else None,
     )
 
 
@@ -385,7 +390,7 @@ def _rate(file: JournalFile) -> float | None:
 
 def _export(directory: RunDirectory, to: str | Path | None, manifest: str | Path | None) -> Totals:
     directory.require()
-    settings = _settings_of(directory)
+    settings = _settings_of(directory, contacts_target=False)
     source = _manifest_of(directory, manifest)
     to = None if to is None else Path(at_home(to))
     if to is not None:
@@ -415,11 +420,24 @@ def _manifest_of(directory: RunDirectory, given: str | Path | None) -> str:
     return str(source)
 
 
-def _settings_of(directory: RunDirectory) -> Settings:
-    """The configuration that the run directory was last used with."""
+def _settings_of(directory: RunDirectory, *, contacts_target: bool = True) -> Settings:
+    """The configuration that the run directory was last used with.
+
+    Raises:
+        ConfigError: it is of another version; or the target is to be contacted, and is one that is refused by now.
+    """
     config = (directory.read_run() or {}).get("config")
     if not isinstance(config, dict):
         raise RunDirectoryError(f"{directory.run_file} holds no config; run the `restyle run` command once more")
+    target = config.get("target")
+    name = target.get("name") if isinstance(target, dict) else None
+    if isinstance(target, dict) and isinstance(name, str) and name != "fal" and names_fal(name):
+        if contacts_target:
+            raise ConfigError(
+                f"{directory.root} was made with one of fal's own hosts as a URL target, which is refused now;"
+                f" `restyle run MANIFEST -o {directory.root} --target fal` continues it and collects what is paid for"
+            )
+        config = {**config, "target": {**target, "name": "fal"}}
     try:
         return Settings.model_validate(config)
     except ValueError as error:

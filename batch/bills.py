@@ -6,6 +6,7 @@ target that sends none) is a sentence, no error.
 
 from __future__ import annotations
 
+import time
 from functools import partial
 from random import Random
 
@@ -63,7 +64,7 @@ async def _gather_span(client: FalClient, scratch: Scratch, start: float, end: f
     while True:
         read = partial(client.billing, start, end, cursor)
         with anyio.fail_after(_BILL_PAGE_SECONDS):
-            page = await reading(read, Random(), stop=stop_after_attempt(_BILL_READS))
+            page = await reading(read, Random(), stop=stop_after_attempt(_BILL_READS), now=time.time)
         bills = [(bill.request_id, bill.at, bill.units, bill.usd) for bill in page.bills]
         await anyio.to_thread.run_sync(scratch.add_bills, bills)
         cursor = page.next_cursor

@@ -177,6 +177,8 @@ def status(run_dir: RunDir, /, *, json: Json = False) -> int:
         _print(f"{'reserved':<12}{'$' + format(counts.reserved_usd, ',.2f'):>12}")
     if found.done_per_minute is not None:
         _print(f"{'rate':<12}{found.done_per_minute:>12,.1f} jobs a minute")
+    if found.paused_until is not None:
+        _print(f"submits pause {screen.ahead(found.paused_until)}")
     if counts.oldest_open_at is not None:
         _print(f"{'oldest open':<12}{screen.age(counts.oldest_open_at):>12}")
     if found.waits is not None:

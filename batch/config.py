@@ -37,6 +37,7 @@ from pydantic_settings import (
 )
 
 from batch.errors import ConfigError
+from batch.fal import protocol
 from batch.fal.endpoint import APP_ID, ImageToImageInput
 from batch.fal.protocol import TAG_PAIRS, TAGS_BYTES, checked_tag
 from batch.model import AppId
@@ -60,6 +61,8 @@ __all__ = [
 _UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(ms|s|m|h|d)?\s*")
 _TABS = {"tab": "\t", "\\t": "\t"}
+_PASSWORD = re.compile(r"(?<=//)[^\s'\"]*@")
+"""The part of a URL that may hold one."""
 _NO_WINDOW = "{!r} is no window; it is auto, auto:LOW-HIGH like auto:16-512, or a number from 1 on"
 _ENVIRONMENT_PREFIX = "RESTYLE_"
 _REFUSED = {
@@ -237,9 +240,21 @@ class TargetSettings(_Section):
     @field_validator("name")
     @classmethod
     def _known(cls, value: str) -> str:
-        if value in {"local", "fal"} or re.match(r"https?://[^/]", value):
-            return value.rstrip("/")
-        raise ValueError(f"{value!r} is no target; it is local, fal, or a URL like http://gpu-box:8787")
+        if value in {"local", "fal"}:
+            return value
+        if protocol.names_fal(value):
+            raise ValueError(
+                "this is one of fal's own hosts; use --target fal (target.name = 'fal'), which knows the price and asks"
+                " before money is spent"
+            )
+        if not re.match(r"https?://[^/]", value):
+            raise ValueError(f"{value!r} is no target; it is local, fal, or a URL like http://gpu-box:8787")
+        if protocol.origin_of(value) == ("", "", 0):
+            raise ValueError(
+                "not an unambiguous URL: remove user name, spaces and backslashes, like http://gpu-box:8787"
+                " (the key comes from FAL_KEY)"
+            )
+        return value.rstrip("/")
 
 
 class LimitSettings(_Section):
@@ -462,6 +477,7 @@ def _explain(error: ValidationError, source: str, flags: Mapping[str, Any], envi
             line = refused or f"unknown key {key}{_nearest(key, _known_keys())}"
         else:
             line = f"{key} = {problem['input']!r}: {_said(problem['type'], place, problem['msg'])}"
+            line = _PASSWORD.sub("***@", line)
         origin = "the configuration" if given else source
         if variable is not None:
             origin = f"the environment variable {variable}"

@@ -151,6 +151,8 @@ class Attempt:
     number: int
     """From 1. A repeat of a submit whose outcome is unknown keeps its number, hence its idempotency key."""
     body: bytes = field(repr=False)
+    repeat: bool = field(default=False, compare=False)
+    """Whether an earlier POST of it may have arrived."""
 
     @property
     def idempotency_key(self) -> str:

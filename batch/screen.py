@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 
 import orjson
 
@@ -18,7 +19,7 @@ from batch.manifest.survey import Survey, counted, render_note, render_problems
 from batch.run.observe import PlainLines, ProgressBar, Tally
 from batch.run.ports import Observer
 
-__all__ = ["age", "announce", "conclude", "confirmed", "display_for"]
+__all__ = ["age", "ahead", "announce", "conclude", "confirmed", "display_for"]
 
 _MESSAGE_SHOWN = 160
 """Characters of an example's message."""
@@ -144,6 +145,12 @@ def _commonest(errors: Mapping[str, int]) -> str:
     words = ", ".join(f"{count:,} {name}" for name, count in named)
     kinds, rows = len(errors) - len(named), sum(errors.values()) - sum(count for _, count in named)
     return words + (f" and {counted(kinds, 'other kind')} ({counted(rows, 'row')})" if kinds else "")
+
+
+def ahead(at: float) -> str:
+    """Until when something lasts."""
+    minutes, seconds = divmod(max(0, round(at - time.time())), 60)
+    return f"until {datetime.fromtimestamp(at, UTC):%H:%M:%S} UTC, for another {minutes} min {seconds} s"
 
 
 def age(at: float) -> str:

@@ -320,7 +320,6 @@ async def _carried_out(
                 hints=hints,
                 reconciler=_reconciler(target, journal, observer, rng),
             )
-            target.client.may_submit = runner.may_submit
             jobs = _no_jobs() if request.collect_only else _jobs(projection.planner)
             with loading_sink(), signals.stopping(runner):
                 async with _showing_waits(runner, observer, directory):

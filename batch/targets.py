@@ -140,6 +140,7 @@ def _check_updates(settings: Settings) -> None:
 def _terms_of(settings: Settings, price: Price | None) -> Terms:
     target, limits = settings.target, settings.limits
     rate = limits.submits_per_second
+    _require_not_fal(target.name)
     if target.name == "fal":
         if price is None:
             raise ConfigError(
@@ -159,6 +160,12 @@ def _terms_of(settings: Settings, price: Price | None) -> Terms:
         words = f"target: local, the embedded endpoint ({what}); {_local_cost(settings)}"
         return Terms("local", price, rate, start, 512, seconds, words, slots=_slots(target))
     return Terms(target.name, price, rate, 64, 1024, _FAL_SECONDS, f"target: {target.name} ({target.app}); {cost}")
+
+
+def _require_not_fal(name: str) -> None:
+    """Refuse a host of fal's as a URL also where settings were made without their checks: no price is known for it."""
+    if name != "fal" and protocol.names_fal(name):
+        raise ConfigError(f"target.name = {name!r} is one of fal's own hosts; use --target fal, which knows the price")
 
 
 def _slots(target: TargetSettings) -> int:
@@ -239,6 +246,7 @@ async def open_target(
             said = _OURS if target.faults is None else await _health(endpoint.url)
             yield _connection(target, client, origins, said, None)
     else:
+        _require_not_fal(target.name)
         origins = Origins.of_server(target.name)
         async with _client(settings, origins, version, key=True, run_name=run_name) as client:
             yield _connection(target, client, origins, await _health(target.name), _key())
@@ -296,6 +304,7 @@ async def open_platform(settings: Settings, *, version: str) -> AsyncIterator[Fa
         raise ConfigError(f"the embedded endpoint has no price list and sends no bills: it {_local_cost(settings)}")
     if name == "fal" and _key() is None:
         raise ConfigError("FAL_KEY is not set; export FAL_KEY=key_id:key_secret")
+    _require_not_fal(name)
     async with _client(settings, FAL if name == "fal" else Origins.of_server(name), version, key=True) as client:
         yield client
 
@@ -311,7 +320,8 @@ async def live_price(settings: Settings, *, version: str, now: Callable[[], date
     async with open_platform(settings, version=version) as client:
         try:
             with anyio.fail_after(_PRICE_SECONDS):
-                usd, unit = await reading(client.price, Random(), stop=stop_after_attempt(_PRICE_READS))
+                stop = stop_after_attempt(_PRICE_READS)
+                usd, unit = await reading(client.price, Random(), stop=stop, now=lambda: now().timestamp())
         except (CallFailed, TimeoutError) as error:
             raise _unpriced(settings, error) from error
     if unit.lower() not in _MEGAPIXELS:
@@ -387,7 +397,10 @@ async def _health(url: str) -> _Health:
     """Ask a server of unknown make; only what it says is relied on."""
     timeout = aiohttp.ClientTimeout(total=10)
     try:
-        async with aiohttp.ClientSession(timeout=timeout) as session, session.get(f"{url}/health") as answer:
+        async with (
+            aiohttp.ClientSession(timeout=timeout) as session,
+            session.get(f"{url}/health", allow_redirects=False) as answer,  # a redirect may lead to another service
+        ):
             said = orjson.loads(await answer.content.read(65536))
     except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
         said = {}

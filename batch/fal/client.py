@@ -14,8 +14,9 @@ import base64
 import binascii
 import contextlib
 import io
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Self
 from urllib.parse import urljoin
@@ -91,8 +92,7 @@ class FalClient:
         self._session: aiohttp.ClientSession | None = None
         self.webhook = ""
         """URL that each submit asks to be called at; empty: none."""
-        self.may_submit: Callable[[], bool] = lambda: True
-        """Asked once more when a submit has waited for its connection; False: it is not sent."""
+        self.leave: Callable[[Attempt], Awaitable[None]] | None = None
         self._exchanging, self._transferring = _at_most(EXCHANGE_SECONDS), _at_most(TRANSFER_SECONDS, READ_TIMEOUT)
         self._proxies = _Proxies()
         # Waiting for a connection is not part of an exchange: here, not in aiohttp's pool, where it would be.
@@ -129,7 +129,8 @@ class FalClient:
         call = protocol.submit_call(
             self._origins, self._app, attempt.body, attempt.idempotency_key, self.webhook, options
         )
-        reply = await self._exchange("submit", call)
+        leave = None if self.leave is None else partial(self.leave, attempt)
+        reply = await self._exchange("submit", call, leave=leave)
         with _reading("submit"):
             return protocol.read_ticket(reply)
 
@@ -222,14 +223,18 @@ class FalClient:
                 raise CallFailed(Trouble(phase, "redirect", detail=str(refused))) from refused
         raise CallFailed(Trouble(phase, "redirect", detail=f"more than {REDIRECTS} redirects in a row"))
 
-    async def _exchange(self, phase: str, call: Call, *, key: bool = True) -> Reply:
-        return _successful(phase, await self._answered(phase, call, key=key))
+    async def _exchange(
+        self, phase: str, call: Call, *, key: bool = True, leave: Callable[[], Awaitable[None]] | None = None
+    ) -> Reply:
+        return _successful(phase, await self._answered(phase, call, key=key, leave=leave))
 
-    async def _answered(self, phase: str, call: Call, *, key: bool) -> Reply:
+    async def _answered(
+        self, phase: str, call: Call, *, key: bool, leave: Callable[[], Awaitable[None]] | None = None
+    ) -> Reply:
         limit_bytes = JSON_LIMIT_BYTES if phase in _LONG_ANSWERS else ANSWER_LIMIT_BYTES
         if phase == "result":  # it may carry its images itself
             limit_bytes = max(limit_bytes, self._download_limit_bytes)
-        return self._without_key(await self._request(phase, call, limit_bytes, key=key))
+        return self._without_key(await self._request(phase, call, limit_bytes, key=key, leave=leave))
 
     def _without_key(self, reply: Reply) -> Reply:
         """A service that echoes the key, in an error message say, does not bring it into our journal and log."""
@@ -238,15 +243,24 @@ class FalClient:
             return reply
         return Reply(reply.status, reply.body.replace(key, b"[key]"), reply.headers)
 
-    async def _request(self, phase: str, call: Call, limit_bytes: int, *, key: bool) -> Reply:
+    async def _request(
+        self,
+        phase: str,
+        call: Call,
+        limit_bytes: int,
+        *,
+        key: bool,
+        leave: Callable[[], Awaitable[None]] | None = None,
+    ) -> Reply:
+        """One exchange; `leave` is awaited when a connection is free, before anything is sent."""
         assert self._session is not None, "use `async with FalClient(...)`"
         headers = dict(call.headers)
         if key and self._key is not None and self._origins.own(call.url):
             headers["authorization"] = f"Key {self._key.get_secret_value()}"
         try:
             async with self._free:
-                if phase == "submit" and not self.may_submit():
-                    raise CallFailed(Trouble(phase, "withheld", sent=False, detail="the run stops"))
+                if leave is not None:
+                    await leave()
                 async with self._session.request(
                     call.method,
                     call.url,

@@ -12,13 +12,14 @@ import ipaddress
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeGuard
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import quote, unquote, urljoin, urlsplit
 
 import orjson
 
@@ -56,6 +57,7 @@ __all__ = [
     "json_reply",
     "lifetime_in",
     "model_error_reply",
+    "names_fal",
     "names_idempotency_key",
     "names_webhook",
     "option_headers",
@@ -157,6 +159,12 @@ FAL = Origins(
     platform="https://api.fal.ai/v1",
 )
 
+_FAL_DOMAINS = ("fal.run", "fal.ai", "fal.media", "fal.dev", "falrun.com")
+"""Everything at or below them is fal's: queue, direct calls, storage, platform, files, tokens, web sockets."""
+_IGNORED = re.compile("[\\s\\x00-\\x20\\u034f\\u115f\\u1160\\u180b-\\u180f\\u3164\\ufe00-\\ufe0f]+")
+"""Characters that some readers of URLs pass over, besides those of Unicode's category Cf."""
+_DECODINGS = 3
+"""A host may be percent-encoded more than once."""
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _UNAMBIGUOUS = re.compile(r"https?://[^/?#@\\\s\x00-\x20]+([/?#][^\\\s\x00-\x20]*)?", re.IGNORECASE)
 
@@ -185,6 +193,31 @@ def origin_of(url: str) -> tuple[str, str, int]:
     if parts.scheme not in _DEFAULT_PORTS or not parts.hostname:
         return ("", "", 0)
     return (parts.scheme, parts.hostname, port or _DEFAULT_PORTS[parts.scheme])
+
+
+def names_fal(url: str) -> bool:
+    """Whether some reader of URLs may take the host of `url` for one of fal's; the scheme may be missing.
+
+    Judged with caution: in any case and encoding, in the spellings that become the same name (full-width letters,
+    ideographic full stops, trailing dots, invisible characters), before and after a user name. A path does not count.
+    """
+    spellings = [url]
+    for _ in range(_DECODINGS):
+        spellings.append(unquote(spellings[-1]))
+    return any(map(_names_fal, spellings))
+
+
+def _names_fal(url: str) -> bool:
+    plain = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", url).casefold()).replace("\u3002", ".")
+    plain = "".join(c for c in _IGNORED.sub("", plain) if unicodedata.category(c) != "Cf")
+    rest = re.sub(r"^(https?:[/\\]*|([a-z][a-z0-9+.-]*:)?[/\\]+)", "", plain)
+    authorities = (re.split(r"[/?#]", rest, maxsplit=1)[0], re.split(r"[/?#\\]", rest, maxsplit=1)[0])
+    hosts = {part for authority in authorities for part in re.split(r"[@\\]", authority)}
+    return any(_is_fal(re.sub(r":\d*$", "", host).strip(".")) for host in hosts)
+
+
+def _is_fal(host: str) -> bool:
+    return host.endswith(tuple(f".{domain}" for domain in _FAL_DOMAINS)) or host in _FAL_DOMAINS
 
 
 # --- paths ------------------------------------------------------------------------------------------------

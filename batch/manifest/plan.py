@@ -5,10 +5,8 @@ Owns what a column means and which value wins; refuses to know where rows and pi
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from string import Formatter
 from typing import Any, NamedTuple
 
 import polars as pl
@@ -19,16 +17,17 @@ from batch.manifest.formats import Dialect
 from batch.manifest.inputs import DEFAULTS, check_column, check_value, half_fault, shorten
 from batch.manifest.keys import derived_seed, job_key
 from batch.manifest.ports import Fault, PictureResolver, Resolved, RowBatch, Rows
+from batch.manifest.prompts import Prompts, kind_of, placeholders, require_plain
 from batch.manifest.sweep import Cell, cells
 from batch.model import AppId, Job, Json, JsonObject, Problem
 
 __all__ = ["Checked", "Planned", "PlannedBatch", "Planner", "dialect_of"]
 
 _BATCH_JOBS = 4096
-_DEFAULT_PROMPT = "prompt"
+_BATCH_CHARACTERS = 2**24
+"""Of the prompts of a batch, as templates are written: one of 10,000 placeholders makes short batches."""
 _NOTHING: JsonObject = {}
 _NO_SYNC = Fault("sync_mode", "sync_mode is refused: results are not kept; leave the cell empty")
-_NO_PROMPT = "the cell is empty; fill it, or set input.prompt for all rows"
 
 
 class Planned(NamedTuple):
@@ -67,8 +66,9 @@ class Planner:
     An input's value comes from, the last that there is winning: the endpoint's default, `[input]`, the manifest
     column of the same name (an empty cell falls back), the sweep. So where an input is swept, a column of its
     name is not even looked at. The prompt's column is what `manifest.prompt` names, or a template over columns
-    (`a {animal} as a wizard`, literal braces doubled); a missing part makes it fall back as a whole. In formats
-    with types an empty text is a prompt like any other; only null is missing.
+    (`a {animal} as a wizard`, literal braces doubled). `[input] prompt` and swept prompts are templates too. Where a
+    part is missing, a row or a cell falls back to `[input] prompt` as a whole. In formats with types an empty text is a
+    prompt like any other; only null is missing.
 
     Args:
         manifest: its rows.
@@ -77,7 +77,8 @@ class Planner:
 
     Raises:
         ManifestError: a column that the settings need is not there (the nearest is named), or of no use.
-        ConfigError: a template that is none, a value of `[input]` or `[sweep]` out of its bounds.
+        ConfigError: a template that is none; one of `[input]` or `[sweep]` that names no column (the nearest is named);
+            a value there out of its bounds.
     """
 
     def __init__(self, manifest: Rows, settings: Settings, pictures: PictureResolver) -> None:
@@ -87,13 +88,18 @@ class Planner:
         self._run_seed = settings.run_seed
         self.cells = cells(settings.sweep)
         swept = set(settings.sweep)
-        self._base = DEFAULTS | _given(settings)
-
         schema = manifest.schema
         self._image = _image_column(schema, settings.manifest.image)
-        self._prompt = None if "prompt" in swept else _prompt(schema, settings.manifest.prompt, self._base)
+        self._prompts = Prompts(
+            schema,
+            setting=settings.manifest.prompt,
+            default=settings.input.prompt,
+            swept=[str(cell.values["prompt"]) for cell in self.cells] if "prompt" in swept else None,
+        )
         self._prompt_name = settings.manifest.prompt
-        self._prompt_columns = frozenset(() if self._prompt is None else self._prompt.meta.root_names())
+        self._base = DEFAULTS | _given(settings)
+        if self._prompts.for_all is not None:
+            self._base["prompt"] = self._prompts.for_all
         self._id = _id_column(schema, settings.manifest.id)
         mapped = {"image_url", "prompt"}
         self._columns = tuple(name for name in DEFAULTS if name in schema and name not in swept | mapped)
@@ -116,37 +122,54 @@ class Planner:
         Raises:
             ManifestError: the manifest can no longer be read.
         """
-        for rows in self._manifest.batches(max(1, _BATCH_JOBS // len(self.cells))):
+        jobs = min(_BATCH_JOBS, _BATCH_CHARACTERS // max(1, self._prompts.longest))
+        for rows in self._manifest.batches(max(1, jobs // len(self.cells))):
             yield self._batch(rows)
 
     def _batch(self, rows: RowBatch) -> Checked:
         first_row, frame, found = rows.first_row, rows.frame, _Problems(rows)
         for index, (column, text) in rows.halves.items():
             found.add(index, column, text, half_fault(column, text))
-        halved = {index for index, half in rows.halves.items() if half.column in self._prompt_columns}
+        halved = {index for index, half in rows.halves.items() if half.column in self._prompts.columns}
         pictures = self._resolved(frame, found)
         inputs: dict[str, list[Any]] = {"image_url": [picture and picture.token for picture in pictures]}
-        if self._prompt is not None:
-            prompts = self._prompts(frame, self._prompt, found)
-            inputs["prompt"] = [None if i in halved else p for i, p in enumerate(prompts)] if halved else prompts
+        gaps: set[int] = set()
+
+        def note(index: int, column: str, value: object, fault: Fault) -> Problem:
+            gaps.add(index)
+            return found.add(index, column, value, fault)
+
+        prompts = self._prompts.of_rows(frame, note)
+        if prompts is not None:
+            checked = self._checked("prompt", self._prompt_name, prompts, found)
+            missing = gaps | halved
+            inputs["prompt"] = [None if i in missing else p for i, p in enumerate(checked)] if missing else checked
         for name in self._columns:
             inputs[name] = self._values(name, _cells_of(frame[name], name), found)
         identities = self._identities(frame, found)
 
         items: list[Planned] = []
         bad = found.by_row()
+        swept = self._swept_prompts(frame, found) or (None,) * len(self.cells)
         by_row = zip(*inputs.values(), strict=True)
         for row, (picture, identity, values) in enumerate(zip(pictures, identities, by_row, strict=True), first_row):
             given = {**self._base, **dict(zip(inputs, values, strict=False))}  # as many as each other, a million times
+            own = [None if prompts is None else prompts[row - first_row] for prompts in swept]
             if picture is None or row in bad:
-                items += self._bad(row, bad[row], given, identity, picture)
+                items += self._bad(row, bad[row], given, identity, picture, own)
                 continue
-            for cell in self.cells:
-                items.append(Planned(row, cell.id, self._job(given, cell, identity, picture), None))
+            for cell, prompt in zip(self.cells, own, strict=True):
+                if isinstance(prompt, Problem):
+                    items += self._bad(row, [prompt], given, identity, picture, [prompt], cells=(cell,))
+                else:
+                    items.append(Planned(row, cell.id, self._job(given, cell, prompt, identity, picture), None))
         return Checked(PlannedBatch(first_row, frame, items), found.ordered())
 
-    def _job(self, given: JsonObject, cell: Cell, identity: str | None, picture: Resolved) -> Job:
+    def _job(self, given: JsonObject, cell: Cell, prompt: str | None, identity: str | None, picture: Resolved) -> Job:
+        """The row's job in a cell; `prompt` is the cell's own, where prompts are swept."""
         complete = given | cell.values if cell.values else given
+        if prompt is not None:
+            complete["prompt"] = prompt
         if complete["seed"] is None:
             complete["seed"] = self._derived(cell, identity, picture.token, complete["prompt"])
         return Job(job_key(self._app, complete), complete, picture.image, picture.megapixels)
@@ -157,16 +180,38 @@ class Planner:
         return derived_seed(self._run_seed, who, cell.id)
 
     def _bad(
-        self, row: int, problems: list[Problem], given: JsonObject, identity: str | None, picture: Resolved | None
+        self,
+        row: int,
+        problems: list[Problem],
+        given: JsonObject,
+        identity: str | None,
+        picture: Resolved | None,
+        prompts: Sequence[str | Problem | None],
+        cells: Sequence[Cell] | None = None,
     ) -> Iterator[Planned]:
+        """What is known of a row that cannot work, in each cell; `prompts` are the cells' own, where they are swept."""
         problem, columns = _together(problems), {problem.column for problem in problems}
-        for cell in self.cells:
+        for cell, prompt in zip(self.cells if cells is None else cells, prompts, strict=True):
             known = given | cell.values
+            if "prompt" in cell.values:
+                known["prompt"] = prompt if isinstance(prompt, str) else None
             has_identity = picture is not None and known.get("prompt") is not None if self._id is None else identity
             if known["seed"] is None and has_identity and not columns & {"seed", self._id}:
                 token = "" if picture is None else picture.token
                 known["seed"] = self._derived(cell, identity, token, known.get("prompt"))
             yield Planned(row, cell.id, None, problem, known)
+
+    def _swept_prompts(self, frame: pl.DataFrame, found: _Problems) -> list[list[str | Problem]] | None:
+        """For each cell the prompt of each row, or what is wrong with it; None where prompts are not swept."""
+        cells_prompts = self._prompts.of_cells(frame, found.add)
+        if cells_prompts is None:
+            return None
+        for prompts in {id(prompts): prompts for prompts in cells_prompts}.values():
+            texts = ["" if isinstance(prompt, Problem) else prompt for prompt in prompts]
+            _, faults = check_column("prompt", texts, self._prompt_name)
+            for index, fault in faults.items():
+                prompts[index] = found.add(index, self._prompt_name, texts[index], fault)
+        return cells_prompts
 
     # --- columns: each gives one value a row, None where it noted a problem ---
 
@@ -177,19 +222,6 @@ class Planner:
             if isinstance(answer, Fault):
                 found.add(index, self._image, references[index], answer)
         return [None if isinstance(answer, Fault) else answer for answer in answers]
-
-    def _prompts(self, frame: pl.DataFrame, expression: pl.Expr, found: _Problems) -> list[Any]:
-        fallback = self._base.get("prompt")
-        texts = frame.select(expression).to_series().to_list()
-        filled = [fallback if text is None else text for text in texts]
-        missing = [index for index, text in enumerate(filled) if text is None] if None in filled else []
-        for index in missing:
-            found.add(index, self._prompt_name, None, Fault("missing", _NO_PROMPT))
-            filled[index] = ""
-        checked = self._checked("prompt", self._prompt_name, filled, found)
-        for index in missing:
-            checked[index] = None
-        return checked
 
     def _values(self, name: str, cells_of_column: list[Any], found: _Problems) -> list[Any]:
         fallback = self._base[name]
@@ -222,11 +254,12 @@ class _Problems:
         self._rows = rows
         self._found: dict[int, list[Problem]] = {}
 
-    def add(self, index: int, column: str, value: object, fault: Fault) -> None:
+    def add(self, index: int, column: str, value: object, fault: Fault) -> Problem:
         line = self._rows.lines[index] if self._rows.lines is not None else None
         shown = shorten(value).encode("utf-8", "backslashreplace").decode()  # half a character cannot be printed
         problem = Problem(self._rows.first_row + index, line, column, shown, fault.type, fault.message)
         self._found.setdefault(index, []).append(problem)
+        return problem
 
     def by_row(self) -> dict[int, list[Problem]]:
         """Those of each bad row."""
@@ -255,10 +288,7 @@ def _cells_of(column: pl.Series, name: str) -> list[Any]:
 def dialect_of(settings: Settings) -> Dialect:
     """What the settings say about the text of a manifest; its header has to name the columns that they need."""
     mapped = settings.manifest
-    try:
-        parts = {field for _, field, _, _ in Formatter().parse(mapped.prompt) if field}
-    except ValueError:  # no template: the planner says so
-        parts = set()
+    parts = placeholders(mapped.prompt)
     named = {mapped.image, mapped.prompt, *parts} | ({mapped.id} if mapped.id else set())
     return Dialect(mapped.separator, mapped.encoding, frozenset(named))
 
@@ -274,7 +304,7 @@ def _given(settings: Settings) -> JsonObject:
 
 
 def _image_column(schema: pl.Schema, name: str) -> str:
-    kind = _kind_of(schema, name, "manifest.image")
+    kind = kind_of(schema, name, "manifest.image")
     fields = {field.name for field in kind.fields} if isinstance(kind, pl.Struct) else set()
     text = kind in {pl.String, pl.Binary, pl.Null} or isinstance(kind, pl.Categorical | pl.Enum)
     if not text and not fields & {"bytes", "path"}:
@@ -287,51 +317,5 @@ def _image_column(schema: pl.Schema, name: str) -> str:
 
 def _id_column(schema: pl.Schema, name: str | None) -> str | None:
     if name is not None:
-        _plain(schema, name, "manifest.id")
+        require_plain(schema, name, "manifest.id")
     return name
-
-
-def _prompt(schema: pl.Schema, text: str, base: JsonObject) -> pl.Expr | None:
-    """Where a row's prompt comes from; None where it is the same for all rows."""
-    if text in schema:
-        return pl.col(text)
-    try:
-        parts = list(Formatter().parse(text))
-    except ValueError as error:
-        raise ConfigError(
-            f"manifest.prompt = {text!r} is no template ({error}); write {{{{ and }}}} for braces"
-        ) from error
-    if all(field is None for _, field, _, _ in parts):
-        # A default that nobody wrote may be absent; a column that somebody named may not.
-        if text == _DEFAULT_PROMPT and "prompt" in base:
-            return None
-        raise ManifestError(f"{_no_column(schema, text, 'manifest.prompt')}; input.prompt sets one prompt for all rows")
-    pieces: list[pl.Expr] = []
-    for literal, field, spec, conversion in parts:
-        pieces += [pl.lit(literal)] if literal else []
-        if field is None:
-            continue
-        if not field or spec or conversion:
-            raise ConfigError(f"manifest.prompt = {text!r}: braces hold a column's name and nothing else")
-        _plain(schema, field, "manifest.prompt")
-        pieces.append(pl.col(field).cast(pl.String))
-    return pl.concat_str(pieces)
-
-
-def _plain(schema: pl.Schema, name: str, key: str) -> None:
-    kind = _kind_of(schema, name, key)
-    if kind.is_nested() or kind == pl.Binary:
-        raise ManifestError(f"the column {name!r} holds {kind}; {key} needs one with text or numbers")
-
-
-def _kind_of(schema: pl.Schema, name: str, key: str) -> pl.DataType:
-    if name not in schema:
-        raise ManifestError(_no_column(schema, name, key))
-    return schema[name]
-
-
-def _no_column(schema: pl.Schema, name: str, key: str) -> str:
-    near = difflib.get_close_matches(name, schema.names(), 1, 0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
-    columns = ", ".join(schema.names())
-    return f"the manifest has no column {name!r} ({key}){hint} Its columns are: {columns}"

@@ -33,7 +33,7 @@ class Survey:
 
     rows: int
     bad_rows: int
-    """Rows that cannot become a job."""
+    """Rows that cannot become a job, or not in every cell."""
     cells: int
     jobs: int
     """Distinct ones, finished ones included."""

@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 
 from batch.config import Settings
 from batch.errors import RunDirectoryError, RunLocked, StorageError
+from batch.fal import protocol
 from batch.model import Json, JsonObject
 
 __all__ = ["RunDirectory", "write_whole"]
@@ -282,7 +283,10 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def _kind(target: Json) -> Json:
-    return target if target in {"local", "fal"} else "a URL"
+    """Local, fal or a URL. Runs of version 0.1 may have named a host of fal's by its URL: they go on as fal's."""
+    if target in {"local", "fal"}:
+        return target
+    return "fal" if isinstance(target, str) and protocol.names_fal(target) else "a URL"
 
 
 def _part(config: JsonObject, name: str) -> JsonObject:

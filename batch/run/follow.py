@@ -205,7 +205,7 @@ class Follower:
             # A refusal says "not yet". Silence, or something else than an output, says that it is not to be asked so.
             self._in_two_steps = self._in_two_steps or error.trouble.reply is None
             if error.trouble.reply is not None:  # "not yet" may come with a wish for how long
-                await anyio.sleep(retry_after_of(error.trouble.reply) or 0.0)
+                await anyio.sleep(retry_after_of(error.trouble.reply, self._now()) or 0.0)
             return None
         self._times.came(in_time=True)
         self._was_read()
@@ -254,7 +254,7 @@ class Follower:
                 self._unread(verdict)
 
             try:
-                status = await reading(lambda: self._read(course, ticket), self._rng, notice=unread)
+                status = await reading(lambda: self._read(course, ticket), self._rng, notice=unread, now=self._now)
             except CallFailed as error:
                 verdict = final(error.trouble)
                 raise JobFailed(failure_of(error.trouble, verdict), collectable=verdict.collectable) from error
@@ -338,7 +338,7 @@ class Follower:
         unread = self._last_fault.get(course.key) if status is None else None
         if (status is not None and status.state is None) or (unread is not None and concerns_request(unread)):
             self._judged(course, trouble, faults, overdue=unread is not None)
-        wish = retry_after_of(trouble.reply) if trouble.reply is not None else None
+        wish = retry_after_of(trouble.reply, self._now()) if trouble.reply is not None else None
         return wish if unread is None else (wish or 0.0) + backoff(faults.total, self._rng)
 
     def _judged(
@@ -350,7 +350,7 @@ class Follower:
             JobFailed: the fault is the job's own.
         """
         seen, lasted = faults.add(kind_of(trouble), self._age(course))
-        verdict = judge(trouble, seen=seen, overdue=overdue or lasted >= self._times.patience)
+        verdict = judge(trouble, seen=seen, overdue=overdue or lasted >= self._times.patience, now=self._now())
         if verdict.action is not Action.READ_AGAIN:
             raise JobFailed(
                 failure_of(trouble, verdict),

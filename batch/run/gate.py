@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from enum import StrEnum
 from random import Random
 
 import anyio
 import orjson
 
+from batch.model import Attempt
 from batch.run.budget import Budget, Price
 from batch.run.course import Course, TurnedBack
 from batch.run.pacing import Pauses, TokenBucket, Window, WindowChange
-from batch.run.ports import Observer
+from batch.run.ports import HeldBack, Observer
 from batch.run.retry import Verdict
 
 __all__ = ["Gate", "Stop", "Stopping"]
@@ -26,6 +28,10 @@ _BEYOND_WINDOW = 32
 """Jobs that may still fetch their pictures while the window is already given to others."""
 _NOTICE_EVERY = 30.0
 """Seconds between two notices to a person: one dead network is a thousand equal faults."""
+_LEAVING_SECONDS = 1.0
+"""The longest that a submit waits when its intent is durable and its connection is free. Those that a slow disk lets
+through all together go back into the line: they shall neither leave together, nor hold connections, nor be unknown
+after a crash."""
 
 
 class Stop(StrEnum):
@@ -40,6 +46,10 @@ class Stop(StrEnum):
     ACCOUNT = "account refused"
     TARGET = "no such endpoint"
     STORAGE = "storage"
+
+
+_BOUNDED = frozenset({Stop.SIGNAL, Stop.CANCELLED, Stop.DEADLINE, Stop.STORAGE})
+"""Stops that wait only `Policy.drain` for what is in flight; the others collect all that is paid for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +74,18 @@ class Gate:
         rng: Random,
     ) -> None:
         """`price` None: nothing costs anything. `submits` None: no rate limit."""
-        self._window, self._budget, self._price, self._submits = window, budget, price, submits
+        self._window, self._budget, self._price = window, budget, price
+        self._submits = submits
+        self._leaving = None if submits is None else submits.another()
+        self._line = anyio.Lock(fast_acquire=True)
         self._observer, self._pauses = observer, Pauses(rng)
+        self._said_until = -math.inf
+        self._is_pause_said = False
+        self._shown_at = -math.inf
         self._stopping: Stopping | None = None
         self._stop_called = anyio.Event()
+        self.hurried = False
+        """Whether somebody stopped the run and waits for its end, whatever had stopped it before."""
         self._moved = anyio.Event()
         self._reserving: set[str] = set()
         self._spent_before = budget.spent
@@ -88,6 +106,11 @@ class Gate:
             self._observer.happened("stopping", reason=f"{reason}: {meanwhile}" if meanwhile else reason)
             self._stop_called.set()
             self._wake()
+
+    @property
+    def ends_soon(self) -> bool:
+        """Whether the run waits only a bounded time for what is in flight: then nothing is repeated either."""
+        return self.hurried or (self._stopping is not None and self._stopping.why in _BOUNDED)
 
     async def stopped(self) -> None:
         """Wait until a stop is called."""
@@ -129,25 +152,59 @@ class Gate:
     # --- a turn --------------------------------------------------------------------------------------------
 
     async def turn(self, course: Course) -> None:
-        """Wait until this submit may be sent: no pause, a token, money.
+        """Wait until this submit may be prepared: money, then no pause and a permit of the rate.
+
+        What is prepared may wait for a disk and for a connection; `leave` looks at pause and rate again.
 
         Raises:
             TurnedBack: the run is stopping.
         """
-        while self._pauses.begun and (left := self._pauses.left(anyio.current_time())):
-            await self._sleep(left)
-        if self._submits is not None and (wait := self._submits.reserve(anyio.current_time())):
-            await self._sleep(wait)
-        if self._price is not None and not course.reserved_usd:
+        reserved = course.reserved_usd
+        if self._price is not None and not reserved:
             await self._reserve(course, self._price)
-        self._turn_back_if_stopping()
+        try:
+            await self._permitted(stops=True)
+        except TurnedBack:
+            if not reserved:
+                self._free(course)
+            raise
 
-    def turned_away(self, verdict: Verdict, detail: str, *, throttled: bool) -> None:
-        """A submit was certainly not accepted: pause all of them for a while."""
+    async def repeat_turn(self) -> None:
+        """The same for a submit that may have arrived before, and that a stop does not hold back: it has its money."""
+        await self._permitted(stops=False)
+
+    async def leave(self, attempt: Attempt) -> None:
+        """The last look before a submit's first byte; all that it waited for since its turn is there.
+
+        Raises:
+            HeldBack: submits pause, too many want to leave at once, or the run is stopping and this is no repeat.
+        """
+        self._hold_back(attempt)
+        if self._leaving is None:
+            return
+        if self._leaving.wait(anyio.current_time()) > _LEAVING_SECONDS:
+            raise HeldBack("too many submits were ready at once")
+        if wait := self._leaving.reserve(anyio.current_time()):
+            await self._doze(wait, stops=not attempt.repeat)
+            self._hold_back(attempt)
+
+    def turned_away(self, verdict: Verdict, detail: str, *, throttled: bool, now: float | None = None) -> None:
+        """The service wants no submits for now: pause all of them. `now` in Unix seconds, to say until when."""
         if throttled:
             self._changed(self._window.throttled(anyio.current_time()))
         pause = self._pauses.begin(anyio.current_time(), verdict.retry_after)
-        self.notice("paused", f"{verdict.reason} ({detail}); submits pause for {pause:.1f} s")
+        until = anyio.current_time() + pause
+        if until <= self._said_until + _NOTICE_EVERY:
+            return
+        self._said_until, self._is_pause_said = until, True
+        words = f"{verdict.reason} ({detail}); submits pause for {pause:.1f} s"
+        if now is None:
+            self._observer.happened("paused", reason=words)
+            return
+        at = datetime.fromtimestamp(now + pause, UTC)
+        self._observer.happened(
+            "paused", reason=f"{words}, until {at:%H:%M:%S} UTC", until=at.isoformat(timespec="seconds")
+        )
 
     def accepted(self) -> None:
         """A submit was accepted."""
@@ -176,6 +233,54 @@ class Gate:
 
     # --- inside --------------------------------------------------------------------------------------------
 
+    async def _permitted(self, *, stops: bool) -> None:
+        """Wait for the end of every pause and for a permit, the one or the other first.
+
+        Raises:
+            TurnedBack: the run is stopping, and `stops`.
+        """
+        if self._submits is None or self._leaving is None:
+            await self._unpaused(stops=stops)
+            return
+        async with self._line:  # one after the other: no permit is taken long before it is used
+            while True:
+                await self._unpaused(stops=stops)
+                now = anyio.current_time()
+                wait = max(self._submits.reserve(now), self._leaving.wait(now))
+                if wait:
+                    await self._doze(wait, stops=stops)
+                if not self._pauses.left(anyio.current_time()):
+                    break
+        self._turn_back_if_stopping(stops=stops)
+
+    async def _unpaused(self, *, stops: bool) -> None:
+        while True:
+            self._turn_back_if_stopping(stops=stops)
+            now = anyio.current_time()
+            left = self._pauses.left(now) if self._pauses.begun else 0.0
+            if not left:
+                break
+            if now - self._shown_at >= _NOTICE_EVERY:  # so that a display does not fall silent
+                self._shown_at = now
+                self._observer.happened("pausing")
+            await self._doze(min(left, _NOTICE_EVERY), stops=stops)
+        if self._is_pause_said:
+            self._is_pause_said = False
+            self._observer.happened("resumed")
+
+    def _hold_back(self, attempt: Attempt) -> None:
+        if self.ends_soon or (self._stopping is not None and not attempt.repeat):
+            raise HeldBack("the run is stopping")
+        if self._pauses.begun and self._pauses.left(anyio.current_time()):
+            raise HeldBack("submits pause")
+
+    def _free(self, course: Course) -> None:
+        """The money of a job that was not submitted."""
+        self._budget.settle(course.reserved_usd, 0.0)
+        course.reserved_usd = 0.0
+        self._reserving.discard(course.key)
+        self._wake()
+
     async def _reserve(self, course: Course, price: Price) -> None:
         usd = _cost_ahead(course, price)
         while not self._budget.fits(usd):
@@ -203,14 +308,17 @@ class Gate:
     def _wake(self) -> None:
         self._moved.set()
 
-    def _turn_back_if_stopping(self) -> None:
-        if self._stopping is not None:
+    def _turn_back_if_stopping(self, *, stops: bool = True) -> None:
+        if self._stopping is not None and stops:
             raise TurnedBack
 
-    async def _sleep(self, seconds: float) -> None:
+    async def _doze(self, seconds: float, *, stops: bool) -> None:
+        """Sleep, where a stop may end it only until that is called."""
+        if not stops:
+            await anyio.sleep(seconds)
+            return
         with anyio.move_on_after(seconds):
             await self._stop_called.wait()
-        self._turn_back_if_stopping()
 
 
 def _cost_ahead(course: Course, price: Price) -> float:

@@ -25,7 +25,7 @@ from batch.model import Json
 from batch.run.ports import Observer
 from batch.run.waits import Overview
 
-__all__ = ["JsonLog", "PlainLines", "ProgressBar", "Several", "Tally"]
+__all__ = ["JsonLog", "PlainLines", "ProgressBar", "Several", "Tally", "pause_in"]
 
 
 class Several(Observer):
@@ -63,6 +63,8 @@ class Tally(Observer):
     """The last thing that slows the run down: a pause, a refused key, a service that does not answer."""
     waits: Overview = field(default_factory=lambda: Overview({}))
     """What open jobs wait for, as of a few seconds ago."""
+    paused_until: str = ""
+    """End of the pause that holds all submits, as ISO 8601 in UTC; empty where none does."""
 
     def expected(self, jobs: int, already_done: int) -> None:
         """Remember the totals."""
@@ -86,8 +88,12 @@ class Tally(Observer):
                 cost, total = facts.get("usd"), facts.get("total_usd")
                 if isinstance(cost, int | float) and isinstance(total, int | float):
                     self.spent_usd, self.spent_total_usd = float(cost), float(total)
+            case "resumed":
+                self.paused_until, self.note = "", "" if self.note.startswith("paused") else self.note
             case "paused" | "unreachable" | "stopping":
                 self.note = f"{action}: {facts.get('reason', '')}"
+                if action == "paused":
+                    self.paused_until = str(facts.get("until", ""))
             case "waiting":
                 self.waits = Overview.of_json(facts)
             case _:
@@ -104,6 +110,8 @@ class Tally(Observer):
             parts.append(f"${self.spent_usd:,.2f} spent{in_all}")
         waits = self.waits.sentence()
         notes = [*([f"waiting: {waits}"] if waits else []), *([self.note] if self.note else [])]
+        if self.paused_until and not self.note.startswith("paused"):
+            notes.append(f"submits pause until {_clock_time(self.paused_until)}")
         return ", ".join(parts) + (f" ({'; '.join(notes)})" if notes else "")
 
 
@@ -111,6 +119,8 @@ class ProgressBar(Observer):
     """One tqdm bar on a terminal."""
 
     _SHOWN = frozenset({"done", "failed", "held", "paused", "stopping", "unreachable", "waiting", "warning"})
+    _SILENT = frozenset({"pausing", "resumed"})
+    """Only the numbers beside the bar change."""
 
     def __init__(self, tally: Tally, stream: TextIO) -> None:
         self._tally, self._stream = tally, stream
@@ -130,7 +140,7 @@ class ProgressBar(Observer):
 
     def happened(self, action: str, **facts: Json) -> None:
         """Move it on for each job that ended; tqdm itself decides when to redraw."""
-        if self._bar is None or action not in self._SHOWN:
+        if self._bar is None or action not in self._SHOWN | self._SILENT:
             return
         tally = self._tally
         shown: dict[str, int | str] = {"failed": tally.failed, "in_flight": tally.in_flight}
@@ -141,7 +151,12 @@ class ProgressBar(Observer):
         before, self._waits = self._waits, tally.waits.brief()
         if self._waits:
             shown["waiting"] = self._waits
-        self._bar.set_postfix(shown, refresh=action == "waiting" and self._waits != before)
+        if tally.paused_until:
+            shown["paused until"] = _clock_time(tally.paused_until)
+        changed = action == "waiting" and self._waits != before
+        self._bar.set_postfix(shown, refresh=changed or action in self._SILENT)
+        if action in self._SILENT:
+            return
         if action in {"done", "failed", "held"}:
             self._bar.update(1)
         elif action == "waiting":
@@ -192,6 +207,7 @@ class PlainLines(Observer):
                 "spent_usd": round(tally.spent_usd, 4),
                 "spent_total_usd": round(tally.spent_total_usd, 4),
                 "waits": tally.waits.to_json() if tally.waits.stages else None,
+                "paused_until": tally.paused_until or None,
             }
             text = orjson.dumps(line).decode()
         print(text, file=self._stream, flush=True)
@@ -205,7 +221,9 @@ class JsonLog(Observer):
     """
 
     FLUSH_SECONDS = 1.0
-    _LIVE = frozenset({"started", "ended", "spent", "waiting"})
+    _LIVE = frozenset({"started", "ended", "pausing", "spent", "waiting"})
+    _AT_ONCE = frozenset({"paused", "resumed"})
+    """Perhaps the last for an hour, and what `restyle status` looks for."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -237,7 +255,7 @@ class JsonLog(Observer):
         line = orjson.dumps({"at": _timestamp(), "action": action, **facts}, option=orjson.OPT_APPEND_NEWLINE)
         try:
             self._file.write(line)
-            if (now := time.monotonic()) - self._flushed_at > self.FLUSH_SECONDS:
+            if (now := time.monotonic()) - self._flushed_at > self.FLUSH_SECONDS or action in self._AT_ONCE:
                 self._file.flush()
                 self._flushed_at = now
         except OSError:  # a full disk stops the run through the journal, with a sentence
@@ -248,6 +266,45 @@ class JsonLog(Observer):
     def expected(self, jobs: int, already_done: int) -> None:
         """Append the totals."""
         self.happened("expected", jobs=jobs, already_done=already_done)
+
+
+_LOG_TAIL_BYTES = 4 * 2**20
+"""How far back a pause is looked for: some 20,000 jobs may have ended in it."""
+
+
+def pause_in(path: Path, now: float) -> float | None:
+    """The end, in Unix seconds, of the pause that a log says holds at `now`; None where none does.
+
+    True of a run that works; one that was killed leaves its last pause behind.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _LOG_TAIL_BYTES))
+            lines = file.read().splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        if not (b'"paused"' in line or b'"resumed"' in line or b'"session"' in line):
+            continue
+        until = _until_of(line)
+        if until is not None:
+            return until if until > now else None
+    return None
+
+
+def _until_of(line: bytes) -> float | None:
+    """The end of the pause that a line begins, 0 where it ends one; None where it is about something else."""
+    try:
+        said = orjson.loads(line)
+        if said["action"] in {"resumed", "session"}:
+            return 0.0
+        return datetime.fromisoformat(said["until"]).timestamp() if said["action"] == "paused" else None
+    except (ValueError, KeyError, TypeError):  # torn, or of an older version
+        return None
+
+
+def _clock_time(iso: str) -> str:
+    return f"{iso[11:19]} UTC"
 
 
 def _is_torn(path: Path) -> bool:

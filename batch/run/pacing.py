@@ -25,11 +25,20 @@ class TokenBucket:
         self._rate, self._burst = rate, burst
         self._free_at = float("-inf")
 
+    def another(self) -> TokenBucket:
+        """A full bucket of the same rate and burst."""
+        return TokenBucket(self._rate, self._burst)
+
     def reserve(self, now: float) -> float:
         """Take one permit; the seconds to wait until it is valid (0.0 where there is one now)."""
+        wait = self.wait(now)
         # `_free_at` is the moment at which the bucket would hold exactly `burst` tokens again.
         self._free_at = max(self._free_at, now) + 1.0 / self._rate
-        return max(0.0, self._free_at - self._burst / self._rate - now)
+        return wait
+
+    def wait(self, now: float) -> float:
+        """The seconds that a permit taken now would have to wait; none is taken."""
+        return max(0.0, max(self._free_at, now) + 1.0 / self._rate - self._burst / self._rate - now)
 
 
 class Pauses:

@@ -6,7 +6,7 @@ in, the tests plug in the fakes of `batch.testing`. All instants are Unix second
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Collection, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, TypeAlias
 
@@ -34,6 +34,7 @@ __all__ = [
     "Event",
     "FailedForGood",
     "Finished",
+    "HeldBack",
     "Hints",
     "Images",
     "Intended",
@@ -318,11 +319,22 @@ class CallFailed(Exception):
         self.trouble = trouble
 
 
+class HeldBack(Exception):
+    """A submit was not sent: submits pause, or the run is stopping."""
+
+
 class Service(Protocol):
     """The target's queue API. Each method is one exchange: no retries inside. All raise `CallFailed`."""
 
+    leave: Callable[[Attempt], Awaitable[None]] | None
+    """Awaited before the first byte of each submit, when nothing else is left to wait for; may raise `HeldBack`."""
+
     async def submit(self, attempt: Attempt) -> Ticket:
-        """The POST that costs money."""
+        """The POST that costs money.
+
+        Raises:
+            HeldBack: `leave` did; nothing was sent.
+        """
 
     async def status(self, ticket: Ticket) -> TicketStatus:
         """One status read."""

@@ -377,7 +377,7 @@ class Reconciler:
 
         try:
             with anyio.fail_after(_PAGE_SECONDS):
-                return await reading(read, self._rng, stop=stop_after_attempt(_READS))
+                return await reading(read, self._rng, stop=stop_after_attempt(_READS), now=self._now)
         except TimeoutError as error:
             raise _Unreadable from error
         except CallFailed as error:

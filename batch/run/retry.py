@@ -10,6 +10,8 @@ import math
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from datetime import UTC
+from email.utils import parsedate_to_datetime
 from enum import StrEnum
 from random import Random
 from typing import TypeVar
@@ -139,6 +141,8 @@ _OUTPUT_WORDS = {"malformed": "malformed_output", "oversize": "malformed_output"
 _OFTEN = max(_CONFIRMATIONS, _NOT_FOUND_LIMIT, _MALFORMED_LIMIT, _HOPELESS_LIMIT)
 _WORD_LIMIT = 100
 """Characters of an error type: it is counted by, and printed."""
+_LONGEST_WAIT = 3600.0
+"""Seconds. Who asks for more is asked again after so many: a hostile or broken header stops no run for a week."""
 _COUNTED_CAP = 2.0
 """Longest pause between reads that are counted up to a limit: all of them together take about 14 s."""
 _REFUSED_CAP = 0.5
@@ -152,16 +156,17 @@ def final(trouble: Trouble) -> Verdict:
     return judge(trouble, seen=_OFTEN)
 
 
-def judge(trouble: Trouble, *, seen: int = 1, overdue: bool = False) -> Verdict:
+def judge(trouble: Trouble, *, seen: int = 1, overdue: bool = False, now: float | None = None) -> Verdict:
     """The verdict on one failed exchange.
 
     Args:
         trouble: what went wrong.
         seen: equal answers for this job so far, this one included.
         overdue: whether they have been equal for longer than any job takes.
+        now: Unix seconds, for a `Retry-After` that is a date; None: such a date says nothing.
     """
     if trouble.phase == "submit":
-        return _judge_submit(trouble)
+        return _judge_submit(trouble, now)
     if trouble.reply is None:
         if trouble.transport == _REDIRECT and trouble.phase == "result" and overdue:
             return Verdict(Action.JOB_FAILED, f"the result cannot be read: {trouble.detail}", collectable=True)
@@ -176,19 +181,21 @@ def judge(trouble: Trouble, *, seen: int = 1, overdue: bool = False) -> Verdict:
         return Verdict(Action.READ_AGAIN, f"{_CALLS.get(trouble.phase, trouble.phase)}: {words}")
     answer = f"{_CALLS.get(trouble.phase, trouble.phase)}: HTTP {trouble.reply.status}"
     if trouble.phase in {"status", "result"} and trouble.reply.status in _ACCOUNT:
-        return Verdict(Action.READ_AGAIN, answer, retry_after_of(trouble.reply), account=True)
+        return Verdict(Action.READ_AGAIN, answer, retry_after_of(trouble.reply, now), account=True)
     if trouble.phase == "result":
-        return _judge_result(trouble.reply, seen)
+        return _judge_result(trouble.reply, seen, now)
     if trouble.phase == "status" and trouble.reply.status == 404 and seen >= _NOT_FOUND_LIMIT:
         return Verdict(Action.JOB_FAILED, "the target does not know this request (any more)", collectable=True)
     if trouble.phase == "initiate" and trouble.reply.status in _ACCOUNT and seen >= _NOT_FOUND_LIMIT:
         return Verdict(Action.STOP_ACCOUNT, f"HTTP {trouble.reply.status}")
     if trouble.phase in _FILES and _for_good(trouble.reply, seen):
         return Verdict(Action.JOB_FAILED, f"HTTP {trouble.reply.status}", collectable=trouble.phase == "download")
-    return Verdict(Action.READ_AGAIN, answer, retry_after_of(trouble.reply))
+    return Verdict(Action.READ_AGAIN, answer + _too_long(trouble.reply, now), retry_after_of(trouble.reply, now))
 
 
-def judge_submit(trouble: Trouble, keys: Idempotency = Idempotency.NONE, *, repeated: bool = False) -> Verdict:
+def judge_submit(
+    trouble: Trouble, keys: Idempotency = Idempotency.NONE, *, repeated: bool = False, now: float | None = None
+) -> Verdict:
     """The verdict on one failed submit.
 
     Args:
@@ -196,8 +203,9 @@ def judge_submit(trouble: Trouble, keys: Idempotency = Idempotency.NONE, *, repe
         keys: what the target does with a repeated key.
         repeated: an earlier POST of the same attempt may have been accepted. A refusal is then about this POST alone:
             the job neither fails nor counts as not accepted.
+        now: as for `judge`.
     """
-    verdict = _judge_submit(trouble)
+    verdict = _judge_submit(trouble, now)
     if keys is Idempotency.REJECT and trouble.reply is not None and _is_duplicate(trouble.reply, repeated=repeated):
         words = f"HTTP {trouble.reply.status}: the target has accepted it before, and its request id is not known"
         return Verdict(Action.DUPLICATE, words)
@@ -219,7 +227,7 @@ def _is_duplicate(reply: Reply, *, repeated: bool) -> bool:
     return reply.status in _REFUSED and names_idempotency_key(reply)
 
 
-def _judge_submit(trouble: Trouble) -> Verdict:
+def _judge_submit(trouble: Trouble, now: float | None) -> Verdict:
     if trouble.reply is None:
         if trouble.sent:
             return Verdict(Action.UNKNOWN, f"{trouble.transport} after the request was sent")
@@ -230,18 +238,21 @@ def _judge_submit(trouble: Trouble) -> Verdict:
     if status == 404:
         return Verdict(Action.STOP_TARGET, "HTTP 404")
     if status == 429:
-        return Verdict(Action.SUBMIT_AGAIN, "HTTP 429", retry_after_of(trouble.reply))
+        words = f"HTTP 429{_too_long(trouble.reply, now)}"
+        return Verdict(Action.SUBMIT_AGAIN, words, retry_after_of(trouble.reply, now))
     if status in _REFUSED and names_webhook(trouble.reply):  # the run's own wish, not the job's
         return Verdict(Action.STOP_TARGET, f"HTTP {status}")
     if status in _REFUSED:
         return Verdict(Action.JOB_FAILED, f"HTTP {status}")
-    return Verdict(Action.UNKNOWN, f"HTTP {status} says nothing certain about a submit")
+    words = f"HTTP {status} says nothing certain about a submit{_too_long(trouble.reply, now)}"
+    return Verdict(Action.UNKNOWN, words, retry_after_of(trouble.reply, now))
 
 
-def _judge_result(reply: Reply, seen: int) -> Verdict:
+def _judge_result(reply: Reply, seen: int, now: float | None) -> Verdict:
     error = error_body_of(reply)
     if reply.status in _SAYS_NOTHING or reply.status < 400:
-        return Verdict(Action.READ_AGAIN, f"HTTP {reply.status}", retry_after_of(reply))
+        words = f"HTTP {reply.status}{_too_long(reply, now)}"
+        return Verdict(Action.READ_AGAIN, words, retry_after_of(reply, now))
     if reply.status == 404:
         gone = seen >= _NOT_FOUND_LIMIT
         return Verdict(Action.JOB_FAILED if gone else Action.READ_AGAIN, "HTTP 404", collectable=gone)
@@ -250,9 +261,9 @@ def _judge_result(reply: Reply, seen: int) -> Verdict:
         final = seen >= _NOT_FOUND_LIMIT
         return Verdict(Action.JOB_FAILED if final else Action.READ_AGAIN, "HTTP 400", collectable=final)
     if not error.is_fal:
-        return Verdict(Action.READ_AGAIN, f"HTTP {reply.status} without fal's body", retry_after_of(reply))
+        return Verdict(Action.READ_AGAIN, f"HTTP {reply.status} without fal's body", retry_after_of(reply, now))
     if reply.status >= 500 and seen < _CONFIRMATIONS:
-        return Verdict(Action.READ_AGAIN, f"HTTP {reply.status}, to be confirmed", retry_after_of(reply))
+        return Verdict(Action.READ_AGAIN, f"HTTP {reply.status}, to be confirmed", retry_after_of(reply, now))
     return Verdict(Action.JOB_FAILED, f"HTTP {reply.status}", new_attempt=_may_go_better(reply, error))
 
 
@@ -357,13 +368,40 @@ def _amount(text: str) -> float | None:
     return value if 0 <= value < math.inf else None
 
 
-def retry_after_of(reply: Reply) -> float | None:
-    """Seconds in `Retry-After`, bounded to an hour; None where absent or a date (fal documents neither)."""
+def retry_after_of(reply: Reply, now: float | None = None) -> float | None:
+    """Seconds to wait as `Retry-After` says, an hour at most; 0 for a date of the past, None where nothing is said.
+
+    `now` in Unix seconds is for a date in one of the three forms of RFC 9110; without it a date says nothing. Neither
+    does a negative number, or anything else. (fal documents no such header.)
+    """
+    seconds = _asked_wait(reply, now)
+    return None if seconds is None else min(seconds, _LONGEST_WAIT)
+
+
+def _asked_wait(reply: Reply, now: float | None) -> float | None:
+    text = reply.headers.get("retry-after", "").strip()
     try:
-        seconds = float(reply.headers.get("retry-after", ""))
+        seconds = float("" if "_" in text else text)
     except ValueError:
+        return _seconds_until(text, now)
+    return seconds if seconds >= 0 else None
+
+
+def _seconds_until(text: str, now: float | None) -> float | None:
+    try:
+        at = parsedate_to_datetime(text)
+    except (ValueError, TypeError, IndexError, OverflowError):  # by what is wrong with it
         return None
-    return min(seconds, 3600.0) if seconds >= 0 else None
+    at = at if at.tzinfo else at.replace(tzinfo=UTC)  # the oldest form names no zone
+    return None if now is None else max(0.0, at.timestamp() - now)
+
+
+def _too_long(reply: Reply, now: float | None) -> str:
+    """What to say where more is asked for than is waited."""
+    seconds = _asked_wait(reply, now)
+    if seconds is None or seconds <= _LONGEST_WAIT:
+        return ""
+    return f", asks to wait {seconds:,.0f} s: {_LONGEST_WAIT:,.0f} s at most"
 
 
 def backoff(tries: int, rng: Random, *, base: float = 0.2, cap: float = 30.0) -> float:
@@ -380,16 +418,17 @@ async def reading(
     *,
     notice: Callable[[Verdict], None] | None = None,
     stop: stop_base = stop_never,
+    now: Callable[[], float] | None = None,
 ) -> Answered:
     """Do a read (or an upload: repeating one costs bandwidth only) until its verdict is not READ_AGAIN.
 
-    Never for a submit. `notice` is told of each fault that is read again. Ends with the answer, with the
-    `CallFailed` that ended it, or by cancellation.
+    Never for a submit. `notice` is told of each fault that is read again; `now` is Unix seconds, as for `judge`. Ends
+    with the answer, with the `CallFailed` that ended it, or by cancellation.
     """
     try:
         return await call()  # nearly always: the machinery below is for the bad days
     except CallFailed as error:
-        return await _read_again(call, error, rng, notice, stop)
+        return await _read_again(call, error, rng, notice, stop, now or (lambda: None))
 
 
 async def _read_again(
@@ -398,6 +437,7 @@ async def _read_again(
     rng: Random,
     notice: Callable[[Verdict], None] | None,
     stop: stop_base,
+    now: Callable[[], float | None],
 ) -> Answered:
     seen: dict[str, int] = {}
 
@@ -406,7 +446,7 @@ async def _read_again(
             return False
         kind = kind_of(error.trouble)
         seen[kind] = seen.get(kind, 0) + 1
-        verdict = judge(error.trouble, seen=seen[kind])
+        verdict = judge(error.trouble, seen=seen[kind], now=now())
         if notice is not None and verdict.action is Action.READ_AGAIN:
             notice(verdict)
         return verdict.action is Action.READ_AGAIN
@@ -415,14 +455,15 @@ async def _read_again(
         error = state.outcome.exception() if state.outcome else None
         if not isinstance(error, CallFailed):
             return 0.0
-        return (judge(error.trouble).retry_after or 0.0) + pause_after(error.trouble, state.attempt_number, rng)
+        asked = judge(error.trouble, now=now()).retry_after or 0.0
+        return asked + pause_after(error.trouble, state.attempt_number, rng)
 
     async def once() -> Answered:  # tenacity awaits coroutine functions only
         return await call()
 
     if not again(first):
         raise first
-    await anyio.sleep((judge(first.trouble).retry_after or 0.0) + backoff(1, rng))
+    await anyio.sleep((judge(first.trouble, now=now()).retry_after or 0.0) + backoff(1, rng))
     retrying = AsyncRetrying(retry=retry_if_exception(again), wait=wait, stop=stop, sleep=anyio.sleep, reraise=True)
     return await retrying(once)
 

@@ -33,6 +33,7 @@ from batch.run.ports import (
     CallFailed,
     FailedForGood,
     Finished,
+    HeldBack,
     Hints,
     Images,
     Intended,
@@ -49,7 +50,7 @@ from batch.run.ports import (
 )
 from batch.run.reconcile import Reconciler, Settled, bounded
 from batch.run.retention import COLLECT_SECONDS, Retention
-from batch.run.retry import REPEAT_SECONDS, Action, Idempotency, Verdict, backoff, failure_of, judge_submit
+from batch.run.retry import REPEAT_SECONDS, Action, Idempotency, Verdict, backoff, failure_of, judge, judge_submit
 from batch.run.transfer import Transfers
 from batch.run.waits import Stage, Waits
 
@@ -60,8 +61,6 @@ _JUDGE_FAILURES_FROM = 20
 _REASONS_SHOWN = 3
 _DOUBTS = frozenset({Action.UNKNOWN, Action.REPEAT, Action.DUPLICATE})
 """Verdicts on a submit that may have been accepted."""
-_BOUNDED = frozenset({Stop.SIGNAL, Stop.CANCELLED, Stop.DEADLINE, Stop.STORAGE})
-"""Stops that wait only `Policy.drain` for what is in flight; the others collect all that is paid for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +129,7 @@ class Runner:
         self._reconciler = reconciler
         self._looked_up: Settled | None = None
         self._service, self._journal, self._observer = service, journal, observer
+        service.leave = gate.leave
         self._gate, self._policy, self._now, self._rng = gate, policy, now, rng
         self._underway: set[JobKey] = set()
         self._handled: set[JobKey] = set()
@@ -168,7 +168,6 @@ class Runner:
         )
         self._errors: Counter[str] = Counter()
         self._scope = anyio.CancelScope()
-        self._stop_called = False
         self._done = self._failed = 0
 
     def __repr__(self) -> str:
@@ -220,16 +219,12 @@ class Runner:
 
         A run that stops already, for its budget say, collects for `Policy.drain` from the first call on.
         """
-        if self._stop_called or why is Stop.STORAGE:
+        if self._gate.hurried or why is Stop.STORAGE:
             self._scope.cancel()
         elif self._gate.stopping is not None:
             self._scope.deadline = min(self._scope.deadline, anyio.current_time() + self._policy.drain)
-        self._stop_called = True
+        self._gate.hurried = True
         self._gate.stop(why, reason, meanwhile)
-
-    def may_submit(self) -> bool:
-        """Whether a submit that waited for something, a connection say, may still be sent."""
-        return not self._ends_soon
 
     async def _bound_the_end(self) -> None:
         """Stop in time for the deadline, and give a bounded stop its last moment."""
@@ -393,14 +388,20 @@ class Runner:
                 await self._intend(course)
                 if self._gate.stopping is not None:  # called while the intent was written
                     await self._take_back(course, doubtful=doubtful)
+            else:
+                await self._gate.repeat_turn()
             tries += 1
             try:
-                ticket = await self._service.submit(Attempt(course.key, course.attempt, course.body))
+                ticket = await self._service.submit(Attempt(course.key, course.attempt, course.body, doubtful))
+            except HeldBack as error:
+                if not doubtful:
+                    await self._not_sent(course, str(error))
+                continue
             except CallFailed as error:
-                verdict = judge_submit(error.trouble, self._policy.idempotency, repeated=doubtful)
+                verdict = judge_submit(error.trouble, self._policy.idempotency, repeated=doubtful, now=self._now())
                 doubtful = doubtful or verdict.action in _DOUBTS
                 if doubtful:
-                    await self._doubt(course, verdict, tries)
+                    await self._doubt(course, error.trouble, verdict, tries)
                 else:
                     await self._turned_away(course, error.trouble, verdict)
                 continue
@@ -439,15 +440,13 @@ class Runner:
         if doubtful:
             await self._journal.record(Lost(course.key, self._now(), reason))
         else:
-            await self._journal.record(Refused(course.key, self._now(), reason))
-            self._gate.settle(course, 0.0)
+            await self._not_sent(course, reason)
         raise TurnedBack
 
     @property
     def _ends_soon(self) -> bool:
         """Whether the run stops and waits only `Policy.drain` for what is in flight."""
-        stopping = self._gate.stopping
-        return self._stop_called or (stopping is not None and stopping.why in _BOUNDED)
+        return self._gate.ends_soon
 
     async def _pause(self, seconds: float) -> None:
         """Wait; a run that ends soon does not."""
@@ -456,28 +455,40 @@ class Runner:
             if not self._ends_soon:
                 await anyio.sleep_forever()
 
+    async def _not_sent(self, course: Course, reason: str) -> None:
+        """Take the intent back: the same attempt is to be sent later, or in another run."""
+        await self._journal.record(Refused(course.key, self._now(), reason))
+        course.state = State.PENDING
+        self._gate.settle(course, 0.0)
+
     async def _turned_away(self, course: Course, trouble: Trouble, verdict: Verdict) -> None:
         """A submit that was certainly not accepted: the job failed, the run stops, or it is sent again later."""
         if verdict.action is Action.JOB_FAILED:
             raise JobFailed(failure_of(trouble, verdict), new_attempt=verdict.new_attempt)
-        await self._journal.record(Refused(course.key, self._now(), verdict.reason))
-        course.state = State.PENDING
-        self._gate.settle(course, 0.0)
+        if verdict.action is Action.SUBMIT_AGAIN:  # before anything is waited for: others are about to be sent
+            self._pause_submits(trouble, verdict)
+        await self._not_sent(course, verdict.reason)
         if self._ends_soon:
             raise TurnedBack
         if verdict.action is Action.SUBMIT_AGAIN:
-            self._gate.turned_away(verdict, trouble.detail, throttled=trouble.reply is not None)
             return
         words = failure_of(trouble, verdict).message
         self._gate.stop(Stop.ACCOUNT if verdict.action is Action.STOP_ACCOUNT else Stop.TARGET, words)
         raise TurnedBack
 
-    async def _doubt(self, course: Course, verdict: Verdict, tries: int) -> None:
+    def _pause_submits(self, trouble: Trouble, verdict: Verdict) -> None:
+        throttled = trouble.reply is not None and trouble.reply.status == 429
+        self._gate.turned_away(verdict, trouble.detail, throttled=throttled, now=self._now())
+
+    async def _doubt(self, course: Course, trouble: Trouble, verdict: Verdict, tries: int) -> None:
         """A submit of unknown outcome: repeat it under the same key where that is safe, else hold it."""
         forever = self._policy.idempotency is Idempotency.REPLAY
+        first = judge(trouble, now=self._now())
+        if first.action is Action.SUBMIT_AGAIN or first.retry_after is not None:
+            self._pause_submits(trouble, first)
         if verdict.action is Action.REPEAT and (forever or self._may_repeat(course)):
             self._gate.notice("unreachable", f"{verdict.reason}; asking again under the same idempotency key")
-            await self._pause((verdict.retry_after or 0.0) + backoff(tries, self._rng))
+            await self._pause(backoff(tries, self._rng))
             return
         if verdict.action is Action.STOP_ACCOUNT:
             self._gate.stop(Stop.ACCOUNT, verdict.reason)

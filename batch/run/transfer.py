@@ -97,7 +97,7 @@ class Transfers:
                 picture = await self._images.load(image)
                 return await self._service.upload(picture.data, picture.content_type, image.name)
 
-        return await self._unless_stopped(lambda: reading(once, self._rng, notice=self._notice))
+        return await self._unless_stopped(lambda: reading(once, self._rng, notice=self._notice, now=self._now))
 
     async def _unless_stopped(self, call: Callable[[], Awaitable[str]]) -> str:
         """A stop does not wait for an upload: its job was never submitted.
@@ -138,11 +138,14 @@ class Transfers:
             self._notice(verdict)
             self._warn(self._retention.undownloaded(since, self._now()))
 
+        async def once_more() -> StoredImage:
+            return await self._fetched(said, self._late_downloads)
+
         while True:
             await anyio.sleep(backoff(tries, self._rng, cap=_DOWNLOAD_PAUSE))
             tries += 1
             try:
-                return await reading(lambda: self._fetched(said, self._late_downloads), self._rng, notice=notice)
+                return await reading(once_more, self._rng, notice=notice, now=self._now)
             except CallFailed as error:
                 is_large = error.trouble.transport == "oversize"
                 word = "result_file_too_large" if is_large else "result_file_gone"

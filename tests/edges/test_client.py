@@ -24,7 +24,7 @@ from batch.fal.client import FalClient, trouble_of
 from batch.fal.endpoint import APP_ID
 from batch.fal.protocol import Call, CancelOutcome, Origins
 from batch.model import Attempt, JobKey, QueueState, RequestId, Ticket
-from batch.run.ports import CallFailed, Trouble
+from batch.run.ports import CallFailed, HeldBack, Trouble
 from batch.run.retry import Action, judge
 
 pytestmark = pytest.mark.anyio
@@ -181,6 +181,37 @@ async def test_a_failed_tls_handshake_is_certainly_unsent():
         found = await trouble(client.submit(ATTEMPT))
     assert (found.transport, found.sent) == ("tls", False)
     assert not received
+
+
+async def test_a_submit_asks_whether_it_may_leave_once_its_connection_is_free():
+    """After all that it waits for, and before its first byte; what is held back was not sent."""
+    release, asked = anyio.Event(), []
+
+    async def slow(request):
+        await release.wait()
+        return json_answer({"request_id": "r"})
+
+    async def leave(attempt):
+        asked.append(attempt)
+        if release.is_set():
+            raise HeldBack("submits pause")
+
+    async with answering(slow, connections=1) as (client, received):
+        client.leave = leave
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(client.submit, ATTEMPT)
+            while not received:
+                await anyio.sleep(0.01)
+
+            async def second():
+                with pytest.raises(HeldBack):
+                    await client.submit(ATTEMPT)
+
+            tasks.start_soon(second)
+            await anyio.wait_all_tasks_blocked()
+            assert len(asked) == 1, "its connection is not free yet"
+            release.set()
+        assert (len(asked), received.posts()) == (2, 1)
 
 
 # --- it may have arrived ----------------------------------------------------------------------------------
@@ -841,30 +872,3 @@ def test_what_is_not_aiohttps_is_a_defect():
     """Nothing unknown is taken for a network fault."""
     with pytest.raises(AssertionError, match="KeyError"):
         trouble_of("submit", KeyError("x"))
-
-
-async def test_a_submit_that_waited_for_its_connection_is_not_sent_by_a_run_that_stops():
-    """All connections are in use; when one is free the run has been told to stop. A read goes on."""
-    held, go = anyio.Event(), anyio.Event()
-
-    async def hold(request: web.Request) -> web.Response:
-        held.set()
-        await go.wait()
-        return web.json_response({"request_id": "1", "status": "IN_PROGRESS"})
-
-    async with answering(hold, connections=1) as (client, received), anyio.create_task_group() as tasks:
-        tasks.start_soon(client.status, TICKET)
-        await held.wait()
-        troubles = []
-
-        async def submit():
-            with pytest.raises(CallFailed) as caught:
-                await client.submit(ATTEMPT)
-            troubles.append(caught.value.trouble)
-
-        tasks.start_soon(submit)
-        await anyio.wait_all_tasks_blocked()
-        client.may_submit = lambda: False
-        go.set()
-    assert (received.posts(), troubles[0].sent) == (0, False)
-    assert judge(troubles[0]).action is Action.SUBMIT_AGAIN

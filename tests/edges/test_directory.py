@@ -244,6 +244,21 @@ def test_another_service_is_never_accepted(root, now, accept):
         root.check_config(settings(target=now), accept=accept)
 
 
+def test_a_run_that_named_fals_host_by_its_url_goes_on_as_fals(root):
+    """Version 0.1 took it for a server of one's own; what is paid for there is collected with `--target fal`."""
+    root.write_run(
+        {
+            "config": {
+                **config_of(settings()),
+                "target": {**config_of(settings())["target"], "name": "https://queue.fal.run"},
+            }
+        }
+    )
+    root.check_config(settings(target={"name": "fal"}), accept=False)
+    with pytest.raises(RunDirectoryError, match="name another folder with -o"):
+        root.check_config(settings(target={"name": "http://gpu:1"}), accept=False)
+
+
 def test_a_server_may_move(root):
     """One URL or another is the same kind of target: a port changes from run to run."""
     made_with(root, target={"name": "http://gpu:1"})

@@ -194,6 +194,76 @@ def test_all_problems_are_in_one_message(toml):
         assert part in said
 
 
+# --- targets ----------------------------------------------------------------------------------------------
+
+FAL_HOSTS = ["queue.fal.run", "fal.run", "ws.fal.run", "rest.fal.ai", "rest.alpha.fal.ai", "api.fal.ai", "fal.ai",
+             "v3.fal.media", "v3b.fal.media", "fal.media", "falrun.com", "queue.falrun.com", "x.fal.dev",
+             "any.thing.fal.ai"]  # fmt: skip
+SPELLINGS = [
+    "https://{}", "http://{}/", "https://{}:443", "https://{}:8443/fal-ai/flux", "https://{}.", "https://{}..:443",
+    "HTTPS://{}", "https://user@{}", "https://user:hush@{}", "https://{}?x=1", "https://{}#x", " https://{}",
+    "https://{}\n", "{}", "//{}", "wss://{}", "https:{}", "https:///{}", "https://gpu-box\\@{}", "https://{}@gpu-box",
+]  # fmt: skip
+DISGUISES = [
+    "https://QUEUE.Fal.Run", "https://queue%2efal%2erun", "https://%71ueue.fal.run", "https://queue%252efal.run",
+    "https://queue\u3002fal\u3002run", "https://queue\uff61fal.run", "https://\uff51ueue.fal.run",
+    "https://queue.f\u00adal.run", "https://queue.fal\u200b.run", "https://queue.fal\ufe0f.run", "https://queue.f\u00aal.run",
+    "https://gpu-box%2f@queue.fal.run",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("host", FAL_HOSTS)
+def test_a_host_of_fals_is_no_url_target_however_it_is_spelled(host):
+    """It would cost money that no plan knows of; the message names the target to use, and no password."""
+    for spelling in SPELLINGS:
+        said = refusal({"target": {"name": spelling.format(host)}})
+        assert "--target fal" in said, spelling
+        assert "hush" not in said
+
+
+@pytest.mark.parametrize("url", DISGUISES)
+def test_a_host_of_fals_in_disguise_is_seen_through(url):
+    """What some reader of URLs, or of names, takes for fal's is fal's."""
+    assert "--target fal" in refusal({"target": {"name": url}})
+
+
+def test_a_host_of_fals_is_refused_from_every_source(toml, monkeypatch):
+    """File, environment by key or by section, and settings of the library; the source is named."""
+    url = "https://queue.fal.run"
+    path = toml(f"[target]\nname = '{url}'")
+    assert "--target fal" in (said := refusal(path=path))
+    assert str(path) in said
+    monkeypatch.setenv("RESTYLE_TARGET__NAME", url)
+    assert "--target fal" in (said := refusal())
+    assert "RESTYLE_TARGET__NAME" in said
+    monkeypatch.delenv("RESTYLE_TARGET__NAME")
+    monkeypatch.setenv("RESTYLE_TARGET", json.dumps({"name": url}))
+    assert "--target fal" in refusal()
+    monkeypatch.delenv("RESTYLE_TARGET")
+    with pytest.raises(ValueError, match="--target fal"):
+        Settings.model_validate({"target": {"name": url}})
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://127.0.0.1:8787", "http://[::1]:8787", "https://gpu-box/queue.fal.run", "https://fal.run.example.com",
+     "https://my-fal.ai", "https://notfal.run", "http://fal:8787", "https://falai.com", "http://fal.ai.local:1/x"],
+)  # fmt: skip
+def test_other_hosts_are_targets_as_before(url):
+    """Also those that look a little like fal's."""
+    assert load_settings(flags={"target": {"name": url}}).target.name == url
+
+
+@pytest.mark.parametrize(
+    "url", ["http://me:hush@gpu-box", "http://gpu box", "http://gpu-box\\x", "http://gpu-box:99999"]
+)
+def test_a_url_that_can_be_read_in_two_ways_is_no_target(url):
+    """Readers would not agree on whose host it names; a password would be kept in run.json."""
+    said = refusal({"target": {"name": url}})
+    assert "not an unambiguous URL" in said
+    assert "hush" not in said
+
+
 # --- files ------------------------------------------------------------------------------------------------
 
 

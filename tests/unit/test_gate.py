@@ -207,6 +207,35 @@ async def test_a_notice_of_one_kind_comes_every_thirty_seconds():
     assert len(made.observer.actions("unreachable")) == len(made.observer.actions("other")) == 4
 
 
+async def test_who_is_turned_back_gives_its_money_back():
+    """It had it before its permit; what an earlier run set aside for an unknown submit stays set aside."""
+    made = gate(limit=1.0, price=PRICE, submits=TokenBucket(0.01))
+    await made.turn(course(0))
+    fresh, unknown = course(1), course(2, reserved_usd=0.03)
+    async with anyio.create_task_group() as tasks:
+
+        async def waiting(one: Course) -> None:
+            with pytest.raises(TurnedBack):
+                await made.turn(one)
+
+        tasks.start_soon(waiting, fresh)
+        tasks.start_soon(waiting, unknown)
+        await anyio.sleep(1.0)
+        assert fresh.reserved_usd == pytest.approx(0.03)
+        made.stop(Stop.SIGNAL, "SIGINT")
+    assert (fresh.reserved_usd, unknown.reserved_usd) == (0.0, 0.03)
+    assert made._budget.reserved == pytest.approx(0.03)
+
+
+async def test_a_display_hears_of_a_long_pause_again_and_again():
+    """Every thirty seconds, from however many wait; and once that it is over."""
+    made = gate()
+    made.turned_away(judge(Trouble("submit", reply=Reply(429, headers={"retry-after": "300"}))), "", throttled=True)
+    await times_of(made, [course(n) for n in range(50)])
+    assert 10 <= len(made.observer.actions("pausing")) <= 11
+    assert len(made.observer.actions("resumed")) == 1
+
+
 async def test_leaving_frees_a_reservation_that_others_wait_for():
     """A job that was turned back holds nothing up."""
     made = gate(limit=0.03, price=PRICE)

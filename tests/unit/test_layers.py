@@ -54,6 +54,7 @@ TABLE: dict[str, tuple[str, int]] = {
     "batch.manifest.ports": (PURE, 1),
     "batch.manifest.inputs": (PURE, 2),
     "batch.manifest.sweep": (PURE, 3),
+    "batch.manifest.prompts": (PURE, 3),
     "batch.manifest.pictures": ("edge: source pictures", 3),
     "batch.manifest.formats": (PURE, 2),
     "batch.manifest.jsontext": (PURE, 2),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from batch.errors import StorageError
-from batch.run.observe import JsonLog, Observer, PlainLines, ProgressBar, Several, Tally
+from batch.run.observe import JsonLog, Observer, PlainLines, ProgressBar, Several, Tally, pause_in
 from batch.testing.observer import RecordingObserver
 
 
@@ -113,6 +113,46 @@ def test_a_bar_says_what_is_waited_for_longest():
     observer.happened("waiting", in_queue={"jobs": 0, "oldest_seconds": None})
     assert "waiting" not in stream.getvalue().rsplit("\r", 1)[-1]
     assert "waiting: " not in stream.getvalue()
+    bar.close()
+
+
+def test_until_when_a_pause_goes_is_shown_for_as_long_as_it_holds():
+    """Jobs that end meanwhile do not hide it, nor does another notice; its end does."""
+    tally = Tally()
+    tally.happened("paused", reason="HTTP 429; until 14:05:10 UTC", until="2026-11-22T14:05:10+00:00")
+    assert tally.line().endswith("(paused: HTTP 429; until 14:05:10 UTC)")
+    tally.happened("done", job="1")
+    assert tally.line().endswith("(submits pause until 14:05:10 UTC)")
+    tally.happened("unreachable", reason="status: timeout")
+    assert tally.line().endswith("(unreachable: status: timeout; submits pause until 14:05:10 UTC)")
+    tally.happened("resumed")
+    assert tally.line().endswith("(unreachable: status: timeout)")
+
+
+def test_lines_go_on_in_a_long_pause():
+    """Nothing else happens then: for machines the end of the pause is a key."""
+    clock, tally, stream = Clock(), Tally(), io.StringIO()
+    observer = Several(tally, PlainLines(tally, stream, as_json=True, clock=clock))
+    observer.happened("paused", reason="HTTP 429", until="2026-11-22T14:05:10+00:00")
+    for second in range(0, 100, 30):
+        clock.now = float(second)
+        observer.happened("pausing")
+    found = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [line["action"] for line in found] == ["paused", "progress", "progress", "progress"]
+    assert {line["paused_until"] for line in found} == {"2026-11-22T14:05:10+00:00"}
+
+
+def test_a_bar_shows_until_when_a_pause_goes():
+    """Beside the numbers, until it is over."""
+    tally, stream = Tally(), io.StringIO()
+    bar = ProgressBar(tally, stream)
+    observer = Several(tally, bar)
+    observer.expected(3, 0)
+    observer.happened("paused", reason="HTTP 429", until="2026-11-22T14:05:10+00:00")
+    observer.happened("pausing")
+    assert "paused until=14:05:10 UTC" in stream.getvalue()
+    observer.happened("resumed")
+    assert "paused until" not in stream.getvalue().rsplit("\r", 1)[-1]
     bar.close()
 
 
@@ -245,6 +285,42 @@ def test_a_line_that_was_cut_off_does_not_swallow_the_next(tmp_path):
         log.happened("session", number=2)
     assert path.read_text().splitlines()[:2] == ['{"action": "done"}', '{"acti']
     assert json.loads(path.read_text().splitlines()[2])["number"] == 2
+
+
+PAUSED = '{"action":"paused","reason":"HTTP 429","until":"2026-11-22T14:05:10+00:00"}\n'
+UNTIL = 1_795_356_310.0
+
+
+@pytest.mark.parametrize(
+    ("text", "until"),
+    [
+        (PAUSED, UNTIL),
+        (PAUSED + '{"action":"done","job":"1"}\n' * 50_000, UNTIL),
+        (PAUSED + '{"action":"failed","message":"\\"resumed\\", he said"}\n', UNTIL),
+        (PAUSED + '{"action":"resumed"}\n', None),
+        (PAUSED + '{"action":"session","number":2}\n', None),
+        (PAUSED + '{"action":"resumed"}\n' + PAUSED + '{"action":"pau', UNTIL),
+        ('{"action":"paused","reason":"of version 0.1.0"}\n', None),
+        ('{"action":"paused","until":7}\n', None),
+        ("", None),
+        ("[1]\n\xff\n", None),
+    ],
+)
+def test_the_pause_that_holds_is_read_from_the_log(tmp_path, text, until):
+    """The last one of the last session, where nothing ended it."""
+    path = tmp_path / "log.jsonl"
+    path.write_text(text)
+    assert pause_in(path, UNTIL - 60) == until
+    assert pause_in(path, UNTIL + 1) is None
+    assert pause_in(tmp_path / "none", 0.0) is None
+
+
+def test_a_pause_is_in_the_log_at_once(tmp_path):
+    """It may be the last that happens for an hour."""
+    with JsonLog(tmp_path / "log.jsonl") as log:
+        log.happened("done", job="1")
+        log.happened("paused", reason="HTTP 429", until="2026-11-22T14:05:10+00:00")
+        assert pause_in(tmp_path / "log.jsonl", UNTIL - 60) == UNTIL
 
 
 def test_a_log_that_cannot_be_opened_is_said(tmp_path):

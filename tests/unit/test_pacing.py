@@ -47,6 +47,16 @@ def test_a_busy_bucket_serves_at_its_rate():
     assert [bucket.reserve(0.0) for _ in range(100)][-1] == pytest.approx(98 / 20)
 
 
+@given(gaps, st.floats(0.1, 100), st.floats(1, 50))
+def test_a_bucket_tells_what_a_permit_would_have_to_wait_for(waits, rate, burst):
+    """And takes none by it; another bucket of the same kind starts full."""
+    bucket, now = TokenBucket(rate, burst), 0.0
+    for wait in waits:
+        now += wait
+        assert bucket.wait(now) == bucket.wait(now) == bucket.reserve(now)
+    assert bucket.another().reserve(now) == pytest.approx(0.0, abs=1e-9)
+
+
 @pytest.mark.parametrize(("rate", "burst"), [(0, 1), (-1, 1), (1, 0.5)])
 def test_a_bucket_that_would_never_give_is_refused(rate, burst):
     """A rate of nothing is no rate."""

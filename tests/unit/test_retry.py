@@ -379,6 +379,60 @@ def test_retry_after_is_bounded_seconds_or_nothing(said, seconds):
     assert retry_after_of(Reply(429, headers={"retry-after": said})) == seconds
 
 
+NOW = 1_792_567_680.0
+"""Wed, 21 Oct 2026 07:28:00 GMT."""
+
+
+@pytest.mark.parametrize(
+    ("said", "seconds"),
+    [
+        ("Wed, 21 Oct 2026 07:28:30 GMT", 30.0),
+        ("Wednesday, 21-Oct-26 07:28:30 GMT", 30.0),
+        ("Wed Oct 21 07:28:30 2026", 30.0),
+        ("  Wed, 21 Oct 2026 07:28:30 GMT ", 30.0),
+        ("Wed, 21 Oct 2026 07:27:00 GMT", 0.0),
+        ("Sun, 06 Nov 1994 08:49:37 GMT", 0.0),
+        ("Thu, 21 Oct 2027 07:28:00 GMT", 3600.0),
+        ("Fri, 31 Dec 9999 23:59:59 GMT", 3600.0),
+        ("Wed, 21 Oct 99999 07:28:00 GMT", None),
+        ("Wed, 31 Feb 2026 07:28:00 GMT", None),
+        ("2026-10-21T07:28:30Z", None),
+        ("30 s", None),
+        ("1_000", None),
+        ("-inf", None),
+        ("1e999", 3600.0),
+        ("31536000", 3600.0),
+        ("+5", 5.0),
+        ("5, 6", None),
+    ],
+)
+def test_retry_after_may_be_a_date_in_each_form_of_the_standard(said, seconds):
+    """By the clock that is given; the past is no wait, a year is an hour, anything else says nothing."""
+    assert retry_after_of(Reply(429, headers={"retry-after": said}), NOW) == seconds
+
+
+@given(st.text(max_size=40))
+def test_no_retry_after_breaks_anything(said):
+    """Whatever a service sends."""
+    seconds = retry_after_of(Reply(429, headers={"retry-after": said}), NOW)
+    assert seconds is None or 0.0 <= seconds <= 3600.0
+
+
+@pytest.mark.parametrize("phase", ["submit", "status", "result", "download"])
+def test_a_wish_that_is_cut_is_in_the_reason(phase):
+    """It is logged: a user would else wonder why the service is asked again so soon."""
+    verdict = judge(answered(phase, 429, retry_after="Thu, 21 Oct 2027 07:28:00 GMT"), now=NOW)
+    assert verdict.retry_after == 3600.0
+    assert "asks to wait 31,536,000 s: 3,600 s at most" in verdict.reason
+    assert "asks" not in judge(answered(phase, 429, retry_after="60"), now=NOW).reason
+
+
+def test_a_503_on_a_submit_keeps_its_wish():
+    """The outcome is unknown all the same."""
+    verdict = judge(answered("submit", 503, retry_after="60"))
+    assert (verdict.action, verdict.retry_after) == (A.UNKNOWN, 60.0)
+
+
 def test_equal_faults_are_counted_together():
     """By what happened, not by what was said."""
     assert kind_of(answered("result", 503, b"a")) == kind_of(answered("result", 503, b"b")) == "503"
@@ -450,6 +504,13 @@ def test_a_read_waits_for_what_the_service_asks(times):
     call = Flaky(*[answered("status", 429, retry_after="7")] * times)
     _, seconds = in_virtual_time(lambda: reading(call, Random(1)))
     assert seconds >= 7 * times
+
+
+def test_a_read_waits_until_the_date_that_the_service_names():
+    """By the clock of the one who reads."""
+    call = Flaky(answered("status", 503, GATEWAY, retry_after="Thu, 01 Jan 1970 00:05:00 GMT"))
+    _, seconds = in_virtual_time(lambda: reading(call, Random(1), now=anyio.current_time))
+    assert 300 <= seconds <= 301
 
 
 def test_a_read_ends_with_the_fault_that_is_final():

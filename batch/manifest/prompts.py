@@ -1,0 +1,286 @@
+"""Prompts of rows and cells: from a column, or from a template such as `a {animal} as a wizard`. Pure.
+
+The one reading of templates, whether `[manifest]`, `[input]` or `[sweep]` holds them. A placeholder is the exact name
+of a column; nothing in it is evaluated. `{{` and `}}` are literal braces.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import polars as pl
+
+from batch.errors import ConfigError, ManifestError
+from batch.manifest.inputs import shorten
+from batch.manifest.ports import Fault
+from batch.model import Problem
+
+__all__ = ["Column", "Prompts", "Template", "kind_of", "no_column", "parse_template", "placeholders", "require_plain"]
+
+Note: TypeAlias = Callable[[int, str, object, Fault], Problem]
+"""Takes down what is wrong with a cell: the row's index in the batch, the column, the value."""
+
+_DEFAULT_COLUMN = "prompt"
+_TOKEN = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
+_EVALUATED = re.compile(r"[.\[!:]")
+"""What `str.format` would act on: attributes, indexes, conversions, format specs."""
+_ESCAPES = "write {{ and }} for literal braces"
+
+
+class Column(NamedTuple):
+    """A column of the manifest, by its name."""
+
+    name: str
+
+    def texts(self, frame: pl.DataFrame) -> list[Any]:
+        """Its values, one a row."""
+        return frame[self.name].to_list()
+
+    def empty_in(self, frame: pl.DataFrame, index: int) -> str:  # noqa: ARG002 - as a template has it
+        """The column that leaves a row without a prompt."""
+        return self.name
+
+
+class Template(NamedTuple):
+    """A template in its parts."""
+
+    text: str
+    """As it was written."""
+    parts: tuple[str | Column, ...]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that it takes parts from, each once."""
+        return tuple(dict.fromkeys(part.name for part in self.parts if isinstance(part, Column)))
+
+    @property
+    def literal(self) -> str | None:
+        """Its text where that is the same for every row."""
+        return None if self.columns else "".join(part for part in self.parts if isinstance(part, str))
+
+    def texts(self, frame: pl.DataFrame) -> list[Any]:
+        """One text a row; None where one of its parts is missing."""
+        if (literal := self.literal) is not None:
+            return [literal] * len(frame)
+        parts = [pl.lit(p) if isinstance(p, str) else pl.col(p.name).cast(pl.String) for p in self.parts]
+        return frame.select(pl.concat_str(parts)).to_series().to_list()
+
+    def empty_in(self, frame: pl.DataFrame, index: int) -> str:
+        """The first column whose missing part leaves a row without a prompt."""
+        return next(name for name in self.columns if frame[name][index] is None)
+
+
+def parse_template(text: str, key: str, columns: Sequence[str]) -> Template:
+    """Take a template apart, in time linear in its length.
+
+    Args:
+        text: as written.
+        key: the setting that holds it, for messages.
+        columns: what placeholders may name. Another plain name is kept: the caller refuses it.
+
+    Raises:
+        ConfigError: a brace without its partner; a placeholder that is empty, or asks for more than a column.
+    """
+    known = frozenset(columns)
+    parts: list[str | Column] = []
+    literal: list[str] = []
+    end = 0
+    for token in _TOKEN.finditer(text):
+        literal.append(text[end : token.start()])
+        end, name = token.end(), token[1]
+        if token[0] in {"{{", "}}"}:
+            literal.append(token[0][0])
+        elif name is None:
+            raise _unbalanced(text, key, token.start())
+        else:
+            if name not in known:
+                _check_name(text, key, name, columns)
+            parts += [*_joined(literal), Column(name)]
+            literal = []
+    literal.append(text[end:])
+    return Template(text, (*parts, *_joined(literal)))
+
+
+def placeholders(text: str) -> set[str]:
+    """The names in a template's braces, whatever else may be wrong with it."""
+    return {token[1] for token in _TOKEN.finditer(text) if token[1]}
+
+
+def _joined(literal: list[str]) -> list[str]:
+    text = "".join(literal)
+    return [text] if text else []
+
+
+def _unbalanced(text: str, key: str, at: int) -> ConfigError:
+    fault = "is not closed" if text[at] == "{" else "closes nothing"
+    place = f"{text[at]!r} at character {at + 1} {fault}"
+    return ConfigError(f"{key} = {shorten(text)!r} is not a template: {place}; {_ESCAPES}")
+
+
+def _check_name(text: str, key: str, name: str, columns: Sequence[str]) -> None:
+    """Refuse what can only be meant for `str.format`."""
+    said = f"{key} = {shorten(text)!r}: the braces of {shorten(f'{{{name}}}')!r} must hold a column's name"
+    if not name:
+        raise ConfigError(f"{said}; {_ESCAPES}")
+    if _EVALUATED.search(name):
+        plain = _EVALUATED.split(name, maxsplit=1)[0]
+        hint = f"; did you mean {plain!r}?" if plain in columns else _near(name, columns) or ";"
+        raise ConfigError(f"{said}; formats, attributes and indexes are not evaluated{hint} {_ESCAPES}")
+
+
+class Prompts:
+    """Where the prompts of one manifest come from."""
+
+    def __init__(self, schema: pl.Schema, *, setting: str, default: str | None, swept: Sequence[str] | None) -> None:
+        """Read the templates.
+
+        Args:
+            schema: the manifest's columns.
+            setting: `manifest.prompt`, the name of a column or a template.
+            default: `input.prompt`, for rows and cells without another one.
+            swept: the prompt of each cell as it was written; None where prompts are not swept.
+
+        Raises:
+            ConfigError: a template that is none; or one of `[input]` or `[sweep]` that names no column.
+            ManifestError: `manifest.prompt` names no column, or one that holds no text.
+        """
+        self._default = None if default is None else _template(schema, default, "input.prompt")
+        self._swept = None if swept is None else [_template(schema, text, "sweep.prompt") for text in swept]
+        self._source = None if self._swept is not None else _source(schema, setting, default)
+        sources = (self._source, self._default, *(self._swept or ()))
+        self.longest = max((len(one.text) for one in sources if isinstance(one, Template)), default=0)
+        """Characters of the longest template."""
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """The columns that prompts take text from."""
+        sources = (self._source, self._default, *(self._swept or ()))
+        names = (one.columns if isinstance(one, Template) else (one.name,) for one in sources if one is not None)
+        return frozenset(name for some in names for name in some)
+
+    @property
+    def for_all(self) -> str | None:
+        """The prompt of every row, where it is the same for all of them."""
+        return None if self._source is not None or self._default is None else self._default.literal
+
+    def of_rows(self, frame: pl.DataFrame, note: Note) -> list[Any] | None:
+        """The prompt of each row, any value from a column; None where there is one for all, or prompts are swept.
+
+        A row without one is noted, and its prompt empty.
+        """
+        if self._swept is not None or self.for_all is not None:
+            return None
+        first = self._source or self._default
+        assert first is not None, "without a default there has to be a source"
+        texts = self._filled(frame, first)
+        for index in (index for index, text in enumerate(texts) if text is None):
+            note(index, *self._gap(frame, index, first))
+            texts[index] = ""
+        return texts
+
+    def of_cells(self, frame: pl.DataFrame, note: Note) -> list[list[str | Problem]] | None:
+        """For each cell the prompt of each row, or the problem of a row without one; None where none are swept."""
+        if self._swept is None:
+            return None
+        known: dict[tuple[int, str], Problem] = {}
+        filled: dict[str, list[str | Problem]] = {}
+        for template in self._swept:
+            if template.text in filled:
+                continue
+            texts = filled[template.text] = self._filled(frame, template)
+            for index in (index for index, text in enumerate(texts) if text is None):
+                gap = self._gap(frame, index, template)
+                place = (index, gap[0])
+                known[place] = known.get(place) or note(index, *gap)
+                texts[index] = known[place]
+        return [filled[template.text] for template in self._swept]
+
+    def _filled(self, frame: pl.DataFrame, source: Column | Template) -> list[Any]:
+        """One text a row, from `input.prompt` where the source gives none; None where neither does."""
+        texts = source.texts(frame)
+        if self._default is None or None not in texts:
+            return texts
+        others = self._default.texts(frame)
+        return [other if text is None else text for text, other in zip(texts, others, strict=True)]
+
+    def _gap(self, frame: pl.DataFrame, index: int, source: Column | Template) -> tuple[str, None, Fault]:
+        """The empty column that leaves a row without a prompt, and what to say of it."""
+        needs = "" if isinstance(source, Column) else f", and the prompt {shorten(source.text)!r} needs it"
+        advice = ", or set input.prompt for all rows"
+        if self._default is not None and self._default is not source:
+            advice = f"; a part of input.prompt = {shorten(self._default.text)!r} is empty too"
+        elif self._default is not None:
+            advice = ", or remove the placeholder"
+        return source.empty_in(frame, index), None, Fault("missing", f"the cell is empty{needs}; fill it{advice}")
+
+
+def _source(schema: pl.Schema, setting: str, default: str | None) -> Column | Template | None:
+    """Where a row's own prompt comes from; None where only `input.prompt` gives one."""
+    if setting in schema:
+        return Column(setting)
+    template = parse_template(setting, "manifest.prompt", schema.names())
+    if template.columns:
+        return _checked(schema, template, "manifest.prompt")
+    # A default that nobody wrote may be absent; a column that somebody named may not.
+    if setting == _DEFAULT_COLUMN and default is not None:
+        return None
+    missing = no_column(schema, setting, "manifest.prompt")
+    raise ManifestError(f"{missing}; input.prompt sets one prompt for all rows")
+
+
+def _template(schema: pl.Schema, text: str, key: str) -> Template:
+    """A template of the configuration, which may have no placeholder.
+
+    Raises:
+        ConfigError: it is none, or names no column.
+    """
+    template = parse_template(text, key, schema.names())
+    try:
+        return _checked(schema, template, key)
+    except ManifestError as error:
+        raise ConfigError(f"{key} = {shorten(text)!r}: {error}; {_ESCAPES}") from error
+
+
+def _checked(schema: pl.Schema, template: Template, key: str) -> Template:
+    for name in template.columns:
+        require_plain(schema, name, key)
+    return template
+
+
+# --- columns that settings name ---------------------------------------------------------------------------
+
+
+def require_plain(schema: pl.Schema, name: str, key: str) -> None:
+    """Check that a column holds text or numbers.
+
+    Raises:
+        ManifestError: it does not, or is not there.
+    """
+    kind = kind_of(schema, name, key)
+    if kind.is_nested() or kind == pl.Binary:
+        raise ManifestError(f"the column {name!r} holds {kind}; {key} needs one with text or numbers")
+
+
+def kind_of(schema: pl.Schema, name: str, key: str) -> pl.DataType:
+    """The type of a column that the setting `key` names.
+
+    Raises:
+        ManifestError: it is not there; the nearest one is named.
+    """
+    if name not in schema:
+        raise ManifestError(no_column(schema, name, key))
+    return schema[name]
+
+
+def no_column(schema: pl.Schema, name: str, key: str) -> str:
+    """What to say of a column that is not there, with the nearest one and all others."""
+    hint = _near(name, schema.names()) or "."
+    return f"the manifest has no column {shorten(name)!r} ({key}){hint} Its columns are: {', '.join(schema.names())}"
+
+
+def _near(name: str, columns: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, columns, 1, 0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
