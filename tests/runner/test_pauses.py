@@ -21,7 +21,7 @@ from batch.run.gate import Gate, Stop
 from batch.run.lifecycle import State
 from batch.run.pacing import TokenBucket, Window
 from batch.run.ports import CallFailed, HeldBack, Intended, Refused, Trouble
-from batch.run.retry import judge
+from batch.run.retry import Idempotency, judge
 from batch.run.runner import Policy
 from batch.session import _bucket
 from batch.testing.journal import MemoryJournal
@@ -179,7 +179,7 @@ async def test_a_repeat_under_its_key_keeps_the_pause_and_the_rate(status):
         FakeService(honours_keys=True, faults=faults),
         window=25,
         submits=TokenBucket(5.0),
-        policy=Policy(idempotent=True),
+        policy=Policy(idempotency=Idempotency.REPLAY),
     )
     assert (await world.run(jobs(40))).done == 40
     assert noting.none_in_a_pause()
@@ -193,7 +193,8 @@ async def test_a_repeat_that_is_refused_pauses_the_others_too():
         def submitting(self, attempt, n):
             return {1: Reply(502), 2: Reply(429)}.get(n)
 
-    world = World(FakeService(honours_keys=True, faults=[First()]), window=1, policy=Policy(idempotent=True))
+    policy = Policy(idempotency=Idempotency.REPLAY)
+    world = World(FakeService(honours_keys=True, faults=[First()]), window=1, policy=policy)
     assert (await world.run(jobs(3))).done == 3
     (said,) = world.observer.actions("paused")
     assert "HTTP 429" in said["reason"]
@@ -203,7 +204,7 @@ async def test_what_a_crash_left_unanswered_is_repeated_within_the_rate():
     """200 intents without an answer are not 200 POSTs at once."""
     noting = Noting(6)
     service = FakeService(honours_keys=True, faults=[noting])
-    world = World(service, window=300, submits=TokenBucket(5.0, 2.0), policy=Policy(idempotent=True))
+    world = World(service, window=300, submits=TokenBucket(5.0, 2.0), policy=Policy(idempotency=Idempotency.REPLAY))
     for job in jobs(100):
         body = b'{"prompt": "a", "seed": 1, "image_url": "u"}'
         await world.journal.record(Intended(job.key, anyio.current_time(), 1, body, 0.0))

@@ -321,7 +321,7 @@ async def test_an_intent_that_is_written_when_the_run_stops_is_not_sent():
 async def test_a_doubtful_submit_is_not_sent_again_by_a_run_that_ends_soon(why):
     """Under its key it may be repeated, and is: by the next run. This one ends at once, there is nothing to collect."""
     service = FakeService(honours_keys=True, faults=[DropsAfterAccept()])
-    world = World(service, window=4, policy=Policy(idempotent=True))
+    world = World(service, window=4, policy=Policy(idempotency=Idempotency.REPLAY))
     began = anyio.current_time()
     report = await stopped_run(world, began + 20.0, why=why)
     posts = service.posts
