@@ -9,7 +9,7 @@ from contextlib import closing
 
 import pytest
 
-from tests.acceptance.command import jobs_in, log, restyle, results, write_manifest
+from tests.acceptance.command import accepted, jobs_in, log, restyle, results, write_manifest
 from tests.acceptance.endpoint import endpoint
 from tests.faults import target as honest
 from tests.faults.target import Lost, answer, serving
@@ -187,3 +187,14 @@ def test_a_start_timeout_is_relied_on_only_where_the_target_honours_it(tmp_path,
     with closing(sqlite3.connect(tmp_path / "run" / "journal.db")) as journal:
         noted = journal.execute("SELECT seconds FROM start_timeouts").fetchall()
     assert noted == ([(90.0,)] * ROWS if says else [])
+
+
+def test_an_embedded_endpoint_that_ignores_keys_is_asked_so(tmp_path):
+    """A faults file may say so: its lost answers are looked up, not repeated."""
+    faults = tmp_path / "faults.toml"
+    faults.write_text('idempotency = false\n[[fault]]\nat = "submit"\ndo = "drop-after-accept"\nevery = 3\n')
+    manifest = write_manifest(tmp_path / "rows.csv", range(ROWS))
+    ended = restyle("run", manifest, "-o", tmp_path / "run", "--engine", "echo", "--faults", faults)
+    assert ended.code == 0, ended.text
+    assert accepted(tmp_path / "run") == ROWS
+    assert sum(line["action"] == "reconciled" for line in log(tmp_path / "run")) == ROWS // 3
