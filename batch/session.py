@@ -243,8 +243,13 @@ def survey_of(
         terms.service_seconds,
         terms.slots,
         retry_failed=retry_failed,
-        lost_before=time.time() - settings.limits.collect_for,
+        lost_before=time.time() - _collect_seconds(settings),
     )
+
+
+def _collect_seconds(settings: Settings) -> float:
+    """How long a paid answer is asked for again: no longer than its files are kept, where that is set."""
+    return min(settings.limits.collect_for, settings.target.keep_files or settings.limits.collect_for)
 
 
 def _guess(bounds: tuple[int, int] | None) -> int:
@@ -415,7 +420,7 @@ def _policy(request: Request, target: Connection) -> Policy:
         collect_only=request.collect_only,
         resubmit_unknown_after=seconds if isinstance(seconds, float) else None,
         drain=limits.drain,
-        collect_for=limits.collect_for,
+        collect_for=_collect_seconds(settings),
         deadline=limits.deadline,
         max_failures=int(failures) if failures and not failures.endswith("%") else None,
         max_failure_share=float(failures[:-1]) / 100 if failures.endswith("%") else None,

@@ -125,7 +125,8 @@ class FalClient:
 
     async def submit(self, attempt: Attempt) -> Ticket:
         """Send the POST that costs money, once."""
-        options = replace(self._options, tags={"job": attempt.job_key, **self._options.tags})
+        tags = self._options.tags
+        options = replace(self._options, tags={**tags, "job": tags.get("job", attempt.job_key)})
         call = protocol.submit_call(
             self._origins, self._app, attempt.body, attempt.idempotency_key, self.webhook, options
         )

@@ -402,10 +402,13 @@ async def test_the_connection_that_a_submit_waited_for_is_not_used_in_a_pause():
         with pytest.raises(HeldBack):
             await gate.leave(Attempt(JobKey("1"), 1, b"", repeat=repeat))
     await anyio.sleep(10.0)
-    gate.stop(Stop.SIGNAL, "SIGINT")
+    gate.stop(Stop.BUDGET, "used up")
     with pytest.raises(HeldBack):
         await gate.leave(Attempt(JobKey("1"), 1, b""))
     await gate.leave(Attempt(JobKey("1"), 1, b"", repeat=True))  # it may have arrived: that is found out
+    gate.hurried = True
+    with pytest.raises(HeldBack):  # by the next run
+        await gate.leave(Attempt(JobKey("1"), 1, b"", repeat=True))
 
 
 async def test_a_service_that_asks_nobody_is_refused_nothing():

@@ -330,6 +330,40 @@ IN_BOUNDS = [
     ("target.engine", ["preview", "echo"], ["oil"]),
     ("target.service_time", [0, "2s"], [-1, "soon"]),
     ("target.slots", [1, 512], [0]),
+    ("target.idempotency", ["auto", "replay", "reject", "none"], ["maybe", True]),
+    ("target.priority", ["low", "normal"], ["high", ""]),
+    ("target.keep_files", ["7d", 3600, "1h"], ["59m", 3599, math.inf, "forever"]),
+    (
+        "target.tags",
+        [
+            {},
+            {"team": "design", "n": 3},
+            ["team=design", "note=a=b c"],
+            {"Team": " x "},
+            {"run": "", "job": ""},
+            {f"k{number}": "v" for number in range(8)},
+            {"a": "v" * 256, "k" * 64: ""},
+        ],
+        [
+            "team=design",
+            ["team"],
+            [3],
+            {"": "x"},
+            {"a b": "x"},
+            {"k" * 65: "x"},
+            {"fal.x": "y"},
+            {"a": "v" * 257},
+            {"a": "x,y"},
+            {"a": "é"},
+            {"a": "x\ny"},
+            {"a": True},
+            {"a": ["x"]},
+            {"a": None},
+            {"a": "1", "A": "2"},
+            {f"k{number}": "v" for number in range(9)},
+            {f"k{number}": "v" * 250 for number in range(4)},
+        ],
+    ),
     (
         "limits.max_in_flight",
         ["auto", 1, "32", "auto:1-1", "auto:16-512"],
@@ -347,6 +381,7 @@ IN_BOUNDS = [
     ("limits.max_failures", ["50", "10%", 50], ["half", "-1", "10.5%"]),
     ("limits.attempts", [1, 20], [0, 21]),
     ("limits.rows", [1], [0]),
+    ("limits.start_timeout", ["10m", 1.5, "90s"], ["1s", 0, "-5s", math.inf, math.nan, "soon"]),
     ("limits.on_unknown", ["hold", "resubmit-after=30m"], ["resubmit", "resubmit-after=soon", "resubmit-after="]),
     ("limits.max_image_megapixels", [0.1], [0]),
     ("limits.max_download_bytes", [1], [0]),
@@ -379,6 +414,52 @@ def test_every_bounded_key_is_tested():
         names = getattr(field.annotation, "model_fields", None)
         keys |= {section} if names is None else {f"{section}.{name}" for name in names}
     assert keys - free == {key for key, _, _ in IN_BOUNDS}
+
+
+def test_tags_are_as_the_target_keeps_them(monkeypatch):
+    """Keys in lower case, no spaces around, numbers as text; from the environment as JSON or key by key."""
+    tagged = {"target": {"tags": {" Team ": " design ", "batch": 7}}}
+    assert load_settings(None, tagged).target.tags == {"team": "design", "batch": "7"}
+    assert load_settings(None, {"target": {"tags": ["env=prod", "note=a=b"]}}).target.tags == {
+        "env": "prod",
+        "note": "a=b",
+    }
+    monkeypatch.setenv("RESTYLE_TARGET__TAGS__TEAM", "design")
+    assert load_settings().target.tags == {"team": "design"}
+    monkeypatch.delenv("RESTYLE_TARGET__TAGS__TEAM")
+    monkeypatch.setenv("RESTYLE_TARGET__TAGS", '["a=b"]')
+    assert load_settings().target.tags == {"a": "b"}
+    monkeypatch.setenv("RESTYLE_TARGET__TAGS", "a=b")
+    assert "RESTYLE_TARGET__TAGS = 'a=b' is not JSON" in refusal()
+
+
+def test_a_tag_that_the_target_would_drop_is_named(toml):
+    """With its key, its value, and what would do."""
+    said = refusal(path=toml('[target]\ntags = {"Te am" = "x"}'))
+    assert "target.tags = {'Te am': 'x'}: invalid tag key 'Te am': use 1 to 64 characters of a-z, 0-9" in said
+    said = refusal(path=toml('[target]\ntags = {team = "a,b"}'))
+    assert "invalid value 'a,b' of tag 'team': use up to 256 printable ASCII characters, without commas" in said
+    said = refusal(path=toml('[target]\ntags = "team"'))
+    assert """target.tags = 'team': use a table like {team = "design"} or a list like ["team=design"]""" in said
+
+
+def test_resubmit_after_is_not_shorter_than_the_start_timeout():
+    """The first submit could still start: both keys and both values are in the sentence."""
+    limits = {"start_timeout": "10m", "on_unknown": "resubmit-after=5m"}
+    said = refusal({"limits": limits})
+    assert "limits.on_unknown = 'resubmit-after=5m': it is shorter than limits.start_timeout = 600s" in said
+    assert "use resubmit-after=600s or longer" in said
+    load_settings(None, {"limits": limits | {"on_unknown": "resubmit-after=10m"}})
+    load_settings(None, {"limits": limits | {"on_unknown": "hold"}})
+
+
+@pytest.mark.parametrize("word", ["replay", "reject"])
+def test_fal_is_not_trusted_with_repeats(word):
+    """It ignores keys: a repeat would be paid for twice."""
+    said = refusal({"target": {"name": "fal", "idempotency": word}})
+    assert f"target.idempotency = '{word}': fal ignores Idempotency-Key" in said
+    load_settings(None, {"target": {"name": "fal", "idempotency": "none"}})
+    load_settings(None, {"target": {"name": "https://box", "idempotency": word}})
 
 
 def test_a_target_url_loses_its_last_slash():

@@ -86,3 +86,16 @@ def test_a_target_that_keeps_everything_has_no_clock():
         clock.undownloaded(0.0, 99 * DAY),
     ]
     assert told == [None] * 4
+
+
+def test_a_lifetime_that_was_asked_for_takes_the_place_of_the_week():
+    """A shorter one warns sooner, a longer one later; also at a server that keeps results for good."""
+    short, long = Retention(for_good=True, file_seconds=DAY), Retention(file_seconds=30 * DAY)
+    assert short.resumed(0.0, 3 * DAY, answered=False) is None
+    told = short.resumed(0.0, 3 * DAY, answered=True)
+    assert told is not None
+    assert "24.0 h only" in told
+    assert short.undownloaded(0.0, 0.6 * DAY) is not None
+    assert long.resumed(0.0, 8 * DAY, answered=True) is None
+    assert long.undownloaded(0.0, 4 * DAY) is None
+    assert long.undownloaded(0.0, 15 * DAY) is not None
