@@ -114,7 +114,7 @@ def require_apart(path: Path, manifest: Manifest) -> None:
     """
     if path.exists() and any(path.samefile(file) for file in manifest.files):
         raise ConfigError(f"{path} is the manifest, which the results are made from; name another file with -o")
-    if manifest.source.is_dir() and path.parent.samefile(manifest.source):
+    if manifest.source.is_dir() and path.parent.resolve().is_relative_to(manifest.source.resolve()):
         raise ConfigError(f"{path} would be a part of the manifest {manifest.source}; name another folder with -o")
 
 

@@ -484,9 +484,11 @@ def test_an_export_among_the_files_of_its_manifest(tmp_path):
     before = (folder / "a.parquet").read_bytes()
     assert restyle("run", folder, "-o", tmp_path / "run", *ECHO).code == 0
     assert "is the manifest" in refused("export", tmp_path / "run", "-o", folder / "a.parquet")
-    assert "would be a part of the manifest" in refused("export", tmp_path / "run", "-o", folder / "b.parquet")
+    (folder / "deeper").mkdir()
+    for place in (folder / "b.parquet", folder / "deeper" / "b.parquet"):
+        assert "would be a part of the manifest" in refused("export", tmp_path / "run", "-o", place)
     assert "File name too long" in refused("export", tmp_path / "run", "-o", tmp_path / f"{'x' * 300}.parquet")
-    assert [path.name for path in folder.iterdir()] == ["a.parquet"]
+    assert list(folder.rglob("*.parquet")) == [folder / "a.parquet"]
     assert (folder / "a.parquet").read_bytes() == before
 
 
