@@ -46,13 +46,13 @@ _NET = 4.0
 """Where a hint is to be expected, a job is read by itself after so many times the usual wait, and after
 `PollTimes.LONGEST` at the latest."""
 _WORDS_TOLD = 5
-"""Unknown status words that somebody is told of; a service may use another one at each read."""
+"""Most unknown status words that are reported; a service may use another one at each read."""
 _LONGEST_WISH = 30.0
-"""Seconds: the longest pause that a service gets by its wish after a status that says that the work failed."""
+"""Most seconds of `Retry-After` that are honoured after a status that says that the work failed."""
 
 
 class _Faults:
-    """Reads of one job's result that brought none."""
+    """Failed reads of one job's result."""
 
     def __init__(self) -> None:
         self._seen: dict[str, int] = {}
@@ -248,7 +248,8 @@ class Follower:
 
             def unread(verdict: Verdict) -> None:
                 age = self._age(course)
-                stay.unreadable = age if stay.unreadable is None else stay.unreadable
+                if stay.unreadable is None:
+                    stay.unreadable = age
                 scope.deadline = anyio.current_time() + max(0.0, self._times.overdue(stay) - age)
                 self._waits.put(course.key, Stage.UNKNOWN, course.accepted_at)
                 self._unread(verdict)
@@ -329,7 +330,7 @@ class Follower:
     def _not_there(
         self, course: Course, status: TicketStatus | None, trouble: Trouble, faults: _Faults
     ) -> float | None:
-        """The result of an overdue job was read in vain: seconds until its status is read, None where as ever.
+        """Seconds until an overdue job is read again whose result is not there; None: by its usual schedule.
 
         A failure is believed only where the status says nothing: unknown words, or answers that are about the request
         (`concerns_request`). A request that is queued or running has an answer yet to come.

@@ -84,8 +84,8 @@ def test_final_words_that_fal_does_not_use_end_their_jobs(tmp_path):
 
 
 @pytest.mark.parametrize("word", ["FAILED", "Cancelled"])
-def test_a_service_whose_status_says_failed_for_ever_ends_the_command_quickly(tmp_path, word):
-    """All jobs, and no result anywhere: seconds, not for ever; and the same command again asks for nothing."""
+def test_a_service_whose_status_always_says_failed_ends_the_command_quickly(tmp_path, word):
+    """All jobs, and no result anywhere: seconds, and the same command again asks for nothing."""
     gone = {str(n): NO_RESULT["404"] for n in range(30)}
     with serving(
         status=by_prompt({str(n): {"status": word} for n in range(30)}, "status"), result=by_prompt(gone, "result")
@@ -150,14 +150,18 @@ def test_status_says_what_open_jobs_wait_for(tmp_path):
         jobs = json.loads(note.read_text()) if note.exists() else None
         return jobs is not None and jobs["unknown"]["jobs"] == jobs["in_progress"]["jobs"] == 1
 
+    options = ("--log-format", "json", "--target")
     with (
         serving(status=by_prompt(said, "status")) as target,
-        started(*command, "--target", target.url, env={"RESTYLE_LIMITS__DRAIN": "0.2s"}) as process,
+        started(*command, *options, target.url, env={"RESTYLE_LIMITS__DRAIN": "0.2s"}) as process,
     ):
         wait_for(all_are_read, "a read of every status")
         shown, text = json.loads(restyle("status", directory, "--json").out), restyle("status", directory).out
         process.send_signal(signal.SIGTERM)
-        assert finish(process).code == 4
+        ended = finish(process)
+    assert ended.code == 4, ended.text
+    (line,) = [line for line in map(json.loads, ended.err.splitlines()) if line["action"] == "stopping"]
+    assert (line["waits"]["in_queue"]["jobs"], line["waits"]["unknown"]["jobs"]) == (4, 1)
     waits = shown["waits"]
     assert {name: waits[name]["jobs"] for name in ("in_queue", "in_progress", "unknown", "result", "downloading")} == {
         "in_queue": 4,

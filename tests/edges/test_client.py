@@ -642,7 +642,7 @@ async def test_a_read_that_is_redirected_elsewhere_is_refused(phase):
     ],
 )
 async def test_a_redirect_that_leads_nowhere_is_given_up(phase, status, headers, asked):
-    """In circles, without an address, or with one that is none: a few requests, and one kind of trouble."""
+    """In circles, without an address, or with an invalid one: a few requests, and one kind of trouble."""
     read, _ = READS[phase]
     async with answering(web.Response(status=status, headers=headers)) as (client, received):
         found = await trouble(read(client))

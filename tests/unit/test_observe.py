@@ -81,7 +81,7 @@ WAITS = "50 in queue for up to 2 min, queue positions 3 to 120, median 40; 14 in
 
 
 def test_what_open_jobs_wait_for_is_in_the_line_once_it_is_noticeable():
-    """Beside what slows the run down; gone when nothing waits any longer."""
+    """Next to what slows the run down; gone when nothing waits any longer."""
     tally = Tally()
     tally.happened("waiting", **WAITING)
     assert tally.line() == f"0/0 done, 0 failed, 0 in flight (waiting: {WAITS})"

@@ -152,7 +152,7 @@ def test_a_job_is_overdue_after_ten_times_the_usual_duration_and_ten_minutes_at_
 
 
 def test_an_overdue_job_is_looked_at_later_and_later():
-    """Half as much later as it is old, half an hour at most; counted anew from when its status cannot be read."""
+    """Half as much later as it is old, half an hour at most; counted again from when its status cannot be read."""
     times, stay, ages = PollTimes(), Stay(), []
     for _ in range(9):
         ages.append(times.overdue(stay))
@@ -166,8 +166,8 @@ def test_an_overdue_job_is_looked_at_later_and_later():
     assert times.overdue(resumed) == 88800.0
 
 
-def test_a_place_far_beyond_all_reason_is_looked_at_every_ten_minutes():
-    """Places are the service's word: a million billion would be waited for until the end of days."""
+def test_an_implausibly_large_place_is_looked_at_every_ten_minutes():
+    """Places are the service's word: a million billion would be waited for without end."""
     times = PollTimes()
     for _ in range(50):
         polled(times, 5.0)

@@ -184,7 +184,7 @@ AFTER_FAILED = [
 
 @pytest.mark.parametrize(("trouble", "seen", "meaning"), AFTER_FAILED, ids=str)
 def test_after_a_status_that_says_failed_one_answer_is_believed(trouble, seen, meaning):
-    """An error in fal's form is that error; anything else is the status word. What is no answer is read again, a few times."""  # noqa: E501
+    """An error in fal's form is that error; anything else is the status word. No answer: read again, a few times."""
     verdict, failure = judge_failed(trouble, SAID, seen=seen)
     assert verdict.reason
     assert verdict.action is (A.READ_AGAIN if meaning == AGAIN else A.JOB_FAILED)
