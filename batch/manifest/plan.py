@@ -260,7 +260,7 @@ def dialect_of(settings: Settings) -> Dialect:
     except ValueError:  # no template: the planner says so
         parts = set()
     named = {mapped.image, mapped.prompt, *parts} | ({mapped.id} if mapped.id else set())
-    return Dialect(mapped.separator, mapped.encoding, frozenset(named))
+    return Dialect(mapped.separator, mapped.encoding, frozenset(named), mapped.format, mapped.image)
 
 
 def _given(settings: Settings) -> JsonObject:
