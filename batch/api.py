@@ -27,9 +27,8 @@ from batch.blocking import Call
 from batch.config import Settings, load_settings
 from batch.errors import ConfigError, RunDirectoryError, RunLocked
 from batch.fal.protocol import names_fal
-from batch.manifest.plan import dialect_of
-from batch.manifest.read import Manifest
 from batch.model import JsonObject
+from batch.opening import Source, located, open_manifest
 from batch.paths import at_home
 from batch.projection import Projection, identity_of, require_apart, require_place
 from batch.results.totals import Totals
@@ -85,7 +84,8 @@ async def plan(
     """What a run would do and cost. Spends nothing, writes nothing, and sends nothing but for a live price.
 
     Args:
-        manifest: CSV, TSV, JSONL or Parquet file, or a folder or glob of Parquet files.
+        manifest: CSV, TSV, JSON, JSONL, Parquet or Arrow file; a folder or glob of Parquet or Arrow files; a folder of
+            images; a dataset saved with `save_to_disk`; `-` for standard input.
         out: run directory of an earlier run, to count what is already done there. One of another config is counted
             too, and `Plan.refusal` says that a run would refuse it.
         config: TOML file.
@@ -104,9 +104,10 @@ async def plan(
         live = await ask_live_price(resolved, version=tool_version(), now=partial(datetime.now, UTC))
     terms = terms_of(resolved, live)
     run_directory = None if out is None else Path(at_home(out))
-    return await anyio.to_thread.run_sync(
-        partial(_plan, at_home(manifest), resolved, terms, run_directory, retry_failed=retry_failed)
-    )
+    async with located(at_home(manifest), resolved) as source:
+        return await anyio.to_thread.run_sync(
+            partial(_plan, source, resolved, terms, run_directory, retry_failed=retry_failed)
+        )
 
 
 async def run(
@@ -214,7 +215,11 @@ async def export(out: str | Path, to: str | Path | None = None, *, manifest: str
         RunDirectoryError: there is no run. ManifestError: the manifest is gone; say where it is.
         ConfigError: `to` is no place for a table of results.
     """
-    return await anyio.to_thread.run_sync(partial(_export, RunDirectory(Path(at_home(out))), to, manifest))
+    directory = RunDirectory(Path(at_home(out)))
+    directory.require()
+    settings = _settings_of(directory, contacts_target=False)
+    async with located(_manifest_of(directory, manifest), settings) as source:
+        return await anyio.to_thread.run_sync(partial(_export, directory, settings, source, to))
 
 
 async def audit(out: str | Path, *, repair: bool = False) -> Books:
@@ -310,8 +315,8 @@ async def cancel(out: str | Path) -> Cancelled:
     return Cancelled(sum(answers.values()), answers["requested"], answers["too_late"], answers["unanswered"])
 
 
-def _plan(manifest: str | Path, settings: Settings, terms: Terms, out: Path | None, *, retry_failed: bool) -> Plan:
-    opened = Manifest.open(manifest, settings.limits.rows, dialect_of(settings))
+def _plan(source: Source, settings: Settings, terms: Terms, out: Path | None, *, retry_failed: bool) -> Plan:
+    opened = open_manifest(source, settings)
     check_faults(settings)
     file, refusal = None, ""
     if out is not None:
@@ -388,14 +393,11 @@ def _rate(file: JournalFile) -> float | None:
     return finished.count / (finished.last_at - last.started_at) * 60.0
 
 
-def _export(directory: RunDirectory, to: str | Path | None, manifest: str | Path | None) -> Totals:
-    directory.require()
-    settings = _settings_of(directory, contacts_target=False)
-    source = _manifest_of(directory, manifest)
+def _export(directory: RunDirectory, settings: Settings, source: Source, to: str | Path | None) -> Totals:
     to = None if to is None else Path(at_home(to))
     if to is not None:
         require_place(to)
-    opened = Manifest.open(source, settings.limits.rows, dialect_of(settings))
+    opened = open_manifest(source, settings)
     if to is not None:
         require_apart(to, opened)
     file = JournalFile.open_read_only(directory.journal)
@@ -411,10 +413,13 @@ def _resolve(config: str | Path | None, settings: Mapping[str, Any] | None) -> S
     return load_settings(None if config is None else Path(config), dict(settings or {}))
 
 
-def _manifest_of(directory: RunDirectory, given: str | Path | None) -> str:
-    """Where the manifest is: as given, else where the last run found it."""
+def _manifest_of(directory: RunDirectory, given: str | Path | None) -> str | Path | Source:
+    """Where the manifest is: as given, else where the last run found it, or kept what came by standard input."""
     said = (directory.read_run() or {}).get("manifest")
-    source = at_home(given) if given else (said.get("source") if isinstance(said, dict) else None)
+    facts = said if isinstance(said, dict) else {}
+    source, folder = (at_home(given) if given else None) or facts.get("source"), facts.get("folder")
+    if not given and source and folder:
+        return Source(directory.root / Path(str(source)).name, Path(str(folder)))
     if not source:
         raise RunDirectoryError(f"{directory.run_file} does not say which manifest; name it with --manifest")
     return str(source)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import anyio
 import orjson
@@ -26,6 +26,9 @@ from batch.flags import DISPLAY, JOBS, JobFlags
 from batch.outlet import outlet, why_lost
 from batch.paths import at_home
 from batch.version import tool_version
+
+if TYPE_CHECKING:
+    from batch.session import Plan
 
 __all__ = ["app", "main"]
 
@@ -42,7 +45,12 @@ app = App(
     " resumable, 5 another run holds the lock, 6 the account was refused.",
 )
 
-Manifest = Annotated[str, Parameter(help="CSV, TSV, JSONL or Parquet file, or a folder or glob of Parquet files")]
+_MANIFEST = (
+    "CSV, TSV, JSON, JSONL, Parquet or Arrow file; a folder or glob of Parquet or Arrow files; a folder of images;"
+    " - for standard input"
+)
+_STDIN = "/dev/stdin"
+Manifest = Annotated[str, Parameter(help=_MANIFEST)]
 Config = Annotated[Path | None, Parameter(["--config", "-c"], help="TOML file; examples in configs/", group=JOBS)]
 _NO_FLAGS = JobFlags()
 RunDir = Annotated[Path, Parameter(help="the folder that `restyle run -o` named")]
@@ -96,7 +104,7 @@ def plan(
     if found.spent_usd:
         _print(f"spent so far ${found.spent_usd:,.2f}")
     if found.survey.problem_count:
-        _print(render_problems(str(manifest), found.survey.problems, found.survey.problem_count))
+        _print(render_problems(_name_of(found, manifest), found.survey.problems, found.survey.problem_count))
     if found.refusal:
         _print(f"`restyle run` would refuse this: {found.refusal}")
     return ExitCode.COMPLETE
@@ -127,8 +135,8 @@ def run(
     observer, close = screen.display_for(tally, quiet=quiet, log_format=log_format)
 
     def confirm(found: api.Plan) -> bool:
-        screen.announce(found, str(manifest), quiet=quiet, log_format=log_format)
-        return screen.confirmed(found, yes=yes, budget=_budget(found))
+        screen.announce(found, _name_of(found, manifest), quiet=quiet, log_format=log_format)
+        return screen.confirmed(found, yes=yes, budget=_budget(found), is_piped=manifest == _STDIN)
 
     def _budget(found: api.Plan) -> float | None:
         from batch.config import load_settings
@@ -350,8 +358,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _code_of(arguments: list[str] | None) -> int:
+    words = sys.argv[1:] if arguments is None else arguments
     try:
-        return int(app(arguments, exit_on_error=False, print_error=False, result_action="return_value") or 0)
+        # Cyclopts takes a single hyphen for an option.
+        words = [_STDIN if word == "-" else word for word in words]
+        return int(app(words, exit_on_error=False, print_error=False, result_action="return_value") or 0)
     except CycloptsError as error:
         text = " ".join(str(error).split())
         return _fail(f"{text} (restyle {_command(arguments)}--help shows what there is)", ExitCode.BAD_INPUT)
@@ -442,6 +453,11 @@ def _seconds(flag: str, text: str) -> float:
 def _command(arguments: list[str] | None) -> str:
     words = [word for word in (sys.argv[1:] if arguments is None else arguments) if not word.startswith("-")]
     return f"{words[0]} " if words and words[0] in _COMMANDS else ""
+
+
+def _name_of(found: Plan, manifest: str) -> str:
+    """What the lines of problems are counted in."""
+    return str(found.manifest.place or ("standard input" if manifest == _STDIN else manifest))
 
 
 def _print(text: str) -> None:

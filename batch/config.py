@@ -162,6 +162,8 @@ class ManifestSettings(_Section):
     """Column name, or a template over columns: `a {animal} as a wizard`."""
     id: str | None = None
     """Column that identifies a row, for derived seeds; without it image and prompt do."""
+    format: Literal["csv", "tsv", "jsonl", "json", "parquet", "arrow", "images"] | None = None
+    """None: what the name says; CSV for standard input."""
     separator: str | None = None
     """Between the columns of a CSV: one character, or `tab`. None: found in the header."""
     encoding: str | None = None

@@ -31,6 +31,8 @@ PLACES = {
     "limit": ("limits", "rows"),
     "download": ("output", "download"),
     "on_bad_row": ("manifest", "on_bad_row"),
+    "format": ("manifest", "format"),
+    "prompt": ("input", "prompt"),
 }
 """Section and key of each flag in the configuration."""
 
@@ -40,6 +42,11 @@ PLACES = {
 class JobFlags:
     """What is to be done, and how much of it at once."""
 
+    prompt: Annotated[str | None, Parameter(help="for all rows without one; may use {columns}", group=JOBS)] = None
+    format: Annotated[
+        Literal["csv", "tsv", "jsonl", "json", "parquet", "arrow", "images"] | None,
+        Parameter(help="format of the manifest; default: by its name, CSV for standard input", group=JOBS),
+    ] = None
     target: Annotated[str | None, Parameter(help="local (default, costs nothing), fal, or a URL", group=JOBS)] = None
     engine: Annotated[Literal["preview", "echo"] | None, Parameter(help="of the embedded endpoint", group=JOBS)] = None
     service_time: Annotated[

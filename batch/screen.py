@@ -60,14 +60,15 @@ def announce(found: Plan, manifest: str, *, quiet: bool, log_format: str) -> Non
             print(render_problems(manifest, survey.problems, survey.problem_count), flush=True)
 
 
-def confirmed(found: Plan, *, yes: bool, budget: float | None) -> bool:
-    """Ask where it costs money and nobody agreed yet."""
+def confirmed(found: Plan, *, yes: bool, budget: float | None, is_piped: bool = False) -> bool:
+    """Ask where it costs money and nobody agreed yet; where the manifest is piped in, there is nobody to ask."""
     survey = found.survey
     if not found.terms.paid or yes or not survey.to_do or budget is not None:
         return True
     cost = f"about ${survey.dollars:,.2f} (at most ${survey.dollars_at_most:,.2f}) for {counted(survey.to_do, 'job')}"
     if not sys.stdin.isatty():
-        raise ConfigError(f"this run would cost {cost}; say --yes, or set --budget USD")
+        reason = "; standard input holds the manifest, so no question can be asked" if is_piped else ""
+        raise ConfigError(f"this run would cost {cost}; say --yes, or set --budget USD{reason}")
     try:
         with interrupts.at_once():
             answer = input(f"This costs {cost}. Go on? [y/N] ")

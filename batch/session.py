@@ -22,10 +22,11 @@ import anyio.to_thread
 from batch.config import Settings, parse_duration, window_bounds
 from batch.errors import ConfigError, ExitCode, StoppedEarly, StorageError
 from batch.manifest.pictures import Pictures
-from batch.manifest.plan import Planner, dialect_of
+from batch.manifest.plan import Planner
 from batch.manifest.read import Manifest
 from batch.manifest.survey import Survey, survey
 from batch.model import Job, JsonObject
+from batch.opening import Source, keep, located, open_manifest, with_columns
 from batch.projection import Projection, identity_of, loading_sink
 from batch.results.totals import Totals
 from batch.run.budget import Budget
@@ -74,7 +75,7 @@ class Plan(NamedTuple):
 class Request:
     """What the user asked for, besides the settings."""
 
-    manifest: str | Path
+    manifest: str | Path | Source
     out: Path
     settings: Settings
     retry_failed: bool = False
@@ -155,13 +156,18 @@ class Summary:
 
 async def run_session(request: Request) -> Summary:
     """Do it, or go on with it; see `batch.api.run`."""
-    return await in_order(partial(_session, request), request.observer, wanted=request.signals)
+    return await in_order(partial(_located_session, request), request.observer, wanted=request.signals)
 
 
-async def _session(request: Request, signals: Signals) -> Summary:
+async def _located_session(request: Request, signals: Signals) -> Summary:
+    async with located(request.manifest, request.settings) as source:
+        return await _session(request, source, signals)
+
+
+async def _session(request: Request, source: Source, signals: Signals) -> Summary:
     settings, directory = request.settings, RunDirectory(request.out)
     terms, began, started_at = terms_of(settings), time.monotonic(), _timestamp()
-    manifest = await _in_thread(partial(Manifest.open, request.manifest, settings.limits.rows, dialect_of(settings)))
+    manifest = await _in_thread(partial(open_manifest, source, settings))
     await _in_thread(partial(open_planner, manifest, settings, None))  # a wrong column leaves no folder behind
     if not request.collect_only:  # what is left to collect may need no endpoint
         await _in_thread(partial(check_faults, settings))
@@ -169,6 +175,9 @@ async def _session(request: Request, signals: Signals) -> Summary:
     with directory.locked(started_at), _noted(directory, started_at):
         directory.check_config(settings, accept=request.new_config)
         lost = await _in_thread(directory.lost_journal)
+        if source.is_spooled:
+            source = await _in_thread(partial(keep, source, directory.root))
+            manifest = await _in_thread(partial(open_manifest, source, settings))
         async with open_journal(directory.journal, version=tool_version(), lost=lost) as journal:
             planner = await _in_thread(partial(open_planner, manifest, settings, journal.file))
             before = await journal.counts()
@@ -177,7 +186,7 @@ async def _session(request: Request, signals: Signals) -> Summary:
             plan = Plan(terms, manifest, found, before.spent_usd)
             _refuse_unasked(plan, request)
             identity = await _in_thread(partial(identity_of, manifest, settings))
-            directory.write_run(_run_facts(identity, request, terms, started_at))
+            directory.write_run(_run_facts(identity, source, request, terms, started_at))
             await signals.begin()
             projection = Projection(planner, manifest, settings, journal.file, identity)
             report: Report | None = None
@@ -226,7 +235,8 @@ def _noted(directory: RunDirectory, started_at: str) -> Iterator[None]:
 
 def open_planner(manifest: Manifest, settings: Settings, file: JournalFile | None) -> Planner:
     """The manifest's planner; with a journal the hashes of local pictures are kept from run to run."""
-    return Planner(manifest, settings, Pictures(manifest.folder, settings.limits.max_image_megapixels, file))
+    pictures = Pictures(manifest.folder, settings.limits.max_image_megapixels, file)
+    return Planner(manifest, with_columns(manifest, settings), pictures)
 
 
 def survey_of(
@@ -432,14 +442,15 @@ def _policy(request: Request, target: Connection) -> Policy:
 # --- the end ----------------------------------------------------------------------------------------------
 
 
-def _run_facts(identity: JsonObject, request: Request, terms: Terms, started_at: str) -> JsonObject:
+def _run_facts(identity: JsonObject, source: Source, request: Request, terms: Terms, started_at: str) -> JsonObject:
+    place = {} if source.folder is None else {"folder": str(source.folder)}
     return {
         "restyle_version": tool_version(),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",  # `platform()` starts a process
         "last_started_at": started_at,
         "target": terms.name,
-        "manifest": {"source": str(Path(request.manifest).resolve()), **identity},
+        "manifest": {"source": str(Path(source.path).resolve()), **place, **identity},
         "config": config_of(request.settings),
     }
 

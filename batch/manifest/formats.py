@@ -20,7 +20,7 @@ BATCH_BYTES = 32 * 2**20
 
 
 class Dialect(NamedTuple):
-    """What the settings say about text manifests; other formats ignore it."""
+    """What the settings say about how to read a manifest."""
 
     separator: str | None = None
     """Of CSV and TSV; None: it is found."""
@@ -28,6 +28,10 @@ class Dialect(NamedTuple):
     """A codec of Python's; None: UTF-8. A byte order mark decides before it."""
     needed: frozenset[str] = frozenset()
     """Names of the columns that the settings need."""
+    format: str | None = None
+    """Of the file or folder; None: what the names of the files say."""
+    image: str = "image_url"
+    """The column that holds the images, where they are a folder's."""
 
 
 class Chunk(NamedTuple):

@@ -30,12 +30,15 @@ _FLOAT_EXACT = 2**53
 
 _DEEPEST = 32
 """Lists and objects in one another; a Parquet file of deeper ones cannot be written, or read again."""
+_LIST = "a list of objects is read from a file with the ending .json, or with --format json"
 _NO_NUMBER = re.compile(rb"[:\[,]\s*-?(NaN|Infinity)\b")
 
 
 class _Group(NamedTuple):
     """Some consecutive lines that are not empty, the last one ended."""
 
+    first: int
+    """Row of the first of them."""
     numbers: list[int]
     lines: list[bytes]
     text: bytes
@@ -50,6 +53,9 @@ class Jsonl:
     So is a column with a number that its type would change: beyond 64 bits, or beyond 2^53 among fractions.
     """
 
+    _EMPTY = "is empty; give at least one line with a JSON object"
+    _ONE = "each line holds one object"
+
     def __init__(self, path: Path, unpack: Callable[[Path], BinaryIO], rows: int | None) -> None:
         self._path, self._unpack, self._limit = path, unpack, rows
         self.rows = 0
@@ -58,7 +64,7 @@ class Jsonl:
         for group in self._groups(BATCH_ROWS):
             self._take_in(group)
         if not self.rows:
-            raise ManifestError(f"{path} is empty; give at least one line with a JSON object")
+            raise ManifestError(f"{path} {self._EMPTY}")
         if not self._kinds:
             raise ManifestError(f"{path} names no columns: its objects are empty")
         self.schema = pl.Schema({name: self._final(name, kind) for name, kind in self._kinds.items()})
@@ -71,20 +77,21 @@ class Jsonl:
             except pl.exceptions.PolarsError:
                 frame = self._frame(group, self.schema)
             self._check_length(group, frame)
-            yield Chunk(frame, group.numbers, group.halves)
+            yield Chunk(frame, self._lines(group.numbers), group.halves)
 
     # --- lines ---
 
     def _groups(self, size: int) -> Iterator[_Group]:
+        first = 0
         for numbers, lines in _grouped(self._numbered(), size):
             if not lines[-1].endswith(b"\n"):
                 lines[-1] += b"\n"
-            text = b"".join(lines)
-            if MAY_BE_HALF.search(text) is None:
-                yield _Group(numbers, lines, text, {})
-            else:
-                halves = self._mend(numbers, lines)
-                yield _Group(numbers, lines, b"".join(lines), halves)
+            group = _Group(first, numbers, lines, b"".join(lines), {})
+            if MAY_BE_HALF.search(group.text) is not None:
+                halves = self._mend(group)
+                group = group._replace(text=b"".join(lines), halves=halves)
+            yield group
+            first += len(numbers)
 
     def _numbered(self) -> Iterator[tuple[int, bytes]]:
         with self._unpack(self._path) as stream:
@@ -93,10 +100,14 @@ class Jsonl:
             for number, line in islice(filled, self._limit):
                 yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
 
-    def _mend(self, numbers: list[int], lines: list[bytes]) -> dict[int, Half]:
+    def _lines(self, numbers: list[int]) -> list[int] | None:
+        """The lines of rows, where they have some."""
+        return numbers
+
+    def _mend(self, group: _Group) -> dict[int, Half]:
         """Replace halves of characters, which polars would make into others, and tell in which rows there were some."""
         halves: dict[int, Half] = {}
-        for index, line in enumerate(lines):
+        for index, line in enumerate(group.lines):
             half = find_half(line) if MAY_BE_HALF.search(line) else None
             if half is None:
                 continue
@@ -104,9 +115,9 @@ class Jsonl:
                 half.column.encode()
             except UnicodeEncodeError as error:
                 what = f"the key {half.column!r} holds half a character; write it again"
-                raise self._wrong(numbers[index], what) from error
+                raise self._wrong(group, index, what) from error
             halves[index] = half
-            lines[index] = mend_halves(line)
+            group.lines[index] = mend_halves(line)
         return halves
 
     # --- the first time through: what the columns are ---
@@ -132,13 +143,15 @@ class Jsonl:
         spaced = b'" :' in group.text
         if group.text.count(b'":') == cells and not spaced:
             return
-        for number, line in zip(group.numbers, group.lines, strict=True):
-            record = self._object(number, line)
+        for index, line in enumerate(group.lines):
+            record = self._object(group, index)
             written = line.count(b'":')
             if not spaced and (written == len(record) or written == count_keys(record)):
                 continue
             if (twin := find_twin(line)) is not None:
-                raise self._wrong(number, f"the key {twin!r} stands twice in one object; keep the one that is meant")
+                raise self._wrong(
+                    group, index, f"the key {twin!r} stands twice in one object; keep the one that is meant"
+                )
 
     def _final(self, name: str, kind: pl.DataType) -> pl.DataType:
         changed = kind == pl.Float64 and name in self._large
@@ -154,7 +167,7 @@ class Jsonl:
             ManifestError: a line is wrong; it is named.
         """
         group.lines[:] = map(exact, group.lines)
-        records = [self._object(number, line) for number, line in zip(group.numbers, group.lines, strict=True)]
+        records = [self._object(group, index) for index in range(len(group.lines))]
         try:
             return pl.read_ndjson(b"".join(group.lines), schema=schema or self._schema_of(records))
         except pl.exceptions.PolarsError as error:
@@ -170,24 +183,32 @@ class Jsonl:
                     self._large.add(name)
         return pl.Schema(kinds)
 
-    def _object(self, number: int, line: bytes) -> dict[str, Any]:
+    def _object(self, group: _Group, index: int) -> dict[str, Any]:
+        line = group.lines[index]
         try:
             record = orjson.loads(line)
         except orjson.JSONDecodeError as error:
             line.decode()  # the caller knows what to say of text that is not UTF-8
             what = f"not parseable as JSON ({error.msg}, at character {error.colno})"
-            hint = "each line holds one object"
+            hint = self._ONE
             if _NO_NUMBER.search(line):
                 hint = "JSON has no NaN and no Infinity, write null"
             elif b"\0" in line:
                 hint = utf16_hint(line.startswith(b"\0"))
-            raise self._wrong(number, f"{what}; {hint}") from error
+            elif line.lstrip().startswith(b"["):
+                hint = f"{hint}; {_LIST}"
+            raise self._wrong(group, index, f"{what}; {hint}") from error
         if not isinstance(record, dict):
-            raise self._wrong(number, f"{shorten(line.decode().strip(), 40)} is not a JSON object; each line holds one")
+            shown = shorten(line.decode().strip(), 40)
+            hint = f"{self._ONE}; {_LIST}" if isinstance(record, list) else self._ONE
+            raise self._wrong(group, index, f"{shown} is not a JSON object; {hint}")
         return record
 
-    def _wrong(self, number: int, what: str) -> ManifestError:
-        return ManifestError(f"{self._path}, line {number}: {what}")
+    def _wrong(self, group: _Group, index: int, what: str) -> ManifestError:
+        return ManifestError(f"{self._path}, {self._place(group.numbers[index], group.first + index)}: {what}")
+
+    def _place(self, number: int, row: int) -> str:  # noqa: ARG002 - for formats in which rows share lines
+        return f"line {number}"
 
     def _check_length(self, group: _Group, frame: pl.DataFrame) -> None:
         if len(frame) != len(group.lines):

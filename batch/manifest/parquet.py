@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batch.errors import ManifestError
+from batch.manifest.arrowdata import IMAGE_ROWS, check_text, frame_of, holds_bytes, plain_schema
 from batch.manifest.formats import BATCH_BYTES, Chunk, refuse_twins
 from batch.manifest.hive import typed
 from batch.manifest.shards import Columns, Kind, joint
 
 __all__ = ["Parquet"]
 
-_PICTURE_ROWS = 64  # of one that carries the pictures themselves
 _BROKEN_SHOWN = 5
 
 
@@ -34,35 +33,45 @@ class Parquet:
         self, paths: tuple[Path, ...], rows: int | None, partitions: Sequence[Mapping[str, str | None]]
     ) -> None:
         self._paths, self._partitions = paths, partitions
-        columns, total = _surveyed(paths)
+        columns, total = _surveyed(paths, self._look)
         if not total:
             raise ManifestError(f"{paths[0] if len(paths) == 1 else paths[0].parent} has no rows; give at least one")
         self.rows = total if rows is None else min(rows, total)
         self._folders = {name: _Folders(name, partitions, columns) for name in _keys(partitions)}
         kinds = columns.kinds | {name: folder.kind for name, folder in self._folders.items()}
         self._schema: Any = pa.schema(list(kinds.items()))
-        self.schema = _frame(pa.Table.from_batches([], self._schema)).schema
-        self._has_pictures = any(_holds_bytes(kind) for kind in self.schema.dtypes())
+        self.schema = frame_of(pa.Table.from_batches([], self._schema)).schema
+        self._has_pictures = any(holds_bytes(kind) for kind in self.schema.dtypes())
         self.notes = (*_of_folders(self._folders), *columns.notes())
 
     def chunks(self, size: int) -> Iterator[Chunk]:
         """All rows in order, at most `size` at a time; fewer where they carry pictures."""
-        size = min(size, _PICTURE_ROWS) if self._has_pictures else size
+        size = min(size, IMAGE_ROWS) if self._has_pictures else size
         for table in _regrouped(self._tables(size), size):
-            yield Chunk(_frame(table), None)
+            yield Chunk(frame_of(table), None)
 
     def _tables(self, size: int) -> Iterator[Any]:
         left = self.rows
         for path, partition in zip(self._paths, self._partitions, strict=True):
-            # Unbuffered ahead and read in pieces: memory is a few pages, whatever the size of a row group.
-            with _named(path), pq.ParquetFile(path, pre_buffer=False, buffer_size=2**16) as file:
-                for batch in file.iter_batches(batch_size=min(size, _rows_of(file.metadata)), use_threads=False):
+            with _named(path):
+                for batch in self._read(path, size):
                     table = pa.Table.from_batches([batch.slice(0, left)])
                     left -= len(table)
-                    _check_text(path, table)
+                    check_text(path, table)
                     yield self._whole(path, table, partition)
                     if left <= 0:
                         return
+
+    def _look(self, path: Path) -> tuple[Any, int]:
+        """The schema of a file, and how many rows it has."""
+        with pq.ParquetFile(path) as file:
+            return file.schema_arrow, file.metadata.num_rows
+
+    def _read(self, path: Path, size: int) -> Iterator[Any]:
+        """The rows of a file in record batches of at most `size`."""
+        # Unbuffered ahead and read in pieces: memory is a few pages, whatever the size of a row group.
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=2**16) as file:
+            yield from file.iter_batches(batch_size=min(size, _rows_of(file.metadata)), use_threads=False)
 
     def _whole(self, path: Path, table: Any, partition: Mapping[str, str | None]) -> Any:
         """The rows of one file with all columns, each in its joint type."""
@@ -81,22 +90,22 @@ class Parquet:
         return pa.table(columns, schema=self._schema)
 
 
-def _surveyed(paths: Iterable[Path]) -> tuple[Columns, int]:
+def _surveyed(paths: Iterable[Path], look: Callable[[Path], tuple[Any, int]]) -> tuple[Columns, int]:
     """The columns of all files, and how many rows there are; one file is open at a time."""
     columns, total = Columns(), 0
     broken: list[ManifestError] = []
     places: list[Path] = []
     for path in paths:
         try:
-            with _named(path), pq.ParquetFile(path) as file:
-                schema, rows = file.schema_arrow.remove_metadata(), file.metadata.num_rows
+            with _named(path):
+                schema, rows = look(path)
         except ManifestError as error:
             broken.append(error)
             places.append(path)
             continue
         refuse_twins(path, schema.names)
         if not broken:
-            columns.add(path, schema)
+            columns.add(path, plain_schema(path, schema))
         total += rows
     if len(broken) > 1:
         more = ", ".join(map(str, places[1 : 1 + _BROKEN_SHOWN])) + (", ..." if len(places) > 1 + _BROKEN_SHOWN else "")
@@ -141,7 +150,7 @@ def _cast(path: Path, table: Any, field: Any) -> Any:
     try:
         return column.cast(field.type)
     except pa.ArrowException as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [""])[0]
         raise ManifestError(
             f"{path}: the column {field.name!r} is {column.type} here and {field.type} with the other files, which"
             f" cannot hold it ({reason}); give it one type in all files"
@@ -219,27 +228,5 @@ def _named(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, pa.ArrowException) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [""])[0]
         raise ManifestError(f"{path} cannot be read: {reason}; is it complete, and what its suffix says?") from error
-
-
-def _check_text(path: Path, table: Any) -> None:
-    """Nobody else does, and polars ends the process over text that is none."""
-    for name, column in zip(table.schema.names, table.columns, strict=True):
-        try:
-            column.validate(full=True)
-        except pa.ArrowInvalid as error:
-            what = f"the column {name!r} holds what its type does not allow ({str(error).splitlines()[0]})"
-            raise ManifestError(f"{path}: {what}; write it again, text as UTF-8") from error
-
-
-def _frame(table: Any) -> pl.DataFrame:
-    frame = pl.from_arrow(table)
-    assert isinstance(frame, pl.DataFrame)
-    return frame
-
-
-def _holds_bytes(kind: pl.DataType) -> bool:
-    if isinstance(kind, pl.Struct):
-        return any(_holds_bytes(field.dtype) for field in kind.fields if isinstance(field.dtype, pl.DataType))
-    return kind == pl.Binary

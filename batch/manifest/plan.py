@@ -290,7 +290,7 @@ def dialect_of(settings: Settings) -> Dialect:
     mapped = settings.manifest
     parts = placeholders(mapped.prompt)
     named = {mapped.image, mapped.prompt, *parts} | ({mapped.id} if mapped.id else set())
-    return Dialect(mapped.separator, mapped.encoding, frozenset(named))
+    return Dialect(mapped.separator, mapped.encoding, frozenset(named), mapped.format, mapped.image)
 
 
 def _given(settings: Settings) -> JsonObject:

@@ -1,4 +1,4 @@
-"""Reading manifests: CSV, TSV, JSONL and Parquet, plain or compressed, in batches of bounded size. Edge.
+"""Reading manifests of every format, plain or compressed, in batches of bounded size. Edge.
 
 Owns files, their formats and the numbers of their lines; refuses to know what a column means. A text manifest is
 read once from end to end when it is opened, so that a bad line is known before anything is paid for.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import bz2
 import csv
-import difflib
 import gzip
 import io
 import lzma
@@ -25,9 +24,12 @@ from typing import BinaryIO, TextIO
 import polars as pl
 
 from batch.errors import ManifestError
+from batch.manifest.finding import Found, find, local
 from batch.manifest.formats import BATCH_BYTES, BATCH_ROWS, Chunk, Dialect, Format, refuse_nul, refuse_twins
 from batch.manifest.hive import partitions_of
+from batch.manifest.imagefolder import FILE_NAME, Images, WithMetadata
 from batch.manifest.inputs import shorten
+from batch.manifest.jsonfile import open_json
 from batch.manifest.jsonl import Jsonl
 from batch.manifest.ports import RowBatch
 from batch.manifest.text import Encoding, Separator, Unpack, as_utf8, encoding_of, named, separator_of, undecodable
@@ -38,9 +40,7 @@ _STEP_ROWS = 16  # between two looks at how long rows are
 _LINE_BREAK = re.compile(r"\r\n|\r|\n")
 _FIELD_CHARACTERS = 64 * 2**20
 _ANY = Dialect()
-_TEXT = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".jsonl": None, ".ndjson": None}
-_PARQUET = (".parquet", ".pq")
-_KNOWN = "it may end in .csv, .tsv, .jsonl or .ndjson (each also with .gz, .zst, .bz2 or .xz), or in .parquet"
+_SEPARATORS = {"csv": ",", "tsv": "\t"}
 
 
 def _unpack_zstd(path: Path) -> BinaryIO:
@@ -69,62 +69,58 @@ class Manifest:
         rows: how many rows `batches` gives.
         has_lines: whether rows have line numbers.
         notes: what was found out about how to read it, for a person: `separator ';', found in the header`.
+        place: the file in which the lines of rows are counted, where it is not the source.
+        has_images: whether it is a folder of images.
     """
 
     def __init__(
-        self,
-        source: Path,
-        folder: Path,
-        paths: tuple[Path, ...],
-        content: Format,
-        has_lines: bool,
-        dialect: Dialect,
-        notes: tuple[str, ...] = (),
+        self, source: Path, folder: Path, found: Found, content: Format, dialect: Dialect, notes: tuple[str, ...] = ()
     ) -> None:
         self.source = source
         self.folder = folder
         self.schema = content.schema
         self.columns = tuple(content.schema.names())
         self.rows = content.rows
-        self.has_lines = has_lines
-        self.files = paths
-        self.notes = notes
+        self.has_lines = bool(getattr(content, "has_lines", found.kind.has_lines))
+        self.files = found.paths
+        self.notes = (*found.notes, *notes)
+        self.place = found.paths[0] if found.has_images else None
+        self.has_images = found.has_images or isinstance(content, Images)
         self._content = content
+        self._root = found.folder
+        self._unpack = _UNPACK[found.kind.packing]
         self._dialect = dialect
 
     def __repr__(self) -> str:
         return f"Manifest({str(self.source)!r}, rows={self.rows}, columns={self.columns})"
 
     @classmethod
-    def open(cls, source: str | Path, rows: int | None = None, dialect: Dialect = _ANY) -> Manifest:
-        """Open one file, or a folder or glob of Parquet files, or only its first `rows` rows.
+    def open(
+        cls, source: str | Path, rows: int | None = None, dialect: Dialect = _ANY, folder: Path | None = None
+    ) -> Manifest:
+        """Open one file, a folder or a glob, or only its first `rows` rows.
+
+        Args:
+            source: what to open.
+            rows: how many rows at most.
+            dialect: what the settings say about it.
+            folder: where relative paths of images start; None: where it lies.
 
         Raises:
-            ManifestError: nothing is there, it is empty or unreadable, its encoding is another one, a line or a
-                header is wrong. The message names the line where there is one.
+            ManifestError: nothing is there, it is empty or unreadable, its format is unknown, its encoding is another
+                one, a line or a header is wrong. The message names the line where there is one.
         """
-        if not str(source).strip():
-            raise ManifestError("the manifest's name is empty; name a file (is a variable of the shell not set?)")
-        source = Path(source)
-        paths, folder = _find(source)
-        packing, delimiter, parquet = _kind(paths[0])
-        notes: tuple[str, ...] = ()
-        with _explained(source, paths, dialect):
-            content: Format
-            if parquet:
-                from batch.manifest.parquet import Parquet  # with pyarrow, which text does not wait for
-
-                content = Parquet(paths, rows, _partitions(paths, folder))
-                notes = content.notes
-            elif delimiter is not None:
-                encoding = encoding_of(paths[0], _UNPACK[packing], dialect.encoding)
-                content = _Csv(paths[0], _UNPACK[packing], delimiter, rows, encoding, dialect)
-                notes = (*content.notes, *_noted(encoding))
-            else:
-                encoding = encoding_of(paths[0], _UNPACK[packing], dialect.encoding)
-                content = Jsonl(paths[0], as_utf8(_UNPACK[packing], encoding), rows)
-                notes = _noted(encoding)
-        return cls(source, folder, paths, content, not parquet, dialect, notes)
+        path = local(source)
+        found = find(path, dialect.format)
+        with _explained(path, found.paths, _UNPACK[found.kind.packing], dialect):
+            if found.has_images:
+                dialect = dialect._replace(needed=dialect.needed | {FILE_NAME, "text"})
+            content, notes = _content(found, rows, dialect)
+            if found.has_images:
+                content = WithMetadata(found.paths[0], content, dialect.image)
+                if rows is None:
+                    content.require_all(found.paths[0], path)
+        return cls(path, found.folder if folder is None else folder, found, content, dialect, notes)
 
     def batches(self, size: int = BATCH_ROWS) -> Iterator[RowBatch]:
         """All rows in order, at most `size` at a time; fewer where they are long or carry pictures.
@@ -133,7 +129,7 @@ class Manifest:
             ManifestError: the file has changed or can no longer be read.
         """
         first_row = 0
-        with _explained(self.source, self.files, self._dialect):
+        with _explained(self.source, self.files, self._unpack, self._dialect):
             for frame, lines, halves in self._content.chunks(size):
                 yield RowBatch(first_row, frame, lines, halves)
                 first_row += len(frame)
@@ -143,45 +139,41 @@ class Manifest:
     def fingerprint(self) -> str:
         """Hash of the files' bytes, the whole of them, and of the columns that folders give them.
 
-        Equal for a copy under another name.
+        Equal for a copy under another name. Of a folder of images it is the hash of their names.
         """
+        if isinstance(self._content, Images):
+            return self._content.fingerprint()
         total = blake2b(digest_size=16)
-        for path, partition in zip(self.files, _partitions(self.files, self.folder), strict=True):
-            with _explained(self.source, (path,), self._dialect), path.open("rb") as file:
+        for path, partition in zip(self.files, _partitions(self.files, self._root), strict=True):
+            with _explained(self.source, (path,), self._unpack, self._dialect), path.open("rb") as file:
                 total.update(file_digest(file, "blake2b").digest())
             if partition:
                 total.update(repr(sorted(partition.items())).encode())
         return total.hexdigest()
 
 
-# --- finding ----------------------------------------------------------------------------------------------
+def _content(found: Found, rows: int | None, dialect: Dialect) -> tuple[Format, tuple[str, ...]]:
+    """The reader of what was found, and how it reads."""
+    name, unpack = found.kind.name, _UNPACK[found.kind.packing]
+    if name == "parquet":
+        from batch.manifest.parquet import Parquet  # with pyarrow, which text does not wait for
 
+        table = Parquet(found.paths, rows, _partitions(found.paths, found.folder))
+        return table, table.notes
+    if name == "arrow":
+        from batch.manifest.arrow import Arrow
 
-def _find(source: Path) -> tuple[tuple[Path, ...], Path]:
-    """The files of a source in order, and the folder that relative paths start from."""
-    if source.is_dir():
-        found = sorted(path for path in source.rglob("*") if _is_parquet(path, source))
-        if not found:
-            raise ManifestError(f"the folder {source} has no Parquet file in it; name a manifest file")
-        return tuple(found), source
-    if source.exists():
-        return (source,), source.parent
-    if any(character in str(source) for character in "*?["):
-        fixed = next(parent for parent in source.parents if not any(c in str(parent) for c in "*?["))
-        found = sorted(path for path in fixed.glob(str(source.relative_to(fixed))) if _is_parquet(path, fixed))
-        if not found:
-            raise ManifestError(f"no Parquet file matches {source}; only Parquet may be given as a glob")
-        return tuple(found), fixed
-    raise ManifestError(f"there is no manifest {source}{_near(source)}")
-
-
-def _is_parquet(path: Path, folder: Path) -> bool:
-    """Whether it is a part of a table; as for Spark, hidden names and `_temporary/` are none, but `_key=value/` is."""
-    if path.suffix.lower() not in _PARQUET:
-        return False
-    parts = path.relative_to(folder).parts
-    hidden = any(part.startswith(".") or (part.startswith("_") and "=" not in part) for part in parts)
-    return not hidden and path.is_file()
+        table = Arrow(found.paths, rows, _partitions(found.paths, found.folder))
+        return table, table.notes
+    if not found.paths:
+        return Images(found.folder, dialect.image, rows), ()
+    (path,) = found.paths
+    encoding = encoding_of(path, unpack, dialect.encoding)
+    if name in _SEPARATORS:
+        content = _Csv(path, unpack, _SEPARATORS[name], rows, encoding, dialect)
+        return content, (*content.notes, *_noted(encoding))
+    read = open_json if name == "json" else Jsonl
+    return read(path, as_utf8(unpack, encoding), rows), _noted(encoding)
 
 
 def _partitions(paths: Sequence[Path], folder: Path) -> list[Mapping[str, str | None]]:
@@ -199,27 +191,6 @@ def _partitions(paths: Sequence[Path], folder: Path) -> list[Mapping[str, str | 
     return found
 
 
-def _near(missing: Path) -> str:
-    if not missing.parent.is_dir():
-        return f"; the folder {missing.parent} is not there either"
-    names = [path.name for path in islice(missing.parent.iterdir(), 10_000)]
-    near = difflib.get_close_matches(missing.name, names, 3)
-    return f"; did you mean {' or '.join(near)}?" if near else f"; look at what is in {missing.parent.absolute()}"
-
-
-def _kind(path: Path) -> tuple[str, str | None, bool]:
-    """Packing, delimiter (None: not delimited) and whether it is Parquet, from the name alone."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    last = suffixes[-1] if suffixes else ""
-    if last in _PARQUET:
-        return "", None, True
-    packing = last if last in _UNPACK else ""
-    kind = (suffixes[-2] if len(suffixes) > 1 else "") if packing else last
-    if kind not in _TEXT:
-        raise ManifestError(f"{path} is of no known format ({''.join(suffixes[-2:]) or 'no suffix'}); {_KNOWN}")
-    return packing, _TEXT[kind], False
-
-
 def _said(separator: Separator) -> tuple[str, ...]:
     return (f"separator {named(separator.character)} ({separator.origin})",) if separator.origin else ()
 
@@ -229,12 +200,11 @@ def _noted(encoding: Encoding) -> tuple[str, ...]:
 
 
 @contextmanager
-def _explained(source: Path, paths: Sequence[Path], dialect: Dialect) -> Iterator[None]:
+def _explained(source: Path, paths: Sequence[Path], unpack: Unpack, dialect: Dialect) -> Iterator[None]:
     """The one place where what the libraries raise becomes a sentence."""
     try:
         yield
     except UnicodeError as error:
-        unpack = _UNPACK[_kind(paths[0])[0]]
         raise ManifestError(undecodable(paths[0], unpack, encoding_of(paths[0], unpack, dialect.encoding))) from error
     except _unreadable() as error:
         raise ManifestError(f"{source} cannot be read: {error}; is it complete, and what its suffix says?") from error

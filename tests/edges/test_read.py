@@ -237,8 +237,8 @@ def test_lines_are_right_for_any_text_in_any_batch_size(tmp_path_factory, record
         ("m.parquet", b"", ["cannot be read"]),
         ("m.parquet", b"PAR1 but not for long PAR1", ["cannot be read"]),
         ("m.txt", CSV, [".txt", ".csv", ".jsonl", ".parquet"]),
-        ("m.parquet.gz", b"", [".parquet.gz", "no known format"]),
-        ("m", CSV, ["no suffix", ".csv"]),
+        ("m.parquet.gz", b"", [".parquet.gz", "unsupported manifest format", "unpack it"]),
+        ("m", CSV, ["has no ending", ".csv", "--format"]),
     ],
 )
 def test_a_manifest_that_cannot_be_used_is_one_clear_sentence(write, name, data, words) -> None:
@@ -341,9 +341,11 @@ def test_a_missing_manifest_names_its_neighbours(write, tmp_path) -> None:
 def test_folders_and_globs_without_parquet_are_refused(write, tmp_path) -> None:
     """Only Parquet comes in parts."""
     write("m.csv", CSV)
-    with pytest.raises(ManifestError, match="has no Parquet file in it"):
+    with pytest.raises(
+        ManifestError, match=r"has no Parquet file, Arrow file or image in it; name a file, for example .*m\.csv"
+    ):
         Manifest.open(tmp_path)
-    with pytest.raises(ManifestError, match="no Parquet file matches"):
+    with pytest.raises(ManifestError, match="no Parquet or Arrow file matches"):
         Manifest.open(tmp_path / "*.csv")
 
 

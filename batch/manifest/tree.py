@@ -1,0 +1,69 @@
+"""The files below a folder, in order, without hidden ones and without run directories. Edge."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from batch.errors import ManifestError
+
+__all__ = ["files_below", "is_run_directory"]
+
+_SKIPPED = frozenset({"__MACOSX"})
+_RUN_FILES = ("journal.db", ".lock")
+
+
+def is_run_directory(folder: Path) -> bool:
+    """Whether results lie there: reading them as a manifest would restyle what was restyled, and pay for it."""
+    return (folder / _RUN_FILES[0]).exists() and (folder / "run.json").exists()
+
+
+def files_below(root: Path, skipped: Callable[[str], object] = lambda _: None) -> Iterator[str]:
+    """Paths relative to `root`, with slashes, in the order of their parts. Linked folders are not entered.
+
+    Memory holds the names of one folder at each level.
+
+    Args:
+        root: a folder.
+        skipped: is told of each run directory and each linked folder that is left out.
+
+    Raises:
+        ManifestError: a folder cannot be read.
+    """
+    levels = [_entries(root, "", skipped)]
+    while levels:
+        entry = next(levels[-1], None)
+        if entry is None:
+            levels.pop()
+        elif entry.endswith("/"):
+            levels.append(_entries(root, entry, skipped))
+        else:
+            yield entry
+
+
+def _entries(root: Path, prefix: str, skipped: Callable[[str], object]) -> Iterator[str]:
+    """One folder's files, and its folders with a slash at the end."""
+    folder = root / prefix
+    if prefix and is_run_directory(folder):
+        skipped(f"the run directory {prefix[:-1]}")
+        return
+    names: list[str] = []
+    folders: set[str] = set()
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith(".") or entry.name in _SKIPPED:
+                    continue
+                if entry.is_dir():
+                    if entry.is_symlink():
+                        skipped(f"the linked folder {prefix}{entry.name}")
+                        continue
+                    folders.add(entry.name)
+                names.append(entry.name)
+    except OSError as error:
+        raise ManifestError(f"{folder} cannot be read ({error.strerror}); check its permissions") from error
+    names.sort(reverse=True)
+    while names:
+        name = names.pop()
+        yield f"{prefix}{name}/" if name in folders else prefix + name
