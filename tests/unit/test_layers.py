@@ -30,6 +30,8 @@ TABLE: dict[str, tuple[str, int]] = {
     "batch.errors": (PURE, 0),
     "batch.model": (PURE, 0),
     "batch.version": (PURE, 0),
+    "batch.descriptors": (PURE, 1),
+    "batch.open_files": ("edge: the process", 2),
     "batch.config": ("edge: environment and config file", 2),
     "batch.targets": (ASSEMBLY, 4),
     "batch.bills": (ASSEMBLY, 5),
@@ -177,8 +179,8 @@ OUTWARD: dict[tuple[str, str], str] = {
 
 OUTSIDE = {
     "aiohttp", "asyncio", "concurrent", "cyclopts", "fcntl", "filelock", "http", "httpx", "logging", "multiprocessing",
-    "os", "queue", "requests", "secrets", "select", "shutil", "signal", "socket", "sqlite3", "ssl", "subprocess", "sys",
-    "tempfile", "threading", "time", "tqdm", "uvloop", "yarl",
+    "os", "queue", "requests", "resource", "secrets", "select", "shutil", "signal", "socket", "sqlite3", "ssl",
+    "subprocess", "sys", "tempfile", "threading", "time", "tqdm", "uvloop", "yarl",
 }  # fmt: skip
 """Libraries that touch something outside, or the clock."""
 WAITING = {"anyio", "tenacity", "trio"}
@@ -272,7 +274,7 @@ def test_the_server_knows_nothing_of_the_client_side():
     """The server shares the wire protocol, the values and the errors with the runner, and nothing else."""
     shared = ("batch.server", "batch.fal.endpoint", "batch.fal.platform", "batch.fal.protocol", "batch.fal.signing")
     shared += ("batch.fal.queries",)
-    shared += ("batch.model", "batch.errors", "batch.version")
+    shared += ("batch.model", "batch.errors", "batch.version", "batch.descriptors", "batch.open_files")
     for name in SOURCES:
         if name.startswith("batch.server"):
             assert [other for other in ours(name) if not other.startswith(shared)] == [], name
