@@ -23,6 +23,7 @@ __all__ = [
     "lacks_descriptor",
     "limits_to_try",
     "patiently",
+    "require",
     "server_share",
 ]
 
@@ -89,8 +90,12 @@ class ServerShare(NamedTuple):
     connections: int
     outgoing: int
     """Requests to other servers: source images, webhooks."""
-    files: int
+    downloads: int
+    """Files that are sent to callers."""
+    threads: int
+    """Threads that read and write files."""
     workers: int
+    """Processes of the engine."""
 
 
 def limits_to_try(soft: int, hard: int, infinity: int) -> list[int]:
@@ -138,13 +143,22 @@ def server_share(allowance: Allowance, workers: int = 0) -> ServerShare:
     """
     room = allowance.free - _SERVER_RESERVE
     started = min(workers, max(1, room // 4 // _WORKER))
-    files = _within(room // 8, 2, 64)
+    downloads, threads = max(1, room // 8), _within(room // 16, 1, 32)
     outgoing = _within(room // 16, 2, 100)
-    connections = room - files - outgoing * _OUTGOING - started * _WORKER
+    connections = room - downloads - threads - outgoing * _OUTGOING - started * _WORKER
     if connections < _LEAST:
-        needed = _SERVER_RESERVE + 2 + 2 * _OUTGOING + started * _WORKER + _LEAST
-        raise _too_few(allowance, needed)
-    return ServerShare(connections, outgoing, files, started)
+        raise _too_few(allowance, _SERVER_RESERVE + 2 + 2 * _OUTGOING + started * _WORKER + _LEAST)
+    return ServerShare(connections, outgoing, downloads, threads, started)
+
+
+def require(allowance: Allowance, more: int) -> None:
+    """Check that a process may open that many more.
+
+    Raises:
+        InputError: it may not.
+    """
+    if allowance.free < more:
+        raise _too_few(allowance, more)
 
 
 def described(allowance: Allowance, connections: int) -> str:

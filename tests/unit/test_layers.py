@@ -27,11 +27,12 @@ PURE, WAITS, ASSEMBLY, TESTING = "pure", "waits", "assembly", "testing"
 TABLE: dict[str, tuple[str, int]] = {
     # face and assembly
     "batch": (PURE, 0),
-    "batch.errors": (PURE, 0),
+    "batch.errors": (PURE, -2),
     "batch.model": (PURE, 0),
     "batch.version": (PURE, 0),
-    "batch.descriptors": (PURE, 1),
-    "batch.open_files": ("edge: the process", 2),
+    "batch.descriptors": (PURE, -1),
+    "batch.open_files": ("edge: the process", 0),
+    "batch.accepting": ("edge: network", 0),
     "batch.config": ("edge: environment and config file", 2),
     "batch.targets": (ASSEMBLY, 4),
     "batch.bills": (ASSEMBLY, 5),
@@ -275,6 +276,7 @@ def test_the_server_knows_nothing_of_the_client_side():
     shared = ("batch.server", "batch.fal.endpoint", "batch.fal.platform", "batch.fal.protocol", "batch.fal.signing")
     shared += ("batch.fal.queries",)
     shared += ("batch.model", "batch.errors", "batch.version", "batch.descriptors", "batch.open_files")
+    shared += ("batch.accepting",)
     for name in SOURCES:
         if name.startswith("batch.server"):
             assert [other for other in ours(name) if not other.startswith(shared)] == [], name
