@@ -26,13 +26,24 @@ def allowance() -> Allowance:
     if resource is None:
         return Allowance(None)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    before = allowed = ENOUGH if soft == resource.RLIM_INFINITY else soft
+    allowed = ENOUGH if soft == resource.RLIM_INFINITY else soft
+    before = _first(allowed)
     for limit in limits_to_try(soft, hard, resource.RLIM_INFINITY):
         with suppress(OSError, ValueError):  # macOS refuses what is above its own, unnamed, limit
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
             allowed = limit
             break
     return Allowance(allowed, before, min(allowed, _in_use(allowed)))
+
+
+_firsts: list[int] = []
+
+
+def _first(limit: int) -> int:
+    """The limit as it was when it was first asked for: by now it may be raised."""
+    if not _firsts:
+        _firsts.append(limit)
+    return _firsts[0]
 
 
 def _in_use(allowed: int) -> int:

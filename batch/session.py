@@ -20,12 +20,14 @@ import anyio
 import anyio.to_thread
 
 from batch.config import Settings, parse_duration, window_bounds
+from batch.descriptors import Allowance, described, require
 from batch.errors import ConfigError, ExitCode, StoppedEarly, StorageError
 from batch.manifest.pictures import Pictures
 from batch.manifest.plan import Planner
 from batch.manifest.read import Manifest
 from batch.manifest.survey import Survey, survey
 from batch.model import Job, JsonObject
+from batch.open_files import allowance
 from batch.projection import Projection, identity_of, loading_sink
 from batch.results.totals import Totals
 from batch.run.budget import Budget
@@ -48,6 +50,8 @@ __all__ = ["Plan", "Request", "Summary", "open_planner", "run_session", "survey_
 
 T = TypeVar("T")
 
+_START_FILES = 24
+"""Descriptors that a run needs before it opens a connection."""
 _AUTO_GUESS = 16
 """Jobs at once that a plan reckons with where the window finds its own size."""
 
@@ -145,6 +149,8 @@ async def run_session(request: Request) -> Summary:
 
 
 async def _session(request: Request, signals: Signals) -> Summary:
+    allowed = allowance()
+    require(allowed, _START_FILES)
     settings, directory = request.settings, RunDirectory(request.out)
     terms, began, started_at = terms_of(settings), time.monotonic(), _timestamp()
     manifest = await _in_thread(partial(Manifest.open, request.manifest, settings.limits.rows))
@@ -166,7 +172,7 @@ async def _session(request: Request, signals: Signals) -> Summary:
             directory.write_run(_run_facts(identity, request, terms, started_at))
             await signals.begin()
             projection = Projection(planner, manifest, settings, journal.file, identity)
-            report = await _carried_out(request, directory, journal, projection, plan, before, signals)
+            report = await _carried_out(request, directory, journal, projection, plan, before, signals, allowed)
             signals.over()
             after = await journal.counts()
             totals = await _in_thread(partial(projection.refresh, directory.results, after.by_state))
@@ -249,6 +255,7 @@ async def _carried_out(
     plan: Plan,
     before: Counts,
     signals: Signals,
+    allowed: Allowance,
 ) -> Report | None:
     """Run what is to do; None where there is nothing, and nothing was opened."""
     settings, found = request.settings, plan.survey
@@ -266,8 +273,17 @@ async def _carried_out(
             open_target(settings, directory.endpoint, version=tool_version()) as target,
             open_hints(settings, target, version=tool_version()) as hints,
         ):
-            rng = Random()
-            images = ImageFolder(directory.root, limit_megapixels=settings.limits.max_image_megapixels)
+            rng, share = Random(), target.share
+            observer.happened(
+                "open_files",
+                reason=described(allowed, share.connections + share.hints),
+                allowed=allowed.allowed,
+                before=allowed.before,
+                connections=share.connections + share.hints,
+                bounded=share.is_bounded,
+            )
+            megapixels = settings.limits.max_image_megapixels
+            images = ImageFolder(directory.root, limit_megapixels=megapixels, threads=share.files)
             runner = Runner(
                 service=target.client,
                 journal=journal,

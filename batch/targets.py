@@ -18,11 +18,14 @@ from pydantic import SecretStr
 from tenacity import stop_after_attempt
 
 from batch.config import Settings, TargetSettings, api_key
+from batch.descriptors import ClientShare, client_share
 from batch.errors import AccountRefused, ConfigError, RestyleError, StoppedEarly
 from batch.fal import protocol
 from batch.fal.client import FalClient
+from batch.fal.http import Http, within
 from batch.fal.protocol import FAL, Origins
 from batch.fal.streams import Streams
+from batch.open_files import allowance
 from batch.run.budget import PRICES, Price
 from batch.run.ports import CallFailed, Hints, Trouble
 from batch.run.retry import reading
@@ -184,6 +187,8 @@ class Connection(NamedTuple):
     idempotent: bool
     """Whether it honours `Idempotency-Key`."""
     origins: Origins
+    share: ClientShare
+    """What may be open at once."""
     key: SecretStr | None = None
 
 
@@ -192,15 +197,16 @@ async def open_target(settings: Settings, endpoint_directory: Path, *, version: 
     """Connect to the configured target; the embedded endpoint is started, and ends with the block.
 
     Raises:
-        ConfigError: fal without a key.
+        ConfigError: fal without a key, or a proxy that cannot be used.
+        InputError: too few files may be open.
         RestyleError: the embedded endpoint does not start; the end of its log is in the message.
     """
-    target = settings.target
+    target, share = settings.target, _share(settings)
     if target.name == "fal":
         if _key() is None:
             raise ConfigError("FAL_KEY is not set; export FAL_KEY=key_id:key_secret, or use --target local")
-        async with _client(settings, FAL, version, key=True) as client:
-            yield Connection(client, idempotent=False, origins=FAL, key=_key())
+        async with _client(settings, FAL, version, share, key=True) as client:
+            yield Connection(client, idempotent=False, origins=FAL, share=share, key=_key())
     elif target.name == "local":
         from batch.server.embedded import embedded_endpoint
 
@@ -212,13 +218,13 @@ async def open_target(settings: Settings, endpoint_directory: Path, *, version: 
                 service_time=target.service_time,
                 faults=None if target.faults is None else Path(target.faults),
             ) as endpoint,
-            _client(settings, (origins := Origins.of_server(endpoint.url)), version, key=False) as client,
+            _client(settings, (origins := Origins.of_server(endpoint.url)), version, share, key=False) as client,
         ):
-            yield Connection(client, idempotent=True, origins=origins)
+            yield Connection(client, idempotent=True, origins=origins, share=share)
     else:
         origins = Origins.of_server(target.name)
-        async with _client(settings, origins, version, key=True) as client:
-            yield Connection(client, await _honours_keys(target.name), origins, _key())
+        async with _client(settings, origins, version, share, key=True) as client:
+            yield Connection(client, await _honours_keys(target.name, version), origins, share, _key())
 
 
 @asynccontextmanager
@@ -228,16 +234,18 @@ async def open_hints(settings: Settings, target: Connection, *, version: str) ->
     Raises:
         ConfigError: nothing can listen at `webhook.bind`.
     """
+    agent = f"restyle/{version}"
     match settings.limits.updates:
         case "stream":
-            agent = f"restyle/{version}"
-            async with Streams(target.origins, settings.target.app, target.key, user_agent=agent) as streams:
+            most = target.share.hints
+            async with Streams(target.origins, settings.target.app, target.key, user_agent=agent, most=most) as streams:
                 yield streams
         case "webhook":
             from batch.fal.callbacks import Callbacks  # a web server, which no other run needs
 
             webhook = settings.webhook
-            async with Callbacks(webhook.bind, webhook.public_url, target.origins.rest) as callbacks:
+            where = webhook.bind, webhook.public_url, target.origins.rest
+            async with Callbacks(*where, most=target.share.hints, user_agent=agent) as callbacks:
                 target.client.webhook = callbacks.url
                 yield callbacks
         case _:
@@ -256,7 +264,8 @@ async def open_platform(settings: Settings, *, version: str) -> AsyncIterator[Fa
         raise ConfigError(f"the embedded endpoint has no price list and sends no bills: it {_local_cost(settings)}")
     if name == "fal" and _key() is None:
         raise ConfigError("FAL_KEY is not set; export FAL_KEY=key_id:key_secret")
-    async with _client(settings, FAL if name == "fal" else Origins.of_server(name), version, key=True) as client:
+    origins = FAL if name == "fal" else Origins.of_server(name)
+    async with _client(settings, origins, version, _share(settings), key=True) as client:
         yield client
 
 
@@ -298,11 +307,21 @@ def _unpriced(settings: Settings, error: CallFailed | TimeoutError) -> RestyleEr
     return StoppedEarly(f"the price could not be read from {name} ({trouble.detail}); try again, {without}")
 
 
-def _client(settings: Settings, origins: Origins, version: str, *, key: bool) -> FalClient:
+def _share(settings: Settings) -> ClientShare:
+    """What a run may open beside what is open already.
+
+    Raises:
+        InputError: too little.
+    """
+    return client_share(allowance(), hints=settings.limits.updates != "poll", nearby=settings.target.name == "local")
+
+
+def _client(settings: Settings, origins: Origins, version: str, share: ClientShare, *, key: bool) -> FalClient:
     return FalClient(
         origins,
         settings.target.app,
         _key() if key else None,
+        connections=share.connections,
         download_limit_bytes=settings.limits.max_download_bytes,
         user_agent=f"restyle/{version}",
     )
@@ -316,11 +335,11 @@ def _key() -> SecretStr | None:
     return key
 
 
-async def _honours_keys(url: str) -> bool:
+async def _honours_keys(url: str, version: str) -> bool:
     """Ask a server of unknown make; only one that says so is trusted to repeat a submit safely."""
-    timeout = aiohttp.ClientTimeout(total=10)
+    http = Http(limit=1, timeout=within(10.0), user_agent=f"restyle/{version}")
     try:
-        async with aiohttp.ClientSession(timeout=timeout) as session, session.get(f"{url}/health") as answer:
+        async with http, http.request("GET", f"{url}/health") as answer:
             said = orjson.loads(await answer.content.read(65536))
     except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
         return False

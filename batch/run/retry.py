@@ -154,6 +154,8 @@ def _judge_submit(trouble: Trouble) -> Verdict:
         return Verdict(Action.STOP_TARGET, "HTTP 404")
     if status == 429:
         return Verdict(Action.SUBMIT_AGAIN, "HTTP 429", retry_after_of(trouble.reply))
+    if status == 407:
+        return Verdict(Action.SUBMIT_AGAIN, "HTTP 407: the proxy wants a user and a password")
     if status in _REFUSED and names_webhook(trouble.reply):  # the run's own wish, not the job's
         return Verdict(Action.STOP_TARGET, f"HTTP {status}")
     if status in _REFUSED:

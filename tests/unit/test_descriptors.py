@@ -77,7 +77,7 @@ def test_the_process_gets_all_that_it_may_and_counts_what_it_uses():
         "print(first.before, first.allowed, second.before, resource.getrlimit(resource.RLIMIT_NOFILE)[0])\n"
         "print(13 <= first.in_use <= 15, first.free == first.allowed - first.in_use)"
     )
-    assert limited(code, 64, 512) == "64 512 512 512\nTrue True"
+    assert limited(code, 64, 512) == "64 512 64 512\nTrue True"
     assert limited(code, 128, 128).startswith("128 128 128 128")
 
 

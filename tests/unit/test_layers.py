@@ -68,9 +68,10 @@ TABLE: dict[str, tuple[str, int]] = {
     "batch.fal.signing": (PURE, 1),
     "batch.fal.platform": (PURE, 2),
     "batch.fal.queries": (PURE, 3),
+    "batch.fal.http": ("edge: network", 2),
     "batch.fal.client": ("edge: network", 3),
-    "batch.fal.callbacks": ("edge: network", 2),
-    "batch.fal.streams": ("edge: network", 2),
+    "batch.fal.callbacks": ("edge: network", 3),
+    "batch.fal.streams": ("edge: network", 3),
     # how it is carried out
     "batch.run": (PURE, 0),
     "batch.run.lifecycle": (PURE, 0),
