@@ -138,7 +138,7 @@ async def serve(
             store = await stack.enter_async_context(await Store.open(options.data_dir / "server.db"))
             storage = await stack.enter_async_context(Storage(options.data_dir))
             signer = webhooks.signing_key(options.data_dir / "webhook-key.pem")
-        share = _share(allowed, options, own_engine=engine is not None)
+        share, limits = _share(allowed, options, own_engine=engine is not None)
         rule = address_rule(allow_private=options.allow_private)
         guard = await stack.enter_async_context(Guard(rule, limit=share.outgoing))
         sources = Sources(storage, guard)
@@ -170,7 +170,7 @@ async def serve(
         stack.callback(listener.close)  # whoever connects now is refused, and does not wait for nothing
         assert runner.server is not None, "it is set up"
         await stack.enter_async_context(acceptor.accepting(listener, runner.server))
-        _log.info(described(allowed, share.connections))
+        _log.info(limits)
         ready(_url(options.host, listener, "http" if tls is None else "https"))
         refusal = await _stopped(stop, service, options.disk_patience)
         _log.info("stopping")
@@ -241,18 +241,18 @@ def _check(options: ServeOptions) -> None:
         raise InputError(f"results cannot be kept for {options.retention:g} s; say for instance --retention 30d")
 
 
-def _share(allowed: Allowance, options: ServeOptions, *, own_engine: bool) -> ServerShare:
-    """What the limit of open files leaves, with the data dir open."""
+def _share(allowed: Allowance, options: ServeOptions, *, own_engine: bool) -> tuple[ServerShare, str]:
+    """What the limit of open files leaves with the data dir open, and a line that says it."""
     wanted = 0 if own_engine else _processes(options)
     share = server_share(replace(allowed, in_use=allowance().in_use), wanted)
+    words = described(allowed, share.connections)
     if share.workers < wanted:
-        words = f"{described(allowed, share.connections)}, and {share.workers} of {wanted} worker processes"
+        words = f"{words}, and {share.workers} of {wanted} worker processes"
         if options.flux is not None:  # a device each: none can be left out
             raise InputError(f"{words}; raise the limit, for example with `ulimit -n 1024`")
-        _log.warning(words)
     if share.threads < _THREADS:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(share.threads, "files"))
-    return share
+    return share, words
 
 
 def _processes(options: ServeOptions) -> int:
