@@ -21,8 +21,10 @@ import orjson
 from cyclopts import App, CycloptsError, Group, Parameter
 
 from batch import interrupts
+from batch.descriptors import lacks_descriptor, require
 from batch.errors import ConfigError, ExitCode, RestyleError, StorageError
 from batch.flags import DISPLAY, JOBS, JobFlags
+from batch.open_files import allowance
 from batch.outlet import outlet, why_lost
 from batch.paths import at_home
 from batch.version import tool_version
@@ -371,6 +373,11 @@ def _code_of(arguments: list[str] | None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted; nothing that was durable is lost, the same command goes on", ExitCode.STOPPED_EARLY)
     except Exception as error:
+        if lacks_descriptor(error):
+            return _fail(
+                "too many open files; raise the limit, for example with `ulimit -n 1024`, and run the command again",
+                ExitCode.STOPPED_EARLY,
+            )
         if os.environ.get("RESTYLE_DEBUG"):
             raise
         return _fail(
@@ -394,7 +401,12 @@ def _run(call: Callable[[], Coroutine[Any, Any, T]]) -> T:
 
 
 def _begin() -> None:
-    """All modules are here: the collector works again, but not through them, and signals are taken again."""
+    """All modules are here: the collector works again, but not through them, and signals are taken again.
+
+    Raises:
+        InputError: too few files may be open for any command.
+    """
+    require(allowance(), _LEAST_FILES)
     # Else a quarter of a large plan would go into walking through what was imported again and again.
     gc.freeze()
     gc.enable()  # `batch.__main__` has both wait until here
@@ -418,6 +430,8 @@ def _first_of(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0][:300]
 
 
+_LEAST_FILES = 12
+"""Descriptors of an event loop and of a file or two; without them it fails in ways that say nothing."""
 _COMMANDS = frozenset({"plan", "run", "status", "export", "audit", "reconcile", "cancel", "serve"})
 
 

@@ -9,7 +9,7 @@ import os
 import platform
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -139,10 +139,15 @@ def _totals_of(kept: str) -> Totals:
     return Totals(**{**fields, "errors": Counter(fields["errors"]), "examples": examples})
 
 
+def _load_sink() -> None:
+    with suppress(Exception):  # whatever is in the way, too many open files say: it is loaded again when it is needed
+        import_module("batch.results.sink")
+
+
 @contextmanager
 def loading_sink() -> Iterator[None]:
     """Load what writes the results while jobs are under way: it takes 0.2 s, which would come on top at the end."""
-    timer = Timer(_LOAD_AFTER, import_module, ["batch.results.sink"])
+    timer = Timer(_LOAD_AFTER, _load_sink)
     timer.daemon = True
     timer.start()
     try:

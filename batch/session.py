@@ -20,12 +20,14 @@ import anyio
 import anyio.to_thread
 
 from batch.config import Settings, parse_duration, window_bounds
+from batch.descriptors import Allowance, described, require
 from batch.errors import ConfigError, ExitCode, StoppedEarly, StorageError
 from batch.manifest.pictures import Pictures
 from batch.manifest.plan import Planner
 from batch.manifest.read import Manifest
 from batch.manifest.survey import Survey, survey
 from batch.model import Job, JsonObject
+from batch.open_files import allowance
 from batch.opening import Source, keep, located, open_manifest, with_columns
 from batch.projection import Projection, identity_of, loading_sink
 from batch.results.totals import Totals
@@ -53,6 +55,8 @@ T = TypeVar("T")
 _EXAMPLES = 3
 """Error types that the end of a run shows with an example; `errors` has all of them."""
 _TO_COLLECT = (State.INTENDED, State.ACCEPTED, State.ANSWERED, State.COLLECTABLE)
+_START_FILES = 24
+"""Descriptors that a run needs before it opens a connection."""
 _AUTO_GUESS = 16
 """Jobs at once that a plan reckons with where the window finds its own size."""
 _SHOW_WAITS_EVERY = 2.0
@@ -165,6 +169,8 @@ async def _located_session(request: Request, signals: Signals) -> Summary:
 
 
 async def _session(request: Request, source: Source, signals: Signals) -> Summary:
+    allowed = allowance()
+    require(allowed, _START_FILES)
     settings, directory = request.settings, RunDirectory(request.out)
     terms, began, started_at = terms_of(settings), time.monotonic(), _timestamp()
     manifest = await _in_thread(partial(open_manifest, source, settings))
@@ -192,7 +198,7 @@ async def _session(request: Request, source: Source, signals: Signals) -> Summar
             report: Report | None = None
             cut_off: BaseException | None = None
             try:
-                report = await _carried_out(request, directory, journal, projection, plan, before, signals)
+                report = await _carried_out(request, directory, journal, projection, plan, before, signals, allowed)
             except BaseException as error:
                 if isinstance(error, Exception):
                     raise
@@ -301,6 +307,7 @@ async def _carried_out(
     plan: Plan,
     before: Counts,
     signals: Signals,
+    allowed: Allowance,
 ) -> Report | None:
     """Run what is to do; None where there is nothing, and nothing was opened."""
     settings, found = request.settings, plan.survey
@@ -320,8 +327,17 @@ async def _carried_out(
             ) as target,
             open_hints(settings, target, version=tool_version()) as hints,
         ):
-            rng = Random()
-            images = ImageFolder(directory.root, limit_megapixels=settings.limits.max_image_megapixels)
+            rng, share = Random(), target.share
+            observer.happened(
+                "open_files",
+                reason=described(allowed, share.connections + share.hints),
+                allowed=allowed.allowed,
+                before=allowed.before,
+                connections=share.connections + share.hints,
+                bounded=share.is_bounded,
+            )
+            megapixels = settings.limits.max_image_megapixels
+            images = ImageFolder(directory.root, limit_megapixels=megapixels, threads=share.files)
             runner = Runner(
                 service=target.client,
                 journal=journal,

@@ -19,11 +19,14 @@ from pydantic import SecretStr
 from tenacity import stop_after_attempt
 
 from batch.config import RUN_NAME_LIMIT, Settings, TargetSettings, api_key
+from batch.descriptors import ClientShare, client_share
 from batch.errors import AccountRefused, ConfigError, RestyleError, StoppedEarly
 from batch.fal import protocol
 from batch.fal.client import FalClient
+from batch.fal.http import Http, within
 from batch.fal.protocol import FAL, Origins, RequestOptions
 from batch.fal.streams import Streams
+from batch.open_files import allowance
 from batch.run.budget import PRICES, Price
 from batch.run.ports import CallFailed, Hints, Trouble
 from batch.run.retry import Idempotency, reading
@@ -194,6 +197,8 @@ class Connection(NamedTuple):
     """What it does with a repeated `Idempotency-Key`."""
     bounds_starts: bool
     """Whether it is known to honour a start timeout."""
+    share: ClientShare
+    """What may be open at once."""
     keeps_results: bool = False
     """Whether it keeps results until they are fetched, as our own server does."""
     key: SecretStr | None = None
@@ -219,15 +224,16 @@ async def open_target(
     `run_name` labels what is submitted, unless the settings do.
 
     Raises:
-        ConfigError: fal without a key, or a server that contradicts `target.idempotency`.
+        ConfigError: fal without a key, a server that contradicts `target.idempotency`, or a proxy that cannot be used.
+        InputError: too few files may be open.
         RestyleError: the embedded endpoint does not start; the end of its log is in the message.
     """
-    target = settings.target
+    target, share = settings.target, _share(settings)
     if target.name == "fal":
         if _key() is None:
             raise ConfigError("FAL_KEY is not set; export FAL_KEY=key_id:key_secret, or use --target local")
-        async with _client(settings, FAL, version, key=True, run_name=run_name) as client:
-            yield Connection(client, FAL, Idempotency.NONE, bounds_starts=True, key=_key())
+        async with _client(settings, FAL, version, share, key=True, run_name=run_name) as client:
+            yield Connection(client, FAL, Idempotency.NONE, bounds_starts=True, share=share, key=_key())
     elif target.name == "local":
         from batch.server.embedded import embedded_endpoint
 
@@ -240,20 +246,25 @@ async def open_target(
                 faults=None if target.faults is None else Path(target.faults),
             ) as endpoint,
             _client(
-                settings, (origins := Origins.of_server(endpoint.url)), version, key=False, run_name=run_name
+                settings, (origins := Origins.of_server(endpoint.url)), version, share, key=False, run_name=run_name
             ) as client,
         ):
-            said = _OURS if target.faults is None else await _health(endpoint.url)
-            yield _connection(target, client, origins, said, None)
+            said = _OURS if target.faults is None else await _health(endpoint.url, version)
+            yield _connection(target, client, origins, said, share, None)
     else:
         _require_not_fal(target.name)
         origins = Origins.of_server(target.name)
-        async with _client(settings, origins, version, key=True, run_name=run_name) as client:
-            yield _connection(target, client, origins, await _health(target.name), _key())
+        async with _client(settings, origins, version, share, key=True, run_name=run_name) as client:
+            yield _connection(target, client, origins, await _health(target.name, version), share, _key())
 
 
 def _connection(
-    target: TargetSettings, client: FalClient, origins: Origins, said: _Health, key: SecretStr | None
+    target: TargetSettings,
+    client: FalClient,
+    origins: Origins,
+    said: _Health,
+    share: ClientShare,
+    key: SecretStr | None,
 ) -> Connection:
     """A server of our own make, or one that may be."""
     replays = said.replays_keys is True
@@ -266,7 +277,7 @@ def _connection(
             f"target.idempotency = 'replay', but {target.name} says at /health that it does not honour Idempotency-Key:"
             " a submit without an answer would be repeated and paid for twice; use auto"
         )
-    return Connection(client, origins, keys, said.bounds_starts, keeps_results=replays, key=key)
+    return Connection(client, origins, keys, said.bounds_starts, share, keeps_results=replays, key=key)
 
 
 @asynccontextmanager
@@ -276,16 +287,18 @@ async def open_hints(settings: Settings, target: Connection, *, version: str) ->
     Raises:
         ConfigError: nothing can listen at `webhook.bind`.
     """
+    agent = f"restyle/{version}"
     match settings.limits.updates:
         case "stream":
-            agent = f"restyle/{version}"
-            async with Streams(target.origins, settings.target.app, target.key, user_agent=agent) as streams:
+            most = target.share.hints
+            async with Streams(target.origins, settings.target.app, target.key, user_agent=agent, most=most) as streams:
                 yield streams
         case "webhook":
             from batch.fal.callbacks import Callbacks  # a web server, which no other run needs
 
             webhook = settings.webhook
-            async with Callbacks(webhook.bind, webhook.public_url, target.origins.rest) as callbacks:
+            where = webhook.bind, webhook.public_url, target.origins.rest
+            async with Callbacks(*where, most=target.share.hints, user_agent=agent) as callbacks:
                 target.client.webhook = callbacks.url
                 yield callbacks
         case _:
@@ -305,7 +318,8 @@ async def open_platform(settings: Settings, *, version: str) -> AsyncIterator[Fa
     if name == "fal" and _key() is None:
         raise ConfigError("FAL_KEY is not set; export FAL_KEY=key_id:key_secret")
     _require_not_fal(name)
-    async with _client(settings, FAL if name == "fal" else Origins.of_server(name), version, key=True) as client:
+    origins = FAL if name == "fal" else Origins.of_server(name)
+    async with _client(settings, origins, version, _share(settings), key=True) as client:
         yield client
 
 
@@ -348,11 +362,23 @@ def _unpriced(settings: Settings, error: CallFailed | TimeoutError) -> RestyleEr
     return StoppedEarly(f"the price could not be read from {name} ({trouble.detail}); try again, {without}")
 
 
-def _client(settings: Settings, origins: Origins, version: str, *, key: bool, run_name: str = "") -> FalClient:
+def _share(settings: Settings) -> ClientShare:
+    """What a run may open beside what is open already.
+
+    Raises:
+        InputError: too little.
+    """
+    return client_share(allowance(), hints=settings.limits.updates != "poll", nearby=settings.target.name == "local")
+
+
+def _client(
+    settings: Settings, origins: Origins, version: str, share: ClientShare, *, key: bool, run_name: str = ""
+) -> FalClient:
     return FalClient(
         origins,
         settings.target.app,
         _key() if key else None,
+        connections=share.connections,
         download_limit_bytes=settings.limits.max_download_bytes,
         user_agent=f"restyle/{version}",
         options=_options(settings, run_name),
@@ -393,14 +419,11 @@ def _key() -> SecretStr | None:
     return key
 
 
-async def _health(url: str) -> _Health:
-    """Ask a server of unknown make; only what it says is relied on."""
-    timeout = aiohttp.ClientTimeout(total=10)
+async def _health(url: str, version: str) -> _Health:
+    """Ask a server of unknown make; only what it says is relied on. A redirect may lead to another service."""
+    http = Http(limit=1, timeout=within(10.0), user_agent=f"restyle/{version}")
     try:
-        async with (
-            aiohttp.ClientSession(timeout=timeout) as session,
-            session.get(f"{url}/health", allow_redirects=False) as answer,  # a redirect may lead to another service
-        ):
+        async with http, http.request("GET", f"{url}/health") as answer:
             said = orjson.loads(await answer.content.read(65536))
     except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
         said = {}

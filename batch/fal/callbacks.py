@@ -18,8 +18,11 @@ import anyio
 from aiohttp import web
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+from batch.accepting import Acceptor, bound
+from batch.descriptors import HINTS
 from batch.errors import ConfigError
 from batch.fal import protocol
+from batch.fal.http import Http, within
 from batch.fal.protocol import Malformed
 from batch.fal.signing import BadSignature, keys_in, verify
 from batch.model import Ticket
@@ -43,7 +46,14 @@ class Callbacks:
     """Receives while the block lasts; `url` is then where."""
 
     def __init__(
-        self, bind: str, public_url: str | None, target_url: str, now: Callable[[], float] = time.time
+        self,
+        bind: str,
+        public_url: str | None,
+        target_url: str,
+        now: Callable[[], float] = time.time,
+        *,
+        most: int = HINTS,
+        user_agent: str = "restyle",
     ) -> None:
         """Nothing listens yet.
 
@@ -52,7 +62,11 @@ class Callbacks:
             public_url: under which the target reaches it; None: as it is bound.
             target_url: the origin that publishes the keys.
             now: Unix seconds.
+            most: connections at once; further ones wait.
+            user_agent: sent where the keys are fetched.
         """
+        self._acceptor = Acceptor(most)
+        self._http = Http(limit=1, timeout=within(KEYS_TIMEOUT), user_agent=user_agent)
         self._bind, self._public_url, self._now = bind, public_url, now
         self._keys_url = target_url.rstrip("/") + KEYS_PATH
         self._keys: list[Ed25519PublicKey] = []
@@ -61,7 +75,6 @@ class Callbacks:
         self._waiting: dict[str, anyio.Event] = {}
         self._early: dict[str, None] = {}
         self._stack = AsyncExitStack()
-        self._session: aiohttp.ClientSession | None = None
         self.url = ""
         """What the target is told."""
         self.believed = self.refused = 0
@@ -74,20 +87,19 @@ class Callbacks:
         host, _, port = self._bind.rpartition(":")
         app = web.Application(client_max_size=BODY_LIMIT_BYTES)
         app.router.add_route("*", "/{path:.*}", self._receive)
+        self._acceptor.watch(app)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
         self._stack.push_async_callback(runner.cleanup)
+        await runner.setup()
         try:
-            await runner.setup()
-            await web.TCPSite(runner, host.strip("[]"), int(port)).start()
+            listener = self._stack.enter_context(bound(host.strip("[]"), int(port)))
         except (OSError, OverflowError) as error:
             await self._stack.aclose()
             raise ConfigError(f"webhook.bind = {self._bind!r}: nothing can listen there ({error})") from error
-        self._session = await self._stack.enter_async_context(
-            aiohttp.ClientSession(
-                timeout=aiohttp.ClientTimeout(total=KEYS_TIMEOUT), cookie_jar=aiohttp.DummyCookieJar()
-            )
-        )
-        self.url = self._public_url or f"http://{host}:{runner.addresses[0][1]}/"
+        assert runner.server is not None, "it is set up"
+        await self._stack.enter_async_context(self._acceptor.accepting(listener, runner.server))
+        await self._stack.enter_async_context(self._http)
+        self.url = self._public_url or f"http://{host}:{listener.getsockname()[1]}/"
         return self
 
     async def __aexit__(
@@ -150,8 +162,7 @@ class Callbacks:
         """Its published keys, not older than so many seconds."""
         async with self._fetching:
             if self._now() - self._keys_at > at_most:
-                assert self._session is not None, "use `async with Callbacks(...)`"
-                async with self._session.get(self._keys_url, allow_redirects=False) as response:
+                async with self._http.request("GET", self._keys_url) as response:
                     body = await response.content.read(KEYS_LIMIT_BYTES)
                 if response.status != 200:
                     raise Malformed(f"HTTP {response.status} instead of keys")

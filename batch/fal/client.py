@@ -20,14 +20,15 @@ from functools import partial
 from types import TracebackType
 from typing import Self
 from urllib.parse import urljoin
-from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 import orjson
 from pydantic import SecretStr
 
+from batch.descriptors import CONNECTIONS, lacks_descriptor
 from batch.fal import platform, protocol
 from batch.fal.answer import has_images, says_no_images
+from batch.fal.http import Http, Proxies, within
 from batch.fal.protocol import (
     Call,
     CancelOutcome,
@@ -43,15 +44,8 @@ from batch.run.ports import CallFailed, Trouble
 
 __all__ = ["FalClient", "trouble_of"]
 
-CONNECT_TIMEOUT = 10.0
-"""Seconds until a connection stands; nothing of the request was sent before."""
 READ_TIMEOUT = 60.0
 """Seconds of a transfer without a byte."""
-KEEP_ALIVE = 8.0
-"""Seconds that an idle connection is kept: well under what servers and balancers keep (15 - 75 s). A server
-that closes one just as a submit is written would leave that submit's outcome unknown."""
-DIAL_SECONDS = 30.0
-"""The same with the look-up of the name, which has no limit of its own."""
 EXCHANGE_SECONDS = 120.0
 """From the first byte sent to the last received: who sends a byte a minute never falls silent."""
 TRANSFER_SECONDS = 900.0
@@ -79,22 +73,33 @@ class FalClient:
         app: AppId,
         key: SecretStr | None = None,
         *,
-        connections: int = 256,
+        connections: int = CONNECTIONS,
         download_limit_bytes: int = 64 * 2**20,
         user_agent: str = "restyle",
         options: RequestOptions | None = None,
     ) -> None:
-        """`options` go with each submit; the job's key is added to their tags as `job`, unless they have that tag."""
+        """Nothing is opened yet.
+
+        Args:
+            origins: of the target.
+            app: the endpoint's id.
+            key: None: nothing is sent with one.
+            connections: at once. With fewer than usual none is kept idle to hosts that are not the target's own.
+            download_limit_bytes: of a result image.
+            user_agent: what is sent as such.
+            options: go with each submit; the job's key is added to their tags as `job`, unless they have that tag.
+        """
         self._origins, self._app, self._key = origins, app, key
         self._options = options or RequestOptions()
         self._download_limit_bytes = download_limit_bytes
-        self._connections, self._user_agent = connections, user_agent
-        self._session: aiohttp.ClientSession | None = None
+        self._exchanging, self._transferring = within(EXCHANGE_SECONDS), within(TRANSFER_SECONDS, READ_TIMEOUT)
+        self._own = Http(limit=connections, timeout=self._exchanging, user_agent=user_agent)
+        keep = connections >= CONNECTIONS
+        self._foreign = Http(limit=connections, timeout=self._exchanging, user_agent=user_agent, keep=keep)
+        self._stack = contextlib.AsyncExitStack()
         self.webhook = ""
         """URL that each submit asks to be called at; empty: none."""
         self.leave: Callable[[Attempt], Awaitable[None]] | None = None
-        self._exchanging, self._transferring = _at_most(EXCHANGE_SECONDS), _at_most(TRANSFER_SECONDS, READ_TIMEOUT)
-        self._proxies = _Proxies()
         # Waiting for a connection is not part of an exchange: here, not in aiohttp's pool, where it would be.
         self._free = asyncio.Semaphore(connections)
         self._large = asyncio.Semaphore(LARGE_BODIES_AT_ONCE)
@@ -104,22 +109,15 @@ class FalClient:
         return f"<FalClient {self._origins.queue} app={self._app} key={'set' if self._key else 'none'}>"
 
     async def __aenter__(self) -> Self:
-        connector = aiohttp.TCPConnector(limit=self._connections, keepalive_timeout=KEEP_ALIVE, ttl_dns_cache=60)
-        self._session = aiohttp.ClientSession(
-            connector=connector,
-            timeout=self._exchanging,
-            # Nothing is unpacked, so that no small body becomes a large one; hence nothing packed is asked for.
-            headers={"user-agent": self._user_agent, "accept-encoding": "identity"},
-            auto_decompress=False,
-            cookie_jar=aiohttp.DummyCookieJar(),
-        )
+        Proxies().check(self._origins.queue)
+        await self._stack.enter_async_context(self._own)
+        await self._stack.enter_async_context(self._foreign)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._session is not None:
-            await self._session.close()
+        await self._stack.aclose()
 
     # --- Service ---------------------------------------------------------------------------------------
 
@@ -254,21 +252,18 @@ class FalClient:
         leave: Callable[[], Awaitable[None]] | None = None,
     ) -> Reply:
         """One exchange; `leave` is awaited when a connection is free, before anything is sent."""
-        assert self._session is not None, "use `async with FalClient(...)`"
-        headers = dict(call.headers)
-        if key and self._key is not None and self._origins.own(call.url):
+        headers, is_own = dict(call.headers), self._origins.own(call.url)
+        if key and self._key is not None and is_own:
             headers["authorization"] = f"Key {self._key.get_secret_value()}"
         try:
             async with self._free:
                 if leave is not None:
                     await leave()
-                async with self._session.request(
+                async with (self._own if is_own else self._foreign).request(
                     call.method,
                     call.url,
                     headers=headers,
                     data=_payload(call.body),
-                    allow_redirects=False,
-                    proxy=self._proxies.of(call.url),
                     timeout=self._transferring if phase in _TRANSFERS else self._exchanging,
                 ) as response:
                     body = await self._body(response, phase, limit_bytes)
@@ -334,37 +329,6 @@ def _answer(reply: Reply) -> Answer:
 def _oversize(phase: str, limit_bytes: int) -> CallFailed:
     raised = "; limits.max_download_bytes raises the limit" if phase in {"result", "download"} else ""
     return CallFailed(Trouble(phase, "oversize", detail=f"an answer of more than {limit_bytes} bytes{raised}"))
-
-
-class _Proxies:
-    """What the environment says (`HTTPS_PROXY`, `NO_PROXY`, ...), asked once for each host.
-
-    aiohttp's own `trust_env` asks at each request, sends loopback through the proxy too, and refuses a request
-    with our key where `.netrc` has an entry for its host.
-    """
-
-    def __init__(self) -> None:
-        self._known: dict[str, str | None] = {}
-
-    def of(self, url: str) -> str | None:
-        """The proxy for a URL, with its credentials if it has any; this machine itself is reached directly."""
-        origin = "/".join(url.split("/", 3)[:3])
-        if origin not in self._known:
-            scheme, host, _ = protocol.origin_of(url)
-            direct = protocol.is_loopback(host) or proxy_bypass(host)
-            self._known[origin] = None if direct else _with_scheme(getproxies().get(scheme))
-        return self._known[origin]
-
-
-def _with_scheme(proxy: str | None) -> str | None:
-    """`host:port` becomes a URL. None for a SOCKS proxy: aiohttp speaks none."""
-    url = proxy if not proxy or "://" in proxy else f"http://{proxy}"
-    return url if url and url.startswith(("http://", "https://")) else None
-
-
-def _at_most(seconds: float, silence: float | None = None) -> aiohttp.ClientTimeout:
-    """The limits of one exchange: from its start to its end, and without a byte."""
-    return aiohttp.ClientTimeout(total=seconds, connect=DIAL_SECONDS, sock_connect=CONNECT_TIMEOUT, sock_read=silence)
 
 
 def _payload(body: bytes) -> bytes | io.BytesIO | None:
@@ -447,7 +411,12 @@ _TRANSLATION: tuple[tuple[type[BaseException], str, bool], ...] = (
 
 
 def trouble_of(phase: str, error: BaseException) -> Trouble:
-    """Translate what aiohttp raised. The detail names the kind of fault and the host, never headers."""
+    """Translate what aiohttp raised. The detail names the kind of fault and the host, never headers.
+
+    A descriptor is missing before a connection is made: nothing was sent on it.
+    """
+    if lacks_descriptor(error):
+        return Trouble(phase, "descriptors", sent=False, detail="too many open files; raise `ulimit -n`")
     for kind, name, sent in _TRANSLATION:
         if isinstance(error, kind):
             return Trouble(phase, name, sent=sent, detail=f"{name}: {_detail(error)}")
@@ -460,5 +429,6 @@ def _detail(error: BaseException) -> str:
     if isinstance(error, aiohttp.ClientConnectorError):
         return f"{error.host}:{error.port} ({error.os_error.strerror or type(error).__name__})"
     if isinstance(error, aiohttp.ClientResponseError):
-        return f"HTTP {error.status}, {type(error).__name__}"
+        wants = "; the proxy wants a user and a password" if error.status == 407 else ""
+        return f"HTTP {error.status}, {type(error).__name__}{wants}"
     return type(error).__name__

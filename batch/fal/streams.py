@@ -12,23 +12,20 @@ from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Self
 
-import aiohttp
 import anyio
 import anyio.abc
 from pydantic import SecretStr
 
+from batch.descriptors import HINTS
 from batch.fal import protocol
+from batch.fal.http import Http, within
 from batch.fal.protocol import Malformed, Operation, Origins, Reply
 from batch.model import AppId, QueueState, RequestId, Ticket, TicketStatus
 
 __all__ = ["Streams"]
 
-STREAMS = 512
-"""Open at once; further jobs are read only. With the 256 connections of all other exchanges that stays below the 1,024
-open files that a process may have by default."""
 SILENCE = 35.0
 """Seconds. fal says something every 15, our own server every 10: two of those may be lost."""
-CONNECT_TIMEOUT = 10.0
 EVENT_LIMIT_BYTES = 2**18
 """Of one event. A status without logs is a few hundred bytes."""
 
@@ -52,28 +49,23 @@ class Streams:
     """Listens for every request that is waited for, while the block lasts."""
 
     def __init__(
-        self, origins: Origins, app: AppId, key: SecretStr | None, *, user_agent: str = "restyle", most: int = STREAMS
+        self, origins: Origins, app: AppId, key: SecretStr | None, *, user_agent: str = "restyle", most: int = HINTS
     ) -> None:
+        """At `most` streams are open at once; further jobs are read only."""
         self._origins, self._app, self._key = origins, app, key
-        self._user_agent, self._most = user_agent, most
+        self._most = most
+        headers = {"accept": "text/event-stream"}
+        self._http = Http(limit=most, timeout=within(None, SILENCE), user_agent=user_agent, headers=headers)
         self._lines: dict[RequestId, _Line] = {}
         self._open = 0
         self._stack = AsyncExitStack()
-        self._session: aiohttp.ClientSession | None = None
         self._tasks: anyio.abc.TaskGroup | None = None
 
     def __repr__(self) -> str:
         return f"<Streams {self._open} open, key={'set' if self._key else 'none'}>"
 
     async def __aenter__(self) -> Self:
-        self._session = await self._stack.enter_async_context(
-            aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=60),
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT, sock_read=SILENCE),
-                headers={"user-agent": self._user_agent, "accept": "text/event-stream", "accept-encoding": "identity"},
-                cookie_jar=aiohttp.DummyCookieJar(),
-            )
-        )
+        await self._stack.enter_async_context(self._http)
         self._tasks = await self._stack.enter_async_context(anyio.create_task_group())
         return self
 
@@ -135,12 +127,11 @@ class Streams:
         Raises:
             Malformed: it is no stream of statuses. aiohttp.ClientError, TimeoutError, OSError: it broke.
         """
-        assert self._session is not None, "use `async with Streams(...)`"
         call = protocol.ticket_call(self._origins, self._app, ticket, Operation.STREAM)
         headers = {}
         if self._key is not None and self._origins.own(call.url):
             headers["authorization"] = f"Key {self._key.get_secret_value()}"
-        async with self._session.get(call.url, headers=headers, allow_redirects=False) as response:
+        async with self._http.request("GET", call.url, headers=headers) as response:
             if response.status != 200 or response.content_type != "text/event-stream":
                 raise Malformed(f"HTTP {response.status}, {response.content_type}: no stream")
             data = b""

@@ -12,6 +12,7 @@ import os
 import re
 import stat
 import struct
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from urllib.request import url2pathname
 
 from PIL import Image
 
+from batch.descriptors import patiently
 from batch.image_formats import READABLE
 from batch.manifest.inputs import shorten
 from batch.manifest.keys import content_hash
@@ -178,7 +180,7 @@ class Pictures:
 
     def _read(self, path: Path) -> FileFact | Fault:
         try:
-            with path.open("rb") as file:
+            with patiently(lambda: path.open("rb"), time.sleep) as file:
                 megapixels = self._measure(file, str(path))
                 if isinstance(megapixels, Fault):
                     return megapixels

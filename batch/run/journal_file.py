@@ -11,11 +11,12 @@ import os
 import re
 import sqlite3
 import threading
+import time
 from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import resources
 from itertools import chain
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from batch.descriptors import patiently
 from batch.errors import RunDirectoryError, StorageError
 from batch.fal.answer import images_of
 from batch.manifest.ports import FileFact, FileKey
@@ -371,13 +373,17 @@ class JournalFile:
         while start < len(rows):
             count = min(_ROWS_AT_ONCE, 1 << (len(rows) - start).bit_length() - 1)  # few lengths: each is compiled once
             taken = rows[start : start + count]
-            self._connection.execute(_statement_for(statement, count), list(chain.from_iterable(taken)))
+            self._patiently(_statement_for(statement, count), list(chain.from_iterable(taken)))
             start += count
 
     # --- the statements ---------------------------------------------------------------------------------------
 
     def _execute(self, statement: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> sqlite3.Cursor:
-        return self._connection.execute(_sql()[statement], parameters)
+        return self._patiently(_sql()[statement], parameters)
+
+    def _patiently(self, statement: str, parameters: Sequence[Any] | Mapping[str, Any]) -> sqlite3.Cursor:
+        """Execute it, and again while SQLite has no descriptor for a temporary file."""
+        return patiently(partial(self._connection.execute, statement, parameters), time.sleep, lacks=_cannot_open)
 
     def _all(self, statement: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[tuple[Any, ...]]:
         with self._lock, _translated(self._path):
@@ -535,7 +541,7 @@ _ADVICE = {
     "SQLITE_FULL": "the disk is full; free some space and run the same command again",
     "SQLITE_IOERR": "the disk failed; look at its health and space, then run the same command again",
     "SQLITE_READONLY": "it may not be written; check the permissions of the folder",
-    "SQLITE_CANTOPEN": "it cannot be opened; check that the folder exists and its permissions",
+    "SQLITE_CANTOPEN": "it cannot be opened; check the folder, its permissions and the limit of open files",
     "SQLITE_BUSY": "another process is writing to it; wait until that has ended",
     "SQLITE_CORRUPT": "the file is damaged; restore it from a copy, it knows what was paid for",
     "SQLITE_NOTADB": "the file is damaged; restore it from a copy, it knows what was paid for",
@@ -546,6 +552,11 @@ def _storage_error(path: Path, error: sqlite3.Error) -> StorageError:
     name = getattr(error, "sqlite_errorname", "")  # absent where Python itself refused
     advice = next((text for code, text in _ADVICE.items() if name.startswith(code)), "run the same command again")
     return StorageError(f"the journal {path} was refused ({error}): {advice}. What was durable before is still there.")
+
+
+def _cannot_open(error: BaseException) -> bool:
+    """In a database that is open that is about a temporary file; SQLite does not say why."""
+    return getattr(error, "sqlite_errorname", "").startswith("SQLITE_CANTOPEN")
 
 
 def _foreign(path: Path) -> RunDirectoryError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -140,7 +140,8 @@ class ProgressBar(Observer):
 
     def happened(self, action: str, **facts: Json) -> None:
         """Move it on for each job that ended; tqdm itself decides when to redraw."""
-        if self._bar is None or action not in self._SHOWN | self._SILENT:
+        is_bounded = action == "open_files" and facts.get("bounded")
+        if self._bar is None or not (is_bounded or action in self._SHOWN | self._SILENT):
             return
         tally = self._tally
         shown: dict[str, int | str] = {"failed": tally.failed, "in_flight": tally.in_flight}
@@ -162,7 +163,7 @@ class ProgressBar(Observer):
         elif action == "waiting":
             return
         else:
-            self._bar.write(f"{action}: {facts.get('reason', '')}", file=self._stream)
+            self._bar.write(_told(action, facts), file=self._stream)
 
     def close(self) -> None:
         """Leave the last state standing."""
@@ -187,8 +188,9 @@ class PlainLines(Observer):
 
     def happened(self, action: str, **facts: Json) -> None:
         """Print when it is time, and at once what a person has to know."""
-        if action in {"paused", "stopping", "unreachable", "warning"}:
-            self._print(action, f"{action}: {facts.get('reason', '')}")
+        is_bounded = action == "open_files" and facts.get("bounded")
+        if is_bounded or action in {"paused", "stopping", "unreachable", "warning"}:
+            self._print(action, _told(action, facts))
         elif self._clock() >= self._next:
             self._next = self._clock() + self._every
             self._print("progress", self._tally.line())
@@ -305,6 +307,11 @@ def _until_of(line: bytes) -> float | None:
 
 def _clock_time(iso: str) -> str:
     return f"{iso[11:19]} UTC"
+
+
+def _told(action: str, facts: Mapping[str, Json]) -> str:
+    """A line for a person; a limit speaks for itself."""
+    return str(facts["reason"]) if action == "open_files" else f"{action}: {facts.get('reason', '')}"
 
 
 def _is_torn(path: Path) -> bool:

@@ -240,6 +240,8 @@ def _judge_submit(trouble: Trouble, now: float | None) -> Verdict:
     if status == 429:
         words = f"HTTP 429{_too_long(trouble.reply, now)}"
         return Verdict(Action.SUBMIT_AGAIN, words, retry_after_of(trouble.reply, now))
+    if status == 407:
+        return Verdict(Action.SUBMIT_AGAIN, "HTTP 407: the proxy wants a user and a password")
     if status in _REFUSED and names_webhook(trouble.reply):  # the run's own wish, not the job's
         return Verdict(Action.STOP_TARGET, f"HTTP {status}")
     if status in _REFUSED:

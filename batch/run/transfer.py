@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from random import Random
+from typing import TypeVar
 
 import anyio
 
+from batch.descriptors import lacks_descriptor
+from batch.errors import StorageError
 from batch.model import Failed, Job, LocalImage, StoredImage
 from batch.run.answers import shorten_data_uri
 from batch.run.course import JobFailed, TurnedBack
@@ -22,11 +25,15 @@ from batch.run.retry import Action, Verdict, backoff, failure_of, final, reading
 
 __all__ = ["Transfers"]
 
+Gain = TypeVar("Gain")
+
 _UPLOAD_VALID = 3 * 86400.0
 """Seconds for which an uploaded source picture is used again; fal promises its files for seven days."""
 _DOWNLOAD_TRIES = 16
 _DOWNLOAD_PAUSE = 2.0
 """Seconds, the longest between two of them."""
+_DESCRIPTOR_PAUSE = 2.0
+"""Seconds, the longest until a file is tried again for which no descriptor was free."""
 _DOWNLOADS_AT_ONCE = 16
 _UPLOADS_AT_ONCE = 16
 """Source pictures in memory, from their reading to their arrival; with hundreds in flight it was all of them."""
@@ -94,7 +101,7 @@ class Transfers:
 
         async def once() -> str:
             async with self._uploading:
-                picture = await self._images.load(image)
+                picture = await self._with_descriptor(lambda: self._images.load(image))
                 return await self._service.upload(picture.data, picture.content_type, image.name)
 
         return await self._unless_stopped(lambda: reading(once, self._rng, notice=self._notice, now=self._now))
@@ -161,7 +168,20 @@ class Transfers:
         async with line:
             data = await self._service.download(said.url)
             self.fetched += 1
-            return _joined(said, await self._images.store(data))
+            return _joined(said, await self._with_descriptor(lambda: self._images.store(data)))
+
+    async def _with_descriptor(self, work: Callable[[], Awaitable[Gain]]) -> Gain:
+        """Read or write a file, as often as it takes: where no descriptor is free neither job nor disk is at fault."""
+        tries = 0
+        while True:
+            try:
+                return await work()
+            except (PictureError, StorageError) as error:
+                if not lacks_descriptor(error):
+                    raise
+            tries += 1
+            self._notice(Verdict(Action.READ_AGAIN, "too many open files (raise `ulimit -n`)"))
+            await anyio.sleep(backoff(tries, self._rng, cap=_DESCRIPTOR_PAUSE))
 
 
 def _joined(said: StoredImage, kept: StoredImage) -> StoredImage:

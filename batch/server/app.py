@@ -16,6 +16,7 @@ import orjson
 from aiohttp import HttpVersion11, web
 from aiohttp.http_exceptions import BadHttpMessage
 
+from batch.descriptors import ServerShare, lacks_descriptor
 from batch.errors import StorageError
 from batch.fal import protocol
 from batch.fal.endpoint import APP_ID
@@ -43,6 +44,10 @@ BODY_SECONDS = 300.0
 """How long a submit's body may take to arrive."""
 KEEP_ALIVE_SECONDS = 5.0
 """Of a status stream: clients want a sign of life every 10 s."""
+_HELD_SHARE = 0.75
+"""Of all connections, those that may wait for an end (streams, direct calls): the others are for short calls."""
+_RETRY_SECONDS = "1"
+"""When a call that found no room may come again."""
 _TRUE = frozenset({"1", "true", "yes"})
 _READS = frozenset({"GET", "HEAD"})
 
@@ -56,6 +61,7 @@ def application(
     app_id: AppId = APP_ID,
     more: Iterable[tuple[str, str, Handler]] = (),
     rehearsal: Rehearsal | None = None,
+    share: ServerShare | None = None,
 ) -> web.Application:
     """The server's routes. Paths that have none of their own belong to the queue.
 
@@ -66,9 +72,15 @@ def application(
         app_id: the one endpoint that is served.
         more: method, path and handler of routes beside the queue's and the files'.
         rehearsal: faults on purpose.
+        share: what may be open at once; None: as much as comes.
     """
     face = _Face(
-        service, app_id, authenticator, permitted, idempotency=rehearsal.idempotency if rehearsal is not None else True
+        service,
+        app_id,
+        authenticator,
+        permitted,
+        idempotency=rehearsal.idempotency if rehearsal is not None else True,
+        held=None if share is None else max(1, int(share.connections * _HELD_SHARE)),
     )
     app = web.Application(client_max_size=BODY_LIMIT_BYTES)
     known = (
@@ -76,7 +88,7 @@ def application(
         *((method, "/openapi.json", face.schema) for method in ("GET", "HEAD")),
         ("POST", "/run/{app:.+}", face.run),
         *proxy.routes(),
-        *uploads.routes(service, authenticator),
+        *uploads.routes(service, authenticator, None if share is None else share.downloads),
         *metrics.routes(service),
         *page.routes(service, app_id),
         *more,
@@ -106,12 +118,15 @@ class _Face:
         permitted: AddressRule,
         *,
         idempotency: bool,
+        held: int | None,
     ) -> None:
         self._service = service
         self._authenticator = authenticator
         self._permitted = permitted
         self._app_id = app_id
         self._idempotency = idempotency
+        self._held, self._held_limit = 0, held
+        """Connections that wait for an end."""
         self._crossing = proxy.Crossing(keyed=authenticator.keyed)
         self._owner, self._alias, _ = protocol.split_app(app_id)
         self._schema = b""
@@ -130,17 +145,23 @@ class _Face:
             except Denied as denied:
                 answer = self._deny(request, denied)
             except StorageError as error:
-                self._service.disk_refused(error)
-                answer = self._refuse(503, str(error), "internal_error")
+                if lacks_descriptor(error):
+                    answer = self._no_room(error)
+                else:
+                    self._service.disk_refused(error)
+                    answer = self._refuse(503, str(error), "internal_error")
             except web.HTTPException as error:
                 answer = self._refuse(error.status, error.text or error.reason)
             except (web.RequestPayloadError, BadHttpMessage) as error:
                 answer = self._refuse(400, " ".join(f"The body cannot be read: {error}".split())[:300])
             except ConnectionError:
                 answer = self._refuse(499, "The caller hung up", "client_disconnected")  # nobody reads it
-            except Exception:  # the boundary between one call and the server
-                _log.exception("%s %s failed in a way that nobody foresaw", request.method, request.path)
-                answer = self._refuse(500, "Internal Server Error", "internal_error")
+            except Exception as error:  # the boundary between one call and the server
+                if lacks_descriptor(error):
+                    answer = self._no_room(error)
+                else:
+                    _log.exception("%s %s failed in a way that nobody foresaw", request.method, request.path)
+                    answer = self._refuse(500, "Internal Server Error", "internal_error")
             self._crossed(request, answer)
             self._service.tally.answered(request.method, request.path, answer.status)
             return answer
@@ -204,6 +225,15 @@ class _Face:
 
     async def _run(self, request: web.Request, app: AppId) -> web.StreamResponse:
         """The output on the same connection. A lost connection does not cancel the work."""
+        if self._is_full:
+            return self._too_many()
+        self._held += 1
+        try:
+            return await self._run_held(request, app)
+        finally:
+            self._held -= 1
+
+    async def _run_held(self, request: web.Request, app: AppId) -> web.StreamResponse:
         accepted = await self._accept(request, app)
         if isinstance(accepted, web.Response):
             return accepted
@@ -278,7 +308,13 @@ class _Face:
             case Operation.STATUS:
                 return self._status(request, request_id, known)
             case Operation.STREAM:
-                return await self._stream(request, request_id, known)
+                if self._is_full:
+                    return self._too_many()
+                self._held += 1
+                try:
+                    return await self._stream(request, request_id, known)
+                finally:
+                    self._held -= 1
             case Operation.CANCEL:
                 outcome = await self._service.cancel(request_id)
                 return response(protocol.cancel_reply(outcome, request_id))
@@ -316,6 +352,20 @@ class _Face:
             known = await self._service.find(request_id, expired=True)
         await stream.write_eof()
         return stream
+
+    @property
+    def _is_full(self) -> bool:
+        return self._held_limit is not None and self._held >= self._held_limit
+
+    def _too_many(self) -> web.Response:
+        message = f"{self._held} connections wait for the end of a request, and no more may; submit and read its status"
+        return self._refuse(429, message, **{"retry-after": _RETRY_SECONDS})
+
+    def _no_room(self, error: Exception) -> web.Response:
+        """Nothing was accepted, and nothing is wrong with the call."""
+        self._service.lacked_descriptor(error)
+        message = "The server has too many files open; try again"
+        return self._refuse(429, message, **{"retry-after": _RETRY_SECONDS})
 
     def _crossed(self, request: web.Request, answer: web.StreamResponse) -> web.StreamResponse:
         """The answer, with what the browser of another origin's page has to know."""

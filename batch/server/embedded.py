@@ -20,6 +20,7 @@ from typing import IO
 import anyio
 from anyio.abc import Process
 
+from batch.descriptors import lacks_descriptor
 from batch.errors import ExitCode, InputError, RestyleError, StoppedEarly, StorageError
 
 __all__ = ["Endpoint", "embedded_endpoint"]
@@ -31,6 +32,8 @@ STOP_SECONDS = 10.0
 RESTARTS = 5
 RESTART_WINDOW_SECONDS = 60.0
 _LINES_SHOWN = 8
+_TRIES, _PAUSE_SECONDS = 60, 0.5
+"""How often it is tried to start a child while no descriptor is free, and the pause between two tries."""
 
 
 @dataclass(slots=True)
@@ -139,7 +142,7 @@ async def _supervise(command: _Command, holder: _Holder, endpoint: Endpoint, log
 
 async def _start(command: _Command, port: int, log: IO[bytes]) -> tuple[Process, Endpoint]:
     seen = command.log_path.stat().st_size
-    child = await anyio.open_process(command.line(port), stderr=log, start_new_session=True)
+    child = await _opened(command.line(port), log)
     try:
         with anyio.fail_after(START_SECONDS):
             said = json.loads(await _first_line(child))
@@ -159,6 +162,18 @@ async def _start(command: _Command, port: int, log: IO[bytes]) -> tuple[Process,
             raise kind(f"the embedded endpoint did not start {what}; see {command.log_path}\n{lines}") from error
         raise
     return child, Endpoint(said["url"], said["pid"])
+
+
+async def _opened(line: list[str], log: IO[bytes]) -> Process:
+    """Start a process; where no descriptor is free for its pipes, a little later."""
+    for _ in range(_TRIES):
+        try:
+            return await anyio.open_process(line, stderr=log, start_new_session=True)
+        except OSError as error:
+            if not lacks_descriptor(error):
+                raise
+        await anyio.sleep(_PAUSE_SECONDS)
+    raise StoppedEarly("the embedded endpoint cannot be started: too many open files; raise `ulimit -n` and run again")
 
 
 async def _first_line(child: Process) -> bytes:

@@ -7,15 +7,40 @@ order, knows nothing of what is done in it.
 from __future__ import annotations
 
 import asyncio
+import sqlite3
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Generic, TypeVar
 
-__all__ = ["Grouped"]
+from batch.descriptors import lacks_descriptor, patiently
+
+__all__ = ["Grouped", "in_open_database"]
 
 Item = TypeVar("Item")
 Gain = TypeVar("Gain")
 Value = TypeVar("Value")
+
+
+def in_open_database(work: Callable[[], Value]) -> Value:
+    """Do something in a database that is open, and again while SQLite has no descriptor for a temporary file.
+
+    Args:
+        work: one statement, or a transaction that is rolled back when it raises.
+    """
+    return patiently(work, time.sleep, lacks=_lacks)
+
+
+def _lacks(error: BaseException) -> bool:
+    """SQLite says no more than that it cannot open something."""
+    cause: BaseException | None = error
+    while cause is not None:
+        code = getattr(cause, "sqlite_errorcode", 0) if isinstance(cause, sqlite3.Error) else 0
+        if code & 0xFF == sqlite3.SQLITE_CANTOPEN:
+            return True
+        cause = cause.__cause__
+    return lacks_descriptor(error)
 
 
 class Grouped(Generic[Item, Gain]):
@@ -48,7 +73,7 @@ class Grouped(Generic[Item, Gain]):
 
     async def call(self, function: Callable[[], Value]) -> Value:
         """Run something else in the same thread, between two groups."""
-        return await self._loop.run_in_executor(self._thread, function)
+        return await self._loop.run_in_executor(self._thread, in_open_database, function)
 
     async def aclose(self) -> None:
         """Do what was handed in, then end the thread."""
@@ -60,7 +85,8 @@ class Grouped(Generic[Item, Gain]):
     def _begin(self) -> None:
         group, self._pending = self._pending[: self._limit], self._pending[self._limit :]
         self._running = self._loop.create_future()
-        done = self._thread.submit(self._work, [item for item, _ in group])
+        work = partial(self._work, [item for item, _ in group])
+        done = self._thread.submit(in_open_database, work)
         answers = [answer for _, answer in group]
         done.add_done_callback(lambda gains: self._loop.call_soon_threadsafe(self._settle, answers, gains))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import socket
 import zlib
 from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -23,6 +24,7 @@ import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
+from batch.descriptors import lacks_descriptor
 from batch.server.addresses import AddressRule, Refused, check_url, literal_address, public_only
 
 __all__ = [
@@ -37,6 +39,8 @@ Lookup: TypeAlias = Callable[[str], Awaitable[list[str]]]
 """The numeric addresses of a host name; raises OSError where it has none."""
 
 CONNECT_SECONDS = 10.0
+REQUESTS = 100
+"""Made at once."""
 _LOOKUP_THREADS = 16
 """Of their own: names that hang must not hold up the threads that read and write files."""
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -74,11 +78,15 @@ class Guard:
     Args:
         permitted: the rule.
         lookup: how names are resolved; None: as the system does it.
+        limit: requests at once; further ones wait, which is not part of their time.
     """
 
-    def __init__(self, permitted: AddressRule = public_only, lookup: Lookup | None = None) -> None:
+    def __init__(
+        self, permitted: AddressRule = public_only, lookup: Lookup | None = None, limit: int = REQUESTS
+    ) -> None:
         self.permitted = permitted
-        self._threads = ThreadPoolExecutor(_LOOKUP_THREADS, "lookup")
+        self._limit, self._free = limit, asyncio.Semaphore(limit)
+        self._threads = ThreadPoolExecutor(min(limit, _LOOKUP_THREADS), "lookup")
         self._lookup = lookup or partial(_system_lookup, self._threads)
         self._session: aiohttp.ClientSession | None = None
 
@@ -99,10 +107,11 @@ class Guard:
             Refused: the URL, or one that it leads to, may not be asked.
             Unreachable: no answer, a broken one, or one that is not 200.
             TooLarge: more than `limits.size_bytes`.
+            OSError: no descriptor is free (`lacks_descriptor`).
         """
         target = check_url(url, self.permitted)
         with _translated():
-            async with asyncio.timeout(limits.seconds):
+            async with self._free, asyncio.timeout(limits.seconds):
                 for _ in range(limits.redirects + 1):
                     async with self._client().get(target, allow_redirects=False) as response:
                         if response.status in _REDIRECTS and "location" in response.headers:
@@ -117,10 +126,11 @@ class Guard:
         Raises:
             Refused: the URL may not be asked.
             Unreachable: no answer within `seconds`, or a broken one.
+            OSError: no descriptor is free (`lacks_descriptor`).
         """
         target = check_url(url, self.permitted)
         with _translated():
-            async with asyncio.timeout(seconds):
+            async with self._free, asyncio.timeout(seconds):
                 response = await self._client().post(target, data=body, headers=headers, allow_redirects=False)
                 response.close()
         return response.status
@@ -141,6 +151,8 @@ class Guard:
             connector = aiohttp.TCPConnector(
                 resolver=_Resolver(self._lookup, self.permitted),
                 use_dns_cache=False,
+                limit=self._limit,
+                force_close=self._limit < REQUESTS,  # few can be open: none is kept for a host that may not come again
                 socket_factory=partial(_checked_socket, self.permitted),
             )
             self._session = aiohttp.ClientSession(
@@ -204,8 +216,16 @@ def _checked_socket(permitted: AddressRule, info: tuple[Any, ...]) -> socket.soc
 
 
 async def _system_lookup(threads: ThreadPoolExecutor, host: str) -> list[str]:
-    ask = partial(socket.getaddrinfo, host, None, type=socket.SOCK_STREAM)
-    found = await asyncio.get_running_loop().run_in_executor(threads, ask)
+    return await asyncio.get_running_loop().run_in_executor(threads, _looked_up, host)
+
+
+def _looked_up(host: str) -> list[str]:
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except socket.gaierror:
+        # Without a descriptor no name is found, for a reason that is not told; opening anything tells it.
+        os.close(os.open(os.devnull, os.O_RDONLY))
+        raise
     return [str(entry[4][0]) for entry in found]
 
 
@@ -243,6 +263,8 @@ def _translated() -> Iterator[None]:
     except Refused:
         raise
     except (aiohttp.ClientError, OSError, ValueError, zlib.error) as error:
+        if lacks_descriptor(error):
+            raise OSError(errno.EMFILE, "no descriptor is free") from None
         raise _in_our_words(error) from error
 
 

@@ -23,6 +23,7 @@ import orjson
 from batch.fal.queries import BillingQuery, ListingQuery, Outcome, SortBy
 from batch.model import AppId, RequestId
 from batch.server.faults import ListingRules, Window
+from batch.server.grouping import in_open_database
 
 __all__ = ["Charged", "History", "Past"]
 
@@ -167,7 +168,7 @@ class History:
         return [_charged(*row) for row in rows[: query.limit]], len(rows) > query.limit
 
     async def _call(self, function: Callable[[], Value]) -> Value:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, in_open_database, function)
 
 
 def _charged(request_id: RequestId, app: AppId, at: float, units: float, tags: str | None) -> Charged:

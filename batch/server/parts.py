@@ -12,11 +12,14 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from batch.descriptors import patiently
 from batch.errors import StorageError
 from batch.server.spool import TooLarge, spool
 
@@ -87,9 +90,10 @@ class Parts:
             await asyncio.to_thread(folder.mkdir, exist_ok=True)
             spooled = await spool(chunks, temporary, room)
             tag = spooled.sha256.hex()[:32]
-            await asyncio.to_thread(_sync, temporary)
+            await asyncio.to_thread(patiently, partial(_sync, temporary), time.sleep)
+            keep = partial(_keep, temporary, folder, f"{number:04}-{tag}", spooled.size_bytes)
             async with self._naming:
-                used = await asyncio.to_thread(_keep, temporary, folder, f"{number:04}-{tag}", spooled.size_bytes)
+                used = await asyncio.to_thread(patiently, keep, time.sleep)
         except ConnectionError:  # the sender's, not the disk's
             raise
         except OSError as error:
@@ -120,7 +124,7 @@ class Parts:
         missing = [part.number for part, here in zip(wanted, found, strict=True) if not here]
         if missing:
             raise BadParts(f"part {missing[0]} did not come with that etag; send it again")
-        await asyncio.to_thread(_join, files, target)
+        await asyncio.to_thread(patiently, partial(_join, files, target), time.sleep)
 
     async def drop(self, name: str) -> None:
         """Remove all its parts."""

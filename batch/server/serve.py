@@ -14,6 +14,7 @@ import gc
 import ipaddress
 import logging
 import math
+import os
 import random
 import signal
 import socket
@@ -22,20 +23,25 @@ import ssl
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from aiohttp import web
 from aiohttp.http_exceptions import BadHttpMessage
 
+from batch.accepting import Acceptor, bound
+from batch.descriptors import Allowance, ServerShare, described, lacks_descriptor, require, server_share
 from batch.errors import ConfigError, InputError, StorageError
 from batch.fal.endpoint import APP_ID
+from batch.open_files import allowance
 from batch.server import listing, webhooks
 from batch.server.addresses import address_rule
 from batch.server.app import application
 from batch.server.engines import engine_of
 from batch.server.engines.base import Engine
 from batch.server.engines.flux.options import FluxOptions
+from batch.server.engines.workers import usable_cores
 from batch.server.faults_file import read_faults
 from batch.server.guard import Guard
 from batch.server.history import History
@@ -55,8 +61,11 @@ LOCK_SECONDS = 15.0
 """How long a new server waits for the one before it to be gone."""
 DRAIN_SECONDS = 2.0
 """How long open calls may take to end when the server goes down."""
-_BACKLOG = 2048
 _DISK_LOOK_SECONDS = 0.5
+_KEEP_ALIVE_SECONDS = 75.0
+"""How long a connection may be idle. Precedent: nginx."""
+_START_FILES = 30
+"""Descriptors that a server needs before it has a connection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +118,10 @@ async def serve(
     Raises:
         StorageError: nothing could be written for `disk_patience`, or there is no room to begin with.
         InputError: the port or the data dir is in use or cannot be used, the engine is not known or cannot work, an
-            option is out of its range, or the faults file is wrong.
+            option is out of its range, the faults file is wrong, or too few files may be open.
     """
+    allowed = allowance()
+    require(allowed, _START_FILES)
     stop = stop or asyncio.Event()
     logging.getLogger("aiohttp.server").addFilter(_one_line_for_nonsense)
     _check(options)
@@ -127,9 +138,11 @@ async def serve(
             store = await stack.enter_async_context(await Store.open(options.data_dir / "server.db", options.retention))
             storage = await stack.enter_async_context(Storage(options.data_dir))
             signer = webhooks.signing_key(options.data_dir / "webhook-key.pem")
-        guard = await stack.enter_async_context(Guard(address_rule(allow_private=options.allow_private)))
+        share, limits = _share(allowed, options, own_engine=engine is not None)
+        rule = address_rule(allow_private=options.allow_private)
+        guard = await stack.enter_async_context(Guard(rule, limit=share.outgoing))
         sources = Sources(storage, guard)
-        engine = engine or _engine(options)
+        engine = engine or _engine(options, share)
         if rehearsal is not None:
             engine = rehearsal.engine(engine)
         rules = rehearsal.listing if rehearsal is not None else None
@@ -145,12 +158,19 @@ async def serve(
         stack.enter_context(_signals(stop))
         authenticator = Authenticator(options.keys, storage.derived(b"cdn tokens"), APP_ID, time.time)
         more = [*listing.routes(service, APP_ID, history, options.price_usd), *webhooks.routes(signer)]
-        app = application(service, authenticator, guard.permitted, more=more, rehearsal=rehearsal)
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=DRAIN_SECONDS)
+        app = application(service, authenticator, guard.permitted, more=more, rehearsal=rehearsal, share=share)
+        acceptor = Acceptor(share.connections, tls)
+        acceptor.watch(app)
+        runner = web.AppRunner(
+            app, access_log=None, shutdown_timeout=DRAIN_SECONDS, keepalive_timeout=_KEEP_ALIVE_SECONDS
+        )
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
         stack.callback(service.stop)  # first of all, so that nobody waits on a stream while the calls drain
-        await web.SockSite(runner, listener, backlog=_BACKLOG, ssl_context=tls).start()
+        stack.callback(listener.close)  # whoever connects now is refused, and does not wait for nothing
+        assert runner.server is not None, "it is set up"
+        await stack.enter_async_context(acceptor.accepting(listener, runner.server))
+        _log.info(limits)
         ready(_url(options.host, listener, "http" if tls is None else "https"))
         refusal = await _stopped(stop, service, options.disk_patience)
         _log.info("stopping")
@@ -221,11 +241,37 @@ def _check(options: ServeOptions) -> None:
         raise InputError(f"results cannot be kept for {options.retention:g} s; say for instance --retention 30d")
 
 
-def _engine(options: ServeOptions) -> Engine:
+def _share(allowed: Allowance, options: ServeOptions, *, own_engine: bool) -> tuple[ServerShare, str]:
+    """What the limit of open files leaves with the data dir open, and a line that says it."""
+    wanted = 0 if own_engine else _processes(options)
+    share = server_share(replace(allowed, in_use=allowance().in_use), wanted)
+    words = described(allowed, share.connections)
+    if share.workers < wanted:
+        words = f"{words}, and {share.workers} of {wanted} worker processes"
+        if options.flux is not None:  # a device each: none can be left out
+            raise InputError(f"{words}; raise the limit, for example with `ulimit -n 1024`")
+    if share.threads < _THREADS:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(share.threads, "files"))
+    return share, words
+
+
+def _processes(options: ServeOptions) -> int:
+    """Worker processes that the engine would start."""
+    if options.flux is not None:
+        return len(options.flux.devices)
+    return (options.slots or usable_cores()) if options.engine == "preview" else 0
+
+
+_THREADS = min(32, (os.cpu_count() or 1) + 4)
+"""Of the executor that `asyncio.to_thread` uses otherwise."""
+
+
+def _engine(options: ServeOptions, share: ServerShare) -> Engine:
     if options.flux is not None and options.engine != "flux":
         raise ConfigError(f"a model is given and the engine is {options.engine}; say --engine flux, or leave it out")
     try:
-        return engine_of(options.engine, options.slots, options.service_time, options.flux)
+        slots = share.workers if options.engine == "preview" else options.slots
+        return engine_of(options.engine, slots, options.service_time, options.flux)
     except ValueError as error:
         raise InputError(str(error)) from error
 
@@ -236,11 +282,11 @@ def _listen(options: ServeOptions) -> socket.socket:
     last = _last_port(memory) if options.port == 0 else None
     try:
         try:
-            listener = _bound(options.host, last if last is not None else options.port)
+            listener = bound(options.host, last if last is not None else options.port)
         except OSError:
             if last is None:
                 raise
-            listener = _bound(options.host, 0)
+            listener = bound(options.host, 0)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise InputError(
@@ -264,20 +310,6 @@ def _check_exposure(options: ServeOptions, listener: socket.socket) -> None:
             f"without keys the endpoint listens on loopback only, not on {options.host}; make a key with"
             f" `restyle serve --keys FILE --new-key NAME` and start with --keys FILE (or {ENVIRONMENT})"
         )
-
-
-def _bound(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(_BACKLOG)
-        listener.setblocking(False)
-    except OSError:
-        listener.close()
-        raise
-    return listener
 
 
 def _last_port(memory: Path) -> int | None:
@@ -321,6 +353,8 @@ def _usable(data_dir: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, sqlite3.Error) as error:
+        if lacks_descriptor(error):
+            raise
         number, code = getattr(error, "errno", None), getattr(error, "sqlite_errorcode", None)
         if number in {errno.ENOSPC, errno.EDQUOT} or code == sqlite3.SQLITE_FULL:
             raise StorageError(

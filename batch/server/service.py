@@ -21,12 +21,13 @@ from typing import NamedTuple
 
 import orjson
 
+from batch.descriptors import lacks_descriptor
 from batch.errors import StorageError
 from batch.fal.protocol import CancelOutcome, Malformed
 from batch.model import AppId, JsonObject, QueueState, RequestId
 from batch.server import answers
 from batch.server.broker import Broker, Cancellation, View
-from batch.server.engines.base import Engine, EngineInfo, WorkerCrashed
+from batch.server.engines.base import Cancelled, Engine, EngineInfo, WorkerCrashed
 from batch.server.records import (
     AS_ALL_OTHERS,
     Admission,
@@ -54,6 +55,10 @@ _LARGE_BODY = 256 * 1024
 """From here on a body is read in a thread: decoding a picture would hold up everybody."""
 _RETRY_SECONDS = 1.0
 """Between two tries to write an ending on a disk that refuses."""
+_LACK_SECONDS = 0.25
+"""Between two tries of what needs a descriptor, when none is free."""
+_SAY_EVERY = 60.0
+"""Seconds between two log lines about that."""
 
 
 class QueueFull(Exception):
@@ -134,6 +139,7 @@ class QueueService:
         self._deadlines: dict[RequestId, asyncio.TimerHandle] = {}
         """Of those that wait and have one."""
         self._stopping = False
+        self._lack_said_at = -math.inf
 
     def new_id(self) -> RequestId:
         """An id for a request, or for an answer that belongs to none."""
@@ -143,6 +149,13 @@ class QueueService:
         """Something could not be written: told by whoever was refused, until something is written again."""
         since = self.disk_refuses[0] if self.disk_refuses is not None else time.monotonic()
         self.disk_refuses = since, str(error)
+
+    def lacked_descriptor(self, error: BaseException) -> None:
+        """Something waits, or has to come again, because no descriptor is free: logged now and then."""
+        now = time.monotonic()
+        if now - self._lack_said_at >= _SAY_EVERY:
+            self._lack_said_at = now
+            _log.warning("too many open files, so that work waits (%s); raise `ulimit -n`", error)
 
     def statistics(self) -> Statistics:
         """Counts, in O(1)."""
@@ -325,10 +338,9 @@ class QueueService:
 
     async def _execute(self, request_id: RequestId) -> None:
         started_at = self._clock()
-        body = self._bodies.get(request_id) or await self._store.body(request_id)
         cancelled = partial(self._broker.is_cancelled, request_id)
         try:
-            outcome = await self._worker.make(request_id, body, partial(self._step, request_id), cancelled)
+            outcome = await self._made(request_id, cancelled)
         except WorkerCrashed as crash:
             self._log(request_id, "ERROR", f"the worker died: {crash}")
             if self._broker.crash(request_id):
@@ -351,6 +363,21 @@ class QueueService:
         self._start_next()
         await self._end_with(request_id, outcome, started_at, logs)
 
+    async def _made(self, request_id: RequestId, cancelled: Cancelled) -> Made | Fault:
+        """Execute it. A missing descriptor is nobody's fault: it begins again when there may be one."""
+        step = partial(self._step, request_id)
+        while True:
+            try:
+                body = self._bodies.get(request_id) or await self._store.body(request_id)
+                return await self._worker.make(request_id, body, step, cancelled)
+            except Exception as error:
+                if not lacks_descriptor(error):
+                    raise
+                self.lacked_descriptor(error)
+            if cancelled():
+                return Fault.of(*answers.CANCELLED)
+            await asyncio.sleep(_LACK_SECONDS)
+
     async def _end_with(
         self,
         request_id: RequestId,
@@ -370,6 +397,10 @@ class QueueService:
                 self.disk_refuses = None
                 break
             except StorageError as error:
+                if lacks_descriptor(error):
+                    self.lacked_descriptor(error)
+                    await asyncio.sleep(_LACK_SECONDS)
+                    continue
                 self.disk_refused(error)
                 _log.error("request %s is executed but cannot be written down, trying again: %s", request_id, error)
                 await asyncio.sleep(_RETRY_SECONDS)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import NamedTuple
+
+from batch.descriptors import patiently
 
 __all__ = ["Spooled", "TooLarge", "spool"]
 
@@ -46,5 +49,5 @@ async def spool(chunks: AsyncIterator[bytes], place: Path, limit: int) -> Spoole
 
 
 def _append(place: Path, data: bytearray) -> None:
-    with place.open("ab") as file:
+    with patiently(lambda: place.open("ab"), time.sleep) as file:
         file.write(data)

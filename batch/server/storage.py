@@ -20,12 +20,13 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 from urllib.parse import urlsplit
 
+from batch.descriptors import patiently
 from batch.errors import StorageError
 from batch.image_formats import FORMATS, format_of_type
 from batch.server.parts import Part, Parts
@@ -270,7 +271,9 @@ class Storage:
         found = await self.find(path)
         if found is not None and (found.stat().st_size if isinstance(found, Path) else len(found)) > limit:
             raise TooLarge(f"more than {limit} bytes")
-        return await asyncio.to_thread(found.read_bytes) if isinstance(found, Path) else found
+        if not isinstance(found, Path):
+            return found
+        return await asyncio.to_thread(patiently, found.read_bytes, time.sleep)
 
     def _path_of(self, sha256: bytes, content_type: str | None) -> str:
         name = hashlib.blake2b(sha256, key=self._secret, digest_size=16).hexdigest()
@@ -350,7 +353,7 @@ def _removed(place: Path, aside: Path, before: float) -> bool:
 
 def _write(temporary: Path, data: bytes, place: Path, now: float) -> None:
     try:
-        temporary.write_bytes(data)
+        patiently(partial(temporary.write_bytes, data), time.sleep)
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
@@ -360,7 +363,7 @@ def _write(temporary: Path, data: bytes, place: Path, now: float) -> None:
 
 def _complete(temporary: Path, place: Path, now: float) -> None:
     try:
-        with temporary.open("rb") as file:
+        with patiently(lambda: temporary.open("rb"), time.sleep) as file:
             os.fsync(file.fileno())
         os.utime(temporary, (now, now))
         _appear(temporary, place)
@@ -383,7 +386,7 @@ def _appear(temporary: Path, place: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = patiently(lambda: os.open(folder, os.O_RDONLY), time.sleep)
     try:
         os.fsync(descriptor)
     finally:

@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import orjson
 from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
 
+from batch.descriptors import patiently
 from batch.fal import protocol
 from batch.model import JsonObject
 from batch.server.callers import owner_of
@@ -45,9 +50,11 @@ _PATH = "{path:/files/[^/]+/[^/]+}"
 _Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def routes(service: QueueService, authenticator: Authenticator) -> list[tuple[str, str, _Handler]]:
-    """Method, path and handler of each route."""
-    files = _Files(service, authenticator)
+def routes(
+    service: QueueService, authenticator: Authenticator, downloads: int | None = None
+) -> list[tuple[str, str, _Handler]]:
+    """Method, path and handler of each route; `downloads` large files are sent at once, others wait."""
+    files = _Files(service, authenticator, downloads)
     return [
         ("POST", "/storage/auth/token", files.token),
         ("POST", "/tokens/", files.realtime_token),
@@ -68,7 +75,8 @@ def routes(service: QueueService, authenticator: Authenticator) -> list[tuple[st
 class _Files:
     """The handlers, with what they need."""
 
-    def __init__(self, service: QueueService, authenticator: Authenticator) -> None:
+    def __init__(self, service: QueueService, authenticator: Authenticator, downloads: int | None) -> None:
+        self._sending = nullcontext() if downloads is None else asyncio.Semaphore(downloads)
         self._service = service
         self._authenticator = authenticator
         self._storage = service.storage
@@ -150,7 +158,7 @@ class _Files:
             raise web.HTTPNotFound(text=f"There is no file {path}")
         headers = {"content-type": content_type_of(path), **_FILE_HEADERS}
         if isinstance(found, Path):
-            return web.FileResponse(found, headers=headers)
+            return _File(found, headers, self._sending)
         name = path.rpartition("/")[2]  # a hash of the bytes
         headers["etag"] = f'"{name}"'
         if any(etag.value in {name, "*"} for etag in request.if_none_match or ()):
@@ -185,6 +193,22 @@ class _Files:
     def _json(self, value: JsonObject, **headers: str) -> web.Response:
         own = {"content-type": protocol.CONTENT_JSON, protocol.REQUEST_ID: self._service.new_id()}
         return web.Response(body=orjson.dumps(value), headers=own | headers)
+
+
+class _File(web.FileResponse):
+    """A file on disk, which is open while it is sent."""
+
+    def __init__(self, path: Path, headers: dict[str, str], turn: AbstractAsyncContextManager[object]) -> None:
+        super().__init__(path, headers=headers)
+        self._turn = turn
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        async with self._turn:
+            return await super().prepare(request)
+
+    def _make_response(self, *arguments: Any) -> Any:
+        """Open it, in a thread. aiohttp would answer 404 where it cannot be opened for want of a descriptor."""
+        return patiently(partial(super()._make_response, *arguments), time.sleep)
 
 
 async def _chunks(request: web.Request) -> AsyncIterator[bytes]:

@@ -28,6 +28,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
+from batch.descriptors import lacks_descriptor
 from batch.errors import InputError, StorageError
 from batch.fal import protocol
 from batch.fal.signing import jwks_of, sign
@@ -237,9 +238,9 @@ class Webhooks:
         await asyncio.sleep(_PAUSE_SECONDS)
 
     async def _deliver(self, delivery: Delivery) -> None:
-        """One try, and what it left."""
+        """One try, and what it left. One for which no descriptor was free is none."""
         try:
-            settlement = await self._try(delivery)
+            settlement = await self._tried(delivery)
         except Exception:  # the boundary between one callback and the others
             _log.exception("the webhook of request %s failed in a way that nobody foresaw", delivery.request_id)
             settlement = self._again(delivery)
@@ -252,6 +253,16 @@ class Webhooks:
                 await asyncio.sleep(_DISK_SECONDS)
         del self._under_way[delivery.request_id]
         self._service.ended.set()
+
+    async def _tried(self, delivery: Delivery) -> Settlement:
+        while True:
+            try:
+                return await self._try(delivery)
+            except Exception as error:
+                if not lacks_descriptor(error):
+                    raise
+                self._service.lacked_descriptor(error)
+            await asyncio.sleep(_DISK_SECONDS)
 
     async def _try(self, delivery: Delivery) -> Settlement:
         request_id, webhook, tries = delivery

@@ -14,6 +14,7 @@ from typing import TypeAlias
 
 from pydantic import ValidationError
 
+from batch.descriptors import lacks_descriptor
 from batch.fal.endpoint import ImageToImageInput
 from batch.model import RequestId
 from batch.server import answers
@@ -85,6 +86,7 @@ class Worker:
 
         Raises:
             WorkerCrashed: the engine's process died.
+            Exception: no descriptor is free (`lacks_descriptor`); nothing was done.
         """
         image_url = ""
         try:
@@ -104,7 +106,9 @@ class Worker:
             return Fault.of(*answers.CANCELLED)
         except WorkerCrashed:
             raise
-        except Exception:  # the boundary between one request and the server: a defect must not end the others
+        except Exception as error:  # the boundary between one request and the server: it must not end the others
+            if lacks_descriptor(error):
+                raise
             _log.exception("request %s failed in a way that nobody foresaw", request_id)
             return Fault.of(500, "internal_error", "Internal Server Error")
         return Made(result, given.sync_mode)

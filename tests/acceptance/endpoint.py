@@ -41,7 +41,7 @@ class Endpoint:
 
 
 @contextmanager
-def endpoint(folder: Path, *options: object, keyed: bool = True) -> Iterator[Endpoint]:
+def endpoint(folder: Path, *options: object, keyed: bool = True, **process_options: object) -> Iterator[Endpoint]:
     """Run `restyle serve` in `folder` while the block lasts. Without `keyed` it asks for no key."""
     key, flags = "", [*map(str, options)]
     if keyed:
@@ -52,7 +52,14 @@ def endpoint(folder: Path, *options: object, keyed: bool = True) -> Iterator[End
     log = folder / "server.log"
     with (
         log.open("w") as errors,
-        subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+        subprocess.Popen(
+            command,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            **process_options,  # type: ignore[call-overload]
+        ) as process,
     ):
         try:
             line = process.stdout.readline()

@@ -19,6 +19,7 @@ from anyio.abc import SocketStream
 from pydantic import SecretStr
 
 from batch.fal import client as module
+from batch.fal import http as http_module
 from batch.fal.answer import images_of
 from batch.fal.client import FalClient, trouble_of
 from batch.fal.endpoint import APP_ID
@@ -157,7 +158,7 @@ async def test_a_name_that_does_not_exist_is_certainly_unsent():
 
 async def test_a_connect_timeout_is_certainly_unsent(monkeypatch):
     """A listener with a full backlog lets nobody in: nothing was written."""
-    monkeypatch.setattr(module, "CONNECT_TIMEOUT", 0.3)
+    monkeypatch.setattr(http_module, "CONNECT_TIMEOUT", 0.3)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(0)

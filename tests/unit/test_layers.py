@@ -27,10 +27,13 @@ PURE, WAITS, ASSEMBLY, TESTING = "pure", "waits", "assembly", "testing"
 TABLE: dict[str, tuple[str, int]] = {
     # face and assembly
     "batch": (PURE, 0),
-    "batch.errors": (PURE, 0),
+    "batch.errors": (PURE, -2),
     "batch.model": (PURE, 0),
     "batch.version": (PURE, 0),
     "batch.image_formats": (PURE, 0),
+    "batch.descriptors": (PURE, -1),
+    "batch.open_files": ("edge: the process", 0),
+    "batch.accepting": ("edge: network", 0),
     "batch.config": ("edge: environment and config file", 2),
     "batch.targets": (ASSEMBLY, 4),
     "batch.bills": (ASSEMBLY, 5),
@@ -85,9 +88,10 @@ TABLE: dict[str, tuple[str, int]] = {
     "batch.fal.answer": (PURE, 2),
     "batch.fal.platform": (PURE, 2),
     "batch.fal.queries": (PURE, 3),
+    "batch.fal.http": ("edge: network", 2),
     "batch.fal.client": ("edge: network", 3),
-    "batch.fal.callbacks": ("edge: network", 2),
-    "batch.fal.streams": ("edge: network", 2),
+    "batch.fal.callbacks": ("edge: network", 3),
+    "batch.fal.streams": ("edge: network", 3),
     # how it is carried out
     "batch.run": (PURE, 0),
     "batch.run.lifecycle": (PURE, 0),
@@ -199,8 +203,8 @@ OUTWARD: dict[tuple[str, str], str] = {
 
 OUTSIDE = {
     "aiohttp", "asyncio", "concurrent", "cyclopts", "fcntl", "filelock", "http", "httpx", "logging", "multiprocessing",
-    "os", "queue", "requests", "secrets", "select", "shutil", "signal", "socket", "sqlite3", "ssl", "subprocess", "sys",
-    "tempfile", "threading", "time", "tqdm", "uvloop", "yarl",
+    "os", "queue", "requests", "resource", "secrets", "select", "shutil", "signal", "socket", "sqlite3", "ssl",
+    "subprocess", "sys", "tempfile", "threading", "time", "tqdm", "uvloop", "yarl",
 }  # fmt: skip
 """Libraries that touch something outside, or the clock."""
 WAITING = {"anyio", "tenacity", "trio"}
@@ -294,7 +298,8 @@ def test_the_server_knows_nothing_of_the_client_side():
     """The server shares the wire protocol, the values and the errors with the runner, and nothing else."""
     shared = ("batch.server", "batch.fal.endpoint", "batch.fal.platform", "batch.fal.protocol", "batch.fal.signing")
     shared += ("batch.fal.queries",)
-    shared += ("batch.model", "batch.errors", "batch.version", "batch.image_formats")
+    shared += ("batch.model", "batch.errors", "batch.version", "batch.descriptors", "batch.open_files")
+    shared += ("batch.accepting", "batch.image_formats")
     for name in SOURCES:
         if name.startswith("batch.server"):
             assert [other for other in ours(name) if not other.startswith(shared)] == [], name

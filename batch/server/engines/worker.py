@@ -18,10 +18,13 @@ import signal
 import struct
 import sys
 import threading
+import time
 import traceback
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, BinaryIO, NoReturn, Protocol, TypeAlias
 
+from batch.descriptors import patiently
 from batch.server.engines.base import (
     Cancelled,
     EngineCancelled,
@@ -166,7 +169,8 @@ def _execute(renderer: Renderer, order: Order, inbox: _Inbox, answers: BinaryIO)
     try:
         if cancelled():
             return Dropped(order.number)
-        return Done(order.number, renderer.render(order.job, on_step, cancelled))
+        render = partial(renderer.render, order.job, on_step, cancelled)
+        return Done(order.number, patiently(render, time.sleep))
     except EngineCancelled:
         return Dropped(order.number)
     except EngineFailure as failure:
