@@ -179,6 +179,8 @@ def _explained(source: Path, paths: Iterable[Path]) -> Iterator[None]:
     """The one place where what the libraries raise becomes a sentence."""
     try:
         yield
+    except GeneratorExit:  # closed early, by a run that stops: nothing to explain, and no library to load for it
+        raise
     except UnicodeDecodeError as error:
         raise ManifestError(f"{source}{_undecodable(paths)} is not UTF-8 ({error.reason}); save it as UTF-8") from error
     except _unreadable() as error:
