@@ -25,7 +25,7 @@ import anyio.to_thread
 
 from batch.blocking import Call
 from batch.config import Settings, load_settings
-from batch.errors import ConfigError, RunDirectoryError, RunLocked
+from batch.errors import ConfigError, ExitCode, RunDirectoryError, RunLocked
 from batch.fal.protocol import names_fal
 from batch.model import JsonObject
 from batch.opening import Source, located, open_manifest
@@ -469,7 +469,8 @@ def _blocking(
 
 def _interrupted(summary: Summary) -> str:
     """What a KeyboardInterrupt says about a run that ended in order."""
-    return f"{summary.done} of {summary.rows} rows are done and written; the same call goes on"
+    rest = "nothing is left" if summary.exit_code is ExitCode.COMPLETE else "the same call goes on"
+    return f"{summary.done} of {summary.rows} rows are done, the results are written; {rest}"
 
 
 def event_loop() -> dict[str, Any]:

@@ -140,13 +140,17 @@ class Call(Generic[T]):
 
     @contextmanager
     def _noting_signals(self) -> Iterator[None]:
-        """Note signals for the call while the block lasts. Handlers of the caller's own stay, unless it wants that."""
+        """Note signals for the call while the block lasts.
+
+        A handler of the caller's own stays where nothing else is wanted. One that comes with an event loop (of
+        `asyncio.run`, of a notebook's kernel) does not: it can only wake the loop, which this call holds up.
+        """
         numbers: tuple[signal.Signals, ...] = ()
         if self._are_wanted:
             numbers = interrupts.BOTH
         elif not _is_main():
             _let_interrupt()
-        elif signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        elif signal.getsignal(signal.SIGINT) is signal.default_int_handler or _is_in_loop():
             numbers = (signal.SIGINT,)
         before = {number: signal.signal(number, self._note) for number in numbers}
         try:
@@ -206,6 +210,15 @@ def _let_interrupt() -> None:
     """
     if callable(signal.getsignal(signal.SIGINT)):
         signal.siginterrupt(signal.SIGINT, True)
+
+
+def _is_in_loop() -> bool:
+    """Whether an event loop runs in this thread."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _is_main() -> bool:

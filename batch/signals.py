@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from batch.run.runner import Runner
 __all__ = ["Signals", "in_order"]
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 _MEANWHILE = "collecting what is in flight; once more stops at once"
 
@@ -69,6 +72,7 @@ class Signals:
     def cancelled(self) -> None:
         """The caller's task was cancelled."""
         if self._has_begun:
+            _log.warning("cancelled: %s", _MEANWHILE)
             self._stop(Stopping(Stop.CANCELLED, "the caller cancelled it"))
         else:
             self._scope.cancel()

@@ -204,6 +204,8 @@ def _explained(source: Path, paths: Sequence[Path], unpack: Unpack, dialect: Dia
     """The one place where what the libraries raise becomes a sentence."""
     try:
         yield
+    except GeneratorExit:  # closed early, by a run that stops: nothing to explain, and no library to load for it
+        raise
     except UnicodeError as error:
         raise ManifestError(undecodable(paths[0], unpack, encoding_of(paths[0], unpack, dialect.encoding))) from error
     except _unreadable() as error:

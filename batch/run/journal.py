@@ -202,17 +202,15 @@ class Journal:
 
         Where `asyncio.run` ends on a second Ctrl-C it cancels every task of its loop, and no shield holds that off.
         """
-        with anyio.CancelScope(shield=True):
-            done = await self._done_once(work, unless=lambda: False)
-        return done  # noqa: RET504 - a return inside of the scope looks to mypy as if it might not be reached
+        return await self._done_once(work, unless=lambda: False, shield=True)
 
     async def _in_thread(self, work: Callable[[], _T]) -> _T:
         return await anyio.to_thread.run_sync(work, limiter=self._one_at_a_time)
 
-    async def _done_once(self, work: Callable[[], _T], *, unless: Callable[[], bool]) -> _T:
+    async def _done_once(self, work: Callable[[], _T], *, unless: Callable[[], bool], shield: bool = False) -> _T:
         once = _Once(work)
         while not once.result.done():
-            with _uncancelled(unless=unless):
+            with _uncancelled(unless=unless), anyio.CancelScope(shield=shield):
                 await anyio.to_thread.run_sync(once, limiter=self._one_at_a_time, abandon_on_cancel=True)
         return once.result.result()
 

@@ -161,7 +161,7 @@ def test_ctrl_c_in_a_script(tmp_path, manifest, service):
     ended, began, _ = interrupted(PLAIN, service, manifest, tmp_path / "run")
     assert (ended.code, ended.out) == (-signal.SIGINT, ""), ended.text
     done = summary(tmp_path / "run")["done"]
-    said = f"KeyboardInterrupt: {done} of {ROWS} rows are done and written; the same call goes on"
+    said = f"KeyboardInterrupt: {done} of {ROWS} rows are done, the results are written; the same call goes on"
     assert ended.err.rstrip().splitlines()[-1] == said
     assert "SIGINT: collecting what is in flight; interrupt once more to stop at once" in ended.err
     require_no_submit_after(began, service)
@@ -326,6 +326,27 @@ def test_ctrl_c_under_asyncio_run(tmp_path, manifest, service, loop):
 
 
 @LOOPS
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_in_a_plain_call_that_holds_up_a_loop(tmp_path, manifest, service, loop, times):
+    """`run_sync` in a coroutine: the handler of `asyncio.run` could only wake the loop, which waits for the call."""
+    if times == 2:
+        service.handlers["status"] = NEVER
+
+    async def main():
+        handler = signal.getsignal(signal.SIGINT)
+        try:
+            api.run_sync(manifest, tmp_path / "run", settings=settings_for(service))
+        finally:
+            assert signal.getsignal(signal.SIGINT) is handler
+
+    with interrupting(service, after=2, times=times) as moments, pytest.raises(KeyboardInterrupt, match="same call"):
+        run_in(loop, main())
+    require_no_submit_after(moments[0], service)
+    require_whole(tmp_path / "run", service, collected=times == 1)
+    require_completion(manifest, tmp_path / "run", service)
+
+
+@LOOPS
 @pytest.mark.parametrize("pause", [0.0, 0.3])
 def test_a_second_ctrl_c_under_asyncio_run(tmp_path, manifest, service, loop, pause):
     """Asyncio stops its loop and cancels every task in it; journal and results are whole all the same."""
@@ -404,15 +425,16 @@ def test_a_timeout_of_asyncio(tmp_path, manifest, service):
     """`asyncio.timeout` is over when the drain is; its TimeoutError is raised."""
     service.handlers["status"] = NEVER
 
+    async def within():
+        async with asyncio.timeout(None) as timeout:
+            watch = asyncio.create_task(submits(service, 2))
+            watch.add_done_callback(lambda _: timeout.reschedule(asyncio.get_running_loop().time()))
+            await api.run(manifest, tmp_path / "run", settings=settings_for(service, drain=0.5))
+
     async def main():
-        began = time.monotonic()
-        with pytest.raises(TimeoutError):  # noqa: PT012 - the block is what times out
-            async with asyncio.timeout(None) as timeout:
-                task = asyncio.current_task()
-                assert task is not None
-                watch = asyncio.create_task(submits(service, 2))
-                watch.add_done_callback(lambda _: timeout.reschedule(asyncio.get_running_loop().time()))
-                await api.run(manifest, tmp_path / "run", settings=settings_for(service, drain=0.5))
+        began, task = time.monotonic(), asyncio.current_task()
+        with pytest.raises(TimeoutError):
+            await within()
         assert task.cancelling() == 0
         return time.monotonic() - began
 
@@ -526,11 +548,13 @@ def notebook(tmp_path_factory):
     [
         ("api.run_sync", "KeyboardInterrupt", {}),
         ("await api.run", "CancelledError", CANCELLED),
+        ("await asyncio.sleep(0) or api.run_sync", "KeyboardInterrupt", {}),
     ],
 )
 def test_a_kernel_that_is_interrupted(tmp_path, manifest, service, notebook, call, error, why):
     """In flight is collected, the cell ends with its error, and the next cell does the rest of the same directory."""
     text = """
+    import asyncio
     from batch import api
     ended = {call}({manifest!r}, {out!r}, settings={settings!r})
     print(ended.exit_code.name, ended.done)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import tempfile
-from contextlib import asynccontextmanager
+import threading
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import anyio
@@ -524,3 +526,66 @@ async def test_calls_that_wait_together_are_one_transaction(tmp_path):
         assert journal.statistics().events == 300
         assert journal.statistics().commits <= 3
         assert journal.statistics().largest_group >= 100
+
+
+@pytest.mark.parametrize("moment", ["idle", "gathering", "committing"])
+async def test_a_loop_that_cancels_every_task_loses_nothing(tmp_path, moment):
+    """As `asyncio.run` does when it ends on a second Ctrl-C, past every shield: what was handed over is written."""
+    reached, go, others, finished = threading.Event(), threading.Event(), asyncio.all_tasks(), 0
+    async with open_journal(tmp_path / "journal.db") as journal:
+        commit = journal.file.commit
+
+        def slowly(calls):
+            reached.set()
+            go.wait(10)
+            return commit(calls)
+
+        journal.file.commit = slowly
+        caller = asyncio.create_task(journal.record(intended(A)))
+        if moment == "idle":
+            go.set()
+            await caller
+        while moment == "committing" and not reached.is_set():
+            await asyncio.sleep(0)
+        if moment == "gathering":
+            await asyncio.sleep(0)
+        for task in asyncio.all_tasks() - others:
+            task.cancel()
+        await asyncio.sleep(0)
+        go.set()
+        with suppress(asyncio.CancelledError):
+            await caller
+        await journal.record(intended(B))
+        assert (await journal.find([A, B])).keys() == {A, B}
+        finished = journal.statistics().events
+    assert finished == 2
+
+
+async def test_work_is_waited_for_by_a_task_that_is_cancelled(tmp_path):
+    """Before its thread begins, while it works, and in a scope that is cancelled; it is done once."""
+    reached, go, done = threading.Event(), threading.Event(), []
+
+    def work():
+        reached.set()
+        go.wait(10)
+        done.append(len(done))
+        return "done"
+
+    async with open_journal(tmp_path / "journal.db") as journal:
+        for waits in (lambda: True, reached.is_set):
+            reached.clear()
+            go.clear()
+            task = asyncio.create_task(journal.to_the_end(work))
+            await asyncio.sleep(0)
+            while not waits():
+                await asyncio.sleep(0)
+            for _ in range(2):
+                task.cancel()
+                await asyncio.sleep(0.01)
+            assert not task.done()
+            go.set()
+            assert await task == "done"
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            assert await journal.to_the_end(work) == "done"
+    assert done == [0, 1, 2]
