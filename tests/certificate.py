@@ -1,4 +1,4 @@
-"""A certificate for 127.0.0.1 and for names, which its own holder signed, as docs/endpoint.md makes one with openssl."""
+"""A certificate for 127.0.0.1 and for names, signed by its own holder, as docs/endpoint.md makes one with openssl."""
 
 from __future__ import annotations
 
