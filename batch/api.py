@@ -33,12 +33,13 @@ from batch.paths import at_home
 from batch.projection import Projection, identity_of, require_apart, require_place
 from batch.results.totals import Totals
 from batch.run.books import Books
+from batch.run.cancelling import Cancelled, cancel_open
 from batch.run.directory import RunDirectory
 from batch.run.journal import open_journal
 from batch.run.journal_file import JournalFile
 from batch.run.lifecycle import State
 from batch.run.observe import Tally, pause_in
-from batch.run.ports import CallFailed, Counts, Observer
+from batch.run.ports import Counts, Observer
 from batch.run.waits import Overview
 from batch.session import Plan, Request, Summary, open_planner, run_session, survey_of
 from batch.targets import Terms, check_faults, open_target, terms_of
@@ -276,43 +277,30 @@ async def reconcile(out: str | Path, *, manifest: str | Path | None = None, sign
     return await run_session(request)
 
 
-@dataclass(frozen=True, slots=True)
-class Cancelled:
-    """Answers to the cancel requests of one call."""
-
-    asked: int
-    requested: int
-    too_late: int
-    unanswered: int
-
-
-async def cancel(out: str | Path) -> Cancelled:
-    """Ask the target to cancel every open request of a run that does not work at present.
+async def cancel(out: str | Path, *, told: Callable[[Cancelled], None] | None = None) -> Cancelled:
+    """Ask the target to cancel every open request of a run that does not work at present, many at once.
 
     A cancel is a request, not a fact: what runs already may finish and be billed. The next `run` reads how each
     ended: a cancelled job is failed then, and runs again only with `retry_failed`. What was not sent yet stays to do.
+    The call may be cancelled and repeated at any time.
+
+    Args:
+        out: the run directory.
+        told: called with the counts so far, after each answer.
 
     Raises:
         RunDirectoryError: there is no run. RunLocked: it works at present; stop it first.
+        AccountRefused: the target refused the key.
     """
     directory = RunDirectory(Path(at_home(out)))
     directory.require()
     settings = _settings_of(directory)
-    answers = {"requested": 0, "too_late": 0, "unanswered": 0}
     with directory.locked("restyle cancel"):
         async with (
             open_journal(directory.journal, version=tool_version(), lost=directory.lost_journal()) as journal,
             open_target(settings, directory.endpoint, version=tool_version()) as target,
         ):
-            async for entry in journal.entries({State.ACCEPTED}):
-                assert entry.ticket is not None, "accepted means that there is a ticket"
-                try:
-                    outcome = await target.client.cancel(entry.ticket)
-                except CallFailed:
-                    outcome = None
-                word = {None: "unanswered", "CANCELLATION_REQUESTED": "requested"}.get(outcome, "too_late")
-                answers[word] += 1
-    return Cancelled(sum(answers.values()), answers["requested"], answers["too_late"], answers["unanswered"])
+            return await cancel_open(target.client, journal, Random(), told)
 
 
 def _plan(source: Source, settings: Settings, terms: Terms, out: Path | None, *, retry_failed: bool) -> Plan:

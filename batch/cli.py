@@ -243,20 +243,20 @@ def audit(
 @app.command
 def cancel(run_dir: RunDir, /) -> int:
     """Ask the target to cancel what is still open; the next run reads how each request ended."""
-    from batch import api
-    from batch.manifest.survey import counted
+    from batch import api, screen
 
-    found = _run(lambda: api.cancel(run_dir))
-    _print(
-        f"{counted(found.asked, 'open request')}: {counted(found.requested, 'cancellation')} requested,"
-        f" {found.too_late:,} too late, {found.unanswered:,} without an answer"
-    )
-    if found.asked:
-        _print(
-            "`restyle run` collects how they ended: what was cancelled is a failed row then (client_cancelled), and is"
-            " done again only with --retry-failed"
-        )
-    return ExitCode.COMPLETE
+    display = screen.CancelDisplay()
+    try:
+        found = _run(lambda: api.cancel(run_dir, told=display.show))
+    except KeyboardInterrupt:
+        display.close()
+        if display.last.open:
+            _print(screen.cancelled(display.last))
+        raise
+    finally:
+        display.close()
+    _print(screen.cancelled(found))
+    return ExitCode.STOPPED_EARLY if found.left else ExitCode.COMPLETE
 
 
 FLUX = Group("Engine flux", sort_key=4)

@@ -13,16 +13,17 @@ from datetime import UTC, datetime
 import orjson
 
 from batch import interrupts
-from batch.api import Plan, Summary
+from batch.api import Cancelled, Plan, Summary
 from batch.errors import ConfigError
 from batch.manifest.survey import Survey, counted, render_note, render_problems
-from batch.run.observe import PlainLines, ProgressBar, Tally
+from batch.run.observe import CountBar, PlainLines, ProgressBar, Tally
 from batch.run.ports import Observer
 
-__all__ = ["age", "ahead", "announce", "conclude", "confirmed", "display_for"]
+__all__ = ["CancelDisplay", "age", "ahead", "announce", "cancelled", "conclude", "confirmed", "display_for"]
 
 _MESSAGE_SHOWN = 160
 """Characters of an example's message."""
+_LINE_SECONDS = 30.0
 _KINDS_SHOWN = 5
 """Of errors, at the end of a run; `summary.json` has all of them."""
 
@@ -138,6 +139,51 @@ def _explain_failures(summary: Summary) -> None:
 def _in_one_line(message: str) -> str:
     text = " ".join(message.split())
     return text if len(text) <= _MESSAGE_SHOWN else text[: _MESSAGE_SHOWN - 1] + "…"
+
+
+def cancelled(found: Cancelled) -> str:
+    """What the target said to the cancels, by outcome, and what happens next."""
+    asked = f"{counted(found.open, 'open request')}: {counted(found.requested, 'cancellation')} requested"
+    lines = [
+        f"{asked}, {found.too_late:,} too late, {found.not_found:,} not found, {found.unanswered:,} without an answer"
+    ]
+    if found.not_found:
+        lines.append(
+            "not found: the target does not know these requests, or not any more; the next run notes them as failed"
+        )
+    if found.left:
+        lines.append(f"{counted(found.left, 'request')} without an answer; run the same command again to ask for them")
+    if found.open:
+        lines.append(
+            "`restyle run` collects how they ended: what was cancelled is a failed row then (client_cancelled), and is"
+            " done again only with --retry-failed"
+        )
+    return "\n".join(lines)
+
+
+class CancelDisplay:
+    """The progress of a cancel on standard error: a bar on a terminal, elsewhere a line every 30 s."""
+
+    def __init__(self) -> None:
+        self.last = Cancelled()
+        """The counts as they were last told."""
+        self._bar: CountBar | None = None
+        self._next = time.monotonic() + _LINE_SECONDS
+
+    def show(self, found: Cancelled) -> None:
+        """Show the counts so far."""
+        self.last = found
+        if sys.stderr.isatty():
+            self._bar = self._bar or CountBar(found.open, "request", sys.stderr)
+            self._bar.at(found.asked)
+        elif time.monotonic() >= self._next:
+            self._next = time.monotonic() + _LINE_SECONDS
+            print(f"{found.asked:,} of {counted(found.open, 'open request')} asked", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the last state standing."""
+        if self._bar is not None:
+            self._bar.close()
 
 
 def _commonest(errors: Mapping[str, int]) -> str:

@@ -25,7 +25,7 @@ from batch.model import Json
 from batch.run.ports import Observer
 from batch.run.waits import Overview
 
-__all__ = ["JsonLog", "PlainLines", "ProgressBar", "Several", "Tally", "pause_in"]
+__all__ = ["CountBar", "JsonLog", "PlainLines", "ProgressBar", "Several", "Tally", "pause_in"]
 
 
 class Several(Observer):
@@ -169,6 +169,21 @@ class ProgressBar(Observer):
         """Leave the last state standing."""
         if self._bar is not None:
             self._bar.close()
+
+
+class CountBar:
+    """A tqdm bar for a plain count."""
+
+    def __init__(self, total: int, unit: str, stream: TextIO) -> None:
+        self._bar: tqdm[Never] = tqdm(total=total, unit=unit, file=stream, dynamic_ncols=True, smoothing=0.1)
+
+    def at(self, count: int) -> None:
+        """Move on to that count; tqdm itself decides when to redraw."""
+        self._bar.update(count - self._bar.n)
+
+    def close(self) -> None:
+        """Leave the last state standing."""
+        self._bar.close()
 
 
 class PlainLines(Observer):

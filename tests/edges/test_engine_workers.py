@@ -1,8 +1,10 @@
 """Worker processes: real ones, killed for real."""
 
+import collections
 import io
 import json
 import os
+import random
 import select
 import signal
 import subprocess
@@ -16,7 +18,7 @@ from batch.fal.endpoint import ImageToImageInput
 from batch.server.engines import workers
 from batch.server.engines.base import EngineCancelled, EngineFailure, EngineJob, NotReady, WorkerCrashed
 from batch.server.engines.preview.engine import PreviewEngine
-from batch.server.engines.preview.renderer import PreviewRenderer
+from batch.server.engines.preview.renderer import open_renderer
 from batch.server.engines.workers import WorkerPool
 
 pytestmark = pytest.mark.anyio
@@ -470,4 +472,31 @@ async def test_preview_engine_gives_what_its_renderer_gives():
     await engine.aclose()
     assert (statistics.idle, statistics.busy, statistics.crashed) == (2, 0, 0)
     for one in jobs:
-        assert pictures[one.seed] == PreviewRenderer().render(one, lambda *_: None, lambda: False).pictures
+        assert pictures[one.seed] == open_renderer().render(one, lambda *_: None, lambda: False).pictures
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_one_preview_has_the_same_bytes_from_every_process_of_a_busy_machine(anyio_backend):
+    """Whatever each process rendered before, with more processes than cores and a neighbour that takes one."""
+    buffer = io.BytesIO()
+    Image.radial_gradient("L").resize((288, 192)).convert("RGB").save(buffer, "PNG")
+    prompts = ("a blueprint", "neon", "oil", "a rocket", "pixel art")
+    asked = [ImageToImageInput(image_url="x", prompt=prompt, seed=110) for prompt in prompts]
+    made = collections.defaultdict(set)
+    order = [one for one in asked for _ in range(6)]
+    random.Random(7).shuffle(order)
+
+    async def generate(one):
+        job = EngineJob("r", one, buffer.getvalue())
+        made[one.prompt].add((await engine.generate(job, lambda *_: None, lambda: False)).pictures)
+
+    engine = PreviewEngine(slots=3)
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as neighbour:
+        try:
+            async with anyio.create_task_group() as tasks:
+                for one in order:
+                    tasks.start_soon(generate, one)
+        finally:
+            neighbour.kill()
+            await engine.aclose()
+    assert {prompt: len(found) for prompt, found in made.items()} == dict.fromkeys(prompts, 1)

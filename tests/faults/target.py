@@ -37,7 +37,8 @@ class Asked:
 @dataclass
 class Target:
     """Well-behaved where no handler of the test's own stands for a phase: `submit`, `status`, `result`, `file`,
-    `listing`, `initiate`, `put`, `health`. A handler may raise `Lost` to close the connection without an answer.
+    `listing`, `initiate`, `put`, `health`, `cancel` (which has no default). A handler may raise `Lost` to close the
+    connection without an answer.
     """
 
     handlers: dict[str, Handler] = field(default_factory=dict)
@@ -63,7 +64,7 @@ class Target:
         if request.method == "POST" and request.path == f"/{APP}":
             phase, asked = "submit", self._accept(orjson.loads(body))
         elif request.path.startswith("/fal-ai/flux/requests/"):
-            phase = "status" if parts[-1] == "status" else "result"
+            phase = parts[-1] if parts[-1] in {"status", "cancel"} else "result"
             asked = self.requests.get(parts[3], asked)
         elif parts[0] in {"file", "put", "health"}:
             phase, asked = parts[0], self.requests.get(parts[-1].partition(".")[0], asked)

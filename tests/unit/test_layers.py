@@ -110,6 +110,7 @@ TABLE: dict[str, tuple[str, int]] = {
     "batch.run.directory": ("edge: run directory", 3),
     "batch.run.images": ("edge: result pictures", 3),
     "batch.run.retry": (WAITS, 3),
+    "batch.run.cancelling": (WAITS, 4),
     "batch.run.gate": (WAITS, 4),
     "batch.run.reconcile": (WAITS, 4),
     "batch.run.transfer": (WAITS, 5),

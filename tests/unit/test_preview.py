@@ -1,10 +1,13 @@
 """The preview's decisions and filters: which style, which light, how much, and the same again."""
 
+import hashlib
+
+import cv2
 import numpy as np
 import pytest
 
 from batch.server.engines.preview.grade import Tint, graded, tint_of
-from batch.server.engines.preview.renderer import STYLES, restyled
+from batch.server.engines.preview.renderer import STYLES, open_renderer, restyled
 from batch.server.engines.preview.texture import clouds, generator, grain
 from batch.server.engines.preview.wording import Scene, Style, scene_of, style_of
 
@@ -77,6 +80,58 @@ def test_each_style_takes_any_shape_and_flat_pictures(style, shape):
     """Tiny, narrow and featureless pictures come out in their own size."""
     flat = np.full((*shape, 3), 128, np.uint8)
     assert restyled(flat, PROMPTS[style], 0, 1.0, 20.0).shape == flat.shape
+
+
+SHIFTS = (0, 16, 32, 48)
+"""Where arrays begin, in bytes behind a multiple of 64: malloc gives any multiple of 16, as the heap happens to be."""
+
+
+@pytest.fixture
+def as_in_a_worker():
+    """OpenCV as `open_renderer` sets it up; afterwards as it was."""
+    before = cv2.getNumThreads(), cv2.ocl.useOpenCL(), cv2.ipp.useIPP()
+    open_renderer()
+    yield
+    for put_back, value in zip((cv2.setNumThreads, cv2.ocl.setUseOpenCL, cv2.ipp.setUseIPP), before, strict=True):
+        put_back(value)
+
+
+def lying(values, shift):
+    """A copy that begins `shift` bytes behind a multiple of 64."""
+    room = np.empty(values.nbytes + 128, np.uint8)
+    begin = -room.ctypes.data % 64 + shift
+    copy = room[begin : begin + values.nbytes].view(values.dtype).reshape(values.shape)
+    copy[...] = values
+    return copy
+
+
+@pytest.mark.parametrize("style", Style)
+def test_the_same_numbers_come_out_wherever_the_arrays_lie(style, picture, as_in_a_worker, monkeypatch):
+    """Every call of OpenCV gives the same bits for its arrays at any address, not only the same final pixels."""
+    calls = ("GaussianBlur", "LUT", "Sobel", "bilateralFilter", "blur", "copyMakeBorder", "cvtColor", "divide")
+    calls += ("distanceTransformWithLabels", "filter2D", "kmeans", "magnitude", "morphologyEx", "remap", "resize")
+    originals = {name: getattr(cv2, name) for name in calls}
+    given = np.tile(picture, (2, 2, 1))
+    trails = []
+    for shift in SHIFTS:
+        trail: list[bytes] = []
+
+        def put(values, shift=shift):
+            return lying(values, shift) if isinstance(values, np.ndarray) and values.ndim > 1 else values
+
+        for name, original in originals.items():
+
+            def moved(*arguments, original=original, trail=trail, put=put, **options):
+                made = original(*map(put, arguments), **{key: put(value) for key, value in options.items()})
+                found = made if isinstance(made, tuple) else (made,)
+                trail.extend(one.tobytes() for one in found if isinstance(one, np.ndarray))
+                return tuple(map(put, made)) if isinstance(made, tuple) else put(made)
+
+            monkeypatch.setattr(cv2, name, moved)
+        trail.append(restyled(given, PROMPTS[style], 7, 0.95, 3.5).tobytes())
+        trails.append([hashlib.sha256(one).digest() for one in trail])
+    assert len(trails[0]) > 5
+    assert all(trail == trails[0] for trail in trails)
 
 
 def test_every_style_has_a_filter():

@@ -25,7 +25,7 @@ class PreviewEngine:
         return EngineInfo(
             name="preview",
             model="none (OpenCV filters that show how a batch will look)",
-            revision="1",
+            revision="2",
             safety_checker=None,
             slots=self._pool.size,
             fetches_source=True,

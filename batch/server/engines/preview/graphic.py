@@ -77,7 +77,8 @@ def pixel(picture: Array, rng: np.random.Generator, power: float) -> Array:
     dither = np.tile(_BAYER, (shape[1] // 4 + 1, shape[0] // 4 + 1))[: shape[1], : shape[0]]
     wanted = points + 22 * dither.reshape(-1, 1)
     # |w - p|^2 without the term in w alone, which is the same for every colour of the palette.
-    nearest = ((palette**2).sum(1) - 2 * wanted @ palette.T).argmin(1)
+    # By einsum, not by BLAS, whose threads may split it in other ways.
+    nearest = ((palette**2).sum(1) - 2 * np.einsum("nc,pc->np", wanted, palette)).argmin(1)
     blocks: Array = clipped(palette)[nearest].reshape(small.shape)
     return cv2.resize(blocks, (width, height), interpolation=cv2.INTER_NEAREST)
 

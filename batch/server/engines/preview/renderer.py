@@ -1,7 +1,8 @@
 """One preview: source bytes and a prompt in, encoded pictures out. Blocking; runs inside a worker process.
 
-The same input and seed give the same bytes (with the same versions of OpenCV and Pillow). `num_inference_steps`
-and `acceleration` mean nothing here: there is no model that they could steer.
+The same input and seed give the same bytes (with the same versions of OpenCV and Pillow, on the same kind of
+processor), whatever was rendered before and whatever else the machine does. `num_inference_steps` and `acceleration`
+mean nothing here: there is no model that they could steer.
 """
 
 from __future__ import annotations
@@ -120,4 +121,6 @@ def open_renderer() -> PreviewRenderer:
     """The renderer of one worker process; OpenCV is held to one core, the pool uses the others."""
     cv2.setNumThreads(1)
     cv2.ocl.setUseOpenCL(False)
+    # Intel's primitives round by where a buffer lies in memory: the same preview had another byte now and then.
+    cv2.ipp.setUseIPP(False)
     return PreviewRenderer()
