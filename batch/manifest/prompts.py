@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Sequence
+from itertools import repeat
 from typing import Any, NamedTuple, TypeAlias
 
 import polars as pl
@@ -65,8 +66,10 @@ class Template(NamedTuple):
         """One text a row; None where one of its parts is missing."""
         if (literal := self.literal) is not None:
             return [literal] * len(frame)
-        parts = [pl.lit(p) if isinstance(p, str) else pl.col(p.name).cast(pl.String) for p in self.parts]
-        return frame.select(pl.concat_str(parts)).to_series().to_list()
+        # `pl.concat_str` takes a second for each 5,000 parts.
+        columns = {name: frame[name].cast(pl.String).to_list() for name in self.columns}
+        parts = [repeat(part) if isinstance(part, str) else columns[part.name] for part in self.parts]
+        return [_concatenated(row) for row in zip(*parts, strict=False)]
 
     def empty_in(self, frame: pl.DataFrame, index: int) -> str:
         """The first column whose missing part leaves a row without a prompt."""
@@ -107,6 +110,11 @@ def parse_template(text: str, key: str, columns: Sequence[str]) -> Template:
 def placeholders(text: str) -> set[str]:
     """The names in a template's braces, whatever else may be wrong with it."""
     return {token[1] for token in _TOKEN.finditer(text) if token[1]}
+
+
+def _concatenated(parts: Sequence[str | None]) -> str | None:
+    """The text of a row, None where a part is missing."""
+    return None if None in parts else "".join(parts)  # type: ignore[arg-type]  # just looked
 
 
 def _joined(literal: list[str]) -> list[str]:

@@ -29,9 +29,9 @@ _BEYOND_WINDOW = 32
 _NOTICE_EVERY = 30.0
 """Seconds between two notices to a person: one dead network is a thousand equal faults."""
 _LEAVING_SECONDS = 1.0
-"""The longest that a submit waits when its intent is durable and its connection is free. Those that a slow disk lets
-through all together go back into the line: they shall neither leave together, nor hold connections, nor be unknown
-after a crash."""
+"""The longest that a submit waits, or one period of a low rate, when its intent is durable and its connection is free.
+Those that a slow disk lets through all together go back into the line: they shall neither leave together, nor hold
+connections, nor be unknown after a crash."""
 
 
 class Stop(StrEnum):
@@ -182,7 +182,7 @@ class Gate:
         self._hold_back(attempt)
         if self._leaving is None:
             return
-        if self._leaving.wait(anyio.current_time()) > _LEAVING_SECONDS:
+        if self._leaving.wait(anyio.current_time()) > max(_LEAVING_SECONDS, self._leaving.period):
             raise HeldBack("too many submits were ready at once")
         if wait := self._leaving.reserve(anyio.current_time()):
             await self._doze(wait, stops=not attempt.repeat)

@@ -25,6 +25,11 @@ class TokenBucket:
         self._rate, self._burst = rate, burst
         self._free_at = float("-inf")
 
+    @property
+    def period(self) -> float:
+        """Seconds from one permit to the next where many ask."""
+        return 1.0 / self._rate
+
     def another(self) -> TokenBucket:
         """A full bucket of the same rate and burst."""
         return TokenBucket(self._rate, self._burst)
