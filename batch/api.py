@@ -4,7 +4,8 @@
     print(plan_sync("manifests/demo.csv").survey.render())
     summary = run_sync("manifests/demo.csv", "out/demo")
 
-The plain functions also work inside a running event loop (a notebook): they run in a thread of their own.
+The plain functions also work inside a running event loop (a notebook): they run in a thread of their own. Ctrl-C
+there is raised when they have ended, see `run`.
 Every command of `batch.cli` is one of these calls. Settings are those of the config file: pass `config` (a
 path) or `settings` nested like the file, `settings={"input": {"strength": 0.8}}`, or both.
 """
@@ -138,12 +139,16 @@ async def run(
         observer: is told what happens.
         tally: counts while it runs; for a display of your own.
         confirm: is shown the plan and may say no.
-        signals: stop in order on SIGINT and SIGTERM; in a process's main thread only.
+        signals: stop in order on SIGINT and SIGTERM and return the summary; in a process's main thread only.
 
     Raises:
         InputError: config, manifest or run directory are wrong; nothing was submitted.
         StoppedEarly: the plan was not confirmed, or a disk refused to be written.
         RunLocked: another process works in this run directory.
+
+    A run that is cancelled stops submitting at once, collects what is in flight for `limits.drain`, writes the results
+    and then raises the cancellation; a second one ends the collecting. So does Ctrl-C in `run_sync`, which raises
+    `KeyboardInterrupt` at the end.
     """
     request = Request(
         manifest=at_home(manifest),
