@@ -1,4 +1,4 @@
-"""A certificate for 127.0.0.1 that its own holder signed, as docs/endpoint.md makes one with openssl."""
+"""A certificate for 127.0.0.1, and other names, which its own holder signed; docs/endpoint.md makes one with openssl."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 
 
-def certificate(folder: Path) -> tuple[Path, Path]:
-    """PEM files of a certificate and its key."""
+def certificate(folder: Path, *names: str) -> tuple[Path, Path]:
+    """PEM files of a certificate, also for these host names, and its key."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "restyle test")])
     now = dt.datetime.now(dt.UTC)
+    holders = [x509.IPAddress(ipaddress.ip_address("127.0.0.1")), *map(x509.DNSName, names)]
     signed = (
         x509.CertificateBuilder()
         .subject_name(name)
@@ -26,7 +27,7 @@ def certificate(folder: Path) -> tuple[Path, Path]:
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - dt.timedelta(days=1))
         .not_valid_after(now + dt.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.SubjectAlternativeName(holders), critical=False)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .sign(key, SHA256())
