@@ -147,6 +147,8 @@ def _decodes_text(encoding: str) -> bool:
 
 
 Duration = Annotated[float, BeforeValidator(parse_duration), Field(gt=0, allow_inf_nan=False)]
+StartTimeout = Annotated[float, BeforeValidator(parse_duration), Field(gt=1, allow_inf_nan=False)]
+Lifetime = Annotated[float, BeforeValidator(parse_duration), Field(ge=3600, allow_inf_nan=False)]
 
 
 class _Section(BaseModel):
@@ -221,7 +223,7 @@ class TargetSettings(_Section):
     endpoint replays, fal ignores keys, other servers say it at /health."""
     priority: Literal["normal", "low"] = "normal"
     """`low` waits behind all requests of normal priority."""
-    keep_files: Annotated[float | None, BeforeValidator(parse_duration), Field(ge=3600, allow_inf_nan=False)] = None
+    keep_files: Lifetime | None = None
     """Lifetime of result files at the target; None: its default."""
     tags: Annotated[dict[str, str], BeforeValidator(_tags)] = {}
     """Labels for bills. Each submit also has `run`, the run directory's name, and `job`, the job's key, unless they are
@@ -283,7 +285,7 @@ class LimitSettings(_Section):
     """Of a job whose failure the service calls retryable."""
     rows: Annotated[int | None, Field(ge=1)] = None
     """Only the first rows of the manifest."""
-    start_timeout: Annotated[float | None, BeforeValidator(parse_duration), Field(gt=1, allow_inf_nan=False)] = None
+    start_timeout: StartTimeout | None = None
     """Sent with each submit: a request that has not started so long after its acceptance ends, and costs nothing."""
     on_unknown: str = "hold"
     """`hold`, or `resubmit-after=30m`: what to do with a submit whose outcome nobody knows."""

@@ -416,6 +416,13 @@ def test_every_bounded_key_is_tested():
     assert keys - free == {key for key, _, _ in IN_BOUNDS}
 
 
+def test_what_was_resolved_can_be_read_again():
+    """`run.json` keeps it, for `restyle export` and the others: unset values, durations and tags too."""
+    for flags in ({}, {"limits": {"start_timeout": "10m"}, "target": {"keep_files": "7d", "tags": ["a=b"]}}):
+        settings = load_settings(None, flags)
+        assert Settings.model_validate(settings.model_dump(mode="json")) == settings
+
+
 def test_tags_are_as_the_target_keeps_them(monkeypatch):
     """Keys in lower case, no spaces around, numbers as text; from the environment as JSON or key by key."""
     tagged = {"target": {"tags": {" Team ": " design ", "batch": 7}}}
