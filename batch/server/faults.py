@@ -72,6 +72,12 @@ class Deed(StrEnum):
     """It works, and its result answers 404 from `seconds` after its end on."""
     REQUEUE = "requeue"
     """IN_PROGRESS for `seconds`, then back to IN_QUEUE for as long (or until a slot is free), then executed."""
+    ODD_FIELDS = "odd-fields"
+    """The right images, and `seed`, `has_nsfw_concepts`, `timings` or `prompt` absent, null or of another type; so at
+    every later read of that result too. The file's seed chooses which and how."""
+    REFUSE = "refuse"
+    """The file answers an error for `seconds` from then on, or for its first `reads` reads; then it is served. Once a
+    file at most."""
     CRASH = "crash"
     """The engine's worker dies under it. Once: executed again. Twice: it failed."""
 
@@ -98,10 +104,10 @@ _BODIES = frozenset({Deed.SLOW, Deed.CUT, Deed.SHORT})
 _DEEDS: Mapping[Moment, frozenset[Deed]] = {
     Moment.SUBMIT: _ANSWERS | {Deed.DROP_AFTER_ACCEPT, Deed.ANSWER_AFTER_ACCEPT},
     Moment.STATUS: _ANSWERS | _BODIES,
-    Moment.RESULT: _ANSWERS | _BODIES,
+    Moment.RESULT: _ANSWERS | _BODIES | {Deed.ODD_FIELDS},
     Moment.CANCEL: _ANSWERS,
     Moment.UPLOAD: _ANSWERS,
-    Moment.FILE: _ANSWERS | _BODIES,
+    Moment.FILE: _ANSWERS | _BODIES | {Deed.REFUSE},
     Moment.LISTING: _ANSWERS | _BODIES,
     Moment.EXECUTE: frozenset({Deed.FAIL, Deed.CONTENT_POLICY, Deed.EXPIRE, Deed.REQUEUE, Deed.CRASH}),
 }
@@ -114,9 +120,12 @@ _OPTIONS: Mapping[Deed, frozenset[str]] = {
     Deed.FAIL: frozenset({"status", "retryable"}),
     Deed.EXPIRE: frozenset({"seconds"}),
     Deed.REQUEUE: frozenset({"seconds"}),
+    Deed.REFUSE: frozenset({"status", "seconds", "reads", "retry_after", "body"}),
 }
 """Keys beside `at`, `do`, `after`, `times` and the choice."""
 _REQUIRED = frozenset({"status", "seconds"})
+_EITHER: Mapping[Deed, tuple[str, ...]] = {Deed.REFUSE: ("seconds", "reads")}
+"""Of which exactly one is there."""
 _GATEWAY = frozenset({502, 503, 504})
 
 
@@ -137,6 +146,8 @@ class Fault:
     times: int | None = None
     """Happens so often at most."""
     seconds: float = 0.0
+    reads: int | None = None
+    """So many of each file; None: `seconds` says how long."""
     status: int = 0
     retry_after: float | None = None
     """As the `Retry-After` header of the answer; None: it has none."""
@@ -183,6 +194,7 @@ class Faults:
     def __init__(self, plan: FaultPlan) -> None:
         # Each fault has dice of its own: what happens at one moment does not depend on the calls of another.
         self._faults = [(fault, Random(f"{plan.seed}/{number}")) for number, fault in enumerate(plan.faults)]
+        self._ways = [Random(f"{plan.seed}/{number}/way") for number in range(len(plan.faults))]
         self._calls: Counter[Moment] = Counter()
         self._happened: Counter[int] = Counter()
         self._moments = frozenset(fault.at for fault in plan.faults)
@@ -201,6 +213,11 @@ class Faults:
             return None
         self._happened[chosen] += 1
         return self._faults[chosen][0]
+
+    def draw(self, fault: Fault) -> float:
+        """A number from 0 to 1 that says how a fault that was decided on happens, where there are several ways."""
+        index = next(index for index, (known, _) in enumerate(self._faults) if known is fault)
+        return self._ways[index].random()
 
     def _used_up(self, index: int) -> bool:
         times = self._faults[index][0].times
@@ -253,8 +270,11 @@ def _fault(table: _Table) -> Fault:
     do = table.word("do", Deed, among=_DEEDS[at], where=f" at {at}")
     options = _OPTIONS.get(do, frozenset())
     table.only("at", "do", *_CHOICES, "after", "times", *sorted(options))
-    table.exactly_one(_CHOICES)
-    table.demand(options & _REQUIRED)
+    table.exactly_one("say which calls with", _CHOICES)
+    either = _EITHER.get(do, ())
+    if either:
+        table.exactly_one(f"{do} needs", either)
+    table.demand(options & _REQUIRED - {*either})
     status = table.whole("status", None, least=500 if do is Deed.FAIL else 400, most=599) or 0
     return Fault(
         at,
@@ -265,6 +285,7 @@ def _fault(table: _Table) -> Fault:
         after=table.whole("after", 0, least=0) or 0,
         times=table.whole("times", None, least=1),
         seconds=table.number("seconds", 0.0) or 0.0,
+        reads=table.whole("reads", None, least=1),
         status=status,
         retry_after=table.number("retry_after", None),
         body=table.word("body", Body, Body.HTML if status in _GATEWAY else Body.FAL),
@@ -287,9 +308,9 @@ class _Table:
             if key not in known:
                 raise ConfigError(f"{self._place}: unknown key {key}{_nearest(key, known)}")
 
-    def exactly_one(self, names: Collection[str]) -> None:
+    def exactly_one(self, words: str, names: Collection[str]) -> None:
         if sum(name in self._given for name in names) != 1:
-            raise ConfigError(f"{self._place}: say which calls with exactly one of {', '.join(names)}")
+            raise ConfigError(f"{self._place}: {words} exactly one of {', '.join(names)}")
 
     def demand(self, names: Collection[str]) -> None:
         for name in sorted(names):

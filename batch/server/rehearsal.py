@@ -1,7 +1,8 @@
 """Commits the faults that `faults` decides on: an aiohttp middleware for the calls, a wrapper around the engine.
 
 Owns what each fault looks like on the wire. Is only there where a faults file was named: a server without one has
-neither middleware nor wrapper. What it knows of single requests (which results expire) is forgotten with the process.
+neither middleware nor wrapper. What it knows of single requests and files (which results expire or are odd, which files
+are refused) is forgotten with the process.
 """
 
 from __future__ import annotations
@@ -9,16 +10,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from http import HTTPStatus
+from random import Random
 
+import orjson
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from batch.fal import protocol
 from batch.fal.platform import PlatformError, platform_error_reply
 from batch.fal.protocol import Operation, Reply
-from batch.model import AppId, RequestId
+from batch.model import AppId, Json, JsonObject, RequestId
 from batch.server import answers, proxy
 from batch.server.engines.base import (
     Cancelled,
@@ -100,6 +104,10 @@ class Rehearsal:
         self._clock = clock
         self._expiring: dict[str, float] = {}
         """Seconds that results live, by request id."""
+        self._odd: dict[str, float] = {}
+        """How results are odd, by request id; see `_made_odd`."""
+        self._refused: dict[str, _Refused] = {}
+        """By path."""
 
     def engine(self, engine: Engine) -> Engine:
         """The same engine, with the faults of the moment `execute`."""
@@ -116,7 +124,13 @@ class Rehearsal:
                 return await handler(request)
             if moment is Moment.RESULT and await self._has_expired(service, path):
                 return _response(answers.not_found_reply(service.new_id()))
+            if moment is Moment.FILE and (refusal := self._refusal(path)) is not None:
+                return _error(refusal, service)
             fault = self._faults.decide(moment)
+            if fault is not None and not self._begin(fault, path):
+                fault = None
+            if moment is Moment.RESULT and (way := self._odd.get(_request_id_in(path))) is not None:
+                handler = _oddly(handler, way)
             if fault is None:
                 return await handler(request)
             _log.info("on purpose: %s at %s %s", fault.do, request.method, path)
@@ -124,13 +138,51 @@ class Rehearsal:
 
         return rehearse
 
+    def _begin(self, fault: Fault, path: str) -> bool:
+        """Remember a fault that outlasts its call; False for a file that was refused before: that happens once."""
+        if fault.do is Deed.ODD_FIELDS:
+            self._odd.setdefault(_request_id_in(path), self._faults.draw(fault))
+        if fault.do is Deed.REFUSE:
+            if path in self._refused:
+                return False
+            self._refused[path] = _Refused(fault, self._clock() + fault.seconds, 1)
+        return True
+
+    def _refusal(self, path: str) -> Fault | None:
+        """The fault by which a file is refused at this moment, if it is."""
+        refused = self._refused.get(path)
+        if refused is None or refused.is_over(self._clock()):
+            return None
+        refused.reads += 1
+        return refused.fault
+
     async def _has_expired(self, service: QueueService, path: str) -> bool:
-        address = protocol.parse_path(path)
-        seconds = self._expiring.get(address.request_id or "") if address is not None else None
-        if address is None or seconds is None:
+        request_id = _request_id_in(path)
+        seconds = self._expiring.get(request_id)
+        if seconds is None:
             return False
-        known = await service.find(RequestId(address.request_id or ""))
+        known = await service.find(RequestId(request_id))
         return known is not None and isinstance(known.state, Ending) and self._clock() - known.state.ended_at >= seconds
+
+
+@dataclass(slots=True)
+class _Refused:
+    """A file that is refused, or was."""
+
+    fault: Fault
+    until: float
+    """Unix seconds."""
+    reads: int
+    """That were refused."""
+
+    def is_over(self, now: float) -> bool:
+        return now >= self.until if self.fault.reads is None else self.reads >= self.fault.reads
+
+
+def _request_id_in(path: str) -> str:
+    """Of the request that a path names; empty where it names none."""
+    address = protocol.parse_path(path)
+    return "" if address is None else address.request_id or ""
 
 
 def _path_of(request: web.Request) -> str:
@@ -148,7 +200,7 @@ async def _commit(fault: Fault, request: web.Request, handler: Handler, service:
         case Deed.DROP:
             await request.read()  # unread bytes would make the kernel send a reset in place of a plain end
             return _hang_up(request)
-        case Deed.ANSWER:
+        case Deed.ANSWER | Deed.REFUSE:
             await request.read()
             return _error(fault, service)
         case Deed.DROP_AFTER_ACCEPT | Deed.ANSWER_AFTER_ACCEPT:
@@ -160,6 +212,8 @@ async def _commit(fault: Fault, request: web.Request, handler: Handler, service:
             answer = await handler(request)
             await asyncio.sleep(fault.seconds)
             return answer
+        case Deed.ODD_FIELDS:
+            return await handler(request)  # which answers oddly
         case _:
             return await _maim(fault, request, handler, service)
 
@@ -228,8 +282,49 @@ async def _whole(
     body = answer.body if isinstance(answer, web.Response) else None
     if answer.status >= 400 or not isinstance(body, bytes | bytearray):
         return answer
-    kept = {name: value for name, value in answer.headers.items() if name.lower() != "content-length"}
-    return answer.status, kept, bytes(body)
+    return answer.status, _kept(answer), bytes(body)
+
+
+_ODD: Mapping[str, tuple[Json, ...]] = {
+    "seed": (True, "7", -1, 1.5, [], {}, [None], {"value": 1}),
+    "has_nsfw_concepts": (True, "no", 0, [None], ["no"], {}, {"0": False}),
+    "timings": (True, "fast", 0.5, [], [0.5], {"inference": None}, {"inference": "0.5"}, {"inference": {"s": 1}}),
+    "prompt": (7, [], {"text": "a cat"}),
+}
+"""Values that are not of the endpoint's types. A seed is none that could be taken for another one."""
+
+
+def _made_odd(output: JsonObject, way: float) -> JsonObject:
+    """The output with one to four fields absent, null or of another type; which and how is drawn from `way`, 0 to 1."""
+    chance, odd = Random(way), dict(output)
+    for name in chance.sample(sorted(_ODD), chance.randint(1, len(_ODD))):
+        match chance.randrange(3):
+            case 0:
+                odd.pop(name, None)
+            case 1:
+                odd[name] = None
+            case _:
+                odd[name] = chance.choice(_ODD[name])
+    return odd
+
+
+def _oddly(handler: Handler, way: float) -> Handler:
+    """The handler, with odd fields in its results; an error stays what it is."""
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        answer = await handler(request)
+        body = answer.body if isinstance(answer, web.Response) else None
+        if answer.status != 200 or not isinstance(body, bytes | bytearray):
+            return answer
+        odd = orjson.dumps(_made_odd(protocol.read_object(bytes(body)), way))
+        return web.Response(status=200, body=odd, headers=_kept(answer))
+
+    return handle
+
+
+def _kept(answer: web.StreamResponse) -> dict[str, str]:
+    """Its headers without the length, for another body."""
+    return {name: value for name, value in answer.headers.items() if name.lower() != "content-length"}
 
 
 def _response(reply: Reply) -> web.Response:

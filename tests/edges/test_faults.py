@@ -268,6 +268,121 @@ def test_a_maimed_answer_that_is_an_error_stays_one(tmp_path):
     run(use())
 
 
+TYPES = {"seed": int, "has_nsfw_concepts": list, "timings": dict, "prompt": str}
+
+
+def oddities(right, seen):
+    """The fields that are not as they should be, and how: absent, null or a type."""
+    changed = {name for name in right if name not in seen or seen[name] != right[name]}
+    return {name: type(seen[name]).__name__ if name in seen else "absent" for name in changed}
+
+
+def test_a_result_can_have_odd_fields(tmp_path):
+    """The images are right, the rest absent, null or of another type; so at every later read. Other results are not."""
+
+    async def results_of(session, count):
+        ids = [await submit(session, f"cat {number}", seed=number + 1) for number in range(count)]
+        for one in ids:
+            await completed(session, one)
+        return ids, [(await call(session, "GET", read(one)))[2] for one in ids]
+
+    async def use(folder, seed):
+        (tmp_path / folder).mkdir()
+        text = f"seed = {seed}\n" + fault("result", "odd-fields", every=2)
+        async with rehearsing(tmp_path / folder, text) as session:
+            ids, first = await results_of(session, 60)
+            again = [(await call(session, "GET", read(one, "/response")))[2] for one in ids[1::2]]
+            assert again == first[1::2]
+        async with serving(tmp_path / folder / "data") as session:
+            right = [(await call(session, "GET", read(one)))[2] for one in ids]
+        for number, (good, seen) in enumerate(zip(right, first, strict=True)):
+            paths = [[image["url"].partition("/files/")[2] for image in one["images"]] for one in (good, seen)]
+            assert paths[0] == paths[1]
+            found = oddities({**good, "images": []}, {**seen, "images": []})
+            assert bool(found) is (number % 2 == 1), (number, found)
+            assert found.keys() <= TYPES.keys()
+            assert all(name not in seen or seen[name] is None or seen[name] != good[name] for name in found)
+        found = [
+            oddities({**good, "images": []}, {**one, "images": []}) for good, one in zip(right, first, strict=True)
+        ]
+        return Counter(item for one in found for item in one.items())
+
+    found = run(use("a", 3))
+    assert {name for name, _ in found} == TYPES.keys()
+    for name in ("seed", "has_nsfw_concepts", "timings"):
+        assert {"absent", "NoneType"} < {kind for other, kind in found if other == name}, name
+    assert found != run(use("b", 4)), "the file's seed chooses"
+
+
+def test_an_odd_result_that_is_an_error_stays_one(tmp_path):
+    """Too early, failed or unknown: the true answer."""
+
+    async def use():
+        async with rehearsing(tmp_path, fault("result", "odd-fields", every=1)) as session:
+            failed, held = await submit(session, "fail"), await submit(session, "hold")
+            status, _, body = await result(session, failed)
+            assert (status, body["detail"][0]["type"]) == (422, "image_too_small")
+            assert (await call(session, "GET", read(held)))[0] == 400
+            assert (await call(session, "GET", read("0" * 36)))[0] == 404
+
+    run(use())
+
+
+def test_an_odd_result_can_meet_another_fault_too(tmp_path):
+    """Once odd it stays so under a fault of the call."""
+    text = fault("result", "odd-fields") + fault("result", "late", seconds=0.05, first=2)
+
+    async def use():
+        async with rehearsing(tmp_path, text) as session:
+            request_id = await submit(session)
+            await completed(session, request_id)
+            bodies = [(await call(session, "GET", read(request_id)))[2] for _ in range(3)]
+            assert bodies[0] == bodies[1] == bodies[2]
+            assert oddities({"seed": 0, "has_nsfw_concepts": 0, "timings": 0, "prompt": 0}, bodies[0])
+
+    run(use())
+
+
+@pytest.mark.parametrize("status", [403, 404])
+@pytest.mark.parametrize(("choice", "chosen"), [({"every": 1}, 3), ({"first": 1}, 1)], ids=["each", "the first"])
+def test_a_file_can_be_refused_for_its_first_reads(tmp_path, status, choice, chosen):
+    """Each chosen file so often; then it is served, and not refused again. The others are served at once."""
+
+    async def use():
+        async with rehearsing(tmp_path, fault("file", "refuse", status=status, reads=3, **choice)) as session:
+            for number in range(3):
+                async with session.post(UPLOAD, data=b"%d" % number * 1000) as response:
+                    url = orjson.loads(await response.read())["access_url"]
+                async with session.head(url) as response:
+                    assert response.status == 200, "no read"
+                seen = [await raw(session, "GET", url) for _ in range(8)]
+                assert [one for one, _, _ in seen] == ([status] * 3 if number < chosen else []) + [200] * (
+                    5 if number < chosen else 8
+                )
+                assert seen[-1][2] == b"%d" % number * 1000
+
+    run(use())
+
+
+def test_a_file_can_be_refused_for_a_while(tmp_path):
+    """From its first refusal on, by the clock; with the body and the headers that the file says."""
+    text = fault("file", "refuse", status=403, seconds=0.3, retry_after=1, body="html", every=1)
+
+    async def use():
+        async with rehearsing(tmp_path, text) as session:
+            method, url = await path_for(session, Moment.FILE)
+            began, refusals = time.monotonic(), 0
+            while (seen := await raw(session, method, url))[0] == 403:
+                refusals += 1
+                assert (seen[1]["retry-after"], b"nginx" in seen[2]) == ("1", True)
+                assert time.monotonic() - began < 10
+            assert time.monotonic() - began >= 0.3
+            assert refusals > 1
+            assert [(await raw(session, method, url))[0] for _ in range(5)] == [200] * 5
+
+    run(use())
+
+
 # --- a request that meets a fault -------------------------------------------------------------------------
 
 

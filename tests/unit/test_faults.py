@@ -98,6 +98,23 @@ def test_every_is_arithmetic(every, after, times, calls):
     assert chosen == list(range(after + every, calls + 1, every))[:times]
 
 
+def test_how_a_fault_happens_is_drawn_apart_from_whether():
+    """The same ways in every run of a seed, others for another fault or seed; a draw moves no decision."""
+    text = entry(at="result", do="odd-fields", share=0.5) + entry(at="result", do="odd-fields", every=1)
+
+    def ways(seed):
+        faults = Faults(parse_faults(f"seed = {seed}\n{text}", "f"))
+        met = [faults.decide(Moment.RESULT) for _ in range(200)]
+        return [(fault is met[0], faults.draw(fault)) for fault in met]
+
+    faults = Faults(parse_faults(f"seed = 1\n{text}", "f"))
+    undrawn = [faults.decide(Moment.RESULT) for _ in range(200)]
+    assert ways(1) == ways(1)
+    assert [first for first, _ in ways(1)] == [fault is undrawn[0] for fault in undrawn]
+    assert {way for _, way in ways(1)} & {way for _, way in ways(2)} == set()
+    assert len({way for _, way in ways(1)}) == 200
+
+
 def test_nothing_is_met_without_a_fault():
     """An empty file is a plan too."""
     assert parse_faults("", "f.toml") == FaultPlan()
@@ -116,15 +133,19 @@ def test_all_keys_are_read():
         + entry(at="result", do="answer", status=503, body="empty", first=1)
         + entry(at="execute", do="fail", status=500, retryable=False, every=9)
         + entry(at="execute", do="expire", seconds=1.5, every=1)
+        + entry(at="file", do="refuse", status=403, reads=3, retry_after=1, every=1)
+        + entry(at="file", do="refuse", status=404, seconds=2.5, every=1)
         + "[listing]\nshow_waiting = true\nlag = 2\nwindow = 'ended_at'\n"
     )
     plan = parse_faults(text, "f.toml")
     assert plan.seed == 7
     assert plan.listing == ListingRules(show_waiting=True, lag=2.0, window=Window.ENDED_AT)
-    first, second, third, fourth, fifth = plan.faults
+    first, second, third, fourth, fifth, sixth, seventh = plan.faults
     assert (first.status, first.retry_after, first.every, first.times, first.after) == (429, 2.0, 5, 3, 1)
     assert (first.body, second.body, third.body) == (Body.FAL, Body.HTML, Body.EMPTY)
     assert (fourth.status, fourth.retryable, fifth.seconds) == (500, False, 1.5)
+    assert (sixth.status, sixth.reads, sixth.retry_after, sixth.body) == (403, 3, 1.0, Body.FAL)
+    assert (seventh.status, seventh.reads, seventh.seconds) == (404, None, 2.5)
 
 
 @pytest.mark.parametrize(
@@ -155,6 +176,14 @@ def test_all_keys_are_read():
         (entry(at="submit", do="answer", every=1, status=200), ["status = 200", "from 400 to 599"]),
         (entry(at="execute", do="fail", every=1, status=422), ["status = 422", "from 500 to 599"]),
         (entry(at="file", do="slow", every=1), ["slow needs seconds"]),
+        (entry(at="file", do="refuse", every=1, seconds=1), ["refuse needs status"]),
+        (entry(at="file", do="refuse", every=1, status=403), ["refuse needs exactly one of seconds, reads"]),
+        (entry(at="file", do="refuse", every=1, status=403, seconds=1, reads=1), ["exactly one of seconds, reads"]),
+        (entry(at="file", do="refuse", every=1, status=403, reads=0), ["reads = 0", "from 1 on"]),
+        (entry(at="file", do="refuse", every=1, status=200, reads=1), ["status = 200", "from 400 to 599"]),
+        (entry(at="result", do="refuse", every=1, status=403, reads=1), ["'refuse' at result", "odd-fields"]),
+        (entry(at="result", do="odd-fields", every=1, seconds=1), ["unknown key seconds"]),
+        (entry(at="status", do="odd-fields", every=1), ["'odd-fields' at status"]),
         (entry(at="submit", do="answer", every=1, status=500, body="xml"), ["unknown body 'xml'", "fal, html, empty"]),
         (entry(at="submit", do="drop", every=1) + entry(at="x", do="drop", every=1), ["f.toml: fault 2: unknown at"]),
     ],
