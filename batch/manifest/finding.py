@@ -229,7 +229,8 @@ def _notes(contents: _Contents, taken: str, kind: str) -> tuple[str, ...]:
         tables = [*contents.parts["parquet"], *contents.tables]
         left += [f"{_count(tables, 'table')} (name {tables[0]} to read it)"] if tables else []
         endings = ", ".join(f"{count:,} {suffix}" for suffix, count in contents.others.most_common(_SHOWN))
-        left += [f"{contents.others.total():,} other files ({endings})"] if contents.others else []
+        others = contents.others.total()
+        left += [f"{others:,} other file{'s' * (others != 1)} ({endings})"] if others else []
     if contents.skipped:
         left.append(_shown(contents.skipped))
     if not left and kind != IMAGES:
