@@ -75,6 +75,9 @@ class Deed(StrEnum):
     ODD_FIELDS = "odd-fields"
     """The right images, and `seed`, `has_nsfw_concepts`, `timings` or `prompt` absent, null or of another type; so at
     every later read of that result too. The file's seed chooses which and how."""
+    NO_IMAGES = "no-images"
+    """The right result, but for its images, which are an empty list, for `seconds` from then on, or at its first `reads`
+    reads; then they are there. Once a result at most."""
     REFUSE = "refuse"
     """The file answers an error for `seconds` from then on, or for its first `reads` reads; then it is served. Once a
     file at most."""
@@ -104,7 +107,7 @@ _BODIES = frozenset({Deed.SLOW, Deed.CUT, Deed.SHORT})
 _DEEDS: Mapping[Moment, frozenset[Deed]] = {
     Moment.SUBMIT: _ANSWERS | {Deed.DROP_AFTER_ACCEPT, Deed.ANSWER_AFTER_ACCEPT},
     Moment.STATUS: _ANSWERS | _BODIES,
-    Moment.RESULT: _ANSWERS | _BODIES | {Deed.ODD_FIELDS},
+    Moment.RESULT: _ANSWERS | _BODIES | {Deed.ODD_FIELDS, Deed.NO_IMAGES},
     Moment.CANCEL: _ANSWERS,
     Moment.UPLOAD: _ANSWERS,
     Moment.FILE: _ANSWERS | _BODIES | {Deed.REFUSE},
@@ -120,11 +123,12 @@ _OPTIONS: Mapping[Deed, frozenset[str]] = {
     Deed.FAIL: frozenset({"status", "retryable"}),
     Deed.EXPIRE: frozenset({"seconds"}),
     Deed.REQUEUE: frozenset({"seconds"}),
+    Deed.NO_IMAGES: frozenset({"seconds", "reads"}),
     Deed.REFUSE: frozenset({"status", "seconds", "reads", "retry_after", "body"}),
 }
 """Keys beside `at`, `do`, `after`, `times` and the choice."""
 _REQUIRED = frozenset({"status", "seconds"})
-_EITHER: Mapping[Deed, tuple[str, ...]] = {Deed.REFUSE: ("seconds", "reads")}
+_EITHER: Mapping[Deed, tuple[str, ...]] = dict.fromkeys((Deed.REFUSE, Deed.NO_IMAGES), ("seconds", "reads"))
 """Of which exactly one is there."""
 _GATEWAY = frozenset({502, 503, 504})
 

@@ -108,6 +108,8 @@ class Rehearsal:
         """How results are odd, by request id; see `_made_odd`."""
         self._refused: dict[str, _Refused] = {}
         """By path."""
+        self._without_images: dict[str, _Refused] = {}
+        """By request id."""
 
     def engine(self, engine: Engine) -> Engine:
         """The same engine, with the faults of the moment `execute`."""
@@ -130,7 +132,9 @@ class Rehearsal:
             if fault is not None and not self._begin(fault, path):
                 fault = None
             if moment is Moment.RESULT and (way := self._odd.get(_request_id_in(path))) is not None:
-                handler = _oddly(handler, way)
+                handler = _changed(handler, lambda output: _made_odd(output, way))
+            if moment is Moment.RESULT and (refused := self._without_images.get(_request_id_in(path))) is not None:
+                handler = _changed(handler, lambda output: self._emptied(output, refused))
             if fault is None:
                 return await handler(request)
             _log.info("on purpose: %s at %s %s", fault.do, request.method, path)
@@ -139,14 +143,26 @@ class Rehearsal:
         return rehearse
 
     def _begin(self, fault: Fault, path: str) -> bool:
-        """Remember a fault that outlasts its call; False for a file that was refused before: that happens once."""
+        """Remember a fault that outlasts its call; False where it happens once a file or result, and did."""
         if fault.do is Deed.ODD_FIELDS:
             self._odd.setdefault(_request_id_in(path), self._faults.draw(fault))
         if fault.do is Deed.REFUSE:
             if path in self._refused:
                 return False
             self._refused[path] = _Refused(fault, self._clock() + fault.seconds, 1)
+        if fault.do is Deed.NO_IMAGES:
+            request_id = _request_id_in(path)
+            if request_id in self._without_images:
+                return False
+            self._without_images[request_id] = _Refused(fault, self._clock() + fault.seconds, 0)
         return True
+
+    def _emptied(self, output: JsonObject, refused: _Refused) -> JsonObject:
+        """The output without its images, for as long as that lasts."""
+        if refused.is_over(self._clock()):
+            return output
+        refused.reads += 1
+        return output | {"images": []}
 
     def _refusal(self, path: str) -> Fault | None:
         """The fault by which a file is refused at this moment, if it is."""
@@ -167,7 +183,7 @@ class Rehearsal:
 
 @dataclass(slots=True)
 class _Refused:
-    """A file that is refused, or was."""
+    """A file that is refused or was, or a result without its images."""
 
     fault: Fault
     until: float
@@ -212,8 +228,8 @@ async def _commit(fault: Fault, request: web.Request, handler: Handler, service:
             answer = await handler(request)
             await asyncio.sleep(fault.seconds)
             return answer
-        case Deed.ODD_FIELDS:
-            return await handler(request)  # which answers oddly
+        case Deed.ODD_FIELDS | Deed.NO_IMAGES:
+            return await handler(request)  # which answers so
         case _:
             return await _maim(fault, request, handler, service)
 
@@ -308,16 +324,16 @@ def _made_odd(output: JsonObject, way: float) -> JsonObject:
     return odd
 
 
-def _oddly(handler: Handler, way: float) -> Handler:
-    """The handler, with odd fields in its results; an error stays what it is."""
+def _changed(handler: Handler, change: Callable[[JsonObject], JsonObject]) -> Handler:
+    """The handler, with its results changed; an error stays what it is."""
 
     async def handle(request: web.Request) -> web.StreamResponse:
         answer = await handler(request)
         body = answer.body if isinstance(answer, web.Response) else None
         if answer.status != 200 or not isinstance(body, bytes | bytearray):
             return answer
-        odd = orjson.dumps(_made_odd(protocol.read_object(bytes(body)), way))
-        return web.Response(status=200, body=odd, headers=_kept(answer))
+        changed = orjson.dumps(change(protocol.read_object(bytes(body))))
+        return web.Response(status=200, body=changed, headers=_kept(answer))
 
     return handle
 

@@ -599,3 +599,17 @@ def test_a_call_through_the_proxy_route_meets_the_faults_of_the_call_that_it_sta
             assert found == [429, 200]
 
     run(use())
+
+
+def test_a_result_without_images_has_them_later(tmp_path):
+    """At its first reads the list is empty; afterwards it is what it was all along."""
+
+    async def use():
+        async with rehearsing(tmp_path, '[[fault]]\nat = "result"\ndo = "no-images"\nreads = 2\nfirst = 1\n') as session:
+            one = await submit(session)
+            assert (await completed(session, one))["status"] == "COMPLETED"
+            found = [(await call(session, "GET", read(one)))[2] for _ in range(4)]
+            assert [len(body["images"]) for body in found] == [0, 0, 1, 1]
+            assert {body["seed"] for body in found} == {found[-1]["seed"]}
+
+    run(use())

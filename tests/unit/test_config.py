@@ -112,7 +112,7 @@ def test_a_separator_is_one_character_or_the_word_tab(given, character):
     ("text", "words"),
     [
         ("limits = 3", ["limits = 3: it is a section, with the keys attempts, ", "submits_per_second, updates"]),
-        ("manifest = 'm.csv'", ["manifest = 'm.csv': it is a section, with the keys encoding, id, image, on_bad_row,"]),
+        ("manifest = 'm.csv'", ["manifest = 'm.csv': it is a section, with the keys encoding, format, id, image,"]),
         (
             "[manifest]\nencoding = 'latin-8'",
             ["manifest.encoding = 'latin-8': unknown text encoding 'latin-8'; use one"],
@@ -320,6 +320,7 @@ IN_BOUNDS = [
     ("input.acceleration", ["none", "regular", "high"], ["warp"]),
     ("input.enable_safety_checker", [True, False], ["perhaps"]),
     ("manifest.on_bad_row", ["fail", "skip"], ["drop"]),
+    ("manifest.format", ["csv", "tsv", "jsonl", "json", "parquet", "arrow", "images"], ["xlsx", "CSV", ""]),
     ("manifest.separator", [",", ";", "|", "\t", "tab"], ["", ";;", '"', "\n", "\0", 5]),
     (
         "manifest.encoding",
