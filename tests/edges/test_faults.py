@@ -605,7 +605,9 @@ def test_a_result_without_images_has_them_later(tmp_path):
     """At its first reads the list is empty; afterwards it is what it was all along."""
 
     async def use():
-        async with rehearsing(tmp_path, '[[fault]]\nat = "result"\ndo = "no-images"\nreads = 2\nfirst = 1\n') as session:
+        async with rehearsing(
+            tmp_path, '[[fault]]\nat = "result"\ndo = "no-images"\nreads = 2\nfirst = 1\n'
+        ) as session:
             one = await submit(session)
             assert (await completed(session, one))["status"] == "COMPLETED"
             found = [(await call(session, "GET", read(one)))[2] for _ in range(4)]

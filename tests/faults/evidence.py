@@ -47,7 +47,9 @@ def examine(run: Path, server: Path) -> Evidence:
     ended = _query(run / "journal.db", "SELECT request_id FROM outcomes WHERE request_id IS NOT NULL")
     assert accepted == len(requests), "the endpoint's counter and its table"
 
-    given_up = {request_id for (request_id,) in failures}
+    # What was given up in one command and collected in a later one is not given up.
+    collected = {request_id for _, state, request_id in jobs if state == State.DONE}
+    given_up = {request_id for (request_id,) in failures} - collected
     known = {request_id for _, _, request_id in jobs} | {request_id for (request_id,) in ended}
     succeeded = [(request_id, _asked(body)) for request_id, body, status in requests if status == 200]
     kept = Counter(asked for request_id, asked in succeeded if request_id not in given_up)

@@ -50,6 +50,8 @@ _ANSWERS = {
     Moment.FILE: _READ_ANSWERS,
     Moment.LISTING: ("status = 429", "status = 500"),
 }
+_WITHHELD = "status = 404\nreads = 20"
+"""Longer than one command asks for a file."""
 _OPTIONS = {
     Deed.ANSWER_AFTER_ACCEPT: ("status = 500", "status = 502"),
     Deed.LATE: ("seconds = 0.2",),
@@ -57,6 +59,8 @@ _OPTIONS = {
     Deed.FAIL: ("status = 503\nretryable = true", "status = 500\nretryable = false"),
     Deed.EXPIRE: ("seconds = 0",),
     Deed.REQUEUE: ("seconds = 0.1",),
+    Deed.REFUSE: ("status = 403\nreads = 3", _WITHHELD),
+    Deed.NO_IMAGES: ("reads = 2", "reads = 8"),
 }
 _LOSES = (Deed.DROP_AFTER_ACCEPT, Deed.ANSWER_AFTER_ACCEPT)
 
@@ -84,6 +88,11 @@ class Kind(NamedTuple):
         refused = self.at is Moment.SUBMIT and "422" in self.options
         final = self.at is Moment.RESULT and self.options == "status = 500"  # fal's body: believed in the end
         return own or refused or final or self.at is Moment.CANCEL
+
+    @property
+    def withholds(self) -> bool:
+        """Whether it fails rows whose answer is paid for and there: a later command collects it, free."""
+        return self.options == _WITHHELD or (self.do is Deed.NO_IMAGES and self.options == "reads = 8")
 
     @property
     def doubtful(self) -> bool:
@@ -163,6 +172,8 @@ async def carry_out(case: Case, folder: Path, jobs: int, *, seconds: float = RUN
             # What did not arrive is sent again; before that, what did is looked for as often as it may take to find it.
             resubmits = doubtful and len(codes) >= (1 if len(case.faults) == 1 else _HELD_ROUNDS)
             limits: dict[str, Any] = {"on_unknown": f"resubmit-after={_LISTED_BY:g}s"} if resubmits else {}
+            if any(kind.do is Deed.EXPIRE for kind in case.faults):  # what is lost for good is not asked for again
+                limits["collect_for"] = 0
             if resubmits:
                 await anyio.sleep(_LISTED_BY)
             settings = {"target": {"name": url}, "limits": limits}
@@ -180,6 +191,7 @@ async def carry_out(case: Case, folder: Path, jobs: int, *, seconds: float = RUN
     assert found.paid_twice == found.strangers == found.unknown == 0, (case.name, found)
     if not any(kind.fails_jobs for kind in case.faults):
         assert found.accepted == jobs, (case.name, found)
+        assert found.written_off == 0, (case.name, found)
     return Outcome(found, posts, codes, time.monotonic() - began)
 
 
@@ -193,7 +205,7 @@ def _check_code(case: Case, summary: api.Summary) -> None:
         # Under a key it is asked again until it is known, but for a refused repeat: that says nothing of the first.
         assert not case.keys or len(case.faults) > 1, words
     if summary.failed:
-        assert any(kind.fails_jobs for kind in case.faults), words
+        assert any(kind.fails_jobs or kind.withholds for kind in case.faults), words
     assert summary.pending == summary.skipped == 0, words
     assert summary.exit_code is expected, words
 

@@ -44,6 +44,16 @@ do = "answer"
 status = 429
 every = 20
 retry_after = 0.05
+[[fault]]
+at = "result"
+do = "odd-fields"
+every = 3
+[[fault]]
+at = "file"
+do = "refuse"
+status = 403
+reads = 2
+every = 9
 """
 _FAILING = """
 seed = 5
@@ -84,6 +94,12 @@ do = "answer"
 status = 404
 after = 10
 first = 10
+[[fault]]
+at = "file"
+do = "refuse"
+status = 451
+reads = 2
+every = 13
 [[fault]]
 at = "file"
 do = "answer"

@@ -126,8 +126,23 @@ def _bulk(jobs: int, folder: Path) -> str:
     manifest, faults = write_manifest(folder / "manifest.csv", range(jobs)), folder / "faults.toml"
     faults.write_text(case.file())
     run, codes = folder / "run", list[int]()
+    config = folder / "config.toml"
+    config.write_text("[limits]\ncollect_for = 0\n")  # results that expired are not asked for again
     began = time.monotonic()
-    command = [sys.executable, "-m", "batch", "run", str(manifest), "-o", str(run), "--quiet", "--engine", "echo"]
+    command = [
+        sys.executable,
+        "-m",
+        "batch",
+        "run",
+        str(manifest),
+        "-o",
+        str(run),
+        "-c",
+        str(config),
+        "--quiet",
+        "--engine",
+        "echo",
+    ]
     with (folder / "output.log").open("a") as log:
         while not codes or codes[-1]:
             assert len(codes) < 25, f"not over after {codes}; {log.name} has what they said"
