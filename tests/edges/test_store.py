@@ -163,9 +163,12 @@ def test_a_full_disk_refuses_and_accepts_again_when_there_is_room(tmp_path):
     in_store(tmp_path / "server.db", use)
 
 
-def test_a_file_of_the_version_before_is_taken_over(tmp_path):
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_file_of_an_earlier_version_is_taken_over(tmp_path, version):
     """What it holds stays as it was, and new endings say what executed them."""
-    before = re.sub(r",([^\n]*)\n    engine TEXT\n", r"\1\n", store_module._SQL["schema"])
+    before = store_module._SQL["schema"]
+    if version < 3:
+        before = re.sub(r",([^\n]*)\n    engine TEXT\n", r"\1\n", before)
     with contextlib.closing(sqlite3.connect(tmp_path / "server.db")) as database:
         database.executescript(before + store_module._SQL["schema_2"])
         columns = "request_id, app, accepted_at, body, digest, priority"
@@ -173,7 +176,7 @@ def test_a_file_of_the_version_before_is_taken_over(tmp_path):
             database.execute(f"INSERT INTO request ({columns}) VALUES (?, 'a', 1, x'', x'', 0)", (name,))
         database.execute("UPDATE request SET ended_at = 2, status = 200, payload = x'' WHERE request_id = 'r1'")
         database.execute("CREATE TABLE spent_key (idempotency_key TEXT PRIMARY KEY) STRICT, WITHOUT ROWID")
-        database.execute("PRAGMA user_version = 2")
+        database.execute(f"PRAGMA user_version = {version}")
         database.commit()
 
     async def later(store):
