@@ -181,9 +181,6 @@ async def _session(request: Request, source: Source, signals: Signals) -> Summar
     with directory.locked(started_at), _noted(directory, started_at):
         directory.check_config(settings, accept=request.new_config)
         lost = await _in_thread(directory.lost_journal)
-        if source.is_spooled:
-            source = await _in_thread(partial(keep, source, directory.root))
-            manifest = await _in_thread(partial(open_manifest, source, settings))
         async with open_journal(directory.journal, version=tool_version(), lost=lost) as journal:
             planner = await _in_thread(partial(open_planner, manifest, settings, journal.file))
             before = await journal.counts()
@@ -191,8 +188,12 @@ async def _session(request: Request, source: Source, signals: Signals) -> Summar
             found = await _in_thread(partial(survey_of, planner, settings, terms, journal.file, retry_failed=again))
             plan = Plan(terms, manifest, found, before.spent_usd)
             _refuse_unasked(plan, request)
+            if source.is_spooled:
+                source = await _in_thread(partial(keep, source, directory.root))
+                manifest = await _in_thread(partial(open_manifest, source, settings))
+                planner = await _in_thread(partial(open_planner, manifest, settings, journal.file))
             identity = await _in_thread(partial(identity_of, manifest, settings))
-            directory.write_run(_run_facts(identity, source, request, terms, started_at))
+            directory.write_run(_run_facts(identity, manifest, source, request, terms, started_at))
             await signals.begin()
             projection = Projection(planner, manifest, settings, journal.file, identity)
             report: Report | None = None
@@ -458,7 +459,9 @@ def _policy(request: Request, target: Connection) -> Policy:
 # --- the end ----------------------------------------------------------------------------------------------
 
 
-def _run_facts(identity: JsonObject, source: Source, request: Request, terms: Terms, started_at: str) -> JsonObject:
+def _run_facts(
+    identity: JsonObject, manifest: Manifest, source: Source, request: Request, terms: Terms, started_at: str
+) -> JsonObject:
     place = {} if source.folder is None else {"folder": str(source.folder)}
     return {
         "restyle_version": tool_version(),
@@ -466,7 +469,7 @@ def _run_facts(identity: JsonObject, source: Source, request: Request, terms: Te
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",  # `platform()` starts a process
         "last_started_at": started_at,
         "target": terms.name,
-        "manifest": {"source": str(Path(source.path).resolve()), **place, **identity},
+        "manifest": {"source": str(manifest.source.resolve()), **place, **identity},
         "config": config_of(request.settings),
     }
 

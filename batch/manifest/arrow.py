@@ -64,8 +64,13 @@ def _own(column: Any) -> Any:
 def _with_dictionaries(batch: Any, change: Callable[[Any], Any]) -> Any:
     if not any(map(pa.types.is_dictionary, batch.schema.types)):
         return batch
-    columns = [change(column) if pa.types.is_dictionary(column.type) else column for column in batch.columns]
+    columns = [_changed(column, change) if pa.types.is_dictionary(column.type) else column for column in batch.columns]
     return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
+
+
+def _changed(column: Any, change: Callable[[Any], Any]) -> Any:
+    column.validate(full=True)  # an index out of its bounds would be looked up
+    return change(column)
 
 
 class _Source:

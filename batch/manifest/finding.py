@@ -121,21 +121,22 @@ def _matching(source: Path, named: str | None) -> Found:
     fixed = next(parent for parent in source.parents if not any(c in str(parent) for c in "*?["))
     kinds = (named,) if named in _PARTED else _PARTED
     matches = sorted(path for path in fixed.glob(str(source.relative_to(fixed))) if path.is_file())
+    # Results are rows where the pattern names them, `runs/*/results.parquet`, and not where it takes all there is.
+    parts = [path for path in matches if _is_part(path, fixed, of_runs=not any(c in source.name for c in "*?["))]
     for kind in kinds:
-        found = [path for path in matches if _is_part(path, fixed, kind, any_name=named == kind)]
+        found = [path for path in parts if named == kind or path.suffix.lower() in suffixes_of(kind)]
         if found:
             return Found(Kind(kind), tuple(found), fixed)
-    raise ManifestError(f"no Parquet or Arrow file matches {source}; other formats are given as one file")
+    hint = "name the folder of the images" if any(is_image(path.name) for path in matches) else "name one file"
+    raise ManifestError(f"no Parquet or Arrow file matches {source}; for other formats {hint}")
 
 
-def _is_part(path: Path, fixed: Path, kind: str, *, any_name: bool = False) -> bool:
+def _is_part(path: Path, fixed: Path, *, of_runs: bool) -> bool:
     """Whether a file belongs to a table in several files: not hidden, not another program's, not a result."""
     inside = path.relative_to(fixed)
     if any(part.startswith(".") or _is_private(part) for part in inside.parts):
         return False
-    if any(is_run_directory(fixed / parent) for parent in inside.parents if parent.parts):
-        return False
-    return any_name or path.suffix.lower() in suffixes_of(kind)
+    return of_runs or not any(is_run_directory(fixed / parent) for parent in inside.parents if parent.parts)
 
 
 def _is_private(part: str) -> bool:
@@ -222,7 +223,7 @@ def _notes(contents: _Contents, taken: str, kind: str) -> tuple[str, ...]:
     """What was taken, and what of the rest may have been meant."""
     left = []
     if kind != IMAGES and contents.images:
-        left.append(f"{_images(contents)} (--format images takes them)")
+        left.append(f"{_images(contents)} that may lie there for its rows (--format images takes them as rows)")
     if kind != "arrow" and contents.parts["arrow"]:
         left.append(_count(contents.parts["arrow"], "Arrow file"))
     if kind == IMAGES:

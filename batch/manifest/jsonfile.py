@@ -15,7 +15,7 @@ from typing import BinaryIO
 import orjson
 
 from batch.errors import ManifestError
-from batch.manifest.formats import Format
+from batch.manifest.formats import Format, utf16_hint
 from batch.manifest.jsonitems import LONGEST, Malformed, NotRows, split
 from batch.manifest.jsonl import Jsonl
 
@@ -75,7 +75,8 @@ class _JsonList(Jsonl):
                     last = item.last_line
                     yield item.line, item.text + b"\n"
         except Malformed as error:
-            raise ManifestError(f"{self._path}, {self._place(error.line, error.row)}: {error}") from error
+            hint = f"; {utf16_hint(big_endian=False)}" if error.has_nul else ""
+            raise ManifestError(f"{self._path}, {self._place(error.line, error.row)}: {error}{hint}") from error
         except NotRows as error:
             advice = "save the list of rows alone, as [{...}, {...}], or one object a line as .jsonl"
             raise ManifestError(f"{self._path} is {error}, not a list of rows; {advice}") from error

@@ -44,9 +44,9 @@ _MARK = b"\xef\xbb\xbf"
 class Malformed(Exception):
     """The text is not what it should be; `line` is where, counted from 1, `row` the object that was due there."""
 
-    def __init__(self, line: int, row: int, what: str) -> None:
+    def __init__(self, line: int, row: int, what: str, *, has_nul: bool = False) -> None:
         super().__init__(what)
-        self.line, self.row = line, row
+        self.line, self.row, self.has_nul = line, row, has_nul
 
 
 class NotRows(Exception):
@@ -219,7 +219,7 @@ class _Text:
         return repr(shorten(text.decode("utf-8", "replace"), 40))
 
     def wrong(self, what: str) -> Malformed:
-        return Malformed(self._line, self._row, what)
+        return Malformed(self._line, self._row, what, has_nul=b"\0" in self._buffer[self._at : self._at + 8])
 
     def _unclosed(self, what: str) -> Malformed:
         """Say where the object stops to be JSON, if that is before its end."""

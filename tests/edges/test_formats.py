@@ -136,6 +136,7 @@ def test_only_the_first_rows_of_a_json_list_are_read_where_that_is_asked(tmp_pat
         (b'{\n"image_url":{"0":"x"}}', ["is one object, with the keys 'image_url'", "[{...}, {...}]"]),
         (b'{"a":1}\n{"a":\n', ["line 2", "not parseable"]),
         (b"image_url,prompt\n", ["begins with 'image_url'", "list of objects"]),
+        ('[{"a":1}]'.encode("utf-16-le"), ["line 1, row 0", 'manifest.encoding = "utf-16-le"']),
     ],
 )
 def test_a_json_file_that_cannot_be_used_is_one_clear_sentence(tmp_path, data, words) -> None:
@@ -523,6 +524,8 @@ def test_results_inside_the_folder_are_not_restyled_again(photos) -> None:
     assert Manifest.open(photos / "out" / "images").rows == 1
     pl.DataFrame({"a": [1]}).write_parquet(photos / "m.parquet")
     assert Manifest.open(photos).rows == Manifest.open(photos / "**" / "*.parquet").rows == 1
+    assert len(Manifest.open(photos / "*" / "results.parquet").files) == 1
+    assert "for other formats name the folder of the images" in refusal(photos / "*.png")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes there only")
@@ -557,8 +560,9 @@ def test_a_table_in_a_folder_of_images_is_said(photos) -> None:
     pl.DataFrame({"image_url": ["a.jpg"]}).write_parquet(photos / "m.parquet")
     manifest = Manifest.open(photos)
     assert rows_of(manifest) == [{"image_url": "a.jpg"}]
-    said = f"1 Parquet file of {photos}; not read: 5 images (--format images takes them)"
-    assert manifest.notes == (said,)
+    assert manifest.notes[0].startswith(
+        f"1 Parquet file of {photos}; not read: 5 images that may lie there for its rows"
+    )
     manifest = Manifest.open(photos, None, Dialect(format="images"))
     assert manifest.rows == 5
     assert "2 tables (name m.parquet to read it)" in manifest.notes[0]
