@@ -76,9 +76,8 @@ class Deed(StrEnum):
     """The right images, and `seed`, `has_nsfw_concepts`, `timings` or `prompt` absent, null or of another type; so at
     every later read of that result too. The file's seed chooses which and how."""
     NO_IMAGES = "no-images"
-    """The right result, but an empty list of images, for `seconds` from then on or at its first `reads` reads; then they
-    are there. Once a result at most."""
-
+    """An empty list of images in place of the right ones, for `seconds` from then on or at its first `reads` reads.
+    Once a result at most."""
     REFUSE = "refuse"
     """The file answers an error for `seconds` from then on, or for its first `reads` reads; then it is served. Once a
     file at most."""
