@@ -1,4 +1,4 @@
-"""A certificate for 127.0.0.1, and other names, which its own holder signed; docs/endpoint.md makes one with openssl."""
+"""A certificate for 127.0.0.1, and other names, that its holder signed, as docs/endpoint.md makes one with openssl."""
 
 from __future__ import annotations
 

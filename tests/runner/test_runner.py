@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import itertools
@@ -18,8 +19,9 @@ from batch.run.budget import Price
 from batch.run.gate import Stop, Stopping
 from batch.run.lifecycle import State
 from batch.run.pacing import TokenBucket, Window
-from batch.run.ports import CallFailed, Trouble
+from batch.run.ports import CallFailed, PictureError, Trouble
 from batch.run.runner import Policy
+from batch.testing.images import MemoryImages
 from batch.testing.service import (
     AnswersReadsWith,
     CompletesWith,
@@ -207,6 +209,37 @@ async def test_damaged_downloads_are_fetched_again():
     world = World(FakeService(faults=[SendsDamagedFiles(every=2)]))
     report = await world.run(jobs(30))
     assert (report.done, report.failed) == (30, 0)
+
+
+class LacksDescriptors(MemoryImages):
+    """None is free for the first so many images that are read, nor for as many that are written."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.reads = self.writes = times
+
+    async def load(self, image):
+        if self.reads:
+            self.reads -= 1
+            raise PictureError("image_load_error", "cannot be read") from OSError(errno.EMFILE, "Too many open files")
+        return await super().load(image)
+
+    async def store(self, data):
+        if self.writes:
+            self.writes -= 1
+            raise StorageError("cannot be written") from OSError(errno.ENFILE, "Too many open files in system")
+        return await super().store(data)
+
+
+async def test_an_image_for_which_no_descriptor_is_free_is_tried_again():
+    """Far longer than any job is: it is no failed row, nor a disk that stops the run, and a person is told of it."""
+    world = World(FakeService())
+    world.images = LacksDescriptors(300)
+    made = [job._replace(image=a_picture((number, 0, 0)), megapixels=0.1) for number, job in enumerate(jobs(5))]
+    report = await world.run(made)
+    assert (report.done, report.failed, report.stopped) == (5, 0, None)
+    assert (world.images.reads, world.images.writes) == (0, 0)
+    assert "ulimit -n" in world.observer.actions("unreachable")[0]["reason"]
 
 
 async def test_budget_is_never_passed():
