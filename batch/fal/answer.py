@@ -94,8 +94,8 @@ def _flags(said: Json, images: int, notes: list[str]) -> list[bool | None] | Non
     for place, flag in enumerate(flags):
         if flag is None:
             notes.append(f"has_nsfw_concepts[{place}]: {_odd(said[place])}")
-    if len(said) != images:
-        notes.append(f"has_nsfw_concepts: {len(said)} values for {images} images")
+    if images and len(said) != images:
+        notes.append(f"has_nsfw_concepts: the number of values, {len(said)}, is not that of the images, {images}")
     return flags if any(flag is not None for flag in flags) else None
 
 

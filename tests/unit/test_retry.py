@@ -47,7 +47,7 @@ def answered(phase: str, status: int, body: bytes = b'{"detail": "no"}', **heade
 
 # --- the table: a line of "classification a runner needs" after the other ---------------------------------
 
-UNSENT = ["connect", "dns", "tls", "connect timeout"]
+UNSENT = ["connect", "dns", "tls", "connect timeout", "descriptors", "proxy"]
 SENT = ["reset", "timeout", "disconnected", "broken body", "bad answer", "malformed", "oversize"]
 TABLE = [
     # submit: no request byte was sent: certainly not accepted
@@ -58,8 +58,8 @@ TABLE = [
     *[(answered("submit", status), 1, A.STOP_ACCOUNT) for status in (401, 402, 403)],
     (answered("submit", 404), 1, A.STOP_TARGET),
     (answered("submit", 422, NO_WEBHOOK), 1, A.STOP_TARGET),
-    # submit: 429: not accepted, wait
-    (answered("submit", 429), 1, A.SUBMIT_AGAIN),
+    # submit: 429, or a proxy's 407: not accepted, wait
+    *[(answered("submit", status), 1, A.SUBMIT_AGAIN) for status in (407, 429)],
     # submit: anything else after a byte was sent is ambiguous
     *[(Trouble("submit", word), 1, A.UNKNOWN) for word in SENT],
     *[(answered("submit", status), 1, A.UNKNOWN) for status in (301, 302, 307, 408, 409, 418, 499)],
