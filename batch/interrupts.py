@@ -1,21 +1,27 @@
 """SIGINT and SIGTERM of the command, outside of the part of a run that collects what is in flight. Edge: the process.
 
 Both mean the same: stop, say so, exit code 4. While modules are loaded they are only noted: compiled ones that are
-interrupted may take the process with them.
+interrupted may take the process with them. `deferred` is for the library: there the handlers are the program's own.
 """
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
-__all__ = ["BOTH", "at_once", "postpone", "restored", "take"]
+__all__ = ["BOTH", "at_once", "deferred", "postpone", "restored", "take"]
 
 BOTH = (signal.SIGINT, signal.SIGTERM)
 _noted: list[int] | None = None
 """Those that came since `postpone`; None where it was not called."""
+
+_listeners: list[Callable[[BaseException | None], None]] = []
+_before: Any = None
+"""The handler of SIGINT before the first of the listeners."""
 
 
 def postpone() -> None:
@@ -70,3 +76,42 @@ def _note(number: int, _: FrameType | None) -> None:
 
 def _interrupt(*_: object) -> None:
     signal.raise_signal(signal.SIGINT)  # whose handler an event loop may have taken over
+
+
+@contextmanager
+def deferred(heard: Callable[[BaseException | None], None]) -> Iterator[None]:
+    """While it lasts SIGINT raises nothing in the main thread's event loop, where it could strike any instruction.
+
+    The program's own handler is called as before. What it raises is given to `heard`, else None; `heard` is called
+    between two instructions, as a signal handler is. Several blocks may overlap and end in any order. In another
+    thread, or where nothing of Python's hears SIGINT, this does nothing.
+    """
+    global _before  # noqa: PLW0603 - handlers belong to the process, and so does this
+    if threading.current_thread() is not threading.main_thread() or not callable(signal.getsignal(signal.SIGINT)):
+        yield
+        return
+    if not _listeners or signal.getsignal(signal.SIGINT) is not _deferring:
+        _before = signal.signal(signal.SIGINT, _deferring)
+    _listeners.append(heard)
+    try:
+        yield
+    finally:
+        _listeners.remove(heard)
+        if not _listeners and signal.getsignal(signal.SIGINT) is _deferring:
+            signal.signal(signal.SIGINT, signal.default_int_handler if _is_stale(_before) else _before)
+
+
+def _deferring(number: int, frame: FrameType | None) -> None:
+    raised: BaseException | None = None
+    try:
+        _before(number, frame)
+    except BaseException as error:
+        raised = error
+    for heard in tuple(_listeners):
+        heard(raised)
+
+
+def _is_stale(handler: Any) -> bool:
+    """Whether it is that of an `asyncio.run` which has ended, and could not put Python's own back itself."""
+    task = getattr(handler, "keywords", {}).get("main_task")
+    return task is not None and bool(task.done())

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import signal
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
 import anyio
@@ -40,6 +41,9 @@ class Signals:
         self._begun, self._ready = anyio.Event(), anyio.Event()
         self._scope = anyio.CancelScope()
         self._listening = anyio.CancelScope()
+        self._until_the_end = ExitStack()
+        self.raised: BaseException | None = None
+        """By the program's own handler of SIGINT, held back until the session has ended."""
         self.ended = anyio.Event()
         """The session has."""
 
@@ -53,6 +57,9 @@ class Signals:
         elif self._are_wanted:
             self._begun.set()
             await self._ready.wait()
+        else:
+            self._loop = asyncio.get_running_loop()
+            self._until_the_end.enter_context(interrupts.deferred(self._hold_back))
 
     @contextmanager
     def stopping(self, runner: Runner) -> Iterator[None]:
@@ -76,6 +83,13 @@ class Signals:
             self._stop(Stopping(Stop.CANCELLED, "the caller cancelled it"))
         else:
             self._scope.cancel()
+
+    def _hold_back(self, raised: BaseException | None) -> None:
+        """SIGINT came, between any two instructions; a handler that raises nothing may cancel the caller instead."""
+        if raised is not None:
+            self.raised = self.raised or raised
+        if raised is not None or self.first is not None:
+            self._loop.call_soon_threadsafe(self._heard, signal.SIGINT.name)
 
     def _heard(self, name: str) -> None:
         self._stop(Stopping(Stop.SIGNAL, name))
@@ -107,6 +121,7 @@ class Signals:
         except BaseException as error:  # raised by `in_order`: a task group would wrap it
             outcome.append(error)
         finally:
+            self._until_the_end.close()
             self._listening.cancel()
             self.ended.set()
 
@@ -137,7 +152,8 @@ async def in_order(session: Callable[[Signals], Awaitable[T]], observer: Observe
     for result in outcome:
         if isinstance(result, BaseException):
             raise result
-        if cancelled is None:
+        if cancelled is None and signals.raised is None:
             return result
-    assert cancelled is not None, "a session without an outcome was cancelled"
-    raise cancelled
+    raised = cancelled or signals.raised
+    assert raised is not None, "a session without an outcome was cancelled"
+    raise raised

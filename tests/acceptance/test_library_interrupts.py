@@ -25,6 +25,7 @@ from PIL import Image
 
 from batch import api
 from batch.errors import ExitCode
+from batch.run.ports import Observer
 from tests.acceptance.command import REPOSITORY, environment, finish, results, summary, wait_for, write_manifest
 from tests.faults import target as targets
 
@@ -349,13 +350,79 @@ def test_ctrl_c_in_a_plain_call_that_holds_up_a_loop(tmp_path, manifest, service
 @LOOPS
 @pytest.mark.parametrize("pause", [0.0, 0.3])
 def test_a_second_ctrl_c_under_asyncio_run(tmp_path, manifest, service, loop, pause):
-    """Asyncio stops its loop and cancels every task in it; journal and results are whole all the same."""
+    """The drain is given up at once; journal and results are whole all the same, and the handler is Python's again."""
     service.handlers["status"] = NEVER
     with interrupting(service, after=2, times=2, pause=pause) as moments, pytest.raises(KeyboardInterrupt):
-        run_in(loop, api.run(manifest, tmp_path / "run", settings=settings_for(service)))
+        run_in(loop, api.run(manifest, tmp_path / "run", settings=settings_for(service, drain=5 if pause else 0.5)))
     assert time.time() - moments[0] < 5
-    require_whole(tmp_path / "run", service, collected=False, stopped="cancelled", reason="the caller cancelled it")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    told = summary(tmp_path / "run")
+    assert told["stopped"] in {"cancelled", "signal"}, "whichever of the two the loop heard of first"
+    require_whole(tmp_path / "run", service, collected=False, stopped=told["stopped"], reason=told["reason"])
     require_completion(manifest, tmp_path / "run", service)
+
+
+class Interrupts(Observer):
+    """Sends SIGINT from within a job's own step: where it is raised, it is raised there."""
+
+    def __init__(self, times: int) -> None:
+        self.left = times
+
+    def happened(self, action, **facts):
+        if action == "accepted" and self.left:
+            self.left -= 1
+            signal.raise_signal(signal.SIGINT)
+
+
+@LOOPS
+@pytest.mark.parametrize("times", [2, 3])
+def test_ctrl_c_in_the_middle_of_a_step_tears_nothing(tmp_path, manifest, service, loop, times):
+    """KeyboardInterrupt of a second Ctrl-C at any instruction would leave tasks and threads behind: it waits."""
+    service.handlers["status"] = NEVER
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        run_in(
+            loop,
+            api.run(
+                manifest,
+                tmp_path / "run",
+                settings=settings_for(service, max_in_flight=4, drain=20),
+                observer=Interrupts(times),
+            ),
+        )
+    wait_for(lambda: threading.active_count() <= before, "the end of the threads")
+    told = summary(tmp_path / "run")
+    require_whole(tmp_path / "run", service, collected=False, stopped=told["stopped"], reason=told["reason"])
+    require_completion(manifest, tmp_path / "run", service)
+
+
+def test_ctrl_c_in_a_loop_with_no_handler_of_its_own(tmp_path, manifest, service):
+    """`run_until_complete`: Python's handler would raise inside the loop, and leave the run suspended there."""
+    loop = asyncio.new_event_loop()
+    try:
+        with interrupting(service) as moments, pytest.raises(KeyboardInterrupt):
+            loop.run_until_complete(api.run(manifest, tmp_path / "run", settings=settings_for(service)))
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        loop.close()
+    require_no_submit_after(moments[0], service)
+    require_whole(tmp_path / "run", service, collected=True)
+    require_completion(manifest, tmp_path / "run", service)
+
+
+def test_ctrl_c_while_two_runs_share_a_loop(tmp_path, manifest, service):
+    """Both stop in order; the handler is restored when the later one has ended."""
+    places = [tmp_path / "a", tmp_path / "b"]
+
+    async def both():
+        await asyncio.gather(*(api.run(manifest, place, settings=settings_for(service)) for place in places))
+
+    with interrupting(service, after=4), pytest.raises(KeyboardInterrupt):
+        asyncio.run(both())
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    told = [summary(place) for place in places]
+    assert [each["stopped"] for each in told] == ["cancelled"] * 2
+    assert sum(each["done"] for each in told) == service.posts() < ROWS
 
 
 def test_a_loop_that_ends_first_leaves_whole_results(tmp_path, manifest, service):
@@ -369,6 +436,7 @@ def test_a_loop_that_ends_first_leaves_whole_results(tmp_path, manifest, service
         return task
 
     asyncio.run(main())
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     told = summary(tmp_path / "run")
     require_whole(tmp_path / "run", service, collected=False, stopped="cancelled", reason=told["reason"])
     require_completion(manifest, tmp_path / "run", service)
