@@ -26,7 +26,10 @@ def plain_schema(path: Path, schema: Any) -> Any:
     """
     fields = []
     for field in schema.remove_metadata():
-        kind = _plain(field.type)
+        try:
+            kind = _plain(field.type)
+        except UnicodeDecodeError as error:
+            raise ManifestError(f"{path}: a name in the column {field.name!r} is not UTF-8; write it again") from error
         if kind is None:
             advice = "cast the column to text, numbers, lists or structs, or leave it out"
             raise ManifestError(f"{path}: unsupported type {field.type} of the column {field.name!r}; {advice}")
@@ -60,7 +63,7 @@ def _plain(kind: Any) -> Any:
         value = _plain(kind.value_type)
         if value is None:
             return None
-        if value == kind.value_type:
+        if value == kind.value_type and kind.value_field.name.isprintable():  # a name that is not UTF-8 raises here
             return kind  # with the name that its items have
         if types.is_fixed_size_list(kind):
             return pa.list_(value, kind.list_size)

@@ -329,6 +329,14 @@ def test_arrow_tables_that_are_wrong_are_refused(tmp_path) -> None:
         list(Manifest.open(path).batches())
 
 
+def test_a_name_deep_in_an_arrow_schema_that_is_not_utf8_is_refused(tmp_path, capfd) -> None:
+    """Polars would panic over it."""
+    path = tmp_path / "m.arrow"
+    path.write_bytes(whole().replace(b"item", b"it\xffm"))
+    assert "m.arrow: a name in the column 'tags' is not UTF-8" in refusal(path)
+    assert capfd.readouterr().err == ""
+
+
 def test_an_arrow_file_that_is_overwritten_while_it_is_read_is_an_error(tmp_path) -> None:
     """It is mapped into memory: a page that is gone would end the process."""
     path = tmp_path / "m.arrow"
