@@ -460,7 +460,7 @@ def test_status_counts_by_state(finished_run):
     assert "no run works here, target local" in text.out
     assert any(line.split() == ["done", "40"] for line in text.out.splitlines())
     found = json.loads(restyle("status", finished_run.directory, "--json").out)
-    assert found["jobs"] == {"pending": 0, "intended": 0, "accepted": 0, "answered": 0, "done": 40, "failed": 0, "unknown": 0}  # fmt: skip # noqa: E501
+    assert found["jobs"] == {"pending": 0, "intended": 0, "accepted": 0, "answered": 0, "done": 40, "failed": 0, "unknown": 0, "collectable": 0}  # fmt: skip # noqa: E501
     assert (found["spent_usd"], found["running"], found["target"]) == (0, False, "local")
     assert found["manifest"] == str(finished_run.manifest)
 

@@ -464,7 +464,7 @@ def large(finished: Path, folder: Path, jobs: int) -> Path:
     image = '[["https://files.example/x.jpg", 8, 8, "image/jpeg", null, null, null, null]]'
     numbers = f"WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {jobs})"
     one, request = "job_id, session, attempt, at, request_id", "printf('r-%030x', i)"
-    output = '{"images": ["u"]}'
+    output = '{"images": [{"url": "u"}]}'
     damage(
         folder,
         "INSERT INTO jobs (id, key, state, session, attempt, request_id, reserved_usd, cost_usd, answer_id, end_id)"

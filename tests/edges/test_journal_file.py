@@ -241,7 +241,7 @@ def test_journal_that_was_never_begun_is_made_or_refused(path):
 
 def test_missing_folder_is_a_sentence(tmp_path):
     """The folder has to be there."""
-    with pytest.raises(StorageError, match="check that the folder exists"):
+    with pytest.raises(StorageError, match="check the folder"):
         opened(tmp_path / "no" / "journal.db")
 
 
@@ -592,6 +592,7 @@ def test_a_journal_made_before_start_timeouts_is_taken_over(path):
     file = opened(path)
     file.commit([[Intended(JobKey("a" * 32), 1.0, 1, b"{}"), Lost(JobKey("a" * 32), 2.0, "reset")]])
     file._connection.execute("DROP TABLE start_timeouts")
+    file._connection.execute("PRAGMA user_version = 1")
     file.close()
     file = opened(path)
     file.commit([[Intended(JobKey("b" * 32), 3.0, 1, b"{}", start_timeout=60.0), Lost(JobKey("b" * 32), 4.0, "reset")]])

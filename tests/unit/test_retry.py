@@ -242,7 +242,7 @@ def test_a_submit_is_sent_again_only_where_nothing_was_accepted(status, body, wi
     """Of all answers only 429 lets a submit go out again; the text decides nothing."""
     headers = {"x-fal-error-type": "internal_error"} if with_type else {}
     verdict = judge(Trouble("submit", reply=Reply(status, body, headers)))
-    assert (verdict.action is A.SUBMIT_AGAIN) is (status == 429)
+    assert (verdict.action is A.SUBMIT_AGAIN) is (status in {407, 429})
     assert verdict.action is judge(Trouble("submit", reply=Reply(status))).action
 
 
