@@ -136,6 +136,8 @@ def open_renderer(**setup: Any) -> FluxRenderer:
     # Before anything imports them. All that is needed lies on the disk: a hub that cannot be reached must not matter.
     for name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS"):
         os.environ[name] = "1"
+    # On the CPU: MKL else rounds by how a buffer is aligned, and one seed gives one image on the next try, not on this.
+    os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
     for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
