@@ -149,7 +149,7 @@ needs_prlimit = pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="Lin
 @pytest.mark.parametrize("who", ["run", "endpoint", "both"])
 def test_a_run_outlives_a_time_without_a_free_descriptor(tmp_path, who):
     """Its own, its endpoint's, or the machine's: submits, reads, downloads, images and the journal wait. None fails."""
-    manifest, out = write_manifest(tmp_path / "m.csv", range(150)), tmp_path / "out"
+    manifest, out = write_manifest(tmp_path / "m.csv", range(400)), tmp_path / "out"
     command = ("run", manifest, "-o", out, *ECHO, "--service-time", "200ms", "--max-in-flight", 40)
     with start(*command, **limited(4096)) as process:
         wait_for(lambda: jobs_in(out, "done") >= 20, "twenty jobs")

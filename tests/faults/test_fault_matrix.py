@@ -54,6 +54,7 @@ def test_each_fault_of_a_submit_where_keys_are_honoured(tmp_path):
     carry_out_all([Case((kind,), SHARE, keys=True) for kind in kinds() if kind.at is Moment.SUBMIT], tmp_path)
 
 
-def test_all_faults_together(tmp_path):
+@pytest.mark.parametrize("keys", [True, False], ids=["keys honoured", "keys ignored"])
+def test_all_faults_together(tmp_path, keys):
     """5% of each, with and without keys."""
-    carry_out_all([together(0.05, keys=True), together(0.05, keys=False)], tmp_path)
+    carry_out_all([together(0.05, keys=keys)], tmp_path)
