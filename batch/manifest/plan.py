@@ -150,11 +150,11 @@ class Planner:
 
         items: list[Planned] = []
         bad = found.by_row()
-        swept = self._swept_prompts(frame, found) or (None,) * len(self.cells)
+        swept, unswept = self._swept_prompts(frame, found), (None,) * len(self.cells)
         by_row = zip(*inputs.values(), strict=True)
         for row, (picture, identity, values) in enumerate(zip(pictures, identities, by_row, strict=True), first_row):
             given = {**self._base, **dict(zip(inputs, values, strict=False))}  # as many as each other, a million times
-            own = [None if prompts is None else prompts[row - first_row] for prompts in swept]
+            own = unswept if swept is None else [prompts[row - first_row] for prompts in swept]
             if picture is None or row in bad:
                 items += self._bad(row, bad[row], given, identity, picture, own)
                 continue

@@ -531,7 +531,7 @@ class Runner:
             course.state = State.ANSWERED
         else:  # with nothing to store there is nothing between the two
             course.images = tuple(images_of(answer.output))
-            await self._journal.record(answered, Finished(course.key, at, course.images, None))
+            await self._journal.record(answered, Finished(course.key, now, course.images, None))
             course.state = State.DONE
         course.answer = answer
         self._gate.answered(course, self._follower.queued(stay))
