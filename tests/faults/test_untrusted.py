@@ -236,7 +236,7 @@ ATTACKS = {
     "picture redirected elsewhere": (DONE, *redirects(lambda target, asked: f"{STRANGER}/file/{asked.id}.png", "file")),
     "picture of this disk": ("result_file_gone", *images(url="file:///etc/passwd")),
     "picture of a path": ("result_file_gone", *images(url="/etc/passwd")),
-    "picture of no address": ("result_file_gone", *images(url="")),
+    "picture of no address": ("malformed_output", *images(url="")),
     "picture of another scheme": ("result_file_gone", *images(url="ftp://127.0.0.1/x.png")),
     "picture redirected to this disk": ("result_file_gone", *redirects("file:///etc/passwd", "file")),
     "picture redirected in circles": ("result_file_gone", *redirects("/file/again.png", "file")),
