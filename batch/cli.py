@@ -313,7 +313,7 @@ def serve(
 ) -> int:
     """Run the endpoint on this machine: the same API as fal's, nothing to pay."""
     from batch.server.engines.flux.options import FluxOptions
-    from batch.server.keys import load_keys
+    from batch.server.http.auth import load_keys
     from batch.server.serve import ServeOptions, run_server
 
     _begin()
@@ -439,7 +439,7 @@ def _new_key(path: Path | None, name: str) -> int:
     """The key alone goes to standard output, for a script to catch; it is shown this once."""
     import secrets
 
-    from batch.server.keys import add_key
+    from batch.server.http.auth import add_key
 
     if path is None:
         return _fail(f"--new-key {name} needs --keys FILE, where its hash is kept", ExitCode.BAD_INPUT)

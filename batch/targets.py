@@ -121,7 +121,7 @@ def check_faults(settings: Settings) -> None:
         ConfigError: there is none, or it is not one; the message says where.
     """
     if settings.target.faults is not None:
-        from batch.server.faults_file import read_faults  # a command without faults need not load their table
+        from batch.server.faults.plan_file import read_faults  # a command without faults need not load their table
 
         read_faults(Path(settings.target.faults))
 
@@ -235,7 +235,7 @@ async def open_target(
         async with _client(settings, FAL, version, share, key=True, run_name=run_name) as client:
             yield Connection(client, FAL, Idempotency.NONE, bounds_starts=True, share=share, key=_key())
     elif target.name == "local":
-        from batch.server.embedded import embedded_endpoint
+        from batch.embedded import embedded_endpoint
 
         async with (
             embedded_endpoint(

@@ -1,7 +1,7 @@
 """The queue protocol without I/O, for both roles: values in, requests and replies out, and back.
 
 Owns the wire: paths, headers, bodies, status codes. Refuses to know sockets, clocks and storage. The client
-edge (`batch.fal.client`) and our server (`batch.server.app`) both speak through it, so that they cannot
+edge (`batch.fal.client`) and our server (`batch.server.http.app`) both speak through it, so that they cannot
 drift apart. Facts are those of fal's reference as read in autumn 2026; where the real service was seen to
 differ from its pages, the comment says so. Pure.
 """

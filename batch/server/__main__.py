@@ -17,7 +17,7 @@ from pathlib import Path
 
 from batch.errors import InputError, RestyleError
 from batch.server.engines.flux.options import FluxOptions
-from batch.server.keys import load_keys
+from batch.server.http.auth import load_keys
 from batch.server.serve import ServeOptions, run_server
 
 __all__ = ["main"]

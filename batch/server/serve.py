@@ -35,23 +35,24 @@ from batch.descriptors import Allowance, ServerShare, described, lacks_descripto
 from batch.errors import ConfigError, InputError, StorageError
 from batch.fal.endpoint import APP_ID
 from batch.open_files import allowance
-from batch.server import listing, webhooks
-from batch.server.addresses import address_rule
-from batch.server.app import application
+from batch.server.egress.http_client import Guard
+from batch.server.egress.source_images import Sources
+from batch.server.egress.ssrf import address_rule
 from batch.server.engines import engine_of
 from batch.server.engines.base import Engine
 from batch.server.engines.flux.options import FluxOptions
-from batch.server.engines.workers import usable_cores
-from batch.server.faults_file import read_faults
-from batch.server.guard import Guard
-from batch.server.history import History
-from batch.server.keys import ENVIRONMENT, Authenticator, Keys
-from batch.server.rehearsal import Rehearsal
-from batch.server.retention import DEFAULT_SECONDS, Sweeper, sweeping
-from batch.server.service import QueueService, queue_service
-from batch.server.sources import Sources
-from batch.server.storage import Storage
-from batch.server.store import Store
+from batch.server.engines.process_pool import usable_cores
+from batch.server.faults.injection import Rehearsal
+from batch.server.faults.plan_file import read_faults
+from batch.server.files.storage import Storage
+from batch.server.http import platform as listing
+from batch.server.http.app import application
+from batch.server.http.auth import ENVIRONMENT, Authenticator, Keys
+from batch.server.queue import webhooks
+from batch.server.queue.cleanup import DEFAULT_SECONDS, Sweeper, sweeping
+from batch.server.queue.request_log import History
+from batch.server.queue.service import QueueService, queue_service
+from batch.server.queue.store import Store
 
 __all__ = ["ServeOptions", "run_server", "serve"]
 

@@ -23,7 +23,7 @@ from PIL import Image
 
 from batch.fal.endpoint import APP_ID
 from batch.fal.signing import keys_in, verify
-from batch.server.keys import add_key
+from batch.server.http.auth import add_key
 from tests.acceptance.command import environment
 
 APP = str(APP_ID)

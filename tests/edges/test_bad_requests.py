@@ -16,10 +16,10 @@ import orjson
 import pytest
 from PIL import Image
 
-from batch.server import app as app_module
-from batch.server import uploads as uploads_module
 from batch.server.engines.preview.engine import PreviewEngine
-from batch.server.keys import Key, Keys
+from batch.server.http import app as app_module
+from batch.server.http import uploads as uploads_module
+from batch.server.http.auth import Key, Keys
 from tests.edges.serving import INPUT, SUBMIT, ScriptedEngine, call, read, result, serving, submit
 
 NOBODY = "0199c0de-0000-7000-8000-000000000001"
@@ -586,7 +586,7 @@ def test_every_kind_of_picture_is_taken_or_refused_by_name(tmp_path):
 
 def test_a_source_above_the_limit_is_file_too_large(tmp_path, monkeypatch):
     """As a data URI, as an upload and from elsewhere alike; `max_size` says the limit."""
-    monkeypatch.setattr("batch.server.sources.SOURCE_LIMIT_BYTES", 10_000)
+    monkeypatch.setattr("batch.server.egress.source_images.SOURCE_LIMIT_BYTES", 10_000)
 
     async def use():
         async with serving(tmp_path, ScriptedEngine(fetches_source=True), allow_private=True) as session:

@@ -15,9 +15,9 @@ import time
 import aiohttp
 import pytest
 
+from batch import embedded as embedded_module
+from batch.embedded import embedded_endpoint
 from batch.errors import RestyleError, StoppedEarly, StorageError
-from batch.server import embedded as embedded_module
-from batch.server.embedded import embedded_endpoint
 from tests.edges.serving import INPUT, SUBMIT, call, result, submit
 
 
@@ -175,7 +175,7 @@ def test_the_child_ends_with_a_killed_parent(tmp_path):
     program = f"""
 import asyncio, json
 from pathlib import Path
-from batch.server.embedded import embedded_endpoint
+from batch.embedded import embedded_endpoint
 async def main():
     async with embedded_endpoint(Path({str(tmp_path)!r}), "echo", None, 0.0) as endpoint:
         print(json.dumps([endpoint.pid, endpoint.url]), flush=True)
@@ -195,7 +195,7 @@ asyncio.run(main())
 def test_the_child_loads_nothing_that_it_does_not_need():
     """It has to start in the time of a breath: no data frames, no command line, no notebooks."""
     program = (
-        "import sys, batch.server.__main__, batch.server.embedded\n"
+        "import sys, batch.server.__main__, batch.embedded\n"
         "print([m for m in ('polars', 'pyarrow', 'cyclopts', 'pandas', 'tqdm', 'torch') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -15,11 +15,11 @@ import pytest
 from PIL import Image
 
 from batch.fal.endpoint import ImageToImageInput
-from batch.server.engines import workers
+from batch.server.engines import process_pool as workers
 from batch.server.engines.base import EngineCancelled, EngineFailure, EngineJob, NotReady, WorkerCrashed
 from batch.server.engines.preview.engine import PreviewEngine
 from batch.server.engines.preview.renderer import open_renderer
-from batch.server.engines.workers import WorkerPool
+from batch.server.engines.process_pool import WorkerPool
 
 pytestmark = pytest.mark.anyio
 
@@ -428,7 +428,7 @@ PARENT = """
 import anyio, json, sys
 from batch.fal.endpoint import ImageToImageInput
 from batch.server.engines.base import EngineJob
-from batch.server.engines.workers import WorkerPool
+from batch.server.engines.process_pool import WorkerPool
 
 async def main():
     pool = WorkerPool("renderer_for_tests:open_renderer", size=2)

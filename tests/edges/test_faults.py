@@ -13,9 +13,9 @@ import pytest
 
 from batch.errors import ConfigError
 from batch.fal.endpoint import APP_ID
-from batch.server.faults import Deed, Fault, ListingRules, Moment
-from batch.server.faults_file import read_faults
-from batch.server.rehearsal import moment_of
+from batch.server.faults.injection import moment_of
+from batch.server.faults.plan import Deed, Fault, ListingRules, Moment
+from batch.server.faults.plan_file import read_faults
 from tests.acceptance.command import REPOSITORY, accepted, jobs_in, restyle, results, summary, write_manifest
 from tests.edges.serving import INPUT, SUBMIT, ScriptedEngine, call, completed, read, result, serving, submit
 
@@ -488,7 +488,7 @@ def test_an_engine_that_crashes_once_is_forgiven_and_twice_is_not(tmp_path, firs
 
 def test_a_server_without_a_faults_file_has_no_hook(tmp_path):
     """Nothing stands between a call and its handler."""
-    from batch.server import app as app_module
+    from batch.server.http import app as app_module
 
     made = []
 

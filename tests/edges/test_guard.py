@@ -16,13 +16,13 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from batch.server import guard as guard_module
-from batch.server import sources as sources_module
-from batch.server.addresses import Refused, private_too, public_only
+from batch.server.egress import http_client as guard_module
+from batch.server.egress import source_images as sources_module
+from batch.server.egress.http_client import Guard, Limits, TooLarge, Unreachable
+from batch.server.egress.source_images import Sources
+from batch.server.egress.ssrf import Refused, private_too, public_only
 from batch.server.engines.base import EngineFailure
-from batch.server.guard import Guard, Limits, TooLarge, Unreachable
-from batch.server.sources import Sources
-from batch.server.storage import Storage
+from batch.server.files.storage import Storage
 from tests.edges.serving import ScriptedEngine, result, serving, submit
 
 LIMITS = Limits(size_bytes=1000, seconds=20.0)

@@ -159,4 +159,4 @@ def test_every_session_of_the_client_is_made_in_one_place():
         and isinstance(node.func, ast.Attribute)
         and node.func.attr in {"ClientSession", "TCPConnector"}
     }
-    assert made == {"batch.fal.http", "batch.server.guard"}
+    assert made == {"batch.fal.http", "batch.server.egress.http_client"}

@@ -14,7 +14,7 @@ import pytest
 from batch.cli import main
 from batch.errors import ConfigError, InputError
 from batch.fal.endpoint import APP_ID
-from batch.server.keys import (
+from batch.server.http.auth import (
     ENVIRONMENT,
     TOKEN_SECONDS,
     Access,

@@ -16,9 +16,9 @@ from batch.fal.client import FalClient
 from batch.fal.endpoint import APP_ID
 from batch.fal.protocol import Origins
 from batch.fal.queries import cursor_of
-from batch.server import history as history_module
-from batch.server import listing as listing_module
-from batch.server.keys import Key, Keys
+from batch.server.http import platform as listing_module
+from batch.server.http.auth import Key, Keys
+from batch.server.queue import request_log as history_module
 from tests.edges.serving import INPUT, SUBMIT, ScriptedEngine, call, completed, read, result, serving, submit
 
 LISTING = "/v1/models/requests/by-endpoint"

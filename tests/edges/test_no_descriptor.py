@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from batch.descriptors import Allowance, lacks_descriptor
+from batch.embedded import embedded_endpoint
 from batch.errors import StorageError
 from batch.fal.client import FalClient
 from batch.fal.endpoint import APP_ID
@@ -28,12 +29,11 @@ from batch.run.journal_file import JournalFile
 from batch.run.ports import CallFailed, PictureError
 from batch.run.retry import Action, judge
 from batch.server import serve as serve_module
-from batch.server import webhooks as webhooks_module
-from batch.server.addresses import private_too
-from batch.server.embedded import embedded_endpoint
-from batch.server.engines.workers import WorkerPool
-from batch.server.guard import Guard, Limits
-from batch.server.storage import Storage
+from batch.server.egress.http_client import Guard, Limits
+from batch.server.egress.ssrf import private_too
+from batch.server.engines.process_pool import WorkerPool
+from batch.server.files.storage import Storage
+from batch.server.queue import webhooks as webhooks_module
 from tests.edges.serving import INPUT, SUBMIT, ScriptedEngine, call, completed, result, serving, submit
 from tests.edges.test_images import picture
 from tests.edges.test_webhooks import BODY, Receiver, sender, settled, wishes
@@ -252,7 +252,7 @@ def test_a_call_that_finds_no_descriptor_may_come_again(tmp_path, monkeypatch, c
             async def refused(*_):
                 raise StorageError("not written") from OSError(errno.EMFILE, "Too many open files")
 
-            monkeypatch.setattr("batch.server.service.QueueService.submit", refused)
+            monkeypatch.setattr("batch.server.queue.service.QueueService.submit", refused)
             status, headers, body = await call(session, "POST", SUBMIT, json=INPUT)
             assert (status, headers["retry-after"]) == (429, "1")
             assert "too many files open" in body["detail"]

@@ -23,8 +23,8 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from batch.fal.endpoint import ImageToImageInput, ImageToImageOutput
-from batch.server import app as app_module
-from batch.server.openapi import document
+from batch.server.http import app as app_module
+from batch.server.http.openapi import document
 from tests.edges.serving import SUBMIT, call, result, serving
 
 SOAK = bool(os.environ.get("RESTYLE_SOAK"))

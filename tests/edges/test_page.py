@@ -9,7 +9,7 @@ import re
 import pytest
 
 from batch.server.engines.base import EngineInfo
-from batch.server.keys import Key, Keys
+from batch.server.http.auth import Key, Keys
 from tests.edges.serving import ScriptedEngine, call, completed, serving, submit
 
 OWN_FILES = ("icon.svg", "page.css", "page.js", "api.js", "live.js", "playground.js", "recent.js")

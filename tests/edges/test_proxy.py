@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from batch.server.keys import Key, Keys
-from batch.server.proxy import PATH, TARGET, is_direct, own_path
+from batch.server.http.auth import Key, Keys
+from batch.server.http.fal_proxy import PATH, TARGET, is_direct, own_path
 from tests.edges.serving import INPUT, SUBMIT, ScriptedEngine, call, completed, read, serving
 
 KEY = {"authorization": "Key tester:secret"}

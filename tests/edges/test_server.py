@@ -21,17 +21,17 @@ import pytest
 
 from batch.errors import InputError
 from batch.fal.endpoint import APP_ID
-from batch.server import app as app_module
-from batch.server import service as service_module
-from batch.server import uploads as uploads_module
+from batch.server.egress.http_client import Guard
+from batch.server.egress.source_images import Sources
 from batch.server.engines.base import WorkerCrashed
 from batch.server.engines.echo import EchoEngine
-from batch.server.guard import Guard
-from batch.server.records import Ending
+from batch.server.files.storage import Storage
+from batch.server.http import app as app_module
+from batch.server.http import uploads as uploads_module
+from batch.server.queue import service as service_module
+from batch.server.queue.records import Ending
+from batch.server.queue.store import Store
 from batch.server.serve import ServeOptions, serve
-from batch.server.sources import Sources
-from batch.server.storage import Storage
-from batch.server.store import Store
 from tests.edges.serving import INPUT, SUBMIT, ScriptedEngine, call, completed, read, result, serving, submit
 
 PNG = b"\x89PNG and then some"

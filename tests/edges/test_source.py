@@ -14,7 +14,7 @@ from PIL import Image
 
 from batch.image_formats import READABLE
 from batch.server.engines.base import EngineFailure
-from batch.server.engines.source import MAX_AREA_PX, encode, output_size, read_source
+from batch.server.engines.images import MAX_AREA_PX, encode, output_size, read_source
 
 SIDE = 256
 

@@ -10,12 +10,12 @@ import pytest
 from aiohttp import web
 
 from batch.errors import StorageError
-from batch.server import sources as sources_module
-from batch.server.addresses import private_too
+from batch.server.egress import source_images as sources_module
+from batch.server.egress.http_client import Guard
+from batch.server.egress.source_images import Sources, parse_data_uri
+from batch.server.egress.ssrf import private_too
 from batch.server.engines.base import EngineFailure
-from batch.server.guard import Guard
-from batch.server.sources import Sources, parse_data_uri
-from batch.server.storage import Storage, TooLarge
+from batch.server.files.storage import Storage, TooLarge
 
 SMALL, LARGE = b"small picture", b"large picture" * 10_000
 

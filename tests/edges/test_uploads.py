@@ -9,8 +9,8 @@ import os
 import pytest
 
 from batch.image_formats import FORMATS
-from batch.server import parts as parts_module
-from batch.server.storage import Storage
+from batch.server.files import multipart as parts_module
+from batch.server.files.storage import Storage
 from tests.edges.serving import ScriptedEngine, call, result, serving, submit
 
 KIND = {"content-type": "image/png"}

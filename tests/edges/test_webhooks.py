@@ -22,15 +22,15 @@ from hypothesis import strategies as st
 from batch.errors import InputError, StorageError
 from batch.fal.endpoint import APP_ID
 from batch.fal.signing import BadSignature, keys_in, verify
-from batch.server import webhooks as webhooks_module
-from batch.server.addresses import Refused, private_too, public_only
-from batch.server.guard import Guard
-from batch.server.records import Ending, Settlement, Submission, Webhook
-from batch.server.service import Wishes, queue_service
-from batch.server.sources import Sources
-from batch.server.storage import Storage
-from batch.server.store import Store
-from batch.server.webhooks import (
+from batch.server.egress.http_client import Guard
+from batch.server.egress.source_images import Sources
+from batch.server.egress.ssrf import Refused, private_too, public_only
+from batch.server.files.storage import Storage
+from batch.server.queue import webhooks as webhooks_module
+from batch.server.queue.records import Ending, Settlement, Submission, Webhook
+from batch.server.queue.service import Wishes, queue_service
+from batch.server.queue.store import Store
+from batch.server.queue.webhooks import (
     BACKOFF_LIMIT_SECONDS,
     BACKOFF_SECONDS,
     PARALLEL,

@@ -27,8 +27,8 @@ from batch import api
 from batch.errors import ExitCode
 from batch.run.journal_file import JournalFile
 from batch.run.lifecycle import State
-from batch.server import faults
-from batch.server.faults import Deed, Moment
+from batch.server.faults.plan import Deed, Moment
+from batch.server.faults.plan import plan as faults
 from batch.server.serve import ServeOptions, serve
 from tests.faults.evidence import Evidence, examine
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import anyio
 import pytest
 
-from batch.server.faults import Moment
+from batch.server.faults.plan import Moment
 from tests.faults.matrix import Case, carry_out, kinds, together
 
 JOBS = 40

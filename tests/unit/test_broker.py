@@ -11,8 +11,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from batch.fal.endpoint import APP_ID
 from batch.model import QueueState, RequestId
-from batch.server.broker import LOG_LINES, Broker, Cancellation, IllegalMove, Line
-from batch.server.records import LogLine, Priority, uuid7
+from batch.server.queue.records import LogLine, Priority, uuid7
+from batch.server.queue.scheduler import LOG_LINES, Broker, Cancellation, IllegalMove, Line
 
 
 def broker_with(count: int, slots: int = 1) -> Broker:

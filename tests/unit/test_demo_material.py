@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from batch.fal.endpoint import ImageToImageInput
+from batch.server.engines.images import read_source
 from batch.server.engines.preview.wording import Scene, Style, scene_of, style_of
-from batch.server.engines.source import read_source
 
 MANIFESTS = Path(__file__).parents[2] / "manifests"
 NAMES = sorted(path.name for path in (MANIFESTS / "pictures").iterdir())

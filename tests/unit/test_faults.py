@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batch.errors import ConfigError
-from batch.server.faults import (
+from batch.server.faults.plan import (
     Body,
     Deed,
     Fault,

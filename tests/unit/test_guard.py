@@ -8,14 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batch.server.addresses import (
-    Refused,
-    address_rule,
-    check_url,
-    literal_address,
-    private_too,
-    public_only,
-)
+from batch.server.egress.ssrf import Refused, address_rule, check_url, literal_address, private_too, public_only
 
 PUBLIC = ["8.8.8.8", "1.1.1.1", "172.15.255.255", "172.32.0.1", "100.128.0.1", "2606:4700::1111", "2a00:1450::1"]
 CLOSED = [  # for a closed network: refused by the strict rule only

@@ -6,10 +6,10 @@ import orjson
 import pytest
 
 from batch.model import QueueState, RequestId
-from batch.server.broker import View
-from batch.server.page.state import TEXT_LIMIT, numbers, request_card
-from batch.server.records import Ending, Listed
-from batch.server.tally import Tally
+from batch.server.http.page.state import TEXT_LIMIT, numbers, request_card
+from batch.server.queue.records import Ending, Listed
+from batch.server.queue.scheduler import View
+from batch.server.queue.stats import Tally
 
 BODY = {"image_url": "/files/ab/abc.png", "prompt": "a cat", "seed": 5, "strength": 0.5}
 

@@ -39,7 +39,7 @@ from batch.fal.queries import (
     read_listing_query,
     read_pricing_query,
 )
-from batch.server.records import uuid7
+from batch.server.queue.records import uuid7
 
 NOW = 1_790_000_000.0
 DAY = 86400.0

@@ -21,7 +21,7 @@ from batch.server.engines.base import (
 from batch.server.engines.flux.folder import CheckedFolder, check_checker, check_model
 from batch.server.engines.flux.hub import CHECKER_FILES, MODEL_FILES, located
 from batch.server.engines.flux.options import FluxOptions
-from batch.server.engines.workers import WorkerPool, WorkerStatistics
+from batch.server.engines.process_pool import WorkerPool, WorkerStatistics
 
 __all__ = ["LIBRARIES", "PREPARATION", "FluxEngine", "open_engine"]
 

@@ -15,7 +15,7 @@ from PIL import Image
 from batch.server.engines.base import Cancelled, EngineCancelled, EngineJob, EngineResult, OnStep
 from batch.server.engines.flux.loading import Model
 from batch.server.engines.flux.tuning import accelerated
-from batch.server.engines.source import encode, read_source
+from batch.server.engines.images import encode, read_source
 
 __all__ = ["NOTE", "PROMPT_TOKENS", "restyle"]
 

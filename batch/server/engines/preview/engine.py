@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from batch.server.engines.base import Cancelled, EngineInfo, EngineJob, EngineResult, OnStep
-from batch.server.engines.workers import WorkerPool, WorkerStatistics
+from batch.server.engines.process_pool import WorkerPool, WorkerStatistics
 
 __all__ = ["PreviewEngine"]
 

@@ -16,12 +16,12 @@ import numpy as np
 from PIL import Image
 
 from batch.server.engines.base import Cancelled, EngineCancelled, EngineJob, EngineResult, OnStep
+from batch.server.engines.images import encode, read_source
 from batch.server.engines.preview import graphic, painted
 from batch.server.engines.preview.brush import clipped
 from batch.server.engines.preview.grade import Tint, graded, tint_of
 from batch.server.engines.preview.texture import Array, generator
 from batch.server.engines.preview.wording import Style, scene_of, style_of
-from batch.server.engines.source import encode, read_source
 
 __all__ = ["NOTE", "STYLES", "PreviewRenderer", "open_renderer", "restyled"]
 

@@ -1,0 +1,113 @@
+"""Where a request's source picture comes from: a data URI, our own files, or somebody's web server.
+
+Owns the bounds of the download; which addresses may be asked is the guard's to say. Every fault is an `EngineFailure`
+that names the picture's URL: it is the request's own fault and never the server's. Whether the bytes are a picture is
+the engine's business.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from typing import NamedTuple
+from urllib.parse import unquote_to_bytes
+
+from batch.server.egress.http_client import Guard, Limits, TooLarge, Unreachable
+from batch.server.egress.ssrf import Refused
+from batch.server.engines.base import EngineFailure
+from batch.server.files.storage import Storage
+from batch.server.files.storage import TooLarge as FileTooLarge
+
+__all__ = ["SOURCE_LIMIT_BYTES", "DataUri", "Sources", "parse_data_uri"]
+
+SOURCE_LIMIT_BYTES = 50 * 2**20
+"""Precedent: the default cap of fal's own toolkit for images."""
+REDIRECTS = 5
+FETCH_SECONDS = 60.0
+
+
+class DataUri(NamedTuple):
+    """A data URI in its parts."""
+
+    data: bytes
+    content_type: str
+
+
+def parse_data_uri(uri: str) -> DataUri:
+    """Decode `data:[type][;base64],...`.
+
+    Raises:
+        ValueError: no comma, or broken base64.
+    """
+    head, comma, rest = uri.partition(",")
+    if not comma or head[:5].lower() != "data:":
+        raise ValueError("a data URI is data:TYPE;base64,BYTES")
+    content_type, *parameters = head[5:].split(";")
+    if any(parameter.strip().lower() == "base64" for parameter in parameters):
+        try:
+            data = base64.b64decode(rest if "%" not in rest else unquote_to_bytes(rest), validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise ValueError(f"its base64 is broken: {error}") from error
+    else:
+        data = unquote_to_bytes(rest)
+    return DataUri(data, content_type.strip().lower() or "text/plain")
+
+
+class Sources:
+    """Fetches source pictures.
+
+    Args:
+        storage: our own files, read from disk under whatever host and port their URLs were given out.
+        guard: makes the requests to others.
+    """
+
+    def __init__(self, storage: Storage, guard: Guard) -> None:
+        self._storage = storage
+        self._guard = guard
+
+    async def fetch(self, url: str) -> bytes:
+        """The bytes behind a URL, at most `SOURCE_LIMIT_BYTES`.
+
+        Raises:
+            EngineFailure: `image_load_error` for a broken data URI, `file_too_large`, `file_download_error`.
+        """
+        if url[:5].lower() == "data:":
+            try:
+                data = parse_data_uri(url).data
+            except ValueError as error:
+                raise EngineFailure(422, "image_load_error", f"The data URI cannot be read: {error}") from error
+            return _bounded(data)
+        path = self._storage.path_in(url)
+        try:
+            own = await self._storage.read(path, SOURCE_LIMIT_BYTES) if path is not None else None
+        except FileTooLarge as error:
+            raise _too_large() from error
+        if own is not None:
+            return own
+        try:
+            return await self._guard.fetch(url, Limits(SOURCE_LIMIT_BYTES, FETCH_SECONDS, REDIRECTS))
+        except TooLarge as error:
+            raise _too_large() from error
+        except (Refused, Unreachable) as error:
+            raise _unreachable(url, str(error), retryable=error.retryable) from error
+
+
+def _bounded(data: bytes) -> bytes:
+    if len(data) > SOURCE_LIMIT_BYTES:
+        raise _too_large()
+    return data
+
+
+def _too_large() -> EngineFailure:
+    limit = f"{SOURCE_LIMIT_BYTES // 2**20} MiB"
+    return EngineFailure(
+        422,
+        "file_too_large",
+        f"The source picture is larger than {limit}; send a smaller one",
+        ctx={"max_size": SOURCE_LIMIT_BYTES},
+    )
+
+
+def _unreachable(url: str, reason: str, *, retryable: bool = False) -> EngineFailure:
+    message = f"The source picture {url[:200]} could not be fetched: {reason}; check that the URL is public"
+    return EngineFailure(422, "file_download_error", message, retryable=retryable)

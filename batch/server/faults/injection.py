@@ -1,0 +1,433 @@
+"""Commits the faults that `faults` decides on: an aiohttp middleware for the calls, a wrapper around the engine.
+
+Owns what each fault looks like on the wire. Is only there where a faults file was named: a server without one has
+neither middleware nor wrapper. What it knows of single requests and files (which results expire or are odd, which files
+are refused) is forgotten with the process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from http import HTTPStatus
+from random import Random
+
+import orjson
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from batch.fal import protocol
+from batch.fal.platform import PlatformError, platform_error_reply
+from batch.fal.protocol import Operation, Reply
+from batch.model import AppId, Json, JsonObject, RequestId
+from batch.server.engines.base import (
+    Cancelled,
+    Engine,
+    EngineCancelled,
+    EngineFailure,
+    EngineInfo,
+    EngineJob,
+    EngineResult,
+    OnStep,
+    WorkerCrashed,
+)
+from batch.server.faults.plan import Body, Deed, Fault, FaultPlan, Faults, ListingRules, Moment
+from batch.server.files.storage import content_type_of
+from batch.server.http import fal_proxy as proxy
+from batch.server.queue import responses as answers
+from batch.server.queue.records import Ending
+from batch.server.queue.service import QueueService
+
+__all__ = ["Rehearsal", "moment_of"]
+
+_log = logging.getLogger(__name__)
+
+_LOOK_SECONDS = 0.1
+"""Between two looks at whether a request that is made to wait was cancelled."""
+_PIECES = 20
+"""Of a slow body."""
+_MOMENTS = {
+    Operation.SUBMIT: Moment.SUBMIT,
+    Operation.STATUS: Moment.STATUS,
+    Operation.RESULT: Moment.RESULT,
+    Operation.CANCEL: Moment.CANCEL,
+}
+_METHODS = {Moment.SUBMIT: {"POST"}, Moment.CANCEL: {"PUT", "POST"}}
+_LISTING_PATH = "/v1/models/requests/by-endpoint"
+_DETAILS = {
+    401: "No user found for Key ID and Secret",
+    403: "User is locked. Reason: Exhausted balance. Top up your balance at fal.ai/dashboard/billing.",
+    429: "Too many requests; not accepted",
+}
+_REQUEST_ERRORS = {
+    500: "internal_error",
+    502: "runner_incomplete_response",
+    503: "runner_scheduling_failure",
+    504: "request_timeout",
+}
+_MODEL_ERRORS = {503: "downstream_service_unavailable", 504: "generation_timeout"}
+_PLATFORM_ERRORS = {
+    401: PlatformError.AUTHORIZATION,
+    403: PlatformError.AUTHORIZATION,
+    404: PlatformError.NOT_FOUND,
+    429: PlatformError.RATE_LIMITED,
+}
+
+
+def moment_of(method: str, path: str, app_id: AppId) -> Moment | None:
+    """The moment that a call belongs to; None for one that no fault can befall."""
+    if path.startswith(("/files/", "/storage/")):
+        return Moment.FILE if method == "GET" else Moment.UPLOAD if method in {"POST", "PUT"} else None
+    if path == _LISTING_PATH:
+        return Moment.LISTING
+    address = protocol.parse_path(path)
+    moment = None if address is None else _MOMENTS.get(address.operation)
+    if address is None or moment is None or method not in _METHODS.get(moment, {"GET"}):
+        return None
+    return moment if moment is not Moment.SUBMIT or address.app == app_id else None
+
+
+class Rehearsal:
+    """The faults of one server.
+
+    Args:
+        plan: a faults file.
+        clock: Unix seconds.
+    """
+
+    def __init__(self, plan: FaultPlan, clock: Callable[[], float] = time.time) -> None:
+        self.listing: ListingRules = plan.listing
+        self.idempotency: bool = plan.idempotency
+        self._faults = Faults(plan)
+        self._clock = clock
+        self._expiring: dict[str, float] = {}
+        """Seconds that results live, by request id."""
+        self._odd: dict[str, float] = {}
+        """How results are odd, by request id; see `_made_odd`."""
+        self._refused: dict[str, _Refused] = {}
+        """By path."""
+        self._without_images: dict[str, _Refused] = {}
+        """By request id."""
+
+    def engine(self, engine: Engine) -> Engine:
+        """The same engine, with the faults of the moment `execute`."""
+        return _Rehearsed(engine, self._faults, self._expiring)
+
+    def middleware(self, service: QueueService, app_id: AppId) -> Middleware:
+        """What commits the faults of all other moments."""
+
+        @web.middleware
+        async def rehearse(request: web.Request, handler: Handler) -> web.StreamResponse:
+            path = _path_of(request)
+            moment = moment_of(request.method, path, app_id)
+            if moment is None or (moment is Moment.SUBMIT and proxy.is_direct(request.host)):
+                return await handler(request)
+            if moment is Moment.RESULT and await self._has_expired(service, path):
+                return _response(answers.not_found_reply(service.new_id()))
+            if moment is Moment.FILE and (refusal := self._refusal(path)) is not None:
+                return _error(refusal, service)
+            fault = self._faults.decide(moment)
+            if fault is not None and not self._begin(fault, path):
+                fault = None
+            if moment is Moment.RESULT and (way := self._odd.get(_request_id_in(path))) is not None:
+                handler = _changed(handler, lambda output: _made_odd(output, way))
+            if moment is Moment.RESULT and (refused := self._without_images.get(_request_id_in(path))) is not None:
+                handler = _changed(handler, lambda output: self._emptied(output, refused))
+            if fault is None:
+                return await handler(request)
+            _log.info("on purpose: %s at %s %s", fault.do, request.method, path)
+            return await _commit(fault, request, handler, service)
+
+        return rehearse
+
+    def _begin(self, fault: Fault, path: str) -> bool:
+        """Remember a fault that outlasts its call; False where it happens once a file or result, and did."""
+        if fault.do is Deed.ODD_FIELDS:
+            self._odd.setdefault(_request_id_in(path), self._faults.draw(fault))
+        if fault.do is Deed.REFUSE:
+            if path in self._refused:
+                return False
+            self._refused[path] = _Refused(fault, self._clock() + fault.seconds, 1)
+        if fault.do is Deed.NO_IMAGES:
+            request_id = _request_id_in(path)
+            if request_id in self._without_images:
+                return False
+            self._without_images[request_id] = _Refused(fault, self._clock() + fault.seconds, 0)
+        return True
+
+    def _emptied(self, output: JsonObject, refused: _Refused) -> JsonObject:
+        """The output without its images, for as long as that lasts."""
+        if refused.is_over(self._clock()):
+            return output
+        refused.reads += 1
+        return output | {"images": []}
+
+    def _refusal(self, path: str) -> Fault | None:
+        """The fault by which a file is refused at this moment, if it is."""
+        refused = self._refused.get(path)
+        if refused is None or refused.is_over(self._clock()):
+            return None
+        refused.reads += 1
+        return refused.fault
+
+    async def _has_expired(self, service: QueueService, path: str) -> bool:
+        request_id = _request_id_in(path)
+        seconds = self._expiring.get(request_id)
+        if seconds is None:
+            return False
+        known = await service.find(RequestId(request_id))
+        return known is not None and isinstance(known.state, Ending) and self._clock() - known.state.ended_at >= seconds
+
+
+@dataclass(slots=True)
+class _Refused:
+    """A file that is refused or was, or a result without its images."""
+
+    fault: Fault
+    until: float
+    """Unix seconds."""
+    reads: int
+    """That were refused."""
+
+    def is_over(self, now: float) -> bool:
+        return now >= self.until if self.fault.reads is None else self.reads >= self.fault.reads
+
+
+def _request_id_in(path: str) -> str:
+    """Of the request that a path names; empty where it names none."""
+    address = protocol.parse_path(path)
+    return "" if address is None else address.request_id or ""
+
+
+def _path_of(request: web.Request) -> str:
+    """Of the call itself, or of the one that a browser's proxy route stands for."""
+    target = request.headers.get(proxy.TARGET) if request.path == proxy.PATH else None
+    found = proxy.own_path(target) if target is not None else None
+    return request.path if found is None else found.path
+
+
+# --- calls ------------------------------------------------------------------------------------------------
+
+
+async def _commit(fault: Fault, request: web.Request, handler: Handler, service: QueueService) -> web.StreamResponse:
+    match fault.do:
+        case Deed.DROP:
+            await request.read()  # unread bytes would make the kernel send a reset in place of a plain end
+            return _hang_up(request)
+        case Deed.ANSWER | Deed.REFUSE:
+            await request.read()
+            return _error(fault, service)
+        case Deed.DROP_AFTER_ACCEPT | Deed.ANSWER_AFTER_ACCEPT:
+            answer = await handler(request)
+            if answer.status != 200:
+                return answer  # it was refused: nothing was accepted that could be lost
+            return _hang_up(request) if fault.do is Deed.DROP_AFTER_ACCEPT else _error(fault, service)
+        case Deed.LATE:
+            answer = await handler(request)
+            await asyncio.sleep(fault.seconds)
+            return answer
+        case Deed.ODD_FIELDS | Deed.NO_IMAGES:
+            return await handler(request)  # which answers so
+        case _:
+            return await _maim(fault, request, handler, service)
+
+
+def _hang_up(request: web.Request) -> web.Response:
+    if request.transport is not None:
+        request.transport.close()
+    return web.Response()  # never sent: the connection is gone
+
+
+def _error(fault: Fault, service: QueueService) -> web.Response:
+    headers = {} if fault.retry_after is None else {"retry-after": f"{fault.retry_after:g}"}
+    status, reason = fault.status, _phrase(fault.status)
+    if fault.body is Body.EMPTY:
+        return web.Response(status=status, headers=headers)
+    if fault.body is Body.HTML:
+        page = (
+            f"<html>\r\n<head><title>{status} {reason}</title></head>\r\n<body>\r\n"
+            f"<center><h1>{status} {reason}</h1></center>\r\n<hr><center>nginx</center>\r\n</body>\r\n</html>\r\n"
+        )
+        plain = {"content-type": "text/html", "server": "nginx"}
+        return web.Response(status=status, body=page.encode(), headers=plain | headers)
+    detail, new_id = _DETAILS.get(status, reason), service.new_id()
+    if fault.at is Moment.LISTING:
+        kind = _PLATFORM_ERRORS.get(status, PlatformError.SERVER if status >= 500 else PlatformError.VALIDATION)
+        reply = platform_error_reply(status, kind, detail, new_id)
+    else:
+        reply = protocol.request_error_reply(status, _REQUEST_ERRORS.get(status), detail, new_id)
+    return web.Response(status=status, body=reply.body, headers={**reply.headers, **headers})
+
+
+async def _maim(fault: Fault, request: web.Request, handler: Handler, service: QueueService) -> web.StreamResponse:
+    """The right answer with a body that is slow, cut off or short."""
+    found = await _whole(fault, request, handler, service)
+    if isinstance(found, web.StreamResponse):
+        return found
+    status, headers, body = found
+    half = body[: len(body) // 2]
+    if fault.do is Deed.SHORT:
+        return web.Response(status=status, body=half, headers=headers)
+    stream = web.StreamResponse(status=status, headers=headers)
+    stream.content_length = len(body)
+    await stream.prepare(request)
+    if fault.do is Deed.CUT:
+        await stream.write(half)
+        _hang_up(request)
+        return stream
+    size = -(-len(body) // _PIECES) or 1
+    for start in range(0, len(body), size):
+        await stream.write(body[start : start + size])
+        await asyncio.sleep(fault.seconds * size / len(body))
+    await stream.write_eof()
+    return stream
+
+
+async def _whole(
+    fault: Fault, request: web.Request, handler: Handler, service: QueueService
+) -> tuple[int, dict[str, str], bytes] | web.StreamResponse:
+    """Status, headers and body of the right answer; the answer itself where it is an error or a stream."""
+    if fault.at is Moment.FILE:
+        data = await service.storage.read(request.path)
+        if data is None:
+            return await handler(request)
+        return 200, {"content-type": content_type_of(request.path)}, data
+    answer = await handler(request)
+    body = answer.body if isinstance(answer, web.Response) else None
+    if answer.status >= 400 or not isinstance(body, bytes | bytearray):
+        return answer
+    return answer.status, _kept(answer), bytes(body)
+
+
+_ODD: Mapping[str, tuple[Json, ...]] = {
+    "seed": (True, "7", -1, 1.5, [], {}, [None], {"value": 1}),
+    "has_nsfw_concepts": (True, "no", 0, [None], ["no"], {}, {"0": False}),
+    "timings": (True, "fast", 0.5, [], [0.5], {"inference": None}, {"inference": "0.5"}, {"inference": {"s": 1}}),
+    "prompt": (7, [], {"text": "a cat"}),
+}
+"""Values that are not of the endpoint's types. A seed is none that could be taken for another one."""
+
+
+def _made_odd(output: JsonObject, way: float) -> JsonObject:
+    """The output with one to four fields absent, null or of another type; which and how is drawn from `way`, 0 to 1."""
+    chance, odd = Random(way), dict(output)
+    for name in chance.sample(sorted(_ODD), chance.randint(1, len(_ODD))):
+        match chance.randrange(3):
+            case 0:
+                odd.pop(name, None)
+            case 1:
+                odd[name] = None
+            case _:
+                odd[name] = chance.choice(_ODD[name])
+    return odd
+
+
+def _changed(handler: Handler, change: Callable[[JsonObject], JsonObject]) -> Handler:
+    """The handler, with its results changed; an error stays what it is."""
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        answer = await handler(request)
+        body = answer.body if isinstance(answer, web.Response) else None
+        if answer.status != 200 or not isinstance(body, bytes | bytearray):
+            return answer
+        changed = orjson.dumps(change(protocol.read_object(bytes(body))))
+        return web.Response(status=200, body=changed, headers=_kept(answer))
+
+    return handle
+
+
+def _kept(answer: web.StreamResponse) -> dict[str, str]:
+    """Its headers without the length, for another body."""
+    return {name: value for name, value in answer.headers.items() if name.lower() != "content-length"}
+
+
+def _response(reply: Reply) -> web.Response:
+    return web.Response(status=reply.status, body=reply.body, headers=reply.headers)
+
+
+def _phrase(status: int) -> str:
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:
+        return "Error"
+
+
+# --- the engine -------------------------------------------------------------------------------------------
+
+
+class _SentBack(WorkerCrashed):
+    """The request goes back to its queue for a while."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__("its runner was taken away")
+        self.pause = seconds
+
+
+class _Rehearsed:
+    """An engine that fails on purpose."""
+
+    def __init__(self, engine: Engine, faults: Faults, expiring: dict[str, float]) -> None:
+        self._engine = engine
+        self._faults = faults
+        self._expiring = expiring
+
+    def info(self) -> EngineInfo:
+        """The engine's own."""
+        return self._engine.info()
+
+    async def start(self) -> None:
+        """The engine's own."""
+        await self._engine.start()
+
+    async def aclose(self) -> None:
+        """The engine's own."""
+        await self._engine.aclose()
+
+    async def generate(self, job: EngineJob, on_step: OnStep, cancelled: Cancelled) -> EngineResult:
+        """Let the engine work, or do what the fault says.
+
+        Raises:
+            EngineFailure: a model error, the engine's own or one on purpose.
+            EngineCancelled: see the engine.
+            WorkerCrashed: the engine's own, one on purpose, or the request goes back to its queue.
+        """
+        fault = self._faults.decide(Moment.EXECUTE)
+        if fault is not None:
+            _log.info("on purpose: %s of request %s", fault.do, job.request_id)
+            await self._commit(fault, job, cancelled)
+        return await self._engine.generate(job, on_step, cancelled)
+
+    async def _commit(self, fault: Fault, job: EngineJob, cancelled: Cancelled) -> None:
+        match fault.do:
+            case Deed.EXPIRE:
+                self._expiring[job.request_id] = fault.seconds
+            case Deed.CRASH:
+                raise WorkerCrashed("killed on purpose")
+            case Deed.REQUEUE:
+                await _while_not(cancelled, fault.seconds)
+                raise _SentBack(fault.seconds)
+            case Deed.CONTENT_POLICY:
+                words = "The content could not be processed because it contained material flagged by a content checker."
+                raise EngineFailure(422, "content_policy_violation", words, ("body", "prompt"))
+            case _:
+                kind = _MODEL_ERRORS.get(fault.status, "internal_server_error")
+                raise EngineFailure(
+                    fault.status, kind, "The model failed on purpose", ("body",), retryable=fault.retryable
+                )
+
+
+async def _while_not(cancelled: Cancelled, seconds: float) -> None:
+    """Wait.
+
+    Raises:
+        EngineCancelled: the job was told to stop.
+    """
+    loop = asyncio.get_running_loop()
+    end = loop.time() + seconds
+    while (left := end - loop.time()) > 0:
+        if cancelled():
+            raise EngineCancelled
+        await asyncio.sleep(min(left, _LOOK_SECONDS))

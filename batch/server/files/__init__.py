@@ -1,0 +1,1 @@
+"""Files that the endpoint stores and serves."""

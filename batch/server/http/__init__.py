@@ -1,0 +1,1 @@
+"""The endpoint's HTTP face: routes, authentication, pages, the platform API."""

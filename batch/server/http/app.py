@@ -1,0 +1,436 @@
+"""The HTTP face of the queue: parse a request, ask the service, answer. Owns routes, limits and error answers.
+
+Decides nothing about requests (that is the broker) and knows no wire shapes (they are `batch.fal.protocol`'s and
+`answers`'). Every error answer is JSON with an `x-fal-request-id`, which stops the official Python client from
+taking it for a proxy's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable
+from typing import TypeAlias
+
+import orjson
+from aiohttp import HttpVersion11, web
+from aiohttp.http_exceptions import BadHttpMessage
+
+from batch.descriptors import ServerShare, lacks_descriptor
+from batch.errors import StorageError
+from batch.fal import protocol
+from batch.fal.endpoint import APP_ID
+from batch.fal.platform import PlatformError, platform_error_reply
+from batch.fal.protocol import Address, Malformed, Operation, Reply
+from batch.model import AppId, RequestId
+from batch.server.egress.ssrf import AddressRule, Refused
+from batch.server.faults.injection import Rehearsal
+from batch.server.http import fal_proxy as proxy
+from batch.server.http import metrics, openapi, uploads
+from batch.server.http.auth import Access, Authenticator, Denied, access_of
+from batch.server.http.callers import owner_of, set_owner
+from batch.server.http.page import routes as page
+from batch.server.queue import responses as answers
+from batch.server.queue.records import Ending, Keeping, Priority
+from batch.server.queue.service import Known, QueueFull, QueueService, Wishes
+from batch.server.queue.webhooks import webhook_of
+from batch.version import tool_version
+
+__all__ = ["BODY_LIMIT_BYTES", "Handler", "application", "response"]
+
+_log = logging.getLogger(__name__)
+
+BODY_LIMIT_BYTES = 72 * 2**20
+"""Of a submit: a source picture of 50 MiB as a data URI, and the rest."""
+BODY_SECONDS = 300.0
+"""How long a submit's body may take to arrive."""
+KEEP_ALIVE_SECONDS = 5.0
+"""Of a status stream: clients want a sign of life every 10 s."""
+_HELD_SHARE = 0.75
+"""Of all connections, those that may wait for an end (streams, direct calls): the others are for short calls."""
+_RETRY_SECONDS = "1"
+"""When a call that found no room may come again."""
+_TRUE = frozenset({"1", "true", "yes"})
+_READS = frozenset({"GET", "HEAD"})
+
+Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def application(
+    service: QueueService,
+    authenticator: Authenticator,
+    permitted: AddressRule,
+    app_id: AppId = APP_ID,
+    more: Iterable[tuple[str, str, Handler]] = (),
+    rehearsal: Rehearsal | None = None,
+    share: ServerShare | None = None,
+) -> web.Application:
+    """The server's routes. Paths that have none of their own belong to the queue.
+
+    Args:
+        service: the queue.
+        authenticator: says whose a call is.
+        permitted: which addresses webhooks may go to.
+        app_id: the one endpoint that is served.
+        more: method, path and handler of routes beside the queue's and the files'.
+        rehearsal: faults on purpose.
+        share: what may be open at once; None: as much as comes.
+    """
+    face = _Face(
+        service,
+        app_id,
+        authenticator,
+        permitted,
+        idempotency=rehearsal.idempotency if rehearsal is not None else True,
+        held=None if share is None else max(1, int(share.connections * _HELD_SHARE)),
+    )
+    app = web.Application(client_max_size=BODY_LIMIT_BYTES)
+    known = (
+        *((method, "/health", face.health) for method in ("GET", "HEAD")),
+        *((method, "/openapi.json", face.schema) for method in ("GET", "HEAD")),
+        ("POST", "/run/{app:.+}", face.run),
+        *proxy.routes(),
+        *uploads.routes(service, authenticator, None if share is None else share.downloads),
+        *metrics.routes(service),
+        *page.routes(service, app_id),
+        *more,
+        ("*", r"/{path:[\s\S]*}", face.queue),
+    )
+    for method, path, handler in known:
+        guarded = face.guarded(handler, access_of(method, path))
+        app.router.add_route(method, path, guarded, expect_handler=face.expect)
+    if rehearsal is not None:
+        app.middlewares.append(rehearsal.middleware(service, app_id))
+    return app
+
+
+def response(reply: Reply) -> web.Response:
+    """A protocol reply as aiohttp sends it."""
+    return web.Response(status=reply.status, body=reply.body, headers=reply.headers)
+
+
+class _Face:
+    """The handlers, with what they need."""
+
+    def __init__(
+        self,
+        service: QueueService,
+        app_id: AppId,
+        authenticator: Authenticator,
+        permitted: AddressRule,
+        *,
+        idempotency: bool,
+        held: int | None,
+    ) -> None:
+        self._service = service
+        self._authenticator = authenticator
+        self._permitted = permitted
+        self._app_id = app_id
+        self._idempotency = idempotency
+        self._held, self._held_limit = 0, held
+        """Connections that wait for an end."""
+        self._crossing = proxy.Crossing(keyed=authenticator.keyed)
+        self._owner, self._alias, _ = protocol.split_app(app_id)
+        self._schema = b""
+
+    def guarded(self, handler: Handler, access: Access = Access.KEY) -> Handler:
+        """Find out whose the call is (`owner_of` tells handlers), and turn what a handler raises into an answer."""
+
+        async def handle(request: web.Request) -> web.StreamResponse:
+            answer: web.StreamResponse
+            try:
+                if request.method == "OPTIONS":  # a browser asks, without a key, whether it may ask with one
+                    return self._crossed(request, web.Response(status=204))
+                self._crossing.check(request.host)
+                set_owner(request, self._authenticator.owner(_authorization(request), access))
+                answer = await handler(request)
+            except Denied as denied:
+                answer = self._deny(request, denied)
+            except StorageError as error:
+                if lacks_descriptor(error):
+                    answer = self._no_room(error)
+                else:
+                    self._service.disk_refused(error)
+                    answer = self._refuse(503, str(error), "internal_error")
+            except web.HTTPException as error:
+                answer = self._refuse(error.status, error.text or error.reason)
+            except (web.RequestPayloadError, BadHttpMessage) as error:
+                answer = self._refuse(400, " ".join(f"The body cannot be read: {error}".split())[:300])
+            except ConnectionError:
+                answer = self._refuse(499, "The caller hung up", "client_disconnected")  # nobody reads it
+            except Exception as error:  # the boundary between one call and the server
+                if lacks_descriptor(error):
+                    answer = self._no_room(error)
+                else:
+                    _log.exception("%s %s failed in a way that nobody foresaw", request.method, request.path)
+                    answer = self._refuse(500, "Internal Server Error", "internal_error")
+            self._crossed(request, answer)
+            self._service.tally.answered(request.method, request.path, answer.status)
+            return answer
+
+        return handle
+
+    async def expect(self, request: web.Request) -> web.Response | None:
+        """Answer an `Expect` header, which is read before the handlers: aiohttp's own answer repeats it as it came."""
+        expected = request.headers.get("expect", "")
+        if request.version < HttpVersion11:
+            return None
+        if expected.lower() != "100-continue":
+            return self._refuse(417, f"Expect: {expected[:100]!r} is not supported; 100-continue is")
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # of the answer itself
+        return None
+
+    async def health(self, _: web.Request) -> web.Response:
+        """What runs here and how much of it."""
+        info, counts = self._service.engine, self._service.statistics()
+        body = {
+            "engine": info.name,
+            "model": info.model,
+            "revision": info.revision,
+            "safety_checker": info.safety_checker or "not checked",
+            "safety_checked": info.safety_checker is not None,
+            "slots": info.slots,
+            "honours_idempotency_key": self._idempotency,
+            "honours_start_timeout": True,
+            "queue_depth": counts.waiting,
+            "running": counts.running,
+            "accepted": counts.accepted,
+            "submit_posts": self._service.submit_posts,
+            "disk": "ok" if self._service.disk_refuses is None else "refuses",
+        }
+        return web.Response(body=orjson.dumps(body), content_type=protocol.CONTENT_JSON)
+
+    async def schema(self, _: web.Request) -> web.Response:
+        """The API in OpenAPI, made when first asked for."""
+        if not self._schema:
+            self._schema = orjson.dumps(openapi.document(self._app_id, tool_version()))
+        headers = {"content-type": protocol.CONTENT_JSON, protocol.REQUEST_ID: self._service.new_id()}
+        return web.Response(body=self._schema, headers=headers)
+
+    async def queue(self, request: web.Request) -> web.StreamResponse:
+        """Everything below an app id."""
+        address = protocol.parse_path(request.path)
+        if address is None:
+            return self._refuse(404, f"Path {request.path} not found", **{protocol.BILLABLE_UNITS: "0"})
+        allowed = {Operation.SUBMIT: {"POST"}, Operation.CANCEL: {"PUT", "POST"}}.get(address.operation, _READS)
+        if request.method not in allowed:
+            return self._refuse(405, f"{request.method} is not allowed here, {' or '.join(sorted(allowed))} is")
+        if address.operation is Operation.SUBMIT:
+            direct = proxy.is_direct(request.host)
+            return await (self._run if direct else self._submit)(request, address.app)
+        return await self._read(request, address)
+
+    async def run(self, request: web.Request) -> web.StreamResponse:
+        """The direct call, by its path."""
+        return await self._run(request, AppId(request.match_info["app"].strip("/")))
+
+    async def _run(self, request: web.Request, app: AppId) -> web.StreamResponse:
+        """The output on the same connection. A lost connection does not cancel the work."""
+        if self._is_full:
+            return self._too_many()
+        self._held += 1
+        try:
+            return await self._run_held(request, app)
+        finally:
+            self._held -= 1
+
+    async def _run_held(self, request: web.Request, app: AppId) -> web.StreamResponse:
+        accepted = await self._accept(request, app)
+        if isinstance(accepted, web.Response):
+            return accepted
+        known = await self._service.find(accepted, expired=True)
+        while known is not None and not isinstance(known.state, Ending):
+            if self._service.stopping:
+                return self._refuse(503, "The server goes down; the request stays queued", "runner_disconnected")
+            await self._service.changed(accepted, KEEP_ALIVE_SECONDS)
+            known = await self._service.find(accepted, expired=True)
+        if known is None:  # it ended and was forgotten between two looks
+            return response(answers.not_found_reply(accepted))
+        return await self._result(request, accepted, known)
+
+    # --- submit -------------------------------------------------------------------------------------------
+
+    async def _submit(self, request: web.Request, app: AppId) -> web.Response:
+        accepted = await self._accept(request, app)
+        if isinstance(accepted, web.Response):
+            return accepted
+        return response(protocol.accepted_reply(_base(request), app, accepted, self._service.position(accepted)))
+
+    async def _accept(self, request: web.Request, app: AppId) -> RequestId | web.Response:
+        """The id of the accepted request, or the answer that refuses it."""
+        self._service.submit_posts += 1
+        if app != self._app_id:
+            return self._unknown_app(app)
+        try:
+            wishes = _wishes(request, self._permitted)
+            if not self._idempotency:
+                wishes = wishes._replace(idempotency_key=None)
+            admission = await self._service.submit(app, await _body(request), wishes, owner_of(request))
+        except web.HTTPRequestEntityTooLarge:
+            limit = BODY_LIMIT_BYTES // 2**20
+            return self._refuse(413, f"The body is larger than {limit} MiB; upload the picture and send its URL")
+        except Malformed as error:
+            errors = [answers.model_error("json_invalid", str(error), ("body",), {}, None)]
+            return response(protocol.model_error_reply(422, errors, self._service.new_id()))
+        except Refused as refusal:
+            message = f"This webhook cannot be called: {refusal} (serve --allow-private permits loopback and private)"
+            errors = [answers.model_error("url_error", message, ("query", "fal_webhook"), {}, None)]
+            return response(protocol.model_error_reply(422, errors, self._service.new_id()))
+        except QueueFull as full:
+            return self._refuse(429, f"Not accepted: {full}")
+        if not admission.same_input:
+            message = "This Idempotency-Key was used before with another input; use a new key for a new request"
+            errors = [answers.model_error("idempotency_key_reused", message, ("header", "idempotency-key"), {}, None)]
+            return response(protocol.model_error_reply(422, errors, self._service.new_id()))
+        return admission.request_id
+
+    def _unknown_app(self, app: AppId) -> web.Response:
+        try:
+            owner, alias, path = protocol.split_app(app)
+        except Malformed:
+            owner, alias, path = app, "", ""
+        if (owner, alias) == (self._owner, self._alias):
+            return self._refuse(404, f"Path /{path} not found", **{protocol.BILLABLE_UNITS: "0"})
+        return self._refuse(404, f'Application "{app}" not found; this server has {self._app_id}')
+
+    # --- reads --------------------------------------------------------------------------------------------
+
+    async def _read(self, request: web.Request, address: Address) -> web.StreamResponse:
+        request_id = address.request_id
+        assert request_id is not None, "only a submit has none"
+        known = await self._service.find(request_id) if len(request_id) == 36 else None
+        # Another owner's request is no request: whoever asks does not learn that it is there.
+        owner = owner_of(request)
+        if known is None or (owner and known.owner != owner):
+            return response(answers.not_found_reply(self._service.new_id()))
+        if protocol.split_app(address.app)[:2] != (self._owner, self._alias):
+            return response(answers.not_found_reply(self._service.new_id()))
+        match address.operation:
+            case Operation.STATUS:
+                return self._status(request, request_id, known)
+            case Operation.STREAM:
+                if self._is_full:
+                    return self._too_many()
+                self._held += 1
+                try:
+                    return await self._stream(request, request_id, known)
+                finally:
+                    self._held -= 1
+            case Operation.CANCEL:
+                outcome = await self._service.cancel(request_id)
+                return response(protocol.cancel_reply(outcome, request_id))
+            case _:
+                return await self._result(request, request_id, known)
+
+    def _status(self, request: web.Request, request_id: RequestId, known: Known) -> web.Response:
+        logs = _wants_logs(request)
+        return response(answers.status_reply(_base(request), known.app, request_id, known.state, logs=logs))
+
+    async def _result(self, request: web.Request, request_id: RequestId, known: Known) -> web.Response:
+        if not isinstance(known.state, Ending):
+            return response(answers.still_running_reply(request_id))
+        inlined = await self._service.inlined(known.state) if known.state.inline else None
+        return response(answers.result_reply(_base(request), known.state, inlined))
+
+    async def _stream(self, request: web.Request, request_id: RequestId, known: Known | None) -> web.StreamResponse:
+        """Server-sent events: one at each change, a comment in silence, the end after COMPLETED."""
+        stream = web.StreamResponse(
+            headers={
+                "content-type": "text/event-stream",
+                "cache-control": "no-cache",
+                protocol.REQUEST_ID: request_id,
+            }
+        )
+        await self._crossed(request, stream).prepare(request)
+        logs, base, last = _wants_logs(request), _base(request), b""
+        while known is not None:
+            body = answers.status_reply(base, known.app, request_id, known.state, logs=logs).body
+            await stream.write(b"data: " + body + b"\n\n" if body != last else b": still here\n\n")
+            if isinstance(known.state, Ending) or self._service.stopping:
+                break
+            last = body
+            await self._service.changed(request_id, KEEP_ALIVE_SECONDS)
+            known = await self._service.find(request_id, expired=True)
+        await stream.write_eof()
+        return stream
+
+    @property
+    def _is_full(self) -> bool:
+        return self._held_limit is not None and self._held >= self._held_limit
+
+    def _too_many(self) -> web.Response:
+        message = f"{self._held} connections wait for the end of a request, and no more may; submit and read its status"
+        return self._refuse(429, message, **{"retry-after": _RETRY_SECONDS})
+
+    def _no_room(self, error: Exception) -> web.Response:
+        """Nothing was accepted, and nothing is wrong with the call."""
+        self._service.lacked_descriptor(error)
+        message = "The server has too many files open; try again"
+        return self._refuse(429, message, **{"retry-after": _RETRY_SECONDS})
+
+    def _crossed(self, request: web.Request, answer: web.StreamResponse) -> web.StreamResponse:
+        """The answer, with what the browser of another origin's page has to know."""
+        if (origin := request.headers.get("origin")) is not None:
+            self._crossing.allow(origin, answer)
+        return answer
+
+    def _deny(self, request: web.Request, denied: Denied) -> web.Response:
+        if request.path.startswith("/v1/"):
+            reply = platform_error_reply(
+                denied.status, PlatformError.AUTHORIZATION, denied.detail, self._service.new_id()
+            )
+            return response(reply)
+        return self._refuse(denied.status, denied.detail, **{"www-authenticate": "Key"})
+
+    def _refuse(self, status: int, detail: str, error_type: str | None = None, **headers: str) -> web.Response:
+        new_id = self._service.new_id()
+        return response(protocol.request_error_reply(status, error_type, detail, new_id, **headers))
+
+
+def _authorization(request: web.Request) -> str | None:
+    """The header, if it was sent; several of them are one list, as HTTP has it."""
+    given = request.headers.getall("authorization", ())
+    return ", ".join(given) if given else None
+
+
+def _base(request: web.Request) -> str:
+    """Scheme and host as the caller sees them: the URLs that he gets work for him."""
+    return f"{request.scheme}://{request.host}"
+
+
+async def _body(request: web.Request) -> bytes:
+    if request.content.is_eof():
+        return await request.read()
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            return await request.read()
+    except TimeoutError as error:
+        raise web.HTTPRequestTimeout(text=f"The body did not come within {BODY_SECONDS:.0f} s") from error
+
+
+def _wants_logs(request: web.Request) -> bool:
+    return bool(request.query_string) and request.query.get("logs", "").lower() in _TRUE
+
+
+def _wishes(request: web.Request, permitted: AddressRule) -> Wishes:
+    headers, options = request.headers, protocol.options_in(request.headers)
+    limit = request.query.get("fal_max_queue_length", "") if request.query_string else ""
+    webhook = request.query.get("fal_webhook", "") if request.query_string else ""
+    return Wishes(
+        idempotency_key=_text(headers.get(protocol.IDEMPOTENCY_KEY)),
+        priority=Priority.LOW if options.low_priority else Priority.NORMAL,
+        start_timeout=options.start_timeout,
+        queue_limit=int(limit) if limit.isdecimal() and len(limit) < 20 else None,
+        webhook=webhook_of(webhook, _base(request), permitted) if webhook else None,
+        keeping=Keeping(headers.get("x-fal-store-io") == "0", options.file_seconds),
+        tags=options.tags,
+    )
+
+
+def _text(header: str | None) -> str | None:
+    """A header whose meaning is the caller's own.
+
+    Bytes that are no UTF-8 arrive as halves of surrogates; their numbers stand in for them, so that two stay two.
+    """
+    return header if header is None or header.isascii() else header.encode("utf-8", "backslashreplace").decode()

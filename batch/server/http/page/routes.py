@@ -1,0 +1,141 @@
+"""The page over HTTP: one template, a few static files, and the JSON that keeps it live.
+
+Owns the routes `/`, `/static/...` and `/page/state`, and what browsers are told to refuse. The page does its work
+through the public API, as any other client; only what it shows of the server comes from here. Nothing is read or made
+before somebody looks, and nothing here is on the way of a request to the queue.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Awaitable, Callable
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+import orjson
+from aiohttp import web
+
+from batch.fal import protocol
+from batch.fal.endpoint import ImageToImageInput
+from batch.model import AppId
+from batch.server.http.callers import owner_of
+from batch.server.http.page.state import numbers, request_card
+from batch.server.queue.service import QueueService
+
+__all__ = ["routes"]
+
+SHOWN_REQUESTS = 24
+_FOLDER = Path(__file__).parent
+_STATIC = {
+    "api.js": "text/javascript",
+    "icon.svg": "image/svg+xml",
+    "live.js": "text/javascript",
+    "page.css": "text/css",
+    "page.js": "text/javascript",
+    "playground.js": "text/javascript",
+    "recent.js": "text/javascript",
+}
+_WITHOUT_MODEL = {
+    "preview": "preview: filters, no model runs",
+    "echo": "rehearsal: cards, no model runs",
+}
+"""What a person must not overlook, by engine."""
+_HEADERS = {
+    "content-security-policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+        "require-trusted-types-for 'script'; trusted-types 'none'"
+    ),
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(), geolocation=(), microphone=()",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+}
+_SAME_SITE = frozenset({"same-origin", "none"})
+
+_Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def routes(service: QueueService, app_id: AppId) -> list[tuple[str, str, _Handler]]:
+    """Method, path and handler of each route."""
+    page = _Page(service, app_id)
+    paths = {"/": page.show, "/page/state": page.state, "/static/{name}": page.static}
+    return [(method, path, handler) for path, handler in paths.items() for method in ("GET", "HEAD")]
+
+
+class _File(NamedTuple):
+    body: bytes
+    content_type: str
+    etag: str
+
+
+class _Page:
+    """The handlers, with what they need."""
+
+    def __init__(self, service: QueueService, app_id: AppId) -> None:
+        self._service = service
+        self._app_id = app_id
+        self._read: dict[str, _File] = {}
+
+    async def show(self, request: web.Request) -> web.Response:
+        """The page itself."""
+        return _answer(request, self._document)
+
+    async def static(self, request: web.Request) -> web.Response:
+        """A file that the page needs."""
+        name = request.match_info["name"]
+        if name not in _STATIC:
+            raise web.HTTPNotFound(text=f"The page has no file {name}")
+        if name not in self._read:
+            self._read[name] = _file((_FOLDER / "static" / name).read_bytes(), _STATIC[name])
+        return _answer(request, self._read[name])
+
+    async def state(self, request: web.Request) -> web.Response:
+        """The numbers and the newest requests; asked for every second or two while somebody looks."""
+        if request.headers.get("sec-fetch-site", "none") not in _SAME_SITE:
+            # Another site's script in the same browser: prompts and pictures are none of its business.
+            raise web.HTTPForbidden(text="The page's state is for the page itself")
+        latest = await self._service.latest(SHOWN_REQUESTS, owner_of(request))
+        counts, path_in = self._service.statistics(), self._service.storage.path_in
+        body = {
+            **numbers(self._service.tally, waiting=counts.waiting, running=counts.running, now=time.time()),
+            "requests": [request_card(listed, view, path_in) for listed, view in latest],
+        }
+        headers = _HEADERS | {"content-type": protocol.CONTENT_JSON, "cache-control": "no-store"}
+        return web.Response(body=orjson.dumps(body), headers=headers)
+
+    @cached_property
+    def _document(self) -> _File:
+        """What runs here does not change while it runs, so that the page is made once."""
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+        environment = Environment(
+            loader=FileSystemLoader(_FOLDER / "templates"),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        info = self._service.engine
+        html = environment.get_template("page.html").render(
+            app_id=self._app_id,
+            info=info,
+            without_model=_WITHOUT_MODEL.get(info.name),
+            inputs=ImageToImageInput.model_json_schema()["properties"],
+        )
+        return _file(html.encode(), "text/html")
+
+
+def _file(body: bytes, content_type: str) -> _File:
+    return _File(body, content_type, hashlib.blake2b(body, digest_size=12).hexdigest())
+
+
+def _answer(request: web.Request, file: _File) -> web.Response:
+    headers = _HEADERS | {"cache-control": "no-cache", "etag": f'"{file.etag}"'}
+    if any(etag.value in {file.etag, "*"} for etag in request.if_none_match or ()):
+        return web.Response(status=304, headers=headers)
+    return web.Response(body=file.body, headers=headers, content_type=file.content_type, charset="utf-8")

@@ -1,0 +1,106 @@
+"""What the page shows, as JSON: the numbers, and the newest requests. Pure.
+
+Everything that came from somebody else (prompts, URLs, error texts) is plain text of a bounded length here; that it
+stays text is the page's part. Seeds are strings: a browser's numbers end at 2^53.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TypeAlias
+from urllib.parse import urlsplit
+
+from batch.fal import protocol
+from batch.fal.protocol import Malformed, Reply
+from batch.model import Json, JsonObject, QueueState
+from batch.server.queue.records import Listed
+from batch.server.queue.scheduler import View
+from batch.server.queue.stats import Outcome, Tally
+
+__all__ = ["PathIn", "numbers", "request_card"]
+
+TEXT_LIMIT = 400
+"""Characters of a prompt, URL or error text."""
+_SETTINGS = ("strength", "num_inference_steps", "guidance_scale", "output_format", "num_images")
+
+PathIn: TypeAlias = Callable[[str], str | None]
+"""The path of a file of ours in a URL, or None."""
+
+
+def numbers(tally: Tally, *, waiting: int, running: int, now: float) -> JsonObject:
+    """The live part: counts since the start, and what was finished in each of the last 60 seconds."""
+    return {
+        "now": now,
+        "waiting": waiting,
+        "running": running,
+        **{outcome.value: tally.outcomes[outcome] for outcome in Outcome},
+        "per_second": list(tally.per_second(now)),
+    }
+
+
+def request_card(listed: Listed, view: View | None, path_in: PathIn) -> JsonObject:
+    """One request as the page lists it."""
+    given, made = _object(listed.body), _object(listed.payload)
+    seed = made.get("seed", given.get("seed"))
+    card: JsonObject = {
+        "id": listed.request_id,
+        "state": _state(listed, view),
+        "position": view.position if view is not None and view.state is QueueState.IN_QUEUE else None,
+        "accepted_at": listed.accepted_at,
+        "ended_at": listed.ended_at,
+        "seconds": listed.inference_time,
+        "prompt": _text(given.get("prompt")),
+        "seed": str(seed) if isinstance(seed, int) and not isinstance(seed, bool) else None,
+        "settings": {name: given[name] for name in _SETTINGS if isinstance(given.get(name), str | int | float)},
+        "source": _source(given.get("image_url"), path_in),
+        "pictures": [] if listed.inline else list(_pictures(made.get("images"), path_in)),
+        "error": None,
+    }
+    if listed.status is not None and listed.status >= 400:
+        card["error"] = _text(protocol.error_body_of(Reply(listed.status, listed.payload or b"{}")).message)
+    return card
+
+
+def _state(listed: Listed, view: View | None) -> str:
+    if listed.status is None:
+        return "waiting" if view is None or view.state is QueueState.IN_QUEUE else "running"
+    if listed.status < 400:
+        return "done"
+    return "cancelled" if listed.status == 499 else "failed"
+
+
+def _source(url: Json, path_in: PathIn) -> JsonObject:
+    """Where the source picture is. One on somebody else's server is named, and never fetched by the page."""
+    if not isinstance(url, str):
+        return {"picture": None, "name": "no picture"}
+    path = path_in(url)
+    if path is not None:
+        return {"picture": path, "name": path.rpartition("/")[2]}
+    if url[:5].lower() == "data:":
+        return {"picture": None, "name": "broken data URI"}
+    return {"picture": None, "name": _host(url)}
+
+
+def _host(url: str) -> str:
+    try:
+        return _text(urlsplit(url).hostname or url)
+    except ValueError:
+        return _text(url)
+
+
+def _pictures(images: Json, path_in: PathIn) -> Iterable[JsonObject]:
+    for image in images if isinstance(images, list) else []:
+        if isinstance(image, dict) and isinstance(url := image.get("url"), str) and (path := path_in(url)) is not None:
+            yield {"picture": path, "width": image.get("width"), "height": image.get("height")}
+
+
+def _text(value: Json) -> str:
+    text = value if isinstance(value, str) else ""
+    return text if len(text) <= TEXT_LIMIT else text[:TEXT_LIMIT] + "…"
+
+
+def _object(body: bytes | None) -> JsonObject:
+    try:
+        return protocol.read_object(body) if body is not None else {}
+    except Malformed:
+        return {}

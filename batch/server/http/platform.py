@@ -1,0 +1,214 @@
+"""The platform API's subset below `/v1`: requests by endpoint, billing events, prices, an estimate, `meta`.
+
+Owns the routes. Every error has the platform's own shape, `{"error": {type, message, request_id}}`. What is listed:
+
+- `json_input` is the body as it was submitted. A picture that came inside it is put back in as a data URI, up to
+  `PICTURES_BYTES` a page; beyond that its URL stands in its place. Bodies above 1 MiB are left out.
+- `json_output` is the result with URLs, an error's body too; left out for `sync_mode`, whose results are not kept.
+- Requests that have not ended are not listed, nor does the listing lag, unless a faults file says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import ipaddress
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import TypeAlias
+
+import orjson
+from aiohttp import web
+
+from batch.fal import platform, queries
+from batch.fal.platform import Charge, Listed, PlatformError
+from batch.fal.protocol import Malformed, Reply
+from batch.fal.queries import EstimateKind
+from batch.model import AppId, JsonObject
+from batch.server.files.storage import content_type_of
+from batch.server.http.callers import owner_of
+from batch.server.queue import responses as answers
+from batch.server.queue.request_log import Charged, History, Past
+from batch.server.queue.service import QueueService
+
+__all__ = ["PICTURES_BYTES", "routes"]
+
+PICTURES_BYTES = 32 * 2**20
+"""Of the pictures that a page shows as data URIs."""
+_UNITS_OF_NOBODY = 1.0
+"""Megapixels of a call where none was made yet."""
+_PICTURE = b'"image_url":"/files/'
+
+_Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def routes(
+    service: QueueService,
+    app_id: AppId,
+    history: History,
+    price_usd: float = 0.0,
+    clock: Callable[[], float] = time.time,
+) -> list[tuple[str, str, _Handler]]:
+    """Method, path and handler of each route.
+
+    Args:
+        service: the queue.
+        app_id: the one endpoint that is served.
+        history: where the requests are looked up.
+        price_usd: of a megapixel.
+        clock: Unix seconds.
+    """
+    face = _Platform(service, app_id, history, price_usd, clock)
+    return [
+        ("GET", "/v1/models/requests/by-endpoint", face.guarded(face.requests)),
+        ("GET", "/v1/models/billing-events", face.guarded(face.charges)),
+        ("GET", "/v1/models/pricing", face.guarded(face.prices)),
+        ("POST", "/v1/models/pricing/estimate", face.guarded(face.estimate)),
+        ("GET", "/v1/meta", face.guarded(face.meta)),
+        ("*", r"/v1/{path:[\s\S]*}", face.guarded(face.nothing)),
+    ]
+
+
+class _Platform:
+    """The handlers, with what they need."""
+
+    def __init__(
+        self,
+        service: QueueService,
+        app_id: AppId,
+        history: History,
+        price_usd: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self._service = service
+        self._app_id = app_id
+        self._history = history
+        self._price_usd = price_usd
+        self._clock = clock
+
+    def guarded(self, handler: Callable[[web.Request], Awaitable[Reply]]) -> _Handler:
+        """A handler of replies as one of aiohttp's, its errors in the platform's shape."""
+
+        async def handle(request: web.Request) -> web.StreamResponse:
+            try:
+                reply = await handler(request)
+            except Malformed as error:
+                reply = self._refuse(400, PlatformError.VALIDATION, str(error))
+            except web.HTTPException as error:
+                reply = self._refuse(error.status, PlatformError.VALIDATION, error.text or error.reason)
+            return web.Response(status=reply.status, body=reply.body, headers=reply.headers)
+
+        return handle
+
+    async def requests(self, request: web.Request) -> Reply:
+        """A page of the endpoint's requests."""
+        query = queries.read_listing_query(list(request.query.items()), self._clock())
+        found: list[Past] = []
+        more = False
+        if self._app_id in query.apps:
+            found, more = await self._history.page(query, _owner(request))
+        base = f"{request.scheme}://{request.host}"
+        pictures = await self._pictures(found)
+        make = partial(_listed, base, found, pictures)
+        # Decoding a page of inputs, pictures among them, would hold up everybody.
+        items = await asyncio.to_thread(make) if query.payloads else make()
+        cursor = queries.cursor_of(query.page + 1) if more else None
+        answer = partial(
+            platform.listing_reply, items, cursor, payloads=query.payloads, request_id=self._service.new_id()
+        )
+        return await asyncio.to_thread(answer) if query.payloads else answer()
+
+    async def charges(self, request: web.Request) -> Reply:
+        """A page of what requests cost: their true units, at the price that this server was started with."""
+        query = queries.read_billing_query(list(request.query.items()), self._clock())
+        found: list[Charged] = []
+        more = False
+        if not query.apps or self._app_id in query.apps:
+            found, more = await self._history.charges(query, _owner(request))
+        charges = [Charge(one.request_id, one.app, one.at, one.units, self._price_usd, one.tags) for one in found]
+        cursor = queries.cursor_of(query.page + 1) if more else None
+        return platform.billing_reply(charges, cursor, self._service.new_id())
+
+    async def prices(self, request: web.Request) -> Reply:
+        """The price of the one endpoint."""
+        apps = queries.read_pricing_query(list(request.query.items()))
+        if missing := self._missing(apps):
+            return missing
+        return platform.pricing_reply({self._app_id: self._price_usd}, request_id=self._service.new_id())
+
+    async def estimate(self, request: web.Request) -> Reply:
+        """What so many units cost, or so many calls as they were on average."""
+        kind, quantities = queries.read_estimate(await request.read())
+        if missing := self._missing(tuple(quantities)):
+            return missing
+        units = 1.0
+        if kind is EstimateKind.HISTORICAL:
+            units = await self._history.units_a_call(_owner(request)) or _UNITS_OF_NOBODY
+        total = sum(quantities.values()) * units * self._price_usd
+        return platform.estimate_reply(kind, round(total, 9), self._service.new_id())
+
+    async def meta(self, request: web.Request) -> Reply:
+        """Where this server's webhooks come from: the address at which it was asked."""
+        name = request.transport.get_extra_info("sockname") if request.transport is not None else None
+        ranges = [str(ipaddress.ip_network(name[0].partition("%")[0]))] if isinstance(name, tuple) else []
+        return platform.meta_reply(ranges, self._service.new_id())
+
+    async def nothing(self, request: web.Request) -> Reply:
+        """Every other call of the platform API."""
+        words = f"This server has no {request.method} {request.path}; /openapi.json lists what it has"
+        return self._refuse(404, PlatformError.NOT_FOUND, words)
+
+    def _missing(self, apps: Sequence[AppId]) -> Reply | None:
+        others = [app for app in apps if app != self._app_id]
+        words = f"Endpoint {', '.join(others)!r:.200} not found; this server has {self._app_id}"
+        return self._refuse(404, PlatformError.NOT_FOUND, words) if others else None
+
+    def _refuse(self, status: int, kind: PlatformError, message: str) -> Reply:
+        return platform.platform_error_reply(status, kind, message, self._service.new_id())
+
+    async def _pictures(self, found: Sequence[Past]) -> dict[str, bytes]:
+        """The pictures that came inside inputs, by stored path, as many as a page may show."""
+        pictures: dict[str, bytes] = {}
+        left = PICTURES_BYTES
+        for past in found:
+            if past.body is None or _PICTURE not in past.body:
+                continue
+            path = orjson.loads(past.body).get("image_url")
+            data = await self._service.storage.read(path) if isinstance(path, str) and path not in pictures else None
+            if data is not None and len(data) <= left:
+                pictures[path] = data
+                left -= len(data)
+        return pictures
+
+
+def _listed(base: str, found: Sequence[Past], pictures: dict[str, bytes]) -> list[Listed]:
+    return [
+        Listed(
+            past.request_id,
+            past.app,
+            past.accepted_at,
+            past.started_at,
+            past.ended_at,
+            past.status,
+            None if past.body is None else _input(base, past.body, pictures),
+            None if past.payload is None else orjson.loads(answers.with_urls(base, past.payload)),
+        )
+        for past in found
+    ]
+
+
+def _input(base: str, body: bytes, pictures: dict[str, bytes]) -> JsonObject:
+    """The input as it was submitted."""
+    given: JsonObject = orjson.loads(body)
+    path = given.get("image_url")
+    if _PICTURE in body and isinstance(path, str):
+        data = pictures.get(path)
+        encoded = None if data is None else base64.b64encode(data).decode()
+        given["image_url"] = base + path if data is None else f"data:{content_type_of(path)};base64,{encoded}"
+    return given
+
+
+def _owner(request: web.Request) -> str | None:
+    """Whose requests may be shown; None on a server without keys: everybody's."""
+    return owner_of(request) or None

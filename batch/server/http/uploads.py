@@ -1,0 +1,260 @@
+"""Files over HTTP: both official upload mechanisms, whole and in parts, and the files themselves.
+
+Owns the routes below `/storage`, `/files` and `/tokens`. Files are public to whoever knows their name, as on fal;
+names cannot be guessed. The path of an announced upload holds its permission: JavaScript's client sends no key with
+the bytes. An upload id is the same signature of the path, so that nothing has to be remembered of an announcement.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import orjson
+from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
+
+from batch.descriptors import patiently
+from batch.fal import protocol
+from batch.model import JsonObject
+from batch.server.files.multipart import PARTS, BadParts, Part
+from batch.server.files.spool import TooLarge
+from batch.server.files.storage import Reservation, content_type_of
+from batch.server.http.auth import Authenticator
+from batch.server.http.callers import owner_of
+from batch.server.queue.service import QueueService
+
+__all__ = ["UPLOAD_LIMIT_BYTES", "routes"]
+
+UPLOAD_LIMIT_BYTES = 100 * 2**20
+"""The official clients send anything larger in parts."""
+SILENCE_SECONDS = 60.0
+"""How long a sender may say nothing in the middle of a file."""
+_FILE_HEADERS = {
+    # Somebody else's bytes under our origin: a browser must neither guess what they are nor run them.
+    "x-content-type-options": "nosniff",
+    "content-security-policy": "default-src 'none'; sandbox",
+    "cache-control": "public, max-age=31536000, immutable",
+    "access-control-allow-origin": "*",
+}
+
+_PATH = "{path:/files/[^/]+/[^/]+}"
+
+_Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def routes(
+    service: QueueService, authenticator: Authenticator, downloads: int | None = None
+) -> list[tuple[str, str, _Handler]]:
+    """Method, path and handler of each route; `downloads` large files are sent at once, others wait."""
+    files = _Files(service, authenticator, downloads)
+    return [
+        ("POST", "/storage/auth/token", files.token),
+        ("POST", "/tokens/", files.realtime_token),
+        ("POST", "/storage/upload/initiate", files.initiate),
+        ("POST", "/storage/upload/initiate-multipart", files.initiate),
+        ("PUT", "/storage/upload/{token}" + _PATH, files.put),
+        ("PUT", "/storage/upload/{token}" + _PATH + "/{number}", files.put_part),
+        ("POST", "/storage/upload/{token}" + _PATH + "/complete", files.complete),
+        ("POST", "/files/upload", files.upload),
+        ("POST", "/files/upload/multipart", files.begin),
+        ("PUT", "/files/{prefix}/{name}/multipart/{token}/{number}", files.put_part),
+        ("POST", "/files/{prefix}/{name}/multipart/{token}/complete", files.complete),
+        ("GET", "/files/{prefix}/{name}", files.get),
+        ("HEAD", "/files/{prefix}/{name}", files.get),
+    ]
+
+
+class _Files:
+    """The handlers, with what they need."""
+
+    def __init__(self, service: QueueService, authenticator: Authenticator, downloads: int | None) -> None:
+        self._sending = nullcontext() if downloads is None else asyncio.Semaphore(downloads)
+        self._service = service
+        self._authenticator = authenticator
+        self._storage = service.storage
+
+    async def token(self, request: web.Request) -> web.Response:
+        """A CDN token, as Python's client wants one before it uploads: it stands in for the caller's key."""
+        token = self._authenticator.token(owner_of(request))
+        answer: JsonObject = {
+            "token": token.text,
+            "token_type": "Bearer",
+            "base_url": _base(request),
+            # With an offset, not with Z: older Pythons cannot read that.
+            "expires_at": datetime.fromtimestamp(token.expires_at, UTC).isoformat(),
+        }
+        return self._json(answer)
+
+    async def realtime_token(self, request: web.Request) -> web.Response:
+        """A short-lived token as a JSON string. Nothing here is reached with it yet: there is no websocket."""
+        text = self._authenticator.token(owner_of(request)).text
+        own = {"content-type": protocol.CONTENT_JSON, protocol.REQUEST_ID: self._service.new_id()}
+        return web.Response(body=orjson.dumps(text), headers=own)
+
+    async def initiate(self, request: web.Request) -> web.Response:
+        """Announce an upload: where to put the bytes and where they will be found (the JavaScript client's way)."""
+        content_type = (await _object_in(request)).get("content_type")
+        reserved = await self._reserve(request, content_type if isinstance(content_type, str) else None)
+        base = _base(request)
+        return self._json(
+            {
+                "upload_url": f"{base}/storage/upload/{reserved.token}{reserved.path}",
+                "file_url": base + reserved.path,
+            }
+        )
+
+    async def begin(self, request: web.Request) -> web.Response:
+        """Announce an upload in parts (Python's way)."""
+        reserved = await self._reserve(request, request.headers.get("content-type"))
+        return self._json({"access_url": _base(request) + reserved.path, "uploadId": reserved.token})
+
+    async def put(self, request: web.Request) -> web.Response:
+        """The bytes of an announced upload; the token in the path is the permission."""
+        path = self._announced(request)
+        await self._receive(request, path)
+        return self._json({}, etag=f'"{path.rpartition("/")[2]}"')
+
+    async def put_part(self, request: web.Request) -> web.Response:
+        """One part of an announced upload. Python reads the `etag` header, JavaScript the body."""
+        path, number = self._announced(request), request.match_info["number"]
+        if re.fullmatch("[1-9][0-9]{0,3}", number) is None or int(number) > PARTS:
+            raise web.HTTPBadRequest(text=f"A part's number is from 1 to {PARTS}, not {number[:20]}")
+        chunks = _chunks(request)
+        try:
+            tag = await self._storage.receive_part(path, int(number), chunks, request.content_length)
+        except TooLarge as error:
+            raise web.HTTPRequestEntityTooLarge(0, text=f"This upload is too large: {error}") from error
+        etag = f'"{tag}"'
+        return self._json({"partNumber": int(number), "etag": etag}, etag=etag)
+
+    async def complete(self, request: web.Request) -> web.Response:
+        """All parts of an announced upload have come: they become the file."""
+        path = self._announced(request)
+        try:
+            await self._storage.join_parts(path, _parts_in(await _object_in(request)))
+        except BadParts as error:
+            raise web.HTTPBadRequest(text=f"The upload cannot be completed: {error}") from error
+        url = _base(request) + path
+        return self._json({"access_url": url, "file_url": url}, etag=f'"{path.rpartition("/")[2]}"')
+
+    async def upload(self, request: web.Request) -> web.Response:
+        """Raw bytes in, URL out (Python's way)."""
+        path = await self._receive(request, None)
+        return self._json({"access_url": _base(request) + path}, etag=f'"{path.rpartition("/")[2]}"')
+
+    async def get(self, request: web.Request) -> web.StreamResponse:
+        """A file: with type, length, ETag, ranges and HEAD."""
+        path = request.path
+        found = await self._storage.find(path)
+        if found is None:
+            raise web.HTTPNotFound(text=f"There is no file {path}")
+        headers = {"content-type": content_type_of(path), **_FILE_HEADERS}
+        if isinstance(found, Path):
+            return _File(found, headers, self._sending)
+        name = path.rpartition("/")[2]  # a hash of the bytes
+        headers["etag"] = f'"{name}"'
+        if any(etag.value in {name, "*"} for etag in request.if_none_match or ()):
+            return web.Response(status=304, headers=headers)
+        return web.Response(body=found, headers=headers)
+
+    async def _reserve(self, request: web.Request, content_type: str | None) -> Reservation:
+        reserved, life = self._storage.reserve(content_type), protocol.lifetime_in(request.headers)
+        if life is not None:
+            await self._storage.limit_life(reserved.path, life)
+        return reserved
+
+    def _announced(self, request: web.Request) -> str:
+        """The path that an upload was announced for."""
+        known = request.match_info
+        path = known["path"] if "path" in known else f"/files/{known['prefix']}/{known['name']}"
+        if self._storage.path_in(path) != path or not self._storage.may_write(path, known["token"]):
+            raise web.HTTPForbidden(text="This upload was not announced; POST to /storage/upload/initiate first")
+        return path
+
+    async def _receive(self, request: web.Request, path: str | None) -> str:
+        too_large = f"The file is larger than {UPLOAD_LIMIT_BYTES // 2**20} MiB; send it in parts, or a smaller one"
+        if (request.content_length or 0) > UPLOAD_LIMIT_BYTES:
+            raise web.HTTPRequestEntityTooLarge(UPLOAD_LIMIT_BYTES, text=too_large)
+        chunks, content_type = _chunks(request), request.headers.get("content-type")
+        life = protocol.lifetime_in(request.headers) if path is None else None
+        try:
+            return await self._storage.receive(chunks, content_type, UPLOAD_LIMIT_BYTES, path, life)
+        except TooLarge as error:
+            raise web.HTTPRequestEntityTooLarge(UPLOAD_LIMIT_BYTES, text=too_large) from error
+
+    def _json(self, value: JsonObject, **headers: str) -> web.Response:
+        own = {"content-type": protocol.CONTENT_JSON, protocol.REQUEST_ID: self._service.new_id()}
+        return web.Response(body=orjson.dumps(value), headers=own | headers)
+
+
+class _File(web.FileResponse):
+    """A file on disk, which is open while it is sent."""
+
+    def __init__(self, path: Path, headers: dict[str, str], turn: AbstractAsyncContextManager[object]) -> None:
+        super().__init__(path, headers=headers)
+        self._turn = turn
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        async with self._turn:
+            return await super().prepare(request)
+
+    def _make_response(self, *arguments: Any) -> Any:
+        """Open it, in a thread. aiohttp would answer 404 where it cannot be opened for want of a descriptor."""
+        return patiently(partial(super()._make_response, *arguments), time.sleep)
+
+
+async def _chunks(request: web.Request) -> AsyncIterator[bytes]:
+    """The body as it comes."""
+    while True:
+        try:
+            async with asyncio.timeout(SILENCE_SECONDS):
+                chunk = await request.content.readany()
+        except TimeoutError as error:
+            raise _silent() from error
+        if not chunk:
+            return
+        yield chunk
+
+
+def _silent() -> web.HTTPRequestTimeout:
+    return web.HTTPRequestTimeout(text=f"Nothing came for {SILENCE_SECONDS:.0f} s")
+
+
+async def _object_in(request: web.Request) -> JsonObject:
+    """The JSON object that was sent; an empty one where nothing was."""
+    try:
+        async with asyncio.timeout(SILENCE_SECONDS):
+            body = await request.read()
+        return protocol.read_object(body or b"{}")
+    except TimeoutError as error:
+        raise _silent() from error
+    except protocol.Malformed as error:
+        raise web.HTTPUnprocessableEntity(text=f"The body has to be a JSON object: {error}") from error
+
+
+def _parts_in(body: JsonObject) -> list[Part]:
+    """Which parts make the file, as its sender says.
+
+    Raises:
+        BadParts: it does not say so.
+    """
+    listed = body.get("parts")
+    found: list[Part] = []
+    for one in listed if isinstance(listed, list) else []:
+        number, tag = (one.get("partNumber"), one.get("etag")) if isinstance(one, dict) else (None, None)
+        if not isinstance(number, int) or not isinstance(tag, str):
+            raise BadParts('name each as {"partNumber": 1, "etag": "..."}')
+        found.append(Part(number, tag.removeprefix("W/").strip('"')))
+    return found
+
+
+def _base(request: web.Request) -> str:
+    return f"{request.scheme}://{request.host}"

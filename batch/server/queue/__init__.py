@@ -1,0 +1,1 @@
+"""The endpoint's queue: from an accepted submit to its response."""

@@ -1,0 +1,133 @@
+"""Executes one request: validate, fetch the source, let the engine work, keep the pictures.
+
+Owns the way from a stored input to an outcome. Every foreseeable fault becomes a `Fault`, which is what the
+request's result URL will answer; only a died worker process is left to the caller, who may try again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from pydantic import ValidationError
+
+from batch.descriptors import lacks_descriptor
+from batch.fal.endpoint import ImageToImageInput
+from batch.model import RequestId
+from batch.server.egress.source_images import Sources
+from batch.server.engines.base import (
+    Cancelled,
+    Engine,
+    EngineCancelled,
+    EngineFailure,
+    EngineJob,
+    EngineResult,
+    OnStep,
+    WorkerCrashed,
+)
+from batch.server.files.storage import Storage
+from batch.server.queue import responses as answers
+
+__all__ = ["Fault", "Kept", "Made", "Outcome", "Worker"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """The request ended without pictures."""
+
+    status: int
+    payload: bytes
+    error_type: str | None = None
+    retryable: bool | None = None
+
+    @classmethod
+    def of(cls, status: int, error_type: str, detail: str) -> Fault:
+        """An infrastructure error."""
+        return cls(status, answers.error_payload(error_type, detail), error_type)
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """The engine's result, in memory."""
+
+    result: EngineResult
+    inline: bool
+    """The caller wants its pictures in the answer itself (`sync_mode`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """The result with its pictures on disk."""
+
+    payload: bytes
+    billable_units: float
+    inline: bool
+
+
+Outcome: TypeAlias = Made | Fault
+
+
+class Worker:
+    """What stands between the queue and the engine."""
+
+    def __init__(self, engine: Engine, storage: Storage, sources: Sources) -> None:
+        self._engine = engine
+        self._storage = storage
+        self._sources = sources
+        self._fetches_source = engine.info().fetches_source
+
+    async def make(self, request_id: RequestId, body: bytes, on_step: OnStep, cancelled: Cancelled) -> Outcome:
+        """Execute a request up to its pictures.
+
+        Raises:
+            WorkerCrashed: the engine's process died.
+            Exception: no descriptor is free (`lacks_descriptor`); nothing was done.
+        """
+        image_url = ""
+        try:
+            given = ImageToImageInput.model_validate_json(body)
+            image_url = given.image_url
+            if given.seed is None:
+                given = given.model_copy(update={"seed": _seed_of(request_id)})
+            source = await self._sources.fetch(image_url) if self._fetches_source else None
+            if cancelled():
+                return Fault.of(*answers.CANCELLED)
+            result = await self._engine.generate(EngineJob(request_id, given, source), on_step, cancelled)
+        except ValidationError as error:
+            return Fault(422, answers.validation_payload(error), retryable=False)
+        except EngineFailure as failure:
+            return Fault(failure.status, answers.failure_payload(failure, image_url), retryable=failure.retryable)
+        except EngineCancelled:
+            return Fault.of(*answers.CANCELLED)
+        except WorkerCrashed:
+            raise
+        except Exception as error:  # the boundary between one request and the server: it must not end the others
+            if lacks_descriptor(error):
+                raise
+            _log.exception("request %s failed in a way that nobody foresaw", request_id)
+            return Fault.of(500, "internal_error", "Internal Server Error")
+        return Made(result, given.sync_mode)
+
+    async def keep(self, made: Made, life: float | None = None) -> Kept:
+        """Store the pictures, for `life` seconds where that is given; durable when it returns.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        pictures = made.result.pictures
+        if len(pictures) == 1:
+            paths = [await self._storage.save(pictures[0].data, pictures[0].content_type, life)]
+        else:
+            paths = await asyncio.gather(*(self._storage.save(one.data, one.content_type, life) for one in pictures))
+        payload = answers.output_payload(made.result, paths)
+        return Kept(payload, answers.billable_units(made.result), made.inline)
+
+
+def _seed_of(request_id: RequestId) -> int:
+    """A seed for a request that came without one. Of its id: executed again after a crash it gives the same picture."""
+    return int.from_bytes(hashlib.blake2b(request_id.encode(), digest_size=4).digest()) >> 1

@@ -1,0 +1,182 @@
+"""Looks back over the server's requests: pages of them, what they cost, what they cost on average. Reads only.
+
+Owns a connection and a thread of its own, so that a walk through a million requests holds up neither the queue nor its
+writer. What a page looks like on the wire is `batch.fal.platform`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import sqlite3
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self, TypeVar
+from urllib.parse import quote
+
+import orjson
+
+from batch.fal.queries import BillingQuery, ListingQuery, Outcome, SortBy
+from batch.group_commit import in_open_database
+from batch.model import AppId, RequestId
+from batch.server.faults.plan import ListingRules, Window
+
+__all__ = ["Charged", "History", "Past"]
+
+LISTED_BYTES = 2**20
+"""A longer input or result is not listed, as fal keeps no longer ones."""
+_STATUSES = {Outcome.SUCCESS: (200, 299), Outcome.USER_ERROR: (400, 499), Outcome.ERROR: (500, 599)}
+
+Value = TypeVar("Value")
+
+_SQL = {
+    name: statement.strip()
+    for name, statement in re.findall(
+        r"^-- name: (\w+)\n(.*?)(?=^-- name: |\Z)",
+        Path(__file__).with_suffix(".sql").read_text("utf-8"),
+        re.MULTILINE | re.DOTALL,
+    )
+}
+
+
+class Past(NamedTuple):
+    """A request as the listing shows it. Instants in Unix seconds."""
+
+    request_id: RequestId
+    app: AppId
+    accepted_at: float
+    started_at: float | None
+    ended_at: float | None
+    """None: it had not ended as far as the listing knows."""
+    status: int | None
+    body: bytes | None
+    """The input as it is kept; None where payloads were not asked for."""
+    payload: bytes | None
+    """The result as it is kept; None also where it was answered inline, for then nothing is kept."""
+
+
+class Charged(NamedTuple):
+    """A request that cost something."""
+
+    request_id: RequestId
+    app: AppId
+    at: float
+    units: float
+    tags: dict[str, str] | None = None
+    """None where they were not asked for."""
+
+
+class History:
+    """The past of one server; an async context manager.
+
+    Args:
+        path: the store's file, which exists.
+        rules: what the listing knows, and when.
+        clock: Unix seconds.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        rules: ListingRules | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._rules = rules or ListingRules()
+        self._clock = clock
+        self._database = sqlite3.connect(
+            f"file:{quote(str(path.absolute()))}?mode=ro", uri=True, isolation_level=None, check_same_thread=False
+        )
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="history")
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown()
+        self._database.close()
+
+    async def page(self, query: ListingQuery, owner: str | None = None) -> tuple[list[Past], bool]:
+        """One page of the requests of the store's app, and whether there is another.
+
+        Args:
+            query: its `apps` are not looked at: a store holds one app's requests.
+            owner: only his; None: everybody's.
+        """
+        return await self._call(partial(self._page, query, owner))
+
+    async def charges(self, query: BillingQuery, owner: str | None = None) -> tuple[list[Charged], bool]:
+        """One page of what requests cost, the newest first, and whether there is another."""
+        return await self._call(partial(self._charges, query, owner))
+
+    async def units_a_call(self, owner: str | None = None) -> float | None:
+        """Units of a request on average over the last thousand that cost something; None where none did."""
+        query = partial(self._database.execute, _SQL["units_a_call"], {"owner": owner})
+        found = await self._call(lambda: query().fetchone())
+        return None if found[0] is None else float(found[0])
+
+    # --- in the thread ------------------------------------------------------------------------------------
+
+    def _page(self, query: ListingQuery, owner: str | None) -> tuple[list[Past], bool]:
+        known = self._clock() - self._rules.lag
+        low, high = _STATUSES[query.outcome] if query.outcome is not None else (None, None)
+        values = {
+            "start": query.start,
+            "end": query.end,
+            "known": known,
+            "waiting": self._rules.show_waiting,
+            "low": low,
+            "high": high,
+            "owner": owner,
+            "longest": query.sort_by is SortBy.DURATION,
+            "of_ends": self._rules.window is Window.ENDED_AT,
+            "request_id": query.request_id,
+            "limit": query.limit + 1,
+            "offset": query.offset,
+        }
+        found = self._database.execute(_SQL[self._way(query)], values).fetchall()
+        seqs = [row[0] for row in found[: query.limit]]
+        asked = {"seqs": orjson.dumps(seqs), "payloads": query.payloads, "most": LISTED_BYTES}
+        rows = {row[0]: _past(row, known) for row in self._database.execute(_SQL["rows"], asked)}
+        # A request that was removed between the two statements is missing from the second.
+        return [rows[seq] for seq in seqs if seq in rows], len(found) > query.limit
+
+    def _way(self, query: ListingQuery) -> str:
+        """The statement that answers a question."""
+        if query.request_id is not None:
+            return "by_id"
+        if self._rules.show_waiting:
+            return "with_waiting"
+        return "by_duration" if query.sort_by is SortBy.DURATION else "by_end"
+
+    def _charges(self, query: BillingQuery, owner: str | None) -> tuple[list[Charged], bool]:
+        values = {
+            "start": query.start,
+            "end": query.end,
+            "owner": owner,
+            "request_ids": orjson.dumps(query.request_ids) if query.request_ids else None,
+            "tags": orjson.dumps(query.tags),
+            "limit": query.limit + 1,
+            "offset": query.offset,
+        }
+        rows = self._database.execute(_SQL["tagged_charges" if query.tagged else "charges"], values).fetchall()
+        return [_charged(*row) for row in rows[: query.limit]], len(rows) > query.limit
+
+    async def _call(self, function: Callable[[], Value]) -> Value:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, in_open_database, function)
+
+
+def _charged(request_id: RequestId, app: AppId, at: float, units: float, tags: str | None) -> Charged:
+    return Charged(request_id, app, at, units, None if tags is None else orjson.loads(tags))
+
+
+def _past(row: tuple[Any, ...], known: float) -> Past:
+    _, request_id, app, accepted_at, started_at, ended_at, status, body, payload = row
+    if ended_at is None or ended_at > known:
+        started_at = ended_at = status = payload = None
+    return Past(request_id, app, accepted_at, started_at, ended_at, status, body, payload)
