@@ -11,18 +11,18 @@ import os
 import sys
 from typing import NoReturn
 
+from batch.cli.streams import fill_closed
 from batch.errors import ExitCode
-from batch.interrupts import postpone
-from batch.outlet import fill_closed
+from batch.system.signals import postpone
 
 
 def entry() -> NoReturn:
     """Carry out the command line of this process and end it; everything is written and closed by then."""
-    gc.disable()  # until `batch.cli` has loaded what its command needs
+    gc.disable()  # until `batch.cli.commands` has loaded what its command needs
     postpone()  # until then, too
     fill_closed()
     try:
-        from batch.cli import main
+        from batch.cli.commands import main
 
         code = main()
     except KeyboardInterrupt:  # so late that nobody else takes it

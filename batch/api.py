@@ -6,7 +6,7 @@
 
 The plain functions also work inside a running event loop (a notebook): they run in a thread of their own. Ctrl-C
 there is raised when they have ended, see `run`.
-Every command of `batch.cli` is one of these calls. Settings are those of the config file: pass `config` (a
+Every command of `batch.cli.commands` is one of these calls. Settings are those of the config file: pass `config` (a
 path) or `settings` nested like the file, `settings={"input": {"strength": 0.8}}`, or both.
 """
 
@@ -24,27 +24,28 @@ from typing import Any, ParamSpec, TypeVar
 import anyio
 import anyio.to_thread
 
-from batch.blocking import Call
+from batch.audit.report import Books
 from batch.config import Settings, load_settings
+from batch.directory import RunDirectory
 from batch.errors import ConfigError, ExitCode, RunDirectoryError, RunLocked
 from batch.fal.protocol import names_fal
-from batch.model import JsonObject
-from batch.opening import Source, located, open_manifest
-from batch.paths import at_home
-from batch.projection import Projection, identity_of, require_apart, require_place
+from batch.journal.database import JournalFile
+from batch.journal.records import Counts
+from batch.journal.states import State
+from batch.journal.writer import open_journal
+from batch.manifest.opening import Source, located, open_manifest
+from batch.results.export import Projection, identity_of, require_apart, require_place
 from batch.results.totals import Totals
-from batch.run.books import Books
-from batch.run.cancelling import Cancelled, cancel_open
-from batch.run.directory import RunDirectory
-from batch.run.journal import open_journal
-from batch.run.journal_file import JournalFile
-from batch.run.lifecycle import State
-from batch.run.observe import Tally, pause_in
-from batch.run.ports import Counts, Observer
+from batch.run.cancellation import Cancelled, cancel_open
+from batch.run.interfaces import Observer
+from batch.run.observers import Tally, pause_in
 from batch.run.waits import Overview
 from batch.session import Plan, Request, Summary, open_planner, run_session, survey_of
+from batch.system.paths import at_home
+from batch.system.sync_call import Call
 from batch.targets import Terms, check_faults, open_target, terms_of
 from batch.targets import live_price as ask_live_price
+from batch.types import JsonObject
 from batch.version import tool_version
 
 __all__ = [
@@ -247,11 +248,11 @@ async def audit(out: str | Path, *, repair: bool = False) -> Books:
     directory.require()
     if directory.is_locked():
         raise RunLocked(f"a run works in {directory.root}; audit it when that has ended")
-    from batch.audit import audited  # with pyarrow behind it, which a run does not wait for
+    from batch.audit.checks import audited  # with pyarrow behind it, which a run does not wait for
 
     settings, repair_facts = _settings_of(directory), None
     if repair:
-        from batch.repair import repaired
+        from batch.audit.repair import repaired
 
         with directory.locked("restyle audit"):
             repair_facts = await repaired(directory, settings, version=tool_version(), rng=Random())
@@ -448,7 +449,7 @@ def _settings_of(directory: RunDirectory, *, contacts_target: bool = True) -> Se
 def _blocking(
     function: Callable[P, Awaitable[T]], sentence: Callable[[T], str] = lambda _: "interrupted"
 ) -> Callable[P, T]:
-    """The same call without `await`: in a thread and an event loop of its own, see `batch.blocking`."""
+    """The same call without `await`: in a thread and an event loop of its own, see `batch.system.sync_call`."""
     name = getattr(function, "__name__", "call")
 
     def call(*args: P.args, **kwargs: P.kwargs) -> T:

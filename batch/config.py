@@ -40,7 +40,7 @@ from batch.errors import ConfigError
 from batch.fal import protocol
 from batch.fal.endpoint import APP_ID, ImageToImageInput
 from batch.fal.protocol import TAG_PAIRS, TAGS_BYTES, checked_tag
-from batch.model import AppId
+from batch.types import AppId
 
 __all__ = [
     "RUN_NAME_LIMIT",
@@ -219,8 +219,8 @@ class TargetSettings(_Section):
     faults: str | None = None
     """Rehearse failures: a faults file for the embedded endpoint."""
     idempotency: Literal["auto", "replay", "reject", "none"] = "auto"
-    """What the target does with a repeated `Idempotency-Key`: see `batch.run.retry.Idempotency`. `auto`: the embedded
-    endpoint replays, fal ignores keys, other servers say it at /health."""
+    """What the target does with a repeated `Idempotency-Key`: see `batch.run.verdicts.Idempotency`. `auto`: the
+    embedded endpoint replays, fal ignores keys, other servers say it at /health."""
     priority: Literal["normal", "low"] = "normal"
     """`low` waits behind all requests of normal priority."""
     keep_files: Lifetime | None = None
@@ -459,7 +459,7 @@ def _check_environment(environment: Mapping[str, str]) -> None:
         for section, field in Settings.model_fields.items()
         for key in getattr(field.annotation, "model_fields", {})
     } | {f"{_ENVIRONMENT_PREFIX}{name}".upper() for name in Settings.model_fields}
-    known |= {"RESTYLE_DEBUG"}  # of the command, no setting: see `batch.cli`
+    known |= {"RESTYLE_DEBUG"}  # of the command, no setting: see `batch.cli.commands`
     for name in environment:
         upper = name.upper()
         is_table = upper.startswith((f"{_ENVIRONMENT_PREFIX}SWEEP__", f"{_ENVIRONMENT_PREFIX}TARGET__TAGS__"))

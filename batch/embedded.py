@@ -20,8 +20,8 @@ from typing import IO
 import anyio
 from anyio.abc import Process
 
-from batch.descriptors import lacks_descriptor
 from batch.errors import ExitCode, InputError, RestyleError, StoppedEarly, StorageError
+from batch.system.descriptors import lacks_descriptor
 
 __all__ = ["Endpoint", "embedded_endpoint"]
 

@@ -20,32 +20,34 @@ import anyio
 import anyio.to_thread
 
 from batch.config import Settings, parse_duration, window_bounds
-from batch.descriptors import Allowance, described, require
+from batch.directory import RunDirectory, config_of
 from batch.errors import ConfigError, ExitCode, StoppedEarly, StorageError
-from batch.manifest.pictures import Pictures
-from batch.manifest.plan import Planner
-from batch.manifest.read import Manifest
-from batch.manifest.survey import Survey, survey
-from batch.model import Job, JsonObject
-from batch.open_files import allowance
-from batch.opening import Source, keep, located, open_manifest, with_columns
-from batch.projection import Projection, identity_of, loading_sink
+from batch.estimate import Survey, survey
+from batch.journal.database import JournalFile
+from batch.journal.records import Counts
+from batch.journal.states import State
+from batch.journal.writer import Journal, open_journal
+from batch.manifest.images import Pictures
+from batch.manifest.opening import Source, keep, located, open_manifest, with_columns
+from batch.manifest.planner import Planner
+from batch.manifest.reader import Manifest
+from batch.money import Budget
+from batch.results.export import Projection, identity_of, loading_sink
 from batch.results.totals import Totals
-from batch.run.budget import Budget
-from batch.run.directory import RunDirectory, config_of
-from batch.run.gate import Gate, Stop, Stopping
+from batch.run.admission import Gate, Stop, Stopping
 from batch.run.images import ImageFolder
-from batch.run.journal import Journal, open_journal
-from batch.run.journal_file import JournalFile
-from batch.run.lifecycle import State
-from batch.run.observe import JsonLog, Several, Tally
-from batch.run.pacing import TokenBucket, Window
-from batch.run.ports import Counts, Observer
+from batch.run.interfaces import Observer
+from batch.run.observers import JsonLog, Several, Tally
+from batch.run.pacing import TokenBucket
 from batch.run.reconcile import Reconciler
-from batch.run.retry import REPEAT_SECONDS, Idempotency
 from batch.run.runner import Policy, Report, Runner
-from batch.signals import Signals, in_order
+from batch.run.verdicts import REPEAT_SECONDS, Idempotency
+from batch.run.window import Window
+from batch.session_signals import Signals, in_order
+from batch.system.descriptors import Allowance, described, require
+from batch.system.open_files import allowance
 from batch.targets import Connection, Terms, check_faults, open_hints, open_target, terms_of
+from batch.types import Job, JsonObject
 from batch.version import tool_version
 
 __all__ = ["Plan", "Request", "Summary", "open_planner", "run_session", "survey_of"]

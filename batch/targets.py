@@ -19,17 +19,19 @@ from pydantic import SecretStr
 from tenacity import stop_after_attempt
 
 from batch.config import RUN_NAME_LIMIT, Settings, TargetSettings, api_key
-from batch.descriptors import ClientShare, client_share
 from batch.errors import AccountRefused, ConfigError, RestyleError, StoppedEarly
 from batch.fal import protocol
 from batch.fal.client import FalClient
+from batch.fal.errors import CallFailed, Trouble
 from batch.fal.http import Http, within
 from batch.fal.protocol import FAL, Origins, RequestOptions
-from batch.fal.streams import Streams
-from batch.open_files import allowance
-from batch.run.budget import PRICES, Price
-from batch.run.ports import CallFailed, Hints, Trouble
-from batch.run.retry import Idempotency, reading
+from batch.fal.status_stream import Streams
+from batch.money import PRICES, Price
+from batch.run.interfaces import Hints
+from batch.run.retrying import reading
+from batch.run.verdicts import Idempotency
+from batch.system.descriptors import ClientShare, client_share
+from batch.system.open_files import allowance
 
 __all__ = [
     "Connection",
@@ -294,7 +296,7 @@ async def open_hints(settings: Settings, target: Connection, *, version: str) ->
             async with Streams(target.origins, settings.target.app, target.key, user_agent=agent, most=most) as streams:
                 yield streams
         case "webhook":
-            from batch.fal.callbacks import Callbacks  # a web server, which no other run needs
+            from batch.fal.webhook_receiver import Callbacks  # a web server, which no other run needs
 
             webhook = settings.webhook
             where = webhook.bind, webhook.public_url, target.origins.rest

@@ -1,4 +1,4 @@
-"""The version of the installed tool. Knows nothing else, so that `restyle --version` loads nothing else."""
+"""The version of the installed tool. Knows nothing else, so that `restyle --version` loads nothing else. Pure."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import math
 from typing import NamedTuple
 
 from batch.fal.endpoint import IMAGES_LIMIT, SEED_LIMIT
-from batch.model import Json, JsonObject, StoredImage
+from batch.types import Json, JsonObject, StoredImage
 
 __all__ = ["AnswerFields", "fields_of", "has_images", "images_of", "inference_of", "says_no_images"]
 

@@ -1,7 +1,7 @@
 """The client edge: one exchange with a target over aiohttp, nothing repeated, nothing decided.
 
 Owns the HTTP session, the key, timeouts and size limits, and the one translation of aiohttp's exceptions
-into `Trouble`. What a trouble means is `batch.run.retry`'s; what the bytes mean is `batch.fal.protocol`'s.
+into `Trouble`. What a trouble means is `batch.run.verdicts`'s; what the bytes mean is `batch.fal.protocol`'s.
 
 The key is added to a request only where its URL lies on the target's own origins. A read of a status or a result
 follows redirects among these origins; a submit follows none, and nothing else follows one with the key.
@@ -25,9 +25,9 @@ import aiohttp
 import orjson
 from pydantic import SecretStr
 
-from batch.descriptors import CONNECTIONS, lacks_descriptor
 from batch.fal import platform, protocol
 from batch.fal.answer import has_images, says_no_images
+from batch.fal.errors import CallFailed, Trouble
 from batch.fal.http import Http, Proxies, within
 from batch.fal.protocol import (
     Call,
@@ -39,8 +39,8 @@ from batch.fal.protocol import (
     Reply,
     RequestOptions,
 )
-from batch.model import Answer, AppId, Attempt, Ticket, TicketStatus
-from batch.run.ports import CallFailed, Trouble
+from batch.system.descriptors import CONNECTIONS, lacks_descriptor
+from batch.types import Answer, AppId, Attempt, Ticket, TicketStatus
 
 __all__ = ["FalClient", "trouble_of"]
 
@@ -65,7 +65,7 @@ REDIRECTS = 5
 
 
 class FalClient:
-    """Implements `batch.run.ports.Service` for one target."""
+    """Implements `batch.run.interfaces.Service` for one target."""
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from batch.model import AppId
+from batch.types import AppId
 
 __all__ = ["APP_ID", "IMAGES_LIMIT", "SEED_LIMIT", "Image", "ImageToImageInput", "ImageToImageOutput"]
 

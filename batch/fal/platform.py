@@ -16,7 +16,7 @@ from urllib.parse import urlencode
 from uuid import UUID
 
 from batch.fal.protocol import Call, Malformed, Origins, Reply, is_plain_id, json_reply, read_object
-from batch.model import AppId, Json, JsonObject, RequestId
+from batch.types import AppId, Json, JsonObject, RequestId
 
 __all__ = [
     "BILLING_LIMIT",

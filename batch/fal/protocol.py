@@ -23,7 +23,7 @@ from urllib.parse import quote, unquote, urljoin, urlsplit
 
 import orjson
 
-from batch.model import AppId, Json, JsonObject, QueueState, RequestId, Ticket, TicketStatus
+from batch.types import AppId, Json, JsonObject, QueueState, RequestId, Ticket, TicketStatus
 
 __all__ = [
     "BILLABLE_UNITS",

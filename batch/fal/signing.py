@@ -16,7 +16,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from batch.model import Json, JsonObject
+from batch.types import Json, JsonObject
 
 __all__ = ["LEEWAY_SECONDS", "BadSignature", "jwks_of", "keys_in", "sign", "verify"]
 

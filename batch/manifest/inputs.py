@@ -12,8 +12,8 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from batch.fal.endpoint import ImageToImageInput
-from batch.manifest.ports import Fault
-from batch.model import Json, JsonObject
+from batch.manifest.types import Fault
+from batch.types import Json, JsonObject
 
 __all__ = ["DEFAULTS", "INPUTS", "PROMPT_LIMIT", "allowed", "check_column", "check_value", "half_fault", "shorten"]
 

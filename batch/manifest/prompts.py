@@ -16,8 +16,8 @@ import polars as pl
 
 from batch.errors import ConfigError, ManifestError
 from batch.manifest.inputs import shorten
-from batch.manifest.ports import Fault
-from batch.model import Problem
+from batch.manifest.types import Fault
+from batch.types import Problem
 
 __all__ = ["Column", "Prompts", "Template", "kind_of", "no_column", "parse_template", "placeholders", "require_plain"]
 

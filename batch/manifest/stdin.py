@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from batch.errors import ManifestError, StorageError
-from batch.manifest.kinds import HEAD_BYTES, IMAGES, kind_of, looks_like, suffixes_of
+from batch.manifest.file_kinds import HEAD_BYTES, IMAGES, kind_of, looks_like, suffixes_of
 
 __all__ = ["spool"]
 

@@ -12,8 +12,8 @@ import orjson
 
 from batch.errors import ConfigError
 from batch.manifest.inputs import INPUTS, check_value
-from batch.manifest.ports import Fault
-from batch.model import Json, JsonObject
+from batch.manifest.types import Fault
+from batch.types import Json, JsonObject
 
 __all__ = ["BASE", "Cell", "cells"]
 

@@ -24,8 +24,8 @@ from PIL import Image, UnidentifiedImageError
 
 from batch.errors import StorageError
 from batch.image_formats import READABLE, format_named
-from batch.model import LocalImage, StoredImage
-from batch.run.ports import Picture, PictureError
+from batch.run.interfaces import Picture, PictureError
+from batch.types import LocalImage, StoredImage
 
 __all__ = ["ImageFolder", "decode", "sum_of"]
 
@@ -99,7 +99,7 @@ def decode(
 
 
 class ImageFolder:
-    """Implements `batch.run.ports.Images` on a directory."""
+    """Implements `batch.run.interfaces.Images` on a directory."""
 
     def __init__(self, run_directory: Path, *, limit_megapixels: float, threads: int = 8) -> None:
         self._root = run_directory

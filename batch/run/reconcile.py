@@ -22,11 +22,14 @@ import anyio
 import orjson
 from tenacity import stop_after_attempt
 
+from batch.fal.errors import CallFailed
 from batch.fal.platform import PAGE_LIMIT, Listed, Page, minted_at
-from batch.model import JobKey, Json, JsonObject, RequestId, Ticket
-from batch.run.lifecycle import State
-from batch.run.ports import Accepted, CallFailed, Entry, Journal, Observer
-from batch.run.retry import reading
+from batch.journal.events import Accepted
+from batch.journal.records import Entry
+from batch.journal.states import State
+from batch.run.interfaces import Journal, Observer
+from batch.run.retrying import reading
+from batch.types import JobKey, Json, JsonObject, RequestId, Ticket
 
 __all__ = [
     "Finding",

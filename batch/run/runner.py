@@ -1,6 +1,6 @@
 """The runner: `drive` is one job's whole life, read from top to bottom; `run` lets jobs in and ends.
 
-Sees Protocols only (`batch.run.ports`); every wait is `anyio.sleep` or an event, so that its tests run in
+Sees Protocols only (`batch.run.interfaces`); every wait is `anyio.sleep` or an event, so that its tests run in
 virtual time. It decides nothing about answers (`retry`), pace and money (`gate`) or legal states
 (`lifecycle`): it asks them, does the one thing they say, and has it written down before it goes on.
 """
@@ -20,39 +20,32 @@ import orjson
 
 from batch.errors import StorageError
 from batch.fal.answer import images_of
-from batch.model import Answer, Attempt, Failed, Job, JobKey, JsonObject, StoredImage, Ticket
-from batch.run.course import Course, Held, JobFailed, TurnedBack
-from batch.run.follow import Follower
-from batch.run.gate import Gate, Stop, Stopping
-from batch.run.lifecycle import OPEN, State
-from batch.run.pacing import TokenBucket
-from batch.run.polling import PollTimes
-from batch.run.ports import (
+from batch.fal.errors import CallFailed, Trouble
+from batch.journal.events import (
     Accepted,
     Answered,
-    CallFailed,
     FailedForGood,
     Finished,
-    HeldBack,
-    Hints,
-    Images,
     Intended,
-    Journal,
-    Known,
     Lost,
-    Observer,
     Refused,
-    RequestIdTaken,
     Retried,
-    Service,
-    Trouble,
     Uncollected,
 )
+from batch.journal.records import Known, RequestIdTaken
+from batch.journal.states import OPEN, State
+from batch.run.admission import Gate, Stop, Stopping
+from batch.run.expiry import COLLECT_SECONDS, Retention
+from batch.run.interfaces import HeldBack, Hints, Images, Journal, Observer, Service
+from batch.run.job import Course, Held, JobFailed, TurnedBack
+from batch.run.pacing import TokenBucket
+from batch.run.poll_schedule import PollTimes
+from batch.run.poller import Follower
 from batch.run.reconcile import Reconciler, Settled, bounded
-from batch.run.retention import COLLECT_SECONDS, Retention
-from batch.run.retry import REPEAT_SECONDS, Action, Idempotency, Verdict, backoff, failure_of, judge, judge_submit
-from batch.run.transfer import Transfers
+from batch.run.transfers import Transfers
+from batch.run.verdicts import REPEAT_SECONDS, Action, Idempotency, Verdict, backoff, failure_of, judge, judge_submit
 from batch.run.waits import Stage, Waits
+from batch.types import Answer, Attempt, Failed, Job, JobKey, JsonObject, StoredImage, Ticket
 
 __all__ = ["Policy", "Report", "Runner"]
 

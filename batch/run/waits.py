@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import NamedTuple
 
-from batch.model import JobKey, Json, JsonObject, QueueState, TicketStatus
+from batch.types import JobKey, Json, JsonObject, QueueState, TicketStatus
 
 __all__ = ["NOTICEABLE_SECONDS", "Overview", "Positions", "Stage", "Waiting", "Waits", "duration", "stage_of"]
 

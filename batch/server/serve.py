@@ -30,11 +30,8 @@ from pathlib import Path
 from aiohttp import web
 from aiohttp.http_exceptions import BadHttpMessage
 
-from batch.accepting import Acceptor, bound
-from batch.descriptors import Allowance, ServerShare, described, lacks_descriptor, require, server_share
 from batch.errors import ConfigError, InputError, StorageError
 from batch.fal.endpoint import APP_ID
-from batch.open_files import allowance
 from batch.server.egress.http_client import Guard
 from batch.server.egress.source_images import Sources
 from batch.server.egress.ssrf import address_rule
@@ -53,6 +50,9 @@ from batch.server.queue.cleanup import DEFAULT_SECONDS, Sweeper, sweeping
 from batch.server.queue.request_log import History
 from batch.server.queue.service import QueueService, queue_service
 from batch.server.queue.store import Store
+from batch.system.acceptor import Acceptor, bound
+from batch.system.descriptors import Allowance, ServerShare, described, lacks_descriptor, require, server_share
+from batch.system.open_files import allowance
 
 __all__ = ["ServeOptions", "run_server", "serve"]
 
@@ -159,7 +159,15 @@ async def serve(
         stack.enter_context(_signals(stop))
         authenticator = Authenticator(options.keys, storage.derived(b"cdn tokens"), APP_ID, time.time)
         more = [*listing.routes(service, APP_ID, history, options.price_usd), *webhooks.routes(signer)]
-        app = application(service, authenticator, guard.permitted, more=more, rehearsal=rehearsal, share=share)
+        app = application(
+            service,
+            authenticator,
+            guard.permitted,
+            more=more,
+            idempotency=rehearsal is None or rehearsal.idempotency,
+            middleware=None if rehearsal is None else rehearsal.middleware(service, APP_ID),
+            share=share,
+        )
         acceptor = Acceptor(share.connections, tls)
         acceptor.watch(app)
         runner = web.AppRunner(

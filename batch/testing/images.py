@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 
-from batch.model import LocalImage, StoredImage
 from batch.run.images import decode
-from batch.run.ports import Picture, PictureError
+from batch.run.interfaces import Picture, PictureError
+from batch.types import LocalImage, StoredImage
 
 __all__ = ["MemoryImages"]
 
 
 class MemoryImages:
-    """Implements `batch.run.ports.Images` without a disk or threads."""
+    """Implements `batch.run.interfaces.Images` without a disk or threads."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}

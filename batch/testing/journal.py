@@ -1,6 +1,6 @@
 """A journal in memory, for tests in virtual time: no threads, no file, every event kept for assertions.
 
-Held to the same contract as `batch.run.journal` by `tests/contract/test_journal.py`. Nothing survives it.
+Held to the same contract as `batch.journal.writer` by `tests/contract/test_journal.py`. Nothing survives it.
 """
 
 from __future__ import annotations
@@ -13,27 +13,24 @@ from typing import TypeGuard
 
 import anyio.lowlevel
 
-from batch.model import Answer, JobKey, Ticket
-from batch.run.answers import answer_of, pack
-from batch.run.ledger import encode_images, slim_body, taken
-from batch.run.lifecycle import OPEN, State, advance
-from batch.run.ports import (
+from batch.journal.answers import answer_of, pack
+from batch.journal.events import (
     Accepted,
     Answered,
-    Counts,
-    Entry,
     Event,
     FailedForGood,
     Finished,
     Intended,
-    Known,
     Lost,
-    Outcome,
     Refused,
     Retried,
     Uncollected,
     Uploaded,
 )
+from batch.journal.records import Counts, Entry, Known, Outcome
+from batch.journal.states import OPEN, State, advance
+from batch.journal.transitions import encode_images, slim_body, taken
+from batch.types import Answer, JobKey, Ticket
 
 __all__ = ["MemoryJournal"]
 
@@ -62,7 +59,7 @@ class _Kept:
 
 
 class MemoryJournal:
-    """Implements `batch.run.ports.Journal`. `events` holds everything that was recorded, in order.
+    """Implements `batch.run.interfaces.Journal`. `events` holds everything that was recorded, in order.
 
     `reopened` plays the next run of the same command.
     """

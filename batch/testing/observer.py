@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from batch.model import Json
-from batch.run.ports import Observer
+from batch.run.interfaces import Observer
+from batch.types import Json
 
 __all__ = ["RecordingObserver"]
 

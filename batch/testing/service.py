@@ -1,6 +1,6 @@
 """`FakeService`: the queue API in memory, on anyio's clock, with faults named for what they do.
 
-Implements `batch.run.ports.Service`. Under Trio's MockClock a run of hours takes milliseconds. It counts what
+Implements `batch.run.interfaces.Service`. Under Trio's MockClock a run of hours takes milliseconds. It counts what
 matters: POSTs that arrived, requests accepted (each would be billed), reads, uploads.
 """
 
@@ -19,10 +19,10 @@ import orjson
 from PIL import Image
 
 from batch.fal.endpoint import APP_ID
+from batch.fal.errors import CallFailed, Trouble
 from batch.fal.platform import PAGE_LIMIT, Listed, Page
 from batch.fal.protocol import CancelOutcome, Reply, model_error_reply, request_error_reply
-from batch.model import Answer, Attempt, Json, JsonObject, QueueState, RequestId, Ticket, TicketStatus
-from batch.run.ports import CallFailed, Trouble
+from batch.types import Answer, Attempt, Json, JsonObject, QueueState, RequestId, Ticket, TicketStatus
 
 __all__ = [
     "AnswersReadsWith",

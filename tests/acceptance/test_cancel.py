@@ -10,9 +10,9 @@ import anyio
 import pytest
 
 from batch import api
-from batch.model import JobKey, RequestId, Ticket
-from batch.run.journal import open_journal
-from batch.run.ports import Accepted, Intended
+from batch.journal.events import Accepted, Intended
+from batch.journal.writer import open_journal
+from batch.types import JobKey, RequestId, Ticket
 from tests.acceptance.command import finish, jobs_in, restyle, started, wait_for, write_manifest
 from tests.faults.target import Target, answer, serving
 

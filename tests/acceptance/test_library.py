@@ -9,8 +9,8 @@ import pytest
 
 from batch import api
 from batch.errors import ConfigError, ExitCode, ManifestError, RunDirectoryError, StoppedEarly
-from batch.run.lifecycle import State
-from batch.run.observe import Tally
+from batch.journal.states import State
+from batch.run.observers import Tally
 from batch.testing.observer import RecordingObserver
 from tests.acceptance.command import accepted, results, wait_for, write_manifest
 

@@ -25,7 +25,7 @@ from PIL import Image
 
 from batch import api
 from batch.errors import ExitCode
-from batch.run.ports import Observer
+from batch.run.interfaces import Observer
 from tests.acceptance.command import REPOSITORY, environment, finish, results, summary, wait_for, write_manifest
 from tests.faults import target as targets
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from batch.run.answers import unpack
-from batch.run.journal_file import JournalFile
+from batch.journal.answers import unpack
+from batch.journal.database import JournalFile
 from tests.acceptance.command import restyle, results
 from tests.acceptance.odd_service import answer, jpeg, odd_service
 

@@ -11,8 +11,8 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
-from batch.manifest.read import Manifest
-from batch.results.columns import OWN_SCHEMA, results_schema
+from batch.manifest.reader import Manifest
+from batch.results.schema import OWN_SCHEMA, results_schema
 from tests.acceptance.command import (
     REPOSITORY,
     accepted,

@@ -16,9 +16,9 @@ import numpy as np
 import orjson
 from PIL import Image
 
-from batch.model import Answer, Job, RequestId, StoredImage, Ticket
-from batch.run.journal_file import JournalFile
-from batch.run.ports import Accepted, Answered, Event, Finished, Intended
+from batch.journal.database import JournalFile
+from batch.journal.events import Accepted, Answered, Event, Finished, Intended
+from batch.types import Answer, Job, RequestId, StoredImage, Ticket
 from tests.benchmarks.bench_client import floor
 from tests.benchmarks.harness import PYTHON, REPOSITORY, bar, median, restyle, run_of, standin, table, write_manifest
 
@@ -125,7 +125,7 @@ def fill(manifest: Path, run: Path, target: str) -> None:
     In a process of its own: its memory is not the commands'.
     """
     from batch.config import load_settings
-    from batch.manifest.read import Manifest
+    from batch.manifest.reader import Manifest
     from batch.session import open_planner
 
     settings = load_settings(None, {"target": {"name": target}, "output": {"download": False}})

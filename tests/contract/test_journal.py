@@ -16,28 +16,25 @@ from anyio.lowlevel import checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from batch.model import Answer, Failed, JobKey, RequestId, StoredImage, Ticket
-from batch.run.answers import unpack
-from batch.run.journal import open_journal
-from batch.run.ledger import decode_images, encode_images
-from batch.run.lifecycle import TABLE, Happening, IllegalTransition, State
-from batch.run.ports import (
+from batch.journal.answers import unpack
+from batch.journal.events import (
     Accepted,
     Answered,
-    Entry,
     FailedForGood,
     Finished,
     Intended,
-    Known,
     Lost,
-    Outcome,
     Refused,
-    RequestIdTaken,
     Retried,
     Uncollected,
     Uploaded,
 )
+from batch.journal.records import Entry, Known, Outcome, RequestIdTaken
+from batch.journal.states import TABLE, Happening, IllegalTransition, State
+from batch.journal.transitions import decode_images, encode_images
+from batch.journal.writer import open_journal
 from batch.testing.journal import MemoryJournal
+from batch.types import Answer, Failed, JobKey, RequestId, StoredImage, Ticket
 
 A, B, C = JobKey("a" * 32), JobKey("b" * 32), JobKey("c" * 32)
 TICKET = Ticket(RequestId("r-1"), "http://x/status", "http://x/response", "http://x/cancel")

@@ -12,8 +12,8 @@ import pytest
 import uvloop
 from aiohttp import web
 
-from batch import accepting as module
-from batch.accepting import Acceptor, bound
+from batch.system import acceptor as module
+from batch.system.acceptor import Acceptor, bound
 
 LIMIT = 8
 SOON = 8.0

@@ -17,11 +17,11 @@ import pytest
 from aiohttp import web
 
 from batch.api import audit, audit_sync, run_sync
+from batch.directory import RunDirectory
 from batch.errors import RunDirectoryError, RunLocked
 from batch.fal.platform import Charge, billing_reply, platform_error_reply
-from batch.results.columns import IMAGE, OWN_SCHEMA
-from batch.run.directory import RunDirectory
-from batch.run.journal_file import JournalFile
+from batch.journal.database import JournalFile
+from batch.results.schema import IMAGE, OWN_SCHEMA
 
 JOBS = 12
 FAILED_ATTEMPTS = 3

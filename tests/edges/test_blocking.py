@@ -12,7 +12,7 @@ import anyio.lowlevel
 import anyio.to_thread
 import pytest
 
-from batch.blocking import Call, current_call
+from batch.system.sync_call import Call, current_call
 
 
 def called(function, *, signals=False):

@@ -23,10 +23,11 @@ from batch.fal import http as http_module
 from batch.fal.answer import images_of
 from batch.fal.client import FalClient, trouble_of
 from batch.fal.endpoint import APP_ID
+from batch.fal.errors import CallFailed, Trouble
 from batch.fal.protocol import Call, CancelOutcome, Origins
-from batch.model import Attempt, JobKey, QueueState, RequestId, Ticket
-from batch.run.ports import CallFailed, HeldBack, Trouble
-from batch.run.retry import Action, judge
+from batch.run.interfaces import HeldBack
+from batch.run.verdicts import Action, judge
+from batch.types import Attempt, JobKey, QueueState, RequestId, Ticket
 
 pytestmark = pytest.mark.anyio
 KEY = "key-id:key-secret"

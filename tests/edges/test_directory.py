@@ -15,8 +15,8 @@ import orjson
 import pytest
 
 from batch.config import Settings
+from batch.directory import RunDirectory, config_of, write_whole
 from batch.errors import RunDirectoryError, RunLocked, StorageError
-from batch.run.directory import RunDirectory, config_of, write_whole
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -92,7 +92,7 @@ HOLD = """
 import sys
 import tempfile
 from pathlib import Path
-from batch.run.directory import RunDirectory
+from batch.directory import RunDirectory
 with RunDirectory(Path(sys.argv[1])).locked("2026-11-22T09:00:00+00:00"):
     print("held", flush=True)
     sys.stdin.read()

@@ -20,9 +20,9 @@ import pytest
 from PIL import Image
 
 from batch.errors import ManifestError
-from batch.manifest.formats import Dialect
-from batch.manifest.pictures import Pictures
-from batch.manifest.read import Manifest
+from batch.manifest.formats.base import Dialect
+from batch.manifest.images import Pictures
+from batch.manifest.reader import Manifest
 from tests.edges.test_read import HALVES, KINDS, PACKERS, lines_of, rows_of
 
 
@@ -756,7 +756,7 @@ def test_a_folder_is_refused_for_formats_of_one_file(tmp_path) -> None:
 
 MEASURE = """
 import sys
-from batch.manifest.read import Manifest
+from batch.manifest.reader import Manifest
 
 def peak():
     return next(int(line.split()[1]) // 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))

@@ -9,13 +9,13 @@ import aiohttp
 import pytest
 
 from batch.errors import ConfigError
-from batch.fal.callbacks import Callbacks
 from batch.fal.client import FalClient
 from batch.fal.endpoint import APP_ID
 from batch.fal.http import Proxies
 from batch.fal.protocol import Origins
-from batch.fal.streams import Streams
-from batch.model import RequestId, Ticket
+from batch.fal.status_stream import Streams
+from batch.fal.webhook_receiver import Callbacks
+from batch.types import RequestId, Ticket
 from tests.unit.test_layers import SOURCES, tree_of
 
 FAR = "http://far.test:8787"

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from batch.errors import StorageError
-from batch.model import LocalImage
 from batch.run.images import ImageFolder, decode
-from batch.run.ports import PictureError
+from batch.run.interfaces import PictureError
+from batch.types import LocalImage
 
 pytestmark = pytest.mark.anyio
 

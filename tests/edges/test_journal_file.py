@@ -18,12 +18,12 @@ import anyio
 import pytest
 
 from batch.errors import RestyleError, RunDirectoryError, StorageError
-from batch.manifest.ports import FileFact, FileKey
-from batch.model import Answer, Failed, JobKey, RequestId, Ticket
-from batch.run.journal import open_journal
-from batch.run.journal_file import APPLICATION_ID, SCHEMA_VERSION, JournalFile, _sql
-from batch.run.lifecycle import State
-from batch.run.ports import Accepted, Answered, FailedForGood, Finished, Intended, Lost, Retried
+from batch.journal.database import APPLICATION_ID, SCHEMA_VERSION, JournalFile, _sql
+from batch.journal.events import Accepted, Answered, FailedForGood, Finished, Intended, Lost, Retried
+from batch.journal.states import State
+from batch.journal.writer import open_journal
+from batch.manifest.types import FileFact, FileKey
+from batch.types import Answer, Failed, JobKey, RequestId, Ticket
 
 KEY = JobKey("a" * 32)
 
@@ -268,7 +268,7 @@ _WITHOUT_PRIVILEGES = """
     import os, sys, tempfile
     from pathlib import Path
     from batch.errors import RestyleError
-    from batch.run.journal_file import JournalFile
+    from batch.journal.database import JournalFile
 
     with tempfile.TemporaryDirectory() as folder:  # loads what is loaded late
         JournalFile.open(Path(folder, "journal.db"), now=1.0, version="").close()
@@ -351,7 +351,7 @@ async def test_full_disk_is_told_to_every_caller_and_leaves_nothing(path):
 @pytest.mark.anyio
 async def test_other_writer_is_a_sentence(path, monkeypatch):
     """A second writer gets neither a hang nor a stack trace."""
-    monkeypatch.setattr("batch.run.journal_file._BUSY_SECONDS", 0.01)
+    monkeypatch.setattr("batch.journal.database._BUSY_SECONDS", 0.01)
     async with open_journal(path, clock=lambda: 1.0) as journal:
         other = sqlite3.connect(path, isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
@@ -394,7 +394,7 @@ async def test_closing_flushes_what_is_pending(path):
 @pytest.mark.anyio
 async def test_what_comes_at_once_is_written_in_parts_and_in_order(path, monkeypatch):
     """Of many thousand calls the first are durable long before the last; a job's own events keep their order."""
-    monkeypatch.setattr("batch.run.journal._SLOW_SECONDS", 60.0)  # a busy machine is no slow disk
+    monkeypatch.setattr("batch.journal.writer._SLOW_SECONDS", 60.0)  # a busy machine is no slow disk
     settled = []
 
     async def recorded(number):
@@ -433,7 +433,7 @@ async def test_closed_journal_takes_nothing(path):
 @pytest.mark.anyio
 async def test_stuck_disk_does_not_hold_the_end_for_ever(path, monkeypatch):
     """Closing waits for a bounded time; whoever still waits is told so."""
-    monkeypatch.setattr("batch.run.journal._SETTLE_SECONDS", 0.05)
+    monkeypatch.setattr("batch.journal.writer._SETTLE_SECONDS", 0.05)
     disk = threading.Event()
     told = []
 
@@ -480,7 +480,7 @@ async def test_what_the_disk_refused_is_not_settled(path, monkeypatch):
     async with open_journal(path, clock=lambda: 1.0) as journal:
         disk, real = threading.Event(), journal.file.commit
         journal.file.commit = lambda calls: (disk.wait(), real(calls))[1]
-        monkeypatch.setattr("batch.run.journal._SETTLE_SECONDS", 0.05)
+        monkeypatch.setattr("batch.journal.writer._SETTLE_SECONDS", 0.05)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(journal.record, intended(1))
             await anyio.sleep(0.02)
@@ -516,9 +516,9 @@ async def test_a_slow_disk_gets_all_there_is_in_one_transaction(path):
 _WRITER = """
     import anyio, sys
     from pathlib import Path
-    from batch.model import Answer, JobKey, RequestId, Ticket
-    from batch.run.journal import open_journal
-    from batch.run.ports import Accepted, Answered, Intended
+    from batch.types import Answer, JobKey, RequestId, Ticket
+    from batch.journal.writer import open_journal
+    from batch.run.interfaces import Accepted, Answered, Intended
 
     async def main():
         async with open_journal(Path(sys.argv[1])) as journal:

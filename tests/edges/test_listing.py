@@ -14,8 +14,8 @@ import pytest
 
 from batch.fal.client import FalClient
 from batch.fal.endpoint import APP_ID
+from batch.fal.platform_queries import cursor_of
 from batch.fal.protocol import Origins
-from batch.fal.queries import cursor_of
 from batch.server.http import platform as listing_module
 from batch.server.http.auth import Key, Keys
 from batch.server.queue import request_log as history_module

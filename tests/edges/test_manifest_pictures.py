@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from batch.image_formats import READABLE
-from batch.manifest.pictures import MemoryFacts, Pictures
-from batch.manifest.ports import Fault, FileFact, FileKey, Resolved
-from batch.model import LocalImage
+from batch.manifest.images import MemoryFacts, Pictures
+from batch.manifest.types import Fault, FileFact, FileKey, Resolved
+from batch.types import LocalImage
 
 
 def picture(kind: str = "PNG", size: tuple[int, int] = (40, 25)) -> bytes:

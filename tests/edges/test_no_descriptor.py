@@ -15,25 +15,26 @@ import aiohttp
 import pytest
 from PIL import Image
 
-from batch.descriptors import Allowance, lacks_descriptor
 from batch.embedded import embedded_endpoint
 from batch.errors import StorageError
 from batch.fal.client import FalClient
 from batch.fal.endpoint import APP_ID
+from batch.fal.errors import CallFailed
 from batch.fal.protocol import Origins
-from batch.fal.streams import Streams
-from batch.manifest.pictures import Pictures
-from batch.model import Attempt, JobKey, LocalImage, RequestId, Ticket
+from batch.fal.status_stream import Streams
+from batch.journal.database import JournalFile
+from batch.manifest.images import Pictures
 from batch.run.images import ImageFolder
-from batch.run.journal_file import JournalFile
-from batch.run.ports import CallFailed, PictureError
-from batch.run.retry import Action, judge
+from batch.run.interfaces import PictureError
+from batch.run.verdicts import Action, judge
 from batch.server import serve as serve_module
 from batch.server.egress.http_client import Guard, Limits
 from batch.server.egress.ssrf import private_too
 from batch.server.engines.process_pool import WorkerPool
 from batch.server.files.storage import Storage
 from batch.server.queue import webhooks as webhooks_module
+from batch.system.descriptors import Allowance, lacks_descriptor
+from batch.types import Attempt, JobKey, LocalImage, RequestId, Ticket
 from tests.edges.serving import INPUT, SUBMIT, ScriptedEngine, call, completed, result, serving, submit
 from tests.edges.test_images import picture
 from tests.edges.test_webhooks import BODY, Receiver, sender, settled, wishes

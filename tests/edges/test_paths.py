@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from batch.errors import ConfigError
-from batch.paths import at_home
+from batch.system.paths import at_home
 
 
 @pytest.mark.parametrize("kind", [str, Path])

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batch.errors import ManifestError
-from batch.manifest.read import Manifest
+from batch.manifest.reader import Manifest
 
 CSV = b"image_url,prompt,id\nhttps://a/1.png,a cat,007\nhttps://a/2.png,,008\n"
 PACKERS = {
@@ -429,7 +429,7 @@ def test_long_text_rows_come_a_few_at_a_time(write) -> None:
 
 MEASURE = """
 import resource, sys
-from batch.manifest.read import Manifest
+from batch.manifest.reader import Manifest
 for source in sys.argv[1:3]:
     rows = sum(len(batch.frame) for batch in Manifest.open(source).batches())
     print(rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)

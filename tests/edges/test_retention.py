@@ -12,12 +12,12 @@ import sqlite3
 import pytest
 
 from batch.fal.endpoint import APP_ID
-from batch.model import RequestId
 from batch.server.files.storage import Storage
 from batch.server.queue import cleanup as retention_module
 from batch.server.queue.cleanup import Sweeper
 from batch.server.queue.records import Ending, Keeping, Submission
 from batch.server.queue.store import Store
+from batch.types import RequestId
 from tests.edges.serving import INPUT, SUBMIT, call, completed, read, result, serving, submit
 
 DAY = 86400.0

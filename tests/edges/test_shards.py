@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batch.errors import ManifestError
-from batch.manifest.read import Manifest
+from batch.manifest.reader import Manifest
 
 
 def rows_of(manifest: Manifest, size: int = 4096) -> list[dict]:
@@ -193,7 +193,7 @@ def test_long_rows_of_parquet_come_a_few_at_a_time(put) -> None:
 
 FEW_DESCRIPTORS = """
 import resource, sys
-from batch.manifest.read import Manifest
+from batch.manifest.reader import Manifest
 resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48))
 manifest = Manifest.open(sys.argv[1])
 print(sum(len(batch.frame) for batch in manifest.batches()), manifest.fingerprint() == manifest.fingerprint())

@@ -21,16 +21,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from batch.errors import StorageError
+from batch.journal.database import JournalFile
+from batch.journal.events import Accepted, Answered, Finished, Intended
+from batch.journal.records import Outcome
+from batch.journal.states import State
+from batch.journal.transitions import encode_images
 from batch.manifest.inputs import DEFAULTS
-from batch.manifest.plan import Planned, PlannedBatch
-from batch.model import Answer, Job, JobKey, Problem, RequestId, StoredImage, Ticket
-from batch.results import sink
-from batch.results.columns import OWN_SCHEMA
-from batch.results.sink import write_results
-from batch.run.journal_file import JournalFile
-from batch.run.ledger import encode_images
-from batch.run.lifecycle import State
-from batch.run.ports import Accepted, Answered, Finished, Intended, Outcome
+from batch.manifest.planner import Planned, PlannedBatch
+from batch.results import writer as sink
+from batch.results.schema import OWN_SCHEMA
+from batch.results.writer import write_results
+from batch.types import Answer, Job, JobKey, Problem, RequestId, StoredImage, Ticket
 
 INPUT = {"prompt": "p", "seed": 7} | DEFAULTS
 
@@ -254,9 +255,9 @@ _WRITES_TOO_MUCH = """
     import polars as pl
     from batch.errors import StorageError
     from batch.manifest.inputs import DEFAULTS
-    from batch.manifest.plan import Planned, PlannedBatch
-    from batch.model import Job, JobKey
-    from batch.results.sink import write_results
+    from batch.manifest.planner import Planned, PlannedBatch
+    from batch.types import Job, JobKey
+    from batch.results.writer import write_results
 
     path = Path(sys.argv[1])
     frame = pl.DataFrame({"noise": [os.urandom(1000) for _ in range(1000)]})
@@ -305,8 +306,8 @@ _WITHOUT_PRIVILEGES = """
     import os, sys
     from pathlib import Path
     from batch.errors import StorageError
-    from batch.results.columns import OWN_SCHEMA
-    from batch.results.sink import _appearing
+    from batch.results.schema import OWN_SCHEMA
+    from batch.results.writer import _appearing
 
     if os.getuid() == 0:
         os.setuid(65534)  # permissions do not bind root

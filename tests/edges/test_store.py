@@ -11,10 +11,10 @@ import pytest
 
 from batch.errors import InputError, StorageError
 from batch.fal.endpoint import APP_ID
-from batch.model import RequestId
 from batch.server.queue import store as store_module
 from batch.server.queue.records import Ending, LogLine, Priority, Submission
 from batch.server.queue.store import Store
+from batch.types import RequestId
 
 
 def submission(name: str, **changes) -> Submission:

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from batch.config import Settings
 from batch.errors import ManifestError
-from batch.manifest.formats import Dialect
-from batch.manifest.plan import dialect_of
-from batch.manifest.read import Manifest
+from batch.manifest.formats.base import Dialect
+from batch.manifest.planner import dialect_of
+from batch.manifest.reader import Manifest
 
 NEEDED = dialect_of(Settings())
 HEADER = ["image_url", "prompt", "strength"]
@@ -288,8 +288,8 @@ def test_decoding_is_looked_at_where_a_later_pass_fails(write) -> None:
 
 MEASURE = """
 import resource, sys
-from batch.manifest.formats import Dialect
-from batch.manifest.read import Manifest
+from batch.manifest.formats.base import Dialect
+from batch.manifest.reader import Manifest
 for source in sys.argv[1:3]:
     rows = sum(len(batch.frame) for batch in Manifest.open(source, None, Dialect(encoding="latin-1")).batches())
     print(rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)

@@ -14,14 +14,14 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import SecretStr
 
 from batch.errors import ConfigError
-from batch.fal import callbacks as callbacks_module
-from batch.fal.callbacks import Callbacks
+from batch.fal import webhook_receiver as callbacks_module
 from batch.fal.client import FalClient
 from batch.fal.endpoint import APP_ID
 from batch.fal.protocol import Origins
 from batch.fal.signing import jwks_of, sign
-from batch.fal.streams import Streams
-from batch.model import Attempt, JobKey, RequestId, Ticket
+from batch.fal.status_stream import Streams
+from batch.fal.webhook_receiver import Callbacks
+from batch.types import Attempt, JobKey, RequestId, Ticket
 from tests.edges.serving import INPUT, ScriptedEngine, serving, submit
 
 pytestmark = pytest.mark.anyio
@@ -133,7 +133,7 @@ async def test_a_stream_wakes_at_every_word_for_an_end(word):
 
 async def test_a_silent_stream_is_given_up(monkeypatch):
     """Nothing for longer than two signs of life: from then on the job is read as usual."""
-    monkeypatch.setattr("batch.fal.streams.SILENCE", 0.3)
+    monkeypatch.setattr("batch.fal.status_stream.SILENCE", 0.3)
     async with (
         answering(lambda request: served(request, event("IN_QUEUE"), hold=True)) as url,
         listening(url) as streams,
@@ -145,7 +145,7 @@ async def test_a_silent_stream_is_given_up(monkeypatch):
 
 async def test_comments_keep_a_stream_alive(monkeypatch):
     """A sign of life is no event, and no end."""
-    monkeypatch.setattr("batch.fal.streams.SILENCE", 0.4)
+    monkeypatch.setattr("batch.fal.status_stream.SILENCE", 0.4)
 
     async def handler(request):
         stream = web.StreamResponse(headers={"content-type": "text/event-stream"})

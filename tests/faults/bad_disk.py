@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from batch.cli import main
+from batch.cli.commands import main
 
 
 class Disk:

@@ -18,10 +18,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from batch.cli import main
-from batch.run.journal_file import JournalFile
-from batch.run.lifecycle import State, advance
-from batch.run.ports import Event, Uploaded
+from batch.cli.commands import main
+from batch.journal.database import JournalFile
+from batch.journal.events import Event, Uploaded
+from batch.journal.states import State, advance
 
 
 def transitions(journal: JournalFile, calls: Sequence[Sequence[Event]]) -> Iterator[tuple[str, str]]:

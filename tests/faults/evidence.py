@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from batch.run.lifecycle import State
+from batch.journal.states import State
 from tests.acceptance.command import results
 
 

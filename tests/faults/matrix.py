@@ -25,10 +25,10 @@ from PIL import Image
 
 from batch import api
 from batch.errors import ExitCode
-from batch.run.journal_file import JournalFile
-from batch.run.lifecycle import State
+from batch.journal.database import JournalFile
+from batch.journal.states import State
 from batch.server.faults.plan import Deed, Moment
-from batch.server.faults.plan import plan as faults
+from batch.server.faults import plan as faults
 from batch.server.serve import ServeOptions, serve
 from tests.faults.evidence import Evidence, examine
 

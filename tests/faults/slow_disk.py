@@ -15,10 +15,10 @@ import threading
 import time
 from typing import Any
 
-from batch.cli import main
-from batch.run.journal import Journal
-from batch.run.journal_file import JournalFile
-from batch.run.ports import Event, Finished
+from batch.cli.commands import main
+from batch.journal.database import JournalFile
+from batch.journal.events import Event, Finished
+from batch.journal.writer import Journal
 
 
 def slow_down(jobs: int, seconds: float) -> None:

@@ -33,7 +33,7 @@ from typing import NamedTuple
 
 import anyio
 
-from batch.run.lifecycle import TABLE
+from batch.journal.states import TABLE
 from batch.server.faults.plan import Moment
 from tests.acceptance.command import REPOSITORY, environment, write_manifest
 from tests.faults import scenarios

@@ -13,7 +13,7 @@ from functools import cache
 import pytest
 from filelock import FileLock
 
-from batch.run.lifecycle import TABLE
+from batch.journal.states import TABLE
 from tests.faults.scenarios import SCENARIOS, Kill, Undisturbed, moments, survive, survive_at, undisturbed
 
 JOBS = 60

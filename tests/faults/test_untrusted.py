@@ -24,9 +24,9 @@ from pydantic import SecretStr
 from batch.fal import client as module
 from batch.fal.client import FalClient
 from batch.fal.endpoint import APP_ID
+from batch.fal.errors import CallFailed
 from batch.fal.protocol import Origins
-from batch.model import Attempt, JobKey, RequestId, Ticket
-from batch.run.ports import CallFailed
+from batch.types import Attempt, JobKey, RequestId, Ticket
 from tests.acceptance.command import Ended, jobs_in, results, start
 from tests.faults import target as honest
 from tests.faults.target import answer, output, picture, raw, serving

@@ -8,12 +8,11 @@ from random import Random
 import anyio
 import pytest
 
-from batch.model import Answer, Job
-from batch.run.budget import Price
-from batch.run.gate import Stop
-from batch.run.lifecycle import State
-from batch.run.observe import Tally
-from batch.run.ports import Answered, FailedForGood, Intended, Lost
+from batch.journal.events import Answered, FailedForGood, Intended, Lost
+from batch.journal.states import State
+from batch.money import Price
+from batch.run.admission import Stop
+from batch.run.observers import Tally
 from batch.run.runner import Policy
 from batch.testing.journal import MemoryJournal
 from batch.testing.service import (
@@ -24,6 +23,7 @@ from batch.testing.service import (
     FakeService,
     RefusesSubmits,
 )
+from batch.types import Answer, Job
 from tests.runner.world import World, jobs
 
 pytestmark = pytest.mark.anyio

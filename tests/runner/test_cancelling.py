@@ -8,11 +8,12 @@ import anyio
 import pytest
 
 from batch.errors import AccountRefused
+from batch.fal.errors import CallFailed, Trouble
 from batch.fal.protocol import CancelOutcome, Reply
-from batch.model import JobKey, RequestId, Ticket
-from batch.run.cancelling import AT_ONCE, Cancelled, cancel_open
-from batch.run.ports import Accepted, CallFailed, Intended, Trouble
+from batch.journal.events import Accepted, Intended
+from batch.run.cancellation import AT_ONCE, Cancelled, cancel_open
 from batch.testing.journal import MemoryJournal
+from batch.types import JobKey, RequestId, Ticket
 
 pytestmark = pytest.mark.anyio
 

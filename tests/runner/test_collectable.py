@@ -10,13 +10,13 @@ import anyio
 import orjson
 import pytest
 
+from batch.fal.errors import CallFailed, Trouble
 from batch.fal.protocol import Reply, request_error_reply
-from batch.model import Answer
-from batch.run.budget import Price
-from batch.run.lifecycle import State
-from batch.run.ports import CallFailed, Trouble
+from batch.journal.states import State
+from batch.money import Price
 from batch.run.runner import Policy
 from batch.testing.service import FakeService, Fault
+from batch.types import Answer
 from tests.runner.world import World, jobs
 
 pytestmark = pytest.mark.anyio

@@ -9,11 +9,11 @@ import anyio
 import orjson
 import pytest
 
+from batch.fal.errors import CallFailed, Trouble
 from batch.fal.protocol import Reply
-from batch.run.gate import Stop
-from batch.run.lifecycle import State
+from batch.journal.states import State
+from batch.run.admission import Stop
 from batch.run.pacing import TokenBucket
-from batch.run.ports import CallFailed, Trouble
 from batch.run.runner import Policy
 from batch.testing.service import CompletesWith, FakeService, Fault
 from tests.runner.world import World, jobs

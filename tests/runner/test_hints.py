@@ -5,7 +5,7 @@ from __future__ import annotations
 import anyio
 import pytest
 
-from batch.run.lifecycle import State
+from batch.journal.states import State
 from batch.run.pacing import TokenBucket
 from batch.testing.service import AnswersReadsWith, CompletesWith, FakeService, RefusesConnection
 from tests.runner.test_polling import log_normal, noticed

@@ -9,14 +9,14 @@ import anyio
 import orjson
 import pytest
 
+from batch.fal.errors import CallFailed, Trouble
 from batch.fal.protocol import Reply
-from batch.model import Attempt
-from batch.run.budget import Price
-from batch.run.gate import Stop
-from batch.run.lifecycle import State
-from batch.run.ports import CallFailed, Intended, Trouble
-from batch.run.retry import REPEAT_SECONDS, Idempotency
+from batch.journal.events import Intended
+from batch.journal.states import State
+from batch.money import Price
+from batch.run.admission import Stop
 from batch.run.runner import Policy
+from batch.run.verdicts import REPEAT_SECONDS, Idempotency
 from batch.testing.service import (
     CompletesWith,
     DropsAfterAccept,
@@ -27,6 +27,7 @@ from batch.testing.service import (
     RefusesConnection,
     RefusesSubmits,
 )
+from batch.types import Attempt
 from tests.runner.world import World, jobs
 
 pytestmark = pytest.mark.anyio

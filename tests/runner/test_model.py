@@ -37,18 +37,20 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from batch.fal.errors import CallFailed, Trouble
 from batch.fal.protocol import Reply, model_error_reply, request_error_reply
-from batch.model import Attempt, JobKey, RequestId
-from batch.run.budget import Price
-from batch.run.journal_file import JournalFile
-from batch.run.ledger import decode_images
-from batch.run.lifecycle import TERMINAL, State
-from batch.run.ports import CallFailed, Entry, Event, Outcome, Trouble
-from batch.run.retry import Idempotency
+from batch.journal.database import JournalFile
+from batch.journal.events import Event
+from batch.journal.records import Entry, Outcome
+from batch.journal.states import TERMINAL, State
+from batch.journal.transitions import decode_images
+from batch.money import Price
 from batch.run.runner import Policy, Report
+from batch.run.verdicts import Idempotency
 from batch.testing.images import MemoryImages
 from batch.testing.journal import MemoryJournal
 from batch.testing.service import FakeService, Fault, Listing, Request
+from batch.types import Attempt, JobKey, RequestId
 from tests.runner.world import World, jobs
 
 EXAMPLES = int(os.environ.get("SOAK_EXAMPLES", "0"))

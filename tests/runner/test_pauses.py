@@ -13,20 +13,23 @@ import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from batch.fal.errors import CallFailed, Trouble
 from batch.fal.protocol import Reply
-from batch.model import Attempt, Job, JobKey
-from batch.run.budget import Budget, Price
-from batch.run.course import Course
-from batch.run.gate import Gate, Stop
-from batch.run.lifecycle import State
-from batch.run.pacing import TokenBucket, Window
-from batch.run.ports import CallFailed, HeldBack, Intended, Refused, Trouble
-from batch.run.retry import Idempotency, judge
+from batch.journal.events import Intended, Refused
+from batch.journal.states import State
+from batch.money import Budget, Price
+from batch.run.admission import Gate, Stop
+from batch.run.interfaces import HeldBack
+from batch.run.job import Course
+from batch.run.pacing import TokenBucket
 from batch.run.runner import Policy
+from batch.run.verdicts import Idempotency, judge
+from batch.run.window import Window
 from batch.session import _bucket
 from batch.testing.journal import MemoryJournal
 from batch.testing.observer import RecordingObserver
 from batch.testing.service import FakeService, Fault, RefusesConnection, RefusesSubmits
+from batch.types import Attempt, Job, JobKey
 from tests.runner.world import World, jobs
 
 pytestmark = pytest.mark.anyio

@@ -8,9 +8,10 @@ from typing import NamedTuple
 import anyio
 import pytest
 
+from batch.fal.errors import CallFailed, Trouble
 from batch.fal.protocol import Reply
-from batch.run.pacing import TokenBucket, Window
-from batch.run.ports import CallFailed, Trouble
+from batch.run.pacing import TokenBucket
+from batch.run.window import Window
 from batch.testing.service import CompletesWith, FakeService
 from tests.runner.world import World, jobs
 

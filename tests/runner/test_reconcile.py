@@ -10,13 +10,13 @@ import orjson
 import pytest
 
 from batch.errors import StorageError
+from batch.fal.errors import CallFailed, Trouble
 from batch.fal.platform import Listed
 from batch.fal.protocol import Reply
-from batch.model import AppId, Attempt, RequestId
-from batch.run.budget import Price
-from batch.run.gate import Stop
-from batch.run.lifecycle import State
-from batch.run.ports import Accepted, CallFailed, Intended, Trouble
+from batch.journal.events import Accepted, Intended
+from batch.journal.states import State
+from batch.money import Price
+from batch.run.admission import Stop
 from batch.run.reconcile import LATE_SECONDS, OVER_SECONDS
 from batch.run.runner import Policy
 from batch.testing.service import (
@@ -28,6 +28,7 @@ from batch.testing.service import (
     Listing,
     RefusesSubmits,
 )
+from batch.types import AppId, Attempt, RequestId
 from tests.runner.world import World, jobs
 
 pytestmark = pytest.mark.anyio

@@ -13,15 +13,17 @@ import pytest
 from PIL import Image
 
 from batch.errors import StorageError
+from batch.fal.errors import CallFailed, Trouble
 from batch.fal.protocol import Reply
-from batch.model import Job, LocalImage
-from batch.run.budget import Price
-from batch.run.gate import Stop, Stopping
-from batch.run.lifecycle import State
-from batch.run.pacing import TokenBucket, Window
-from batch.run.ports import CallFailed, Intended, PictureError, Trouble
-from batch.run.retry import Idempotency
+from batch.journal.events import Intended
+from batch.journal.states import State
+from batch.money import Price
+from batch.run.admission import Stop, Stopping
+from batch.run.interfaces import PictureError
+from batch.run.pacing import TokenBucket
 from batch.run.runner import Policy
+from batch.run.verdicts import Idempotency
+from batch.run.window import Window
 from batch.testing.images import MemoryImages
 from batch.testing.service import (
     AnswersReadsWith,
@@ -33,6 +35,7 @@ from batch.testing.service import (
     RefusesSubmits,
     SendsDamagedFiles,
 )
+from batch.types import Job, LocalImage
 from tests.runner.world import World, jobs
 
 pytestmark = pytest.mark.anyio

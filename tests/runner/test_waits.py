@@ -9,13 +9,13 @@ import anyio
 import orjson
 import pytest
 
+from batch.fal.errors import CallFailed, Trouble
 from batch.fal.protocol import Reply, read_status, request_error_reply
-from batch.model import TicketStatus
-from batch.run.lifecycle import State
-from batch.run.polling import PollTimes
-from batch.run.ports import CallFailed, Trouble
+from batch.journal.states import State
+from batch.run.poll_schedule import PollTimes
 from batch.run.waits import Positions, Stage
 from batch.testing.service import FakeService
+from batch.types import TicketStatus
 from tests.runner.world import World, jobs
 
 pytestmark = pytest.mark.anyio

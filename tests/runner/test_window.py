@@ -10,7 +10,7 @@ import anyio
 import pytest
 
 from batch.fal.protocol import Reply
-from batch.run.pacing import Window
+from batch.run.window import Window
 from batch.testing.service import FakeService, Fault
 from tests.runner.world import World, jobs
 

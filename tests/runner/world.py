@@ -8,17 +8,17 @@ from random import Random
 import anyio
 
 from batch.fal.endpoint import APP_ID
-from batch.manifest.keys import job_key
-from batch.model import Job
-from batch.run.budget import Budget
-from batch.run.gate import Gate
-from batch.run.pacing import Window
+from batch.manifest.hashing import job_key
+from batch.money import Budget
+from batch.run.admission import Gate
 from batch.run.reconcile import Reconciler
-from batch.run.retry import REPEAT_SECONDS, Idempotency
 from batch.run.runner import Policy, Runner
+from batch.run.verdicts import REPEAT_SECONDS, Idempotency
+from batch.run.window import Window
 from batch.testing.images import MemoryImages
 from batch.testing.journal import MemoryJournal
 from batch.testing.observer import RecordingObserver
+from batch.types import Job
 
 
 def jobs(count: int, word: str = "as a watercolor") -> list[Job]:

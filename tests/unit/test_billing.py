@@ -10,7 +10,7 @@ import pytest
 from batch.fal.endpoint import APP_ID
 from batch.fal.platform import Bill, Charge, billing_call, billing_reply, read_billing
 from batch.fal.protocol import Malformed, Origins, Reply
-from batch.model import RequestId
+from batch.types import RequestId
 
 EVENT = {"request_id": "a", "timestamp": "2026-11-22T10:00:00Z", "output_units": 1.5, "cost_total": 0.045}
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from batch.fal.endpoint import APP_ID
-from batch.model import QueueState, RequestId
 from batch.server.queue.records import LogLine, Priority, uuid7
 from batch.server.queue.scheduler import LOG_LINES, Broker, Cancellation, IllegalMove, Line
+from batch.types import QueueState, RequestId
 
 
 def broker_with(count: int, slots: int = 1) -> Broker:

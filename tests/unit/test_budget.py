@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from batch.run.budget import UNKNOWN_MEGAPIXELS, Budget, Price
+from batch.money import UNKNOWN_MEGAPIXELS, Budget, Price
 
 PRICE = Price(0.03, date(2026, 11, 1))
 dollars = st.floats(0, 10, allow_nan=False)

@@ -9,12 +9,12 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from batch.manifest.plan import Planned, PlannedBatch
-from batch.model import Job, JobKey, Problem, RequestId, StoredImage
-from batch.results.columns import IMAGE, OWN_SCHEMA, TIMING, record_batch, results_schema
-from batch.run.ledger import encode_images
-from batch.run.lifecycle import State
-from batch.run.ports import Outcome
+from batch.journal.records import Outcome
+from batch.journal.states import State
+from batch.journal.transitions import encode_images
+from batch.manifest.planner import Planned, PlannedBatch
+from batch.results.schema import IMAGE, OWN_SCHEMA, TIMING, record_batch, results_schema
+from batch.types import Job, JobKey, Problem, RequestId, StoredImage
 
 INPUT = {
     "image_url": "http://x/0.png",

@@ -13,8 +13,9 @@ from aiohttp.client_reqrep import ConnectionKey
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from batch import open_files
-from batch.descriptors import (
+from batch.errors import InputError, StorageError
+from batch.system import open_files
+from batch.system.descriptors import (
     CONNECTIONS,
     ENOUGH,
     HINTS,
@@ -26,7 +27,6 @@ from batch.descriptors import (
     patiently,
     server_share,
 )
-from batch.errors import InputError, StorageError
 from tests.acceptance.command import REPOSITORY
 
 INFINITY = -1
@@ -71,7 +71,7 @@ def limited(code: str, soft: int, hard: int) -> str:
 def test_the_process_gets_all_that_it_may_and_counts_what_it_uses():
     """The descriptors that are open already are not there to be given away."""
     code = (
-        "import resource; from batch.open_files import allowance\n"
+        "import resource; from batch.system.open_files import allowance\n"
         "held = [open('/dev/null') for _ in range(10)]\n"
         "first, second = allowance(), allowance()\n"
         "print(first.before, first.allowed, second.before, resource.getrlimit(resource.RLIMIT_NOFILE)[0])\n"
@@ -84,7 +84,7 @@ def test_the_process_gets_all_that_it_may_and_counts_what_it_uses():
 def test_a_process_without_a_free_descriptor_knows_it():
     """The listing of descriptors needs one itself."""
     code = (
-        "from batch.open_files import allowance\n"
+        "from batch.system.open_files import allowance\n"
         "held = []\n"
         "try:\n    while True: held.append(open('/dev/null'))\n"
         "except OSError: pass\n"

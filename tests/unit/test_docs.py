@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from pydantic_core import PydanticUndefined
 
-from batch.cli import app
+from batch.cli.commands import app
 from batch.config import InputSettings, Settings
 from batch.errors import ExitCode
 from batch.fal.endpoint import ImageToImageInput
-from batch.results.columns import IMAGE, OWN_SCHEMA
-from batch.run.gate import Stop
+from batch.results.schema import IMAGE, OWN_SCHEMA
+from batch.run.admission import Stop
 from batch.session import Summary
 
 REPOSITORY = Path(__file__).parents[2]
@@ -116,7 +116,7 @@ def test_the_endpoint_defaults_that_the_settings_table_repeats_are_true():
 
 def test_every_flag_beside_a_key_sets_that_key():
     """The flag column of the settings table agrees with the command line."""
-    from batch.flags import PLACES
+    from batch.cli.options import PLACES
 
     rows = table(PAGES["configuration.md"], "Keys")
     said = {flag: key for key, row in rows.items() for flag in re.findall(r"`(--[a-z-]+)`", row[2])}
@@ -164,7 +164,7 @@ def test_every_action_of_the_log_is_told():
     said: set[str] = set()
     for path in (REPOSITORY / "batch").rglob("*.py"):
         said |= set(re.findall(r'\b(?:happened|notice)\(\s*"(\w+)"', path.read_text("utf-8")))
-    from batch.run.observe import JsonLog
+    from batch.run.observers import JsonLog
 
     assert set(table(PAGES["results.md"], "Actions in `log.jsonl`")) == said - JsonLog._LIVE
     assert all(f"`{action}`" in PAGES["results.md"] for action in said)

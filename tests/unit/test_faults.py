@@ -7,17 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batch.errors import ConfigError
-from batch.server.faults.plan import (
-    Body,
-    Deed,
-    Fault,
-    FaultPlan,
-    Faults,
-    ListingRules,
-    Moment,
-    Window,
-    parse_faults,
-)
+from batch.server.faults.plan import Body, Deed, Fault, FaultPlan, Faults, Moment, parse_faults
+from batch.server.queue.records import ListingRules, ListingWindow
 
 
 def met(text, moment, calls):
@@ -139,7 +130,7 @@ def test_all_keys_are_read():
     )
     plan = parse_faults(text, "f.toml")
     assert plan.seed == 7
-    assert plan.listing == ListingRules(show_waiting=True, lag=2.0, window=Window.ENDED_AT)
+    assert plan.listing == ListingRules(show_waiting=True, lag=2.0, window=ListingWindow.ENDED_AT)
     first, second, third, fourth, fifth, sixth, seventh = plan.faults
     assert (first.status, first.retry_after, first.every, first.times, first.after) == (429, 2.0, 5, 3, 1)
     assert (first.body, second.body, third.body) == (Body.FAL, Body.HTML, Body.EMPTY)

@@ -10,16 +10,17 @@ import pytest
 import trio.testing
 from anyio.lowlevel import checkpoint
 
+from batch.fal.errors import Trouble
 from batch.fal.protocol import Reply
-from batch.model import Job, JobKey
-from batch.run.budget import Budget, Price
-from batch.run.course import Course, TurnedBack
-from batch.run.gate import Gate, Stop
-from batch.run.lifecycle import State
-from batch.run.pacing import TokenBucket, Window
-from batch.run.ports import Trouble
-from batch.run.retry import judge
+from batch.journal.states import State
+from batch.money import Budget, Price
+from batch.run.admission import Gate, Stop
+from batch.run.job import Course, TurnedBack
+from batch.run.pacing import TokenBucket
+from batch.run.verdicts import judge
+from batch.run.window import Window
 from batch.testing.observer import RecordingObserver
+from batch.types import Job, JobKey
 
 pytestmark = pytest.mark.anyio
 PRICE = Price(0.03, date(2026, 11, 1))

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batch.manifest import jsonitems
-from batch.manifest.jsonitems import Malformed, NotRows, split
+from batch.manifest.formats import json_items as jsonitems
+from batch.manifest.formats.json_items import Malformed, NotRows, split
 
 
 def items(text: bytes, chunk: int = 2**20) -> list[tuple[int, object]]:

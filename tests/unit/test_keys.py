@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batch.fal.endpoint import APP_ID
-from batch.manifest.keys import canonical_json, content_hash, derived_seed, job_key
+from batch.manifest.hashing import canonical_json, content_hash, derived_seed, job_key
 
 JSON = st.recursive(
     st.none()

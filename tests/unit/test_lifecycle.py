@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from batch.run.lifecycle import OPEN, TABLE, TERMINAL, Happening, IllegalTransition, State, advance
+from batch.journal.states import OPEN, TABLE, TERMINAL, Happening, IllegalTransition, State, advance
 
 S, H = State, Happening
 

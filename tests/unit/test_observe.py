@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from batch.errors import StorageError
-from batch.run.observe import JsonLog, Observer, PlainLines, ProgressBar, Several, Tally, pause_in
+from batch.run.observers import JsonLog, Observer, PlainLines, ProgressBar, Several, Tally, pause_in
 from batch.testing.observer import RecordingObserver
 
 

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batch.run.pacing import Pauses, TokenBucket, Window, queued_share
+from batch.run.pacing import Pauses, TokenBucket
+from batch.run.window import Window, queued_share
 
 gaps = st.lists(st.floats(0, 5), min_size=1, max_size=200)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import orjson
 import pytest
 
-from batch.model import QueueState, RequestId
 from batch.server.http.page.state import TEXT_LIMIT, numbers, request_card
 from batch.server.queue.records import Ending, Listed
 from batch.server.queue.scheduler import View
 from batch.server.queue.stats import Tally
+from batch.types import QueueState, RequestId
 
 BODY = {"image_url": "/files/ab/abc.png", "prompt": "a cat", "seed": 5, "strength": 0.5}
 

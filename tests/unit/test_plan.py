@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 
 from batch.config import Settings
 from batch.errors import ConfigError, ManifestError
+from batch.estimate import counted, render_problems, survey
 from batch.fal.endpoint import ImageToImageInput
-from batch.manifest.plan import Planned, Planner
-from batch.manifest.ports import Fault, Half, Resolved, RowBatch
-from batch.manifest.survey import counted, render_problems, survey
-from batch.model import LocalImage
-from batch.run.budget import Price
-from batch.run.lifecycle import State
-from batch.run.ports import Known
+from batch.journal.records import Known
+from batch.journal.states import State
+from batch.manifest.planner import Planned, Planner
+from batch.manifest.types import Fault, Half, Resolved, RowBatch
+from batch.money import Price
+from batch.types import LocalImage
 
 
 class Table:

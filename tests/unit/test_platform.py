@@ -28,8 +28,7 @@ from batch.fal.platform import (
     read_listing,
     read_price,
 )
-from batch.fal.protocol import FAL, Malformed, Reply, json_reply, read_object
-from batch.fal.queries import (
+from batch.fal.platform_queries import (
     EstimateKind,
     Outcome,
     SortBy,
@@ -39,6 +38,7 @@ from batch.fal.queries import (
     read_listing_query,
     read_pricing_query,
 )
+from batch.fal.protocol import FAL, Malformed, Reply, json_reply, read_object
 from batch.server.queue.records import uuid7
 
 NOW = 1_790_000_000.0

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batch.run.polling import PollTimes, Stay
+from batch.run.poll_schedule import PollTimes, Stay
 
 seconds = st.floats(0, 1e4)
 

@@ -19,7 +19,7 @@ from batch.fal.protocol import (
     Reply,
     RequestOptions,
 )
-from batch.model import AppId, QueueState, RequestId, Ticket
+from batch.types import AppId, QueueState, RequestId, Ticket
 
 ID = RequestId("0199c0de-0000-7000-8000-000000000001")
 BASE = "http://127.0.0.1:8787"

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batch.fal.platform import Listed
-from batch.model import AppId, JobKey, RequestId
-from batch.run.lifecycle import State
-from batch.run.ports import Entry
+from batch.journal.records import Entry
+from batch.journal.states import State
 from batch.run.reconcile import Finding, Found, Search, bounded, match, same_input, windows
+from batch.types import AppId, JobKey, RequestId
 
 NOW = 1_790_000_000.0
 SENT = {"image_url": "https://x/1.jpg", "prompt": "a cat", "seed": 7, "strength": 0.95, "enable_safety_checker": True}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from batch.run.retention import (
+from batch.run.expiry import (
     FILE_SECONDS,
     LARGE_RESULT_BYTES,
     LARGE_RESULT_SECONDS,

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tenacity.stop import stop_after_attempt
 
+from batch.fal.errors import CallFailed, Trouble
 from batch.fal.protocol import Reply
-from batch.model import Failed, QueueState, TicketStatus
-from batch.run.ports import CallFailed, Trouble
-from batch.run.retry import (
+from batch.run.retrying import reading
+from batch.run.verdicts import (
     Action,
     Idempotency,
     Verdict,
@@ -27,9 +27,9 @@ from batch.run.retry import (
     judge_failed,
     judge_submit,
     kind_of,
-    reading,
     retry_after_of,
 )
+from batch.types import Failed, QueueState, TicketStatus
 
 A = Action
 MODEL_ERROR = orjson.dumps({"detail": [{"loc": ["body", "image_url"], "msg": "cannot be read", "type": "image_load_error"}]})  # fmt: skip # noqa: E501

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batch.model import AppId, RequestId
 from batch.server.queue.records import Ending
 from batch.server.queue.stats import SECONDS_BOUNDS, SHOWN_SECONDS, Outcome, Tally, route_of
+from batch.types import AppId, RequestId
 
 ID = "0190c5a1-0000-7000-8000-000000000000"
 

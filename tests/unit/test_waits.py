@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batch.model import JobKey, QueueState, TicketStatus
 from batch.run.waits import Overview, Positions, Stage, Waiting, Waits, duration, stage_of
+from batch.types import JobKey, QueueState, TicketStatus
 
 
 def waits(*jobs: tuple[Stage, float, int | None]) -> Waits:

@@ -24,8 +24,8 @@ import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
-from batch.descriptors import lacks_descriptor
 from batch.server.egress.ssrf import AddressRule, Refused, check_url, literal_address, public_only
+from batch.system.descriptors import lacks_descriptor
 
 __all__ = [
     "Guard",

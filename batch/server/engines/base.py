@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
 from batch.fal.endpoint import ImageToImageInput
-from batch.model import JsonObject
+from batch.types import JsonObject
 
 __all__ = [
     "Cancelled",

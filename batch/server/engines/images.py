@@ -1,4 +1,4 @@
-"""Picture bytes in and out: what a user sent becomes RGB at output size, a result becomes JPEG or PNG.
+"""Picture bytes in and out: what a user sent becomes RGB at output size, a result becomes JPEG or PNG. Pure.
 
 Owns the rules of size, rotation, colour and refusal that every engine with a picture shares. Refuses to know
 where bytes come from. Errors are the endpoint's own (`image_load_error`, `image_too_small`, `image_too_large`).

@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, BinaryIO, NoReturn, Protocol, TypeAlias
 
-from batch.descriptors import patiently
 from batch.server.engines.base import (
     Cancelled,
     EngineCancelled,
@@ -33,6 +32,7 @@ from batch.server.engines.base import (
     EngineResult,
     OnStep,
 )
+from batch.system.descriptors import patiently
 
 __all__ = [
     "HEADER",

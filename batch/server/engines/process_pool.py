@@ -23,7 +23,6 @@ import anyio
 from anyio.abc import Process
 from anyio.streams.buffered import BufferedByteReceiveStream
 
-from batch.model import JsonObject
 from batch.server.engines.base import (
     Cancelled,
     EngineCancelled,
@@ -35,6 +34,7 @@ from batch.server.engines.base import (
     WorkerCrashed,
 )
 from batch.server.engines.process import HEADER, Done, Dropped, Message, Order, Raised, Stepped, Stop, frame
+from batch.types import JsonObject
 
 __all__ = ["WorkerPool", "WorkerStatistics", "usable_cores"]
 

@@ -22,7 +22,6 @@ from aiohttp.typedefs import Handler, Middleware
 from batch.fal import protocol
 from batch.fal.platform import PlatformError, platform_error_reply
 from batch.fal.protocol import Operation, Reply
-from batch.model import AppId, Json, JsonObject, RequestId
 from batch.server.engines.base import (
     Cancelled,
     Engine,
@@ -34,12 +33,13 @@ from batch.server.engines.base import (
     OnStep,
     WorkerCrashed,
 )
-from batch.server.faults.plan import Body, Deed, Fault, FaultPlan, Faults, ListingRules, Moment
+from batch.server.faults.plan import Body, Deed, Fault, FaultPlan, Faults, Moment
 from batch.server.files.storage import content_type_of
 from batch.server.http import fal_proxy as proxy
 from batch.server.queue import responses as answers
-from batch.server.queue.records import Ending
+from batch.server.queue.records import Ending, ListingRules
 from batch.server.queue.service import QueueService
+from batch.types import AppId, Json, JsonObject, RequestId
 
 __all__ = ["Rehearsal", "moment_of"]
 

@@ -25,8 +25,9 @@ from random import Random
 from typing import Any, TypeVar
 
 from batch.errors import ConfigError
+from batch.server.queue.records import ListingRules, ListingWindow
 
-__all__ = ["Body", "Deed", "Fault", "FaultPlan", "Faults", "ListingRules", "Moment", "Window", "parse_faults"]
+__all__ = ["Body", "Deed", "Fault", "FaultPlan", "Faults", "Moment", "parse_faults"]
 
 
 class Moment(StrEnum):
@@ -95,13 +96,6 @@ class Body(StrEnum):
     EMPTY = "empty"
 
 
-class Window(StrEnum):
-    """Which instant of a request the listing's `start` and `end` are compared with; fal does not say."""
-
-    SENT_AT = "sent_at"
-    ENDED_AT = "ended_at"
-
-
 _ANSWERS = frozenset({Deed.DROP, Deed.ANSWER, Deed.LATE})
 _BODIES = frozenset({Deed.SLOW, Deed.CUT, Deed.SHORT})
 _DEEDS: Mapping[Moment, frozenset[Deed]] = {
@@ -168,17 +162,6 @@ class Fault:
         if self.first is not None:
             return number <= self.first
         return rng.random() < (self.share or 0.0)
-
-
-@dataclass(frozen=True, slots=True)
-class ListingRules:
-    """How the platform's listing behaves where fal's behaviour is not known."""
-
-    show_waiting: bool = False
-    """Whether requests that have not ended are listed."""
-    lag: float = 0.0
-    """Seconds until the listing knows of an event."""
-    window: Window = Window.SENT_AT
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,7 +248,7 @@ def _listing(table: _Table) -> ListingRules:
     return ListingRules(
         table.flag("show_waiting", default=False),
         table.number("lag", 0.0) or 0.0,
-        table.word("window", Window, Window.SENT_AT),
+        table.word("window", ListingWindow, ListingWindow.SENT_AT),
     )
 
 

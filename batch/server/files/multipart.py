@@ -19,9 +19,9 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from batch.descriptors import patiently
 from batch.errors import StorageError
 from batch.server.files.spool import TooLarge, spool
+from batch.system.descriptors import patiently
 
 __all__ = ["FILE_LIMIT_BYTES", "OPEN_LIMIT_BYTES", "PARTS", "PART_LIMIT_BYTES", "BadParts", "Part", "Parts"]
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import orjson
 
 from batch.errors import InputError, StorageError
-from batch.group_commit import Grouped
+from batch.system.group_commit import Grouped
 
 __all__ = ["SMALL_BYTES", "SmallFile", "SmallFiles"]
 

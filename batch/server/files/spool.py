@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import NamedTuple
 
-from batch.descriptors import patiently
+from batch.system.descriptors import patiently
 
 __all__ = ["Spooled", "TooLarge", "spool"]
 

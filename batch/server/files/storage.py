@@ -26,12 +26,12 @@ from types import TracebackType
 from typing import NamedTuple, Self
 from urllib.parse import urlsplit
 
-from batch.descriptors import patiently
 from batch.errors import StorageError
 from batch.image_formats import FORMATS, format_of_type
 from batch.server.files.multipart import Part, Parts
 from batch.server.files.small_files import SMALL_BYTES, SmallFile, SmallFiles
 from batch.server.files.spool import Spooled, TooLarge, spool
+from batch.system.descriptors import patiently
 
 __all__ = ["Reservation", "Storage", "TooLarge", "content_type_of"]
 

@@ -15,16 +15,14 @@ from typing import TypeAlias
 import orjson
 from aiohttp import HttpVersion11, web
 from aiohttp.http_exceptions import BadHttpMessage
+from aiohttp.typedefs import Middleware
 
-from batch.descriptors import ServerShare, lacks_descriptor
 from batch.errors import StorageError
 from batch.fal import protocol
 from batch.fal.endpoint import APP_ID
 from batch.fal.platform import PlatformError, platform_error_reply
 from batch.fal.protocol import Address, Malformed, Operation, Reply
-from batch.model import AppId, RequestId
 from batch.server.egress.ssrf import AddressRule, Refused
-from batch.server.faults.injection import Rehearsal
 from batch.server.http import fal_proxy as proxy
 from batch.server.http import metrics, openapi, uploads
 from batch.server.http.auth import Access, Authenticator, Denied, access_of
@@ -34,6 +32,8 @@ from batch.server.queue import responses as answers
 from batch.server.queue.records import Ending, Keeping, Priority
 from batch.server.queue.service import Known, QueueFull, QueueService, Wishes
 from batch.server.queue.webhooks import webhook_of
+from batch.system.descriptors import ServerShare, lacks_descriptor
+from batch.types import AppId, RequestId
 from batch.version import tool_version
 
 __all__ = ["BODY_LIMIT_BYTES", "Handler", "application", "response"]
@@ -62,7 +62,9 @@ def application(
     permitted: AddressRule,
     app_id: AppId = APP_ID,
     more: Iterable[tuple[str, str, Handler]] = (),
-    rehearsal: Rehearsal | None = None,
+    *,
+    idempotency: bool = True,
+    middleware: Middleware | None = None,
     share: ServerShare | None = None,
 ) -> web.Application:
     """The server's routes. Paths that have none of their own belong to the queue.
@@ -73,7 +75,8 @@ def application(
         permitted: which addresses webhooks may go to.
         app_id: the one endpoint that is served.
         more: method, path and handler of routes beside the queue's and the files'.
-        rehearsal: faults on purpose.
+        idempotency: whether a repeated `Idempotency-Key` is honoured.
+        middleware: called around every handler; fault injection is one.
         share: what may be open at once; None: as much as comes.
     """
     face = _Face(
@@ -81,7 +84,7 @@ def application(
         app_id,
         authenticator,
         permitted,
-        idempotency=rehearsal.idempotency if rehearsal is not None else True,
+        idempotency=idempotency,
         held=None if share is None else max(1, int(share.connections * _HELD_SHARE)),
     )
     app = web.Application(client_max_size=BODY_LIMIT_BYTES)
@@ -99,8 +102,8 @@ def application(
     for method, path, handler in known:
         guarded = face.guarded(handler, access_of(method, path))
         app.router.add_route(method, path, guarded, expect_handler=face.expect)
-    if rehearsal is not None:
-        app.middlewares.append(rehearsal.middleware(service, app_id))
+    if middleware is not None:
+        app.middlewares.append(middleware)
     return app
 
 

@@ -14,8 +14,8 @@ from pydantic.json_schema import models_json_schema
 from batch.fal import protocol
 from batch.fal.endpoint import APP_ID, ImageToImageInput, ImageToImageOutput
 from batch.fal.platform import BILLING_LIMIT, PAGE_LIMIT, PlatformError
-from batch.fal.queries import ID_LIMIT, ChargeSource, EstimateKind, Outcome, SortBy
-from batch.model import AppId, Json, JsonObject
+from batch.fal.platform_queries import ID_LIMIT, ChargeSource, EstimateKind, Outcome, SortBy
+from batch.types import AppId, Json, JsonObject
 
 __all__ = ["document"]
 

@@ -21,16 +21,17 @@ from typing import TypeAlias
 import orjson
 from aiohttp import web
 
-from batch.fal import platform, queries
+from batch.fal import platform
+from batch.fal import platform_queries as queries
 from batch.fal.platform import Charge, Listed, PlatformError
+from batch.fal.platform_queries import EstimateKind
 from batch.fal.protocol import Malformed, Reply
-from batch.fal.queries import EstimateKind
-from batch.model import AppId, JsonObject
 from batch.server.files.storage import content_type_of
 from batch.server.http.callers import owner_of
 from batch.server.queue import responses as answers
 from batch.server.queue.request_log import Charged, History, Past
 from batch.server.queue.service import QueueService
+from batch.types import AppId, JsonObject
 
 __all__ = ["PICTURES_BYTES", "routes"]
 

@@ -21,15 +21,15 @@ import orjson
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 
-from batch.descriptors import patiently
 from batch.fal import protocol
-from batch.model import JsonObject
 from batch.server.files.multipart import PARTS, BadParts, Part
 from batch.server.files.spool import TooLarge
 from batch.server.files.storage import Reservation, content_type_of
 from batch.server.http.auth import Authenticator
 from batch.server.http.callers import owner_of
 from batch.server.queue.service import QueueService
+from batch.system.descriptors import patiently
+from batch.types import JsonObject
 
 __all__ = ["UPLOAD_LIMIT_BYTES", "routes"]
 

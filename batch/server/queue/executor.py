@@ -14,9 +14,7 @@ from typing import TypeAlias
 
 from pydantic import ValidationError
 
-from batch.descriptors import lacks_descriptor
 from batch.fal.endpoint import ImageToImageInput
-from batch.model import RequestId
 from batch.server.egress.source_images import Sources
 from batch.server.engines.base import (
     Cancelled,
@@ -30,6 +28,8 @@ from batch.server.engines.base import (
 )
 from batch.server.files.storage import Storage
 from batch.server.queue import responses as answers
+from batch.system.descriptors import lacks_descriptor
+from batch.types import RequestId
 
 __all__ = ["Fault", "Kept", "Made", "Outcome", "Worker"]
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 from typing import NamedTuple
 
-from batch.model import AppId, RequestId
+from batch.types import AppId, RequestId
 
 __all__ = [
     "AS_ALL_OTHERS",
@@ -19,6 +19,8 @@ __all__ = [
     "Ending",
     "Keeping",
     "Listed",
+    "ListingRules",
+    "ListingWindow",
     "LogLine",
     "Priority",
     "Recovered",
@@ -196,3 +198,21 @@ def uuid7(now: float, chance: int) -> RequestId:
     high = (int(now * 1000) << 16) | 0x7000 | (chance >> 62 & 0xFFF)
     digits = f"{high & (1 << 64) - 1:016x}{1 << 63 | chance & (1 << 62) - 1:016x}"
     return RequestId(f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}")
+
+
+class ListingWindow(StrEnum):
+    """Which instant of a request the listing's `start` and `end` are compared with; fal does not say."""
+
+    SENT_AT = "sent_at"
+    ENDED_AT = "ended_at"
+
+
+@dataclass(frozen=True, slots=True)
+class ListingRules:
+    """How the platform's listing behaves where fal's behaviour is not known."""
+
+    show_waiting: bool = False
+    """Whether requests that have not ended are listed."""
+    lag: float = 0.0
+    """Seconds until the listing knows of an event."""
+    window: ListingWindow = ListingWindow.SENT_AT

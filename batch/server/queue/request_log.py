@@ -20,10 +20,10 @@ from urllib.parse import quote
 
 import orjson
 
-from batch.fal.queries import BillingQuery, ListingQuery, Outcome, SortBy
-from batch.group_commit import in_open_database
-from batch.model import AppId, RequestId
-from batch.server.faults.plan import ListingRules, Window
+from batch.fal.platform_queries import BillingQuery, ListingQuery, Outcome, SortBy
+from batch.server.queue.records import ListingRules, ListingWindow
+from batch.system.group_commit import in_open_database
+from batch.types import AppId, RequestId
 
 __all__ = ["Charged", "History", "Past"]
 
@@ -134,7 +134,7 @@ class History:
             "high": high,
             "owner": owner,
             "longest": query.sort_by is SortBy.DURATION,
-            "of_ends": self._rules.window is Window.ENDED_AT,
+            "of_ends": self._rules.window is ListingWindow.ENDED_AT,
             "request_id": query.request_id,
             "limit": query.limit + 1,
             "offset": query.offset,

@@ -15,10 +15,10 @@ from pydantic import ValidationError
 
 from batch.fal import protocol
 from batch.fal.protocol import Reply
-from batch.model import AppId, JsonObject, RequestId
 from batch.server.engines.base import EngineFailure, EngineResult
 from batch.server.queue.records import Ending, LogLine
 from batch.server.queue.scheduler import View
+from batch.types import AppId, JsonObject, RequestId
 
 __all__ = [
     "CANCELLED",

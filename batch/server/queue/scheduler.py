@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
-from batch.model import AppId, QueueState, RequestId
 from batch.server.queue.records import LogLine, Priority
+from batch.types import AppId, QueueState, RequestId
 
 __all__ = ["Broker", "BrokerStatistics", "Cancellation", "IllegalMove", "Line", "Phase", "View"]
 

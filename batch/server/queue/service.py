@@ -21,10 +21,8 @@ from typing import NamedTuple
 
 import orjson
 
-from batch.descriptors import lacks_descriptor
 from batch.errors import StorageError
 from batch.fal.protocol import CancelOutcome, Malformed
-from batch.model import AppId, JsonObject, QueueState, RequestId
 from batch.server.egress.source_images import DataUri, Sources, parse_data_uri
 from batch.server.engines.base import Cancelled, Engine, EngineInfo, WorkerCrashed
 from batch.server.files.storage import Storage, content_type_of
@@ -45,6 +43,8 @@ from batch.server.queue.records import (
 from batch.server.queue.scheduler import Broker, Cancellation, View
 from batch.server.queue.stats import Tally
 from batch.server.queue.store import Store
+from batch.system.descriptors import lacks_descriptor
+from batch.types import AppId, JsonObject, QueueState, RequestId
 
 __all__ = ["Known", "QueueFull", "QueueService", "Statistics", "Wishes", "queue_service"]
 

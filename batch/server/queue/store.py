@@ -20,8 +20,6 @@ from typing import Any, Self, cast
 import orjson
 
 from batch.errors import InputError, StorageError
-from batch.group_commit import Grouped
-from batch.model import AppId, RequestId
 from batch.server.queue.records import (
     Admission,
     Delivery,
@@ -36,6 +34,8 @@ from batch.server.queue.records import (
     Submission,
     Webhook,
 )
+from batch.system.group_commit import Grouped
+from batch.types import AppId, RequestId
 
 __all__ = ["Store"]
 

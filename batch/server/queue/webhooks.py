@@ -28,17 +28,17 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from batch.descriptors import lacks_descriptor
 from batch.errors import InputError, StorageError
 from batch.fal import protocol
 from batch.fal.signing import jwks_of, sign
-from batch.model import RequestId
 from batch.server.egress.http_client import Guard, Unreachable
 from batch.server.egress.ssrf import AddressRule, Refused, check_url
 from batch.server.queue import responses as answers
 from batch.server.queue.records import Delivery, Ending, Settlement, Webhook
 from batch.server.queue.service import QueueService
 from batch.server.queue.store import Store
+from batch.system.descriptors import lacks_descriptor
+from batch.types import RequestId
 
 __all__ = [
     "RETRIES",

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 from batch.errors import InputError
 from batch.fal.endpoint import ImageToImageInput
-from batch.model import JsonObject
 from batch.server.engines.base import (
     Cancelled,
     EngineFailure,
@@ -22,6 +21,7 @@ from batch.server.engines.flux.folder import CheckedFolder, check_checker, check
 from batch.server.engines.flux.hub import CHECKER_FILES, MODEL_FILES, located
 from batch.server.engines.flux.options import FluxOptions
 from batch.server.engines.process_pool import WorkerPool, WorkerStatistics
+from batch.types import JsonObject
 
 __all__ = ["LIBRARIES", "PREPARATION", "FluxEngine", "open_engine"]
 

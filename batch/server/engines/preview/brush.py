@@ -1,4 +1,4 @@
-"""Filters without randomness: smoothing that keeps edges, lines, directions, tones. cv2 and numpy only.
+"""Filters without randomness: smoothing that keeps edges, lines, directions, tones. cv2 and numpy only. Pure.
 
 Pictures are uint8 BGR, fields float32 of the same height and width.
 """

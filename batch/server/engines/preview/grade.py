@@ -1,4 +1,4 @@
-"""Colour grading by scene: night, sunset, winter, ... in CIE L*a*b*, and the slight tint that a prompt leaves."""
+"""Colour grading by scene: night, sunset, winter, ... in CIE L*a*b*, and the slight tint that a prompt leaves. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Styles that imitate print and screen: cartoon, pop art, pixel, mosaic, neon, blueprint.
+"""Styles that imitate print and screen: cartoon, pop art, pixel, mosaic, neon, blueprint. Pure.
 
 Each takes a uint8 BGR picture, a generator and a power of 0 to 1, and gives a uint8 BGR picture of that size.
 """

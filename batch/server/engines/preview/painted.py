@@ -1,4 +1,4 @@
-"""Styles that imitate a hand: watercolour, oil, pencil, old photograph, and plain painterly.
+"""Styles that imitate a hand: watercolour, oil, pencil, old photograph, and plain painterly. Pure.
 
 Each takes a uint8 BGR picture, a generator and a power of 0 to 1, and gives a uint8 BGR picture of that size.
 """

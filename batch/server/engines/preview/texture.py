@@ -1,4 +1,4 @@
-"""Random fields: noise, grain, distance from the border. Every number comes from the generator given.
+"""Random fields: noise, grain, distance from the border. Every number comes from the generator given. Pure.
 
 Pixels are float32; a field has the picture's height and width and no channels.
 """

@@ -19,10 +19,10 @@ from aiohttp import web
 
 from batch.fal import protocol
 from batch.fal.endpoint import ImageToImageInput
-from batch.model import AppId
 from batch.server.http.callers import owner_of
 from batch.server.http.page.state import numbers, request_card
 from batch.server.queue.service import QueueService
+from batch.types import AppId
 
 __all__ = ["routes"]
 

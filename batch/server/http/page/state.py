@@ -12,10 +12,10 @@ from urllib.parse import urlsplit
 
 from batch.fal import protocol
 from batch.fal.protocol import Malformed, Reply
-from batch.model import Json, JsonObject, QueueState
 from batch.server.queue.records import Listed
 from batch.server.queue.scheduler import View
 from batch.server.queue.stats import Outcome, Tally
+from batch.types import Json, JsonObject, QueueState
 
 __all__ = ["PathIn", "numbers", "request_card"]
 

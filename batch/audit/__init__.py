@@ -1,0 +1,1 @@
+"""Whether journal, results, images and bills agree."""

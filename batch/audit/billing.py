@@ -1,0 +1,110 @@
+"""The target's billing events, held against what a run counted. Assembly.
+
+Owns the reading of their pages and the one comparison with them. That they cannot be had (no key, no scope ADMIN, a
+target that sends none) is a sentence, no error.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from random import Random
+
+import anyio
+import anyio.to_thread
+from tenacity import stop_after_attempt
+
+from batch.audit.report import EXAMPLES, Check, Mismatch, Remark
+from batch.audit.tables import Scratch
+from batch.config import Settings
+from batch.errors import ConfigError
+from batch.fal.client import FalClient
+from batch.fal.errors import CallFailed, Trouble
+from batch.fal.platform import BILLING_SPAN
+from batch.run.retrying import reading
+from batch.targets import open_platform
+
+__all__ = ["charges_check", "gather_bills"]
+
+_FUZZ_USD = 1e-6
+_BILL_READS = 5
+_BILL_PAGE_SECONDS = 120.0
+_BILL_LAG = 3600.0
+"""A request that ended less than so long ago may be billed later. fal names no number; this one is ours."""
+_BILL_MARGIN = 3600.0
+"""Two clocks differ, and which instant of a request an event bears is not documented."""
+
+
+async def gather_bills(settings: Settings, scratch: Scratch, version: str, since: float, now: float) -> str:
+    """Read the target's billing events of the run's time; empty, or why they were not compared."""
+    try:
+        async with open_platform(settings, version=version) as client:
+            start = since - _BILL_MARGIN
+            while start < now:
+                end = min(now, start + BILLING_SPAN)
+                await _gather_span(client, scratch, start, end)
+                start = end
+    except ConfigError as error:
+        return str(error)
+    except TimeoutError:
+        return "its billing events did not come in time"
+    except CallFailed as error:
+        status = None if error.trouble.reply is None else error.trouble.reply.status
+        if status in {401, 402, 403}:
+            return f"not allowed for this key (HTTP {status}): billing events need the scope ADMIN"
+        if status in {404, 405, 501}:
+            return f"the target sends no billing events (HTTP {status})"
+        return f"its billing events could not be read ({error.trouble.detail})"
+    return ""
+
+
+async def _gather_span(client: FalClient, scratch: Scratch, start: float, end: float) -> None:
+    cursor: str | None = None
+    seen: set[str] = set()
+    while True:
+        read = partial(client.billing, start, end, cursor)
+        with anyio.fail_after(_BILL_PAGE_SECONDS):
+            page = await reading(read, Random(), stop=stop_after_attempt(_BILL_READS), now=time.time)
+        bills = [(bill.request_id, bill.at, bill.units, bill.usd) for bill in page.bills]
+        await anyio.to_thread.run_sync(scratch.add_bills, bills)
+        cursor = page.next_cursor
+        if cursor is None:
+            return
+        if cursor in seen:
+            raise CallFailed(Trouble("billing", "malformed", detail="its pages go round in circles"))
+        seen.add(cursor)
+
+
+def charges_check(scratch: Scratch, why: str, now: float, *, priced: bool) -> tuple[Check, Remark | None]:
+    """What was billed against what was counted, request by request."""
+    if why:
+        return Check("charges", why, compared=False), None
+    twice = Mismatch("requests were charged more than once", "ask the service, with the request ids")
+    for request_id, job, times, count in scratch.rows("billed_twice", [EXAMPLES]):
+        twice.met(f"request {request_id} of job {job}: {times} times")
+        twice.count = count
+    limits = {"fuzz": _FUZZ_USD, "count": EXAMPLES, "priced": priced, "before": now - _BILL_LAG}
+    otherwise = Mismatch(
+        "requests were charged more, or for other units, than was counted",
+        "has the price changed? `restyle plan --live-price` tells",
+    )
+    for request_id, job, *amounts, count in scratch.rows("billed_otherwise", limits):
+        ours, units, theirs, their_units = amounts
+        counted = f"${ours:.6g}" + ("" if units is None else f" for {units:g} units")
+        charged = f"${theirs:.6g} for {their_units:g} units"
+        otherwise.met(f"request {request_id} of job {job}: {counted} counted, {charged} charged")
+        otherwise.count = count
+    unbilled = Mismatch("results say that they are billed, and no charge is there", "look again later: bills may lag")
+    for request_id, job, units, count in scratch.rows("unbilled", limits):
+        unbilled.met(f"request {request_id} of job {job}: {units:g} units")
+        unbilled.count = count
+    ((billed, usd),) = scratch.rows("count_bills")
+    ((foreign, foreign_usd),) = scratch.rows("foreign_bills")
+    ((_, _, own_usd),) = scratch.rows("count_requests")
+    words = f"{billed:,} requests charged, ${usd:,.2f}; counted ${own_usd:,.2f}"
+    remark = Remark(
+        f"charges (${foreign_usd:,.2f}) are for requests of this app that the journal does not know: other runs of this"
+        " account, or its unknown submits",
+        foreign,
+    )
+    return Check("charges", words, (twice, otherwise, unbilled)), remark

@@ -1,0 +1,106 @@
+"""What an audit has seen: a temporary database on disk, so that a million jobs need no more memory than a hundred.
+
+Owns `scratch.sql` and nothing that lasts: SQLite deletes the file by itself, also after a kill. An edge; knows nothing
+of journals, results and bills but the few fields that are compared.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from importlib import resources
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import orjson
+
+from batch.errors import StorageError
+
+__all__ = ["Scratch", "Seen"]
+
+_CACHE_KIB = 8_000
+
+
+class Seen(NamedTuple):
+    """One request as the journal has it. A request that has not ended has no `ended_at`."""
+
+    request_id: str
+    job_key: str
+    counted_usd: float = 0.0
+    units: float | None = None
+    ended_at: float | None = None
+
+
+class Scratch:
+    """A context manager. Methods may be called from any thread, one at a time; all raise `StorageError`."""
+
+    def __init__(self) -> None:
+        # The empty name is SQLite's for a temporary database that spills from its cache to the disk.
+        self._connection = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+        for pragma in (f"cache_size = -{_CACHE_KIB}", "journal_mode = OFF", "synchronous = OFF"):
+            self._connection.execute(f"PRAGMA {pragma}")
+        for name in _sql():
+            if name.startswith("create_"):
+                self.rows(name)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._connection.close()
+
+    def add_requests(self, seen: Iterable[Seen]) -> None:
+        """A request may come several times: its costs add up, another job is noticed."""
+        names = ("id", "job", "usd", "units", "at")
+        self._many("add_request", [dict(zip(names, one, strict=True)) for one in seen])
+
+    def add_bills(self, bills: Iterable[tuple[str, float, float, float]]) -> None:
+        """Request id, instant, units, dollars."""
+        self._many("add_bill", list(bills))
+
+    def add_shown(self, keys: Iterable[str]) -> None:
+        """Jobs that a row of the results shows."""
+        self._many("add_shown", [(key,) for key in keys])
+
+    def shown(self, keys: Sequence[str]) -> set[str]:
+        """Those of the keys that were added."""
+        return {key for (key,) in self.rows("find_shown", [orjson.dumps(keys).decode()])}
+
+    def add_files(self, paths: Iterable[str]) -> None:
+        """Files that a job refers to."""
+        self._many("add_file", [(path,) for path in paths])
+
+    def files(self, paths: Sequence[str]) -> set[str]:
+        """Those of the paths that were added."""
+        return {path for (path,) in self.rows("find_files", [orjson.dumps(paths).decode()])}
+
+    def rows(self, statement: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[tuple[Any, ...]]:
+        """All rows of a statement of `scratch.sql`; those that can be many have a limit."""
+        try:
+            return self._connection.execute(_sql()[statement], parameters).fetchall()
+        except sqlite3.OperationalError as error:
+            raise _refused(error) from error
+
+    def _many(self, statement: str, parameters: Sequence[Any]) -> None:
+        try:
+            self._connection.execute("BEGIN")
+            self._connection.executemany(_sql()[statement], parameters)
+            self._connection.execute("COMMIT")
+        except sqlite3.OperationalError as error:
+            raise _refused(error) from error
+
+
+def _refused(error: sqlite3.Error) -> StorageError:
+    return StorageError(
+        f"the folder for temporary files was refused ({error}); make room there, or name another in SQLITE_TMPDIR"
+    )
+
+
+@cache
+def _sql() -> Mapping[str, str]:
+    text = resources.files("batch.audit").joinpath("tables.sql").read_text("utf-8")
+    named = (part.partition("\n") for part in text.split("-- name: ")[1:])
+    return {name.strip(): body.strip() for name, _, body in named}

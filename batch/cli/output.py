@@ -1,0 +1,206 @@
+"""What a person sees of a run: the plan before it, a display during it, the conclusion after it. Edge: terminal.
+
+Results go to standard output, progress to standard error; with `--log-format json` both are JSON lines.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+
+import orjson
+
+from batch.api import Cancelled, Plan, Summary
+from batch.errors import ConfigError
+from batch.estimate import Survey, counted, render_note, render_problems
+from batch.run.interfaces import Observer
+from batch.run.observers import CountBar, PlainLines, ProgressBar, Tally
+from batch.system import signals as interrupts
+
+__all__ = ["CancelDisplay", "age", "ahead", "announce", "cancelled", "conclude", "confirmed", "display_for"]
+
+_MESSAGE_SHOWN = 160
+"""Characters of an example's message."""
+_LINE_SECONDS = 30.0
+_KINDS_SHOWN = 5
+"""Of errors, at the end of a run; `summary.json` has all of them."""
+
+
+def display_for(tally: Tally, *, quiet: bool, log_format: str) -> tuple[Observer, Callable[[], None]]:
+    """The observer that shows a run as it goes, and what to call at its end."""
+    if log_format == "json":
+        return PlainLines(tally, sys.stderr, as_json=True), lambda: None
+    if quiet:
+        return Observer(), lambda: None
+    if sys.stderr.isatty():
+        bar = ProgressBar(tally, sys.stderr)
+        return bar, bar.close
+    return PlainLines(tally, sys.stderr), lambda: None
+
+
+def announce(found: Plan, manifest: str, *, quiet: bool, log_format: str) -> None:
+    """Say what is about to happen: to a person on standard output, to a machine as the first of its log lines."""
+    survey = found.survey
+    if log_format == "json":
+        line = {
+            "action": "plan",
+            "message": found.terms.headline,
+            "target": found.terms.name,
+            "manifest_notes": list(found.manifest.notes),
+            **survey.to_json(),
+        }
+        print(orjson.dumps(line).decode(), file=sys.stderr, flush=True)
+    elif not quiet:
+        print(found.terms.headline, flush=True)
+        for note in found.manifest.notes:
+            print(render_note(note), flush=True)
+        print(survey.render() if found.terms.paid else _short(survey), flush=True)
+        if survey.problem_count:
+            print(render_problems(manifest, survey.problems, survey.problem_count), flush=True)
+
+
+def confirmed(found: Plan, *, yes: bool, budget: float | None, is_piped: bool = False) -> bool:
+    """Ask where it costs money and nobody agreed yet; where the manifest is piped in, there is nobody to ask."""
+    survey = found.survey
+    if not found.terms.paid or yes or not survey.to_do or budget is not None:
+        return True
+    cost = f"about ${survey.dollars:,.2f} (at most ${survey.dollars_at_most:,.2f}) for {counted(survey.to_do, 'job')}"
+    if not sys.stdin.isatty():
+        reason = "; standard input holds the manifest, so no question can be asked" if is_piped else ""
+        raise ConfigError(f"this run would cost {cost}; say --yes, or set --budget USD{reason}")
+    try:
+        with interrupts.at_once():
+            answer = input(f"This costs {cost}. Go on? [y/N] ")
+    except EOFError:  # Ctrl-D
+        return False
+    return answer.strip().lower() in {"y", "yes"}
+
+
+def _short(survey: Survey) -> str:
+    parts = [counted(survey.rows, "row"), f"{counted(survey.to_do, 'job')} to do"]
+    parts += [f"{survey.retried:,} of them failed before"] if survey.retried else []
+    parts += [f"{survey.done:,} done before"] if survey.done else []
+    parts += [f"{survey.failed:,} failed before"] if survey.failed else []
+    parts += [f"{survey.collectable:,} paid for and collected again, free"] if survey.collectable else []
+    parts += [f"{survey.in_flight:,} sent before"] if survey.in_flight else []
+    parts += [counted(survey.duplicates, "duplicate")] if survey.duplicates else []
+    parts += [f"{survey.cells:,} cells a row"] if survey.cells > 1 else []
+    return ", ".join(parts)
+
+
+def conclude(summary: Summary, *, quiet: bool, log_format: str) -> None:
+    """Say how it ended, and where everything is."""
+    facts = summary.to_json()
+    if log_format == "json":
+        print(orjson.dumps(facts).decode())
+        return
+    counts = ", ".join(
+        f"{facts[name]:,} {name}" for name in ("done", "failed", "unknown", "pending", "skipped") if facts[name]
+    )
+    money = f", ${summary.spent_usd:,.2f} spent" if summary.spent_usd else ""
+    held = f" (reserved for unknown and open requests: ${summary.reserved_usd:,.2f})" if summary.reserved_usd else ""
+    if quiet:
+        print(f"{facts['status']}: {counts or '0 rows'}{money}{held} in {summary.seconds:.1f} s -> {summary.results}")
+        return
+    print(f"{counts or '0 rows'}{money}{held} in {summary.seconds:.1f} s")
+    if summary.flagged_images:
+        print(f"{counted(summary.flagged_images, 'image')} flagged as NSFW (column has_nsfw_concepts)")
+    if summary.errors:
+        _explain_failures(summary)
+    if summary.stopped:
+        print(f"stopped early ({summary.stopped}): {summary.reason}; the same command goes on")
+    if summary.unknown:
+        open_too = " (with what is open)" if summary.pending else ""
+        cost = f", ${summary.reserved_usd:,.2f} at most{open_too}" if summary.reserved_usd else ""
+        print(
+            f"{counted(summary.unknown, 'submit')} of unknown outcome, not repeated: each may have been paid for{cost};"
+            f" `restyle reconcile {summary.results.parent}` or the next run settles what it can"
+        )
+    print(f"results   {summary.results}")
+    if summary.images is not None:
+        print(f"pictures  {summary.images}")
+
+
+def _explain_failures(summary: Summary) -> None:
+    print(f"failed with: {_commonest(summary.errors)}")
+    for name, (row, message) in summary.examples.items():
+        print(f"  {name}, for example row {row}: {_in_one_line(message)}")
+    if summary.collectable:
+        print(
+            f"paid for: {counted(summary.collectable, 'failed job')}; the same command asks for the answers and images"
+            " again, free"
+        )
+    if summary.failed > summary.collectable:
+        print("--retry-failed submits failed jobs again; fix invalid rows in the manifest")
+
+
+def _in_one_line(message: str) -> str:
+    text = " ".join(message.split())
+    return text if len(text) <= _MESSAGE_SHOWN else text[: _MESSAGE_SHOWN - 1] + "…"
+
+
+def cancelled(found: Cancelled) -> str:
+    """What the target said to the cancels, by outcome, and what happens next."""
+    asked = f"{counted(found.open, 'open request')}: {counted(found.requested, 'cancellation')} requested"
+    lines = [
+        f"{asked}, {found.too_late:,} too late, {found.not_found:,} not found, {found.unanswered:,} without an answer"
+    ]
+    if found.not_found:
+        lines.append(
+            "not found: the target does not know these requests, or not any more; the next run notes them as failed"
+        )
+    if found.left:
+        lines.append(f"{counted(found.left, 'request')} without an answer; run the same command again to ask for them")
+    if found.open:
+        lines.append(
+            "`restyle run` collects how they ended: what was cancelled is a failed row then (client_cancelled), and is"
+            " done again only with --retry-failed"
+        )
+    return "\n".join(lines)
+
+
+class CancelDisplay:
+    """The progress of a cancel on standard error: a bar on a terminal, elsewhere a line every 30 s."""
+
+    def __init__(self) -> None:
+        self.last = Cancelled()
+        """The counts as they were last told."""
+        self._bar: CountBar | None = None
+        self._next = time.monotonic() + _LINE_SECONDS
+
+    def show(self, found: Cancelled) -> None:
+        """Show the counts so far."""
+        self.last = found
+        if sys.stderr.isatty():
+            self._bar = self._bar or CountBar(found.open, "request", sys.stderr)
+            self._bar.at(found.asked)
+        elif time.monotonic() >= self._next:
+            self._next = time.monotonic() + _LINE_SECONDS
+            print(f"{found.asked:,} of {counted(found.open, 'open request')} asked", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the last state standing."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _commonest(errors: Mapping[str, int]) -> str:
+    """The first five kinds with their numbers, and how much is left out."""
+    named = list(errors.items())[:_KINDS_SHOWN]
+    words = ", ".join(f"{count:,} {name}" for name, count in named)
+    kinds, rows = len(errors) - len(named), sum(errors.values()) - sum(count for _, count in named)
+    return words + (f" and {counted(kinds, 'other kind')} ({counted(rows, 'row')})" if kinds else "")
+
+
+def ahead(at: float) -> str:
+    """Until when something lasts."""
+    minutes, seconds = divmod(max(0, round(at - time.time())), 60)
+    return f"until {datetime.fromtimestamp(at, UTC):%H:%M:%S} UTC, for another {minutes} min {seconds} s"
+
+
+def age(at: float) -> str:
+    """How long ago an instant was."""
+    seconds = max(0.0, time.time() - at)
+    return f"{seconds / 3600:.1f} h ago" if seconds >= 3600 else f"{seconds:.0f} s ago"

@@ -1,0 +1,302 @@
+"""The run directory: where each file lies, who may write in it, and which command it belongs to. Edge: disk.
+
+Owns the lock, `run.json` and `summary.json`. The journal, the results, the images and the log have owners of
+their own; this module only says where they are.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import orjson
+from filelock import FileLock, Timeout
+
+from batch.config import Settings
+from batch.errors import RunDirectoryError, RunLocked, StorageError
+from batch.fal import protocol
+from batch.types import Json, JsonObject
+
+__all__ = ["RunDirectory", "write_whole"]
+
+_DEFINING = ("manifest", "input", "sweep", "run_seed")
+"""Settings that decide which jobs there are. Limits may change from run to run."""
+
+_LOCK_SECONDS = 0.3
+"""How long a run waits for the lock before it believes that another one works there."""
+
+
+class RunDirectory:
+    """One `-o`. Nothing is created until `prepare`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.results = root / "results.parquet"
+        self.journal = root / "journal.db"
+        self.run_file = root / "run.json"
+        self.summary_file = root / "summary.json"
+        self.log = root / "log.jsonl"
+        self.images = root / "images"
+        self.endpoint = root / "endpoint"
+        self._lock_file, self._owner_file = root / ".lock", root / ".owner.json"
+        self._waits_file = root / ".waits.json"
+
+    def __repr__(self) -> str:
+        return f"<RunDirectory {self.root}>"
+
+    def check_place(self) -> None:
+        """Refuse what cannot be a run directory; it need not exist.
+
+        Raises:
+            RunDirectoryError: a file lies there, a folder of something else, or a run whose journal is lost.
+        """
+        if not self.journal.exists() and (lost := self.lost_journal()):
+            raise RunDirectoryError(lost)
+        if self.root.is_file():
+            raise RunDirectoryError(f"{self.root} is a file; -o names the folder of the run")
+        if (
+            self.root.is_dir()
+            and not self.journal.exists()
+            and not self._lock_file.exists()
+            and any(self.root.iterdir())
+        ):
+            raise RunDirectoryError(f"{self.root} holds other files and no run; name a new or empty folder with -o")
+
+    def prepare(self) -> None:
+        """Make it.
+
+        Raises:
+            RunDirectoryError: a file lies there, or a folder of something else, or it cannot be written.
+            StorageError: the disk is full.
+        """
+        self.check_place()
+        try:
+            _make_durably(self.root)
+            with tempfile.TemporaryFile(dir=self.root):
+                pass
+        except OSError as error:
+            full = error.errno in {errno.ENOSPC, errno.EDQUOT}
+            advice = "name another folder with -o"
+            if self.journal.exists():  # in another one everything would be submitted, and paid, again
+                advice = "what was done and paid for is in it, so make it writable"
+            advice = f"make room, or {advice}" if full else advice
+            kind = StorageError if full else RunDirectoryError
+            raise kind(f"{self.root} cannot be written ({error.strerror}); {advice}") from error
+
+    def has_begun(self) -> bool:
+        """Whether there is a journal to read, or one that should be there; a first start that was cut off left none."""
+        return self.journal.exists() and (self.journal.stat().st_size > 0 or self.lost_journal() is not None)
+
+    def lost_journal(self) -> str | None:
+        """What to say if there is no journal; None where there need not be one yet, for no run has begun here.
+
+        To begin anew in silence would pay for everything again.
+        """
+        if not (self.run_file.exists() or self.results.exists()):  # the journal comes before both
+            return None
+        return (
+            f"the journal {self.journal} is missing or empty, but a run was here: what it submitted and paid for is not"
+            f" known without it. Put it back, with its {self.journal.name}-wal if there was one; or name another folder"
+            " with -o, where every job is submitted and paid for anew"
+        )
+
+    def require(self) -> None:
+        """Check that a run is here.
+
+        Raises:
+            RunDirectoryError: it is not, or its journal is lost.
+        """
+        if not self.journal.exists():
+            none = f"there is no run in {self.root}; `restyle run MANIFEST -o {self.root}` starts one"
+            raise RunDirectoryError(self.lost_journal() or none)
+
+    @contextmanager
+    def locked(self, started_at: str) -> Iterator[None]:
+        """Hold the directory for this process; a dead owner's lock is free, the kernel sees to that.
+
+        Raises:
+            RunLocked: another process holds it; its host, process id and start are named.
+        """
+        # Not at once: `is_locked` of a `restyle status` holds it for a moment, to see whether it is free.
+        lock = FileLock(self._lock_file, timeout=_LOCK_SECONDS)
+        try:
+            lock.acquire(poll_interval=0.02)
+        except Timeout:
+            raise RunLocked(f"another run works in {self.root} ({self._owner()}); wait for it, or stop it") from None
+        except OSError as error:
+            raise StorageError(
+                f"{self._lock_file} cannot be locked ({error.strerror}); is the disk writable?"
+            ) from error
+        try:
+            owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": started_at}
+            write_whole(self._owner_file, orjson.dumps(owner))
+            self.note_waits(None)  # one of a run that was killed
+            yield
+        finally:
+            self._owner_file.unlink(missing_ok=True)
+            self.note_waits(None)
+            lock.release()
+
+    def is_locked(self) -> bool:
+        """Whether a process works here now."""
+        lock = FileLock(self._lock_file, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            return True
+        except OSError:  # a read-only disk: nobody can work on it
+            return False
+        lock.release()
+        return False
+
+    def _owner(self) -> str:
+        try:
+            owner = orjson.loads(self._owner_file.read_bytes())
+        except (OSError, orjson.JSONDecodeError):
+            return "its owner has not said who it is"
+        return f"process {owner.get('pid')} on {owner.get('host')} since {owner.get('since')}"
+
+    def note_waits(self, facts: JsonObject | None) -> None:
+        """Replace the note on what open jobs wait for, or remove it. A disk that refuses costs the note, not the run.
+
+        Only the process that holds the lock may call this. The note is not made durable: it is for `restyle status`
+        while that process works.
+        """
+        with suppress(OSError):
+            if facts is None:
+                self._waits_file.unlink(missing_ok=True)
+                return
+            temporary = self._waits_file.with_name(f"{self._waits_file.name}.part")
+            temporary.write_bytes(orjson.dumps(facts))
+            temporary.replace(self._waits_file)
+
+    def read_waits(self) -> JsonObject | None:
+        """The note of the run that works here; None where there is none."""
+        try:
+            value = orjson.loads(self._waits_file.read_bytes())
+        except (OSError, orjson.JSONDecodeError):
+            return None
+        return value if isinstance(value, dict) else None
+
+    def read_run(self) -> JsonObject | None:
+        """`run.json`, or None where there is none yet.
+
+        Raises:
+            RunDirectoryError: it is not readable.
+        """
+        try:
+            value = orjson.loads(self.run_file.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, orjson.JSONDecodeError) as error:
+            raise RunDirectoryError(f"{self.run_file} cannot be read ({error}); name another folder with -o") from error
+        return value if isinstance(value, dict) else None
+
+    def check_config(self, settings: Settings, *, accept: bool) -> None:
+        """Refuse a configuration that would make other jobs than this directory's, unless it is accepted.
+
+        Raises:
+            RunDirectoryError: it differs, and how; or the target is another kind, which is never accepted:
+                results of different services do not belong into one table.
+        """
+        before = self.read_run()
+        config = before.get("config") if before is not None else None
+        if not isinstance(config, dict):
+            return
+        now = config_of(settings)
+        kinds = [_kind(_part(c, "target").get("name")) for c in (config, now)]
+        app = [_part(c, "target").get("app") for c in (config, now)]
+        if kinds[0] != kinds[1] or app[0] != app[1]:
+            raise RunDirectoryError(
+                f"{self.root} was made with target {kinds[0]} ({app[0]}), not {kinds[1]} ({app[1]});"
+                " results of different services do not mix: name another folder with -o"
+            )
+        different = list(_differences({n: config.get(n) for n in _DEFINING}, {n: now[n] for n in _DEFINING}))
+        engines = [_part(c, "target").get("engine") for c in (config, now)]
+        if kinds[1] == "local" and engines[0] != engines[1]:
+            different.append(f"target.engine was {engines[0]!r}, is {engines[1]!r}")
+        if different and not accept:
+            raise RunDirectoryError(
+                f"{self.root} was made with another config: {'; '.join(different)}."
+                " Take the old one, or name another folder with -o, or say --new-config to go on with the new one"
+            )
+
+    def write_run(self, facts: JsonObject) -> None:
+        """Replace `run.json`."""
+        write_whole(self.run_file, orjson.dumps(facts, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+
+    def write_summary(self, facts: JsonObject) -> None:
+        """Replace `summary.json`: one line, for a cron job's reader."""
+        write_whole(self.summary_file, orjson.dumps(facts, option=orjson.OPT_APPEND_NEWLINE))
+
+
+def config_of(settings: Settings) -> dict[str, Any]:
+    """The resolved configuration as JSON values. There is no secret in it: the key is no setting."""
+    return settings.model_dump(mode="json")
+
+
+def _make_durably(folder: Path) -> None:
+    """Make a folder and those above it; a power cut does not take back a folder that a journal was written in."""
+    if folder.is_dir():
+        return
+    _make_durably(folder.absolute().parent)
+    folder.mkdir(exist_ok=True)
+    _sync_folder(folder.absolute().parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable. Windows cannot, and need not."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Replace a small file: temporary name, fsync, rename.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):  # what stood in the way is already being raised
+            temporary.unlink(missing_ok=True)
+        raise StorageError(
+            f"{path} cannot be written ({error.strerror}); make room or unlock it, and run again"
+        ) from error
+
+
+def _kind(target: Json) -> Json:
+    """Local, fal or a URL. Runs of version 0.1 may have named a host of fal's by its URL: they go on as fal's."""
+    if target in {"local", "fal"}:
+        return target
+    return "fal" if isinstance(target, str) and protocol.names_fal(target) else "a URL"
+
+
+def _part(config: JsonObject, name: str) -> JsonObject:
+    part = config.get(name)
+    return part if isinstance(part, dict) else {}
+
+
+def _differences(before: Json, now: Json, path: str = "") -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in sorted(before.keys() | now.keys()):
+            yield from _differences(before.get(name), now.get(name), f"{path}.{name}" if path else name)
+    elif before != now:
+        yield f"{path} was {before!r}, is {now!r}"

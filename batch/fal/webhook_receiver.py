@@ -1,0 +1,171 @@
+"""Callbacks: a small server that the target calls when a request has ended. Owns its socket and the target's keys.
+
+Implements `batch.run.interfaces.Hints`. A callback is believed only where its signature fits one of the target's
+published keys and its time is near; and then only that it is time to read: its payload is never used. One for a
+request that nobody waits for is acknowledged and kept in mind for a while, for it may be faster than the answer to
+the submit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from types import TracebackType
+from typing import Self
+
+import aiohttp
+import anyio
+from aiohttp import web
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from batch.errors import ConfigError
+from batch.fal import protocol
+from batch.fal.http import Http, within
+from batch.fal.protocol import Malformed
+from batch.fal.signing import BadSignature, keys_in, verify
+from batch.system.acceptor import Acceptor, bound
+from batch.system.descriptors import HINTS
+from batch.types import Ticket
+
+__all__ = ["Callbacks"]
+
+KEYS_PATH = "/.well-known/jwks.json"
+KEYS_SECONDS = 3600.0
+"""For so long the target's keys are believed; fal allows a day."""
+KEYS_AGAIN = 60.0
+"""A signature that no key fits makes them be fetched again, if they are older."""
+KEYS_TIMEOUT = 10.0
+BODY_LIMIT_BYTES = 8 * 2**20
+"""Of a callback. A result has some hundred bytes; one with its pictures inside is fetched anyway."""
+KEYS_LIMIT_BYTES = 2**18
+EARLY = 4096
+"""Callbacks kept in mind for which nobody waits yet."""
+
+
+class Callbacks:
+    """Receives while the block lasts; `url` is then where."""
+
+    def __init__(
+        self,
+        bind: str,
+        public_url: str | None,
+        target_url: str,
+        now: Callable[[], float] = time.time,
+        *,
+        most: int = HINTS,
+        user_agent: str = "restyle",
+    ) -> None:
+        """Nothing listens yet.
+
+        Args:
+            bind: `address:port`; port 0: any that is free.
+            public_url: under which the target reaches it; None: as it is bound.
+            target_url: the origin that publishes the keys.
+            now: Unix seconds.
+            most: connections at once; further ones wait.
+            user_agent: sent where the keys are fetched.
+        """
+        self._acceptor = Acceptor(most)
+        self._http = Http(limit=1, timeout=within(KEYS_TIMEOUT), user_agent=user_agent)
+        self._bind, self._public_url, self._now = bind, public_url, now
+        self._keys_url = target_url.rstrip("/") + KEYS_PATH
+        self._keys: list[Ed25519PublicKey] = []
+        self._keys_at = float("-inf")
+        self._fetching = anyio.Lock()  # many callbacks at once ask for the keys once
+        self._waiting: dict[str, anyio.Event] = {}
+        self._early: dict[str, None] = {}
+        self._stack = AsyncExitStack()
+        self.url = ""
+        """What the target is told."""
+        self.believed = self.refused = 0
+        """Callbacks so far."""
+
+    def __repr__(self) -> str:
+        return f"<Callbacks at {self.url or self._bind}: {self.believed} believed, {self.refused} refused>"
+
+    async def __aenter__(self) -> Self:
+        host, _, port = self._bind.rpartition(":")
+        app = web.Application(client_max_size=BODY_LIMIT_BYTES)
+        app.router.add_route("*", "/{path:.*}", self._receive)
+        self._acceptor.watch(app)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
+        self._stack.push_async_callback(runner.cleanup)
+        await runner.setup()
+        try:
+            listener = self._stack.enter_context(bound(host.strip("[]"), int(port)))
+        except (OSError, OverflowError) as error:
+            await self._stack.aclose()
+            raise ConfigError(f"webhook.bind = {self._bind!r}: nothing can listen there ({error})") from error
+        assert runner.server is not None, "it is set up"
+        await self._stack.enter_async_context(self._acceptor.accepting(listener, runner.server))
+        await self._stack.enter_async_context(self._http)
+        self.url = self._public_url or f"http://{host}:{listener.getsockname()[1]}/"
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stack.aclose()
+
+    async def wait(self, ticket: Ticket, usual: float, longest: float) -> bool:
+        """See `Hints`: up to `longest`, until a callback has come; then up to `usual`."""
+        told = self._waiting.get(ticket.request_id)
+        if told is None:
+            told = self._waiting[ticket.request_id] = anyio.Event()
+            if ticket.request_id in self._early:
+                del self._early[ticket.request_id]
+                told.set()
+                return True
+        elif told.is_set():
+            await anyio.sleep(usual)
+            return False
+        with anyio.move_on_after(longest):
+            await told.wait()
+        return told.is_set()
+
+    def forget(self, ticket: Ticket) -> None:
+        """Nobody waits for it."""
+        self._waiting.pop(ticket.request_id, None)
+
+    async def _receive(self, request: web.Request) -> web.Response:
+        if request.method != "POST":
+            return web.Response(status=405, text="callbacks are posted")
+        body = await request.read()
+        try:
+            request_id = await self._verified(request, body)
+        except BadSignature as error:
+            self.refused += 1
+            return web.Response(status=401, text=str(error))
+        except (aiohttp.ClientError, TimeoutError, OSError, Malformed):
+            return web.Response(status=503, text="the keys cannot be read; try again")  # it is no fault of the sender
+        self.believed += 1
+        told = self._waiting.get(request_id)
+        if told is not None:
+            told.set()
+        else:
+            self._early[request_id] = None
+            while len(self._early) > EARLY:
+                del self._early[next(iter(self._early))]
+        return web.Response()
+
+    async def _verified(self, request: web.Request, body: bytes) -> str:
+        keys = await self._keys_of_target(KEYS_SECONDS)
+        try:
+            return verify(request.headers, body, keys, now=self._now())
+        except BadSignature:
+            fresh = await self._keys_of_target(KEYS_AGAIN)  # they may have been changed since
+            if fresh is keys:
+                raise
+        return verify(request.headers, body, fresh, now=self._now())
+
+    async def _keys_of_target(self, at_most: float) -> list[Ed25519PublicKey]:
+        """Its published keys, not older than so many seconds."""
+        async with self._fetching:
+            if self._now() - self._keys_at > at_most:
+                async with self._http.request("GET", self._keys_url) as response:
+                    body = await response.content.read(KEYS_LIMIT_BYTES)
+                if response.status != 200:
+                    raise Malformed(f"HTTP {response.status} instead of keys")
+                self._keys, self._keys_at = keys_in(protocol.read_object(body)), self._now()
+            return self._keys

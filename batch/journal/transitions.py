@@ -1,0 +1,302 @@
+"""What a group of events makes of the jobs' rows: the journal's decisions, without its database. Pure.
+
+Owns which columns each event changes and when money counts as spent. Refuses to know SQL, files and threads:
+`journal_file` loads the rows that a group touches, lets a `Ledger` work on them and writes back what it left.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import TypeAlias
+
+import orjson
+
+from batch.journal.answers import pack
+from batch.journal.events import (
+    Accepted,
+    Answered,
+    Event,
+    FailedForGood,
+    Finished,
+    Intended,
+    Lost,
+    Refused,
+    Retried,
+    Uncollected,
+    Uploaded,
+)
+from batch.journal.records import RequestIdTaken
+from batch.journal.states import IllegalTransition, State, advance
+from batch.types import Answer, JobKey, Json, StoredImage
+
+__all__ = ["JobRow", "Ledger", "decode_images", "encode_images", "slim_body", "taken"]
+
+Value: TypeAlias = str | bytes | int | float | None
+"""What SQLite stores in one field."""
+
+_LONG_STRING = 4096
+"""Characters. A longer string in a body can only be a data URI: the journal keeps its hash."""
+_STATES = {str(state): state for state in State}
+
+
+class JobRow:
+    """One row of `jobs`, being changed. Attributes have the names of the columns."""
+
+    __slots__ = (
+        "accepted_at",
+        "answer_id",
+        "attempt",
+        "cost_usd",
+        "end_id",
+        "id",
+        "intended_at",
+        "key",
+        "reason",
+        "request_id",
+        "reserved_usd",
+        "session",
+        "state",
+        "urls",
+    )
+
+    def __init__(self, id: int, key: str) -> None:  # noqa: A002 - the column's name
+        """A job that was never heard of."""
+        self.id, self.key, self.state = id, key, State.PENDING
+        self.session = self.attempt = 0
+        self.intended_at: float | None = None
+        self.reserved_usd = 0.0
+        self.cost_usd: float | None = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Leave the last attempt behind; what it cost stays."""
+        self.accepted_at: float | None = None
+        self.request_id: str | None = None
+        self.urls: tuple[str | None, str | None, str | None] = (None, None, None)
+        self.reason: str | None = None
+        self.answer_id: int | None = None
+        self.end_id: int | None = None
+
+    @classmethod
+    def of(cls, row: tuple[Value, ...]) -> JobRow:
+        """From the columns of the statement `load_jobs`."""
+        job = cls.__new__(cls)
+        (
+            job.id, job.key, state, job.session, job.attempt, job.intended_at, job.accepted_at, job.request_id,
+            status_url, response_url, cancel_url, job.reserved_usd, job.cost_usd, job.reason, job.answer_id,
+            job.end_id,
+        ) = row  # type: ignore[assignment]  # STRICT tables: the columns have these types  # fmt: skip
+        job.state, job.urls = _STATES[state], (status_url, response_url, cancel_url)  # type: ignore[index,assignment]
+        return job
+
+    def columns(self) -> tuple[Value, ...]:
+        """In the order of the statement `put_jobs`."""
+        return (
+            self.id, self.key, self.state.value, self.session, self.attempt, self.intended_at, self.accepted_at,
+            self.request_id, *self.urls, self.reserved_usd, self.cost_usd, self.reason, self.answer_id, self.end_id,
+        )  # fmt: skip
+
+
+class Ledger:
+    """The rows that one group of events touches, and the new rows that it adds.
+
+    Each call in the group is taken whole or not at all; what one call did is what the next one finds.
+    """
+
+    def __init__(
+        self,
+        jobs: Iterable[JobRow],
+        *,
+        session: int,
+        last_job: int,
+        last_outcome: int,
+        owners: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """`owners` has the job of each request id in the group that the journal knows already."""
+        self.jobs: dict[str, JobRow] = {job.key: job for job in jobs}
+        self._owners = dict(owners)
+        self.session, self.last_job, self.last_outcome = session, last_job, last_outcome
+        self.touched: dict[str, JobRow] = {}
+        self.bodies: list[tuple[Value, ...]] = []
+        self.start_timeouts: list[tuple[Value, ...]] = []
+        self.slimmed: list[int] = []
+        """Jobs that ended: their bodies are needed whole only to be sent again."""
+        self.stored_answers: list[int] = []
+        """Outcomes whose answers carried images themselves, which are files now."""
+        self.outcomes: list[tuple[Value, ...]] = []
+        self.uploads: list[tuple[Value, ...]] = []
+        self.spent_usd = 0.0
+        self.finished = 0
+        self.last_finished_at: float | None = None
+
+    def take(self, events: Sequence[Event]) -> IllegalTransition | RequestIdTaken | None:
+        """Enter the events of one call; the error, with nothing entered, where one of them is illegal."""
+        states: dict[JobKey, State] = {}
+        try:
+            for event in events:
+                if not isinstance(event, Uploaded):
+                    key = event.job_key
+                    state = states.get(key)
+                    if state is None:
+                        state = self.jobs[key].state if key in self.jobs else State.PENDING
+                    states[key] = advance(state, event.happening)
+        except IllegalTransition as error:
+            return error
+        for event in events:
+            if isinstance(event, Accepted) and (owner := self._other_owner(event)):
+                return taken(event.ticket.request_id, owner)
+        for event in events:
+            self._enter(event)
+        return None
+
+    def _other_owner(self, event: Accepted) -> str | None:
+        """Another job with the same request id, where there is one."""
+        owner = self._owners.setdefault(event.ticket.request_id, event.job_key)
+        return None if owner == event.job_key else owner
+
+    def _enter(self, event: Event) -> None:
+        if isinstance(event, Uploaded):
+            self.uploads.append((event.sha256, event.at, _storable(event.url)))
+            return
+        job = self._job(event.job_key)
+        was, job.state, job.session = job.state, advance(job.state, event.happening), self.session
+        match event:
+            case Intended():
+                if was is State.UNKNOWN and event.attempt > job.attempt:
+                    self._spend(job, job.reserved_usd)  # the submit that it replaces may have been accepted
+                job.forget()
+                job.attempt, job.intended_at, job.reserved_usd = event.attempt, event.at, event.reserved_usd
+                self.bodies.append((job.id, event.body))
+                if event.start_timeout is not None:
+                    self.start_timeouts.append((job.id, event.at, event.start_timeout))
+            case Accepted(ticket=ticket):
+                job.accepted_at, job.request_id, job.reason = event.at, ticket.request_id, None
+                job.urls = (ticket.status_url, ticket.response_url, ticket.cancel_url)
+            case Refused():
+                job.reserved_usd, job.reason = 0.0, _storable(event.reason)
+            case Lost():
+                job.reason = _storable(event.reason)
+            case Answered():
+                job.reserved_usd = 0.0
+                self._spend(job, event.cost_usd)
+                job.answer_id = self._answer(job, event)
+            case Finished():
+                job.end_id = self._finish(job, event)
+                self.slimmed.append(job.id)
+                carried = any(image.url.startswith("data:") and image.path for image in event.images)
+                if carried and job.answer_id is not None:
+                    self.stored_answers.append(job.answer_id)
+                self.finished, self.last_finished_at = self.finished + 1, event.at
+            case FailedForGood():
+                job.reserved_usd = 0.0
+                if was is not State.ANSWERED:  # else its answer has settled the cost
+                    self._spend(job, event.cost_usd)
+                job.end_id = self._fail(job, event)
+                self.slimmed.append(job.id)
+            case Uncollected():
+                job.reserved_usd = 0.0
+                self._spend(job, event.cost_usd)
+                job.end_id = self._uncollected(job, event)
+                if event.answer is not None:
+                    job.answer_id = job.end_id
+            case Retried():
+                job.forget()
+                job.attempt += 1
+
+    def _job(self, key: str) -> JobRow:
+        job = self.jobs.get(key)
+        if job is None:
+            self.last_job += 1
+            job = self.jobs[key] = JobRow(self.last_job, key)
+        self.touched[key] = job
+        return job
+
+    def _spend(self, job: JobRow, usd: float | None) -> None:
+        if usd is not None:
+            job.cost_usd = (job.cost_usd or 0.0) + usd
+            self.spent_usd += usd
+
+    def _answer(self, job: JobRow, event: Answered) -> int:
+        answer = event.answer
+        return self._outcome(
+            job, event, pack(answer), answer.engine, answer.billable_units, event.cost_usd,
+            event.queue_seconds, event.total_seconds, None, None, None, None,
+        )  # fmt: skip
+
+    def _finish(self, job: JobRow, event: Finished) -> int:
+        images = encode_images(event.images)
+        return self._outcome(
+            job, event, None, None, None, None, None, None, images, event.download_seconds, None, None
+        )  # fmt: skip
+
+    def _fail(self, job: JobRow, event: FailedForGood) -> int:
+        failure = event.failure
+        return self._outcome(
+            job, event, None, None, failure.billable_units, event.cost_usd, None, None, None, None,
+            _storable(failure.error_type), _storable(failure.message),
+        )  # fmt: skip
+
+    def _uncollected(self, job: JobRow, event: Uncollected) -> int:
+        answer, failure = event.answer or Answer({}), event.failure
+        output = None if event.answer is None else pack(answer)
+        images = encode_images(event.images) if event.images else None
+        return self._outcome(
+            job, event, output, answer.engine, answer.billable_units, event.cost_usd, None, None, images, None,
+            _storable(failure.error_type), _storable(failure.message),
+        )  # fmt: skip
+
+    def _outcome(self, job: JobRow, event: Answered | Finished | FailedForGood | Uncollected, *columns: Value) -> int:
+        at = event.ended_at if isinstance(event, Uncollected) else event.at
+        self.last_outcome += 1
+        self.outcomes.append((
+            self.last_outcome, job.id, event.happening.value, self.session, job.attempt, at, job.request_id,
+            *columns,
+        ))  # fmt: skip
+        return self.last_outcome
+
+
+def taken(request_id: str, owner: str) -> RequestIdTaken:
+    """The refusal of a request id that is another job's."""
+    return RequestIdTaken(f"the service answered with request id {request_id[:80]}, which is that of job {owner}")
+
+
+def encode_images(images: Sequence[StoredImage]) -> bytes:
+    """Stored pictures as JSON: a list of lists, each with the fields of `StoredImage` in their order."""
+    return orjson.dumps([tuple(image) for image in images])
+
+
+def decode_images(data: bytes) -> tuple[StoredImage, ...]:
+    """What `encode_images` made."""
+    return tuple([StoredImage(*image) for image in orjson.loads(data)])
+
+
+def slim_body(body: bytes) -> bytes:
+    """The body with each string value of more than 4096 characters replaced by `sha256:<hex of its UTF-8>`.
+
+    A body that is not JSON comes back as it is.
+    """
+    if len(body) <= _LONG_STRING:
+        return body
+    try:
+        return orjson.dumps(_slim(orjson.loads(body)))
+    except orjson.JSONDecodeError:
+        return body
+
+
+def _slim(value: Json) -> Json:
+    match value:
+        case str() if len(value) > _LONG_STRING:
+            return "sha256:" + hashlib.sha256(value.encode()).hexdigest()
+        case dict():
+            return {key: _slim(item) for key, item in value.items()}
+        case list():
+            return [_slim(item) for item in value]
+        case _:
+            return value
+
+
+def _storable(text: str) -> str:
+    """Text that UTF-8 can carry: messages may quote file names with undecodable bytes."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")

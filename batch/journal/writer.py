@@ -1,0 +1,324 @@
+"""The journal that the runner awaits: calls from many tasks, committed in groups by one worker thread.
+
+Owns the grouping: whatever was handed over while a transaction was on its way to the disk goes into the next
+one, so that hundreds of callers share one fsync. Refuses to know SQL; `journal_file` does the writing.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future, wait
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Generic, NamedTuple, TypeVar
+
+import anyio
+import anyio.to_thread
+
+from batch.errors import StorageError
+from batch.journal.database import JournalFile
+from batch.journal.events import Event
+from batch.journal.records import Counts, Entry, Known
+from batch.journal.states import State
+from batch.types import JobKey
+
+__all__ = ["Journal", "JournalStatistics", "open_journal"]
+
+_PAGE = 256
+"""Entries read at a time."""
+_GATHER_SECONDS = 0.008
+"""How long a transaction waits for company. Each costs as much as some twenty of its events: a busy run has a tenth of
+the transactions so, and a job, four of them long, is 30 ms longer under way."""
+_LARGEST_GROUP = 512
+"""Calls in a transaction. Of ten thousand intents that come at once the first is not to wait for the last."""
+_SLOW_SECONDS = 0.2
+"""After a transaction that took longer the next one takes all there is: what costs the time is the disk, not its size,
+and a stop waits for the last of them."""
+_SETTLE_SECONDS = 30.0
+"""How long the end of a run, and closing, wait for the disk."""
+
+_T = TypeVar("_T")
+
+
+class JournalStatistics(NamedTuple):
+    """What one open journal has done so far."""
+
+    events: int
+    """Handed over and on disk."""
+    commits: int
+    """Transactions that took."""
+    largest_group: int
+    """Calls in one transaction."""
+
+
+class _Group:
+    """Calls that become one transaction, and what became of each."""
+
+    __slots__ = ("calls", "errors", "settled")
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Event, ...]] = []
+        self.errors: list[Exception | None] = []
+        self.settled = anyio.Event()
+
+    def give_up(self) -> None:
+        """Tell the callers that closing did not wait for them any longer."""
+        self.settle([_late()] * len(self.calls))
+
+    def settle(self, errors: list[Exception | None]) -> None:
+        """Tell each caller what became of its events; None says that they are on disk."""
+        self.errors = errors
+        self.settled.set()
+
+
+def _late() -> StorageError:
+    return StorageError("the disk did not take the last journal entries in time; run the same command again")
+
+
+class Journal:
+    """Implements `batch.run.interfaces.Journal` on a file. Made by `open_journal`."""
+
+    def __init__(self, file: JournalFile) -> None:
+        self.file = file
+        """The synchronous core, for the planner's and the projection's threads."""
+        self.session = file.session
+        self._one_at_a_time = anyio.CapacityLimiter(1)
+        self._group = _Group()
+        self._full: deque[_Group] = deque()
+        """Groups that came before it and take no more."""
+        self._latest = self._group
+        """The one that the last call went into."""
+        self._refused: Exception | None = None
+        self._is_slow = False
+        self._wake = anyio.Event()
+        self._shield = anyio.CancelScope(shield=True)
+        self._closed = False
+        self._events = self._commits = self._largest_group = 0
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "open"
+        pending = sum(len(group.calls) for group in (*self._full, self._group))
+        return f"<Journal {state} session={self.session} pending={pending}>"
+
+    def statistics(self) -> JournalStatistics:
+        """Counters since it was opened."""
+        return JournalStatistics(self._events, self._commits, self._largest_group)
+
+    async def record(self, *events: Event) -> None:
+        """Write events in this order; durable when it returns.
+
+        Once called the events are written even if the caller is cancelled while it waits.
+
+        Raises:
+            StorageError: the disk refused; nothing of this call is written.
+            IllegalTransition: an event that the lifecycle does not allow; nothing of this call is written.
+            RuntimeError: the journal is closed.
+        """
+        if self._closed:
+            raise RuntimeError("the journal is closed")
+        group = self._group
+        if len(group.calls) >= _LARGEST_GROUP:
+            self._full.append(group)
+            group = self._group = _Group()
+        place = len(group.calls)
+        group.calls.append(events)
+        self._latest = group
+        self._wake.set()
+        await group.settled.wait()
+        error = group.errors[place]
+        if error is not None:
+            # One error may belong to the whole group; each caller raises its own copy, with its own traceback.
+            raise type(error)(*error.args) from error
+
+    async def settled(self) -> None:
+        """Wait until all that was recorded is on disk, also what nobody waits for any more.
+
+        Raises:
+            StorageError: the disk refused some of it, or did not take it within 30 s.
+        """
+        with anyio.move_on_after(_SETTLE_SECONDS):
+            if self._latest.calls:
+                await self._latest.settled.wait()
+        if self._latest.calls and not self._latest.settled.is_set():
+            raise _late()
+        if isinstance(self._refused, StorageError):
+            raise StorageError(*self._refused.args) from self._refused
+
+    async def find(self, keys: Sequence[JobKey]) -> dict[JobKey, Known]:
+        """Those of the keys that the journal knows."""
+        return await self._in_thread(partial(self.file.find, keys))
+
+    async def entries(self, states: Collection[State]) -> AsyncGenerator[Entry, None]:
+        """Jobs in these states, the one intended first coming first; read in pages.
+
+        A job is met at most once: those that were in one of the states at the start and still are when
+        their page is read.
+        """
+        ids = await self._in_thread(partial(self.file.entry_ids, states))
+        for start in range(0, len(ids), _PAGE):
+            page = ids[start : start + _PAGE]
+            for entry in await self._in_thread(partial(self.file.read_entries, page, states)):
+                yield entry
+
+    async def uploaded(self, sha256: str, since: float) -> str | None:
+        """URL of a picture uploaded at or after `since`, or None."""
+        return await self._in_thread(partial(self.file.uploaded, sha256, since))
+
+    async def requests(self, ids: Sequence[str]) -> set[str]:
+        """Those of the request ids that belong to a job, or to one of its ended attempts."""
+        return await self._in_thread(partial(self.file.requests, ids))
+
+    async def counts(self) -> Counts:
+        """Totals over all sessions."""
+        return await self._in_thread(self.file.counts)
+
+    @asynccontextmanager
+    async def flushing(self, clock: Callable[[], float]) -> AsyncIterator[None]:
+        """Commit what is recorded while the block lasts; then flush the rest and close the file."""
+        failure: Exception | None = None
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._flush_until_closed)
+                try:
+                    yield
+                except Exception as error:  # carried around the task group, which would wrap it
+                    failure = error
+                finally:
+                    self._closed = True
+                    self._shield.deadline = anyio.current_time() + _SETTLE_SECONDS
+                    self._wake.set()
+        finally:
+            if not self._shield.cancelled_caught:  # else a thread is still stuck in the file
+                with anyio.CancelScope(shield=True):
+                    await anyio.to_thread.run_sync(partial(self.file.close, now=clock()))
+        if failure is not None:
+            raise failure
+
+    async def to_the_end(self, work: Callable[[], _T]) -> _T:
+        """Do this in a thread and wait until it has ended; a cancellation meanwhile has no effect.
+
+        Where `asyncio.run` ends on a second Ctrl-C it cancels every task of its loop, and no shield holds that off.
+        """
+        return await self._done_once(work, unless=lambda: False, shield=True)
+
+    async def _in_thread(self, work: Callable[[], _T]) -> _T:
+        return await anyio.to_thread.run_sync(work, limiter=self._one_at_a_time)
+
+    async def _done_once(self, work: Callable[[], _T], *, unless: Callable[[], bool], shield: bool = False) -> _T:
+        once = _Once(work)
+        while not once.result.done():
+            with _uncancelled(unless=unless), anyio.CancelScope(shield=shield):
+                await anyio.to_thread.run_sync(once, limiter=self._one_at_a_time, abandon_on_cancel=True)
+        return once.result.result()
+
+    async def _flush_until_closed(self) -> None:
+        with self._shield:
+            while self._full or self._group.calls or not self._closed:
+                with _uncancelled(unless=self._is_given_up):
+                    await self._flush_once()
+        for group in (*self._full, self._group):
+            group.give_up()
+
+    async def _flush_once(self) -> None:
+        if not (self._full or self._group.calls):
+            self._wake = anyio.Event()
+            await self._wake.wait()
+            return
+        if not (self._full or self._closed):
+            await anyio.sleep(_GATHER_SECONDS)
+        await self._flush(self._next())
+
+    def _is_given_up(self) -> bool:
+        """Whether closing has waited for the disk as long as it does."""
+        return self._shield.cancel_called
+
+    def _next(self) -> list[_Group]:
+        """The oldest calls that were not written yet, as one transaction; of a slow disk all of them."""
+        if self._full and not self._is_slow:
+            return [self._full.popleft()]
+        groups = [*self._full, self._group]
+        self._full.clear()
+        self._group = _Group()
+        return groups
+
+    async def _flush(self, groups: list[_Group]) -> None:
+        calls = [call for group in groups for call in group.calls]
+        errors: list[Exception | None] = [_late()] * len(calls)
+        try:
+            errors, seconds = await self._done_once(partial(self._commit, calls), unless=self._is_given_up)
+        except Exception as error:  # whatever it is, it belongs to the callers, who wait for it
+            errors = [error] * len(calls)
+            self._refused = error
+        else:
+            refused = {place for place, error in enumerate(errors) if error is not None}
+            self._events += sum(len(call) for place, call in enumerate(calls) if place not in refused)
+            self._commits += 1
+            self._is_slow = seconds > _SLOW_SECONDS
+            self._largest_group = max(self._largest_group, len(calls))
+        finally:
+            for group in groups:
+                size = len(group.calls)
+                group.settle(errors[:size])
+                del errors[:size]
+
+    def _commit(self, calls: list[tuple[Event, ...]]) -> tuple[list[Exception | None], float]:
+        """In the thread, where a busy event loop is not taken for a slow disk."""
+        began = time.perf_counter()
+        return self.file.commit(calls), time.perf_counter() - began
+
+
+class _Once(Generic[_T]):
+    """Work that is done once, however many threads are asked for it; each of them returns when it is done."""
+
+    __slots__ = ("_begun", "_work", "result")
+
+    def __init__(self, work: Callable[[], _T]) -> None:
+        self._work, self._begun = work, threading.Lock()
+        self.result: Future[_T] = Future()
+
+    def __call__(self) -> None:
+        if not self._begun.acquire(blocking=False):
+            wait([self.result])
+            return
+        try:
+            self.result.set_result(self._work())
+        except BaseException as error:  # it belongs to the caller
+            self.result.set_exception(error)
+
+
+@contextmanager
+def _uncancelled(*, unless: Callable[[], bool]) -> Iterator[None]:
+    """Go on after a cancellation that reaches a shielded task all the same: asyncio's own, of all tasks at once."""
+    try:
+        yield
+    except anyio.get_cancelled_exc_class():
+        if unless():
+            raise
+
+
+@asynccontextmanager
+async def open_journal(
+    path: Path, *, version: str = "", clock: Callable[[], float] = time.time, lost: str | None = None
+) -> AsyncIterator[Journal]:
+    """Open a journal for writing, create where there is none; a new session begins.
+
+    On leaving, what is pending is flushed, shielded from cancellation for at most 30 s.
+
+    Args:
+        path: the SQLite file; its folder exists.
+        version: of the tool, noted with the session.
+        clock: Unix seconds, for the session's start and end.
+        lost: what to say where there is none, or an empty one; None: then it is made.
+
+    Raises:
+        RunDirectoryError: no journal of ours, one of a newer restyle, or none where there should be one.
+        StorageError: the disk refused.
+    """
+    opening = partial(JournalFile.open, path, now=clock(), version=version, lost=lost)
+    journal = Journal(await anyio.to_thread.run_sync(opening))
+    async with journal.flushing(clock):
+        yield journal

@@ -1,0 +1,88 @@
+"""JSON manifests: a list of objects, read object by object; or lines of JSON in a file named .json. Edge.
+
+Each object goes through the reader of lines, so that duplicate keys, unpaired surrogates and long numbers are judged
+alike in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO
+
+import orjson
+
+from batch.errors import ManifestError
+from batch.manifest.formats.base import Format, utf16_hint
+from batch.manifest.formats.json_items import LONGEST, Malformed, NotRows, split
+from batch.manifest.formats.jsonl import Jsonl
+
+__all__ = ["open_json"]
+
+_CHUNK_BYTES = 2**20
+_BLANK = b" \t\r\n\xef\xbb\xbf"
+
+
+def open_json(path: Path, unpack: Callable[[Path], BinaryIO], rows: int | None) -> Format:
+    """The reader for a .json file: of a list, or of lines where the first line is a whole object and not the last.
+
+    Raises:
+        ManifestError: it is neither, or wrong inside.
+    """
+    with unpack(path) as stream:
+        is_lines = _is_lines(stream)
+    return Jsonl(path, unpack, rows) if is_lines else _JsonList(path, unpack, rows)
+
+
+def _is_lines(stream: BinaryIO) -> bool:
+    """Whether the first line that is not blank is a whole object, and another one follows."""
+    first = _filled(stream, 2)
+    if not first.startswith(b"{"):
+        return False
+    first += stream.readline(LONGEST)
+    try:
+        orjson.loads(first)
+    except orjson.JSONDecodeError:
+        return False
+    return first.endswith(b"\n") and bool(_filled(stream, _CHUNK_BYTES))
+
+
+def _filled(stream: BinaryIO, size: int) -> bytes:
+    """The rest of the stream's first line with more than white space in it, or its first bytes; empty at the end."""
+    pieces = iter(partial(stream.readline, size), b"")
+    return next(filter(None, (piece.lstrip(_BLANK) for piece in pieces)), b"")
+
+
+class _JsonList(Jsonl):
+    """The objects of one file. They have line numbers where no two of them share a line."""
+
+    _EMPTY = "has no rows; give at least one object"
+    _ONE = "each item of the list is one object"
+
+    def __init__(self, path: Path, unpack: Callable[[Path], BinaryIO], rows: int | None) -> None:
+        self.has_lines = True
+        super().__init__(path, unpack, rows)
+
+    def _numbered(self) -> Iterator[tuple[int, bytes]]:
+        last = 0
+        try:
+            with self._unpack(self._path) as stream:
+                for item in islice(split(partial(stream.read, _CHUNK_BYTES)), self._limit):
+                    if item.line == last:
+                        self.has_lines = False
+                    last = item.last_line
+                    yield item.line, item.text + b"\n"
+        except Malformed as error:
+            hint = f"; {utf16_hint(big_endian=False)}" if error.has_nul else ""
+            raise ManifestError(f"{self._path}, {self._place(error.line, error.row)}: {error}{hint}") from error
+        except NotRows as error:
+            advice = "save the list of rows alone, as [{...}, {...}], or one object a line as .jsonl"
+            raise ManifestError(f"{self._path} is {error}, not a list of rows; {advice}") from error
+
+    def _lines(self, numbers: list[int]) -> list[int] | None:
+        return numbers if self.has_lines else None
+
+    def _place(self, number: int, row: int) -> str:
+        return f"line {number}, row {row}"

@@ -1,0 +1,272 @@
+"""Image references of a manifest: URLs and data URIs pass, local pictures get their content hash and size. Edge.
+
+Owns reading picture files and headers; refuses to know the network, and never decodes a picture.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import os
+import re
+import stat
+import struct
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import file_digest
+from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from PIL import Image
+
+from batch.image_formats import READABLE
+from batch.manifest.hashing import content_hash
+from batch.manifest.inputs import shorten
+from batch.manifest.types import Fault, FileFact, FileFacts, FileKey, Resolved
+from batch.system.descriptors import patiently
+from batch.types import LocalImage
+
+__all__ = ["MemoryFacts", "Pictures"]
+
+_WEB = re.compile(r"https?://[^\s/?#\0][^\0]*\Z", re.IGNORECASE)
+# Two letters at least before the colon: C:\cat.jpg is a path.
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
+_DATA = re.compile(r"data:(image/[\w.+-]+)(?:;[\w.+-]+=[^;,]*)*;base64,", re.IGNORECASE)
+# What Pillow's plugins raise on bytes that are not what they began as (`Image.open` treats the first four alike).
+_BROKEN = (SyntaxError, IndexError, TypeError, struct.error, KeyError, ValueError, EOFError, OSError)
+_PIXELS = 1_000_000  # of a megapixel, as the price counts them
+_READERS = 8
+
+
+class MemoryFacts:
+    """File facts for as long as the process lives; the oldest are forgotten beyond `limit`."""
+
+    def __init__(self, limit: int = 200_000) -> None:
+        self._limit = limit
+        self._facts: dict[FileKey, FileFact] = {}
+
+    def get_many(self, keys: Sequence[FileKey]) -> Mapping[FileKey, FileFact]:
+        """Those that are known."""
+        return {key: self._facts[key] for key in keys if key in self._facts}
+
+    def put_many(self, facts: Mapping[FileKey, FileFact]) -> None:
+        """Remember these."""
+        self._facts.update(facts)
+        for key in list(self._facts)[: max(0, len(self._facts) - self._limit)]:
+            del self._facts[key]
+
+
+class Pictures:
+    """Resolves the image column of one manifest.
+
+    Args:
+        folder: what relative paths start from: the manifest's own folder.
+        max_megapixels: a local picture or data URI above this is a fault.
+        facts: what is already known of files; by default a cache in memory.
+    """
+
+    def __init__(self, folder: Path, max_megapixels: float, facts: FileFacts | None = None) -> None:
+        self._folder = folder
+        self._max_megapixels = max_megapixels
+        self._facts: FileFacts = MemoryFacts() if facts is None else facts
+
+    def __repr__(self) -> str:
+        return f"Pictures({str(self._folder)!r}, max_megapixels={self._max_megapixels})"
+
+    def resolve(self, references: Sequence[object]) -> list[Resolved | Fault]:
+        """One answer for each cell, in order; never raises for what a cell holds.
+
+        A cell is text (URL, data URI, path, `file://`), bytes, a mapping with `bytes` and `path` as Hugging
+        Face datasets write it, or None. Only `http(s)` URLs stay unknown in size: nothing is downloaded.
+        """
+        with warnings.catch_warnings():
+            # Pillow warns of odd metadata; whether the picture can be used is all that matters here.
+            warnings.filterwarnings("ignore", module="PIL")
+            return self._resolve(references)
+
+    def _resolve(self, references: Sequence[object]) -> list[Resolved | Fault]:
+        resolved: list[Resolved | Fault] = []
+        local: dict[int, Path] = {}
+        for index, reference in enumerate(references):
+            if isinstance(reference, str) and _WEB.match(reference):
+                resolved.append(Resolved(reference))
+                continue
+            answer = self._one(reference)
+            if isinstance(answer, Path):
+                local[index] = answer
+                answer = Fault("file_not_found", "")
+            resolved.append(answer)
+        if local:
+            files = self._files(sorted(set(local.values())))
+            for index, path in local.items():
+                resolved[index] = files[path]
+        return resolved
+
+    def _one(self, reference: object) -> Resolved | Fault | Path:
+        """What needs no file is answered here; a local path comes back as one."""
+        name = "image"
+        if isinstance(reference, Mapping):
+            name = Path(str(reference.get("path") or name)).name
+            reference = reference.get("bytes") or reference.get("path")
+            if isinstance(reference, str) and _WEB.match(reference):
+                return Resolved(reference)
+        if isinstance(reference, bytes) and reference:
+            return self._embedded(reference, name)
+        if not isinstance(reference, str) or not reference.strip():
+            return Fault("missing", "the cell is empty; give a URL, a path or a picture")
+        if reference[:5].lower() == "data:":
+            return self._data_uri(reference)
+        return _path_of(reference, self._folder)
+
+    def _embedded(self, data: bytes, name: str) -> Resolved | Fault:
+        megapixels = self._measure(io.BytesIO(data), name)
+        if isinstance(megapixels, Fault):
+            return megapixels
+        digest = content_hash(data)
+        return Resolved(f"sha256:{digest}", LocalImage(digest, len(data), data=data, name=name), megapixels)
+
+    def _data_uri(self, uri: str) -> Resolved | Fault:
+        head = _DATA.match(uri)
+        if head is None:
+            return Fault("data_uri", f"{shorten(uri, 40)!r} is not of the form data:image/...;base64,...; correct it")
+        try:
+            data = base64.b64decode(uri[head.end() :], validate=True)
+        except (binascii.Error, ValueError) as error:
+            return Fault("data_uri", f"{shorten(uri, 40)!r} is not base64 ({error}); write it again")
+        megapixels = self._measure(io.BytesIO(data), shorten(uri, 40))
+        return megapixels if isinstance(megapixels, Fault) else Resolved(uri, None, megapixels)
+
+    def _files(self, paths: list[Path]) -> dict[Path, Resolved | Fault]:
+        """Look at each file once; read only those about which nothing is known."""
+        answers: dict[Path, Resolved | Fault] = {}
+        keys: dict[Path, FileKey] = {}
+        for path in paths:
+            key = _stat(path)
+            if isinstance(key, Fault):
+                answers[path] = key
+            else:
+                keys[path] = key
+        known = self._facts.get_many(list(keys.values()))
+        unknown = [path for path, key in keys.items() if key not in known]
+        read = dict(zip(unknown, self._read_all(unknown), strict=True))
+        fresh = {keys[path]: fact for path, fact in read.items() if isinstance(fact, FileFact)}
+        if fresh:
+            self._facts.put_many(fresh)
+        for path, key in keys.items():
+            fact = known[key] if key in known else read[path]
+            answers[path] = fact if isinstance(fact, Fault) else self._local(path, key, fact)
+        return answers
+
+    def _local(self, path: Path, key: FileKey, fact: FileFact) -> Resolved | Fault:
+        # Judged again: a fact may have been learned under a higher limit.
+        fault = self._too_large(fact.megapixels, str(path))
+        image = LocalImage(fact.sha256, key.size_bytes, path=path, name=path.name)
+        return fault or Resolved(f"sha256:{fact.sha256}", image, fact.megapixels)
+
+    def _read_all(self, paths: list[Path]) -> list[FileFact | Fault]:
+        if len(paths) < _READERS:
+            return [self._read(path) for path in paths]
+        with ThreadPoolExecutor(_READERS, "pictures") as readers:  # hashing and disk waits both free the GIL
+            try:
+                found = readers.map(self._read, paths)
+            except RuntimeError:  # the main thread has ended: executors take nothing more, other threads go on
+                return [self._read(path) for path in paths]
+            return list(found)
+
+    def _read(self, path: Path) -> FileFact | Fault:
+        try:
+            with patiently(lambda: path.open("rb"), time.sleep) as file:
+                megapixels = self._measure(file, str(path))
+                if isinstance(megapixels, Fault):
+                    return megapixels
+                file.seek(0)
+                return FileFact(file_digest(file, "sha256").hexdigest(), megapixels)
+        except OSError as error:
+            return _unreadable(path, error)
+
+    def _measure(self, file: BinaryIO, name: str) -> float | Fault:
+        size = _header_size(file)
+        if size is None:
+            known = "JPEG, PNG, WebP, GIF, AVIF, TIFF or BMP"
+            return Fault("image_load_error", f"{name!r} is not a picture that can be read; it must be {known}")
+        megapixels = size[0] * size[1] / _PIXELS
+        return self._too_large(megapixels, name) or megapixels
+
+    def _too_large(self, megapixels: float, name: str) -> Fault | None:
+        if megapixels <= self._max_megapixels:
+            return None
+        limit = f"limits.max_image_megapixels is {self._max_megapixels:g}"
+        return Fault("image_too_large", f"{name!r} has {megapixels:.1f} megapixels, {limit}; scale it down")
+
+
+def _path_of(reference: str, folder: Path) -> Path | Fault:
+    scheme = _SCHEME.match(reference)
+    if scheme is not None and scheme[1].lower() == "file":
+        parts = urlsplit(reference)
+        host = "" if parts.netloc.lower() == "localhost" else parts.netloc
+        reference = url2pathname(host + parts.path)
+    elif scheme is not None:
+        what = "is nothing that we can fetch"
+        if scheme[1].lower() in {"http", "https"}:
+            what = "contains a NUL character" if "\0" in reference else "has no host"
+        return Fault(
+            "unsupported_scheme", f"{shorten(reference)!r} {what}; give an http(s) URL, a data URI or a local path"
+        )
+    if reference.startswith("~"):
+        return _at_home(reference, folder)
+    return Path(os.path.abspath(folder / reference))  # noqa: PTH100 - Path.resolve would follow links
+
+
+def _at_home(reference: str, folder: Path) -> Path | Fault:
+    """A path with `~` or `~name` at its start, as a shell expands it."""
+    expanded = os.path.expanduser(reference)  # noqa: PTH111 - Path.expanduser raises for an unknown user
+    first, slash, _ = reference.partition("/")
+    if expanded == reference and first == "~":
+        return Fault("file_not_found", f"{shorten(reference)!r}: the home folder is not known; write the whole path")
+    if expanded == reference and slash and not (folder / first).exists():
+        return Fault("file_not_found", f"{shorten(reference)!r}: there is no user {first[1:]!r}; write the whole path")
+    return Path(os.path.abspath(folder / expanded))  # noqa: PTH100
+
+
+def _stat(path: Path) -> FileKey | Fault:
+    try:
+        facts = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return Fault("file_not_found", f"there is no file {str(path)!r}; relative paths start at the manifest's folder")
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        return _unreadable(path, error)
+    if stat.S_ISDIR(facts.st_mode):
+        return Fault("is_a_folder", f"{str(path)!r} is a folder; name a picture in it")
+    if not stat.S_ISREG(facts.st_mode):
+        return Fault("unreadable", f"{str(path)!r} is not a regular file; name a picture")
+    return FileKey(str(path), facts.st_size, facts.st_mtime_ns)
+
+
+def _unreadable(path: Path, error: Exception) -> Fault:
+    reason = getattr(error, "strerror", None) or str(error)
+    return Fault("unreadable", f"{shorten(path)!r} cannot be read ({reason}); check the name and its permissions")
+
+
+def _header_size(file: BinaryIO) -> tuple[int, int] | None:
+    """Width and height as the header states them, or None where it is no picture.
+
+    The plugins are asked directly: `Image.open` would warn of, or refuse, large pictures by a process-wide
+    limit of Pillow's, and whether a picture is too large is decided here by the user's own limit.
+    """
+    Image.init()
+    prefix = file.read(16)
+    for name in READABLE:
+        factory, accept = Image.OPEN.get(name, (None, None))
+        if factory is None or (accept is not None and accept(prefix) is not True):
+            continue
+        file.seek(0)
+        try:
+            return factory(file, "").size
+        except _BROKEN:
+            return None
+    return None

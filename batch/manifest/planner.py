@@ -1,0 +1,321 @@
+"""From rows and cells to jobs: every input resolved, every key known, nothing sent. Pure but for polars types.
+
+Owns what a column means and which value wins; refuses to know where rows and pictures come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import polars as pl
+
+from batch.config import Settings
+from batch.errors import ConfigError, ManifestError
+from batch.manifest.formats.base import Dialect
+from batch.manifest.hashing import derived_seed, job_key
+from batch.manifest.inputs import DEFAULTS, check_column, check_value, half_fault, shorten
+from batch.manifest.prompts import Prompts, kind_of, placeholders, require_plain
+from batch.manifest.sweep import Cell, cells
+from batch.manifest.types import Fault, PictureResolver, Resolved, RowBatch, Rows
+from batch.types import AppId, Job, Json, JsonObject, Problem
+
+__all__ = ["Checked", "Planned", "PlannedBatch", "Planner", "dialect_of"]
+
+_BATCH_JOBS = 4096
+_BATCH_CHARACTERS = 2**24
+"""Of the prompts of a batch, as templates are written: one of 10,000 placeholders makes short batches."""
+_NOTHING: JsonObject = {}
+_NO_SYNC = Fault("sync_mode", "sync_mode is refused: results are not kept; leave the cell empty")
+
+
+class Planned(NamedTuple):
+    """One manifest row x cell: either a job, or the problem that keeps it from being one."""
+
+    row: int
+    cell: str
+    job: Job | None
+    problem: Problem | None
+    """The first one of its row; the message is that of all of them."""
+    known: JsonObject = _NOTHING
+    """Of a row that is no job: every input that could be read, as it would have been sent; the others are None."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedBatch:
+    """Some consecutive manifest rows with everything that is planned for them."""
+
+    first_row: int
+    frame: pl.DataFrame
+    """The manifest's own columns, unchanged, one line a row."""
+    items: list[Planned]
+    """Row by row, within a row cell by cell: `len(frame) * cells` of them."""
+
+
+class Checked(NamedTuple):
+    """A planned batch with all that is wrong in it, one problem for each bad cell of the manifest."""
+
+    batch: PlannedBatch
+    problems: list[Problem]
+
+
+class Planner:
+    """Plans the jobs of one manifest; it can be run through any number of times and always plans the same.
+
+    An input's value comes from, the last that there is winning: the endpoint's default, `[input]`, the manifest
+    column of the same name (an empty cell falls back), the sweep. So where an input is swept, a column of its
+    name is not even looked at. The prompt's column is what `manifest.prompt` names, or a template over columns
+    (`a {animal} as a wizard`, literal braces doubled). `[input] prompt` and swept prompts are templates too. Where a
+    part is missing, a row or a cell falls back to `[input] prompt` as a whole. In formats with types an empty text is a
+    prompt like any other; only null is missing.
+
+    Args:
+        manifest: its rows.
+        settings: resolved configuration; `manifest`, `input`, `sweep`, `target.app` and `run_seed` are used.
+        pictures: turns the cells of the image column into tokens.
+
+    Raises:
+        ManifestError: a column that the settings need is not there (the nearest is named), or of no use.
+        ConfigError: a template that is none; one of `[input]` or `[sweep]` that names no column (the nearest is named);
+            a value there out of its bounds.
+    """
+
+    def __init__(self, manifest: Rows, settings: Settings, pictures: PictureResolver) -> None:
+        self._manifest = manifest
+        self._pictures = pictures
+        self._app: AppId = settings.target.app
+        self._run_seed = settings.run_seed
+        self.cells = cells(settings.sweep)
+        swept = set(settings.sweep)
+        schema = manifest.schema
+        self._image = _image_column(schema, settings.manifest.image)
+        self._prompts = Prompts(
+            schema,
+            setting=settings.manifest.prompt,
+            default=settings.input.prompt,
+            swept=[str(cell.values["prompt"]) for cell in self.cells] if "prompt" in swept else None,
+        )
+        self._prompt_name = settings.manifest.prompt
+        self._base = DEFAULTS | _given(settings)
+        if self._prompts.for_all is not None:
+            self._base["prompt"] = self._prompts.for_all
+        self._id = _id_column(schema, settings.manifest.id)
+        mapped = {"image_url", "prompt"}
+        self._columns = tuple(name for name in DEFAULTS if name in schema and name not in swept | mapped)
+
+    def __repr__(self) -> str:
+        return f"Planner({self._manifest!r}, cells={len(self.cells)})"
+
+    def batches(self) -> Iterator[PlannedBatch]:
+        """Everything planned, in manifest order, a few thousand jobs at a time.
+
+        Raises:
+            ManifestError: the manifest can no longer be read.
+        """
+        for checked in self.checked():
+            yield checked.batch
+
+    def checked(self) -> Iterator[Checked]:
+        """The same with each problem by itself; a row's `Planned` carry all of them in one.
+
+        Raises:
+            ManifestError: the manifest can no longer be read.
+        """
+        jobs = min(_BATCH_JOBS, _BATCH_CHARACTERS // max(1, self._prompts.longest))
+        for rows in self._manifest.batches(max(1, jobs // len(self.cells))):
+            yield self._batch(rows)
+
+    def _batch(self, rows: RowBatch) -> Checked:
+        first_row, frame, found = rows.first_row, rows.frame, _Problems(rows)
+        for index, (column, text) in rows.halves.items():
+            found.add(index, column, text, half_fault(column, text))
+        halved = {index for index, half in rows.halves.items() if half.column in self._prompts.columns}
+        pictures = self._resolved(frame, found)
+        inputs: dict[str, list[Any]] = {"image_url": [picture and picture.token for picture in pictures]}
+        gaps: set[int] = set()
+
+        def note(index: int, column: str, value: object, fault: Fault) -> Problem:
+            gaps.add(index)
+            return found.add(index, column, value, fault)
+
+        prompts = self._prompts.of_rows(frame, note)
+        if prompts is not None:
+            checked = self._checked("prompt", self._prompt_name, prompts, found)
+            missing = gaps | halved
+            inputs["prompt"] = [None if i in missing else p for i, p in enumerate(checked)] if missing else checked
+        for name in self._columns:
+            inputs[name] = self._values(name, _cells_of(frame[name], name), found)
+        identities = self._identities(frame, found)
+
+        items: list[Planned] = []
+        bad = found.by_row()
+        swept, unswept = self._swept_prompts(frame, found), (None,) * len(self.cells)
+        by_row = zip(*inputs.values(), strict=True)
+        for row, (picture, identity, values) in enumerate(zip(pictures, identities, by_row, strict=True), first_row):
+            given = {**self._base, **dict(zip(inputs, values, strict=False))}  # as many as each other, a million times
+            own = unswept if swept is None else [prompts[row - first_row] for prompts in swept]
+            if picture is None or row in bad:
+                items += self._bad(row, bad[row], given, identity, picture, own)
+                continue
+            for cell, prompt in zip(self.cells, own, strict=True):
+                if isinstance(prompt, Problem):
+                    items += self._bad(row, [prompt], given, identity, picture, [prompt], cells=(cell,))
+                else:
+                    items.append(Planned(row, cell.id, self._job(given, cell, prompt, identity, picture), None))
+        return Checked(PlannedBatch(first_row, frame, items), found.ordered())
+
+    def _job(self, given: JsonObject, cell: Cell, prompt: str | None, identity: str | None, picture: Resolved) -> Job:
+        """The row's job in a cell; `prompt` is the cell's own, where prompts are swept."""
+        complete = given | cell.values if cell.values else given
+        if prompt is not None:
+            complete["prompt"] = prompt
+        if complete["seed"] is None:
+            complete["seed"] = self._derived(cell, identity, picture.token, complete["prompt"])
+        return Job(job_key(self._app, complete), complete, picture.image, picture.megapixels)
+
+    def _derived(self, cell: Cell, identity: str | None, token: str, prompt: Json) -> int:
+        """A seed for a row that was given none. Without an id a row is its image and what is asked of it."""
+        who = f"id\n{identity}" if identity is not None else f"row\n{token}\n{prompt}"
+        return derived_seed(self._run_seed, who, cell.id)
+
+    def _bad(
+        self,
+        row: int,
+        problems: list[Problem],
+        given: JsonObject,
+        identity: str | None,
+        picture: Resolved | None,
+        prompts: Sequence[str | Problem | None],
+        cells: Sequence[Cell] | None = None,
+    ) -> Iterator[Planned]:
+        """What is known of a row that cannot work, in each cell; `prompts` are the cells' own, where they are swept."""
+        problem, columns = _together(problems), {problem.column for problem in problems}
+        for cell, prompt in zip(self.cells if cells is None else cells, prompts, strict=True):
+            known = given | cell.values
+            if "prompt" in cell.values:
+                known["prompt"] = prompt if isinstance(prompt, str) else None
+            has_identity = picture is not None and known.get("prompt") is not None if self._id is None else identity
+            if known["seed"] is None and has_identity and not columns & {"seed", self._id}:
+                token = "" if picture is None else picture.token
+                known["seed"] = self._derived(cell, identity, token, known.get("prompt"))
+            yield Planned(row, cell.id, None, problem, known)
+
+    def _swept_prompts(self, frame: pl.DataFrame, found: _Problems) -> list[list[str | Problem]] | None:
+        """For each cell the prompt of each row, or what is wrong with it; None where prompts are not swept."""
+        cells_prompts = self._prompts.of_cells(frame, found.add)
+        if cells_prompts is None:
+            return None
+        for prompts in {id(prompts): prompts for prompts in cells_prompts}.values():
+            texts = ["" if isinstance(prompt, Problem) else prompt for prompt in prompts]
+            _, faults = check_column("prompt", texts, self._prompt_name)
+            for index, fault in faults.items():
+                prompts[index] = found.add(index, self._prompt_name, texts[index], fault)
+        return cells_prompts
+
+    # --- columns: each gives one value a row, None where it noted a problem ---
+
+    def _resolved(self, frame: pl.DataFrame, found: _Problems) -> list[Resolved | None]:
+        references = frame[self._image].to_list()
+        answers = self._pictures.resolve(references)
+        for index, answer in enumerate(answers):
+            if isinstance(answer, Fault):
+                found.add(index, self._image, references[index], answer)
+        return [None if isinstance(answer, Fault) else answer for answer in answers]
+
+    def _values(self, name: str, cells_of_column: list[Any], found: _Problems) -> list[Any]:
+        fallback = self._base[name]
+        filled = [fallback if value is None or value == "" else value for value in cells_of_column]
+        checked = self._checked(name, name, filled, found)
+        if name == "sync_mode":
+            for index in (index for index, value in enumerate(checked) if value):
+                found.add(index, name, filled[index], _NO_SYNC)
+        return checked
+
+    def _checked(self, name: str, column: str, values: list[Any], found: _Problems) -> list[Any]:
+        checked, faults = check_column(name, values, column)
+        for index, fault in faults.items():
+            found.add(index, column, values[index], fault)
+        return checked
+
+    def _identities(self, frame: pl.DataFrame, found: _Problems) -> list[str | None]:
+        if self._id is None:
+            return [None] * len(frame)
+        identities: list[str | None] = frame[self._id].cast(pl.String).to_list()
+        for index in (index for index, identity in enumerate(identities) if not identity):
+            found.add(index, self._id, None, Fault("missing", "the cell is empty; a row's id has to be filled"))
+        return identities
+
+
+class _Problems:
+    """What is wrong in one batch."""
+
+    def __init__(self, rows: RowBatch) -> None:
+        self._rows = rows
+        self._found: dict[int, list[Problem]] = {}
+
+    def add(self, index: int, column: str, value: object, fault: Fault) -> Problem:
+        line = self._rows.lines[index] if self._rows.lines is not None else None
+        shown = shorten(value).encode("utf-8", "backslashreplace").decode()  # half a character cannot be printed
+        problem = Problem(self._rows.first_row + index, line, column, shown, fault.type, fault.message)
+        self._found.setdefault(index, []).append(problem)
+        return problem
+
+    def by_row(self) -> dict[int, list[Problem]]:
+        """Those of each bad row."""
+        return {problems[0].row: problems for problems in self._found.values()}
+
+    def ordered(self) -> list[Problem]:
+        return [problem for index in sorted(self._found) for problem in self._found[index]]
+
+
+def _together(problems: list[Problem]) -> Problem:
+    """All that is wrong with one row as one problem, under the first one's type; each column once."""
+    first_of = {problem.column: problem.message for problem in reversed(problems)}
+    messages = [first_of[column] for column in dict.fromkeys(problem.column for problem in problems)]
+    return replace(problems[0], message=". ".join(messages)) if len(messages) > 1 else problems[0]
+
+
+def _cells_of(column: pl.Series, name: str) -> list[Any]:
+    """The values of an input's column; `true` where a number belongs is text: pydantic would read a 1 in it."""
+    is_number = column.dtype == pl.Boolean and not isinstance(DEFAULTS[name], bool)
+    return (column.cast(pl.String) if is_number else column).to_list()
+
+
+# --- what the settings ask of the columns -----------------------------------------------------------------
+
+
+def dialect_of(settings: Settings) -> Dialect:
+    """What the settings say about the text of a manifest; its header has to name the columns that they need."""
+    mapped = settings.manifest
+    parts = placeholders(mapped.prompt)
+    named = {mapped.image, mapped.prompt, *parts} | ({mapped.id} if mapped.id else set())
+    return Dialect(mapped.separator, mapped.encoding, frozenset(named), mapped.format, mapped.image)
+
+
+def _given(settings: Settings) -> JsonObject:
+    values: JsonObject = {}
+    for name, value in settings.input.model_dump(exclude_none=True).items():
+        checked = check_value(name, value)
+        if isinstance(checked, Fault):
+            raise ConfigError(f"input.{checked.message}")
+        values[name] = checked
+    return values
+
+
+def _image_column(schema: pl.Schema, name: str) -> str:
+    kind = kind_of(schema, name, "manifest.image")
+    fields = {field.name for field in kind.fields} if isinstance(kind, pl.Struct) else set()
+    text = kind in {pl.String, pl.Binary, pl.Null} or isinstance(kind, pl.Categorical | pl.Enum)
+    if not text and not fields & {"bytes", "path"}:
+        raise ManifestError(
+            f"the column {name!r} holds {kind}, not pictures; set manifest.image to one with URLs, paths, "
+            "or a struct of bytes and path"
+        )
+    return name
+
+
+def _id_column(schema: pl.Schema, name: str | None) -> str | None:
+    if name is not None:
+        require_plain(schema, name, "manifest.id")
+    return name

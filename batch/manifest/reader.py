@@ -1,0 +1,369 @@
+"""Reading manifests of every format, plain or compressed, in batches of bounded size. Edge.
+
+Owns files, their formats and the numbers of their lines; refuses to know what a column means. A text manifest is
+read once from end to end when it is opened, so that a bad line is known before anything is paid for.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import lzma
+import re
+import sys
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from hashlib import blake2b, file_digest
+from itertools import chain, islice
+from pathlib import Path
+from typing import BinaryIO, TextIO
+
+import polars as pl
+
+from batch.errors import ManifestError
+from batch.manifest.discovery import Found, find, local
+from batch.manifest.formats.base import BATCH_BYTES, BATCH_ROWS, Chunk, Dialect, Format, refuse_nul, refuse_twins
+from batch.manifest.formats.csv_text import (
+    Encoding,
+    Separator,
+    Unpack,
+    as_utf8,
+    encoding_of,
+    named,
+    separator_of,
+    undecodable,
+)
+from batch.manifest.formats.hive import partitions_of
+from batch.manifest.formats.image_folder import FILE_NAME, Images, WithMetadata
+from batch.manifest.formats.json_file import open_json
+from batch.manifest.formats.jsonl import Jsonl
+from batch.manifest.inputs import shorten
+from batch.manifest.types import RowBatch
+
+__all__ = ["Manifest", "RowBatch"]
+
+_STEP_ROWS = 16  # between two looks at how long rows are
+_LINE_BREAK = re.compile(r"\r\n|\r|\n")
+_FIELD_CHARACTERS = 64 * 2**20
+_ANY = Dialect()
+_SEPARATORS = {"csv": ",", "tsv": "\t"}
+
+
+def _unpack_zstd(path: Path) -> BinaryIO:
+    import pyarrow as pa
+
+    return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
+
+
+_UNPACK: dict[str, Unpack] = {
+    "": lambda path: path.open("rb"),
+    ".gz": lambda path: io.BufferedReader(gzip.GzipFile(path)),
+    ".bz2": lambda path: io.BufferedReader(bz2.BZ2File(path)),
+    ".xz": lambda path: io.BufferedReader(lzma.LZMAFile(path)),  # noqa: SIM115 - the reader around it closes it
+    ".zst": _unpack_zstd,
+}
+
+
+class Manifest:
+    """An opened manifest. Columns of CSV and TSV are text, so that `007` stays `007`; an empty field is null.
+
+    Attributes:
+        source: as it was given.
+        folder: where relative picture paths start: the manifest's own folder.
+        columns: their names, in order.
+        schema: their types, the same in every batch.
+        rows: how many rows `batches` gives.
+        has_lines: whether rows have line numbers.
+        notes: what was found out about how to read it, for a person: `separator ';', found in the header`.
+        place: the file in which the lines of rows are counted, where it is not the source.
+        has_images: whether it is a folder of images.
+    """
+
+    def __init__(
+        self, source: Path, folder: Path, found: Found, content: Format, dialect: Dialect, notes: tuple[str, ...] = ()
+    ) -> None:
+        self.source = source
+        self.folder = folder
+        self.schema = content.schema
+        self.columns = tuple(content.schema.names())
+        self.rows = content.rows
+        self.has_lines = bool(getattr(content, "has_lines", found.kind.has_lines))
+        self.files = found.paths
+        self.notes = (*found.notes, *notes)
+        self.place = found.paths[0] if found.has_images else None
+        self.has_images = found.has_images or isinstance(content, Images)
+        self._content = content
+        self._root = found.folder
+        self._unpack = _UNPACK[found.kind.packing]
+        self._dialect = dialect
+
+    def __repr__(self) -> str:
+        return f"Manifest({str(self.source)!r}, rows={self.rows}, columns={self.columns})"
+
+    @classmethod
+    def open(
+        cls, source: str | Path, rows: int | None = None, dialect: Dialect = _ANY, folder: Path | None = None
+    ) -> Manifest:
+        """Open one file, a folder or a glob, or only its first `rows` rows.
+
+        Args:
+            source: what to open.
+            rows: how many rows at most.
+            dialect: what the settings say about it.
+            folder: where relative paths of images start; None: where it lies.
+
+        Raises:
+            ManifestError: nothing is there, it is empty or unreadable, its format is unknown, its encoding is another
+                one, a line or a header is wrong. The message names the line where there is one.
+        """
+        path = local(source)
+        found = find(path, dialect.format)
+        with _explained(path, found.paths, _UNPACK[found.kind.packing], dialect):
+            if found.has_images:
+                dialect = dialect._replace(needed=dialect.needed | {FILE_NAME, "text"})
+            content, notes = _content(found, rows, dialect)
+            if found.has_images:
+                content = WithMetadata(found.paths[0], content, dialect.image)
+                if rows is None:
+                    content.require_all(found.paths[0], path)
+        return cls(path, found.folder if folder is None else folder, found, content, dialect, notes)
+
+    def batches(self, size: int = BATCH_ROWS) -> Iterator[RowBatch]:
+        """All rows in order, at most `size` at a time; fewer where they are long or carry pictures.
+
+        Raises:
+            ManifestError: the file has changed or can no longer be read.
+        """
+        first_row = 0
+        with _explained(self.source, self.files, self._unpack, self._dialect):
+            for frame, lines, halves in self._content.chunks(size):
+                yield RowBatch(first_row, frame, lines, halves)
+                first_row += len(frame)
+        if first_row != self.rows:
+            raise ManifestError(f"{self.source} had {self.rows} rows and now has {first_row}; run the command again")
+
+    def fingerprint(self) -> str:
+        """Hash of the files' bytes, the whole of them, and of the columns that folders give them.
+
+        Equal for a copy under another name. Of a folder of images it is the hash of their names.
+        """
+        if isinstance(self._content, Images):
+            return self._content.fingerprint()
+        total = blake2b(digest_size=16)
+        for path, partition in zip(self.files, _partitions(self.files, self._root), strict=True):
+            with _explained(self.source, (path,), self._unpack, self._dialect), path.open("rb") as file:
+                total.update(file_digest(file, "blake2b").digest())
+            if partition:
+                total.update(repr(sorted(partition.items())).encode())
+        return total.hexdigest()
+
+
+def _content(found: Found, rows: int | None, dialect: Dialect) -> tuple[Format, tuple[str, ...]]:
+    """The reader of what was found, and how it reads."""
+    name, unpack = found.kind.name, _UNPACK[found.kind.packing]
+    if name == "parquet":
+        from batch.manifest.formats.parquet import Parquet  # with pyarrow, which text does not wait for
+
+        table = Parquet(found.paths, rows, _partitions(found.paths, found.folder))
+        return table, table.notes
+    if name == "arrow":
+        from batch.manifest.formats.arrow import Arrow
+
+        table = Arrow(found.paths, rows, _partitions(found.paths, found.folder))
+        return table, table.notes
+    if not found.paths:
+        return Images(found.folder, dialect.image, rows), ()
+    (path,) = found.paths
+    encoding = encoding_of(path, unpack, dialect.encoding)
+    if name in _SEPARATORS:
+        content = _Csv(path, unpack, _SEPARATORS[name], rows, encoding, dialect)
+        return content, (*content.notes, *_noted(encoding))
+    read = open_json if name == "json" else Jsonl
+    return read(path, as_utf8(unpack, encoding), rows), _noted(encoding)
+
+
+def _partitions(paths: Sequence[Path], folder: Path) -> list[Mapping[str, str | None]]:
+    """The columns that each file has by the folders between it and the table's own.
+
+    Raises:
+        ManifestError: a folder's name that cannot be read as a column.
+    """
+    found: list[Mapping[str, str | None]] = []
+    for path in paths:
+        try:
+            found.append(partitions_of(path.relative_to(folder).parts[:-1]))
+        except ValueError as error:
+            raise ManifestError(f"{str(path)!r}: {error}; rename it") from error
+    return found
+
+
+def _said(separator: Separator) -> tuple[str, ...]:
+    return (f"separator {named(separator.character)} ({separator.origin})",) if separator.origin else ()
+
+
+def _noted(encoding: Encoding) -> tuple[str, ...]:
+    return () if encoding.is_utf8 else (f"encoding {encoding.name} ({encoding.origin})",)
+
+
+@contextmanager
+def _explained(source: Path, paths: Sequence[Path], unpack: Unpack, dialect: Dialect) -> Iterator[None]:
+    """The one place where what the libraries raise becomes a sentence."""
+    try:
+        yield
+    except GeneratorExit:  # closed early, by a run that stops: nothing to explain, and no library to load for it
+        raise
+    except UnicodeError as error:
+        raise ManifestError(undecodable(paths[0], unpack, encoding_of(paths[0], unpack, dialect.encoding))) from error
+    except _unreadable() as error:
+        raise ManifestError(f"{source} cannot be read: {error}; is it complete, and what its suffix says?") from error
+
+
+def _unreadable() -> tuple[type[Exception], ...]:
+    """What the libraries raise about a file that is not what its suffix says."""
+    import pyarrow as pa  # asked for only when something was raised
+
+    return OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, pl.exceptions.PolarsError
+
+
+# --- formats ----------------------------------------------------------------------------------------------
+
+
+class _Csv:
+    """Delimited text by the standard library's reader: it alone tells on which line a record starts."""
+
+    def __init__(
+        self, path: Path, unpack: Unpack, usual: str, rows: int | None, encoding: Encoding, dialect: Dialect
+    ) -> None:
+        self._path, self._unpack, self._encoding, self._limit = path, unpack, encoding, rows
+        # Process-wide, as the csv module has it; its default of 128 KiB is less than a small data URI.
+        csv.field_size_limit(max(csv.field_size_limit(), _FIELD_CHARACTERS))
+        found = separator_of(self._text, usual, dialect)
+        self._delimiter, self._above = found.character, found.lines_above
+        self._names: list[str] = []
+        self._joined: list[int] = []
+        self.rows = sum(len(lines) for lines, _ in self._blocks(BATCH_ROWS))
+        if not self._names:
+            raise ManifestError(f"{path} is empty; its first line has to name the columns")
+        if not self.rows:
+            raise ManifestError(f"{path} has a header and no rows; give at least one")
+        self.schema = pl.Schema(dict.fromkeys(self._names, pl.String()))
+        self.notes = (*_said(found), *self._unquoted())
+
+    def chunks(self, size: int) -> Iterator[Chunk]:
+        for lines, records in self._blocks(size):
+            columns = dict(zip(self._names, map(list, zip(*records, strict=True)), strict=True))
+            records.clear()  # let go of thousands of lists before anything is made of them
+            frame = pl.DataFrame(columns, schema=self.schema)
+            yield Chunk(frame.with_columns(pl.when(pl.all() != "").then(pl.all())), lines)
+
+    @contextmanager
+    def _text(self) -> Iterator[TextIO]:
+        with self._unpack(self._path) as raw, io.TextIOWrapper(raw, self._encoding.codec, newline="") as text:
+            yield text
+
+    def _blocks(self, size: int) -> Iterator[tuple[list[int], list[list[str]]]]:
+        """Records with the lines on which they start. Empty lines are passed over."""
+        with self._text() as text:
+            above = sum(1 for _ in islice(text, self._above))
+            reader = csv.reader(text, delimiter=self._delimiter, strict=True)
+            try:
+                self._names = next(filter(None, reader), [])
+            except csv.Error as error:
+                raise self._broken(above + 1, error) from error
+            refuse_nul(self._path, self._names)
+            refuse_twins(self._path, self._names)
+            line, left = above + reader.line_num + 1, sys.maxsize if self._limit is None else self._limit
+            while left > 0:
+                records, error_after = _take(reader, min(size, left))
+                lines = _starts(records, line, above + reader.line_num)
+                self._check_widths(lines, records)
+                if error_after is not None:
+                    raise self._broken(lines[-1], error_after) from error_after
+                line = above + reader.line_num + 1
+                if not records:
+                    return
+                lines = [start for start, record in zip(lines, records, strict=False) if record]
+                records = [record for record in records if record]
+                left -= len(records)
+                if records:
+                    yield lines, records
+
+    def _check_widths(self, lines: list[int], records: list[list[str]]) -> None:
+        width = len(self._names)
+        if set(map(len, records)) <= {0, width}:
+            return
+        for index, (line, record) in enumerate(zip(lines, records, strict=False)):
+            if len(record) in {0, width}:
+                continue
+            joined = self._join(record)
+            if len(joined) != width:
+                raise self._ragged(line, record)
+            records[index] = joined
+            self._joined.append(line)
+
+    def _join(self, record: list[str]) -> list[str]:
+        """The fields of a line in which a separator is a part of the text: `a.jpg;a cat; with a hat`.
+
+        A field that begins with a space goes on the one before. Exports with `;` often quote nothing; in files with
+        commas, where quotes are usual, a line with too many fields stays an error.
+        """
+        if self._delimiter == ",":
+            return record
+        joined = record[:1]
+        for field in record[1:]:
+            if field.startswith(" "):
+                joined[-1] += self._delimiter + field
+            else:
+                joined.append(field)
+        return joined
+
+    def _unquoted(self) -> Iterator[str]:
+        count = len(self._joined)
+        if count:
+            rows = "1 row has" if count == 1 else f"{count:,} rows have"
+            place = f"line {self._joined[0]}" if count == 1 else f"the first on line {self._joined[0]}"
+            yield f"{rows} an unquoted {self._delimiter!r} before a space, read as text ({place})"
+
+    def _ragged(self, line: int, record: list[str]) -> ManifestError:
+        separator = "" if self._delimiter == "," else f" (separator {named(self._delimiter)})"
+        return ManifestError(
+            f"{self._path}, line {line}: {_fields(len(record))} where the header has {len(self._names)}{separator}; "
+            f"quote fields that hold {self._delimiter!r} ({shorten(self._delimiter.join(record))})"
+        )
+
+    def _broken(self, line: int, error: csv.Error) -> ManifestError:
+        hint = "is a quote opened and not closed?"
+        return ManifestError(f"{self._path}, line {line}: not parseable ({error}); {hint}")
+
+
+def _take(records: Iterable[list[str]], count: int) -> tuple[list[list[str]], csv.Error | None]:
+    """At most `count` records, fewer where they are long, and the error that came after them."""
+    taken: list[list[str]] = []
+    characters = 0
+    try:
+        while len(taken) < count and characters < BATCH_BYTES:
+            before = len(taken)
+            taken.extend(islice(records, min(_STEP_ROWS, count - before)))  # keeps what came before an error
+            if len(taken) == before:
+                break
+            characters += sum(map(len, chain.from_iterable(taken[before:])))
+    except csv.Error as error:
+        return taken, error
+    return taken, None
+
+
+def _starts(records: list[list[str]], first: int, last: int) -> list[int]:
+    """The line on which each record starts, and at the end the one after them; they fill `first` to `last`."""
+    if last - first + 1 == len(records):
+        return list(range(first, last + 2))
+    lines = [first]
+    for record in records:
+        lines.append(lines[-1] + 1 + sum(len(_LINE_BREAK.findall(field)) for field in record))
+    return lines
+
+
+def _fields(count: int) -> str:
+    return f"{count} field" + "s" * (count != 1)

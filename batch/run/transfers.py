@@ -1,0 +1,201 @@
+"""Pictures on the move: sources up to the target once each, results down, verified, stored.
+
+Repeats what may be repeated (it costs bandwidth only), on anyio's clock, through the `Service` and `Images`
+Protocols. Knows nothing of queues, money or states; a picture that cannot be had is a `JobFailed`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from random import Random
+from typing import TypeVar
+
+import anyio
+
+from batch.errors import StorageError
+from batch.fal.errors import CallFailed
+from batch.journal.answers import shorten_data_uri
+from batch.journal.events import Uploaded
+from batch.run.admission import Stop
+from batch.run.expiry import Retention
+from batch.run.interfaces import Images, Journal, PictureError, Service
+from batch.run.job import JobFailed, TurnedBack
+from batch.run.retrying import reading
+from batch.run.verdicts import Action, Verdict, backoff, failure_of, final
+from batch.system.descriptors import lacks_descriptor
+from batch.types import Failed, Job, LocalImage, StoredImage
+
+__all__ = ["Transfers"]
+
+Gain = TypeVar("Gain")
+
+_UPLOAD_VALID = 3 * 86400.0
+"""Seconds for which an uploaded source picture is used again; fal promises its files for seven days."""
+_DOWNLOAD_TRIES = 16
+_DOWNLOAD_PAUSE = 2.0
+"""Seconds, the longest between two of them."""
+_DESCRIPTOR_PAUSE = 2.0
+"""Seconds, the longest until a file is tried again for which no descriptor was free."""
+_DOWNLOADS_AT_ONCE = 16
+_UPLOADS_AT_ONCE = 16
+"""Source pictures in memory, from their reading to their arrival; with hundreds in flight it was all of them."""
+
+
+class Transfers:
+    """The pictures of one run."""
+
+    def __init__(
+        self,
+        *,
+        service: Service,
+        journal: Journal,
+        images: Images,
+        target: str,
+        retention: Retention,
+        now: Callable[[], float],
+        rng: Random,
+        notice: Callable[[Verdict], None],
+        warn: Callable[[str | None], None],
+        stop: Callable[[Stop, str], None],
+        stopped: Callable[[], Awaitable[None]],
+    ) -> None:
+        """`notice` hears of faults that are read again, `warn` of files that may expire first; `stop` is the run's."""
+        self._service, self._journal, self._images, self._target = service, journal, images, target
+        self._retention, self._now, self._rng, self._notice, self._warn = retention, now, rng, notice, warn
+        self._stop, self._stopped = stop, stopped
+        self._uploads: dict[str, anyio.Event] = {}
+        self._downloads = anyio.Semaphore(_DOWNLOADS_AT_ONCE)
+        self._late_downloads = anyio.Semaphore(_DOWNLOADS_AT_ONCE)
+        self._uploading = anyio.Semaphore(_UPLOADS_AT_ONCE)
+        self.fetched = 0
+        """Files that arrived."""
+
+    async def uploaded(self, job: Job) -> str:
+        """The picture's URL at the target; uploaded once, however many jobs wait for it."""
+        image = job.image
+        assert image is not None, "only a local picture is uploaded"
+        name = f"{self._target} {image.sha256}"
+        while (other := self._uploads.get(image.sha256)) is not None:
+            await other.wait()
+        ready = self._uploads[image.sha256] = anyio.Event()
+        try:
+            known = await self._journal.uploaded(name, self._now() - _UPLOAD_VALID)
+            if known is not None:
+                return known
+            url = await self._sent(image)
+            await self._journal.record(Uploaded(name, self._now(), url))
+        except PictureError as error:
+            raise JobFailed(Failed(error.type, str(error))) from error
+        except CallFailed as error:
+            verdict = final(error.trouble)
+            failure = failure_of(error.trouble, verdict)
+            if verdict.action is Action.STOP_ACCOUNT:
+                self._stop(Stop.ACCOUNT, failure.message)
+                raise TurnedBack from error
+            raise JobFailed(failure) from error
+        finally:
+            del self._uploads[image.sha256]
+            ready.set()
+        return url
+
+    async def _sent(self, image: LocalImage) -> str:
+        """Its URL. A picture that is refused is let go, and leaves its place to others, until it is tried again."""
+
+        async def once() -> str:
+            async with self._uploading:
+                picture = await self._with_descriptor(lambda: self._images.load(image))
+                return await self._service.upload(picture.data, picture.content_type, image.name)
+
+        return await self._unless_stopped(lambda: reading(once, self._rng, notice=self._notice, now=self._now))
+
+    async def _unless_stopped(self, call: Callable[[], Awaitable[str]]) -> str:
+        """A stop does not wait for an upload: its job was never submitted.
+
+        Raises:
+            TurnedBack: the run is stopping.
+        """
+        url: str | None = None
+        failure: Exception | None = None
+        async with anyio.create_task_group() as tasks:
+
+            async def watch() -> None:
+                await self._stopped()
+                tasks.cancel_scope.cancel()
+
+            tasks.start_soon(watch)
+            try:
+                url = await call()
+            except (CallFailed, PictureError) as error:  # carried around the task group, which would wrap it
+                failure = error
+            tasks.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+        if url is None:
+            raise TurnedBack
+        return url
+
+    async def stored(self, said: StoredImage) -> StoredImage:
+        """Download, verify by decoding, store. A damaged file is fetched again: transfers break.
+
+        What failed once leaves the line: it holds up none of the others, and does not queue behind them again.
+        """
+        with suppress(CallFailed, PictureError):
+            return await self._fetched(said, self._downloads)
+        tries, since = 1, self._now()
+
+        def notice(verdict: Verdict) -> None:
+            self._notice(verdict)
+            self._warn(self._retention.undownloaded(since, self._now()))
+
+        async def once_more() -> StoredImage:
+            return await self._fetched(said, self._late_downloads)
+
+        while True:
+            await anyio.sleep(backoff(tries, self._rng, cap=_DOWNLOAD_PAUSE))
+            tries += 1
+            try:
+                return await reading(once_more, self._rng, notice=notice, now=self._now)
+            except CallFailed as error:
+                is_large = error.trouble.transport == "oversize"
+                word = "result_file_too_large" if is_large else "result_file_gone"
+                reason = error.trouble.detail or final(error.trouble).reason
+                failure = Failed(word, f"{said.url[:200]}: {reason}")
+                raise JobFailed(failure, collectable=True) from error
+            except PictureError as error:
+                if tries >= _DOWNLOAD_TRIES:
+                    failure = Failed("result_file_damaged", f"{said.url[:200]}: {error}")
+                    raise JobFailed(failure, collectable=True) from error
+
+    async def _fetched(self, said: StoredImage, line: anyio.Semaphore) -> StoredImage:
+        async with line:
+            data = await self._service.download(said.url)
+            self.fetched += 1
+            return _joined(said, await self._with_descriptor(lambda: self._images.store(data)))
+
+    async def _with_descriptor(self, work: Callable[[], Awaitable[Gain]]) -> Gain:
+        """Read or write a file, as often as it takes: where no descriptor is free neither job nor disk is at fault."""
+        tries = 0
+        while True:
+            try:
+                return await work()
+            except (PictureError, StorageError) as error:
+                if not lacks_descriptor(error):
+                    raise
+            tries += 1
+            self._notice(Verdict(Action.READ_AGAIN, "too many open files (raise `ulimit -n`)"))
+            await anyio.sleep(backoff(tries, self._rng, cap=_DESCRIPTOR_PAUSE))
+
+
+def _joined(said: StoredImage, kept: StoredImage) -> StoredImage:
+    """What the endpoint said of a picture, and what its bytes proved."""
+    return StoredImage(
+        url=shorten_data_uri(said.url),
+        width=kept.width,
+        height=kept.height,
+        content_type=said.content_type or kept.content_type,
+        file_name=said.file_name,
+        file_size=kept.file_size,
+        path=kept.path,
+        sha256=kept.sha256,
+    )

@@ -1,0 +1,159 @@
+"""SIGINT, SIGTERM and cancellation of one session, from when it may spend until its summary is written. Assembly."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TypeVar
+
+import anyio
+import anyio.lowlevel
+
+from batch.run.admission import Stop, Stopping
+from batch.run.interfaces import Observer
+from batch.run.runner import Runner
+from batch.system import signals as interrupts
+from batch.system.sync_call import current_call
+
+__all__ = ["Signals", "in_order"]
+
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+
+_MEANWHILE = "collecting what is in flight; once more stops at once"
+
+
+class Signals:
+    """What they do: stop the run, in order or at once. What a run leaves is written to its end."""
+
+    def __init__(self, observer: Observer, *, wanted: bool) -> None:
+        """`wanted` False: the process's own handlers stay."""
+        self._observer, self._are_wanted = observer, wanted
+        self._runner: Runner | None = None
+        self._early: list[Stopping] = []
+        self.first: Stopping | None = None
+        """What stopped the session, where anything did."""
+        self._has_begun = self._is_over = False
+        self._begun, self._ready = anyio.Event(), anyio.Event()
+        self._scope = anyio.CancelScope()
+        self._listening = anyio.CancelScope()
+        self._until_the_end = ExitStack()
+        self.raised: BaseException | None = None
+        """By the program's own handler of SIGINT, held back until the session has ended."""
+        self.ended = anyio.Event()
+        """The session has."""
+
+    async def begin(self) -> None:
+        """From now on they stop in order; before, they end the session, or the process, as they would any other."""
+        await anyio.lowlevel.checkpoint()
+        self._has_begun = self._scope.shield = True
+        call = current_call()
+        if call is not None:  # the thread that waits for it receives them
+            call.stopped_by(self._heard)
+        elif self._are_wanted:
+            self._begun.set()
+            await self._ready.wait()
+        else:
+            self._loop = asyncio.get_running_loop()
+            self._until_the_end.enter_context(interrupts.deferred(self._hold_back))
+
+    @contextmanager
+    def stopping(self, runner: Runner) -> Iterator[None]:
+        """While it lasts they stop this run: the first in order, the second at once. So do those that came before."""
+        self._runner = runner
+        for stopping in self._early:
+            runner.stop(stopping.why, stopping.reason, _MEANWHILE)
+        try:
+            yield
+        finally:
+            self.over()
+
+    def over(self) -> None:
+        """There is nothing to stop any more."""
+        self._runner, self._is_over = None, True
+
+    def cancelled(self) -> None:
+        """The caller's task was cancelled."""
+        if self._has_begun:
+            _log.warning("cancelled: %s", _MEANWHILE)
+            self._stop(Stopping(Stop.CANCELLED, "the caller cancelled it"))
+        else:
+            self._scope.cancel()
+
+    def _hold_back(self, raised: BaseException | None) -> None:
+        """SIGINT came, between any two instructions; a handler that raises nothing may cancel the caller instead."""
+        if raised is not None:
+            self.raised = self.raised or raised
+        if raised is not None or self.first is not None:
+            self._loop.call_soon_threadsafe(self._heard, signal.SIGINT.name)
+
+    def _heard(self, name: str) -> None:
+        self._stop(Stopping(Stop.SIGNAL, name))
+
+    def _stop(self, stopping: Stopping) -> None:
+        self.first = self.first or stopping
+        if self._runner is not None:
+            self._runner.stop(stopping.why, stopping.reason, _MEANWHILE)
+        elif self._is_over:  # the second Ctrl-C of two often comes so late
+            reason = f"{stopping.reason}: the results are being written; this ends by itself"
+            self._observer.happened("warning", reason=reason)
+        else:
+            self._early.append(stopping)
+
+    async def listen(self) -> None:
+        """Hear them from `begin` on, until the session has ended; then the handlers are what they were before."""
+        with self._listening:
+            await self._begun.wait()
+            with interrupts.restored(), anyio.open_signal_receiver(*interrupts.BOTH) as received:
+                self._ready.set()
+                async for number in received:
+                    self._heard(signal.Signals(number).name)
+
+    async def carry_out(self, session: Callable[[Signals], Awaitable[T]], outcome: list[T | BaseException]) -> None:
+        """The session, in a task that the caller's cancellation does not reach once it has begun."""
+        try:
+            with self._scope:
+                outcome.append(await session(self))
+        except BaseException as error:  # raised by `in_order`: a task group would wrap it
+            outcome.append(error)
+        finally:
+            self._until_the_end.close()
+            self._listening.cancel()
+            self.ended.set()
+
+
+async def in_order(session: Callable[[Signals], Awaitable[T]], observer: Observer, *, wanted: bool) -> T:
+    """Carry a session out, and let it end in order also where its caller is cancelled.
+
+    The first cancellation stops it as a signal does, the second stops it at once; it is raised when the results are
+    written.
+
+    Args:
+        session: what to do; it calls `Signals.begin` before it spends.
+        observer: is told of signals.
+        wanted: hear SIGINT and SIGTERM, in a process's main thread; else the process's own handlers stay.
+    """
+    signals, outcome = Signals(observer, wanted=wanted), list[T | BaseException]()
+    cancelled: BaseException | None = None
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(signals.listen)
+        tasks.start_soon(signals.carry_out, session, outcome)
+        while not signals.ended.is_set():
+            try:
+                with anyio.CancelScope(shield=cancelled is not None):
+                    await signals.ended.wait()
+            except anyio.get_cancelled_exc_class() as error:
+                cancelled = cancelled or error
+                signals.cancelled()
+    for result in outcome:
+        if isinstance(result, BaseException):
+            raise result
+        if cancelled is None and signals.raised is None:
+            return result
+    raised = cancelled or signals.raised
+    assert raised is not None, "a session without an outcome was cancelled"
+    raise raised
