@@ -18,11 +18,11 @@ from batch.system.signals import postpone
 
 def entry() -> NoReturn:
     """Carry out the command line of this process and end it; everything is written and closed by then."""
-    gc.disable()  # until `batch.cli.commands` has loaded what its command needs
+    gc.disable()  # until `batch.cli.process` has loaded what its command needs
     postpone()  # until then, too
     fill_closed()
     try:
-        from batch.cli.commands import main
+        from batch.cli.main import main
 
         code = main()
     except KeyboardInterrupt:  # so late that nobody else takes it

@@ -123,7 +123,7 @@ def check_faults(settings: Settings) -> None:
         ConfigError: there is none, or it is not one; the message says where.
     """
     if settings.target.faults is not None:
-        from batch.server.faults.plan_file import read_faults  # a command without faults need not load their table
+        from batch.server.faults.plan import read_faults  # a command without faults need not load their table
 
         read_faults(Path(settings.target.faults))
 

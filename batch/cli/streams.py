@@ -6,10 +6,13 @@ A reader that has gone (`| head`), a full disk behind a redirection or a closed 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-__all__ = ["Outlet", "fill_closed", "outlet", "why_lost"]
+from batch.errors import ExitCode, StorageError
+
+__all__ = ["Outlet", "fail", "fill_closed", "outlet", "print_result", "why_lost"]
 
 
 class Outlet:
@@ -64,3 +67,20 @@ def why_lost(stream: TextIO | None) -> str | None:
     """What became of text that somebody still waits for; None where all went out, or where its reader left."""
     lost = getattr(stream, "lost", None)
     return None if lost is None or isinstance(lost, BrokenPipeError) else str(lost.strerror or lost)
+
+
+def print_result(text: str) -> None:
+    """Print the result of a command to standard output.
+
+    Raises:
+        StorageError: it goes into a file, and the disk is full.
+    """
+    print(text, flush=True)
+    if reason := why_lost(sys.stdout):
+        raise StorageError(f"standard output cannot be written ({reason}); what it shows is incomplete")
+
+
+def fail(message: str, code: ExitCode) -> ExitCode:
+    """Print an error message to standard error, and return the exit code."""
+    print(f"restyle: {message}", file=sys.stderr)
+    return code

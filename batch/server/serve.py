@@ -40,7 +40,7 @@ from batch.server.engines.base import Engine
 from batch.server.engines.flux.options import FluxOptions
 from batch.server.engines.process_pool import usable_cores
 from batch.server.faults.injection import Rehearsal
-from batch.server.faults.plan_file import read_faults
+from batch.server.faults.plan import read_faults
 from batch.server.files.storage import Storage
 from batch.server.http import platform as listing
 from batch.server.http.app import application

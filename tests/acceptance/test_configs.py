@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from batch.config import load_settings, parse_duration
-from batch.server.faults.plan_file import read_faults
+from batch.server.faults.plan import read_faults
 from tests.acceptance.command import REPOSITORY, accepted, restyle, results, started, summary
 
 CONFIGS = REPOSITORY / "configs"

@@ -18,7 +18,7 @@ from PIL import Image
 
 from batch.server.engines.preview.engine import PreviewEngine
 from batch.server.http import app as app_module
-from batch.server.http import uploads as uploads_module
+from batch.server.http import files as uploads_module
 from batch.server.http.auth import Key, Keys
 from tests.edges.serving import INPUT, SUBMIT, ScriptedEngine, call, read, result, serving, submit
 

@@ -14,8 +14,7 @@ import pytest
 from batch.errors import ConfigError
 from batch.fal.endpoint import APP_ID
 from batch.server.faults.injection import moment_of
-from batch.server.faults.plan import Deed, Fault, Moment
-from batch.server.faults.plan_file import read_faults
+from batch.server.faults.plan import Deed, Fault, Moment, read_faults
 from batch.server.queue.records import ListingRules
 from tests.acceptance.command import REPOSITORY, accepted, jobs_in, restyle, results, summary, write_manifest
 from tests.edges.serving import INPUT, SUBMIT, ScriptedEngine, call, completed, read, result, serving, submit

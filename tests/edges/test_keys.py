@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from batch.cli.commands import main
+from batch.cli.main import main
 from batch.errors import ConfigError, InputError
 from batch.fal.endpoint import APP_ID
 from batch.server.http.auth import (

@@ -27,7 +27,7 @@ from batch.server.engines.base import WorkerCrashed
 from batch.server.engines.echo import EchoEngine
 from batch.server.files.storage import Storage
 from batch.server.http import app as app_module
-from batch.server.http import uploads as uploads_module
+from batch.server.http import files as uploads_module
 from batch.server.queue import service as service_module
 from batch.server.queue.records import Ending
 from batch.server.queue.store import Store

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from batch.cli.commands import main
+from batch.cli.main import main
 
 
 class Disk:

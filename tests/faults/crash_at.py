@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from batch.cli.commands import main
+from batch.cli.main import main
 from batch.journal.database import JournalFile
 from batch.journal.events import Event, Uploaded
 from batch.journal.states import State, advance

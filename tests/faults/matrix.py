@@ -27,8 +27,8 @@ from batch import api
 from batch.errors import ExitCode
 from batch.journal.database import JournalFile
 from batch.journal.states import State
-from batch.server.faults.plan import Deed, Moment
 from batch.server.faults import plan as faults
+from batch.server.faults.plan import Deed, Moment
 from batch.server.serve import ServeOptions, serve
 from tests.faults.evidence import Evidence, examine
 

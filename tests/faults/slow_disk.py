@@ -15,7 +15,7 @@ import threading
 import time
 from typing import Any
 
-from batch.cli.commands import main
+from batch.cli.main import main
 from batch.journal.database import JournalFile
 from batch.journal.events import Event, Finished
 from batch.journal.writer import Journal

@@ -21,13 +21,14 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
 
 from batch.errors import ConfigError
 from batch.server.queue.records import ListingRules, ListingWindow
 
-__all__ = ["Body", "Deed", "Fault", "FaultPlan", "Faults", "Moment", "parse_faults"]
+__all__ = ["Body", "Deed", "Fault", "FaultPlan", "Faults", "Moment", "parse_faults", "read_faults"]
 
 
 class Moment(StrEnum):
@@ -349,3 +350,17 @@ class _Table:
 def _nearest(word: str, known: Collection[str]) -> str:
     near = difflib.get_close_matches(word, sorted(known), 1)
     return (f"; did you mean {near[0]}?" if near else "") + f" (known: {', '.join(known)})"
+
+
+def read_faults(path: Path) -> FaultPlan:
+    """Read a faults file.
+
+    Raises:
+        ConfigError: there is none, or it is not one; the message says where.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"the faults file {path} cannot be read: {reason}; configs/faults.toml is one") from error
+    return parse_faults(text, str(path))

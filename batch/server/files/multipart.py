@@ -8,6 +8,7 @@ storage's business.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import re
 import secrets
@@ -20,10 +21,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 from batch.errors import StorageError
-from batch.server.files.spool import TooLarge, spool
 from batch.system.descriptors import patiently
 
-__all__ = ["FILE_LIMIT_BYTES", "OPEN_LIMIT_BYTES", "PARTS", "PART_LIMIT_BYTES", "BadParts", "Part", "Parts"]
+__all__ = [
+    "FILE_LIMIT_BYTES",
+    "OPEN_LIMIT_BYTES",
+    "PARTS",
+    "PART_LIMIT_BYTES",
+    "BadParts",
+    "Part",
+    "Parts",
+    "Spooled",
+    "TooLarge",
+    "spool",
+]
 
 PART_LIMIT_BYTES = 100 * 2**20
 """The official clients send 10 MiB."""
@@ -174,3 +185,43 @@ def _drop(folder: Path) -> int:
     size = sum(part.stat().st_size for part in folder.iterdir() if _PART.fullmatch(part.name))
     shutil.rmtree(folder, ignore_errors=True)
     return size
+
+
+_CHUNK = 1 << 20
+
+
+class TooLarge(ValueError):
+    """More bytes came than may be stored."""
+
+
+class Spooled(NamedTuple):
+    """What was written."""
+
+    sha256: bytes
+    size_bytes: int
+
+
+async def spool(chunks: AsyncIterator[bytes], place: Path, limit: int) -> Spooled:
+    """Append a stream of at most `limit` bytes to a file; it is not synced.
+
+    Raises:
+        TooLarge: more came; what was written so far is left for the caller to remove.
+        OSError: the disk refused.
+    """
+    digest, size, buffer = hashlib.sha256(), 0, bytearray()
+    async for chunk in chunks:
+        size += len(chunk)
+        if size > limit:
+            raise TooLarge(f"more than {limit} bytes")
+        digest.update(chunk)
+        buffer += chunk
+        if len(buffer) >= _CHUNK:
+            await asyncio.to_thread(_append, place, buffer)
+            buffer = bytearray()
+    await asyncio.to_thread(_append, place, buffer)
+    return Spooled(digest.digest(), size)
+
+
+def _append(place: Path, data: bytearray) -> None:
+    with patiently(lambda: place.open("ab"), time.sleep) as file:
+        file.write(data)

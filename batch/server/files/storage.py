@@ -28,9 +28,8 @@ from urllib.parse import urlsplit
 
 from batch.errors import StorageError
 from batch.image_formats import FORMATS, format_of_type
-from batch.server.files.multipart import Part, Parts
+from batch.server.files.multipart import Part, Parts, Spooled, TooLarge, spool
 from batch.server.files.small_files import SMALL_BYTES, SmallFile, SmallFiles
-from batch.server.files.spool import Spooled, TooLarge, spool
 from batch.system.descriptors import patiently
 
 __all__ = ["Reservation", "Storage", "TooLarge", "content_type_of"]

@@ -24,9 +24,10 @@ from batch.fal.platform import PlatformError, platform_error_reply
 from batch.fal.protocol import Address, Malformed, Operation, Reply
 from batch.server.egress.ssrf import AddressRule, Refused
 from batch.server.http import fal_proxy as proxy
-from batch.server.http import metrics, openapi, uploads
-from batch.server.http.auth import Access, Authenticator, Denied, access_of
-from batch.server.http.callers import owner_of, set_owner
+from batch.server.http import files as uploads
+from batch.server.http import metrics, openapi
+from batch.server.http.auth import Access, Authenticator, Denied, access_of, owner_of, set_owner
+from batch.server.http.cors import Crossing
 from batch.server.http.page import routes as page
 from batch.server.queue import responses as answers
 from batch.server.queue.records import Ending, Keeping, Priority
@@ -132,7 +133,7 @@ class _Face:
         self._idempotency = idempotency
         self._held, self._held_limit = 0, held
         """Connections that wait for an end."""
-        self._crossing = proxy.Crossing(keyed=authenticator.keyed)
+        self._crossing = Crossing(keyed=authenticator.keyed)
         self._owner, self._alias, _ = protocol.split_app(app_id)
         self._schema = b""
 

@@ -16,7 +16,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from aiohttp import web
 
 from batch.errors import ConfigError, InputError
 
@@ -31,6 +33,8 @@ __all__ = [
     "access_of",
     "add_key",
     "load_keys",
+    "owner_of",
+    "set_owner",
 ]
 
 ENVIRONMENT = "FAL_SERVER_KEYS"
@@ -285,3 +289,18 @@ def _read(line: str, where: str) -> Key:
             f"{where} is not a key: it has to be name:sha256, as `restyle serve --keys FILE --new-key NAME` writes it"
         )
     return Key(name, bytes.fromhex(digest), (reason.strip() or "Admin lock") if colon else None)
+
+
+# Newer versions of aiohttp warn of keys that are plain strings, older ones have no others.
+_OWNER: Any = web.RequestKey("owner", str) if hasattr(web, "RequestKey") else "owner"
+
+
+def set_owner(request: web.Request, owner: str) -> None:
+    """Note whose the call is: his name, or nothing where nobody was asked for a key."""
+    request[_OWNER] = owner
+
+
+def owner_of(request: web.Request) -> str:
+    """The caller's name; empty on a server without keys, and on routes that are open to everybody."""
+    owner: str = request.get(_OWNER, "")
+    return owner

@@ -27,7 +27,7 @@ from batch.fal.platform import Charge, Listed, PlatformError
 from batch.fal.platform_queries import EstimateKind
 from batch.fal.protocol import Malformed, Reply
 from batch.server.files.storage import content_type_of
-from batch.server.http.callers import owner_of
+from batch.server.http.auth import owner_of
 from batch.server.queue import responses as answers
 from batch.server.queue.request_log import Charged, History, Past
 from batch.server.queue.service import QueueService

@@ -19,7 +19,7 @@ from aiohttp import web
 
 from batch.fal import protocol
 from batch.fal.endpoint import ImageToImageInput
-from batch.server.http.callers import owner_of
+from batch.server.http.auth import owner_of
 from batch.server.http.page.state import numbers, request_card
 from batch.server.queue.service import QueueService
 from batch.types import AppId

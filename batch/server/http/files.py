@@ -22,11 +22,9 @@ from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 
 from batch.fal import protocol
-from batch.server.files.multipart import PARTS, BadParts, Part
-from batch.server.files.spool import TooLarge
+from batch.server.files.multipart import PARTS, BadParts, Part, TooLarge
 from batch.server.files.storage import Reservation, content_type_of
-from batch.server.http.auth import Authenticator
-from batch.server.http.callers import owner_of
+from batch.server.http.auth import Authenticator, owner_of
 from batch.server.queue.service import QueueService
 from batch.system.descriptors import patiently
 from batch.types import JsonObject
