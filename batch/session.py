@@ -34,7 +34,7 @@ from batch.manifest.reader import Manifest
 from batch.money import Budget
 from batch.results.export import Projection, identity_of, loading_sink
 from batch.results.totals import Totals
-from batch.run.admission import Gate, Stop, Stopping
+from batch.run.admission import Admission, StopCause, StopRequest
 from batch.run.images import ImageFolder
 from batch.run.interfaces import Observer
 from batch.run.observers import JsonLog, Several, Tally
@@ -225,7 +225,7 @@ def _concluded(projection: Projection, directory: RunDirectory) -> tuple[Counts,
 
 def _report_of(tally: Tally, signals: Signals) -> Report:
     """Of a run that was cut off before it could report."""
-    stopping = signals.first or Stopping(Stop.CANCELLED, "every task of the event loop was cancelled")
+    stopping = signals.first or StopRequest(StopCause.CANCELLED, "every task of the event loop was cancelled")
     return Report(tally.done, tally.failed, tally.held, stopping)
 
 
@@ -400,9 +400,9 @@ async def _no_jobs() -> AsyncGenerator[Sequence[Job], None]:
         yield batch
 
 
-def _gate(settings: Settings, terms: Terms, before: Counts, observer: Observer, rng: Random) -> Gate:
+def _gate(settings: Settings, terms: Terms, before: Counts, observer: Observer, rng: Random) -> Admission:
     limits = settings.limits
-    return Gate(
+    return Admission(
         window=_window(limits.max_in_flight, terms),
         budget=Budget(limits.budget_usd, spent=before.spent_usd, reserved=before.reserved_usd),
         price=terms.price,
@@ -513,11 +513,11 @@ def _summary(
     )
 
 
-def _exit_code(totals: Totals, stopping: Stopping | None) -> ExitCode:
+def _exit_code(totals: Totals, stopping: StopRequest | None) -> ExitCode:
     if stopping is not None:
-        if stopping.why is Stop.ACCOUNT:
+        if stopping.why is StopCause.ACCOUNT:
             return ExitCode.ACCOUNT_REFUSED
-        return ExitCode.BAD_INPUT if stopping.why is Stop.TARGET else ExitCode.STOPPED_EARLY
+        return ExitCode.BAD_INPUT if stopping.why is StopCause.TARGET else ExitCode.STOPPED_EARLY
     if totals.unknown or totals.pending:
         return ExitCode.STOPPED_EARLY
     return ExitCode.SOME_FAILED if totals.failed else ExitCode.COMPLETE

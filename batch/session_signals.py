@@ -12,7 +12,7 @@ from typing import TypeVar
 import anyio
 import anyio.lowlevel
 
-from batch.run.admission import Stop, Stopping
+from batch.run.admission import StopCause, StopRequest
 from batch.run.interfaces import Observer
 from batch.run.runner import Runner
 from batch.system import signals as interrupts
@@ -34,8 +34,8 @@ class Signals:
         """`wanted` False: the process's own handlers stay."""
         self._observer, self._are_wanted = observer, wanted
         self._runner: Runner | None = None
-        self._early: list[Stopping] = []
-        self.first: Stopping | None = None
+        self._early: list[StopRequest] = []
+        self.first: StopRequest | None = None
         """What stopped the session, where anything did."""
         self._has_begun = self._is_over = False
         self._begun, self._ready = anyio.Event(), anyio.Event()
@@ -80,7 +80,7 @@ class Signals:
         """The caller's task was cancelled."""
         if self._has_begun:
             _log.warning("cancelled: %s", _MEANWHILE)
-            self._stop(Stopping(Stop.CANCELLED, "the caller cancelled it"))
+            self._stop(StopRequest(StopCause.CANCELLED, "the caller cancelled it"))
         else:
             self._scope.cancel()
 
@@ -92,9 +92,9 @@ class Signals:
             self._loop.call_soon_threadsafe(self._heard, signal.SIGINT.name)
 
     def _heard(self, name: str) -> None:
-        self._stop(Stopping(Stop.SIGNAL, name))
+        self._stop(StopRequest(StopCause.SIGNAL, name))
 
-    def _stop(self, stopping: Stopping) -> None:
+    def _stop(self, stopping: StopRequest) -> None:
         self.first = self.first or stopping
         if self._runner is not None:
             self._runner.stop(stopping.why, stopping.reason, _MEANWHILE)

@@ -25,9 +25,9 @@ from batch.fal.client import FalClient
 from batch.fal.errors import CallFailed, Trouble
 from batch.fal.http import Http, within
 from batch.fal.protocol import FAL, Origins, RequestOptions
-from batch.fal.status_stream import Streams
+from batch.fal.status_stream import StatusStreams
 from batch.money import PRICES, Price
-from batch.run.interfaces import Hints
+from batch.run.interfaces import CompletionHints
 from batch.run.retrying import reading
 from batch.run.verdicts import Idempotency
 from batch.system.descriptors import ClientShare, client_share
@@ -283,7 +283,7 @@ def _connection(
 
 
 @asynccontextmanager
-async def open_hints(settings: Settings, target: Connection, *, version: str) -> AsyncIterator[Hints | None]:
+async def open_hints(settings: Settings, target: Connection, *, version: str) -> AsyncIterator[CompletionHints | None]:
     """Whoever tells that a job has ended, as `limits.updates` says; None where reads alone find out.
 
     Raises:
@@ -293,14 +293,16 @@ async def open_hints(settings: Settings, target: Connection, *, version: str) ->
     match settings.limits.updates:
         case "stream":
             most = target.share.hints
-            async with Streams(target.origins, settings.target.app, target.key, user_agent=agent, most=most) as streams:
+            async with StatusStreams(
+                target.origins, settings.target.app, target.key, user_agent=agent, most=most
+            ) as streams:
                 yield streams
         case "webhook":
-            from batch.fal.webhook_receiver import Callbacks  # a web server, which no other run needs
+            from batch.fal.webhook_receiver import WebhookReceiver  # a web server, which no other run needs
 
             webhook = settings.webhook
             where = webhook.bind, webhook.public_url, target.origins.rest
-            async with Callbacks(*where, most=target.share.hints, user_agent=agent) as callbacks:
+            async with WebhookReceiver(*where, most=target.share.hints, user_agent=agent) as callbacks:
                 target.client.webhook = callbacks.url
                 yield callbacks
         case _:

@@ -1,6 +1,6 @@
 """Status streams: the target reports the end of a request at once. One connection for each job in flight.
 
-Implements `batch.run.interfaces.Hints`. An event is a hint only: what it says is not passed on, only that it is time
+Implements `batch.run.interfaces.CompletionHints`. An event is a hint only: what it says is not passed on, only that it is time
 to read. A stream that is refused, breaks, falls silent or talks nonsense is not opened again: its job is read as if
 there were none. Streams have connections of their own, so that no other exchange waits for one.
 """
@@ -22,7 +22,7 @@ from batch.fal.protocol import Malformed, Operation, Origins, Reply
 from batch.system.descriptors import HINTS
 from batch.types import AppId, QueueState, RequestId, Ticket, TicketStatus
 
-__all__ = ["Streams"]
+__all__ = ["StatusStreams"]
 
 SILENCE = 35.0
 """Seconds. fal says something every 15, our own server every 10: two of those may be lost."""
@@ -30,7 +30,7 @@ EVENT_LIMIT_BYTES = 2**18
 """Of one event. A status without logs is a few hundred bytes."""
 
 
-class _Line:
+class _JobStream:
     """One job's stream."""
 
     __slots__ = ("changed", "is_open", "is_over", "scope")
@@ -45,7 +45,7 @@ class _Line:
         self.scope = anyio.CancelScope()
 
 
-class Streams:
+class StatusStreams:
     """Listens for every request that is waited for, while the block lasts."""
 
     def __init__(
@@ -56,7 +56,7 @@ class Streams:
         self._most = most
         headers = {"accept": "text/event-stream"}
         self._http = Http(limit=most, timeout=within(None, SILENCE), user_agent=user_agent, headers=headers)
-        self._lines: dict[RequestId, _Line] = {}
+        self._lines: dict[RequestId, _JobStream] = {}
         self._open = 0
         self._stack = AsyncExitStack()
         self._tasks: anyio.abc.TaskGroup | None = None
@@ -97,15 +97,15 @@ class Streams:
         if line is not None:
             line.scope.cancel()
 
-    def _listen_to(self, ticket: Ticket) -> _Line:
+    def _listen_to(self, ticket: Ticket) -> _JobStream:
         assert self._tasks is not None, "use `async with Streams(...)`"
-        line = self._lines[ticket.request_id] = _Line(is_open=self._open < self._most)
+        line = self._lines[ticket.request_id] = _JobStream(is_open=self._open < self._most)
         if line.is_open:
             self._open += 1
             self._tasks.start_soon(self._listen, ticket, line)
         return line
 
-    async def _listen(self, ticket: Ticket, line: _Line) -> None:
+    async def _listen(self, ticket: Ticket, line: _JobStream) -> None:
         """One stream until it ends, in whatever way."""
         try:
             with line.scope:

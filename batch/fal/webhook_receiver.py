@@ -1,6 +1,6 @@
 """Callbacks: a small server that the target calls when a request has ended. Owns its socket and the target's keys.
 
-Implements `batch.run.interfaces.Hints`. A callback is believed only where its signature fits one of the target's
+Implements `batch.run.interfaces.CompletionHints`. A callback is believed only where its signature fits one of the target's
 published keys and its time is near; and then only that it is time to read: its payload is never used. One for a
 request that nobody waits for is acknowledged and kept in mind for a while, for it may be faster than the answer to
 the submit.
@@ -28,7 +28,7 @@ from batch.system.acceptor import Acceptor, bound
 from batch.system.descriptors import HINTS
 from batch.types import Ticket
 
-__all__ = ["Callbacks"]
+__all__ = ["WebhookReceiver"]
 
 KEYS_PATH = "/.well-known/jwks.json"
 KEYS_SECONDS = 3600.0
@@ -43,7 +43,7 @@ EARLY = 4096
 """Callbacks kept in mind for which nobody waits yet."""
 
 
-class Callbacks:
+class WebhookReceiver:
     """Receives while the block lasts; `url` is then where."""
 
     def __init__(

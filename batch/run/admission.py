@@ -17,13 +17,13 @@ import orjson
 
 from batch.money import Budget, Price
 from batch.run.interfaces import HeldBack, Observer
-from batch.run.job import Course, TurnedBack
+from batch.run.job import JobRun, RunStopping
 from batch.run.pacing import Pauses, TokenBucket
 from batch.run.verdicts import Verdict
 from batch.run.window import Window, WindowChange
 from batch.types import Attempt
 
-__all__ = ["Gate", "Stop", "Stopping"]
+__all__ = ["Admission", "StopCause", "StopRequest"]
 
 _BEYOND_WINDOW = 32
 """Jobs that may still fetch their pictures while the window is already given to others."""
@@ -35,7 +35,7 @@ Those that a slow disk lets through all together go back into the line: they sha
 connections, nor be unknown after a crash."""
 
 
-class Stop(StrEnum):
+class StopCause(StrEnum):
     """Why a run ended before its manifest did."""
 
     SIGNAL = "signal"
@@ -49,19 +49,19 @@ class Stop(StrEnum):
     STORAGE = "storage"
 
 
-_BOUNDED = frozenset({Stop.SIGNAL, Stop.CANCELLED, Stop.DEADLINE, Stop.STORAGE})
+_BOUNDED = frozenset({StopCause.SIGNAL, StopCause.CANCELLED, StopCause.DEADLINE, StopCause.STORAGE})
 """Stops that wait only `Policy.drain` for what is in flight; the others collect all that is paid for."""
 
 
 @dataclass(frozen=True, slots=True)
-class Stopping:
+class StopRequest:
     """A stop that was called, and its reason in words."""
 
-    why: Stop
+    why: StopCause
     reason: str
 
 
-class Gate:
+class Admission:
     """One for a run; jobs enter, take their turn, settle, and leave."""
 
     def __init__(
@@ -83,7 +83,7 @@ class Gate:
         self._said_until = -math.inf
         self._is_pause_said = False
         self._shown_at = -math.inf
-        self._stopping: Stopping | None = None
+        self._stopping: StopRequest | None = None
         self._stop_called = anyio.Event()
         self.hurried = False
         """Whether somebody stopped the run and waits for its end, whatever had stopped it before."""
@@ -96,14 +96,14 @@ class Gate:
     # --- stopping ----------------------------------------------------------------------------------------
 
     @property
-    def stopping(self) -> Stopping | None:
+    def stopping(self) -> StopRequest | None:
         """The stop that was called first, if any."""
         return self._stopping
 
-    def stop(self, why: Stop, reason: str, meanwhile: str = "") -> None:
+    def stop(self, why: StopCause, reason: str, meanwhile: str = "") -> None:
         """Let nothing more through. The first reason stays; `meanwhile` says what is going on until the end."""
         if self._stopping is None:
-            self._stopping = Stopping(why, reason)
+            self._stopping = StopRequest(why, reason)
             self._observer.happened("stopping", reason=f"{reason}: {meanwhile}" if meanwhile else reason)
             self._stop_called.set()
             self._wake()
@@ -119,7 +119,7 @@ class Gate:
 
     # --- the window ----------------------------------------------------------------------------------------
 
-    async def enter(self, course: Course) -> bool:
+    async def enter(self, course: JobRun) -> bool:
         """Wait for room; False where the run is stopping first and the job was not submitted before."""
         while self._window.full or self._inside >= self._window.size + _BEYOND_WINDOW:
             if self._stopping is not None and not course.resumed:
@@ -133,7 +133,7 @@ class Gate:
         course.came_as = self._window.entered()
         return True
 
-    def answered(self, course: Course, queued: float | None = None) -> None:
+    def answered(self, course: JobRun, queued: float | None = None) -> None:
         """The job is out of the service's hands: its place goes to another.
 
         `queued` is the share of its stay there that it was queued, None where that teaches nothing.
@@ -143,7 +143,7 @@ class Gate:
             self._changed(self._window.left(came_as, queued))
             self._wake()
 
-    def left(self, course: Course) -> None:
+    def left(self, course: JobRun) -> None:
         """The job's task is over."""
         self.answered(course)
         self._reserving.discard(course.key)
@@ -152,20 +152,20 @@ class Gate:
 
     # --- a turn --------------------------------------------------------------------------------------------
 
-    async def turn(self, course: Course) -> None:
+    async def turn(self, course: JobRun) -> None:
         """Wait until this submit may be prepared: money, then no pause and a permit of the rate.
 
         What is prepared may wait for a disk and for a connection; `leave` looks at pause and rate again.
 
         Raises:
-            TurnedBack: the run is stopping.
+            RunStopping: the run is stopping.
         """
         reserved = course.reserved_usd
         if self._price is not None and not reserved:
             await self._reserve(course, self._price)
         try:
             await self._permitted(stops=True)
-        except TurnedBack:
+        except RunStopping:
             if not reserved:
                 self._free(course)
             raise
@@ -211,7 +211,7 @@ class Gate:
         """A submit was accepted."""
         self._pauses.succeeded()
 
-    def settle(self, course: Course, units: float | None) -> float | None:
+    def settle(self, course: JobRun, units: float | None) -> float | None:
         """The job's request is over; its cost in dollars, None where there is no price.
 
         `units` is what was billed, None where the service did not say: then the reservation counts.
@@ -238,7 +238,7 @@ class Gate:
         """Wait for the end of every pause and for a permit, the one or the other first.
 
         Raises:
-            TurnedBack: the run is stopping, and `stops`.
+            RunStopping: the run is stopping, and `stops`.
         """
         if self._submits is None or self._leaving is None:
             await self._unpaused(stops=stops)
@@ -275,20 +275,20 @@ class Gate:
         if self._pauses.begun and self._pauses.left(anyio.current_time()):
             raise HeldBack("submits pause")
 
-    def _free(self, course: Course) -> None:
+    def _free(self, course: JobRun) -> None:
         """The money of a job that was not submitted."""
         self._budget.settle(course.reserved_usd, 0.0)
         course.reserved_usd = 0.0
         self._reserving.discard(course.key)
         self._wake()
 
-    async def _reserve(self, course: Course, price: Price) -> None:
+    async def _reserve(self, course: JobRun, price: Price) -> None:
         usd = _cost_ahead(course, price)
         while not self._budget.fits(usd):
             if not self._reserving:  # nothing that is under way can free any
                 spent, limit = self._budget.spent + self._budget.reserved, self._budget.limit_usd
                 words = f"${spent:.2f} is spent or reserved and a job may cost ${usd:.4g}"
-                self.stop(Stop.BUDGET, f"{words}: more than the budget of ${limit:.2f}; --budget raises it")
+                self.stop(StopCause.BUDGET, f"{words}: more than the budget of ${limit:.2f}; --budget raises it")
             self._turn_back_if_stopping()
             await self._movement()
         self._turn_back_if_stopping()
@@ -311,7 +311,7 @@ class Gate:
 
     def _turn_back_if_stopping(self, *, stops: bool = True) -> None:
         if self._stopping is not None and stops:
-            raise TurnedBack
+            raise RunStopping
 
     async def _doze(self, seconds: float, *, stops: bool) -> None:
         """Sleep, where a stop may end it only until that is called."""
@@ -322,7 +322,7 @@ class Gate:
             await self._stop_called.wait()
 
 
-def _cost_ahead(course: Course, price: Price) -> float:
+def _cost_ahead(course: JobRun, price: Price) -> float:
     if course.job is None:  # taken up again from the journal: its body says how many pictures
         return price.reservation(None, int(orjson.loads(course.body).get("num_images", 1)))
     images = course.job.input.get("num_images")

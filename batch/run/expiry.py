@@ -16,7 +16,7 @@ __all__ = [
     "LARGE_RESULT_BYTES",
     "LARGE_RESULT_SECONDS",
     "RESULT_SECONDS",
-    "Retention",
+    "Expiry",
     "result_seconds",
 ]
 
@@ -39,7 +39,7 @@ def result_seconds(size_bytes: int) -> float:
     return LARGE_RESULT_SECONDS if size_bytes >= LARGE_RESULT_BYTES else RESULT_SECONDS
 
 
-class Retention:
+class Expiry:
     """What is waiting at the target, against its clocks. Each kind of warning is given once.
 
     All instants are Unix seconds. A method that can warn answers with a sentence for a person, or None.

@@ -16,8 +16,8 @@ from batch.journal.states import State
 from batch.types import Answer, Attempt, JobKey, Json, LocalImage, StoredImage, Ticket, TicketStatus
 
 __all__ = [
+    "CompletionHints",
     "HeldBack",
-    "Hints",
     "Images",
     "Journal",
     "Observer",
@@ -105,7 +105,7 @@ class Service(Protocol):
         """The bytes of a result picture, bounded; the key is never sent."""
 
 
-class Hints(Protocol):
+class CompletionHints(Protocol):
     """Who may know earlier than the next read that a request has ended: a stream, a callback. Never who decides."""
 
     async def wait(self, ticket: Ticket, usual: float, longest: float) -> bool:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from batch.fal.answer import has_images
 from batch.journal.records import Entry
 from batch.journal.states import State
-from batch.run.poll_schedule import Stay
+from batch.run.poll_schedule import JobTimings
 from batch.types import Answer, Failed, Job, JobKey, StoredImage, Ticket
 
-__all__ = ["Course", "Held", "JobFailed", "TurnedBack"]
+__all__ = ["JobFailed", "JobRun", "OutcomeUnknown", "RunStopping"]
 
 
 class JobFailed(Exception):
@@ -34,16 +34,16 @@ class JobFailed(Exception):
         self.collectable, self.answer, self.images = collectable, answer, images
 
 
-class Held(Exception):
+class OutcomeUnknown(Exception):
     """The submit's outcome is unknown, and that is written down."""
 
 
-class TurnedBack(Exception):
+class RunStopping(Exception):
     """The run is stopping: this job was not submitted."""
 
 
 @dataclass(slots=True)
-class Course:
+class JobRun:
     """Where one job is on its way. The journal is the truth; this is what its task holds in hand."""
 
     key: JobKey
@@ -67,13 +67,13 @@ class Course:
     """Whether its submit of an earlier session goes out again under the same key: the first intent's time counts."""
     resumed: bool = False
     """Whether an earlier session submitted it: its times teach nothing about the service's pace."""
-    stay: Stay = field(default_factory=Stay)
+    stay: JobTimings = field(default_factory=JobTimings)
     """What the reads of its request have told."""
     came_as: int = 0
     """How many were in flight when the window let it in, itself included; 0: it holds no place there."""
 
     @classmethod
-    def of_entry(cls, entry: Entry) -> Course:
+    def of_entry(cls, entry: Entry) -> JobRun:
         """Go on with what the journal says."""
         return cls(
             key=entry.job_key,
@@ -90,7 +90,7 @@ class Course:
             ended_at=entry.ended_at,
             start_timeout=entry.start_timeout,
             resumed=True,
-            stay=Stay(resumed=True),
+            stay=JobTimings(resumed=True),
         )
 
     def renew(self) -> None:
@@ -102,5 +102,5 @@ class Course:
         """Nothing of this attempt is at the target: it is sent as if for the first time."""
         self.state, self.ticket, self.answer, self.resumed = State.PENDING, None, None, False
         self.ended_at = None
-        self.stay = Stay()
+        self.stay = JobTimings()
         self.reserved_usd, self.repeats = 0.0, False

@@ -13,10 +13,10 @@ from __future__ import annotations
 from bisect import bisect_right, insort
 from collections import deque
 
-__all__ = ["PollTimes", "Stay"]
+__all__ = ["JobTimings", "PollSchedule"]
 
 
-class Stay:
+class JobTimings:
     """What the reads of one job have told so far."""
 
     __slots__ = (
@@ -85,7 +85,7 @@ class _Recent:
         return self.sorted[int(share * (len(self.sorted) - 1))]
 
 
-class PollTimes:
+class PollSchedule:
     """Learns from jobs that ended, and says when to read those that have not.
 
     Knowing nothing, all jobs together feel for the end of the first: no two are read at the same age. Knowing some,
@@ -161,7 +161,7 @@ class PollTimes:
         """For how long jobs are executed as a rule, as their statuses say; None where they do not."""
         return self._inference.at(0.5) if self._inference.sorted else None
 
-    def pending(self, stay: Stay, age: float, *, queued: bool, position: int | None) -> None:
+    def pending(self, stay: JobTimings, age: float, *, queued: bool, position: int | None) -> None:
         """A read at that age found it unfinished."""
         if queued:
             if position is not None and stay.position is not None and position < stay.position:
@@ -172,7 +172,7 @@ class PollTimes:
         if not (self.knows or stay.resumed):
             self._unfinished = max(self._unfinished, age)
 
-    def took(self, stay: Stay, noticed: float) -> None:
+    def took(self, stay: JobTimings, noticed: float) -> None:
         """It was seen to have ended at the age of `noticed`; whether that is to teach anything is the caller's."""
         least = stay.unfinished or (0.0 if self.knows else self._unfinished)
         found_at_once = least == 0.0
@@ -194,7 +194,7 @@ class PollTimes:
         low, high = max(self._ends.at(0.1), 1e-3), self._ends.at(0.9)
         self._step = max(1.0 + self.CLOSEST, (high / low) ** (1.0 / self.STEPS) if high > low else 1.0)
 
-    def due(self, stay: Stay) -> float:
+    def due(self, stay: JobTimings) -> float:
         """The age at which to read it next; it may have passed already."""
         last = stay.unfinished or 0.0
         if not self.knows:
@@ -212,15 +212,15 @@ class PollTimes:
         """Seconds that a job may take until its result is read whatever its status says."""
         return max(self.OVERDUE_SECONDS, self.OVERDUE * self._ends.at(0.5) if self.knows else 0.0)
 
-    def overdue(self, stay: Stay) -> float:
+    def overdue(self, stay: JobTimings) -> float:
         """The age from which on its result is read whatever its status says."""
         return max(stay.overdue_next, (stay.unreadable or 0.0) + self.patience)
 
-    def overdue_read(self, stay: Stay, age: float) -> None:
+    def overdue_read(self, stay: JobTimings, age: float) -> None:
         """Such a read was made at that age, and brought no result: the next one comes later and later."""
         stay.overdue_next = min(max(age, 1.0) * self.OVERDUE_GROWTH, age + self.OVERDUE_LONGEST)
 
-    def _feel(self, stay: Stay, last: float) -> float:
+    def _feel(self, stay: JobTimings, last: float) -> float:
         """Ages grow by a fixed ratio over all jobs that may be the first to end: many feel more finely than one."""
         if stay.resumed:
             return max(self.FIRST, last * (1.0 + self.SHARE))

@@ -1,11 +1,11 @@
 """Following an accepted request to its answer: when it is read, and what an unread or disbelieved one means.
 
 Owns every wait for an answer. When to read next is `polling`'s to say, what an answer proves `retry`'s; whoever may
-wake it earlier (`ports.Hints`) is believed only as far as reading now: a hint that lies costs a read, one that is lost
+wake it earlier (`ports.CompletionHints`) is believed only as far as reading now: a hint that lies costs a read, one that is lost
 costs a wait.
 
 A status is the service's word, not a fact. A word for a failure is followed by one read of the result; a job that takes
-ten times as long as usual (`PollTimes.overdue`) has its result read whatever its status says. An output is believed in
+ten times as long as usual (`PollSchedule.overdue`) has its result read whatever its status says. An output is believed in
 either case.
 """
 
@@ -18,12 +18,12 @@ import anyio
 
 from batch.fal.answer import inference_of
 from batch.fal.errors import CallFailed, Trouble
-from batch.run.admission import Gate, Stop
-from batch.run.expiry import Retention
-from batch.run.interfaces import Hints, Service
-from batch.run.job import Course, JobFailed
+from batch.run.admission import Admission, StopCause
+from batch.run.expiry import Expiry
+from batch.run.interfaces import CompletionHints, Service
+from batch.run.job import JobFailed, JobRun
 from batch.run.pacing import TokenBucket
-from batch.run.poll_schedule import PollTimes, Stay
+from batch.run.poll_schedule import JobTimings, PollSchedule
 from batch.run.retrying import reading
 from batch.run.verdicts import (
     Action,
@@ -42,18 +42,18 @@ from batch.run.waits import Stage, Waits, duration, stage_of
 from batch.run.window import queued_share
 from batch.types import Answer, JobKey, QueueState, Ticket, TicketStatus
 
-__all__ = ["Follower"]
+__all__ = ["Poller"]
 
 _NET = 4.0
 """Where a hint is to be expected, a job is read by itself after so many times the usual wait, and after
-`PollTimes.LONGEST` at the latest."""
+`PollSchedule.LONGEST` at the latest."""
 _WORDS_TOLD = 5
 """Most unknown status words that are reported; a service may use another one at each read."""
 _LONGEST_WISH = 30.0
 """Most seconds of `Retry-After` that are honoured after a status that says that the work failed."""
 
 
-class _Faults:
+class _FaultCounter:
     """Failed reads of one job's result."""
 
     def __init__(self) -> None:
@@ -74,17 +74,17 @@ class _Faults:
         return self._seen[kind], age - self._since
 
 
-class Follower:
+class Poller:
     """One for a run: it learns from each job for all others."""
 
     def __init__(
         self,
         *,
         service: Service,
-        gate: Gate,
-        retention: Retention,
+        gate: Admission,
+        retention: Expiry,
         polls: TokenBucket | None,
-        hints: Hints | None,
+        hints: CompletionHints | None,
         patience: float,
         now: Callable[[], float],
         rng: Random,
@@ -112,7 +112,7 @@ class Follower:
         self._polls, self._hints, self._patience = polls, hints, patience
         self._now, self._rng, self._notice, self._warn = now, rng, notice, warn
         self._waits = waits
-        self._times = PollTimes()
+        self._times = PollSchedule()
         self._unknown_words: set[str] = set()
         self._last_fault: dict[JobKey, Trouble] = {}
         """Why the last read of a status failed, of jobs whose status cannot be read."""
@@ -124,7 +124,7 @@ class Follower:
         self.reads = 0
         """Statuses and results that were answered."""
 
-    def queued(self, stay: Stay) -> float | None:
+    def queued(self, stay: JobTimings) -> float | None:
         """The share of its time that an ended job was queued, None where that is not known.
 
         What the output says of its execution leaves out what is done around it; who goes by that for the window
@@ -135,7 +135,7 @@ class Follower:
         inference = self._times.execution if stay.inference is None else stay.inference
         return queued_share(stay.ended, inference, stay.queued)
 
-    async def answer(self, course: Course, ticket: Ticket) -> Answer:
+    async def answer(self, course: JobRun, ticket: Ticket) -> Answer:
         """Wait for the request to end and fetch its output. Nothing of it is durable yet.
 
         Raises:
@@ -155,8 +155,8 @@ class Follower:
         self._waits.put(course.key, Stage.DOWNLOADING, self._now())
         return answer
 
-    async def _followed(self, course: Course, ticket: Ticket) -> Answer:
-        faults = _Faults()
+    async def _followed(self, course: JobRun, ticket: Ticket) -> Answer:
+        faults = _FaultCounter()
         pause = 0.0 if course.resumed else None
         while True:
             teaches = pause is None and not course.resumed
@@ -193,7 +193,7 @@ class Follower:
             self._learn(course)
             return answer
 
-    async def _straight(self, course: Course, ticket: Ticket) -> Answer | None:
+    async def _straight(self, course: JobRun, ticket: Ticket) -> Answer | None:
         """The output without a status before it, where that is likely to be there already.
 
         An output of the right shape proves that the request has ended well; anything else proves nothing, and the
@@ -216,7 +216,7 @@ class Follower:
         self._learn(course)
         return answer
 
-    async def _wait(self, course: Course, ticket: Ticket) -> None:
+    async def _wait(self, course: JobRun, ticket: Ticket) -> None:
         """Sleep until this job is due, or until a hint says that it may have ended."""
         pause = self._due(course)
         if self._times.knows or pause <= 0.0:
@@ -231,19 +231,19 @@ class Follower:
         if scope.cancelled_caught:  # now there is something to go by
             await self._sleep(course, ticket, self._due(course))
 
-    def _due(self, course: Course) -> float:
+    def _due(self, course: JobRun) -> float:
         return self._times.due(course.stay) - (self._now() - course.accepted_at)
 
-    async def _sleep(self, course: Course, ticket: Ticket, seconds: float) -> None:
+    async def _sleep(self, course: JobRun, ticket: Ticket, seconds: float) -> None:
         if self._hints is None or course.resumed:  # of an earlier run: what was asked to call us then is gone
             if seconds > 0.0:
                 await anyio.sleep(seconds)
         else:
             seconds = max(0.0, seconds)
-            longest = max(seconds, min(_NET * seconds, PollTimes.LONGEST))
+            longest = max(seconds, min(_NET * seconds, PollSchedule.LONGEST))
             course.stay.told = await self._hints.wait(ticket, seconds, longest)
 
-    async def _status(self, course: Course, ticket: Ticket) -> TicketStatus | None:
+    async def _status(self, course: JobRun, ticket: Ticket) -> TicketStatus | None:
         """Its status; None where none could be read for so long that its result is to be read instead."""
         stay, status = course.stay, None
         with anyio.CancelScope() as scope:
@@ -277,7 +277,7 @@ class Follower:
                 stay.noticed = age
         return status
 
-    async def _read(self, course: Course, ticket: Ticket) -> TicketStatus:
+    async def _read(self, course: JobRun, ticket: Ticket) -> TicketStatus:
         await self._permitted()
         try:
             return await self._service.status(ticket)
@@ -285,7 +285,7 @@ class Follower:
             self._last_fault[course.key] = error.trouble
             raise
 
-    def _age(self, course: Course) -> float:
+    def _age(self, course: JobRun) -> float:
         return self._now() - course.accepted_at
 
     def _tell_unknown(self, ticket: Ticket, word: str) -> None:
@@ -305,7 +305,7 @@ class Follower:
         self._refused_since = None
         self._retention.read()
 
-    def _learn(self, course: Course) -> None:
+    def _learn(self, course: JobRun) -> None:
         """What a job of this run took teaches when to read the others."""
         if course.resumed or course.stay.noticed is None:
             return
@@ -314,13 +314,13 @@ class Follower:
             scope.cancel()
         self._feeling.clear()
 
-    def _disbelief(self, course: Course, trouble: Trouble, faults: _Faults) -> float:
+    def _disbelief(self, course: JobRun, trouble: Trouble, faults: _FaultCounter) -> float:
         """Seconds until the result of an ended job is asked for again; raises where the fault is the job's own."""
         seen, verdict = self._judged(course, trouble, faults)
         self._unread(verdict)
         return (verdict.retry_after or 0.0) + pause_after(trouble, seen, self._rng)
 
-    def _failed(self, course: Course, status: TicketStatus, trouble: Trouble, faults: _Faults) -> float:
+    def _failed(self, course: JobRun, status: TicketStatus, trouble: Trouble, faults: _FaultCounter) -> float:
         """The same after a status that says that the work failed: seconds only where nothing was answered."""
         faults.add(kind_of(trouble), self._age(course))
         verdict, failure = judge_failed(trouble, status, seen=faults.total)
@@ -330,7 +330,7 @@ class Follower:
         return min(verdict.retry_after or 0.0, _LONGEST_WISH) + backoff(faults.total, self._rng, cap=1.0)
 
     def _not_there(
-        self, course: Course, status: TicketStatus | None, trouble: Trouble, faults: _Faults
+        self, course: JobRun, status: TicketStatus | None, trouble: Trouble, faults: _FaultCounter
     ) -> float | None:
         """Seconds until an overdue job is read again whose result is not there; None: by its usual schedule.
 
@@ -345,7 +345,7 @@ class Follower:
         return wish if unread is None else (wish or 0.0) + backoff(faults.total, self._rng)
 
     def _judged(
-        self, course: Course, trouble: Trouble, faults: _Faults, *, overdue: bool = False
+        self, course: JobRun, trouble: Trouble, faults: _FaultCounter, *, overdue: bool = False
     ) -> tuple[int, Verdict]:
         """How often it was seen, and that it is to be read again.
 
@@ -370,4 +370,4 @@ class Follower:
             since = self._refused_since = self._refused_since or anyio.current_time()
             if anyio.current_time() - since >= self._patience:
                 words = f"reads have been refused for {self._patience:g} s ({verdict.reason}): is the key still good?"
-                self._gate.stop(Stop.ACCOUNT, words)
+                self._gate.stop(StopCause.ACCOUNT, words)

@@ -34,13 +34,13 @@ from batch.journal.events import (
 )
 from batch.journal.records import Known, RequestIdTaken
 from batch.journal.states import OPEN, State
-from batch.run.admission import Gate, Stop, Stopping
-from batch.run.expiry import COLLECT_SECONDS, Retention
-from batch.run.interfaces import HeldBack, Hints, Images, Journal, Observer, Service
-from batch.run.job import Course, Held, JobFailed, TurnedBack
+from batch.run.admission import Admission, StopCause, StopRequest
+from batch.run.expiry import COLLECT_SECONDS, Expiry
+from batch.run.interfaces import CompletionHints, HeldBack, Images, Journal, Observer, Service
+from batch.run.job import JobFailed, JobRun, OutcomeUnknown, RunStopping
 from batch.run.pacing import TokenBucket
-from batch.run.poll_schedule import PollTimes
-from batch.run.poller import Follower
+from batch.run.poll_schedule import PollSchedule
+from batch.run.poller import Poller
 from batch.run.reconcile import Reconciler, Settled, bounded
 from batch.run.transfers import Transfers
 from batch.run.verdicts import REPEAT_SECONDS, Action, Idempotency, Verdict, backoff, failure_of, judge, judge_submit
@@ -93,7 +93,7 @@ class Report(NamedTuple):
     failed: int
     held: int
     """Jobs whose submit has no known outcome."""
-    stopped: Stopping | None
+    stopped: StopRequest | None
 
 
 class Runner:
@@ -106,13 +106,13 @@ class Runner:
         journal: Journal,
         images: Images,
         observer: Observer,
-        gate: Gate,
+        gate: Admission,
         policy: Policy,
         now: Callable[[], float],
         rng: Random,
         reconciler: Reconciler | None = None,
         polls: TokenBucket | None = None,
-        hints: Hints | None = None,
+        hints: CompletionHints | None = None,
     ) -> None:
         """Plug it together.
 
@@ -128,7 +128,7 @@ class Runner:
         self._handled: set[JobKey] = set()
         self._lost: set[JobKey] = set()
         """Paid for in an earlier session, and not kept by the target any more: only a new attempt gives a result."""
-        self._retention = Retention(for_good=policy.keeps_results, file_seconds=policy.file_seconds)
+        self._retention = Expiry(for_good=policy.keeps_results, file_seconds=policy.file_seconds)
         self.waits = Waits()
         """What each accepted job waits for."""
         self._transfers = Transfers(
@@ -144,9 +144,9 @@ class Runner:
             stop=gate.stop,
             stopped=gate.stopped,
         )
-        self._patience = max(policy.drain, 3 * PollTimes.LONGEST)
+        self._patience = max(policy.drain, 3 * PollSchedule.LONGEST)
         """Seconds for which an account may be refused at every read until the run gives up for now."""
-        self._follower = Follower(
+        self._follower = Poller(
             service=service,
             gate=gate,
             retention=self._retention,
@@ -183,10 +183,10 @@ class Runner:
                 try:
                     await self._work(source)
                 except* StorageError as errors:  # not of a job's task: of the reading and settling between them
-                    self.stop(Stop.STORAGE, _words(errors))
+                    self.stop(StopCause.STORAGE, _words(errors))
             watch.cancel_scope.cancel()
         stopping = self._gate.stopping
-        if stopping is not None and stopping.why is Stop.STORAGE:
+        if stopping is not None and stopping.why is StopCause.STORAGE:
             raise StorageError(stopping.reason)
         await self._journal.settled()  # a stop leaves calls behind that nobody waits for: they count
         held = (await self._journal.counts()).by_state.get(State.UNKNOWN, 0)
@@ -207,12 +207,12 @@ class Runner:
             async with anyio.create_task_group() as jobs:
                 await self._resume(jobs, {State.ACCEPTED})
 
-    def stop(self, why: Stop, reason: str, meanwhile: str = "") -> None:
+    def stop(self, why: StopCause, reason: str, meanwhile: str = "") -> None:
         """Submit nothing more and collect what is in flight. Called a second time: give that up too.
 
         A run that stops already, for its budget say, collects for `Policy.drain` from the first call on.
         """
-        if self._gate.hurried or why is Stop.STORAGE:
+        if self._gate.hurried or why is StopCause.STORAGE:
             self._scope.cancel()
         elif self._gate.stopping is not None:
             self._scope.deadline = min(self._scope.deadline, anyio.current_time() + self._policy.drain)
@@ -226,11 +226,11 @@ class Runner:
             drain = min(drain, deadline / 4)
             with anyio.move_on_after(deadline - drain):
                 await self._gate.stopped()
-            self._gate.stop(Stop.DEADLINE, f"the deadline of {deadline:g} s is near")
+            self._gate.stop(StopCause.DEADLINE, f"the deadline of {deadline:g} s is near")
         await self._gate.stopped()
         if self._ends_soon:
             self._scope.deadline = anyio.current_time() + drain
-        elif self._gate.stopping is not None and self._gate.stopping.why is Stop.ACCOUNT:
+        elif self._gate.stopping is not None and self._gate.stopping.why is StopCause.ACCOUNT:
             await self._while_reads_succeed()
             self._scope.cancel()
 
@@ -260,14 +260,14 @@ class Runner:
         """What was submitted before comes first, oldest first: its results do not wait for ever."""
         async with aclosing(self._journal.entries(states)) as entries:
             async for entry in entries:
-                course = Course.of_entry(entry)
+                course = JobRun.of_entry(entry)
                 if course.state in {State.ACCEPTED, State.ANSWERED}:
                     is_answered = course.state is State.ANSWERED
                     self._warn(self._retention.resumed(course.intended_at, self._now(), answered=is_answered))
                 if not self._held_back(course):
                     await self._let_in(course, jobs)
 
-    def _held_back(self, course: Course) -> bool:
+    def _held_back(self, course: JobRun) -> bool:
         """Whether an unknown submit has to stay unknown for now."""
         if course.state is not State.UNKNOWN or self._policy.idempotency is Idempotency.REPLAY:
             return False
@@ -287,7 +287,7 @@ class Runner:
         course.state = State.UNKNOWN
         return False
 
-    def _given_up(self, course: Course) -> bool:
+    def _given_up(self, course: JobRun) -> bool:
         """Whether an unknown submit had the time that the user set to show up, and did not."""
         after = self._policy.resubmit_unknown_after
         if after is None or self._policy.idempotency is Idempotency.REJECT:  # its repeats may have proved otherwise
@@ -297,7 +297,7 @@ class Runner:
             return self._now() - course.intended_at >= after
         return self._looked_up.missed(course.key, course.intended_at, after)
 
-    def _may_repeat(self, course: Course) -> bool:
+    def _may_repeat(self, course: JobRun) -> bool:
         """Whether the target still knows the key of this submit, if it was accepted."""
         return self._now() - course.intended_at < REPEAT_SECONDS
 
@@ -314,30 +314,30 @@ class Runner:
                     if course is not None:
                         await self._let_in(course, jobs)
 
-    def _due(self, job: Job, known: Known | None) -> Course | None:
+    def _due(self, job: Job, known: Known | None) -> JobRun | None:
         """The job's course where it still has to be driven."""
         if known is None:
-            return Course(job.key, job)
+            return JobRun(job.key, job)
         again = self._policy.retry_failed and (known.session != self._journal.session or job.key in self._lost)
         if known.state is State.PENDING or (known.state is State.FAILED and again):
-            return Course(job.key, job, known.attempt, state=known.state)
+            return JobRun(job.key, job, known.attempt, state=known.state)
         return None
 
-    async def _let_in(self, course: Course, jobs: anyio.abc.TaskGroup) -> None:
+    async def _let_in(self, course: JobRun, jobs: anyio.abc.TaskGroup) -> None:
         if await self._gate.enter(course):
             self._handled.add(course.key)
             self._underway.add(course.key)
             jobs.start_soon(self._guard, course)
 
-    async def _guard(self, course: Course) -> None:
+    async def _guard(self, course: JobRun) -> None:
         """One task of the run: a disk that refuses ends the run in order, anything else is a defect."""
         self._observer.happened("started", job=course.key)
         try:
             await self.drive(course)
-        except (Held, TurnedBack):
+        except (OutcomeUnknown, RunStopping):
             pass
         except StorageError as error:
-            self.stop(Stop.STORAGE, str(error))
+            self.stop(StopCause.STORAGE, str(error))
         finally:
             self._underway.discard(course.key)
             self.waits.drop(course.key)
@@ -346,12 +346,12 @@ class Runner:
 
     # --- one job -----------------------------------------------------------------------------------------
 
-    async def drive(self, course: Course) -> None:
+    async def drive(self, course: JobRun) -> None:
         """One job's whole life: submit it once, wait for it, keep its answer, store its pictures.
 
         Raises:
             Held: the outcome of its submit is unknown, and written down as such.
-            TurnedBack: the run is stopping, and it was not submitted.
+            RunStopping: the run is stopping, and it was not submitted.
             StorageError: the disk refused.
         """
         if course.state is State.FAILED:
@@ -366,17 +366,17 @@ class Runner:
                     continue
             return
 
-    async def _submitted(self, course: Course) -> Ticket:
+    async def _submitted(self, course: JobRun) -> Ticket:
         """Send the submit of this attempt, once, after its intent is durable."""
         doubtful = course.state in {State.INTENDED, State.UNKNOWN}  # an earlier POST of it may have arrived
         tries = 0
         while True:
             if doubtful and self._ends_soon:
-                raise TurnedBack  # the next run sends it again under its key
+                raise RunStopping  # the next run sends it again under its key
             course.body = course.body or await self._body_of(course)
             if course.state is not State.INTENDED:
                 if self._policy.collect_only and not doubtful:
-                    raise TurnedBack
+                    raise RunStopping
                 await self._gate.turn(course)
                 await self._intend(course)
                 if self._gate.stopping is not None:  # called while the intent was written
@@ -405,7 +405,7 @@ class Runner:
             self._observer.happened("accepted", job=course.key, request_id=ticket.request_id)
             return ticket
 
-    async def _intend(self, course: Course) -> None:
+    async def _intend(self, course: JobRun) -> None:
         if not course.repeats:
             course.intended_at = self._now()
         timeout = self._policy.start_timeout
@@ -414,7 +414,7 @@ class Runner:
         )
         course.state = State.INTENDED
 
-    async def _accept(self, course: Course, ticket: Ticket) -> None:
+    async def _accept(self, course: JobRun, ticket: Ticket) -> None:
         """Write down which request it is.
 
         Raises:
@@ -425,16 +425,16 @@ class Runner:
         except RequestIdTaken as error:
             await self._journal.record(Lost(course.key, self._now(), str(error)))
             self._hold(course, str(error))
-            raise Held from error
+            raise OutcomeUnknown from error
 
-    async def _take_back(self, course: Course, *, doubtful: bool) -> NoReturn:
+    async def _take_back(self, course: JobRun, *, doubtful: bool) -> NoReturn:
         """Withdraw an intent whose submit was not sent: the job is again what it was before."""
         reason = "the run stopped before it was sent"
         if doubtful:
             await self._journal.record(Lost(course.key, self._now(), reason))
         else:
             await self._not_sent(course, reason)
-        raise TurnedBack
+        raise RunStopping
 
     @property
     def _ends_soon(self) -> bool:
@@ -448,13 +448,13 @@ class Runner:
             if not self._ends_soon:
                 await anyio.sleep_forever()
 
-    async def _not_sent(self, course: Course, reason: str) -> None:
+    async def _not_sent(self, course: JobRun, reason: str) -> None:
         """Take the intent back: the same attempt is to be sent later, or in another run."""
         await self._journal.record(Refused(course.key, self._now(), reason))
         course.state = State.PENDING
         self._gate.settle(course, 0.0)
 
-    async def _turned_away(self, course: Course, trouble: Trouble, verdict: Verdict) -> None:
+    async def _turned_away(self, course: JobRun, trouble: Trouble, verdict: Verdict) -> None:
         """A submit that was certainly not accepted: the job failed, the run stops, or it is sent again later."""
         if verdict.action is Action.JOB_FAILED:
             raise JobFailed(failure_of(trouble, verdict), new_attempt=verdict.new_attempt)
@@ -462,18 +462,18 @@ class Runner:
             self._pause_submits(trouble, verdict)
         await self._not_sent(course, verdict.reason)
         if self._ends_soon:
-            raise TurnedBack
+            raise RunStopping
         if verdict.action is Action.SUBMIT_AGAIN:
             return
         words = failure_of(trouble, verdict).message
-        self._gate.stop(Stop.ACCOUNT if verdict.action is Action.STOP_ACCOUNT else Stop.TARGET, words)
-        raise TurnedBack
+        self._gate.stop(StopCause.ACCOUNT if verdict.action is Action.STOP_ACCOUNT else StopCause.TARGET, words)
+        raise RunStopping
 
     def _pause_submits(self, trouble: Trouble, verdict: Verdict) -> None:
         throttled = trouble.reply is not None and trouble.reply.status == 429
         self._gate.turned_away(verdict, trouble.detail, throttled=throttled, now=self._now())
 
-    async def _doubt(self, course: Course, trouble: Trouble, verdict: Verdict, tries: int) -> None:
+    async def _doubt(self, course: JobRun, trouble: Trouble, verdict: Verdict, tries: int) -> None:
         """A submit of unknown outcome: repeat it under the same key where that is safe, else hold it."""
         forever = self._policy.idempotency is Idempotency.REPLAY
         first = judge(trouble, now=self._now())
@@ -484,22 +484,22 @@ class Runner:
             await self._pause(backoff(tries, self._rng))
             return
         if verdict.action is Action.STOP_ACCOUNT:
-            self._gate.stop(Stop.ACCOUNT, verdict.reason)
+            self._gate.stop(StopCause.ACCOUNT, verdict.reason)
         await self._journal.record(Lost(course.key, self._now(), verdict.reason))
         self._hold(course, verdict.reason)
-        raise Held
+        raise OutcomeUnknown
 
-    def _hold(self, course: Course, reason: str) -> None:
+    def _hold(self, course: JobRun, reason: str) -> None:
         self._observer.happened("held", job=course.key, reason=reason)
 
-    async def _body_of(self, course: Course) -> bytes:
+    async def _body_of(self, course: JobRun) -> bytes:
         """The bytes to submit: the job's input, with the uploaded URL where its picture is local."""
         job = course.job
         assert job is not None, "a job from the journal brings its body"
         url = job.input["image_url"] if job.image is None else await self._transfers.uploaded(job)
         return orjson.dumps({**job.input, "image_url": url}, option=orjson.OPT_SORT_KEYS)
 
-    async def _answered(self, course: Course, ticket: Ticket) -> Answer:
+    async def _answered(self, course: JobRun, ticket: Ticket) -> Answer:
         """Wait for the request to end and fetch its output; durable when this returns."""
         if course.answer is not None:
             return await self._renewed(course, ticket, course.answer)
@@ -507,7 +507,7 @@ class Runner:
         await self._keep(course, answer)
         return answer
 
-    async def _keep(self, course: Course, answer: Answer) -> None:
+    async def _keep(self, course: JobRun, answer: Answer) -> None:
         """Write the answer down, and what it cost."""
         now, stay = self._now(), course.stay
         age = now - course.accepted_at
@@ -529,7 +529,7 @@ class Runner:
         course.answer = answer
         self._gate.answered(course, self._follower.queued(stay))
 
-    async def _renewed(self, course: Course, ticket: Ticket, kept: Answer) -> Answer:
+    async def _renewed(self, course: JobRun, ticket: Ticket, kept: Answer) -> Answer:
         """A kept answer whose pictures were not stored: fresh URLs where the target still has them."""
         self._gate.answered(course)
         self.waits.put(course.key, Stage.DOWNLOADING, self._now())
@@ -538,7 +538,7 @@ class Runner:
         except CallFailed:
             return kept
 
-    async def _finished(self, course: Course, answer: Answer) -> None:
+    async def _finished(self, course: JobRun, answer: Answer) -> None:
         """Store every image, then call the job done."""
         if course.state is not State.DONE:
             started, images = anyio.current_time(), images_of(answer.output)
@@ -570,7 +570,7 @@ class Runner:
 
     # --- the ends ----------------------------------------------------------------------------------------
 
-    async def _another_attempt(self, course: Course, error: JobFailed) -> bool:
+    async def _another_attempt(self, course: JobRun, error: JobFailed) -> bool:
         """Write the failure down; whether a new attempt follows, and its pause is over."""
         failure, was = error.failure, course.state
         if error.collectable and await self._collected_later(course, error):
@@ -590,7 +590,7 @@ class Runner:
         self._count_failure(course, failure)
         return False
 
-    async def _collected_later(self, course: Course, error: JobFailed) -> bool:
+    async def _collected_later(self, course: JobRun, error: JobFailed) -> bool:
         """Write down that what is paid for can be asked for again; False where that is over."""
         at, was = self._now(), course.state
         ended_at = course.ended_at or at
@@ -606,7 +606,7 @@ class Runner:
         self._count_failure(course, error.failure, collectable=True)
         return True
 
-    def _count_failure(self, course: Course, failure: Failed, *, collectable: bool = False) -> None:
+    def _count_failure(self, course: JobRun, failure: Failed, *, collectable: bool = False) -> None:
         said: JsonObject = {"error_type": failure.error_type, "message": failure.message}
         if collectable:
             said["collectable"] = True
@@ -615,7 +615,7 @@ class Runner:
         self._observer.happened("failed", job=course.key, attempt=course.attempt, **said)
         self._stop_if_all_fails()
 
-    async def _take_up_again(self, course: Course) -> None:
+    async def _take_up_again(self, course: JobRun) -> None:
         await self._journal.record(Retried(course.key, self._now()))
         course.renew()
 
@@ -626,7 +626,7 @@ class Runner:
         too_large = share is not None and ended >= _JUDGE_FAILURES_FROM and self._failed > share * ended
         if too_many or too_large:
             commonest = ", ".join(f"{count} {name}" for name, count in self._errors.most_common(_REASONS_SHOWN))
-            self._gate.stop(Stop.FAILURES, f"{self._failed} of {ended} jobs failed: {commonest}")
+            self._gate.stop(StopCause.FAILURES, f"{self._failed} of {ended} jobs failed: {commonest}")
 
     def _warn(self, sentence: str | None) -> None:
         if sentence is not None:

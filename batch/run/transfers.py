@@ -17,10 +17,10 @@ from batch.errors import StorageError
 from batch.fal.errors import CallFailed
 from batch.journal.answers import shorten_data_uri
 from batch.journal.events import Uploaded
-from batch.run.admission import Stop
-from batch.run.expiry import Retention
+from batch.run.admission import StopCause
+from batch.run.expiry import Expiry
 from batch.run.interfaces import Images, Journal, PictureError, Service
-from batch.run.job import JobFailed, TurnedBack
+from batch.run.job import JobFailed, RunStopping
 from batch.run.retrying import reading
 from batch.run.verdicts import Action, Verdict, backoff, failure_of, final
 from batch.system.descriptors import lacks_descriptor
@@ -52,12 +52,12 @@ class Transfers:
         journal: Journal,
         images: Images,
         target: str,
-        retention: Retention,
+        retention: Expiry,
         now: Callable[[], float],
         rng: Random,
         notice: Callable[[Verdict], None],
         warn: Callable[[str | None], None],
-        stop: Callable[[Stop, str], None],
+        stop: Callable[[StopCause, str], None],
         stopped: Callable[[], Awaitable[None]],
     ) -> None:
         """`notice` hears of faults that are read again, `warn` of files that may expire first; `stop` is the run's."""
@@ -91,8 +91,8 @@ class Transfers:
             verdict = final(error.trouble)
             failure = failure_of(error.trouble, verdict)
             if verdict.action is Action.STOP_ACCOUNT:
-                self._stop(Stop.ACCOUNT, failure.message)
-                raise TurnedBack from error
+                self._stop(StopCause.ACCOUNT, failure.message)
+                raise RunStopping from error
             raise JobFailed(failure) from error
         finally:
             del self._uploads[image.sha256]
@@ -113,7 +113,7 @@ class Transfers:
         """A stop does not wait for an upload: its job was never submitted.
 
         Raises:
-            TurnedBack: the run is stopping.
+            RunStopping: the run is stopping.
         """
         url: str | None = None
         failure: Exception | None = None
@@ -132,7 +132,7 @@ class Transfers:
         if failure is not None:
             raise failure
         if url is None:
-            raise TurnedBack
+            raise RunStopping
         return url
 
     async def stored(self, said: StoredImage) -> StoredImage:

@@ -13,8 +13,8 @@ from batch.fal.client import FalClient
 from batch.fal.endpoint import APP_ID
 from batch.fal.http import Proxies
 from batch.fal.protocol import Origins
-from batch.fal.status_stream import Streams
-from batch.fal.webhook_receiver import Callbacks
+from batch.fal.status_stream import StatusStreams
+from batch.fal.webhook_receiver import WebhookReceiver
 from batch.types import RequestId, Ticket
 from tests.unit.test_layers import SOURCES, tree_of
 
@@ -138,9 +138,9 @@ def test_no_password_of_netrc_is_sent_by_any_session(environment, monkeypatch, t
                 for call in (client.status(ticket), client.download(f"{FAR}/a.png"), client.download("http://x.test/")):
                     with pytest.raises(Exception, match="500"):
                         await call
-            async with Streams(origins, APP_ID, None) as streams:
+            async with StatusStreams(origins, APP_ID, None) as streams:
                 await streams.wait(ticket, 0.0, 5.0)
-            async with Callbacks("127.0.0.1:0", None, FAR) as callbacks:
+            async with WebhookReceiver("127.0.0.1:0", None, FAR) as callbacks:
                 with pytest.raises(Exception, match="500"):
                     await callbacks._keys_of_target(0.0)
 

@@ -21,7 +21,7 @@ from batch.fal.client import FalClient
 from batch.fal.endpoint import APP_ID
 from batch.fal.errors import CallFailed
 from batch.fal.protocol import Origins
-from batch.fal.status_stream import Streams
+from batch.fal.status_stream import StatusStreams
 from batch.journal.database import JournalFile
 from batch.manifest.images import Pictures
 from batch.run.images import ImageFolder
@@ -362,7 +362,7 @@ def test_connections_that_wait_for_an_end_leave_room_for_the_others(tmp_path, mo
             assert 0 < len(refused) < 24
             assert {one.headers["retry-after"] for one in refused} == {"1"}
             assert await submit(session, "a cat")
-            async with Streams(Origins.of_server(str(session._base_url)), APP_ID, None) as listening:
+            async with StatusStreams(Origins.of_server(str(session._base_url)), APP_ID, None) as listening:
                 waiting = listening.wait(Ticket(RequestId(held)), 0.05, 20.0)
                 assert await asyncio.wait_for(waiting, 5.0) is False
             engine.go.set()

@@ -19,8 +19,8 @@ from batch.fal.client import FalClient
 from batch.fal.endpoint import APP_ID
 from batch.fal.protocol import Origins
 from batch.fal.signing import jwks_of, sign
-from batch.fal.status_stream import Streams
-from batch.fal.webhook_receiver import Callbacks
+from batch.fal.status_stream import StatusStreams
+from batch.fal.webhook_receiver import WebhookReceiver
 from batch.types import Attempt, JobKey, RequestId, Ticket
 from tests.edges.serving import INPUT, ScriptedEngine, serving, submit
 
@@ -48,7 +48,7 @@ async def answering(handler):
 
 
 def listening(url, **options):
-    return Streams(Origins.of_server(url), APP_ID, None, **options)
+    return StatusStreams(Origins.of_server(url), APP_ID, None, **options)
 
 
 def event(status):
@@ -183,7 +183,10 @@ async def test_the_key_goes_to_the_target_and_its_repr_hides_it():
         seen.append(request.headers.get("authorization"))
         return await served(request, event("COMPLETED"))
 
-    async with answering(handler) as url, Streams(Origins.of_server(url), APP_ID, SecretStr("id:secret")) as streams:
+    async with (
+        answering(handler) as url,
+        StatusStreams(Origins.of_server(url), APP_ID, SecretStr("id:secret")) as streams,
+    ):
         assert await streams.wait(TICKET, 0.0, LONG)
         assert "secret" not in repr(streams)
     assert seen == ["Key id:secret"]
@@ -198,7 +201,7 @@ async def test_a_callback_of_our_server_wakes_at_the_end(tmp_path):
     async with serving(tmp_path, engine, allow_private=True) as session:
         url = str(session._base_url).rstrip("/")
         async with (
-            Callbacks("127.0.0.1:0", None, url) as callbacks,
+            WebhookReceiver("127.0.0.1:0", None, url) as callbacks,
             FalClient(Origins.of_server(url), APP_ID) as client,
         ):
             client.webhook = callbacks.url
@@ -240,7 +243,7 @@ async def called(**options):
     target = Target()
     async with (
         answering(target.handle) as url,
-        Callbacks("127.0.0.1:0", None, url, **options) as callbacks,
+        WebhookReceiver("127.0.0.1:0", None, url, **options) as callbacks,
         aiohttp.ClientSession() as session,
     ):
 
@@ -323,8 +326,8 @@ async def test_a_callback_of_any_length_is_bounded(monkeypatch):
 
 async def test_an_address_that_cannot_be_listened_at_is_the_user_s_mistake():
     """With the key of the setting."""
-    async with Callbacks("127.0.0.1:0", None, "http://127.0.0.1:1") as first:
+    async with WebhookReceiver("127.0.0.1:0", None, "http://127.0.0.1:1") as first:
         bind = first.url.removeprefix("http://").rstrip("/")
         with pytest.raises(ConfigError, match=r"webhook\.bind"):
-            async with Callbacks(bind, None, "http://127.0.0.1:1"):
+            async with WebhookReceiver(bind, None, "http://127.0.0.1:1"):
                 pass

@@ -9,9 +9,9 @@ import torch
 from batch.server.engines.base import NotReady
 from batch.server.engines.flux import renderer as renderer_module
 from batch.server.engines.flux import tuning
+from batch.server.engines.flux.errors import Trouble, trouble_of
 from batch.server.engines.flux.loading import Model, Setup
 from batch.server.engines.flux.renderer import FluxRenderer
-from batch.server.engines.flux.trouble import Trouble, trouble_of
 from tests.flux import tiny
 from tests.flux.rendering import job, pixels, rendered
 

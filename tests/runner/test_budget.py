@@ -11,7 +11,7 @@ import pytest
 from batch.journal.events import Answered, FailedForGood, Intended, Lost
 from batch.journal.states import State
 from batch.money import Price
-from batch.run.admission import Stop
+from batch.run.admission import StopCause
 from batch.run.observers import Tally
 from batch.run.runner import Policy
 from batch.testing.journal import MemoryJournal
@@ -174,7 +174,7 @@ async def test_a_budget_below_what_is_spent_submits_nothing_and_collects():
     assert (world.service.accepted, (await world.journal.counts()).by_state[State.ACCEPTED]) == (24, 8)
     world.limit = 0.01
     report = await world.again().run(jobs(100))
-    assert (report.done, report.stopped.why, world.service.posts) == (8, Stop.BUDGET, 24)
+    assert (report.done, report.stopped.why, world.service.posts) == (8, StopCause.BUDGET, 24)
     assert "budget" in report.stopped.reason
     assert report.stopped.reason == (
         "$0.36 is spent or reserved and a job may cost $0.03: more than the budget of $0.01; --budget raises it"

@@ -12,7 +12,7 @@ import pytest
 from batch.fal.errors import CallFailed, Trouble
 from batch.fal.protocol import Reply
 from batch.journal.states import State
-from batch.run.admission import Stop
+from batch.run.admission import StopCause
 from batch.run.pacing import TokenBucket
 from batch.run.runner import Policy
 from batch.testing.service import CompletesWith, FakeService, Fault
@@ -190,7 +190,7 @@ async def test_a_locked_account_that_still_shows_results_is_collected_to_the_end
     lock = LocksTheAccount(since=1.0, reads_go_on=True)
     world = World(FakeService(service_time=500.0, faults=[lock], round_trip=0.2), window=5)
     report = await world.run(jobs(50))
-    assert (report.stopped.why, report.done) == (Stop.ACCOUNT, world.service.accepted)
+    assert (report.stopped.why, report.done) == (StopCause.ACCOUNT, world.service.accepted)
     assert anyio.current_time() > 500
 
 
@@ -202,7 +202,7 @@ async def test_a_dead_key_ends_the_run_and_a_good_one_goes_on():
         lock.since += began
         report = await world.run(jobs(20))
         counts = await world.journal.counts()
-        assert report.stopped.why is Stop.ACCOUNT
+        assert report.stopped.why is StopCause.ACCOUNT
         assert "403" in report.stopped.reason or "User is locked" in report.stopped.reason
         assert anyio.current_time() - began < 300
         assert counts.by_state.get(State.ACCEPTED, 0) + report.done == world.service.accepted < 20
@@ -225,7 +225,7 @@ async def test_too_many_failures_name_the_commonest_reasons():
     ]
     world = World(FakeService(faults=faults), policy=Policy(max_failures=29), window=1)
     report = await world.run(jobs(200))
-    assert report.stopped.why is Stop.FAILURES
+    assert report.stopped.why is StopCause.FAILURES
     assert report.stopped.reason == (
         "30 of 30 jobs failed: 21 image_load_error, 3 face_detection_error, 3 content_policy_violation"
     )

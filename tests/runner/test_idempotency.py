@@ -14,7 +14,7 @@ from batch.fal.protocol import Reply
 from batch.journal.events import Intended
 from batch.journal.states import State
 from batch.money import Price
-from batch.run.admission import Stop
+from batch.run.admission import StopCause
 from batch.run.runner import Policy
 from batch.run.verdicts import REPEAT_SECONDS, Idempotency
 from batch.testing.service import (
@@ -232,7 +232,7 @@ async def test_a_stop_leaves_a_doubted_submit_for_the_next_run():
     """A refused account: nothing is repeated, nothing failed."""
     world = rejecting(LosesReplies(), RefusesSubmits(403, first=2))
     report = await world.run(jobs(1))
-    assert (report.stopped.why, report.failed) == (Stop.ACCOUNT, 0)
+    assert (report.stopped.why, report.failed) == (StopCause.ACCOUNT, 0)
     world.service._faults.clear()
     report = await world.again().run(jobs(1))
     assert (report.held, world.service.accepted) == (0, 1)

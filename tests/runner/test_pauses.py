@@ -18,9 +18,9 @@ from batch.fal.protocol import Reply
 from batch.journal.events import Intended, Refused
 from batch.journal.states import State
 from batch.money import Budget, Price
-from batch.run.admission import Gate, Stop
+from batch.run.admission import Admission, StopCause
 from batch.run.interfaces import HeldBack
-from batch.run.job import Course
+from batch.run.job import JobRun
 from batch.run.pacing import TokenBucket
 from batch.run.runner import Policy
 from batch.run.verdicts import Idempotency, judge
@@ -158,7 +158,7 @@ async def test_money_that_comes_free_in_a_pause_is_not_spent_in_it():
     noting = Noting(4)
     world = World(FakeService(service_time=10.0, faults=[noting]), price=PRICE, budget=0.09, window=50)
     report = await world.run(jobs(50))
-    assert report.stopped.why is Stop.BUDGET
+    assert report.stopped.why is StopCause.BUDGET
     assert noting.none_in_a_pause()
 
 
@@ -246,7 +246,7 @@ async def test_a_stop_overtakes_a_submit_whose_intent_is_being_written():
 
         async def stop():
             await anyio.sleep(5.0)
-            world.runner.stop(Stop.SIGNAL, "SIGINT")
+            world.runner.stop(StopCause.SIGNAL, "SIGINT")
 
         tasks.start_soon(stop)
         report = await world.run(jobs(20))
@@ -326,7 +326,7 @@ def test_in_no_window_of_time_more_submits_leave_than_the_rate_allows(arrivals, 
     """Over random pauses and random delays between turn and leaving; and none leaves in a pause."""
     left: list[float] = []
     spans: list[tuple[float, float]] = []
-    gate = Gate(
+    gate = Admission(
         window=Window(1000),
         budget=Budget(None),
         price=None,
@@ -337,7 +337,7 @@ def test_in_no_window_of_time_more_submits_leave_than_the_rate_allows(arrivals, 
 
     async def one(number: int, at: float, delay: float) -> None:
         key = JobKey(f"{number:032d}")
-        course = Course(key, Job(key, {}, megapixels=1.0))
+        course = JobRun(key, Job(key, {}, megapixels=1.0))
         await anyio.sleep(at)
         while True:
             await gate.turn(course)
@@ -396,7 +396,7 @@ async def test_a_disk_that_stood_still_is_not_made_up_for_at_once():
 
 async def test_the_connection_that_a_submit_waited_for_is_not_used_in_a_pause():
     """The service asks before the first byte; what it is told then holds."""
-    gate = Gate(
+    gate = Admission(
         window=Window(10), budget=Budget(None), price=None, submits=None, observer=RecordingObserver(), rng=Random(1)
     )
     await gate.leave(Attempt(JobKey("1"), 1, b""))
@@ -405,7 +405,7 @@ async def test_the_connection_that_a_submit_waited_for_is_not_used_in_a_pause():
         with pytest.raises(HeldBack):
             await gate.leave(Attempt(JobKey("1"), 1, b"", repeat=repeat))
     await anyio.sleep(10.0)
-    gate.stop(Stop.BUDGET, "used up")
+    gate.stop(StopCause.BUDGET, "used up")
     with pytest.raises(HeldBack):
         await gate.leave(Attempt(JobKey("1"), 1, b""))
     await gate.leave(Attempt(JobKey("1"), 1, b"", repeat=True))  # it may have arrived: that is found out

@@ -16,7 +16,7 @@ from batch.fal.protocol import Reply
 from batch.journal.events import Accepted, Intended
 from batch.journal.states import State
 from batch.money import Price
-from batch.run.admission import Stop
+from batch.run.admission import StopCause
 from batch.run.reconcile import LATE_SECONDS, OVER_SECONDS
 from batch.run.runner import Policy
 from batch.testing.service import (
@@ -363,7 +363,7 @@ async def test_a_retryable_failure_of_a_stopping_run_is_tried_again_by_the_next(
 
         async def stop() -> None:
             await anyio.sleep(3.0)
-            of.runner.stop(Stop.SIGNAL, "SIGTERM")
+            of.runner.stop(StopCause.SIGNAL, "SIGTERM")
 
         tasks.start_soon(stop)
         report = await of.run(jobs(10))

@@ -18,7 +18,7 @@ from batch.fal.protocol import Reply
 from batch.journal.events import Intended
 from batch.journal.states import State
 from batch.money import Price
-from batch.run.admission import Stop, Stopping
+from batch.run.admission import StopCause, StopRequest
 from batch.run.interfaces import PictureError
 from batch.run.pacing import TokenBucket
 from batch.run.runner import Policy
@@ -170,7 +170,7 @@ async def test_refused_key_stops_submits_and_collects():
     """403 on a submit: nothing new is sent, what was accepted is collected, the reason is kept."""
     world = World(FakeService(service_time=5.0, faults=[RefusesSubmits(403, first=11)]), window=5)
     report = await world.run(jobs(100))
-    assert report.stopped.why is Stop.ACCOUNT
+    assert report.stopped.why is StopCause.ACCOUNT
     assert report.done == world.service.accepted == 10
     world.service._faults.clear()
     report = await world.again().run(jobs(100))
@@ -254,7 +254,7 @@ async def test_budget_is_never_passed():
     """A budget for ten jobs: ten jobs, a stop with a reason, never a cent more."""
     world = World(FakeService(service_time=1.0), price=PRICE, budget=0.30)
     report = await world.run(jobs(50))
-    assert report.stopped.why is Stop.BUDGET
+    assert report.stopped.why is StopCause.BUDGET
     counts = await world.journal.counts()
     assert counts.spent_usd + counts.reserved_usd <= 0.30 + 1e-9
     # The fake bills half of what was reserved, so the freed half is spent too.
@@ -269,7 +269,7 @@ async def test_held_reservations_do_not_hang_a_budget():
     """Money that waits for an unknown submit is not waited for: the run stops."""
     world = World(FakeService(faults=[DropsAfterAccept()]), price=PRICE, budget=0.09)
     report = await world.run(jobs(10))
-    assert (report.held, report.stopped.why) == (3, Stop.BUDGET)
+    assert (report.held, report.stopped.why) == (3, StopCause.BUDGET)
 
 
 async def test_too_many_failures_stop_the_run():
@@ -278,7 +278,7 @@ async def test_too_many_failures_stop_the_run():
         FakeService(faults=[CompletesWith("as", 422, "image_load_error")]), policy=Policy(max_failure_share=0.5)
     )
     report = await world.run(jobs(500))
-    assert report.stopped.why is Stop.FAILURES
+    assert report.stopped.why is StopCause.FAILURES
     assert "image_load_error" in report.stopped.reason
     assert report.failed < 60
 
@@ -289,7 +289,7 @@ async def test_deadline_stops_submits_and_collects_in_time():
     world = World(service, window=10, policy=Policy(deadline=100.0, drain=20.0))
     began = anyio.current_time()
     report = await world.run(jobs(1000))
-    assert report.stopped.why is Stop.DEADLINE
+    assert report.stopped.why is StopCause.DEADLINE
     assert anyio.current_time() - began <= 101
     assert report.done == service.accepted
     report = await world.again().run(jobs(200), Policy())
@@ -305,10 +305,10 @@ async def test_signal_collects_what_is_in_flight_and_a_second_one_does_not():
 
             async def interrupt(world=world, again=again):
                 await anyio.sleep(10)
-                world.runner.stop(Stop.SIGNAL, "SIGINT")
+                world.runner.stop(StopCause.SIGNAL, "SIGINT")
                 if again:
                     await anyio.sleep(1)
-                    world.runner.stop(Stop.SIGNAL, "SIGINT")
+                    world.runner.stop(StopCause.SIGNAL, "SIGINT")
 
             tasks.start_soon(interrupt)
             report = await world.run(jobs(100))
@@ -318,7 +318,7 @@ async def test_signal_collects_what_is_in_flight_and_a_second_one_does_not():
         assert service.accepted == 100
 
 
-async def stopped_run(world, *moments, made=None, why=Stop.SIGNAL):
+async def stopped_run(world, *moments, made=None, why=StopCause.SIGNAL):
     """A run that is told to stop at these moments, and its report."""
     async with anyio.create_task_group() as tasks:
 
@@ -353,7 +353,7 @@ async def test_an_intent_that_is_written_when_the_run_stops_is_not_sent():
         assert world.service.posts == 100
 
 
-@pytest.mark.parametrize("why", [Stop.SIGNAL, Stop.CANCELLED])
+@pytest.mark.parametrize("why", [StopCause.SIGNAL, StopCause.CANCELLED])
 async def test_a_doubtful_submit_is_not_sent_again_by_a_run_that_ends_soon(why):
     """Under its key it may be repeated, and is: by the next run. This one ends at once, there is nothing to collect."""
     service = FakeService(honours_keys=True, faults=[DropsAfterAccept()])
@@ -376,7 +376,7 @@ async def test_a_signal_bounds_a_stop_that_would_collect_all():
         world = World(service, window=8, policy=Policy(max_failures=0))
         began = anyio.current_time()
         report = await stopped_run(world, *(began + moment for moment in moments))
-        assert (report.stopped.why, report.done) == (Stop.FAILURES, 0)
+        assert (report.stopped.why, report.done) == (StopCause.FAILURES, 0)
         assert anyio.current_time() - began == pytest.approx(seconds, abs=0.1)
 
 
@@ -468,7 +468,7 @@ async def test_a_refused_account_is_noticed_at_the_first_upload(status):
     began = anyio.current_time()
     world = World(Closed())
     report = await world.run(made)
-    assert report.stopped == Stopping(Stop.ACCOUNT, "no such key")
+    assert report.stopped == StopRequest(StopCause.ACCOUNT, "no such key")
     assert (report.done, report.failed, world.service.posts) == (0, 0, 0)
     assert anyio.current_time() - began < 15
 
@@ -486,11 +486,11 @@ async def test_a_stop_does_not_wait_for_a_storage_that_refuses():
 
         async def stop():
             await anyio.sleep(5)
-            world.runner.stop(Stop.FAILURES, "enough")
+            world.runner.stop(StopCause.FAILURES, "enough")
 
         tasks.start_soon(stop)
         report = await world.run(made)
-    assert (report.done, report.failed, report.stopped.why) == (0, 0, Stop.FAILURES)
+    assert (report.done, report.failed, report.stopped.why) == (0, 0, StopCause.FAILURES)
     assert anyio.current_time() < 60
 
 

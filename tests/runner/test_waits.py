@@ -12,7 +12,7 @@ import pytest
 from batch.fal.errors import CallFailed, Trouble
 from batch.fal.protocol import Reply, read_status, request_error_reply
 from batch.journal.states import State
-from batch.run.poll_schedule import PollTimes
+from batch.run.poll_schedule import PollSchedule
 from batch.run.waits import Positions, Stage
 from batch.testing.service import FakeService
 from batch.types import TicketStatus
@@ -20,8 +20,8 @@ from tests.runner.world import World, jobs
 
 pytestmark = pytest.mark.anyio
 HOUR = 3600.0
-BOUND = PollTimes.OVERDUE_SECONDS
-AFTER = BOUND + 2 * PollTimes.LONGEST
+BOUND = PollSchedule.OVERDUE_SECONDS
+AFTER = BOUND + 2 * PollSchedule.LONGEST
 """By when a read at the bound has been made: statuses are read every ten seconds at least."""
 PAGE = Reply(502, b"<html>bad gateway</html>")
 IN_PROGRESS = Reply(400, b'{"detail":"Request is still in progress"}')
@@ -195,8 +195,8 @@ async def test_a_result_that_is_not_there_is_read_at_growing_intervals(name):
     assert len(times) <= 16
     assert gaps[0] >= 290
     assert all(later >= min(earlier, 1700) for earlier, later in itertools.pairwise(gaps))
-    assert max(gaps) <= PollTimes.OVERDUE_LONGEST + 60
-    assert times[-1] - 5 * HOUR <= PollTimes.OVERDUE_LONGEST + 60
+    assert max(gaps) <= PollSchedule.OVERDUE_LONGEST + 60
+    assert times[-1] - 5 * HOUR <= PollSchedule.OVERDUE_LONGEST + 60
 
 
 @pytest.mark.parametrize("name", ["unknown", "missing", "refused", "redirected"])
@@ -286,7 +286,7 @@ async def test_queue_positions_without_sense_hold_up_nothing():
     service = Odd(status=status, service_time=lambda n: 10.0 if n < 20 else 1000.0)
     assert (await World(service, window=5).run(jobs(25))).done == 25
     late = max(request.noticed_at - request.ends_at for request in service.requests.values())
-    assert late <= PollTimes.LONGEST_QUEUED + 10
+    assert late <= PollSchedule.LONGEST_QUEUED + 10
 
 
 # --- redirects that are not followed ----------------------------------------------------------------------

@@ -10,7 +10,7 @@ import anyio
 from batch.fal.endpoint import APP_ID
 from batch.manifest.hashing import job_key
 from batch.money import Budget
-from batch.run.admission import Gate
+from batch.run.admission import Admission
 from batch.run.reconcile import Reconciler
 from batch.run.runner import Policy, Runner
 from batch.run.verdicts import REPEAT_SECONDS, Idempotency
@@ -62,7 +62,7 @@ class World:
         counts = await self.journal.counts()
         rng = Random(self.seed)
         window = self.window if isinstance(self.window, Window) else Window(self.window)
-        gate = Gate(
+        gate = Admission(
             window=window,
             budget=Budget(self.limit, spent=counts.spent_usd, reserved=counts.reserved_usd),
             price=self.price,

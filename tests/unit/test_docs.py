@@ -13,7 +13,7 @@ from batch.config import InputSettings, Settings
 from batch.errors import ExitCode
 from batch.fal.endpoint import ImageToImageInput
 from batch.results.schema import IMAGE, OWN_SCHEMA
-from batch.run.admission import Stop
+from batch.run.admission import StopCause
 from batch.session import Summary
 
 REPOSITORY = Path(__file__).parents[2]
@@ -131,10 +131,14 @@ def test_every_exit_code_is_in_the_readme_and_in_recovery():
     assert set(table(PAGES["recovery.md"], "Exit codes")) == codes
 
 
-@pytest.mark.parametrize("stop", list(Stop))
+@pytest.mark.parametrize("stop", list(StopCause))
 def test_every_reason_to_stop_has_an_exit_code_in_recovery(stop):
     """What ends a run early is told there."""
-    words = {Stop.ACCOUNT: "the account was refused", Stop.STORAGE: "full disk", Stop.TARGET: "No such endpoint"}
+    words = {
+        StopCause.ACCOUNT: "the account was refused",
+        StopCause.STORAGE: "full disk",
+        StopCause.TARGET: "No such endpoint",
+    }
     assert words.get(stop, str(stop)) in PAGES["recovery.md"]
 
 

@@ -14,8 +14,8 @@ from batch.fal.errors import Trouble
 from batch.fal.protocol import Reply
 from batch.journal.states import State
 from batch.money import Budget, Price
-from batch.run.admission import Gate, Stop
-from batch.run.job import Course, TurnedBack
+from batch.run.admission import Admission, StopCause
+from batch.run.job import JobRun, RunStopping
 from batch.run.pacing import TokenBucket
 from batch.run.verdicts import judge
 from batch.run.window import Window
@@ -31,25 +31,25 @@ def anyio_backend():
     return "trio", {"clock": trio.testing.MockClock(autojump_threshold=0)}
 
 
-def gate(*, window=100, limit=None, price=None, submits=None) -> Gate:
+def gate(*, window=100, limit=None, price=None, submits=None) -> Admission:
     observer = RecordingObserver()
-    made = Gate(
+    made = Admission(
         window=Window(window), budget=Budget(limit), price=price, submits=submits, observer=observer, rng=Random(1)
     )
     made.observer = observer
     return made
 
 
-def course(number: int, images: int = 1, **options) -> Course:
+def course(number: int, images: int = 1, **options) -> JobRun:
     key = JobKey(f"{number:032d}")
-    return Course(key, Job(key, {"num_images": images}, megapixels=1.0), **options)
+    return JobRun(key, Job(key, {"num_images": images}, megapixels=1.0), **options)
 
 
-async def times_of(gate: Gate, courses: list[Course], end=None) -> list[float]:
+async def times_of(gate: Admission, courses: list[JobRun], end=None) -> list[float]:
     """When each was let through, in the order in which that happened."""
     times: list[float] = []
 
-    async def one(course: Course) -> None:
+    async def one(course: JobRun) -> None:
         await gate.turn(course)
         times.append(anyio.current_time() - began)
         if end is not None:
@@ -109,7 +109,7 @@ async def test_money_is_waited_for_while_something_can_free_it():
         one = course(number)
         try:
             await made.turn(one)
-        except TurnedBack:
+        except RunStopping:
             return
         through.append(number)
         await anyio.sleep(1.0)
@@ -121,17 +121,17 @@ async def test_money_is_waited_for_while_something_can_free_it():
                 tasks.start_soon(job, number)
     assert len(through) == 5
     assert made.stopping is not None
-    assert made.stopping.why is Stop.BUDGET
+    assert made.stopping.why is StopCause.BUDGET
     assert "more than the budget of $0.09" in made.stopping.reason
 
 
 async def test_a_budget_that_is_too_small_stops_at_the_first_job():
     """Nothing is under way that could free any."""
     made = gate(limit=0.05, price=PRICE)
-    with pytest.raises(TurnedBack):
+    with pytest.raises(RunStopping):
         await made.turn(course(1, images=4))
     assert made.stopping is not None
-    assert made.stopping.why is Stop.BUDGET
+    assert made.stopping.why is StopCause.BUDGET
 
 
 async def test_without_a_price_nothing_is_reserved():
@@ -166,7 +166,7 @@ async def test_a_stop_reaches_whoever_waits(waits_for):
         if waits_for == "window":
             assert not await made.enter(course(1))
         else:
-            with pytest.raises(TurnedBack):
+            with pytest.raises(RunStopping):
                 await made.turn(course(1))
         ended.append(anyio.current_time())
 
@@ -175,14 +175,14 @@ async def test_a_stop_reaches_whoever_waits(waits_for):
         await anyio.sleep(5.0)
         assert not ended
         at = anyio.current_time()
-        made.stop(Stop.SIGNAL, "SIGINT")
+        made.stop(StopCause.SIGNAL, "SIGINT")
     assert ended == [at]
 
 
 async def test_what_was_submitted_before_is_let_in_while_the_run_stops():
     """A stop submits nothing new; what is paid for is still collected."""
     made = gate()
-    made.stop(Stop.SIGNAL, "SIGINT")
+    made.stop(StopCause.SIGNAL, "SIGINT")
     assert not await made.enter(course(1))
     assert await made.enter(course(2, resumed=True, state=State.ACCEPTED))
 
@@ -190,9 +190,9 @@ async def test_what_was_submitted_before_is_let_in_while_the_run_stops():
 async def test_the_first_stop_is_the_reason():
     """A budget that ends while the deadline nears is a budget that ended."""
     made = gate()
-    made.stop(Stop.BUDGET, "the budget is gone")
-    made.stop(Stop.DEADLINE, "the deadline is near")
-    assert made.stopping.why is Stop.BUDGET
+    made.stop(StopCause.BUDGET, "the budget is gone")
+    made.stop(StopCause.DEADLINE, "the deadline is near")
+    assert made.stopping.why is StopCause.BUDGET
     assert [facts["reason"] for facts in made.observer.actions("stopping")] == ["the budget is gone"]
     with anyio.fail_after(1):
         await made.stopped()
@@ -215,15 +215,15 @@ async def test_who_is_turned_back_gives_its_money_back():
     fresh, unknown = course(1), course(2, reserved_usd=0.03)
     async with anyio.create_task_group() as tasks:
 
-        async def waiting(one: Course) -> None:
-            with pytest.raises(TurnedBack):
+        async def waiting(one: JobRun) -> None:
+            with pytest.raises(RunStopping):
                 await made.turn(one)
 
         tasks.start_soon(waiting, fresh)
         tasks.start_soon(waiting, unknown)
         await anyio.sleep(1.0)
         assert fresh.reserved_usd == pytest.approx(0.03)
-        made.stop(Stop.SIGNAL, "SIGINT")
+        made.stop(StopCause.SIGNAL, "SIGINT")
     assert (fresh.reserved_usd, unknown.reserved_usd) == (0.0, 0.03)
     assert made._budget.reserved == pytest.approx(0.03)
 

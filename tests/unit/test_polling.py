@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batch.run.poll_schedule import PollTimes, Stay
+from batch.run.poll_schedule import JobTimings, PollSchedule
 
 seconds = st.floats(0, 1e4)
 
 
-def polled(times: PollTimes, duration: float, *, tells: bool = True, queued: float = 0.0) -> tuple[int, float]:
+def polled(times: PollSchedule, duration: float, *, tells: bool = True, queued: float = 0.0) -> tuple[int, float]:
     """Reads of one job that takes so long, and how late its end was noticed. `tells`: the service's inference time."""
-    stay, reads = Stay(), 0
+    stay, reads = JobTimings(), 0
     while True:
         age = times.due(stay)
         reads += 1
@@ -39,40 +39,42 @@ def means(pairs) -> tuple[float, float]:
 )
 def test_a_poll_time_is_within_its_bounds(finished, read):
     """Never more than ten seconds after the last read unless its turn is far off, never a busy loop."""
-    times = PollTimes()
+    times = PollSchedule()
     for unfinished, noticed, inference in finished:
-        stay = Stay()
+        stay = JobTimings()
         if unfinished is not None:
             times.pending(stay, min(unfinished, noticed), queued=False, position=None)
         stay.inference = stay.executed = inference
         times.took(stay, noticed)
-    stay = Stay(10**6)
+    stay = JobTimings(10**6)
     last = 0.0
     if read is not None:
         last, queued, position = read
         times.pending(stay, last, queued=queued, position=position)
     delay = times.due(stay) - last
-    turn = min(PollTimes.LONGEST_QUEUED, ((stay.turn or 0.0) - last) / 2) if finished else 0.0
-    longest = max(PollTimes.LONGEST, turn)
+    turn = min(PollSchedule.LONGEST_QUEUED, ((stay.turn or 0.0) - last) / 2) if finished else 0.0
+    longest = max(PollSchedule.LONGEST, turn)
     tolerance = 1e-9 * (1 + last + longest)
-    assert min(longest, max(PollTimes.FINEST, last * PollTimes.CLOSEST)) - tolerance <= delay <= longest + tolerance
+    assert (
+        min(longest, max(PollSchedule.FINEST, last * PollSchedule.CLOSEST)) - tolerance <= delay <= longest + tolerance
+    )
 
 
 @pytest.mark.parametrize("tells", [True, False])
 @pytest.mark.parametrize("duration", [0.2, 2.0, 6.0, 40.0])
 def test_jobs_of_one_length_need_few_reads_and_are_noticed_soon(duration, tells):
     """After some of them; fewer where the service says for how long it executed."""
-    times, rng = PollTimes(), Random(3)
+    times, rng = PollSchedule(), Random(3)
     for _ in range(200):
         polled(times, duration * rng.uniform(0.95, 1.05), tells=tells)
     reads, late = means(polled(times, duration * rng.uniform(0.95, 1.05), tells=tells) for _ in range(200))
-    assert reads < (3.2 if tells else 3.5) + duration / PollTimes.LONGEST
+    assert reads < (3.2 if tells else 3.5) + duration / PollSchedule.LONGEST
     assert late < max(0.02, 0.05 * duration)
 
 
 def test_a_service_that_always_takes_the_same_is_read_once():
     """And noticed within a hundredth."""
-    times = PollTimes()
+    times = PollSchedule()
     for _ in range(200):
         polled(times, 5.0)
     reads, late = polled(times, 5.0)
@@ -83,7 +85,7 @@ def test_a_service_that_always_takes_the_same_is_read_once():
 @pytest.mark.parametrize(("before", "after"), [(6.0, 1.0), (1.0, 6.0), (40.0, 2.0)])
 def test_poll_times_follow_a_service_that_changes(before, after, tells):
     """A service that becomes faster or slower is believed within 400 jobs."""
-    times, rng = PollTimes(), Random(3)
+    times, rng = PollSchedule(), Random(3)
     for _ in range(300):
         polled(times, before * rng.uniform(0.9, 1.1), tells=tells)
     for _ in range(400):
@@ -95,7 +97,7 @@ def test_poll_times_follow_a_service_that_changes(before, after, tells):
 
 def test_in_a_mixture_the_fast_jobs_do_not_wait_for_the_slow_ones():
     """Cached answers in 0.1 s among real ones in 8 s: each kind is met where it ends."""
-    times = PollTimes()
+    times = PollSchedule()
     found = [polled(times, 0.1 if n % 2 else 8.0) for n in range(400)][100:]
     assert means(found)[0] < 4
     assert means(found[1::2])[1] < 0.15
@@ -104,14 +106,14 @@ def test_in_a_mixture_the_fast_jobs_do_not_wait_for_the_slow_ones():
 
 def test_in_a_mixture_of_a_silent_service_the_fast_jobs_wait_for_half_of_the_slow_ones_at_most():
     """Without inference times what was noticed late looks slow."""
-    times = PollTimes()
+    times = PollSchedule()
     found = [polled(times, 0.1 if n % 2 else 8.0, tells=False) for n in range(400)][100:]
     assert means(found[1::2])[1] < 4.0
 
 
 def test_only_who_nearly_always_finds_an_end_is_sure():
     """Twenty five in a row are enough, four in vain are enough to doubt it, and half of them never are."""
-    times = PollTimes()
+    times = PollSchedule()
     for n in range(26):
         assert not times.sure or n > 20
         times.came(in_time=True)
@@ -127,10 +129,10 @@ def test_only_who_nearly_always_finds_an_end_is_sure():
 
 def test_what_is_queued_is_not_read_before_it_can_have_ended():
     """A read that says IN_QUEUE rules out an end for as long as an execution takes at least."""
-    times = PollTimes()
+    times = PollSchedule()
     for _ in range(50):
         polled(times, 5.0)
-    stay = Stay()
+    stay = JobTimings()
     times.pending(stay, 5.0, queued=True, position=None)
     assert times.due(stay) == pytest.approx(10.0)
     times.pending(stay, 5.5, queued=False, position=None)
@@ -139,27 +141,27 @@ def test_what_is_queued_is_not_read_before_it_can_have_ended():
 
 def test_a_job_is_overdue_after_ten_times_the_usual_duration_and_ten_minutes_at_least():
     """The middle of what is known; a few slow ones change nothing."""
-    times = PollTimes()
-    assert times.overdue(Stay()) == 600.0
+    times = PollSchedule()
+    assert times.overdue(JobTimings()) == 600.0
     for _ in range(20):
         polled(times, 5.0)
-    assert times.overdue(Stay()) == 600.0
+    assert times.overdue(JobTimings()) == 600.0
     for _ in range(100):
         polled(times, 200.0)
     for _ in range(20):
         polled(times, 5000.0)
-    assert times.overdue(Stay()) == pytest.approx(2000.0, rel=0.1)
+    assert times.overdue(JobTimings()) == pytest.approx(2000.0, rel=0.1)
 
 
 def test_an_overdue_job_is_looked_at_later_and_later():
     """Half as much later as it is old, half an hour at most; counted again from when its status cannot be read."""
-    times, stay, ages = PollTimes(), Stay(), []
+    times, stay, ages = PollSchedule(), JobTimings(), []
     for _ in range(9):
         ages.append(times.overdue(stay))
         times.overdue_read(stay, ages[-1])
     assert ages[:4] == [600.0, 900.0, 1350.0, 2025.0]
     assert ages[-1] - ages[-2] == 1800.0
-    resumed = Stay(resumed=True)
+    resumed = JobTimings(resumed=True)
     resumed.unreadable = 86400.0
     assert times.overdue(resumed) == 87000.0
     times.overdue_read(resumed, 87000.0)
@@ -168,20 +170,20 @@ def test_an_overdue_job_is_looked_at_later_and_later():
 
 def test_an_implausibly_large_place_is_looked_at_every_ten_minutes():
     """Places are the service's word: a million billion would be waited for without end."""
-    times = PollTimes()
+    times = PollSchedule()
     for _ in range(50):
         polled(times, 5.0)
-    stay = Stay(10**15)
+    stay = JobTimings(10**15)
     times.pending(stay, 10.0, queued=True, position=10**15 - 1)
-    assert times.due(stay) == 10.0 + PollTimes.LONGEST_QUEUED
+    assert times.due(stay) == 10.0 + PollSchedule.LONGEST_QUEUED
 
 
 def test_a_place_in_a_long_queue_foretells_the_turn():
     """Accepted at place 300, after 10 s at 290: 290 s to go; it is looked at half way, not every ten seconds."""
-    times = PollTimes()
+    times = PollSchedule()
     for _ in range(50):
         polled(times, 5.0)
-    stay = Stay(300)
+    stay = JobTimings(300)
     times.pending(stay, 10.0, queued=True, position=290)
     assert stay.turn == pytest.approx(300.0)
     assert times.due(stay) == pytest.approx(155.0)
@@ -191,10 +193,10 @@ def test_a_place_in_a_long_queue_foretells_the_turn():
 
 def test_a_place_that_grows_foretells_nothing():
     """Others may be let in before; then it is read as usual."""
-    times = PollTimes()
+    times = PollSchedule()
     for _ in range(50):
         polled(times, 5.0)
-    stay = Stay(3)
+    stay = JobTimings(3)
     times.pending(stay, 5.0, queued=True, position=7)
     assert stay.turn is None
     assert times.due(stay) == pytest.approx(10.0)
@@ -202,34 +204,34 @@ def test_a_place_that_grows_foretells_nothing():
 
 def test_knowing_nothing_all_jobs_together_feel_for_the_first_end():
     """No two are read at the same age, and the steps are finer than any one of them could afford."""
-    times = PollTimes()
-    ages = [times.due(Stay()) for _ in range(100)]
-    assert ages[0] == PollTimes.FIRST
+    times = PollSchedule()
+    ages = [times.due(JobTimings()) for _ in range(100)]
+    assert ages[0] == PollSchedule.FIRST
     assert all(later / earlier == pytest.approx(1.03) for earlier, later in itertools.pairwise(ages))
-    alone, stay, age = PollTimes(), Stay(), 0.0
+    alone, stay, age = PollSchedule(), JobTimings(), 0.0
     reads = 0
     while age < 5.0:
         age = alone.due(stay)
         alone.pending(stay, age, queued=False, position=None)
         reads += 1
-    assert reads <= 2 + math.log(5.0 / PollTimes.FIRST) / math.log(1 + PollTimes.SHARE)
+    assert reads <= 2 + math.log(5.0 / PollSchedule.FIRST) / math.log(1 + PollSchedule.SHARE)
 
 
 def test_knowing_nothing_a_queued_job_leaves_the_feeling_to_those_that_run():
     """It will not be the first to end."""
-    times, stay = PollTimes(), Stay()
+    times, stay = PollSchedule(), JobTimings()
     times.pending(stay, times.due(stay), queued=True, position=3)
-    assert times.due(stay) == pytest.approx(PollTimes.FIRST + PollTimes.LONGEST)
+    assert times.due(stay) == pytest.approx(PollSchedule.FIRST + PollSchedule.LONGEST)
 
 
 def test_jobs_of_an_earlier_run_do_not_take_part_in_the_feeling():
     """They are hours old: those that are new would be read hours late."""
-    times = PollTimes()
+    times = PollSchedule()
     for _ in range(100):
-        old = Stay(resumed=True)
+        old = JobTimings(resumed=True)
         times.pending(old, 3600.0, queued=False, position=None)
-        assert times.due(old) == 3600.0 + PollTimes.LONGEST
-    assert times.due(Stay()) == PollTimes.FIRST
+        assert times.due(old) == 3600.0 + PollSchedule.LONGEST
+    assert times.due(JobTimings()) == PollSchedule.FIRST
 
 
 def test_no_schedule_of_reads_meets_both_bars_of_a_log_normal_service_in_five_reads():
@@ -249,11 +251,11 @@ def test_no_schedule_of_reads_meets_both_bars_of_a_log_normal_service_in_five_re
 
 def test_the_memory_is_bounded():
     """A run of a million jobs remembers the last few hundred."""
-    times = PollTimes()
+    times = PollSchedule()
     for n in range(5000):
-        stay = Stay()
+        stay = JobTimings()
         stay.inference = n % 5 + 0.5
         times.took(stay, n % 7 + 0.5)
     for recent in (times._ends, times._inference):
-        assert len(recent._values) == len(recent.sorted) == PollTimes.MEMORY
+        assert len(recent._values) == len(recent.sorted) == PollSchedule.MEMORY
         assert recent.sorted == sorted(recent._values)

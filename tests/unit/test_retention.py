@@ -9,7 +9,7 @@ from batch.run.expiry import (
     LARGE_RESULT_BYTES,
     LARGE_RESULT_SECONDS,
     RESULT_SECONDS,
-    Retention,
+    Expiry,
     result_seconds,
 )
 
@@ -25,7 +25,7 @@ def test_a_result_is_certain_to_be_kept_for_an_hour_a_large_one_for_six_minutes(
 
 def test_a_resumed_request_is_late_after_the_floor_and_its_pictures_after_a_week():
     """One warning for each kind, with the age of the first: that is the oldest."""
-    clock = Retention()
+    clock = Expiry()
     assert clock.resumed(0.0, HOUR, answered=False) is None
     told = clock.resumed(0.0, 3 * HOUR, answered=False)
     assert told is not None
@@ -40,7 +40,7 @@ def test_a_resumed_request_is_late_after_the_floor_and_its_pictures_after_a_week
 
 def test_an_outage_is_told_at_half_of_the_floor_and_anew_after_it_ended():
     """From its first failed read on: a quiet hour before it does not count."""
-    clock = Retention()
+    clock = Expiry()
     clock.read()
     assert clock.unread(10 * HOUR) is None
     assert clock.unread(10.4 * HOUR) is None
@@ -53,7 +53,7 @@ def test_an_outage_is_told_at_half_of_the_floor_and_anew_after_it_ended():
 
 def test_large_results_make_an_outage_urgent():
     """Once one of 10 KB was seen, three minutes are half of what is certain."""
-    clock = Retention()
+    clock = Expiry()
     assert clock.collected(1.0, 20_000) is None
     assert clock.unread(0.0) is None
     assert clock.unread(180.0) is not None
@@ -61,23 +61,23 @@ def test_large_results_make_an_outage_urgent():
 
 def test_a_result_that_waited_too_long_is_told_once():
     """Half an hour for a small one, three minutes for a large one."""
-    clock = Retention()
+    clock = Expiry()
     assert clock.collected(1799.0, 500) is None
     assert "--max-in-flight" in str(clock.collected(1800.0, 500))
     assert clock.collected(1900.0, 500) is None
-    assert Retention().collected(180.0, 10_000) is not None
+    assert Expiry().collected(180.0, 10_000) is not None
 
 
 def test_a_download_that_fails_for_days_is_told():
     """Half of the week that files are promised for."""
-    clock = Retention()
+    clock = Expiry()
     assert clock.undownloaded(0.0, 3 * DAY) is None
     assert "4 days" in str(clock.undownloaded(0.0, 3.5 * DAY))
 
 
 def test_a_target_that_keeps_everything_has_no_clock():
     """Our own server: nothing is ever late."""
-    clock = Retention(for_good=True)
+    clock = Expiry(for_good=True)
     clock.unread(0.0)
     told = [
         clock.resumed(0.0, 99 * DAY, answered=True),
@@ -90,7 +90,7 @@ def test_a_target_that_keeps_everything_has_no_clock():
 
 def test_a_lifetime_that_was_asked_for_takes_the_place_of_the_week():
     """A shorter one warns sooner, a longer one later; also at a server that keeps results for good."""
-    short, long = Retention(for_good=True, file_seconds=DAY), Retention(file_seconds=30 * DAY)
+    short, long = Expiry(for_good=True, file_seconds=DAY), Expiry(file_seconds=30 * DAY)
     assert short.resumed(0.0, 3 * DAY, answered=False) is None
     told = short.resumed(0.0, 3 * DAY, answered=True)
     assert told is not None

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from batch.server.engines.base import NotReady
+from batch.server.engines.flux.errors import Trouble, first_line, trouble_of
 from batch.server.engines.flux.folder import PARTS
 from batch.server.engines.flux.safety import Checker, open_checker
-from batch.server.engines.flux.trouble import Trouble, first_line, trouble_of
 from batch.server.engines.flux.tuning import tune
 
 __all__ = ["Model", "Setup", "load"]

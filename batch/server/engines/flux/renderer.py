@@ -28,9 +28,9 @@ from batch.server.engines.base import (
     NotReady,
     OnStep,
 )
+from batch.server.engines.flux.errors import Trouble, first_line, trouble_of
 from batch.server.engines.flux.loading import Model, Setup, load
 from batch.server.engines.flux.restyle import restyle
-from batch.server.engines.flux.trouble import Trouble, first_line, trouble_of
 from batch.server.engines.flux.tuning import untune
 
 __all__ = ["LOST", "FluxRenderer", "open_renderer"]
