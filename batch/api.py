@@ -29,7 +29,7 @@ from batch.config import Settings, load_settings
 from batch.directory import RunDirectory
 from batch.errors import ConfigError, ExitCode, RunDirectoryError, RunLocked
 from batch.fal.protocol import names_fal
-from batch.journal.database import JournalFile
+from batch.journal.database import JournalDatabase
 from batch.journal.records import Counts
 from batch.journal.states import State
 from batch.journal.writer import open_journal
@@ -318,7 +318,7 @@ def _plan(source: Source, settings: Settings, terms: Terms, out: Path | None, *,
         directory.check_place()
         refusal = _refusal(directory, settings)
         if directory.has_begun():
-            file = JournalFile.open_read_only(directory.journal)
+            file = JournalDatabase.open_read_only(directory.journal)
     try:
         planner = open_planner(opened, settings, None)
         spent = 0.0 if file is None else file.counts().spent_usd
@@ -346,7 +346,7 @@ def _refusal(directory: RunDirectory, settings: Settings) -> str:
 def _status(directory: RunDirectory) -> Status:
     directory.require()
     facts = directory.read_run() or {}
-    file = JournalFile.open_read_only(directory.journal)
+    file = JournalDatabase.open_read_only(directory.journal)
     try:
         counts, rate = file.counts(), _rate(file)
     finally:
@@ -375,7 +375,7 @@ def _waits_of(directory: RunDirectory) -> tuple[Overview | None, float]:
     return (overview if overview.stages else None), max(0.0, time.time() - at)
 
 
-def _rate(file: JournalFile) -> float | None:
+def _rate(file: JournalDatabase) -> float | None:
     """Jobs done a minute while the last session worked."""
     sessions = file.sessions()
     if not sessions:
@@ -394,7 +394,7 @@ def _export(directory: RunDirectory, settings: Settings, source: Source, to: str
     opened = open_manifest(source, settings)
     if to is not None:
         require_apart(to, opened)
-    file = JournalFile.open_read_only(directory.journal)
+    file = JournalDatabase.open_read_only(directory.journal)
     try:
         planner = open_planner(opened, settings, None)
         projection = Projection(planner, opened, settings, file, identity_of(opened, settings))

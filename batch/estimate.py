@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 import polars as pl
 
-from batch.journal.records import Known
+from batch.journal.records import KnownJob
 from batch.journal.states import OPEN, State
 from batch.manifest.planner import Checked, Planner
 from batch.money import UNKNOWN_MEGAPIXELS, Price
@@ -18,7 +18,7 @@ from batch.types import JobKey, JsonObject, Problem
 
 __all__ = ["Find", "Survey", "counted", "render_note", "render_problems", "survey"]
 
-Find: TypeAlias = Callable[[Sequence[JobKey]], Mapping[JobKey, Known]]
+Find: TypeAlias = Callable[[Sequence[JobKey]], Mapping[JobKey, KnownJob]]
 """Those of the keys that the journal knows; asked for a few thousand at a time."""
 
 SHOWN_PROBLEMS = 20
@@ -235,7 +235,7 @@ class _Tally:
                 else:
                     self.states[state] += 1
 
-    def _state_of(self, job: Known) -> State:
+    def _state_of(self, job: KnownJob) -> State:
         lost = job.state is State.COLLECTABLE and (job.ended_at or 0.0) < self._lost_before
         return State.FAILED if lost else job.state
 

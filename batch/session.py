@@ -23,10 +23,10 @@ from batch.config import Settings, parse_duration, window_bounds
 from batch.directory import RunDirectory, config_of
 from batch.errors import ConfigError, ExitCode, StoppedEarly, StorageError
 from batch.estimate import Survey, survey
-from batch.journal.database import JournalFile
+from batch.journal.database import JournalDatabase
 from batch.journal.records import Counts
 from batch.journal.states import State
-from batch.journal.writer import Journal, open_journal
+from batch.journal.writer import JournalWriter, open_journal
 from batch.manifest.images import Pictures
 from batch.manifest.opening import Source, keep, located, open_manifest, with_columns
 from batch.manifest.planner import Planner
@@ -242,14 +242,14 @@ def _noted(directory: RunDirectory, started_at: str) -> Iterator[None]:
         raise
 
 
-def open_planner(manifest: Manifest, settings: Settings, file: JournalFile | None) -> Planner:
+def open_planner(manifest: Manifest, settings: Settings, file: JournalDatabase | None) -> Planner:
     """The manifest's planner; with a journal the hashes of local pictures are kept from run to run."""
     pictures = Pictures(manifest.folder, settings.limits.max_image_megapixels, file)
     return Planner(manifest, with_columns(manifest, settings), pictures)
 
 
 def survey_of(
-    planner: Planner, settings: Settings, terms: Terms, file: JournalFile | None, *, retry_failed: bool
+    planner: Planner, settings: Settings, terms: Terms, file: JournalDatabase | None, *, retry_failed: bool
 ) -> Survey:
     """Run once through the manifest: counts, problems, cost. A plan shows what it says, a run does it."""
     wanted = settings.limits.max_in_flight
@@ -305,7 +305,7 @@ def _refuse_unasked(plan: Plan, request: Request) -> None:
 async def _carried_out(
     request: Request,
     directory: RunDirectory,
-    journal: Journal,
+    journal: JournalWriter,
     projection: Projection,
     plan: Plan,
     before: Counts,
@@ -424,7 +424,7 @@ def _bucket(rate: float | None) -> TokenBucket | None:
     return None if rate is None else TokenBucket(rate, burst=max(1.0, rate / 10))
 
 
-def _reconciler(target: Connection, journal: Journal, observer: Observer, rng: Random) -> Reconciler | None:
+def _reconciler(target: Connection, journal: JournalWriter, observer: Observer, rng: Random) -> Reconciler | None:
     """None where a repeated submit finds out what became of the first one, and its request id."""
     if target.idempotency is Idempotency.REPLAY:
         return None

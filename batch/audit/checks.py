@@ -24,7 +24,7 @@ from batch.audit.report import EXAMPLES, Books, Check, Mismatch, Remark
 from batch.audit.tables import Scratch, Seen
 from batch.config import Settings
 from batch.directory import RunDirectory
-from batch.journal.database import Ended, JournalFile, Kept
+from batch.journal.database import AuditedJob, AuditedRequest, JournalDatabase
 from batch.journal.states import OPEN, TERMINAL, State
 from batch.results.schema import status_of
 from batch.run.images import sum_of
@@ -38,7 +38,7 @@ _FUZZ_USD = 1e-6
 """Of one sum; sums of a million floats are granted more."""
 _HASHED_AT_ONCE = 4
 _COLUMNS = ["job_key", "status", "request_id", "cost_usd", "images.list.element.sha256"]
-_Row = TypeVar("_Row", Kept, Ended)
+_Row = TypeVar("_Row", AuditedJob, AuditedRequest)
 
 
 async def audited(directory: RunDirectory, settings: Settings, *, version: str, now: float) -> Books:
@@ -77,7 +77,7 @@ class _Own(NamedTuple):
 
 
 def _own_books(directory: RunDirectory, scratch: Scratch) -> _Own:
-    file = JournalFile.open_read_only(directory.journal)
+    file = JournalDatabase.open_read_only(directory.journal)
     try:
         results = _results(directory, file, scratch)
         with _Jobs(directory, scratch) as jobs:
@@ -124,7 +124,7 @@ def _pages(read: Callable[[int, int], list[_Row]]) -> Iterator[list[_Row]]:
 # --- requests and money -----------------------------------------------------------------------------------
 
 
-def _requests(file: JournalFile, scratch: Scratch) -> int:
+def _requests(file: JournalDatabase, scratch: Scratch) -> int:
     """Remember every request that ended, of whatever attempt; how many ended without a result."""
     lost = 0
     for page in _pages(file.ended_after):
@@ -209,7 +209,7 @@ class _Jobs:
         """Accepted, and not collected yet."""
         return sum(self.states[state] for state in (State.ACCEPTED, State.ANSWERED, State.COLLECTABLE))
 
-    def take(self, page: list[Kept]) -> None:
+    def take(self, page: list[AuditedJob]) -> None:
         """One page of the journal."""
         shown = self._scratch.shown([job.key for job in page])
         self._scratch.add_requests(Seen(job.request_id, job.key) for job in page if job.request_id is not None)
@@ -225,7 +225,7 @@ class _Jobs:
                 pictures += [one for one in known if one[1].path is not None or job.state is State.DONE]
         self._look_at(pictures)
 
-    def _count(self, job: Kept) -> None:
+    def _count(self, job: AuditedJob) -> None:
         self.states[job.state] += 1
         self.cost_usd += job.cost_usd or 0.0
         self.reserved_usd += job.reserved_usd
@@ -277,11 +277,11 @@ class _Jobs:
         return Remark(self._unasked.what, self._unasked.count, tuple(self._unasked.examples))
 
 
-def _has_its_images(job: Kept) -> bool:
+def _has_its_images(job: AuditedJob) -> bool:
     return job.promised is not None and job.images is not None and len(job.images) == job.promised
 
 
-def _name(job: Kept) -> str:
+def _name(job: AuditedJob) -> str:
     return f"job {job.key}" + (f", request {job.request_id}" if job.request_id else "")
 
 
@@ -310,7 +310,7 @@ def _orphans(directory: RunDirectory, scratch: Scratch) -> Remark:
 # --- the results table ------------------------------------------------------------------------------------
 
 
-def _results(directory: RunDirectory, file: JournalFile, scratch: Scratch) -> Check:
+def _results(directory: RunDirectory, file: JournalDatabase, scratch: Scratch) -> Check:
     """Row by row: the state, request, cost and pictures that the journal has."""
     advice = "`restyle export` writes it anew, for free"
     absent = Mismatch("results.parquet cannot be read", advice)
@@ -329,7 +329,7 @@ def _results(directory: RunDirectory, file: JournalFile, scratch: Scratch) -> Ch
 
 
 def _compare(
-    rows: list[dict[str, object]], file: JournalFile, scratch: Scratch, strangers: Mismatch, behind: Mismatch
+    rows: list[dict[str, object]], file: JournalDatabase, scratch: Scratch, strangers: Mismatch, behind: Mismatch
 ) -> None:
     keys = [JobKey(str(row["job_key"])) for row in rows if row["job_key"] is not None]
     known = file.jobs_of(list(dict.fromkeys(keys)))
@@ -345,7 +345,7 @@ def _compare(
             behind.met(f"job {key}: {told}")
 
 
-def _differences(row: dict[str, object], job: Kept) -> str:
+def _differences(row: dict[str, object], job: AuditedJob) -> str:
     said, true = row["status"], status_of(job.state)
     if said != true:
         return f"{said} in the results, {true} in the journal"

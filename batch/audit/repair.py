@@ -22,7 +22,7 @@ from batch.directory import RunDirectory
 from batch.fal.answer import images_of
 from batch.fal.client import FalClient
 from batch.fal.errors import CallFailed
-from batch.journal.database import JournalFile, Kept
+from batch.journal.database import AuditedJob, JournalDatabase
 from batch.journal.states import State
 from batch.run.images import ImageFolder, sum_of
 from batch.run.interfaces import PictureError
@@ -56,7 +56,7 @@ async def repaired(directory: RunDirectory, settings: Settings, *, version: str,
     """
     found = Repair()
     in_thread = anyio.to_thread.run_sync
-    file = await in_thread(JournalFile.open_read_only, directory.journal)
+    file = await in_thread(JournalDatabase.open_read_only, directory.journal)
     try:
         pages = _damages(directory, file)
         page = await in_thread(next, pages, None)
@@ -73,7 +73,7 @@ async def repaired(directory: RunDirectory, settings: Settings, *, version: str,
     return found
 
 
-def _damages(directory: RunDirectory, file: JournalFile) -> Iterator[list[_Damage]]:
+def _damages(directory: RunDirectory, file: JournalDatabase) -> Iterator[list[_Damage]]:
     """Pages of what is missing or damaged; each file is looked at once, however many jobs show it."""
     seen: set[bytes] = set()
     last = 0
@@ -84,7 +84,7 @@ def _damages(directory: RunDirectory, file: JournalFile) -> Iterator[list[_Damag
             yield damaged
 
 
-def _damages_of(directory: RunDirectory, job: Kept, seen: set[bytes]) -> Iterator[_Damage]:
+def _damages_of(directory: RunDirectory, job: AuditedJob, seen: set[bytes]) -> Iterator[_Damage]:
     for place, image in enumerate(job.images or ()):
         if image.path is None or image.sha256 is None or (digest := bytes.fromhex(image.sha256)) in seen:
             continue

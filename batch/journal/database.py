@@ -28,14 +28,22 @@ from batch.errors import RunDirectoryError, StorageError
 from batch.fal.answer import images_of
 from batch.journal.answers import answer_of, output_of, without_data_uris
 from batch.journal.events import Accepted, Event, Uploaded
-from batch.journal.records import Counts, Entry, Known, Outcome
+from batch.journal.records import Counts, JobOutcome, KnownJob, OpenJob
 from batch.journal.states import OPEN, State
-from batch.journal.transitions import JobRow, Ledger, decode_images, slim_body
+from batch.journal.transitions import JobRow, JobTransitions, decode_images, slim_body
 from batch.manifest.types import FileFact, FileKey
 from batch.system.descriptors import patiently
 from batch.types import JobKey, RequestId, StoredImage, Ticket
 
-__all__ = ["APPLICATION_ID", "SCHEMA_VERSION", "Ended", "Finishes", "JournalFile", "Kept", "Session"]
+__all__ = [
+    "APPLICATION_ID",
+    "SCHEMA_VERSION",
+    "AuditedJob",
+    "AuditedRequest",
+    "FinishedJobs",
+    "JournalDatabase",
+    "Session",
+]
 
 APPLICATION_ID = 0x52535459
 """`RSTY`, in the header of the file: another program's database is refused, not written to."""
@@ -67,14 +75,14 @@ class Session(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Finishes:
+class FinishedJobs:
     """How many jobs were done, and when the last one was; 0.0 where none was."""
 
     count: int
     last_at: float
 
 
-class Kept(NamedTuple):
+class AuditedJob(NamedTuple):
     """One job as an audit looks at it."""
 
     id: int
@@ -90,7 +98,7 @@ class Kept(NamedTuple):
     """Pictures noted when it was finished; None where it was not."""
 
 
-class Ended(NamedTuple):
+class AuditedRequest(NamedTuple):
     """How one request, of whatever attempt, was answered or failed."""
 
     id: int
@@ -102,7 +110,7 @@ class Ended(NamedTuple):
     cost_usd: float | None
 
 
-class JournalFile:
+class JournalDatabase:
     """One open journal; also the planner's `FileFacts`.
 
     All methods may be called from any thread: a lock keeps one thread's reads and writes out of another
@@ -120,12 +128,12 @@ class JournalFile:
         """Rows as they are on disk, of jobs that will soon be written again: nobody else writes them."""
 
     def __repr__(self) -> str:
-        return f"<JournalFile {self._path} session={self.session} jobs={self._last_job}>"
+        return f"<JournalDatabase {self._path} session={self.session} jobs={self._last_job}>"
 
     # --- opening and closing ----------------------------------------------------------------------------------
 
     @classmethod
-    def open(cls, path: Path, *, now: float, version: str, lost: str | None = None) -> JournalFile:
+    def open(cls, path: Path, *, now: float, version: str, lost: str | None = None) -> JournalDatabase:
         """Open for writing, create where there is none, and begin a session of this tool version.
 
         Raises:
@@ -157,7 +165,7 @@ class JournalFile:
         return journal
 
     @classmethod
-    def open_read_only(cls, path: Path) -> JournalFile:
+    def open_read_only(cls, path: Path) -> JournalDatabase:
         """Open for reading, also while a run writes. `session` is the number of the last one.
 
         Raises:
@@ -222,7 +230,7 @@ class JournalFile:
             rows, self._under_way = self._under_way, {}
             absent = keys - rows.keys()
             loaded = self._all("load_jobs", [_json(absent)]) if absent else []
-            ledger = Ledger(
+            ledger = JobTransitions(
                 chain(map(JobRow.of, loaded), rows.values()),
                 session=self.session,
                 last_job=self._last_job,
@@ -235,7 +243,7 @@ class JournalFile:
         self._under_way = {key: job for key, job in ledger.jobs.items() if job.state in _UNDER_WAY}
         return refusals
 
-    def _write(self, ledger: Ledger) -> None:
+    def _write(self, ledger: JobTransitions) -> None:
         self._put("put_jobs", [job.columns() for job in ledger.touched.values()])
         self._put("put_bodies", ledger.bodies)
         self._put("put_start_timeouts", ledger.start_timeouts)
@@ -263,17 +271,17 @@ class JournalFile:
 
     # --- reading ----------------------------------------------------------------------------------------------
 
-    def find(self, keys: Sequence[JobKey]) -> dict[JobKey, Known]:
+    def find(self, keys: Sequence[JobKey]) -> dict[JobKey, KnownJob]:
         """Those of the keys that the journal knows."""
         rows = self._all("find_jobs", [_json(keys)])
-        return {key: Known(_STATES[state], *rest) for key, state, *rest in rows}
+        return {key: KnownJob(_STATES[state], *rest) for key, state, *rest in rows}
 
     def entry_ids(self, states: Collection[State]) -> array[int]:
         """Row ids of the jobs in these states, the one intended first coming first. Eight bytes a job."""
         statement = "open_ids" if _INDEXED.issuperset(states) else "all_ids"
         return array("q", [row_id for (row_id,) in self._all(statement, [_json(states)])])
 
-    def read_entries(self, ids: Sequence[int], states: Collection[State]) -> list[Entry]:
+    def read_entries(self, ids: Sequence[int], states: Collection[State]) -> list[OpenJob]:
         """The jobs of these ids that are in one of the states, in the order of the ids."""
         rows = self._all("read_entries", {"ids": _json(ids), "states": _json(states)})
         return [_entry(row) for row in rows]
@@ -300,25 +308,25 @@ class JournalFile:
         """All openings for writing, the first one first."""
         return [Session(*row) for row in self._all("read_sessions")]
 
-    def finished_since(self, at: float) -> Finishes:
+    def finished_since(self, at: float) -> FinishedJobs:
         """What was done in the sessions that started at or after `at`. Costs nothing."""
         count, last_at = self._one("finished_since", [at])
-        return Finishes(count, last_at or 0.0)
+        return FinishedJobs(count, last_at or 0.0)
 
-    def outcomes(self, keys: Sequence[JobKey]) -> dict[JobKey, Outcome]:
+    def outcomes(self, keys: Sequence[JobKey]) -> dict[JobKey, JobOutcome]:
         """What the results table shows of those of the keys that the journal knows; a few thousand at a time."""
         return self._outcomes(keys, after=0, upto=0)
 
-    def outcomes_in_turn(self) -> Callable[[Sequence[JobKey]], dict[JobKey, Outcome]]:
+    def outcomes_in_turn(self) -> Callable[[Sequence[JobKey]], dict[JobKey, JobOutcome]]:
         """`outcomes` for who asks for all jobs, in about the order in which the journal met them, as an export does.
 
         The rows are read as they lie, which takes half as long; those that did not lie next to each other are looked
         up. At most a few thousand are kept for later.
         """
-        ahead: dict[JobKey, Outcome] = {}
+        ahead: dict[JobKey, JobOutcome] = {}
         read = 0
 
-        def next_of(keys: Sequence[JobKey]) -> dict[JobKey, Outcome]:
+        def next_of(keys: Sequence[JobKey]) -> dict[JobKey, JobOutcome]:
             nonlocal read
             if len(ahead) < _READ_AHEAD:  # else the order is another one
                 lying_next = self._outcomes([], after=read, upto=read + len(keys))
@@ -332,22 +340,24 @@ class JournalFile:
 
         return next_of
 
-    def _outcomes(self, keys: Sequence[JobKey], *, after: int, upto: int) -> dict[JobKey, Outcome]:
+    def _outcomes(self, keys: Sequence[JobKey], *, after: int, upto: int) -> dict[JobKey, JobOutcome]:
         wanted = {"keys": _json(keys), "after": after, "upto": upto}
-        return {row[0]: Outcome._make(row) for row in self._all("read_outcomes", wanted)}
+        return {row[0]: JobOutcome._make(row) for row in self._all("read_outcomes", wanted)}
 
-    def jobs_after(self, row_id: int, count: int) -> list[Kept]:
+    def jobs_after(self, row_id: int, count: int) -> list[AuditedJob]:
         """The next jobs behind that row id, at most `count`: all of them, a page at a time."""
         return [_kept(row) for row in self._all("jobs_after", [row_id, count])]
 
-    def jobs_of(self, keys: Sequence[JobKey]) -> dict[JobKey, Kept]:
+    def jobs_of(self, keys: Sequence[JobKey]) -> dict[JobKey, AuditedJob]:
         """Those of the keys that the journal knows; a few thousand at a time."""
         return {row[1]: _kept(row) for row in self._all("jobs_of", [_json(keys)])}
 
-    def ended_after(self, row_id: int, count: int) -> list[Ended]:
+    def ended_after(self, row_id: int, count: int) -> list[AuditedRequest]:
         """The next answers and failures behind that row id, those of earlier attempts included."""
         rows = self._all("ended_after", [row_id, count])
-        return [Ended(one, key, request, at, bool(failed), *paid) for one, key, request, at, failed, *paid in rows]
+        return [
+            AuditedRequest(one, key, request, at, bool(failed), *paid) for one, key, request, at, failed, *paid in rows
+        ]
 
     def get_many(self, keys: Sequence[FileKey]) -> dict[FileKey, FileFact]:
         """Those of the local pictures that were read before and have not changed since."""
@@ -416,10 +426,10 @@ def _json(values: Iterable[str | int]) -> str:
 # --- from rows to values ----------------------------------------------------------------------------------
 
 
-def _entry(row: tuple[Any, ...]) -> Entry:
+def _entry(row: tuple[Any, ...]) -> OpenJob:
     key, state, attempt, intended_at, body, accepted_at, request_id, *urls, reserved, start_timeout = row[:-4]
     ended_at, output, units, engine = row[-4:]
-    return Entry(
+    return OpenJob(
         job_key=key,
         state=_STATES[state],
         attempt=attempt,
@@ -434,9 +444,9 @@ def _entry(row: tuple[Any, ...]) -> Entry:
     )
 
 
-def _kept(row: tuple[Any, ...]) -> Kept:
+def _kept(row: tuple[Any, ...]) -> AuditedJob:
     row_id, key, state, request_id, reserved, cost, output, images = row
-    return Kept(
+    return AuditedJob(
         row_id,
         key,
         _STATES[state],

@@ -11,14 +11,14 @@ from typing import NamedTuple
 from batch.journal.states import State
 from batch.types import Answer, JobKey, RequestId, Ticket
 
-__all__ = ["Counts", "Entry", "Known", "Outcome", "RequestIdTaken"]
+__all__ = ["Counts", "JobOutcome", "KnownJob", "OpenJob", "RequestIdTaken"]
 
 
 class RequestIdTaken(Exception):
     """The service gave a request id that it had given to another job: whose result it will show is not known."""
 
 
-class Known(NamedTuple):
+class KnownJob(NamedTuple):
     """The little that deciding about a manifest row needs."""
 
     state: State
@@ -31,7 +31,7 @@ class Known(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class OpenJob:
     """Everything about a job that is not finished, so that it can be taken up again."""
 
     job_key: JobKey
@@ -50,7 +50,7 @@ class Entry:
     """As it was intended."""
 
 
-class Outcome(NamedTuple):
+class JobOutcome(NamedTuple):
     """What the results table shows of one job: flat, and its JSON as it is stored, for an export has a million."""
 
     job_key: JobKey

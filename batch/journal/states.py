@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-__all__ = ["OPEN", "TABLE", "TERMINAL", "Happening", "IllegalTransition", "State", "advance"]
+__all__ = ["OPEN", "TABLE", "TERMINAL", "EventKind", "IllegalTransition", "State", "advance"]
 
 
 class State(StrEnum):
@@ -31,7 +31,7 @@ class State(StrEnum):
     go, and it is asked for again, free, for as long as the target may keep it."""
 
 
-class Happening(StrEnum):
+class EventKind(StrEnum):
     """What can happen to a job."""
 
     INTEND = "intend"
@@ -49,9 +49,9 @@ class Happening(StrEnum):
     """A failed job is taken up again: a new attempt."""
 
 
-_S, _H = State, Happening
+_S, _H = State, EventKind
 
-TABLE: dict[tuple[State, Happening], State] = {
+TABLE: dict[tuple[State, EventKind], State] = {
     (_S.PENDING, _H.INTEND): _S.INTENDED,
     (_S.PENDING, _H.FAIL): _S.FAILED,  # its picture cannot be read: nothing was sent
     (_S.INTENDED, _H.ACCEPT): _S.ACCEPTED,
@@ -82,7 +82,7 @@ class IllegalTransition(RuntimeError):
     """A defect of ours: an event that the table does not allow."""
 
 
-def advance(state: State, happening: Happening) -> State:
+def advance(state: State, happening: EventKind) -> State:
     """The next state.
 
     Raises:

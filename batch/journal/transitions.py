@@ -1,7 +1,7 @@
 """What a group of events makes of the jobs' rows: the journal's decisions, without its database. Pure.
 
 Owns which columns each event changes and when money counts as spent. Refuses to know SQL, files and threads:
-`journal_file` loads the rows that a group touches, lets a `Ledger` work on them and writes back what it left.
+`journal_file` loads the rows that a group touches, lets a `JobTransitions` work on them and writes back what it left.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from batch.journal.records import RequestIdTaken
 from batch.journal.states import IllegalTransition, State, advance
 from batch.types import Answer, JobKey, Json, StoredImage
 
-__all__ = ["JobRow", "Ledger", "decode_images", "encode_images", "slim_body", "taken"]
+__all__ = ["JobRow", "JobTransitions", "decode_images", "encode_images", "slim_body", "taken"]
 
 Value: TypeAlias = str | bytes | int | float | None
 """What SQLite stores in one field."""
@@ -99,7 +99,7 @@ class JobRow:
         )  # fmt: skip
 
 
-class Ledger:
+class JobTransitions:
     """The rows that one group of events touches, and the new rows that it adds.
 
     Each call in the group is taken whole or not at all; what one call did is what the next one finds.

@@ -20,13 +20,13 @@ import anyio
 import anyio.to_thread
 
 from batch.errors import StorageError
-from batch.journal.database import JournalFile
+from batch.journal.database import JournalDatabase
 from batch.journal.events import Event
-from batch.journal.records import Counts, Entry, Known
+from batch.journal.records import Counts, KnownJob, OpenJob
 from batch.journal.states import State
 from batch.types import JobKey
 
-__all__ = ["Journal", "JournalStatistics", "open_journal"]
+__all__ = ["JournalStatistics", "JournalWriter", "open_journal"]
 
 _PAGE = 256
 """Entries read at a time."""
@@ -55,7 +55,7 @@ class JournalStatistics(NamedTuple):
     """Calls in one transaction."""
 
 
-class _Group:
+class _CommitGroup:
     """Calls that become one transaction, and what became of each."""
 
     __slots__ = ("calls", "errors", "settled")
@@ -79,16 +79,16 @@ def _late() -> StorageError:
     return StorageError("the disk did not take the last journal entries in time; run the same command again")
 
 
-class Journal:
-    """Implements `batch.run.interfaces.Journal` on a file. Made by `open_journal`."""
+class JournalWriter:
+    """Implements `batch.run.interfaces.JournalWriter` on a file. Made by `open_journal`."""
 
-    def __init__(self, file: JournalFile) -> None:
+    def __init__(self, file: JournalDatabase) -> None:
         self.file = file
         """The synchronous core, for the planner's and the projection's threads."""
         self.session = file.session
         self._one_at_a_time = anyio.CapacityLimiter(1)
-        self._group = _Group()
-        self._full: deque[_Group] = deque()
+        self._group = _CommitGroup()
+        self._full: deque[_CommitGroup] = deque()
         """Groups that came before it and take no more."""
         self._latest = self._group
         """The one that the last call went into."""
@@ -123,7 +123,7 @@ class Journal:
         group = self._group
         if len(group.calls) >= _LARGEST_GROUP:
             self._full.append(group)
-            group = self._group = _Group()
+            group = self._group = _CommitGroup()
         place = len(group.calls)
         group.calls.append(events)
         self._latest = group
@@ -148,11 +148,11 @@ class Journal:
         if isinstance(self._refused, StorageError):
             raise StorageError(*self._refused.args) from self._refused
 
-    async def find(self, keys: Sequence[JobKey]) -> dict[JobKey, Known]:
+    async def find(self, keys: Sequence[JobKey]) -> dict[JobKey, KnownJob]:
         """Those of the keys that the journal knows."""
         return await self._in_thread(partial(self.file.find, keys))
 
-    async def entries(self, states: Collection[State]) -> AsyncGenerator[Entry, None]:
+    async def entries(self, states: Collection[State]) -> AsyncGenerator[OpenJob, None]:
         """Jobs in these states, the one intended first coming first; read in pages.
 
         A job is met at most once: those that were in one of the states at the start and still are when
@@ -236,16 +236,16 @@ class Journal:
         """Whether closing has waited for the disk as long as it does."""
         return self._shield.cancel_called
 
-    def _next(self) -> list[_Group]:
+    def _next(self) -> list[_CommitGroup]:
         """The oldest calls that were not written yet, as one transaction; of a slow disk all of them."""
         if self._full and not self._is_slow:
             return [self._full.popleft()]
         groups = [*self._full, self._group]
         self._full.clear()
-        self._group = _Group()
+        self._group = _CommitGroup()
         return groups
 
-    async def _flush(self, groups: list[_Group]) -> None:
+    async def _flush(self, groups: list[_CommitGroup]) -> None:
         calls = [call for group in groups for call in group.calls]
         errors: list[Exception | None] = [_late()] * len(calls)
         try:
@@ -303,7 +303,7 @@ def _uncancelled(*, unless: Callable[[], bool]) -> Iterator[None]:
 @asynccontextmanager
 async def open_journal(
     path: Path, *, version: str = "", clock: Callable[[], float] = time.time, lost: str | None = None
-) -> AsyncIterator[Journal]:
+) -> AsyncIterator[JournalWriter]:
     """Open a journal for writing, create where there is none; a new session begins.
 
     On leaving, what is pending is flushed, shielded from cancellation for at most 30 s.
@@ -318,7 +318,7 @@ async def open_journal(
         RunDirectoryError: no journal of ours, one of a newer restyle, or none where there should be one.
         StorageError: the disk refused.
     """
-    opening = partial(JournalFile.open, path, now=clock(), version=version, lost=lost)
-    journal = Journal(await anyio.to_thread.run_sync(opening))
+    opening = partial(JournalDatabase.open, path, now=clock(), version=version, lost=lost)
+    journal = JournalWriter(await anyio.to_thread.run_sync(opening))
     async with journal.flushing(clock):
         yield journal

@@ -20,7 +20,7 @@ import orjson
 from batch.config import Settings
 from batch.directory import config_of
 from batch.errors import ConfigError
-from batch.journal.database import JournalFile
+from batch.journal.database import JournalDatabase
 from batch.journal.states import State
 from batch.manifest.hashing import content_hash
 from batch.manifest.planner import Planner
@@ -50,7 +50,7 @@ class Projection:
     planner: Planner
     manifest: Manifest
     settings: Settings
-    file: JournalFile
+    file: JournalDatabase
     identity: JsonObject
 
     def outdate(self) -> None:

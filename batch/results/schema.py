@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from batch.fal.answer import AnswerFields, fields_of, has_images, images_of
 from batch.journal.answers import output_of
-from batch.journal.records import Outcome
+from batch.journal.records import JobOutcome
 from batch.journal.states import State
 from batch.journal.transitions import encode_images
 from batch.manifest.planner import Planned, PlannedBatch
@@ -39,7 +39,7 @@ OnBadRow: TypeAlias = Literal["fail", "skip"]
 
 _SUFFIX = "_manifest"
 _INSTANT = pa.timestamp("us", tz="UTC")
-_UNHEARD = Outcome(JobKey(""), State.PENDING, attempts=0)
+_UNHEARD = JobOutcome(JobKey(""), State.PENDING, attempts=0)
 _NOTHING: JsonObject = {}
 _NO_FIELDS = AnswerFields(None, None, None, None, ())
 _UNDECIDED = "its submit may have been accepted, nobody knows; `restyle reconcile` or the next run settles it"
@@ -145,7 +145,7 @@ def results_schema(manifest: pa.Schema) -> pa.Schema:
 
 def record_batch(
     batch: PlannedBatch,
-    outcomes: Mapping[JobKey, Outcome],
+    outcomes: Mapping[JobKey, JobOutcome],
     *,
     schema: pa.Schema,
     target: str,
@@ -181,12 +181,12 @@ def _manifest_columns(batch: PlannedBatch, schema: pa.Schema) -> list[pa.Chunked
 
 
 def _own_columns(
-    items: Sequence[Planned], outcomes: Mapping[JobKey, Outcome], target: str, on_bad_row: OnBadRow
+    items: Sequence[Planned], outcomes: Mapping[JobKey, JobOutcome], target: str, on_bad_row: OnBadRow
 ) -> dict[str, pa.Array]:
     jobs = [item.job for item in items]
     inputs = [_NO_INPUT | item.known if item.job is None else item.job.input for item in items]
     found = [_UNHEARD if job is None else outcomes.get(job.key, _UNHEARD) for job in jobs]
-    said = _by_name(Outcome._fields, found)
+    said = _by_name(JobOutcome._fields, found)
     outputs = [_NOTHING if output is None else output_of(output) for output in said["output"]]
     asked = [values["seed"] for values in inputs]
     fields = [fields_of(output, seed) if output else _NO_FIELDS for output, seed in zip(outputs, asked, strict=True)]

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batch.errors import StorageError
-from batch.journal.records import Outcome
+from batch.journal.records import JobOutcome
 from batch.manifest.planner import PlannedBatch
 from batch.results.schema import OnBadRow, record_batch, results_schema
 from batch.results.totals import Totals
@@ -40,7 +40,7 @@ _SLICE_BYTES = 32 * 2**20
 def write_results(
     path: Path,
     batches: Iterable[PlannedBatch],
-    outcomes: Callable[[Sequence[JobKey]], Mapping[JobKey, Outcome]],
+    outcomes: Callable[[Sequence[JobKey]], Mapping[JobKey, JobOutcome]],
     *,
     manifest_schema: pa.Schema,
     target: str,
@@ -91,7 +91,7 @@ def write_results(
 
 def _tables(
     batches: Iterable[PlannedBatch],
-    outcomes: Callable[[Sequence[JobKey]], Mapping[JobKey, Outcome]],
+    outcomes: Callable[[Sequence[JobKey]], Mapping[JobKey, JobOutcome]],
     schema: pa.Schema,
     target: str,
     on_bad_row: OnBadRow,

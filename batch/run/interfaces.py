@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 from batch.fal.protocol import CancelOutcome
 from batch.journal.events import Event
-from batch.journal.records import Counts, Entry, Known
+from batch.journal.records import Counts, KnownJob, OpenJob
 from batch.journal.states import State
 from batch.types import Answer, Attempt, JobKey, Json, LocalImage, StoredImage, Ticket, TicketStatus
 
@@ -53,10 +53,10 @@ class Journal(Protocol):
             StorageError: the disk refused some of it, or takes too long.
         """
 
-    async def find(self, keys: Sequence[JobKey]) -> dict[JobKey, Known]:
+    async def find(self, keys: Sequence[JobKey]) -> dict[JobKey, KnownJob]:
         """Those of the keys that the journal knows."""
 
-    def entries(self, states: Collection[State]) -> AsyncGenerator[Entry, None]:
+    def entries(self, states: Collection[State]) -> AsyncGenerator[OpenJob, None]:
         """Jobs in these states, the one intended first coming first."""
 
     async def uploaded(self, sha256: str, since: float) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from batch.fal.answer import has_images
-from batch.journal.records import Entry
+from batch.journal.records import OpenJob
 from batch.journal.states import State
 from batch.run.poll_schedule import JobTimings
 from batch.types import Answer, Failed, Job, JobKey, StoredImage, Ticket
@@ -73,7 +73,7 @@ class JobRun:
     """How many were in flight when the window let it in, itself included; 0: it holds no place there."""
 
     @classmethod
-    def of_entry(cls, entry: Entry) -> JobRun:
+    def of_entry(cls, entry: OpenJob) -> JobRun:
         """Go on with what the journal says."""
         return cls(
             key=entry.job_key,

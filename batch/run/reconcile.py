@@ -25,7 +25,7 @@ from tenacity import stop_after_attempt
 from batch.fal.errors import CallFailed
 from batch.fal.platform import PAGE_LIMIT, Listed, Page, minted_at
 from batch.journal.events import Accepted
-from batch.journal.records import Entry
+from batch.journal.records import OpenJob
 from batch.journal.states import State
 from batch.run.interfaces import Journal, Observer
 from batch.run.retrying import reading
@@ -108,7 +108,7 @@ class Window:
 
     start: float
     end: float
-    entries: tuple[Entry, ...]
+    entries: tuple[OpenJob, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +147,7 @@ def bounded(after: float, start_timeout: float | None) -> float:
     return after if start_timeout is None else max(after, start_timeout + LATE_SECONDS)
 
 
-def _is_over(entry: Entry, at: float) -> bool:
+def _is_over(entry: OpenJob, at: float) -> bool:
     """Whether a look-up that began then shows the submit if it was accepted, whatever became of it."""
     if entry.start_timeout is None:
         return False
@@ -163,7 +163,7 @@ def same_input(sent: JsonObject, listed: JsonObject) -> bool:
     return all(name in listed and _equal(value, listed[name]) for name, value in sent.items())
 
 
-def match(entry: Entry, listed: Sequence[Listed], known: Collection[str], *, after: float = AFTER_SECONDS) -> Found:
+def match(entry: OpenJob, listed: Sequence[Listed], known: Collection[str], *, after: float = AFTER_SECONDS) -> Found:
     """Decide about one unknown submit.
 
     Args:
@@ -182,9 +182,9 @@ def match(entry: Entry, listed: Sequence[Listed], known: Collection[str], *, aft
     return Found(Finding.ADOPTED, matches[0].request_id) if matches else Found(Finding.ABSENT)
 
 
-def windows(entries: Sequence[Entry], now: float, *, after: float = AFTER_SECONDS) -> list[Window]:
+def windows(entries: Sequence[OpenJob], now: float, *, after: float = AFTER_SECONDS) -> list[Window]:
     """The spans to list, each with its submits: spans that touch are one, and none ends in the future."""
-    spans: list[list[Entry]] = []
+    spans: list[list[OpenJob]] = []
     for entry in sorted(entries, key=lambda entry: entry.intended_at):
         if spans and entry.intended_at - BEFORE_SECONDS <= spans[-1][-1].intended_at + after:
             spans[-1].append(entry)
@@ -205,7 +205,7 @@ class Search:
     covers.
     """
 
-    def __init__(self, entries: Sequence[Entry], *, after: float = AFTER_SECONDS) -> None:
+    def __init__(self, entries: Sequence[OpenJob], *, after: float = AFTER_SECONDS) -> None:
         self._entries, self._after = entries, after
         self._bounded = any(entry.start_timeout is not None for entry in entries)
         self._edges: dict[RequestId, float] = {}
@@ -251,7 +251,7 @@ class Search:
         return found
 
 
-def _concluded(entry: Entry, found: Found, listed: Mapping[RequestId, Listed], covered: Sequence[float]) -> Found:
+def _concluded(entry: OpenJob, found: Found, listed: Mapping[RequestId, Listed], covered: Sequence[float]) -> Found:
     """What a finding proves of a submit that can neither wait nor run any more.
 
     `covered` has the instants of listed requests that are known to be this run's.
@@ -393,7 +393,7 @@ def _instant_of(item: Listed) -> float | None:
     return minted_at(item.request_id) if item.sent_at is None else item.sent_at
 
 
-def _in_time(entry: Entry, item: Listed, after: float) -> bool:
+def _in_time(entry: OpenJob, item: Listed, after: float) -> bool:
     """Whether a request can be this submit, by each instant that is known of it."""
     earliest, latest = entry.intended_at - BEFORE_SECONDS, entry.intended_at + after
     instants = (minted_at(item.request_id), item.sent_at)

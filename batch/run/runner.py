@@ -32,7 +32,7 @@ from batch.journal.events import (
     Retried,
     Uncollected,
 )
-from batch.journal.records import Known, RequestIdTaken
+from batch.journal.records import KnownJob, RequestIdTaken
 from batch.journal.states import OPEN, State
 from batch.run.admission import Admission, StopCause, StopRequest
 from batch.run.expiry import COLLECT_SECONDS, Expiry
@@ -314,7 +314,7 @@ class Runner:
                     if course is not None:
                         await self._let_in(course, jobs)
 
-    def _due(self, job: Job, known: Known | None) -> JobRun | None:
+    def _due(self, job: Job, known: KnownJob | None) -> JobRun | None:
         """The job's course where it still has to be driven."""
         if known is None:
             return JobRun(job.key, job)

@@ -27,7 +27,7 @@ from batch.journal.events import (
     Uncollected,
     Uploaded,
 )
-from batch.journal.records import Counts, Entry, Known, Outcome
+from batch.journal.records import Counts, JobOutcome, KnownJob, OpenJob
 from batch.journal.states import OPEN, State, advance
 from batch.journal.transitions import encode_images, slim_body, taken
 from batch.types import Answer, JobKey, Ticket
@@ -107,13 +107,15 @@ class MemoryJournal:
             self.events.append(event)
         await anyio.lowlevel.checkpoint()
 
-    async def find(self, keys: Sequence[JobKey]) -> dict[JobKey, Known]:
+    async def find(self, keys: Sequence[JobKey]) -> dict[JobKey, KnownJob]:
         """Those of the keys that the journal knows."""
         await anyio.lowlevel.checkpoint()
         jobs = {key: self._jobs[key] for key in keys if key in self._jobs}
-        return {key: Known(job.state, job.session, job.attempt, _collectable_since(job)) for key, job in jobs.items()}
+        return {
+            key: KnownJob(job.state, job.session, job.attempt, _collectable_since(job)) for key, job in jobs.items()
+        }
 
-    async def entries(self, states: Collection[State]) -> AsyncGenerator[Entry, None]:
+    async def entries(self, states: Collection[State]) -> AsyncGenerator[OpenJob, None]:
         """Jobs in these states, the one intended first coming first."""
         wanted = [key for key, job in self._jobs.items() if job.state in states]
         wanted.sort(key=lambda key: _age_order(self._jobs[key]))
@@ -152,7 +154,7 @@ class MemoryJournal:
         """Of one job; PENDING where it was never heard of."""
         return self._jobs[key].state if key in self._jobs else State.PENDING
 
-    def outcomes(self, keys: Sequence[JobKey]) -> dict[JobKey, Outcome]:
+    def outcomes(self, keys: Sequence[JobKey]) -> dict[JobKey, JobOutcome]:
         """What the results table shows of those of the keys that the journal knows."""
         return {key: _outcome(key, self._jobs[key]) for key in keys if key in self._jobs}
 
@@ -226,8 +228,8 @@ def _age_order(job: _Kept) -> float:
     return -math.inf if job.intended_at is None else job.intended_at
 
 
-def _entry(key: JobKey, job: _Kept) -> Entry:
-    return Entry(
+def _entry(key: JobKey, job: _Kept) -> OpenJob:
+    return OpenJob(
         job_key=key,
         state=job.state,
         attempt=job.attempt,
@@ -242,7 +244,7 @@ def _entry(key: JobKey, job: _Kept) -> Entry:
     )
 
 
-def _outcome(key: JobKey, job: _Kept) -> Outcome:
+def _outcome(key: JobKey, job: _Kept) -> JobOutcome:
     answered, ended = job.answered, job.ended
     failure = ended.failure if isinstance(ended, FailedForGood | Uncollected) else None
     error: tuple[str | None, str | None] = (None, None)
@@ -250,7 +252,7 @@ def _outcome(key: JobKey, job: _Kept) -> Outcome:
         error = (failure.error_type, failure.message)
     elif job.state is State.UNKNOWN:
         error = ("unknown", job.reason)
-    return Outcome(
+    return JobOutcome(
         job_key=key,
         state=job.state,
         attempts=job.attempt,

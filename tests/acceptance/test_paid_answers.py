@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from batch.journal.answers import unpack
-from batch.journal.database import JournalFile
+from batch.journal.database import JournalDatabase
 from tests.acceptance.command import restyle, results
 from tests.acceptance.odd_service import answer, jpeg, odd_service
 
@@ -167,7 +167,7 @@ def test_an_answer_that_is_none_is_kept_raw_and_read_again(tmp_path):
         service.result = lambda request, _: (200, NO_ANSWERS[service.inputs[request]["prompt"].split()[0]], {})
         rows, _ = run(tmp_path, service, names=NO_ANSWERS, code=3)
         assert {(row["status"], row["error_type"]) for row in rows} == {("failed", "malformed_output")}
-        journal = JournalFile.open_read_only(tmp_path / "out" / "journal.db")
+        journal = JournalDatabase.open_read_only(tmp_path / "out" / "journal.db")
         outcomes = journal.outcomes([row["job_key"] for row in rows])
         journal.close()
         assert [unpack(outcomes[row["job_key"]].output) for row in rows] == list(NO_ANSWERS.values())
@@ -244,7 +244,7 @@ def test_a_data_uri_is_stored_and_leaves_the_journal(tmp_path):
         ((row,), _) = run(tmp_path, service)
     assert (tmp_path / "out" / row["images"][0]["path"]).read_bytes() == jpeg(9)
     assert row["images"][0]["url"] == "data:image/jpeg;base64,…"
-    journal = JournalFile.open_read_only(tmp_path / "out" / "journal.db")
+    journal = JournalDatabase.open_read_only(tmp_path / "out" / "journal.db")
     (outcome,) = journal.outcomes([row["job_key"]]).values()
     journal.close()
     assert uri.encode() not in outcome.output

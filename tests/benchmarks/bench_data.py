@@ -16,7 +16,7 @@ import numpy as np
 import orjson
 from PIL import Image
 
-from batch.journal.database import JournalFile
+from batch.journal.database import JournalDatabase
 from batch.journal.events import Accepted, Answered, Event, Finished, Intended
 from batch.types import Answer, Job, RequestId, StoredImage, Ticket
 from tests.benchmarks.bench_client import floor
@@ -129,7 +129,7 @@ def fill(manifest: Path, run: Path, target: str) -> None:
     from batch.session import open_planner
 
     settings = load_settings(None, {"target": {"name": target}, "output": {"download": False}})
-    journal = JournalFile.open(run / "journal.db", now=0.0, version="benchmark")
+    journal = JournalDatabase.open(run / "journal.db", now=0.0, version="benchmark")
     batches = open_planner(Manifest.open(manifest), settings, None).batches()
     jobs = (item.job for batch in batches for item in batch.items if item.job is not None)
     while group := list(islice(jobs, 5_000)):

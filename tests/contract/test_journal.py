@@ -29,8 +29,8 @@ from batch.journal.events import (
     Uncollected,
     Uploaded,
 )
-from batch.journal.records import Entry, Known, Outcome, RequestIdTaken
-from batch.journal.states import TABLE, Happening, IllegalTransition, State
+from batch.journal.records import JobOutcome, KnownJob, OpenJob, RequestIdTaken
+from batch.journal.states import TABLE, EventKind, IllegalTransition, State
 from batch.journal.transitions import decode_images, encode_images
 from batch.journal.writer import open_journal
 from batch.testing.journal import MemoryJournal
@@ -105,9 +105,9 @@ async def test_done_job_tells_everything(journal):
     """Every field of the events comes back in the outcome."""
     for event in whole_life():
         await journal.record(event)
-    assert await journal.find([B, A]) == {A: Known(State.DONE, journal.session, 1)}
+    assert await journal.find([B, A]) == {A: KnownJob(State.DONE, journal.session, 1)}
     assert journal.outcomes([A, B]) == {
-        A: Outcome(
+        A: JobOutcome(
             job_key=A,
             state=State.DONE,
             attempts=1,
@@ -156,8 +156,8 @@ async def test_entry_can_be_taken_up(journal):
     await journal.record(*whole_life()[:3])
     await journal.record(intended(B, 0.5, attempt=1, usd=0.06))
     assert await entries(journal, State.ANSWERED, State.INTENDED) == [
-        Entry(B, State.INTENDED, 1, 0.5, b'{"prompt": "x"}', reserved_usd=0.06),
-        Entry(
+        OpenJob(B, State.INTENDED, 1, 0.5, b'{"prompt": "x"}', reserved_usd=0.06),
+        OpenJob(
             A,
             State.ANSWERED,
             1,
@@ -197,12 +197,12 @@ async def test_entries_skip_what_has_moved_on(journal):
 async def test_failed_before_it_was_sent(journal):
     """A picture that cannot be read fails its job without an attempt, and it can be taken up."""
     await journal.record(FailedForGood(A, 5.0, Failed("image_load_error", "not a picture")))
-    assert journal.outcomes([A])[A] == Outcome(
+    assert journal.outcomes([A])[A] == JobOutcome(
         A, State.FAILED, 0, completed_at=5.0, error_type="image_load_error", error_message="not a picture"
     )
-    assert await entries(journal, State.FAILED) == [Entry(A, State.FAILED, 0, 0.0, b"", ended_at=5.0)]
+    assert await entries(journal, State.FAILED) == [OpenJob(A, State.FAILED, 0, 0.0, b"", ended_at=5.0)]
     await journal.record(Retried(A, 6.0))
-    assert await journal.find([A]) == {A: Known(State.PENDING, journal.session, 1)}
+    assert await journal.find([A]) == {A: KnownJob(State.PENDING, journal.session, 1)}
 
 
 async def test_refusal_frees_the_reservation_and_keeps_the_attempt(journal):
@@ -212,7 +212,7 @@ async def test_refusal_frees_the_reservation_and_keeps_the_attempt(journal):
     await journal.record(Refused(A, 2.0, "503"))
     counts = await journal.counts()
     assert (counts.reserved_usd, counts.spent_usd, counts.oldest_open_at) == (0.0, 0.0, None)
-    assert await journal.find([A]) == {A: Known(State.PENDING, journal.session, 1)}
+    assert await journal.find([A]) == {A: KnownJob(State.PENDING, journal.session, 1)}
     await journal.record(intended(attempt=1, at=3.0))
     assert journal.outcomes([A])[A].submitted_at == 3.0
 
@@ -387,7 +387,7 @@ async def test_what_could_not_be_collected_keeps_what_is_known(journal):
     odd = Answer({}, 1.5, "preview", raw)
     await journal.record(*whole_life(A)[:2])
     await journal.record(Uncollected(A, 3.0, Failed("malformed_output", "no images"), 3.0, 0.04, odd))
-    assert await journal.find([A]) == {A: Known(State.COLLECTABLE, journal.session, 1, 3.0)}
+    assert await journal.find([A]) == {A: KnownJob(State.COLLECTABLE, journal.session, 1, 3.0)}
     await journal.record(Uncollected(A, 90.0, Failed("result_file_gone", "404"), 3.0, None, None, (IMAGE,)))
     (entry,) = await entries(journal, State.COLLECTABLE)
     assert (entry.ended_at, entry.answer.raw, entry.ticket) == (3.0, raw, TICKET)
@@ -425,25 +425,25 @@ _MONEY = st.sampled_from([None, 0.0, 0.03, 0.06])
 
 def _event(draw, happening, key, at, attempt):
     match happening:
-        case Happening.INTEND:
+        case EventKind.INTEND:
             return Intended(key, at, attempt, b'{"n": %d}' % attempt, draw(st.sampled_from([0.0, 0.03, 0.25])))
-        case Happening.ACCEPT:
+        case EventKind.ACCEPT:
             return Accepted(key, at, Ticket(RequestId(f"r{at}"), "s", "r", draw(st.sampled_from(["", "c"]))))
-        case Happening.REFUSE:
+        case EventKind.REFUSE:
             return Refused(key, at, "busy")
-        case Happening.LOSE:
+        case EventKind.LOSE:
             return Lost(key, at, draw(st.sampled_from(["", "reset"])))
-        case Happening.ANSWER:
+        case EventKind.ANSWER:
             return Answered(key, at, draw(st.sampled_from([ANSWER, Answer({"seed": 1})])), draw(_MONEY), None, 1.0)
-        case Happening.FINISH:
+        case EventKind.FINISH:
             return Finished(key, at, draw(st.sampled_from([(), (IMAGE,), (IMAGE, IMAGE)])), draw(_MONEY))
-        case Happening.FAIL:
+        case EventKind.FAIL:
             return FailedForGood(key, at, Failed("e", "m", draw(_MONEY)), draw(_MONEY))
-        case Happening.UNCOLLECTED:
+        case EventKind.UNCOLLECTED:
             answer = draw(st.sampled_from([None, ANSWER, Answer({}, 2.0, "echo", b"<html>" * 200)]))
             images = draw(st.sampled_from([(), (IMAGE,)]))
             return Uncollected(key, at, Failed("e", "m"), at - 0.5, draw(_MONEY), answer, images)
-        case Happening.RETRY:
+        case EventKind.RETRY:
             return Retried(key, at)
 
 
@@ -457,7 +457,7 @@ def histories(draw):
         legal = [happening for state, happening in TABLE if state is states[key]]
         if legal:
             happening = draw(st.sampled_from(legal))
-            attempts[key] += happening is Happening.INTEND
+            attempts[key] += happening is EventKind.INTEND
             calls[-1].append(_event(draw, happening, key, float(step), attempts[key]))
             states[key] = TABLE[states[key], happening]
         if draw(st.booleans()):
@@ -507,9 +507,9 @@ async def test_memory_journal_reopens_in_the_next_session():
     await first.record(intended(A))
     second = first.reopened()
     await first.record(Accepted(A, 2.0, TICKET))
-    assert await second.find([A]) == {A: Known(State.INTENDED, 1, 1)}
+    assert await second.find([A]) == {A: KnownJob(State.INTENDED, 1, 1)}
     await second.record(Lost(A, 3.0, "crash"))
-    assert await second.find([A]) == {A: Known(State.UNKNOWN, 2, 1)}
+    assert await second.find([A]) == {A: KnownJob(State.UNKNOWN, 2, 1)}
     assert [type(event) for event in second.events] == [Intended, Lost]
 
 

@@ -20,7 +20,7 @@ from batch.api import audit, audit_sync, run_sync
 from batch.directory import RunDirectory
 from batch.errors import RunDirectoryError, RunLocked
 from batch.fal.platform import Charge, billing_reply, platform_error_reply
-from batch.journal.database import JournalFile
+from batch.journal.database import JournalDatabase
 from batch.results.schema import IMAGE, OWN_SCHEMA
 
 JOBS = 12
@@ -460,7 +460,7 @@ def large(finished: Path, folder: Path, jobs: int) -> Path:
     """A run of so many done jobs without downloads, written without the runner."""
     folder.mkdir()
     shutil.copy(finished / "run.json", folder)
-    JournalFile.open(folder / "journal.db", now=1.0, version="test").close(now=2.0)
+    JournalDatabase.open(folder / "journal.db", now=1.0, version="test").close(now=2.0)
     image = '[["https://files.example/x.jpg", 8, 8, "image/jpeg", null, null, null, null]]'
     numbers = f"WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {jobs})"
     one, request = "job_id, session, attempt, at, request_id", "printf('r-%030x', i)"

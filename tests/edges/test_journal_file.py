@@ -18,7 +18,7 @@ import anyio
 import pytest
 
 from batch.errors import RestyleError, RunDirectoryError, StorageError
-from batch.journal.database import APPLICATION_ID, SCHEMA_VERSION, JournalFile, _sql
+from batch.journal.database import APPLICATION_ID, SCHEMA_VERSION, JournalDatabase, _sql
 from batch.journal.events import Accepted, Answered, FailedForGood, Finished, Intended, Lost, Retried
 from batch.journal.states import State
 from batch.journal.writer import open_journal
@@ -39,7 +39,7 @@ def path(tmp_path):
 
 
 def opened(path, now=1000.0):
-    return JournalFile.open(path, now=now, version="1.2.3")
+    return JournalDatabase.open(path, now=now, version="1.2.3")
 
 
 def intended(number=0, at=1.0):
@@ -117,7 +117,7 @@ def test_sessions_know_what_was_spent_and_done_in_them(path):
         file.commit([life])
         assert file.finished_since(session * 1000.0).last_at == 1500.0 * session
         file.close()
-    reader = JournalFile.open_read_only(path)
+    reader = JournalDatabase.open_read_only(path)
     assert [(s.spent_usd, s.finished, s.last_finished_at) for s in reader.sessions()] == [
         (0.01, 1, 1500.0),
         (0.02, 1, 3000.0),
@@ -185,7 +185,7 @@ def test_entry_ids_are_small(path):
 
 
 def both_openings(path):
-    return [lambda: opened(path), lambda: JournalFile.open_read_only(path)]
+    return [lambda: opened(path), lambda: JournalDatabase.open_read_only(path)]
 
 
 def test_newer_journal_is_refused(path):
@@ -226,7 +226,7 @@ def test_file_that_is_no_database_is_refused(path):
 def test_missing_journal_cannot_be_read(path):
     """Reading makes no file."""
     with pytest.raises(RunDirectoryError, match="there is no journal at"):
-        JournalFile.open_read_only(path)
+        JournalDatabase.open_read_only(path)
     assert not path.exists()
 
 
@@ -234,9 +234,9 @@ def test_journal_that_was_never_begun_is_made_or_refused(path):
     """A crash before the schema was there leaves an empty file: a run makes it, a reader says so."""
     path.touch()
     with pytest.raises(RunDirectoryError, match="is empty"):
-        JournalFile.open_read_only(path)
+        JournalDatabase.open_read_only(path)
     opened(path).close()
-    JournalFile.open_read_only(path).close()
+    JournalDatabase.open_read_only(path).close()
 
 
 def test_missing_folder_is_a_sentence(tmp_path):
@@ -248,7 +248,7 @@ def test_missing_folder_is_a_sentence(tmp_path):
 def test_reader_cannot_write(path):
     """A journal that was opened for reading refuses to change."""
     opened(path).close()
-    reader = JournalFile.open_read_only(path)
+    reader = JournalDatabase.open_read_only(path)
     with pytest.raises(StorageError, match="may not be written"):
         reader.note("a", "b")
     reader.close()
@@ -257,7 +257,7 @@ def test_reader_cannot_write(path):
 def test_reader_sees_what_a_writer_commits(path):
     """Status and plan work while a run writes."""
     writer = opened(path)
-    reader = JournalFile.open_read_only(path)
+    reader = JournalDatabase.open_read_only(path)
     writer.commit([[intended()]])
     assert reader.counts().by_state == {State.INTENDED: 1}
     reader.close()
@@ -268,14 +268,14 @@ _WITHOUT_PRIVILEGES = """
     import os, sys, tempfile
     from pathlib import Path
     from batch.errors import RestyleError
-    from batch.journal.database import JournalFile
+    from batch.journal.database import JournalDatabase
 
     with tempfile.TemporaryDirectory() as folder:  # loads what is loaded late
-        JournalFile.open(Path(folder, "journal.db"), now=1.0, version="").close()
+        JournalDatabase.open(Path(folder, "journal.db"), now=1.0, version="").close()
     if os.getuid() == 0:
         os.setuid(65534)  # permissions do not bind root
     path = Path(sys.argv[1])
-    for opening in (JournalFile.open_read_only, lambda path: JournalFile.open(path, now=1.0, version="")):
+    for opening in (JournalDatabase.open_read_only, lambda path: JournalDatabase.open(path, now=1.0, version="")):
         try:
             journal = opening(path)
             print(dict(journal.counts().by_state))
@@ -385,7 +385,7 @@ async def test_closing_flushes_what_is_pending(path):
                 tasks.start_soon(journal.record, intended(number))
             await anyio.wait_all_tasks_blocked()
             scope.cancel()
-    reader = JournalFile.open_read_only(path)
+    reader = JournalDatabase.open_read_only(path)
     assert reader.counts().by_state == {State.INTENDED: 50}
     assert reader.sessions()[0].ended_at == 5.0
     reader.close()
@@ -408,7 +408,7 @@ async def test_what_comes_at_once_is_written_in_parts_and_in_order(path, monkeyp
     assert journal.statistics().largest_group <= 512
     assert [number for number, _ in settled[:512]] == list(range(512))
     assert settled[511][1] == 1
-    reader = JournalFile.open_read_only(path)
+    reader = JournalDatabase.open_read_only(path)
     assert reader.counts().by_state == {State.ACCEPTED: 2000}
     reader.close()
 

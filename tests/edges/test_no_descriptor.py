@@ -22,7 +22,7 @@ from batch.fal.endpoint import APP_ID
 from batch.fal.errors import CallFailed
 from batch.fal.protocol import Origins
 from batch.fal.status_stream import StatusStreams
-from batch.journal.database import JournalFile
+from batch.journal.database import JournalDatabase
 from batch.manifest.images import Pictures
 from batch.run.images import ImageFolder
 from batch.run.interfaces import PictureError
@@ -154,7 +154,7 @@ class Refusing:
 
 def test_the_journal_waits_for_sqlite(tmp_path):
     """It says no more than that it cannot open something; the database itself is open."""
-    file = JournalFile.open(tmp_path / "journal.db", now=1.0, version="1")
+    file = JournalDatabase.open(tmp_path / "journal.db", now=1.0, version="1")
     try:
         refusing = file._connection = Refusing(file._connection, 2)
         assert file.find([JobKey("a" * 32)]) == {}

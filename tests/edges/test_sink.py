@@ -21,9 +21,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from batch.errors import StorageError
-from batch.journal.database import JournalFile
+from batch.journal.database import JournalDatabase
 from batch.journal.events import Accepted, Answered, Finished, Intended
-from batch.journal.records import Outcome
+from batch.journal.records import JobOutcome
 from batch.journal.states import State
 from batch.journal.transitions import encode_images
 from batch.manifest.inputs import DEFAULTS
@@ -58,7 +58,7 @@ def frames(rows, size=100):
 def done(keys):
     images = encode_images([StoredImage("http://x/1.jpg", 64, 48, "image/jpeg")])
     output = orjson.dumps({"seed": 2**60, "timings": {"inference": 1.0, "load": 0.5}})
-    return {k: Outcome(k, State.DONE, 1, RequestId("r"), 1.0, 2.0, output, images, cost_usd=0.5) for k in keys}
+    return {k: JobOutcome(k, State.DONE, 1, RequestId("r"), 1.0, 2.0, output, images, cost_usd=0.5) for k in keys}
 
 
 def write(path, batches, outcomes=done, **changes):
@@ -100,8 +100,8 @@ def test_totals_count_by_status_and_error(path):
     batch.items[6] = Planned(6, "", None, Problem(6, None, "image_url", "", "image_not_found", "m"))
 
     def outcomes(keys):
-        known = {key(row): Outcome(key(row), state, 1, cost_usd=0.25) for row, state in enumerate(states)}
-        known[key(1)] = Outcome(key(1), State.FAILED, 1, error_type="timeout", error_message="m")
+        known = {key(row): JobOutcome(key(row), state, 1, cost_usd=0.25) for row, state in enumerate(states)}
+        known[key(1)] = JobOutcome(key(1), State.FAILED, 1, error_type="timeout", error_message="m")
         return {k: known[k] for k in keys if k in known}
 
     totals = write(path, [batch], outcomes)
@@ -189,7 +189,7 @@ def test_rows_with_pictures_make_smaller_row_groups(path, monkeypatch):
 
 def test_journal_and_plan_become_the_table(path, tmp_path):
     """The real journal's outcomes, projected."""
-    journal = JournalFile.open(tmp_path / "journal.db", now=0.0, version="")
+    journal = JournalDatabase.open(tmp_path / "journal.db", now=0.0, version="")
     life = [
         Intended(key(1), 10.0, 1, b"{}", 0.03),
         Accepted(key(1), 11.0, Ticket(RequestId("r-1"))),

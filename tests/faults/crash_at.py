@@ -19,12 +19,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from batch.cli.main import main
-from batch.journal.database import JournalFile
+from batch.journal.database import JournalDatabase
 from batch.journal.events import Event, Uploaded
 from batch.journal.states import State, advance
 
 
-def transitions(journal: JournalFile, calls: Sequence[Sequence[Event]]) -> Iterator[tuple[str, str]]:
+def transitions(journal: JournalDatabase, calls: Sequence[Sequence[Event]]) -> Iterator[tuple[str, str]]:
     """The rows of the table that a group of events goes through."""
     events = [event for call in calls for event in call if not isinstance(event, Uploaded)]
     known = journal.find([event.job_key for event in events])
@@ -37,16 +37,16 @@ def transitions(journal: JournalFile, calls: Sequence[Sequence[Event]]) -> Itera
 
 def watch(before: Callable[[Counter], None], after: Callable[[Counter], None]) -> None:
     """Have both told, around each commit, how often each row has happened so far, this commit included."""
-    commit, happened = JournalFile.commit, Counter()
+    commit, happened = JournalDatabase.commit, Counter()
 
-    def watched(self: JournalFile, calls: Sequence[Sequence[Event]]) -> list[Exception | None]:
+    def watched(self: JournalDatabase, calls: Sequence[Sequence[Event]]) -> list[Exception | None]:
         happened.update(transitions(self, calls))
         before(happened)
         refusals = commit(self, calls)
         after(happened)
         return refusals
 
-    JournalFile.commit = watched
+    JournalDatabase.commit = watched
 
 
 def kill_at(state: str, happening: str, when: str, number: int) -> None:

@@ -25,7 +25,7 @@ from PIL import Image
 
 from batch import api
 from batch.errors import ExitCode
-from batch.journal.database import JournalFile
+from batch.journal.database import JournalDatabase
 from batch.journal.states import State
 from batch.server.faults import plan as faults
 from batch.server.faults.plan import Deed, Moment
@@ -233,7 +233,7 @@ def _accepted(path: Path) -> int:
     if not path.exists():
         return 0
     try:
-        journal = JournalFile.open_read_only(path)
+        journal = JournalDatabase.open_read_only(path)
     except Exception:  # it is just being made
         return 0
     try:

@@ -16,21 +16,21 @@ import time
 from typing import Any
 
 from batch.cli.main import main
-from batch.journal.database import JournalFile
+from batch.journal.database import JournalDatabase
 from batch.journal.events import Event, Finished
-from batch.journal.writer import Journal
+from batch.journal.writer import JournalWriter
 
 
 def slow_down(jobs: int, seconds: float) -> None:
-    commit, record = JournalFile.commit, Journal.record
+    commit, record = JournalDatabase.commit, JournalWriter.record
     finished = 0
 
-    def slowly(self: JournalFile, calls: Any) -> Any:
+    def slowly(self: JournalDatabase, calls: Any) -> Any:
         if finished == jobs:
             time.sleep(seconds)
         return commit(self, calls)
 
-    async def counted(self: Journal, *events: Event) -> None:
+    async def counted(self: JournalWriter, *events: Event) -> None:
         nonlocal finished
         finished += any(isinstance(event, Finished) for event in events)
         if finished == jobs and isinstance(events[-1], Finished):
@@ -38,7 +38,7 @@ def slow_down(jobs: int, seconds: float) -> None:
             threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
         await record(self, *events)
 
-    JournalFile.commit, Journal.record = slowly, counted  # type: ignore[method-assign]
+    JournalDatabase.commit, JournalWriter.record = slowly, counted  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

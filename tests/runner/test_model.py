@@ -39,9 +39,9 @@ from hypothesis.stateful import (
 
 from batch.fal.errors import CallFailed, Trouble
 from batch.fal.protocol import Reply, model_error_reply, request_error_reply
-from batch.journal.database import JournalFile
+from batch.journal.database import JournalDatabase
 from batch.journal.events import Event
-from batch.journal.records import Entry, Outcome
+from batch.journal.records import JobOutcome, OpenJob
 from batch.journal.states import TERMINAL, State
 from batch.journal.transitions import decode_images
 from batch.money import Price
@@ -254,7 +254,7 @@ class FileJournal:
     """The real SQLite file without its worker thread: virtual time does not wait for threads."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._file = path, JournalFile.open(path, now=0.0, version="model")
+        self._path, self._file = path, JournalDatabase.open(path, now=0.0, version="model")
         self.session = self._file.session
 
     def reopened(self) -> FileJournal:
@@ -277,7 +277,7 @@ class FileJournal:
             await anyio.lowlevel.checkpoint()
             yield entry
 
-    def outcomes(self, keys: Collection[JobKey]) -> dict[JobKey, Outcome]:
+    def outcomes(self, keys: Collection[JobKey]) -> dict[JobKey, JobOutcome]:
         return self._file.outcomes(list(keys))
 
     def close(self) -> None:
@@ -413,8 +413,8 @@ class Runs(RuleBasedStateMachine):
 
         return anyio.run(timed, backend="trio", backend_options={"clock": clock})
 
-    def read(self, states: Collection[State] = tuple(State)) -> dict[JobKey, Entry]:
-        async def all_of_them() -> dict[JobKey, Entry]:
+    def read(self, states: Collection[State] = tuple(State)) -> dict[JobKey, OpenJob]:
+        async def all_of_them() -> dict[JobKey, OpenJob]:
             return {entry.job_key: entry async for entry in self.journal.entries(states)}
 
         return self.in_virtual_time(all_of_them)

@@ -9,7 +9,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from batch.journal.records import Outcome
+from batch.journal.records import JobOutcome
 from batch.journal.states import State
 from batch.journal.transitions import encode_images
 from batch.manifest.planner import Planned, PlannedBatch
@@ -36,14 +36,14 @@ OUTPUT = {
     "has_nsfw_concepts": [False],
 }
 KEY = JobKey("0" * 32)
-DONE = Outcome(
+DONE = JobOutcome(
     KEY, State.DONE, 2, RequestId("r-1"), 1_700_000_000.123456, 1_700_000_003.5, orjson.dumps(OUTPUT),
     encode_images([PICTURE]), 0.5, 2.0, 0.25, 1.25, 0.03, "preview",
 )  # fmt: skip
 
 
 def done(output):
-    return Outcome(KEY, State.DONE, 1, output=orjson.dumps(output), images=encode_images([]))
+    return JobOutcome(KEY, State.DONE, 1, output=orjson.dumps(output), images=encode_images([]))
 
 
 def job(row=0, **values):
@@ -167,7 +167,7 @@ def test_done_job_fills_every_column():
 )
 def test_status_follows_the_state(state, status):
     """Each state of a job has one word in the results."""
-    assert record(Outcome(KEY, state, 1))["status"] == status
+    assert record(JobOutcome(KEY, state, 1))["status"] == status
 
 
 def test_job_without_outcome_is_pending():
@@ -191,7 +191,7 @@ def test_bad_row_is_a_record(on_bad_row, status):
 def test_failure_is_told():
     """The service's word and sentence, and what it billed."""
     word = "content_policy_violation"
-    failed = Outcome(KEY, State.FAILED, 3, completed_at=5.0, billable_units=0.5, error_type=word, error_message="no")
+    failed = JobOutcome(KEY, State.FAILED, 3, completed_at=5.0, billable_units=0.5, error_type=word, error_message="no")
     said = record(failed)
     assert (said["error_type"], said["error_message"], said["billable_units"]) == (
         "content_policy_violation",
@@ -207,14 +207,14 @@ def test_failure_is_told():
 )
 def test_unknown_says_what_to_do(known, message):
     """A submit without a known outcome has a reason, or at least an advice."""
-    said = record(Outcome(KEY, State.UNKNOWN, 1, error_type="unknown", error_message=known))
+    said = record(JobOutcome(KEY, State.UNKNOWN, 1, error_type="unknown", error_message=known))
     assert said["error_type"] == "unknown"
     assert message in said["error_message"]
 
 
 def test_pending_job_shows_no_failure():
     """Only failed and unknown records carry an error."""
-    said = record(Outcome(KEY, State.ANSWERED, 1, output=orjson.dumps(OUTPUT)))
+    said = record(JobOutcome(KEY, State.ANSWERED, 1, output=orjson.dumps(OUTPUT)))
     assert (said["error_type"], said["images"]) == (None, None)
 
 

@@ -6,9 +6,9 @@ import itertools
 
 import pytest
 
-from batch.journal.states import OPEN, TABLE, TERMINAL, Happening, IllegalTransition, State, advance
+from batch.journal.states import OPEN, TABLE, TERMINAL, EventKind, IllegalTransition, State, advance
 
-S, H = State, Happening
+S, H = State, EventKind
 
 # Written out a second time on purpose: a slip in the table has to be made twice to go unnoticed.
 LEGAL = [

@@ -12,7 +12,7 @@ from batch.config import Settings
 from batch.errors import ConfigError, ManifestError
 from batch.estimate import counted, render_problems, survey
 from batch.fal.endpoint import ImageToImageInput
-from batch.journal.records import Known
+from batch.journal.records import KnownJob
 from batch.journal.states import State
 from batch.manifest.planner import Planned, Planner
 from batch.manifest.types import Fault, Half, Resolved, RowBatch
@@ -479,7 +479,7 @@ def test_what_the_journal_knows_is_not_to_do_and_costs_nothing() -> None:
     states = [State.DONE, State.FAILED, State.ACCEPTED, State.UNKNOWN, State.PENDING, None]
     columns = {"image_url": [f"local:{i}" for i in range(6)] * 2, "prompt": ["p"] * 12}
     known = {
-        item.job.key: Known(state, 1)
+        item.job.key: KnownJob(state, 1)
         for item, state in zip(items(columns), states * 2, strict=True)
         if state is not None
     }

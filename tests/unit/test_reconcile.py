@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batch.fal.platform import Listed
-from batch.journal.records import Entry
+from batch.journal.records import OpenJob
 from batch.journal.states import State
 from batch.run.reconcile import Finding, Found, Search, bounded, match, same_input, windows
 from batch.types import AppId, JobKey, RequestId
@@ -22,8 +22,8 @@ SENT = {"image_url": "https://x/1.jpg", "prompt": "a cat", "seed": 7, "strength"
 DEFAULTS = {"sync_mode": False, "loras": [], "anything": {"new": 1}}
 
 
-def entry(sent: dict | None = None, at: float = NOW, key: str = "a") -> Entry:
-    return Entry(JobKey(key), State.UNKNOWN, 1, at, orjson.dumps(SENT if sent is None else sent))
+def entry(sent: dict | None = None, at: float = NOW, key: str = "a") -> OpenJob:
+    return OpenJob(JobKey(key), State.UNKNOWN, 1, at, orjson.dumps(SENT if sent is None else sent))
 
 
 def uuid7(at: float, number: int = 1) -> RequestId:
