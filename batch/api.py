@@ -24,7 +24,7 @@ from typing import Any, ParamSpec, TypeVar
 import anyio
 import anyio.to_thread
 
-from batch.audit.report import Books
+from batch.audit.report import AuditReport
 from batch.config import Settings, load_settings
 from batch.directory import RunDirectory
 from batch.errors import ConfigError, ExitCode, RunDirectoryError, RunLocked
@@ -34,22 +34,22 @@ from batch.journal.records import Counts
 from batch.journal.states import State
 from batch.journal.writer import open_journal
 from batch.manifest.opening import Source, located, open_manifest
-from batch.results.export import Projection, identity_of, require_apart, require_place
+from batch.results.export import Export, identity_of, require_apart, require_place
 from batch.results.totals import Totals
 from batch.run.cancellation import Cancelled, cancel_open
 from batch.run.interfaces import Observer
-from batch.run.observers import Tally, pause_in
+from batch.run.observers import ProgressCounter, pause_in
 from batch.run.waits import Overview
-from batch.session import Plan, Request, Summary, open_planner, run_session, survey_of
+from batch.session import Plan, RunRequest, Summary, open_planner, run_session, survey_of
 from batch.system.paths import at_home
-from batch.system.sync_call import Call
+from batch.system.sync_call import BlockingCall
 from batch.targets import Terms, check_faults, open_target, terms_of
 from batch.targets import live_price as ask_live_price
 from batch.types import JsonObject
 from batch.version import tool_version
 
 __all__ = [
-    "Books",
+    "AuditReport",
     "Cancelled",
     "Plan",
     "Status",
@@ -123,7 +123,7 @@ async def run(
     retry_failed: bool = False,
     new_config: bool = False,
     observer: Observer | None = None,
-    tally: Tally | None = None,
+    tally: ProgressCounter | None = None,
     confirm: Callable[[Plan], bool] | None = None,
     signals: bool = False,
 ) -> Summary:
@@ -151,7 +151,7 @@ async def run(
     and then raises the cancellation; a second one ends the collecting. So does Ctrl-C in `run_sync`, which raises
     `KeyboardInterrupt` at the end.
     """
-    request = Request(
+    request = RunRequest(
         manifest=at_home(manifest),
         out=Path(at_home(out)),
         settings=_resolve(config, settings),
@@ -159,7 +159,7 @@ async def run(
         new_config=new_config,
         signals=signals,
         observer=observer or Observer(),
-        tally=tally or Tally(),
+        tally=tally or ProgressCounter(),
         confirm=confirm or ((lambda _: True) if yes else None),
     )
     return await run_session(request)
@@ -229,15 +229,15 @@ async def export(out: str | Path, to: str | Path | None = None, *, manifest: str
         return await anyio.to_thread.run_sync(partial(_export, directory, settings, source, to))
 
 
-async def audit(out: str | Path, *, repair: bool = False) -> Books:
+async def audit(out: str | Path, *, repair: bool = False) -> AuditReport:
     """Hold journal, results, images and, where the key allows it, the target's bills against each other.
 
-    Without `repair` it writes nothing and takes no lock; it reads every image again. `Books.add_up` says whether all is
+    Without `repair` it writes nothing and takes no lock; it reads every image again. `AuditReport.add_up` says whether all is
     well.
 
     Args:
         out: the run directory.
-        repair: first fetch stored images that are missing or damaged on disk again, free; `Books.repair` says what came
+        repair: first fetch stored images that are missing or damaged on disk again, free; `AuditReport.repair` says what came
             of it.
 
     Raises:
@@ -273,7 +273,7 @@ async def reconcile(out: str | Path, *, manifest: str | Path | None = None, sign
     """
     directory = RunDirectory(Path(at_home(out)))
     directory.require()
-    request = Request(
+    request = RunRequest(
         manifest=_manifest_of(directory, manifest),
         out=directory.root,
         settings=_settings_of(directory),
@@ -397,7 +397,7 @@ def _export(directory: RunDirectory, settings: Settings, source: Source, to: str
     file = JournalDatabase.open_read_only(directory.journal)
     try:
         planner = open_planner(opened, settings, None)
-        projection = Projection(planner, opened, settings, file, identity_of(opened, settings))
+        projection = Export(planner, opened, settings, file, identity_of(opened, settings))
         return projection.write(directory.results if to is None else to)
     finally:
         file.close()
@@ -453,7 +453,7 @@ def _blocking(
     name = getattr(function, "__name__", "call")
 
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        started = Call(partial(function, *args, **kwargs), sentence, signals=bool(kwargs.get("signals")))
+        started = BlockingCall(partial(function, *args, **kwargs), sentence, signals=bool(kwargs.get("signals")))
         return started.result(f"restyle {name}", event_loop())
 
     call.__name__ = f"{name}_sync"

@@ -32,25 +32,25 @@ from batch.manifest.opening import Source, keep, located, open_manifest, with_co
 from batch.manifest.planner import Planner
 from batch.manifest.reader import Manifest
 from batch.money import Budget
-from batch.results.export import Projection, identity_of, loading_sink
+from batch.results.export import Export, identity_of, loading_sink
 from batch.results.totals import Totals
 from batch.run.admission import Admission, StopCause, StopRequest
 from batch.run.images import ImageFolder
 from batch.run.interfaces import Observer
-from batch.run.observers import JsonLog, Several, Tally
+from batch.run.observers import JsonLog, ObserverGroup, ProgressCounter
 from batch.run.pacing import TokenBucket
 from batch.run.reconcile import Reconciler
 from batch.run.runner import Policy, Report, Runner
 from batch.run.verdicts import REPEAT_SECONDS, Idempotency
 from batch.run.window import Window
-from batch.session_signals import Signals, in_order
+from batch.session_signals import SessionSignals, in_order
 from batch.system.descriptors import Allowance, described, require
 from batch.system.open_files import allowance
 from batch.targets import Connection, Terms, check_faults, open_hints, open_target, terms_of
 from batch.types import Job, JsonObject
 from batch.version import tool_version
 
-__all__ = ["Plan", "Request", "Summary", "open_planner", "run_session", "survey_of"]
+__all__ = ["Plan", "RunRequest", "Summary", "open_planner", "run_session", "survey_of"]
 
 T = TypeVar("T")
 
@@ -78,7 +78,7 @@ class Plan(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class RunRequest:
     """What the user asked for, besides the settings."""
 
     manifest: str | Path | Source
@@ -91,7 +91,7 @@ class Request:
     signals: bool = False
     """Whether SIGINT and SIGTERM stop the run in order: a process's main thread only."""
     observer: Observer = field(default_factory=Observer)
-    tally: Tally = field(default_factory=Tally)
+    tally: ProgressCounter = field(default_factory=ProgressCounter)
     confirm: Callable[[Plan], bool] | None = None
     """Asked once the plan is known; False ends the run before anything is submitted."""
 
@@ -160,17 +160,17 @@ class Summary:
         }
 
 
-async def run_session(request: Request) -> Summary:
+async def run_session(request: RunRequest) -> Summary:
     """Do it, or go on with it; see `batch.api.run`."""
     return await in_order(partial(_located_session, request), request.observer, wanted=request.signals)
 
 
-async def _located_session(request: Request, signals: Signals) -> Summary:
+async def _located_session(request: RunRequest, signals: SessionSignals) -> Summary:
     async with located(request.manifest, request.settings) as source:
         return await _session(request, source, signals)
 
 
-async def _session(request: Request, source: Source, signals: Signals) -> Summary:
+async def _session(request: RunRequest, source: Source, signals: SessionSignals) -> Summary:
     allowed = allowance()
     require(allowed, _START_FILES)
     settings, directory = request.settings, RunDirectory(request.out)
@@ -197,7 +197,7 @@ async def _session(request: Request, source: Source, signals: Signals) -> Summar
             identity = await _in_thread(partial(identity_of, manifest, settings))
             directory.write_run(_run_facts(identity, manifest, source, request, terms, started_at))
             await signals.begin()
-            projection = Projection(planner, manifest, settings, journal.file, identity)
+            projection = Export(planner, manifest, settings, journal.file, identity)
             report: Report | None = None
             cut_off: BaseException | None = None
             try:
@@ -217,13 +217,13 @@ async def _session(request: Request, source: Source, signals: Signals) -> Summar
     return summary
 
 
-def _concluded(projection: Projection, directory: RunDirectory) -> tuple[Counts, Totals]:
+def _concluded(projection: Export, directory: RunDirectory) -> tuple[Counts, Totals]:
     """Write the results as the journal has them."""
     counts = projection.file.counts()
     return counts, projection.refresh(directory.results, counts.by_state)
 
 
-def _report_of(tally: Tally, signals: Signals) -> Report:
+def _report_of(tally: ProgressCounter, signals: SessionSignals) -> Report:
     """Of a run that was cut off before it could report."""
     stopping = signals.first or StopRequest(StopCause.CANCELLED, "every task of the event loop was cancelled")
     return Report(tally.done, tally.failed, tally.held, stopping)
@@ -278,7 +278,7 @@ def _guess(bounds: tuple[int, int] | None) -> int:
 # --- asking -----------------------------------------------------------------------------------------------
 
 
-def _refuse_unasked(plan: Plan, request: Request) -> None:
+def _refuse_unasked(plan: Plan, request: RunRequest) -> None:
     """Money moves only with a yes: a confirmed plan, or a budget.
 
     Raises:
@@ -303,13 +303,13 @@ def _refuse_unasked(plan: Plan, request: Request) -> None:
 
 
 async def _carried_out(
-    request: Request,
+    request: RunRequest,
     directory: RunDirectory,
     journal: JournalWriter,
-    projection: Projection,
+    projection: Export,
     plan: Plan,
     before: Counts,
-    signals: Signals,
+    signals: SessionSignals,
     allowed: Allowance,
 ) -> Report | None:
     """Run what is to do; None where there is nothing, and nothing was opened."""
@@ -320,7 +320,7 @@ async def _carried_out(
         return None
     await _in_thread(projection.outdate)
     with JsonLog(directory.log) as log:
-        observer = Several(request.tally, request.observer, log)
+        observer = ObserverGroup(request.tally, request.observer, log)
         observer.expected(to_do + found.in_flight + found.collectable, found.done)
         observer.happened("spent", usd=0.0, total_usd=before.spent_usd)
         observer.happened("session", number=journal.session, target=plan.terms.name, to_do=to_do)
@@ -432,7 +432,7 @@ def _reconciler(target: Connection, journal: JournalWriter, observer: Observer, 
     return Reconciler(target.client, journal, observer, time.time, rng, repeated_for=repeated_for)
 
 
-def _policy(request: Request, target: Connection) -> Policy:
+def _policy(request: RunRequest, target: Connection) -> Policy:
     settings = request.settings
     limits = settings.limits
     failures = limits.max_failures or ""
@@ -462,7 +462,7 @@ def _policy(request: Request, target: Connection) -> Policy:
 
 
 def _run_facts(
-    identity: JsonObject, manifest: Manifest, source: Source, request: Request, terms: Terms, started_at: str
+    identity: JsonObject, manifest: Manifest, source: Source, request: RunRequest, terms: Terms, started_at: str
 ) -> JsonObject:
     place = {} if source.folder is None else {"folder": str(source.folder)}
     return {
@@ -477,7 +477,7 @@ def _run_facts(
 
 
 def _summary(
-    request: Request,
+    request: RunRequest,
     directory: RunDirectory,
     report: Report | None,
     totals: Totals,

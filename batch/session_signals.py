@@ -18,7 +18,7 @@ from batch.run.runner import Runner
 from batch.system import signals as interrupts
 from batch.system.sync_call import current_call
 
-__all__ = ["Signals", "in_order"]
+__all__ = ["SessionSignals", "in_order"]
 
 T = TypeVar("T")
 
@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 _MEANWHILE = "collecting what is in flight; once more stops at once"
 
 
-class Signals:
+class SessionSignals:
     """What they do: stop the run, in order or at once. What a run leaves is written to its end."""
 
     def __init__(self, observer: Observer, *, wanted: bool) -> None:
@@ -113,7 +113,9 @@ class Signals:
                 async for number in received:
                     self._heard(signal.Signals(number).name)
 
-    async def carry_out(self, session: Callable[[Signals], Awaitable[T]], outcome: list[T | BaseException]) -> None:
+    async def carry_out(
+        self, session: Callable[[SessionSignals], Awaitable[T]], outcome: list[T | BaseException]
+    ) -> None:
         """The session, in a task that the caller's cancellation does not reach once it has begun."""
         try:
             with self._scope:
@@ -126,18 +128,18 @@ class Signals:
             self.ended.set()
 
 
-async def in_order(session: Callable[[Signals], Awaitable[T]], observer: Observer, *, wanted: bool) -> T:
+async def in_order(session: Callable[[SessionSignals], Awaitable[T]], observer: Observer, *, wanted: bool) -> T:
     """Carry a session out, and let it end in order also where its caller is cancelled.
 
     The first cancellation stops it as a signal does, the second stops it at once; it is raised when the results are
     written.
 
     Args:
-        session: what to do; it calls `Signals.begin` before it spends.
+        session: what to do; it calls `SessionSignals.begin` before it spends.
         observer: is told of signals.
         wanted: hear SIGINT and SIGTERM, in a process's main thread; else the process's own handlers stay.
     """
-    signals, outcome = Signals(observer, wanted=wanted), list[T | BaseException]()
+    signals, outcome = SessionSignals(observer, wanted=wanted), list[T | BaseException]()
     cancelled: BaseException | None = None
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(signals.listen)

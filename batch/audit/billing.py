@@ -15,7 +15,7 @@ import anyio.to_thread
 from tenacity import stop_after_attempt
 
 from batch.audit.report import EXAMPLES, Check, Mismatch, Remark
-from batch.audit.tables import Scratch
+from batch.audit.tables import AuditTables
 from batch.config import Settings
 from batch.errors import ConfigError
 from batch.fal.client import FalClient
@@ -35,7 +35,7 @@ _BILL_MARGIN = 3600.0
 """Two clocks differ, and which instant of a request an event bears is not documented."""
 
 
-async def gather_bills(settings: Settings, scratch: Scratch, version: str, since: float, now: float) -> str:
+async def gather_bills(settings: Settings, scratch: AuditTables, version: str, since: float, now: float) -> str:
     """Read the target's billing events of the run's time; empty, or why they were not compared."""
     try:
         async with open_platform(settings, version=version) as client:
@@ -58,7 +58,7 @@ async def gather_bills(settings: Settings, scratch: Scratch, version: str, since
     return ""
 
 
-async def _gather_span(client: FalClient, scratch: Scratch, start: float, end: float) -> None:
+async def _gather_span(client: FalClient, scratch: AuditTables, start: float, end: float) -> None:
     cursor: str | None = None
     seen: set[str] = set()
     while True:
@@ -75,7 +75,7 @@ async def _gather_span(client: FalClient, scratch: Scratch, start: float, end: f
         seen.add(cursor)
 
 
-def charges_check(scratch: Scratch, why: str, now: float, *, priced: bool) -> tuple[Check, Remark | None]:
+def charges_check(scratch: AuditTables, why: str, now: float, *, priced: bool) -> tuple[Check, Remark | None]:
     """What was billed against what was counted, request by request."""
     if why:
         return Check("charges", why, compared=False), None

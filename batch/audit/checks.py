@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batch.audit.billing import charges_check, gather_bills
-from batch.audit.report import EXAMPLES, Books, Check, Mismatch, Remark
-from batch.audit.tables import Scratch, Seen
+from batch.audit.report import EXAMPLES, AuditReport, Check, Mismatch, Remark
+from batch.audit.tables import AuditRequest, AuditTables
 from batch.config import Settings
 from batch.directory import RunDirectory
 from batch.journal.database import AuditedJob, AuditedRequest, JournalDatabase
@@ -41,7 +41,7 @@ _COLUMNS = ["job_key", "status", "request_id", "cost_usd", "images.list.element.
 _Row = TypeVar("_Row", AuditedJob, AuditedRequest)
 
 
-async def audited(directory: RunDirectory, settings: Settings, *, version: str, now: float) -> Books:
+async def audited(directory: RunDirectory, settings: Settings, *, version: str, now: float) -> AuditReport:
     """Look at all of a run that does not work at present.
 
     Args:
@@ -54,7 +54,7 @@ async def audited(directory: RunDirectory, settings: Settings, *, version: str, 
         RunDirectoryError: no journal, or none of ours. StorageError: a disk refused.
     """
     in_thread = anyio.to_thread.run_sync
-    with Scratch() as scratch:
+    with AuditTables() as scratch:
         own = await in_thread(partial(_own_books, directory, scratch))
         why = await gather_bills(settings, scratch, version, own.since, now)
         priced = terms_of(settings).price is not None
@@ -63,10 +63,10 @@ async def audited(directory: RunDirectory, settings: Settings, *, version: str, 
             ((charged, usd),) = scratch.rows("count_bills")
             own.counts.update(charged=charged, charged_usd=round(usd, 6))
     remarks = [remark for remark in (*own.remarks, foreign) if remark is not None and remark.count]
-    return Books(str(directory.root), settings.target.name, own.counts, [*own.checks, charges], remarks)
+    return AuditReport(str(directory.root), settings.target.name, own.counts, [*own.checks, charges], remarks)
 
 
-class _Own(NamedTuple):
+class _LocalChecks(NamedTuple):
     """What the run directory itself says."""
 
     checks: list[Check]
@@ -76,11 +76,11 @@ class _Own(NamedTuple):
     """When the first session began, Unix seconds."""
 
 
-def _own_books(directory: RunDirectory, scratch: Scratch) -> _Own:
+def _own_books(directory: RunDirectory, scratch: AuditTables) -> _LocalChecks:
     file = JournalDatabase.open_read_only(directory.journal)
     try:
         results = _results(directory, file, scratch)
-        with _Jobs(directory, scratch) as jobs:
+        with _JobTotals(directory, scratch) as jobs:
             for page in _pages(file.jobs_after):
                 jobs.take(page)
         lost = _requests(file, scratch)
@@ -110,7 +110,7 @@ def _own_books(directory: RunDirectory, scratch: Scratch) -> _Own:
         "sessions": len(sessions),
     }
     remarks = [_orphans(directory, scratch), jobs.unasked()]
-    return _Own(checks, remarks, counts, min((session.started_at for session in sessions), default=0.0))
+    return _LocalChecks(checks, remarks, counts, min((session.started_at for session in sessions), default=0.0))
 
 
 def _pages(read: Callable[[int, int], list[_Row]]) -> Iterator[list[_Row]]:
@@ -124,19 +124,20 @@ def _pages(read: Callable[[int, int], list[_Row]]) -> Iterator[list[_Row]]:
 # --- requests and money -----------------------------------------------------------------------------------
 
 
-def _requests(file: JournalDatabase, scratch: Scratch) -> int:
+def _requests(file: JournalDatabase, scratch: AuditTables) -> int:
     """Remember every request that ended, of whatever attempt; how many ended without a result."""
     lost = 0
     for page in _pages(file.ended_after):
         known = [one for one in page if one.request_id is not None]
         lost += sum(one.failed for one in known)
         scratch.add_requests(
-            Seen(str(one.request_id), one.job_key, one.cost_usd or 0.0, one.billable_units, one.at) for one in known
+            AuditRequest(str(one.request_id), one.job_key, one.cost_usd or 0.0, one.billable_units, one.at)
+            for one in known
         )
     return lost
 
 
-def _submits(jobs: _Jobs, scratch: Scratch, accepted: int, lost: int) -> Check:
+def _submits(jobs: _JobTotals, scratch: AuditTables, accepted: int, lost: int) -> Check:
     done, still = jobs.states[State.DONE], jobs.open
     unaccounted = Mismatch("submits are accepted and nothing else is known of them", "this journal is damaged")
     if odd := abs(accepted - done - lost - still):
@@ -150,7 +151,7 @@ def _submits(jobs: _Jobs, scratch: Scratch, accepted: int, lost: int) -> Check:
     return Check("submits", words, (jobs.uncollected, shared, unaccounted))
 
 
-def _money(jobs: _Jobs, spent: float, counted: float, ended: int) -> Check:
+def _money(jobs: _JobTotals, spent: float, counted: float, ended: int) -> Check:
     fuzz = _FUZZ_USD * max(1, ended) ** 0.5
     sessions = Mismatch("sums of the sessions and of the jobs differ", "this journal is damaged: please report")
     if abs(spent - jobs.cost_usd) > fuzz:
@@ -167,10 +168,10 @@ def _money(jobs: _Jobs, spent: float, counted: float, ended: int) -> Check:
 # --- jobs and their pictures ------------------------------------------------------------------------------
 
 
-class _Jobs:
+class _JobTotals:
     """Adds up the journal's jobs, page by page, and verifies the pictures of those that are done."""
 
-    def __init__(self, directory: RunDirectory, scratch: Scratch) -> None:
+    def __init__(self, directory: RunDirectory, scratch: AuditTables) -> None:
         self._root, self._scratch = directory.root, scratch
         self._threads = ThreadPoolExecutor(_HASHED_AT_ONCE, thread_name_prefix="hash")
         self.states: Counter[State] = Counter()
@@ -212,7 +213,7 @@ class _Jobs:
     def take(self, page: list[AuditedJob]) -> None:
         """One page of the journal."""
         shown = self._scratch.shown([job.key for job in page])
-        self._scratch.add_requests(Seen(job.request_id, job.key) for job in page if job.request_id is not None)
+        self._scratch.add_requests(AuditRequest(job.request_id, job.key) for job in page if job.request_id is not None)
         pictures: list[tuple[JobKey, StoredImage]] = []
         for job in page:
             self._count(job)
@@ -285,7 +286,7 @@ def _name(job: AuditedJob) -> str:
     return f"job {job.key}" + (f", request {job.request_id}" if job.request_id else "")
 
 
-def _orphans(directory: RunDirectory, scratch: Scratch) -> Remark:
+def _orphans(directory: RunDirectory, scratch: AuditTables) -> Remark:
     """Files in `images/` that no done job refers to: of a run that was killed, or not ours."""
     found = Mismatch("files in images/ belong to no finished job; they may be deleted", "")
     waiting: list[str] = []
@@ -310,7 +311,7 @@ def _orphans(directory: RunDirectory, scratch: Scratch) -> Remark:
 # --- the results table ------------------------------------------------------------------------------------
 
 
-def _results(directory: RunDirectory, file: JournalDatabase, scratch: Scratch) -> Check:
+def _results(directory: RunDirectory, file: JournalDatabase, scratch: AuditTables) -> Check:
     """Row by row: the state, request, cost and pictures that the journal has."""
     advice = "`restyle export` writes it anew, for free"
     absent = Mismatch("results.parquet cannot be read", advice)
@@ -329,7 +330,7 @@ def _results(directory: RunDirectory, file: JournalDatabase, scratch: Scratch) -
 
 
 def _compare(
-    rows: list[dict[str, object]], file: JournalDatabase, scratch: Scratch, strangers: Mismatch, behind: Mismatch
+    rows: list[dict[str, object]], file: JournalDatabase, scratch: AuditTables, strangers: Mismatch, behind: Mismatch
 ) -> None:
     keys = [JobKey(str(row["job_key"])) for row in rows if row["job_key"] is not None]
     known = file.jobs_of(list(dict.fromkeys(keys)))

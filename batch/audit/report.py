@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from batch.types import Json, JsonObject
 
-__all__ = ["EXAMPLES", "Books", "Check", "Mismatch", "Remark", "Repair"]
+__all__ = ["EXAMPLES", "AuditReport", "Check", "Mismatch", "Remark", "Repair"]
 
 EXAMPLES = 10
 """How many examples of one mismatch are shown."""
@@ -91,7 +91,7 @@ class Repair:
 
 
 @dataclass(frozen=True, slots=True)
-class Books:
+class AuditReport:
     """A whole audit."""
 
     run: str

@@ -17,12 +17,12 @@ import orjson
 
 from batch.errors import StorageError
 
-__all__ = ["Scratch", "Seen"]
+__all__ = ["AuditRequest", "AuditTables"]
 
 _CACHE_KIB = 8_000
 
 
-class Seen(NamedTuple):
+class AuditRequest(NamedTuple):
     """One request as the journal has it. A request that has not ended has no `ended_at`."""
 
     request_id: str
@@ -32,7 +32,7 @@ class Seen(NamedTuple):
     ended_at: float | None = None
 
 
-class Scratch:
+class AuditTables:
     """A context manager. Methods may be called from any thread, one at a time; all raise `StorageError`."""
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class Scratch:
     ) -> None:
         self._connection.close()
 
-    def add_requests(self, seen: Iterable[Seen]) -> None:
+    def add_requests(self, seen: Iterable[AuditRequest]) -> None:
         """A request may come several times: its costs add up, another job is noticed."""
         names = ("id", "job", "usd", "units", "at")
         self._many("add_request", [dict(zip(names, one, strict=True)) for one in seen])

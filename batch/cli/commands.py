@@ -121,10 +121,10 @@ def run(
     """Do it, or go on with it: the same command again never pays twice."""
     from batch import api
     from batch.cli import output as screen
-    from batch.run.observers import Tally
+    from batch.run.observers import ProgressCounter
 
     flags = jobs.settings()
-    tally = Tally()
+    tally = ProgressCounter()
     observer, close = screen.display_for(tally, quiet=quiet, log_format=log_format)
 
     def confirm(found: api.Plan) -> bool:

@@ -10,7 +10,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from cyclopts import CycloptsError
 
 from batch.cli.commands import STDIN, app
-from batch.cli.streams import fail, outlet
+from batch.cli.streams import fail, safe_stream
 from batch.errors import ExitCode, RestyleError
 from batch.system.descriptors import lacks_descriptor
 
@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Carry out one command line and say how it went; its exit code."""
     # Imports and jobs make few circles: the collector need not look for them after every 700 objects.
     gc.set_threshold(50_000, 20, 100)
-    with redirect_stdout(outlet(sys.stdout)), redirect_stderr(outlet(sys.stderr)):
+    with redirect_stdout(safe_stream(sys.stdout)), redirect_stderr(safe_stream(sys.stderr)):
         code = _code_of(arguments)
         sys.stdout.flush()
         sys.stderr.flush()

@@ -16,7 +16,7 @@ from batch.api import Cancelled, Plan, Summary
 from batch.errors import ConfigError
 from batch.estimate import Survey, counted, render_note, render_problems
 from batch.run.interfaces import Observer
-from batch.run.observers import CountBar, PlainLines, ProgressBar, Tally
+from batch.run.observers import CountBar, PlainLines, ProgressBar, ProgressCounter
 from batch.system import signals as interrupts
 
 __all__ = ["CancelDisplay", "age", "ahead", "announce", "cancelled", "conclude", "confirmed", "display_for"]
@@ -28,7 +28,7 @@ _KINDS_SHOWN = 5
 """Of errors, at the end of a run; `summary.json` has all of them."""
 
 
-def display_for(tally: Tally, *, quiet: bool, log_format: str) -> tuple[Observer, Callable[[], None]]:
+def display_for(tally: ProgressCounter, *, quiet: bool, log_format: str) -> tuple[Observer, Callable[[], None]]:
     """The observer that shows a run as it goes, and what to call at its end."""
     if log_format == "json":
         return PlainLines(tally, sys.stderr, as_json=True), lambda: None

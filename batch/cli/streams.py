@@ -12,10 +12,10 @@ from typing import Any, TextIO, cast
 
 from batch.errors import ExitCode, StorageError
 
-__all__ = ["Outlet", "fail", "fill_closed", "outlet", "print_result", "why_lost"]
+__all__ = ["SafeStream", "fail", "fill_closed", "print_result", "safe_stream", "why_lost"]
 
 
-class Outlet:
+class SafeStream:
     """A text stream whose writes never fail; from the first refused one on it is silent, and `lost` says why."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -58,9 +58,9 @@ def fill_closed() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
 
 
-def outlet(stream: TextIO | None) -> TextIO:
+def safe_stream(stream: TextIO | None) -> TextIO:
     """Wrap `sys.stdout` or `sys.stderr`; None, which is what Python has for a closed one, becomes nowhere."""
-    return cast(TextIO, Outlet(stream if stream is not None else Path(os.devnull).open("w", encoding="utf-8")))
+    return cast(TextIO, SafeStream(stream if stream is not None else Path(os.devnull).open("w", encoding="utf-8")))
 
 
 def why_lost(stream: TextIO | None) -> str | None:

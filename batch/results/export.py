@@ -29,7 +29,7 @@ from batch.results.totals import Totals
 from batch.types import JsonObject
 from batch.version import tool_version
 
-__all__ = ["Projection", "identity_of", "loading_sink", "require_apart", "require_place"]
+__all__ = ["Export", "identity_of", "loading_sink", "require_apart", "require_place"]
 
 _NOTE = "projected"
 """The journal's note of what `results.parquet` shows, and the totals of it; empty while it may be behind."""
@@ -44,7 +44,7 @@ def identity_of(manifest: Manifest, settings: Settings) -> JsonObject:
 
 
 @dataclass(frozen=True, slots=True)
-class Projection:
+class Export:
     """The results of one run directory."""
 
     planner: Planner

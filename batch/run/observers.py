@@ -25,10 +25,10 @@ from batch.run.interfaces import Observer
 from batch.run.waits import Overview
 from batch.types import Json
 
-__all__ = ["CountBar", "JsonLog", "PlainLines", "ProgressBar", "Several", "Tally", "pause_in"]
+__all__ = ["CountBar", "JsonLog", "ObserverGroup", "PlainLines", "ProgressBar", "ProgressCounter", "pause_in"]
 
 
-class Several(Observer):
+class ObserverGroup(Observer):
     """Hands everything on to each of its observers, in order."""
 
     def __init__(self, *observers: Observer) -> None:
@@ -46,7 +46,7 @@ class Several(Observer):
 
 
 @dataclass(slots=True)
-class Tally(Observer):
+class ProgressCounter(Observer):
     """Counts what a person wants to know while it runs."""
 
     jobs: int = 0
@@ -122,7 +122,7 @@ class ProgressBar(Observer):
     _SILENT = frozenset({"pausing", "resumed"})
     """Only the numbers beside the bar change."""
 
-    def __init__(self, tally: Tally, stream: TextIO) -> None:
+    def __init__(self, tally: ProgressCounter, stream: TextIO) -> None:
         self._tally, self._stream = tally, stream
         self._bar: tqdm[Never] | None = None
         self._waits = ""
@@ -191,7 +191,7 @@ class PlainLines(Observer):
 
     def __init__(
         self,
-        tally: Tally,
+        tally: ProgressCounter,
         stream: TextIO,
         *,
         every: float = 30.0,

@@ -27,7 +27,7 @@ import anyio
 
 from batch.system import signals as interrupts
 
-__all__ = ["Call", "current_call"]
+__all__ = ["BlockingCall", "current_call"]
 
 T = TypeVar("T")
 
@@ -40,7 +40,7 @@ _LOOK_EVERY = 0.25
 _SIGINT = signal.SIGINT.name
 
 
-class Call(Generic[T]):
+class BlockingCall(Generic[T]):
     """One call of a coroutine function, and the thread that waits for it."""
 
     def __init__(self, function: Callable[[], Awaitable[T]], sentence: Callable[[T], str], *, signals: bool) -> None:
@@ -195,10 +195,10 @@ class Call(Generic[T]):
                 self._scope.cancel()
 
 
-_current: ContextVar[Call[Any] | None] = ContextVar("_current", default=None)
+_current: ContextVar[BlockingCall[Any] | None] = ContextVar("_current", default=None)
 
 
-def current_call() -> Call[Any] | None:
+def current_call() -> BlockingCall[Any] | None:
     """The call that this coroutine is carried out for, where a thread waits for it."""
     return _current.get()
 

@@ -10,7 +10,7 @@ import pytest
 from batch import api
 from batch.errors import ConfigError, ExitCode, ManifestError, RunDirectoryError, StoppedEarly
 from batch.journal.states import State
-from batch.run.observers import Tally
+from batch.run.observers import ProgressCounter
 from batch.testing.observer import RecordingObserver
 from tests.acceptance.command import accepted, results, wait_for, write_manifest
 
@@ -36,7 +36,7 @@ async def test_plan_and_run_are_coroutines(tmp_path, manifest):
     assert (found.survey.rows, found.survey.to_do, found.terms.name, found.terms.paid) == (5, 5, "local", False)
     assert list(tmp_path.iterdir()) == [manifest]
 
-    observer, tally = RecordingObserver(), Tally()
+    observer, tally = RecordingObserver(), ProgressCounter()
     summary = await run(manifest, tmp_path / "run", settings=SETTINGS, observer=observer, tally=tally)
     assert (summary.exit_code, summary.done, summary.rows, summary.stopped) == (ExitCode.COMPLETE, 5, 5, None)
     assert (tally.jobs, tally.done, tally.in_flight) == (5, 5, 0)

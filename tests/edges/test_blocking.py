@@ -12,11 +12,11 @@ import anyio.lowlevel
 import anyio.to_thread
 import pytest
 
-from batch.system.sync_call import Call, current_call
+from batch.system.sync_call import BlockingCall, current_call
 
 
 def called(function, *, signals=False):
-    return Call(function, str, signals=signals).result("a call", {})
+    return BlockingCall(function, str, signals=signals).result("a call", {})
 
 
 def interrupt():
@@ -128,7 +128,7 @@ def test_an_interrupt_at_the_very_end_is_not_lost():
     async def returns():
         return "done"
 
-    call = Call(returns, str, signals=False)
+    call = BlockingCall(returns, str, signals=False)
     put = call._words.put
 
     def interrupted_put(word):

@@ -12,7 +12,7 @@ from batch.journal.events import Answered, FailedForGood, Intended, Lost
 from batch.journal.states import State
 from batch.money import Price
 from batch.run.admission import StopCause
-from batch.run.observers import Tally
+from batch.run.observers import ProgressCounter
 from batch.run.runner import Policy
 from batch.testing.journal import MemoryJournal
 from batch.testing.service import (
@@ -255,7 +255,7 @@ async def test_the_live_display_tells_this_run_and_all_runs_apart():
     last = world.observer.actions("spent")[-1]
     assert (last["usd"], last["total_usd"]) == (pytest.approx(20 * BILLED), pytest.approx(30 * BILLED))
 
-    tally = Tally()
+    tally = ProgressCounter()
     for name, facts in world.observer.events:
         tally.happened(name, **facts)
     assert "$0.30 spent ($0.45 with earlier runs)" in tally.line()
@@ -263,6 +263,6 @@ async def test_the_live_display_tells_this_run_and_all_runs_apart():
 
 async def test_one_run_alone_shows_one_sum():
     """No word about earlier runs where there are none."""
-    tally = Tally()
+    tally = ProgressCounter()
     tally.happened("spent", usd=0.3, total_usd=0.3)
     assert tally.line().endswith("$0.30 spent")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from batch.errors import StorageError
-from batch.run.observers import JsonLog, Observer, PlainLines, ProgressBar, Several, Tally, pause_in
+from batch.run.observers import JsonLog, Observer, ObserverGroup, PlainLines, ProgressBar, ProgressCounter, pause_in
 from batch.testing.observer import RecordingObserver
 
 
@@ -34,8 +34,8 @@ def test_an_observer_does_nothing():
 
 def test_several_observers_are_told_in_order():
     """One after the other, everything."""
-    first, second, tally = RecordingObserver(), RecordingObserver(), Tally()
-    ran(Several(first, second, tally))
+    first, second, tally = RecordingObserver(), RecordingObserver(), ProgressCounter()
+    ran(ObserverGroup(first, second, tally))
     assert first.events == second.events
     assert len(first.events) == 10
     assert tally.done == 2
@@ -43,7 +43,7 @@ def test_several_observers_are_told_in_order():
 
 def test_a_tally_counts():
     """What is in flight is what started and has not ended."""
-    tally = Tally()
+    tally = ProgressCounter()
     ran(tally)
     tally.happened("held", job="3", reason="its outcome is unknown")
     assert (tally.jobs, tally.already_done, tally.done, tally.failed, tally.held, tally.in_flight) == (4, 1, 2, 1, 1, 1)
@@ -53,7 +53,7 @@ def test_a_tally_counts():
 
 def test_a_tally_keeps_this_runs_money_apart_from_that_of_all():
     """A budget is about all, a person asks what this run costs."""
-    tally = Tally()
+    tally = ProgressCounter()
     tally.happened("spent", usd=1.25, total_usd=1.25)
     assert tally.line().endswith("$1.25 spent")
     tally.happened("spent", usd=1.5, total_usd=1000.5)
@@ -64,7 +64,7 @@ def test_a_tally_keeps_this_runs_money_apart_from_that_of_all():
 
 def test_what_slows_a_run_down_is_shown_until_it_moves_again():
     """A pause is forgotten with the next job that is done."""
-    tally = Tally()
+    tally = ProgressCounter()
     tally.happened("paused", reason="HTTP 429")
     assert tally.line().endswith("(paused: HTTP 429)")
     tally.happened("done", job="1")
@@ -82,7 +82,7 @@ WAITS = "50 in queue for up to 2 min, queue positions 3 to 120, median 40; 14 in
 
 def test_what_open_jobs_wait_for_is_in_the_line_once_it_is_noticeable():
     """Next to what slows the run down; gone when nothing waits any longer."""
-    tally = Tally()
+    tally = ProgressCounter()
     tally.happened("waiting", **WAITING)
     assert tally.line() == f"0/0 done, 0 failed, 0 in flight (waiting: {WAITS})"
     tally.happened("paused", reason="HTTP 429")
@@ -97,9 +97,9 @@ def test_what_open_jobs_wait_for_is_in_the_line_once_it_is_noticeable():
 
 def test_a_bar_says_what_is_waited_for_longest():
     """It is drawn again when that changes, although no job ends; other notices keep it."""
-    tally, stream = Tally(), io.StringIO()
+    tally, stream = ProgressCounter(), io.StringIO()
     bar = ProgressBar(tally, stream)
-    observer = Several(tally, bar)
+    observer = ObserverGroup(tally, bar)
     observer.expected(9, 0)
     observer.happened("waiting", in_queue={"jobs": 50, "oldest_seconds": 5.0})
     assert "waiting" not in stream.getvalue()
@@ -118,7 +118,7 @@ def test_a_bar_says_what_is_waited_for_longest():
 
 def test_until_when_a_pause_goes_is_shown_for_as_long_as_it_holds():
     """Jobs that end meanwhile do not hide it, nor does another notice; its end does."""
-    tally = Tally()
+    tally = ProgressCounter()
     tally.happened("paused", reason="HTTP 429; until 14:05:10 UTC", until="2026-11-22T14:05:10+00:00")
     assert tally.line().endswith("(paused: HTTP 429; until 14:05:10 UTC)")
     tally.happened("done", job="1")
@@ -131,8 +131,8 @@ def test_until_when_a_pause_goes_is_shown_for_as_long_as_it_holds():
 
 def test_lines_go_on_in_a_long_pause():
     """Nothing else happens then: for machines the end of the pause is a key."""
-    clock, tally, stream = Clock(), Tally(), io.StringIO()
-    observer = Several(tally, PlainLines(tally, stream, as_json=True, clock=clock))
+    clock, tally, stream = Clock(), ProgressCounter(), io.StringIO()
+    observer = ObserverGroup(tally, PlainLines(tally, stream, as_json=True, clock=clock))
     observer.happened("paused", reason="HTTP 429", until="2026-11-22T14:05:10+00:00")
     for second in range(0, 100, 30):
         clock.now = float(second)
@@ -144,9 +144,9 @@ def test_lines_go_on_in_a_long_pause():
 
 def test_a_bar_shows_until_when_a_pause_goes():
     """Beside the numbers, until it is over."""
-    tally, stream = Tally(), io.StringIO()
+    tally, stream = ProgressCounter(), io.StringIO()
     bar = ProgressBar(tally, stream)
-    observer = Several(tally, bar)
+    observer = ObserverGroup(tally, bar)
     observer.expected(3, 0)
     observer.happened("paused", reason="HTTP 429", until="2026-11-22T14:05:10+00:00")
     observer.happened("pausing")
@@ -165,8 +165,8 @@ class Clock:
 
 def test_plain_lines_come_every_thirty_seconds():
     """Not one for each of a million jobs; none while nothing happens."""
-    clock, tally, stream = Clock(), Tally(), io.StringIO()
-    observer = Several(tally, PlainLines(tally, stream, clock=clock))
+    clock, tally, stream = Clock(), ProgressCounter(), io.StringIO()
+    observer = ObserverGroup(tally, PlainLines(tally, stream, clock=clock))
     for second in range(100):
         clock.now = float(second)
         observer.happened("done", job=str(second))
@@ -179,8 +179,8 @@ def test_plain_lines_come_every_thirty_seconds():
 
 def test_plain_lines_come_while_jobs_are_only_waited_for():
     """Nothing ends for ten minutes: a line every thirty seconds says what it is that lasts so long."""
-    clock, tally, stream = Clock(), Tally(), io.StringIO()
-    observer = Several(tally, PlainLines(tally, stream, clock=clock))
+    clock, tally, stream = Clock(), ProgressCounter(), io.StringIO()
+    observer = ObserverGroup(tally, PlainLines(tally, stream, clock=clock))
     for second in range(0, 600, 2):
         clock.now = float(second)
         observer.happened("waiting", in_queue={"jobs": 7, "oldest_seconds": clock.now})
@@ -192,8 +192,8 @@ def test_plain_lines_come_while_jobs_are_only_waited_for():
 
 def test_plain_lines_as_json_say_what_is_waited_for():
     """With every stage, or null."""
-    clock, tally, stream = Clock(), Tally(), io.StringIO()
-    observer = Several(tally, PlainLines(tally, stream, as_json=True, clock=clock))
+    clock, tally, stream = Clock(), ProgressCounter(), io.StringIO()
+    observer = ObserverGroup(tally, PlainLines(tally, stream, as_json=True, clock=clock))
     observer.happened("warning", reason="x")
     clock.now = 40.0
     observer.happened("waiting", **WAITING)
@@ -209,14 +209,14 @@ def test_plain_lines_as_json_say_what_is_waited_for():
 def test_what_a_person_has_to_know_is_said_at_once(action):
     """In words, whatever the time."""
     stream = io.StringIO()
-    PlainLines(Tally(), stream, clock=Clock()).happened(action, reason="HTTP 429")
+    PlainLines(ProgressCounter(), stream, clock=Clock()).happened(action, reason="HTTP 429")
     assert stream.getvalue() == f"{action}: HTTP 429\n"
 
 
 def test_plain_lines_can_be_json():
     """For machines: the action, the sentence and the counts."""
-    tally, stream = Tally(), io.StringIO()
-    observer = Several(tally, PlainLines(tally, stream, as_json=True, clock=Clock()))
+    tally, stream = ProgressCounter(), io.StringIO()
+    observer = ObserverGroup(tally, PlainLines(tally, stream, as_json=True, clock=Clock()))
     ran(observer)
     observer.happened("stopping", reason="the deadline of 5 s is near")
     (line,) = [json.loads(text) for text in stream.getvalue().splitlines()]
@@ -227,9 +227,9 @@ def test_plain_lines_can_be_json():
 
 def test_a_bar_counts_what_was_done_before():
     """It starts where the last run ended, moves for each end, and writes notices above itself."""
-    tally, stream = Tally(), io.StringIO()
+    tally, stream = ProgressCounter(), io.StringIO()
     bar = ProgressBar(tally, stream)
-    observer = Several(tally, bar)
+    observer = ObserverGroup(tally, bar)
     ran(observer, jobs=9, done=3)
     observer.happened("stopping", reason="SIGINT")
     bar.close()
@@ -242,7 +242,7 @@ def test_a_bar_counts_what_was_done_before():
 
 def test_a_bar_that_was_never_drawn_is_closed_without_harm():
     """A run that ends before it begins."""
-    bar = ProgressBar(Tally(), io.StringIO())
+    bar = ProgressBar(ProgressCounter(), io.StringIO())
     bar.happened("done")
     bar.close()
 
