@@ -1,7 +1,7 @@
 """The library: plan, run, status, export, audit and cancel, as coroutines and as plain functions.
 
     from batch.api import plan_sync, run_sync
-    print(plan_sync("manifests/demo.csv").survey.render())
+    print(plan_sync("manifests/demo.csv").estimate.render())
     summary = run_sync("manifests/demo.csv", "out/demo")
 
 The plain functions also work inside a running event loop (a notebook): they run in a thread of their own. Ctrl-C
@@ -33,17 +33,17 @@ from batch.journal.database import JournalDatabase
 from batch.journal.records import Counts
 from batch.journal.states import State
 from batch.journal.writer import open_journal
-from batch.manifest.opening import Source, located, open_manifest
+from batch.manifest.opening import ManifestSource, located, open_manifest
 from batch.results.export import Export, identity_of, require_apart, require_place
 from batch.results.totals import Totals
 from batch.run.cancellation import Cancelled, cancel_open
 from batch.run.interfaces import Observer
 from batch.run.observers import ProgressCounter, pause_in
 from batch.run.waits import Overview
-from batch.session import Plan, RunRequest, Summary, open_planner, run_session, survey_of
+from batch.session import Plan, RunRequest, Summary, estimate_of, open_planner, run_session
 from batch.system.paths import at_home
 from batch.system.sync_call import BlockingCall
-from batch.targets import Terms, check_faults, open_target, terms_of
+from batch.targets import TargetProfile, check_faults, open_target, profile_of
 from batch.targets import live_price as ask_live_price
 from batch.types import JsonObject
 from batch.version import tool_version
@@ -105,11 +105,11 @@ async def plan(
     live = None
     if live_price:
         live = await ask_live_price(resolved, version=tool_version(), now=partial(datetime.now, UTC))
-    terms = terms_of(resolved, live)
+    profile = profile_of(resolved, live)
     run_directory = None if out is None else Path(at_home(out))
     async with located(at_home(manifest), resolved) as source:
         return await anyio.to_thread.run_sync(
-            partial(_plan, source, resolved, terms, run_directory, retry_failed=retry_failed)
+            partial(_plan, source, resolved, profile, run_directory, retry_failed=retry_failed)
         )
 
 
@@ -309,7 +309,9 @@ async def cancel(out: str | Path, *, told: Callable[[Cancelled], None] | None = 
             return await cancel_open(target.client, journal, Random(), told)
 
 
-def _plan(source: Source, settings: Settings, terms: Terms, out: Path | None, *, retry_failed: bool) -> Plan:
+def _plan(
+    source: ManifestSource, settings: Settings, profile: TargetProfile, out: Path | None, *, retry_failed: bool
+) -> Plan:
     opened = open_manifest(source, settings)
     check_faults(settings)
     file, refusal = None, ""
@@ -322,8 +324,8 @@ def _plan(source: Source, settings: Settings, terms: Terms, out: Path | None, *,
     try:
         planner = open_planner(opened, settings, None)
         spent = 0.0 if file is None else file.counts().spent_usd
-        found = survey_of(planner, settings, terms, file, retry_failed=retry_failed)
-        return Plan(terms, opened, found, spent, refusal)
+        found = estimate_of(planner, settings, profile, file, retry_failed=retry_failed)
+        return Plan(profile, opened, found, spent, refusal)
     finally:
         if file is not None:
             file.close()
@@ -387,7 +389,7 @@ def _rate(file: JournalDatabase) -> float | None:
     return finished.count / (finished.last_at - last.started_at) * 60.0
 
 
-def _export(directory: RunDirectory, settings: Settings, source: Source, to: str | Path | None) -> Totals:
+def _export(directory: RunDirectory, settings: Settings, source: ManifestSource, to: str | Path | None) -> Totals:
     to = None if to is None else Path(at_home(to))
     if to is not None:
         require_place(to)
@@ -407,13 +409,13 @@ def _resolve(config: str | Path | None, settings: Mapping[str, Any] | None) -> S
     return load_settings(None if config is None else Path(config), dict(settings or {}))
 
 
-def _manifest_of(directory: RunDirectory, given: str | Path | None) -> str | Path | Source:
+def _manifest_of(directory: RunDirectory, given: str | Path | None) -> str | Path | ManifestSource:
     """Where the manifest is: as given, else where the last run found it, or kept what came by standard input."""
     said = (directory.read_run() or {}).get("manifest")
     facts = said if isinstance(said, dict) else {}
     source, folder = (at_home(given) if given else None) or facts.get("source"), facts.get("folder")
     if not given and source and folder:
-        return Source(directory.root / Path(str(source)).name, Path(str(folder)))
+        return ManifestSource(directory.root / Path(str(source)).name, Path(str(folder)))
     if not source:
         raise RunDirectoryError(f"{directory.run_file} does not say which manifest; name it with --manifest")
     return str(source)

@@ -16,7 +16,7 @@ from batch.manifest.planner import Checked, Planner
 from batch.money import UNKNOWN_MEGAPIXELS, Price
 from batch.types import JobKey, JsonObject, Problem
 
-__all__ = ["Find", "Survey", "counted", "render_note", "render_problems", "survey"]
+__all__ = ["Estimate", "Find", "counted", "estimate", "render_note", "render_problems"]
 
 Find: TypeAlias = Callable[[Sequence[JobKey]], Mapping[JobKey, KnownJob]]
 """Those of the keys that the journal knows; asked for a few thousand at a time."""
@@ -28,7 +28,7 @@ _HOUR = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
-class Survey:
+class Estimate:
     """The sum of a plan. Megapixels, dollars and hours are those of the jobs that are still to do."""
 
     rows: int
@@ -72,7 +72,7 @@ class Survey:
         return asdict(self) | {"problems": [asdict(problem) for problem in self.problems]}
 
     def render(self) -> str:
-        """The survey as aligned plain text; problems are listed by `render_problems`."""
+        """The estimate as aligned plain text; problems are listed by `render_problems`."""
         dollars = f"${self.dollars:,.2f} at ${self.price_per_megapixel:g} a megapixel"
         if self.dollars_at_most:
             dollars += f", at most ${self.dollars_at_most:,.2f} if every picture is rounded up"
@@ -99,11 +99,11 @@ class Survey:
 
 
 def render_note(note: str) -> str:
-    """A note on how the manifest is read, aligned with a survey."""
+    """A note on how the manifest is read, aligned with a estimate."""
     return f"{'manifest':<12}{note}"
 
 
-def survey(
+def estimate(
     planner: Planner,
     find: Find | None,
     price: Price | None,
@@ -113,7 +113,7 @@ def survey(
     *,
     retry_failed: bool = False,
     lost_before: float = -math.inf,
-) -> Survey:
+) -> Estimate:
     """Run through the whole plan once and add it up.
 
     Memory is 8 bytes a distinct job (three times that for a moment while they are merged): jobs are told apart by
@@ -134,7 +134,7 @@ def survey(
     Raises:
         ManifestError: the manifest can no longer be read.
     """
-    tally = _Tally(find, price, retry_failed=retry_failed, lost_before=lost_before)
+    tally = _JobCounts(find, price, retry_failed=retry_failed, lost_before=lost_before)
     for checked in planner.checked():
         tally.add(checked)
     tally.merge()
@@ -142,7 +142,7 @@ def survey(
     at_once = max(1, min(max_in_flight, slots or max_in_flight))
     each = price.usd_per_megapixel if price is not None else 0.0
     dollars = (tally.megapixels + tally.unknown_sizes * UNKNOWN_MEGAPIXELS) * each
-    return Survey(
+    return Estimate(
         rows=tally.rows,
         bad_rows=tally.bad_rows,
         cells=len(planner.cells),
@@ -168,7 +168,7 @@ def survey(
     )
 
 
-class _Tally:
+class _JobCounts:
     """Running sums; a job counts when its key is seen for the first time."""
 
     def __init__(self, find: Find | None, price: Price | None, *, retry_failed: bool, lost_before: float) -> None:

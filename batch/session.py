@@ -1,4 +1,4 @@
-"""One `restyle run` from the lock to the summary: survey, ask, carry out, project. Assembly.
+"""One `restyle run` from the lock to the summary: estimate, ask, carry out, project. Assembly.
 
 Everything that one run opens is opened here, in the order in which it is needed, and closed in reverse.
 """
@@ -22,13 +22,13 @@ import anyio.to_thread
 from batch.config import Settings, parse_duration, window_bounds
 from batch.directory import RunDirectory, config_of
 from batch.errors import ConfigError, ExitCode, StoppedEarly, StorageError
-from batch.estimate import Survey, survey
+from batch.estimate import Estimate, estimate
 from batch.journal.database import JournalDatabase
 from batch.journal.records import Counts
 from batch.journal.states import State
 from batch.journal.writer import JournalWriter, open_journal
-from batch.manifest.images import Pictures
-from batch.manifest.opening import Source, keep, located, open_manifest, with_columns
+from batch.manifest.images import SourceImages
+from batch.manifest.opening import ManifestSource, keep, located, open_manifest, with_columns
 from batch.manifest.planner import Planner
 from batch.manifest.reader import Manifest
 from batch.money import Budget
@@ -46,11 +46,11 @@ from batch.run.window import Window
 from batch.session_signals import SessionSignals, in_order
 from batch.system.descriptors import Allowance, described, require
 from batch.system.open_files import allowance
-from batch.targets import Connection, Terms, check_faults, open_hints, open_target, terms_of
+from batch.targets import Connection, TargetProfile, check_faults, open_hints, open_target, profile_of
 from batch.types import Job, JsonObject
 from batch.version import tool_version
 
-__all__ = ["Plan", "RunRequest", "Summary", "open_planner", "run_session", "survey_of"]
+__all__ = ["Plan", "RunRequest", "Summary", "estimate_of", "open_planner", "run_session"]
 
 T = TypeVar("T")
 
@@ -68,9 +68,9 @@ _SHOW_WAITS_EVERY = 2.0
 class Plan(NamedTuple):
     """What a run would do: shown before it does it."""
 
-    terms: Terms
+    profile: TargetProfile
     manifest: Manifest
-    survey: Survey
+    estimate: Estimate
     spent_usd: float = 0.0
     """By earlier sessions of the same run directory."""
     refusal: str = ""
@@ -81,7 +81,7 @@ class Plan(NamedTuple):
 class RunRequest:
     """What the user asked for, besides the settings."""
 
-    manifest: str | Path | Source
+    manifest: str | Path | ManifestSource
     out: Path
     settings: Settings
     retry_failed: bool = False
@@ -170,11 +170,11 @@ async def _located_session(request: RunRequest, signals: SessionSignals) -> Summ
         return await _session(request, source, signals)
 
 
-async def _session(request: RunRequest, source: Source, signals: SessionSignals) -> Summary:
+async def _session(request: RunRequest, source: ManifestSource, signals: SessionSignals) -> Summary:
     allowed = allowance()
     require(allowed, _START_FILES)
     settings, directory = request.settings, RunDirectory(request.out)
-    terms, began, started_at = terms_of(settings), time.monotonic(), _timestamp()
+    profile, began, started_at = profile_of(settings), time.monotonic(), _timestamp()
     manifest = await _in_thread(partial(open_manifest, source, settings))
     await _in_thread(partial(open_planner, manifest, settings, None))  # a wrong column leaves no folder behind
     if not request.collect_only:  # what is left to collect may need no endpoint
@@ -187,15 +187,15 @@ async def _session(request: RunRequest, source: Source, signals: SessionSignals)
             planner = await _in_thread(partial(open_planner, manifest, settings, journal.file))
             before = await journal.counts()
             again = request.retry_failed
-            found = await _in_thread(partial(survey_of, planner, settings, terms, journal.file, retry_failed=again))
-            plan = Plan(terms, manifest, found, before.spent_usd)
+            found = await _in_thread(partial(estimate_of, planner, settings, profile, journal.file, retry_failed=again))
+            plan = Plan(profile, manifest, found, before.spent_usd)
             _refuse_unasked(plan, request)
             if source.is_spooled:
                 source = await _in_thread(partial(keep, source, directory.root))
                 manifest = await _in_thread(partial(open_manifest, source, settings))
                 planner = await _in_thread(partial(open_planner, manifest, settings, journal.file))
             identity = await _in_thread(partial(identity_of, manifest, settings))
-            directory.write_run(_run_facts(identity, manifest, source, request, terms, started_at))
+            directory.write_run(_run_facts(identity, manifest, source, request, profile, started_at))
             await signals.begin()
             projection = Export(planner, manifest, settings, journal.file, identity)
             report: Report | None = None
@@ -244,23 +244,23 @@ def _noted(directory: RunDirectory, started_at: str) -> Iterator[None]:
 
 def open_planner(manifest: Manifest, settings: Settings, file: JournalDatabase | None) -> Planner:
     """The manifest's planner; with a journal the hashes of local pictures are kept from run to run."""
-    pictures = Pictures(manifest.folder, settings.limits.max_image_megapixels, file)
+    pictures = SourceImages(manifest.folder, settings.limits.max_image_megapixels, file)
     return Planner(manifest, with_columns(manifest, settings), pictures)
 
 
-def survey_of(
-    planner: Planner, settings: Settings, terms: Terms, file: JournalDatabase | None, *, retry_failed: bool
-) -> Survey:
+def estimate_of(
+    planner: Planner, settings: Settings, profile: TargetProfile, file: JournalDatabase | None, *, retry_failed: bool
+) -> Estimate:
     """Run once through the manifest: counts, problems, cost. A plan shows what it says, a run does it."""
     wanted = settings.limits.max_in_flight
     at_once = wanted if isinstance(wanted, int) else _guess(window_bounds(wanted))
-    return survey(
+    return estimate(
         planner,
         None if file is None else file.find,
-        terms.price,
+        profile.price,
         at_once,
-        terms.service_seconds,
-        terms.slots,
+        profile.service_seconds,
+        profile.slots,
         retry_failed=retry_failed,
         lost_before=time.time() - _collect_seconds(settings),
     )
@@ -289,13 +289,13 @@ def _refuse_unasked(plan: Plan, request: RunRequest) -> None:
         if not request.confirm(plan):
             raise StoppedEarly("nothing was submitted: the plan was not confirmed")
     elif (
-        plan.terms.paid
-        and plan.survey.to_do
+        plan.profile.paid
+        and plan.estimate.to_do
         and not request.collect_only
         and request.settings.limits.budget_usd is None
     ):
         raise ConfigError(
-            f"this run would cost ${plan.survey.dollars_at_most:,.2f} at most; say yes=True (--yes), or set a budget"
+            f"this run would cost ${plan.estimate.dollars_at_most:,.2f} at most; say yes=True (--yes), or set a budget"
         )
 
 
@@ -313,7 +313,7 @@ async def _carried_out(
     allowed: Allowance,
 ) -> Report | None:
     """Run what is to do; None where there is nothing, and nothing was opened."""
-    settings, found = request.settings, plan.survey
+    settings, found = request.settings, plan.estimate
     to_do = 0 if request.collect_only else found.to_do
     is_open = any(before.by_state.get(state) for state in _TO_COLLECT)
     if not (is_open or before.by_state.get(State.UNKNOWN) or to_do):
@@ -323,7 +323,7 @@ async def _carried_out(
         observer = ObserverGroup(request.tally, request.observer, log)
         observer.expected(to_do + found.in_flight + found.collectable, found.done)
         observer.happened("spent", usd=0.0, total_usd=before.spent_usd)
-        observer.happened("session", number=journal.session, target=plan.terms.name, to_do=to_do)
+        observer.happened("session", number=journal.session, target=plan.profile.name, to_do=to_do)
         async with (
             open_target(
                 settings, directory.endpoint, version=tool_version(), run_name=directory.root.absolute().name
@@ -346,11 +346,11 @@ async def _carried_out(
                 journal=journal,
                 images=images,
                 observer=observer,
-                gate=_gate(settings, plan.terms, before, observer, rng),
+                gate=_gate(settings, plan.profile, before, observer, rng),
                 policy=_policy(request, target),
                 now=time.time,
                 rng=rng,
-                polls=_bucket(plan.terms.polls_per_second),
+                polls=_bucket(plan.profile.polls_per_second),
                 hints=hints,
                 reconciler=_reconciler(target, journal, observer, rng),
             )
@@ -400,23 +400,23 @@ async def _no_jobs() -> AsyncGenerator[Sequence[Job], None]:
         yield batch
 
 
-def _gate(settings: Settings, terms: Terms, before: Counts, observer: Observer, rng: Random) -> Admission:
+def _gate(settings: Settings, profile: TargetProfile, before: Counts, observer: Observer, rng: Random) -> Admission:
     limits = settings.limits
     return Admission(
-        window=_window(limits.max_in_flight, terms),
+        window=_window(limits.max_in_flight, profile),
         budget=Budget(limits.budget_usd, spent=before.spent_usd, reserved=before.reserved_usd),
-        price=terms.price,
-        submits=_bucket(terms.submits_per_second),
+        price=profile.price,
+        submits=_bucket(profile.submits_per_second),
         observer=observer,
         rng=rng,
     )
 
 
-def _window(at_once: int | str, terms: Terms) -> Window:
+def _window(at_once: int | str, profile: TargetProfile) -> Window:
     if isinstance(at_once, int):
         return Window(at_once)
-    low, high = window_bounds(at_once) or (2, terms.window_ceiling)
-    return Window(max(low, min(terms.window_start, high)), floor=low, ceiling=high)
+    low, high = window_bounds(at_once) or (2, profile.window_ceiling)
+    return Window(max(low, min(profile.window_start, high)), floor=low, ceiling=high)
 
 
 def _bucket(rate: float | None) -> TokenBucket | None:
@@ -462,7 +462,12 @@ def _policy(request: RunRequest, target: Connection) -> Policy:
 
 
 def _run_facts(
-    identity: JsonObject, manifest: Manifest, source: Source, request: RunRequest, terms: Terms, started_at: str
+    identity: JsonObject,
+    manifest: Manifest,
+    source: ManifestSource,
+    request: RunRequest,
+    profile: TargetProfile,
+    started_at: str,
 ) -> JsonObject:
     place = {} if source.folder is None else {"folder": str(source.folder)}
     return {
@@ -470,7 +475,7 @@ def _run_facts(
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",  # `platform()` starts a process
         "last_started_at": started_at,
-        "target": terms.name,
+        "target": profile.name,
         "manifest": {"source": str(manifest.source.resolve()), **place, **identity},
         "config": config_of(request.settings),
     }

@@ -36,13 +36,13 @@ from batch.system.open_files import allowance
 __all__ = [
     "Connection",
     "LivePrice",
-    "Terms",
+    "TargetProfile",
     "check_faults",
     "live_price",
     "open_hints",
     "open_platform",
     "open_target",
-    "terms_of",
+    "profile_of",
 ]
 
 _LOCAL_ECHO_SLOTS = 32
@@ -60,7 +60,7 @@ _MEGAPIXELS = frozenset({"megapixel", "megapixels", "mp"})
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class TargetProfile:
     """What is known about a target without asking it."""
 
     name: str
@@ -93,8 +93,8 @@ class LivePrice(NamedTuple):
     read_at: datetime
 
 
-def terms_of(settings: Settings, live: LivePrice | None = None) -> Terms:
-    """The terms of the configured target; `live` takes the place of the configured or built-in price.
+def profile_of(settings: Settings, live: LivePrice | None = None) -> TargetProfile:
+    """The profile of the configured target; `live` takes the place of the configured or built-in price.
 
     Raises:
         ConfigError: fal, and no price is known for the app; or faults for a target that is not ours to break; or
@@ -142,7 +142,7 @@ def _check_updates(settings: Settings) -> None:
         raise ConfigError(f"webhook.public_url = {url!r}: fal sends its callbacks to https addresses only")
 
 
-def _terms_of(settings: Settings, price: Price | None) -> Terms:
+def _terms_of(settings: Settings, price: Price | None) -> TargetProfile:
     target, limits = settings.target, settings.limits
     rate = limits.submits_per_second
     _require_not_fal(target.name)
@@ -152,7 +152,7 @@ def _terms_of(settings: Settings, price: Price | None) -> Terms:
                 f"no price is known for {target.app}; set [price] usd_per_megapixel, else no budget can be kept"
             )
         words = f"target: fal ({target.app}), ${price.usd_per_megapixel:g} a megapixel as of {price.as_of}"
-        return Terms("fal", price, rate or 20.0, 16, 1024, _FAL_SECONDS, words)
+        return TargetProfile("fal", price, rate or 20.0, 16, 1024, _FAL_SECONDS, words)
     cost = "costs nothing" if price is None else f"${price.usd_per_megapixel:g} a megapixel"
     if target.name == "local":
         what = {
@@ -163,8 +163,10 @@ def _terms_of(settings: Settings, price: Price | None) -> Terms:
             (4, _PREVIEW_SECONDS) if target.engine == "preview" else (2 * _LOCAL_ECHO_SLOTS, target.service_time)
         )
         words = f"target: local, the embedded endpoint ({what}); {_local_cost(settings)}"
-        return Terms("local", price, rate, start, 512, seconds, words, slots=_slots(target))
-    return Terms(target.name, price, rate, 64, 1024, _FAL_SECONDS, f"target: {target.name} ({target.app}); {cost}")
+        return TargetProfile("local", price, rate, start, 512, seconds, words, slots=_slots(target))
+    return TargetProfile(
+        target.name, price, rate, 64, 1024, _FAL_SECONDS, f"target: {target.name} ({target.app}); {cost}"
+    )
 
 
 def _require_not_fal(name: str) -> None:

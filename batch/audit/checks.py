@@ -28,7 +28,7 @@ from batch.journal.database import AuditedJob, AuditedRequest, JournalDatabase
 from batch.journal.states import OPEN, TERMINAL, State
 from batch.results.schema import status_of
 from batch.run.images import sum_of
-from batch.targets import terms_of
+from batch.targets import profile_of
 from batch.types import JobKey, StoredImage
 
 __all__ = ["audited"]
@@ -57,7 +57,7 @@ async def audited(directory: RunDirectory, settings: Settings, *, version: str, 
     with AuditTables() as scratch:
         own = await in_thread(partial(_own_books, directory, scratch))
         why = await gather_bills(settings, scratch, version, own.since, now)
-        priced = terms_of(settings).price is not None
+        priced = profile_of(settings).price is not None
         charges, foreign = await in_thread(partial(charges_check, scratch, why, now, priced=priced))
         if not why:
             ((charged, usd),) = scratch.rows("count_bills")

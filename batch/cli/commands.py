@@ -77,26 +77,26 @@ def plan(
         lambda: api.plan(manifest, out, config=config, settings=flags, live_price=live_price, retry_failed=retry_failed)
     )
     if json:
-        price = found.terms.price
+        price = found.profile.price
         facts = {
-            "target": found.terms.name,
+            "target": found.profile.name,
             "price_as_of": None if price is None else price.as_of.isoformat(),
-            "price_is_live": found.terms.live,
+            "price_is_live": found.profile.live,
             "spent_usd": found.spent_usd,
             "refusal": found.refusal or None,
             "manifest_notes": list(found.manifest.notes),
-            **found.survey.to_json(),
+            **found.estimate.to_json(),
         }
         print_result(orjson.dumps(facts, option=orjson.OPT_INDENT_2).decode())
         return ExitCode.COMPLETE
-    print_result(found.terms.headline)
+    print_result(found.profile.headline)
     for note in found.manifest.notes:
         print_result(render_note(note))
-    print_result(found.survey.render())
+    print_result(found.estimate.render())
     if found.spent_usd:
         print_result(f"spent so far ${found.spent_usd:,.2f}")
-    if found.survey.problem_count:
-        print_result(render_problems(_name_of(found, manifest), found.survey.problems, found.survey.problem_count))
+    if found.estimate.problem_count:
+        print_result(render_problems(_name_of(found, manifest), found.estimate.problems, found.estimate.problem_count))
     if found.refusal:
         print_result(f"`restyle run` would refuse this: {found.refusal}")
     return ExitCode.COMPLETE
@@ -134,7 +134,7 @@ def run(
     def _budget(found: api.Plan) -> float | None:
         from batch.config import load_settings
 
-        return load_settings(config, flags).limits.budget_usd if found.terms.paid else None
+        return load_settings(config, flags).limits.budget_usd if found.profile.paid else None
 
     try:
         summary = run_call(

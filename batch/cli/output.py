@@ -14,7 +14,7 @@ import orjson
 
 from batch.api import Cancelled, Plan, Summary
 from batch.errors import ConfigError
-from batch.estimate import Survey, counted, render_note, render_problems
+from batch.estimate import Estimate, counted, render_note, render_problems
 from batch.run.interfaces import Observer
 from batch.run.observers import CountBar, PlainLines, ProgressBar, ProgressCounter
 from batch.system import signals as interrupts
@@ -42,31 +42,31 @@ def display_for(tally: ProgressCounter, *, quiet: bool, log_format: str) -> tupl
 
 def announce(found: Plan, manifest: str, *, quiet: bool, log_format: str) -> None:
     """Say what is about to happen: to a person on standard output, to a machine as the first of its log lines."""
-    survey = found.survey
+    estimate = found.estimate
     if log_format == "json":
         line = {
             "action": "plan",
-            "message": found.terms.headline,
-            "target": found.terms.name,
+            "message": found.profile.headline,
+            "target": found.profile.name,
             "manifest_notes": list(found.manifest.notes),
-            **survey.to_json(),
+            **estimate.to_json(),
         }
         print(orjson.dumps(line).decode(), file=sys.stderr, flush=True)
     elif not quiet:
-        print(found.terms.headline, flush=True)
+        print(found.profile.headline, flush=True)
         for note in found.manifest.notes:
             print(render_note(note), flush=True)
-        print(survey.render() if found.terms.paid else _short(survey), flush=True)
-        if survey.problem_count:
-            print(render_problems(manifest, survey.problems, survey.problem_count), flush=True)
+        print(estimate.render() if found.profile.paid else _short(estimate), flush=True)
+        if estimate.problem_count:
+            print(render_problems(manifest, estimate.problems, estimate.problem_count), flush=True)
 
 
 def confirmed(found: Plan, *, yes: bool, budget: float | None, is_piped: bool = False) -> bool:
     """Ask where it costs money and nobody agreed yet; where the manifest is piped in, there is nobody to ask."""
-    survey = found.survey
-    if not found.terms.paid or yes or not survey.to_do or budget is not None:
+    estimate = found.estimate
+    if not found.profile.paid or yes or not estimate.to_do or budget is not None:
         return True
-    cost = f"about ${survey.dollars:,.2f} (at most ${survey.dollars_at_most:,.2f}) for {counted(survey.to_do, 'job')}"
+    cost = f"about ${estimate.dollars:,.2f} (at most ${estimate.dollars_at_most:,.2f}) for {counted(estimate.to_do, 'job')}"
     if not sys.stdin.isatty():
         reason = "; standard input holds the manifest, so no question can be asked" if is_piped else ""
         raise ConfigError(f"this run would cost {cost}; say --yes, or set --budget USD{reason}")
@@ -78,15 +78,15 @@ def confirmed(found: Plan, *, yes: bool, budget: float | None, is_piped: bool = 
     return answer.strip().lower() in {"y", "yes"}
 
 
-def _short(survey: Survey) -> str:
-    parts = [counted(survey.rows, "row"), f"{counted(survey.to_do, 'job')} to do"]
-    parts += [f"{survey.retried:,} of them failed before"] if survey.retried else []
-    parts += [f"{survey.done:,} done before"] if survey.done else []
-    parts += [f"{survey.failed:,} failed before"] if survey.failed else []
-    parts += [f"{survey.collectable:,} paid for and collected again, free"] if survey.collectable else []
-    parts += [f"{survey.in_flight:,} sent before"] if survey.in_flight else []
-    parts += [counted(survey.duplicates, "duplicate")] if survey.duplicates else []
-    parts += [f"{survey.cells:,} cells a row"] if survey.cells > 1 else []
+def _short(estimate: Estimate) -> str:
+    parts = [counted(estimate.rows, "row"), f"{counted(estimate.to_do, 'job')} to do"]
+    parts += [f"{estimate.retried:,} of them failed before"] if estimate.retried else []
+    parts += [f"{estimate.done:,} done before"] if estimate.done else []
+    parts += [f"{estimate.failed:,} failed before"] if estimate.failed else []
+    parts += [f"{estimate.collectable:,} paid for and collected again, free"] if estimate.collectable else []
+    parts += [f"{estimate.in_flight:,} sent before"] if estimate.in_flight else []
+    parts += [counted(estimate.duplicates, "duplicate")] if estimate.duplicates else []
+    parts += [f"{estimate.cells:,} cells a row"] if estimate.cells > 1 else []
     return ", ".join(parts)
 
 

@@ -173,7 +173,7 @@ class FalClient:
 
     async def listing(
         self, start: float, end: float, cursor: str | None, limit: int = platform.PAGE_LIMIT
-    ) -> platform.Page:
+    ) -> platform.ListingPage:
         """Read one page of the platform's request listing, once; instants in Unix seconds."""
         call = platform.listing_call(self._origins, self._app, start=start, end=end, cursor=cursor, limit=limit)
         reply = await self._exchange("listing", call)

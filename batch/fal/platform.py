@@ -26,7 +26,7 @@ __all__ = [
     "BillPage",
     "Charge",
     "Listed",
-    "Page",
+    "ListingPage",
     "PlatformError",
     "billing_call",
     "billing_reply",
@@ -71,7 +71,7 @@ class Listed:
 
 
 @dataclass(frozen=True, slots=True)
-class Page:
+class ListingPage:
     """One page of the listing."""
 
     items: tuple[Listed, ...]
@@ -97,7 +97,7 @@ def listing_call(
     return Call("GET", f"{origins.platform}/models/requests/by-endpoint?{urlencode(query)}")
 
 
-def read_listing(reply: Reply) -> Page:
+def read_listing(reply: Reply) -> ListingPage:
     """One page.
 
     Raises:
@@ -110,7 +110,9 @@ def read_listing(reply: Reply) -> Page:
     cursor, more = answer.get("next_cursor"), answer.get("has_more")
     if more is True and not isinstance(cursor, str):
         raise Malformed("the request listing says that there is more, and not where")
-    return Page(tuple(_listed(item) for item in items), cursor if more is True and isinstance(cursor, str) else None)
+    return ListingPage(
+        tuple(_listed(item) for item in items), cursor if more is True and isinstance(cursor, str) else None
+    )
 
 
 def _listed(item: Json) -> Listed:

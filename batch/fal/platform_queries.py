@@ -22,10 +22,10 @@ __all__ = [
     "ID_LIMIT",
     "BillingQuery",
     "ChargeSource",
-    "Estimate",
     "EstimateKind",
+    "EstimateQuery",
     "ListingQuery",
-    "Outcome",
+    "RequestOutcome",
     "SortBy",
     "cursor_of",
     "read_billing_query",
@@ -42,7 +42,7 @@ _LAST_PAGE = 10**9
 _QUANTITY_LIMIT = 1e15
 
 
-class Outcome(StrEnum):
+class RequestOutcome(StrEnum):
     """How a request ended, in the listing's words."""
 
     SUCCESS = "success"
@@ -75,7 +75,7 @@ class ListingQuery:
     start: float
     end: float
     """Exclusive."""
-    outcome: Outcome | None = None
+    outcome: RequestOutcome | None = None
     request_id: RequestId | None = None
     payloads: bool = False
     sort_by: SortBy = SortBy.ENDED_AT
@@ -120,7 +120,7 @@ class EstimateKind(StrEnum):
     """Calls, each at what calls have cost so far."""
 
 
-class Estimate(NamedTuple):
+class EstimateQuery(NamedTuple):
     """What an estimate is asked for."""
 
     kind: EstimateKind
@@ -141,7 +141,7 @@ def read_listing_query(query: Sequence[tuple[str, str]], now: float) -> ListingQ
         apps=tuple(AppId(app) for app in given.ids("endpoint_id", required=True)),
         start=given.instant("start", now - (BILLING_SPAN if request_id else DAY)),
         end=given.instant("end", now),
-        outcome=given.word("status", Outcome, None),
+        outcome=given.word("status", RequestOutcome, None),
         request_id=RequestId(request_id.lower()) if request_id else None,
         payloads="payloads" in given.every("expand"),
         sort_by=given.word("sort_by", SortBy, SortBy.ENDED_AT) or SortBy.ENDED_AT,
@@ -200,7 +200,7 @@ def read_pricing_query(query: Sequence[tuple[str, str]]) -> tuple[AppId, ...]:
     return tuple(AppId(app) for app in _Given(query).ids("endpoint_id", required=True))
 
 
-def read_estimate(body: bytes) -> Estimate:
+def read_estimate(body: bytes) -> EstimateQuery:
     """Read the body of an estimate.
 
     Raises:
@@ -215,7 +215,7 @@ def read_estimate(body: bytes) -> Estimate:
     if not isinstance(endpoints, dict):
         raise Malformed("endpoints has to be an object: endpoint ids and their quantities")
     name = "unit_quantity" if kind is EstimateKind.UNIT_PRICE else "call_quantity"
-    return Estimate(kind, {AppId(app): _quantity(app, entry, name) for app, entry in endpoints.items()})
+    return EstimateQuery(kind, {AppId(app): _quantity(app, entry, name) for app, entry in endpoints.items()})
 
 
 def _quantity(app: str, entry: Json, name: str) -> float:

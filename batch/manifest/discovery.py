@@ -19,7 +19,7 @@ from batch.manifest.folders import files_below, is_run_directory
 from batch.manifest.inputs import shorten
 from batch.manifest.saved_datasets import saved_files
 
-__all__ = ["Found", "find", "head_of", "local"]
+__all__ = ["FoundManifest", "find", "head_of", "local"]
 
 _METADATA = {"metadata.csv", "metadata.jsonl", "metadata.parquet"}
 _PARTED = ("parquet", "arrow")
@@ -37,7 +37,7 @@ _DOWNLOADS = {
 }
 
 
-class Found(NamedTuple):
+class FoundManifest(NamedTuple):
     """What to read."""
 
     kind: Kind
@@ -72,7 +72,7 @@ def local(source: str | Path) -> Path:
     raise ManifestError(f"{url}: manifests in object stores and on the web are not supported yet; {advice}")
 
 
-def find(source: Path, named: str | None) -> Found:
+def find(source: Path, named: str | None) -> FoundManifest:
     """The files of a source, and their format.
 
     Args:
@@ -89,7 +89,7 @@ def find(source: Path, named: str | None) -> Found:
     if is_folder:
         return _in_folder(source, named)
     if is_file:
-        return Found(kind_of(source, named, head_of(source)), (source,), source.parent)
+        return FoundManifest(kind_of(source, named, head_of(source)), (source,), source.parent)
     if exists:
         raise ManifestError(f"{source} is not a regular file, and a manifest is read more than once; pipe it in with -")
     if any(character in str(source) for character in "*?["):
@@ -117,7 +117,7 @@ def _near(missing: Path) -> str:
 # --- globs ------------------------------------------------------------------------------------------------
 
 
-def _matching(source: Path, named: str | None) -> Found:
+def _matching(source: Path, named: str | None) -> FoundManifest:
     fixed = next(parent for parent in source.parents if not any(c in str(parent) for c in "*?["))
     kinds = (named,) if named in _PARTED else _PARTED
     matches = sorted(path for path in fixed.glob(str(source.relative_to(fixed))) if path.is_file())
@@ -126,7 +126,7 @@ def _matching(source: Path, named: str | None) -> Found:
     for kind in kinds:
         found = [path for path in parts if named == kind or path.suffix.lower() in suffixes_of(kind)]
         if found:
-            return Found(Kind(kind), tuple(found), fixed)
+            return FoundManifest(Kind(kind), tuple(found), fixed)
     hint = "name the folder of the images" if any(is_image(path.name) for path in matches) else "name one file"
     raise ManifestError(f"no Parquet or Arrow file matches {source}; for other formats {hint}")
 
@@ -162,12 +162,12 @@ class _Contents:
     """Run directories and linked folders."""
 
 
-def _in_folder(folder: Path, named: str | None) -> Found:
+def _in_folder(folder: Path, named: str | None) -> FoundManifest:
     if named not in {None, IMAGES, *_PARTED}:
         raise ManifestError(f"{folder} is a folder, and {named} is read from one file; name the file")
     saved = saved_files(folder) if named in {None, "arrow"} else None
     if saved is not None:
-        return Found(Kind("arrow"), saved, folder)
+        return FoundManifest(Kind("arrow"), saved, folder)
     if is_run_directory(folder):
         raise ManifestError(f"{folder} is a run directory, not a manifest; name the manifest, or a file in the folder")
     contents = _look(folder)
@@ -177,9 +177,9 @@ def _in_folder(folder: Path, named: str | None) -> Found:
         names = contents.parts[kind]
         if names and named in {None, kind}:
             notes = _notes(contents, f"{_count(names, kind.title() + ' file')} of {folder}", kind)
-            return Found(Kind(kind), tuple(folder / name for name in names), folder, notes)
+            return FoundManifest(Kind(kind), tuple(folder / name for name in names), folder, notes)
     if contents.images and named in {None, IMAGES}:
-        return Found(Kind(IMAGES), (), folder, _notes(contents, f"{_images(contents)} below {folder}", IMAGES))
+        return FoundManifest(Kind(IMAGES), (), folder, _notes(contents, f"{_images(contents)} below {folder}", IMAGES))
     wanted = {IMAGES: "image", None: "Parquet file, Arrow file or image"}.get(named, f"{named} file")
     hint = f"name a file, for example {folder / contents.tables[0]}" if contents.tables else "name a manifest file"
     raise ManifestError(f"the folder {folder} has no {wanted} in it; {hint}")
@@ -207,7 +207,7 @@ def _look(folder: Path) -> _Contents:
     return contents
 
 
-def _with_metadata(folder: Path, contents: _Contents) -> Found:
+def _with_metadata(folder: Path, contents: _Contents) -> FoundManifest:
     if len(contents.metadata) > 1:
         named = _shown(contents.metadata)
         raise ManifestError(f"{folder} has several metadata files ({named}); name one of their folders, or keep one")
@@ -216,7 +216,7 @@ def _with_metadata(folder: Path, contents: _Contents) -> Found:
     for names in (*contents.parts.values(), contents.tables):
         if contents.metadata[0] in names:
             names.remove(contents.metadata[0])
-    return Found(kind_of(path), (path,), path.parent, _notes(contents, note, IMAGES), has_images=True)
+    return FoundManifest(kind_of(path), (path,), path.parent, _notes(contents, note, IMAGES), has_images=True)
 
 
 def _notes(contents: _Contents, taken: str, kind: str) -> tuple[str, ...]:

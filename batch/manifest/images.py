@@ -27,11 +27,11 @@ from PIL import Image
 from batch.image_formats import READABLE
 from batch.manifest.hashing import content_hash
 from batch.manifest.inputs import shorten
-from batch.manifest.types import Fault, FileFact, FileFacts, FileKey, Resolved
+from batch.manifest.types import CellError, FileFact, FileFacts, FileKey, Resolved
 from batch.system.descriptors import patiently
 from batch.types import LocalImage
 
-__all__ = ["MemoryFacts", "Pictures"]
+__all__ = ["MemoryFacts", "SourceImages"]
 
 _WEB = re.compile(r"https?://[^\s/?#\0][^\0]*\Z", re.IGNORECASE)
 # Two letters at least before the colon: C:\cat.jpg is a path.
@@ -61,7 +61,7 @@ class MemoryFacts:
             del self._facts[key]
 
 
-class Pictures:
+class SourceImages:
     """Resolves the image column of one manifest.
 
     Args:
@@ -78,7 +78,7 @@ class Pictures:
     def __repr__(self) -> str:
         return f"Pictures({str(self._folder)!r}, max_megapixels={self._max_megapixels})"
 
-    def resolve(self, references: Sequence[object]) -> list[Resolved | Fault]:
+    def resolve(self, references: Sequence[object]) -> list[Resolved | CellError]:
         """One answer for each cell, in order; never raises for what a cell holds.
 
         A cell is text (URL, data URI, path, `file://`), bytes, a mapping with `bytes` and `path` as Hugging
@@ -89,8 +89,8 @@ class Pictures:
             warnings.filterwarnings("ignore", module="PIL")
             return self._resolve(references)
 
-    def _resolve(self, references: Sequence[object]) -> list[Resolved | Fault]:
-        resolved: list[Resolved | Fault] = []
+    def _resolve(self, references: Sequence[object]) -> list[Resolved | CellError]:
+        resolved: list[Resolved | CellError] = []
         local: dict[int, Path] = {}
         for index, reference in enumerate(references):
             if isinstance(reference, str) and _WEB.match(reference):
@@ -99,7 +99,7 @@ class Pictures:
             answer = self._one(reference)
             if isinstance(answer, Path):
                 local[index] = answer
-                answer = Fault("file_not_found", "")
+                answer = CellError("file_not_found", "")
             resolved.append(answer)
         if local:
             files = self._files(sorted(set(local.values())))
@@ -107,7 +107,7 @@ class Pictures:
                 resolved[index] = files[path]
         return resolved
 
-    def _one(self, reference: object) -> Resolved | Fault | Path:
+    def _one(self, reference: object) -> Resolved | CellError | Path:
         """What needs no file is answered here; a local path comes back as one."""
         name = "image"
         if isinstance(reference, Mapping):
@@ -118,36 +118,38 @@ class Pictures:
         if isinstance(reference, bytes) and reference:
             return self._embedded(reference, name)
         if not isinstance(reference, str) or not reference.strip():
-            return Fault("missing", "the cell is empty; give a URL, a path or a picture")
+            return CellError("missing", "the cell is empty; give a URL, a path or a picture")
         if reference[:5].lower() == "data:":
             return self._data_uri(reference)
         return _path_of(reference, self._folder)
 
-    def _embedded(self, data: bytes, name: str) -> Resolved | Fault:
+    def _embedded(self, data: bytes, name: str) -> Resolved | CellError:
         megapixels = self._measure(io.BytesIO(data), name)
-        if isinstance(megapixels, Fault):
+        if isinstance(megapixels, CellError):
             return megapixels
         digest = content_hash(data)
         return Resolved(f"sha256:{digest}", LocalImage(digest, len(data), data=data, name=name), megapixels)
 
-    def _data_uri(self, uri: str) -> Resolved | Fault:
+    def _data_uri(self, uri: str) -> Resolved | CellError:
         head = _DATA.match(uri)
         if head is None:
-            return Fault("data_uri", f"{shorten(uri, 40)!r} is not of the form data:image/...;base64,...; correct it")
+            return CellError(
+                "data_uri", f"{shorten(uri, 40)!r} is not of the form data:image/...;base64,...; correct it"
+            )
         try:
             data = base64.b64decode(uri[head.end() :], validate=True)
         except (binascii.Error, ValueError) as error:
-            return Fault("data_uri", f"{shorten(uri, 40)!r} is not base64 ({error}); write it again")
+            return CellError("data_uri", f"{shorten(uri, 40)!r} is not base64 ({error}); write it again")
         megapixels = self._measure(io.BytesIO(data), shorten(uri, 40))
-        return megapixels if isinstance(megapixels, Fault) else Resolved(uri, None, megapixels)
+        return megapixels if isinstance(megapixels, CellError) else Resolved(uri, None, megapixels)
 
-    def _files(self, paths: list[Path]) -> dict[Path, Resolved | Fault]:
+    def _files(self, paths: list[Path]) -> dict[Path, Resolved | CellError]:
         """Look at each file once; read only those about which nothing is known."""
-        answers: dict[Path, Resolved | Fault] = {}
+        answers: dict[Path, Resolved | CellError] = {}
         keys: dict[Path, FileKey] = {}
         for path in paths:
             key = _stat(path)
-            if isinstance(key, Fault):
+            if isinstance(key, CellError):
                 answers[path] = key
             else:
                 keys[path] = key
@@ -159,16 +161,16 @@ class Pictures:
             self._facts.put_many(fresh)
         for path, key in keys.items():
             fact = known[key] if key in known else read[path]
-            answers[path] = fact if isinstance(fact, Fault) else self._local(path, key, fact)
+            answers[path] = fact if isinstance(fact, CellError) else self._local(path, key, fact)
         return answers
 
-    def _local(self, path: Path, key: FileKey, fact: FileFact) -> Resolved | Fault:
+    def _local(self, path: Path, key: FileKey, fact: FileFact) -> Resolved | CellError:
         # Judged again: a fact may have been learned under a higher limit.
         fault = self._too_large(fact.megapixels, str(path))
         image = LocalImage(fact.sha256, key.size_bytes, path=path, name=path.name)
         return fault or Resolved(f"sha256:{fact.sha256}", image, fact.megapixels)
 
-    def _read_all(self, paths: list[Path]) -> list[FileFact | Fault]:
+    def _read_all(self, paths: list[Path]) -> list[FileFact | CellError]:
         if len(paths) < _READERS:
             return [self._read(path) for path in paths]
         with ThreadPoolExecutor(_READERS, "pictures") as readers:  # hashing and disk waits both free the GIL
@@ -178,33 +180,33 @@ class Pictures:
                 return [self._read(path) for path in paths]
             return list(found)
 
-    def _read(self, path: Path) -> FileFact | Fault:
+    def _read(self, path: Path) -> FileFact | CellError:
         try:
             with patiently(lambda: path.open("rb"), time.sleep) as file:
                 megapixels = self._measure(file, str(path))
-                if isinstance(megapixels, Fault):
+                if isinstance(megapixels, CellError):
                     return megapixels
                 file.seek(0)
                 return FileFact(file_digest(file, "sha256").hexdigest(), megapixels)
         except OSError as error:
             return _unreadable(path, error)
 
-    def _measure(self, file: BinaryIO, name: str) -> float | Fault:
+    def _measure(self, file: BinaryIO, name: str) -> float | CellError:
         size = _header_size(file)
         if size is None:
             known = "JPEG, PNG, WebP, GIF, AVIF, TIFF or BMP"
-            return Fault("image_load_error", f"{name!r} is not a picture that can be read; it must be {known}")
+            return CellError("image_load_error", f"{name!r} is not a picture that can be read; it must be {known}")
         megapixels = size[0] * size[1] / _PIXELS
         return self._too_large(megapixels, name) or megapixels
 
-    def _too_large(self, megapixels: float, name: str) -> Fault | None:
+    def _too_large(self, megapixels: float, name: str) -> CellError | None:
         if megapixels <= self._max_megapixels:
             return None
         limit = f"limits.max_image_megapixels is {self._max_megapixels:g}"
-        return Fault("image_too_large", f"{name!r} has {megapixels:.1f} megapixels, {limit}; scale it down")
+        return CellError("image_too_large", f"{name!r} has {megapixels:.1f} megapixels, {limit}; scale it down")
 
 
-def _path_of(reference: str, folder: Path) -> Path | Fault:
+def _path_of(reference: str, folder: Path) -> Path | CellError:
     scheme = _SCHEME.match(reference)
     if scheme is not None and scheme[1].lower() == "file":
         parts = urlsplit(reference)
@@ -214,7 +216,7 @@ def _path_of(reference: str, folder: Path) -> Path | Fault:
         what = "is nothing that we can fetch"
         if scheme[1].lower() in {"http", "https"}:
             what = "contains a NUL character" if "\0" in reference else "has no host"
-        return Fault(
+        return CellError(
             "unsupported_scheme", f"{shorten(reference)!r} {what}; give an http(s) URL, a data URI or a local path"
         )
     if reference.startswith("~"):
@@ -222,34 +224,40 @@ def _path_of(reference: str, folder: Path) -> Path | Fault:
     return Path(os.path.abspath(folder / reference))  # noqa: PTH100 - Path.resolve would follow links
 
 
-def _at_home(reference: str, folder: Path) -> Path | Fault:
+def _at_home(reference: str, folder: Path) -> Path | CellError:
     """A path with `~` or `~name` at its start, as a shell expands it."""
     expanded = os.path.expanduser(reference)  # noqa: PTH111 - Path.expanduser raises for an unknown user
     first, slash, _ = reference.partition("/")
     if expanded == reference and first == "~":
-        return Fault("file_not_found", f"{shorten(reference)!r}: the home folder is not known; write the whole path")
+        return CellError(
+            "file_not_found", f"{shorten(reference)!r}: the home folder is not known; write the whole path"
+        )
     if expanded == reference and slash and not (folder / first).exists():
-        return Fault("file_not_found", f"{shorten(reference)!r}: there is no user {first[1:]!r}; write the whole path")
+        return CellError(
+            "file_not_found", f"{shorten(reference)!r}: there is no user {first[1:]!r}; write the whole path"
+        )
     return Path(os.path.abspath(folder / expanded))  # noqa: PTH100
 
 
-def _stat(path: Path) -> FileKey | Fault:
+def _stat(path: Path) -> FileKey | CellError:
     try:
         facts = path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        return Fault("file_not_found", f"there is no file {str(path)!r}; relative paths start at the manifest's folder")
+        return CellError(
+            "file_not_found", f"there is no file {str(path)!r}; relative paths start at the manifest's folder"
+        )
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         return _unreadable(path, error)
     if stat.S_ISDIR(facts.st_mode):
-        return Fault("is_a_folder", f"{str(path)!r} is a folder; name a picture in it")
+        return CellError("is_a_folder", f"{str(path)!r} is a folder; name a picture in it")
     if not stat.S_ISREG(facts.st_mode):
-        return Fault("unreadable", f"{str(path)!r} is not a regular file; name a picture")
+        return CellError("unreadable", f"{str(path)!r} is not a regular file; name a picture")
     return FileKey(str(path), facts.st_size, facts.st_mtime_ns)
 
 
-def _unreadable(path: Path, error: Exception) -> Fault:
+def _unreadable(path: Path, error: Exception) -> CellError:
     reason = getattr(error, "strerror", None) or str(error)
-    return Fault("unreadable", f"{shorten(path)!r} cannot be read ({reason}); check the name and its permissions")
+    return CellError("unreadable", f"{shorten(path)!r} cannot be read ({reason}); check the name and its permissions")
 
 
 def _header_size(file: BinaryIO) -> tuple[int, int] | None:

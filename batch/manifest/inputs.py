@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from batch.fal.endpoint import ImageToImageInput
-from batch.manifest.types import Fault
+from batch.manifest.types import CellError
 from batch.types import Json, JsonObject
 
 __all__ = ["DEFAULTS", "INPUTS", "PROMPT_LIMIT", "allowed", "check_column", "check_value", "half_fault", "shorten"]
@@ -36,7 +36,9 @@ def _column_adapter(field: FieldInfo) -> TypeAdapter[list[Any]]:
 _COLUMNS = {name: _column_adapter(field) for name, field in _FIELDS.items()}
 
 
-def check_column(name: str, values: Sequence[object], column: str | None = None) -> tuple[list[Any], dict[int, Fault]]:
+def check_column(
+    name: str, values: Sequence[object], column: str | None = None
+) -> tuple[list[Any], dict[int, CellError]]:
     """Validate many values of the input `name`, as the endpoint itself would each.
 
     Returns the values in the endpoint's types (None where one is wrong), and a fault for each wrong index whose
@@ -53,7 +55,7 @@ def check_column(name: str, values: Sequence[object], column: str | None = None)
     good = iter(adapter.validate_python([value for index, value in enumerate(values) if index not in types]))
     checked = [None if index in types else next(good) for index in range(len(values))]
     faults = {
-        index: Fault(word, f"{column or name} is {shorten(values[index])!r}; it must be {allowed(name)}")
+        index: CellError(word, f"{column or name} is {shorten(values[index])!r}; it must be {allowed(name)}")
         for index, word in types.items()
     }
     if name == "prompt":
@@ -62,25 +64,25 @@ def check_column(name: str, values: Sequence[object], column: str | None = None)
     return checked, faults
 
 
-def _without_unusable(prompts: list[Any], column: str) -> tuple[list[Any], dict[int, Fault]]:
+def _without_unusable(prompts: list[Any], column: str) -> tuple[list[Any], dict[int, CellError]]:
     """The endpoint states no bound, but no service takes a NUL, and a text of megabytes is a mistake."""
     if max(map(len, filter(None, prompts)), default=0) <= PROMPT_LIMIT and "\0" not in "".join(filter(None, prompts)):
         return prompts, {}  # the usual case, without a look at each of a million
-    faults: dict[int, Fault] = {}
+    faults: dict[int, CellError] = {}
     for index, text in enumerate(prompts):
         if text and ("\0" in text or len(text) > PROMPT_LIMIT):
             faults[index] = _unusable(text, column)
     return [None if index in faults else text for index, text in enumerate(prompts)], faults
 
 
-def _unusable(text: str, column: str) -> Fault:
+def _unusable(text: str, column: str) -> CellError:
     if "\0" in text:
-        return Fault("string_nul", f"{column} is {shorten(text)!r}; it contains a NUL character, remove it")
+        return CellError("string_nul", f"{column} is {shorten(text)!r}; it contains a NUL character, remove it")
     length = f"{column} has {len(text):,} characters ({shorten(text, 20)!r})"
-    return Fault("string_too_long", f"{length}; at most {PROMPT_LIMIT:,} are sent, shorten it")
+    return CellError("string_too_long", f"{length}; at most {PROMPT_LIMIT:,} are sent, shorten it")
 
 
-def check_value(name: str, value: object) -> Json | Fault:
+def check_value(name: str, value: object) -> Json | CellError:
     """One value of the input `name` in the endpoint's type, or what is wrong with it."""
     try:
         str(value).encode()
@@ -90,9 +92,9 @@ def check_value(name: str, value: object) -> Json | Fault:
     return faults[0] if faults else checked[0]
 
 
-def half_fault(name: str, text: str) -> Fault:
+def half_fault(name: str, text: str) -> CellError:
     """What to say of text that holds half a character; it is shown as it would be escaped."""
-    return Fault("string_unicode", f"{name} is {shorten(text)!r}; it holds half a character, write it again")
+    return CellError("string_unicode", f"{name} is {shorten(text)!r}; it holds half a character, write it again")
 
 
 def allowed(name: str) -> str:

@@ -20,13 +20,13 @@ from batch.manifest.planner import dialect_of
 from batch.manifest.reader import Manifest
 from batch.manifest.stdin import spool
 
-__all__ = ["STDIN", "Source", "keep", "located", "open_manifest", "with_columns"]
+__all__ = ["STDIN", "ManifestSource", "keep", "located", "open_manifest", "with_columns"]
 
 STDIN = ("-", "/dev/stdin")
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class ManifestSource:
     """Where a manifest is."""
 
     path: str | Path
@@ -38,14 +38,14 @@ class Source:
 
 
 @asynccontextmanager
-async def located(named: str | Path | Source, settings: Settings) -> AsyncIterator[Source]:
+async def located(named: str | Path | ManifestSource, settings: Settings) -> AsyncIterator[ManifestSource]:
     """The manifest of that name. Standard input is copied into a temporary file, which lasts for the block.
 
     Raises:
         ManifestError, StorageError: standard input cannot be read or kept.
     """
-    if isinstance(named, Source) or str(named) not in STDIN:
-        yield named if isinstance(named, Source) else Source(named)
+    if isinstance(named, ManifestSource) or str(named) not in STDIN:
+        yield named if isinstance(named, ManifestSource) else ManifestSource(named)
         return
     with TemporaryDirectory(prefix="restyle-", ignore_cleanup_errors=True) as folder:
         # Abandoned on Ctrl-C: whoever writes to the pipe may take hours.
@@ -53,12 +53,12 @@ async def located(named: str | Path | Source, settings: Settings) -> AsyncIterat
             partial(spool, Path(folder), settings.manifest.format), abandon_on_cancel=True
         )
         try:
-            yield Source(path, Path.cwd(), is_spooled=True)
+            yield ManifestSource(path, Path.cwd(), is_spooled=True)
         except ManifestError as error:
             raise ManifestError(str(error).replace(str(path), "standard input")) from error
 
 
-def open_manifest(source: Source, settings: Settings) -> Manifest:
+def open_manifest(source: ManifestSource, settings: Settings) -> Manifest:
     """Open it as the settings say.
 
     Raises:
@@ -67,7 +67,7 @@ def open_manifest(source: Source, settings: Settings) -> Manifest:
     return Manifest.open(source.path, settings.limits.rows, dialect_of(settings), source.folder)
 
 
-def keep(source: Source, root: Path) -> Source:
+def keep(source: ManifestSource, root: Path) -> ManifestSource:
     """Copy a temporary file into a run directory, so that `export` and `reconcile` find it.
 
     Raises:
@@ -84,7 +84,7 @@ def keep(source: Source, root: Path) -> Source:
             part.replace(kept)
     except OSError as error:
         raise StorageError(f"{kept} cannot be written ({error.strerror}); make room, and run again") from error
-    return Source(kept, source.folder)
+    return ManifestSource(kept, source.folder)
 
 
 def with_columns(manifest: Manifest, settings: Settings) -> Settings:

@@ -18,7 +18,7 @@ from batch.manifest.hashing import derived_seed, job_key
 from batch.manifest.inputs import DEFAULTS, check_column, check_value, half_fault, shorten
 from batch.manifest.prompts import Prompts, kind_of, placeholders, require_plain
 from batch.manifest.sweep import Cell, cells
-from batch.manifest.types import Fault, PictureResolver, Resolved, RowBatch, Rows
+from batch.manifest.types import CellError, ImageResolver, Resolved, RowBatch, Rows
 from batch.types import AppId, Job, Json, JsonObject, Problem
 
 __all__ = ["Checked", "Planned", "PlannedBatch", "Planner", "dialect_of"]
@@ -27,7 +27,7 @@ _BATCH_JOBS = 4096
 _BATCH_CHARACTERS = 2**24
 """Of the prompts of a batch, as templates are written: one of 10,000 placeholders makes short batches."""
 _NOTHING: JsonObject = {}
-_NO_SYNC = Fault("sync_mode", "sync_mode is refused: results are not kept; leave the cell empty")
+_NO_SYNC = CellError("sync_mode", "sync_mode is refused: results are not kept; leave the cell empty")
 
 
 class Planned(NamedTuple):
@@ -81,7 +81,7 @@ class Planner:
             a value there out of its bounds.
     """
 
-    def __init__(self, manifest: Rows, settings: Settings, pictures: PictureResolver) -> None:
+    def __init__(self, manifest: Rows, settings: Settings, pictures: ImageResolver) -> None:
         self._manifest = manifest
         self._pictures = pictures
         self._app: AppId = settings.target.app
@@ -135,7 +135,7 @@ class Planner:
         inputs: dict[str, list[Any]] = {"image_url": [picture and picture.token for picture in pictures]}
         gaps: set[int] = set()
 
-        def note(index: int, column: str, value: object, fault: Fault) -> Problem:
+        def note(index: int, column: str, value: object, fault: CellError) -> Problem:
             gaps.add(index)
             return found.add(index, column, value, fault)
 
@@ -219,9 +219,9 @@ class Planner:
         references = frame[self._image].to_list()
         answers = self._pictures.resolve(references)
         for index, answer in enumerate(answers):
-            if isinstance(answer, Fault):
+            if isinstance(answer, CellError):
                 found.add(index, self._image, references[index], answer)
-        return [None if isinstance(answer, Fault) else answer for answer in answers]
+        return [None if isinstance(answer, CellError) else answer for answer in answers]
 
     def _values(self, name: str, cells_of_column: list[Any], found: _Problems) -> list[Any]:
         fallback = self._base[name]
@@ -243,7 +243,7 @@ class Planner:
             return [None] * len(frame)
         identities: list[str | None] = frame[self._id].cast(pl.String).to_list()
         for index in (index for index, identity in enumerate(identities) if not identity):
-            found.add(index, self._id, None, Fault("missing", "the cell is empty; a row's id has to be filled"))
+            found.add(index, self._id, None, CellError("missing", "the cell is empty; a row's id has to be filled"))
         return identities
 
 
@@ -254,7 +254,7 @@ class _Problems:
         self._rows = rows
         self._found: dict[int, list[Problem]] = {}
 
-    def add(self, index: int, column: str, value: object, fault: Fault) -> Problem:
+    def add(self, index: int, column: str, value: object, fault: CellError) -> Problem:
         line = self._rows.lines[index] if self._rows.lines is not None else None
         shown = shorten(value).encode("utf-8", "backslashreplace").decode()  # half a character cannot be printed
         problem = Problem(self._rows.first_row + index, line, column, shown, fault.type, fault.message)
@@ -297,7 +297,7 @@ def _given(settings: Settings) -> JsonObject:
     values: JsonObject = {}
     for name, value in settings.input.model_dump(exclude_none=True).items():
         checked = check_value(name, value)
-        if isinstance(checked, Fault):
+        if isinstance(checked, CellError):
             raise ConfigError(f"input.{checked.message}")
         values[name] = checked
     return values

@@ -16,12 +16,12 @@ import polars as pl
 
 from batch.errors import ConfigError, ManifestError
 from batch.manifest.inputs import shorten
-from batch.manifest.types import Fault
+from batch.manifest.types import CellError
 from batch.types import Problem
 
 __all__ = ["Column", "Prompts", "Template", "kind_of", "no_column", "parse_template", "placeholders", "require_plain"]
 
-Note: TypeAlias = Callable[[int, str, object, Fault], Problem]
+Note: TypeAlias = Callable[[int, str, object, CellError], Problem]
 """Takes down what is wrong with a cell: the row's index in the batch, the column, the value."""
 
 _DEFAULT_COLUMN = "prompt"
@@ -214,7 +214,7 @@ class Prompts:
         others = self._default.texts(frame)
         return [other if text is None else text for text, other in zip(texts, others, strict=True)]
 
-    def _gap(self, frame: pl.DataFrame, index: int, source: Column | Template) -> tuple[str, None, Fault]:
+    def _gap(self, frame: pl.DataFrame, index: int, source: Column | Template) -> tuple[str, None, CellError]:
         """The empty column that leaves a row without a prompt, and what to say of it."""
         needs = "" if isinstance(source, Column) else f", and the prompt {shorten(source.text)!r} needs it"
         advice = ", or set input.prompt for all rows"
@@ -222,7 +222,7 @@ class Prompts:
             advice = f"; a part of input.prompt = {shorten(self._default.text)!r} is empty too"
         elif self._default is not None:
             advice = ", or remove the placeholder"
-        return source.empty_in(frame, index), None, Fault("missing", f"the cell is empty{needs}; fill it{advice}")
+        return source.empty_in(frame, index), None, CellError("missing", f"the cell is empty{needs}; fill it{advice}")
 
 
 def _source(schema: pl.Schema, setting: str, default: str | None) -> Column | Template | None:

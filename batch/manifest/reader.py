@@ -24,7 +24,7 @@ from typing import BinaryIO, TextIO
 import polars as pl
 
 from batch.errors import ManifestError
-from batch.manifest.discovery import Found, find, local
+from batch.manifest.discovery import FoundManifest, find, local
 from batch.manifest.formats.base import BATCH_BYTES, BATCH_ROWS, Chunk, Dialect, Format, refuse_nul, refuse_twins
 from batch.manifest.formats.csv_text import (
     Encoding,
@@ -37,7 +37,7 @@ from batch.manifest.formats.csv_text import (
     undecodable,
 )
 from batch.manifest.formats.hive import partitions_of
-from batch.manifest.formats.image_folder import FILE_NAME, Images, WithMetadata
+from batch.manifest.formats.image_folder import FILE_NAME, ImageFiles, ImageFilesWithMetadata
 from batch.manifest.formats.json_file import open_json
 from batch.manifest.formats.jsonl import Jsonl
 from batch.manifest.inputs import shorten
@@ -83,7 +83,13 @@ class Manifest:
     """
 
     def __init__(
-        self, source: Path, folder: Path, found: Found, content: Format, dialect: Dialect, notes: tuple[str, ...] = ()
+        self,
+        source: Path,
+        folder: Path,
+        found: FoundManifest,
+        content: Format,
+        dialect: Dialect,
+        notes: tuple[str, ...] = (),
     ) -> None:
         self.source = source
         self.folder = folder
@@ -94,7 +100,7 @@ class Manifest:
         self.files = found.paths
         self.notes = (*found.notes, *notes)
         self.place = found.paths[0] if found.has_images else None
-        self.has_images = found.has_images or isinstance(content, Images)
+        self.has_images = found.has_images or isinstance(content, ImageFiles)
         self._content = content
         self._root = found.folder
         self._unpack = _UNPACK[found.kind.packing]
@@ -126,7 +132,7 @@ class Manifest:
                 dialect = dialect._replace(needed=dialect.needed | {FILE_NAME, "text"})
             content, notes = _content(found, rows, dialect)
             if found.has_images:
-                content = WithMetadata(found.paths[0], content, dialect.image)
+                content = ImageFilesWithMetadata(found.paths[0], content, dialect.image)
                 if rows is None:
                     content.require_all(found.paths[0], path)
         return cls(path, found.folder if folder is None else folder, found, content, dialect, notes)
@@ -150,7 +156,7 @@ class Manifest:
 
         Equal for a copy under another name. Of a folder of images it is the hash of their names.
         """
-        if isinstance(self._content, Images):
+        if isinstance(self._content, ImageFiles):
             return self._content.fingerprint()
         total = blake2b(digest_size=16)
         for path, partition in zip(self.files, _partitions(self.files, self._root), strict=True):
@@ -161,7 +167,7 @@ class Manifest:
         return total.hexdigest()
 
 
-def _content(found: Found, rows: int | None, dialect: Dialect) -> tuple[Format, tuple[str, ...]]:
+def _content(found: FoundManifest, rows: int | None, dialect: Dialect) -> tuple[Format, tuple[str, ...]]:
     """The reader of what was found, and how it reads."""
     name, unpack = found.kind.name, _UNPACK[found.kind.packing]
     if name == "parquet":
@@ -175,7 +181,7 @@ def _content(found: Found, rows: int | None, dialect: Dialect) -> tuple[Format, 
         table = Arrow(found.paths, rows, _partitions(found.paths, found.folder))
         return table, table.notes
     if not found.paths:
-        return Images(found.folder, dialect.image, rows), ()
+        return ImageFiles(found.folder, dialect.image, rows), ()
     (path,) = found.paths
     encoding = encoding_of(path, unpack, dialect.encoding)
     if name in _SEPARATORS:

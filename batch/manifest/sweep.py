@@ -12,7 +12,7 @@ import orjson
 
 from batch.errors import ConfigError
 from batch.manifest.inputs import INPUTS, check_value
-from batch.manifest.types import Fault
+from batch.manifest.types import CellError
 from batch.types import Json, JsonObject
 
 __all__ = ["BASE", "Cell", "cells"]
@@ -56,7 +56,7 @@ def _points(name: str, values: Sequence[Json]) -> list[Json]:
     points: dict[str, Json] = {}
     for value in values:
         checked = check_value(name, value)
-        if isinstance(checked, Fault):
+        if isinstance(checked, CellError):
             raise ConfigError(f"sweep.{name}: {checked.message} ({checked.type})")
         points.setdefault(_spell(checked), checked)
     return list(points.values())

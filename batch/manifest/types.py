@@ -14,10 +14,20 @@ import polars as pl
 
 from batch.types import LocalImage
 
-__all__ = ["Fault", "FileFact", "FileFacts", "FileKey", "Half", "PictureResolver", "Resolved", "RowBatch", "Rows"]
+__all__ = [
+    "CellError",
+    "FileFact",
+    "FileFacts",
+    "FileKey",
+    "ImageResolver",
+    "LoneSurrogate",
+    "Resolved",
+    "RowBatch",
+    "Rows",
+]
 
 
-class Half(NamedTuple):
+class LoneSurrogate(NamedTuple):
     """Text with half a character in it, one surrogate of two: no table can hold it, and no request carry it."""
 
     column: str
@@ -33,7 +43,7 @@ class RowBatch:
     frame: pl.DataFrame
     lines: list[int] | None
     """1-based line on which each row starts, a newline inside a quoted CSV field counted; None for Parquet."""
-    halves: Mapping[int, Half] = field(default_factory=dict)
+    halves: Mapping[int, LoneSurrogate] = field(default_factory=dict)
     """Rows that cannot work, by place in the batch; the frame has U+FFFD for each half."""
 
 
@@ -48,7 +58,7 @@ class Rows(Protocol):
         """All rows in order, at most `size` at a time."""
 
 
-class Fault(NamedTuple):
+class CellError(NamedTuple):
     """What is wrong with one cell: a stable word, and a sentence with the value and what to do."""
 
     type: str
@@ -64,10 +74,10 @@ class Resolved(NamedTuple):
     megapixels: float | None = None
 
 
-class PictureResolver(Protocol):
+class ImageResolver(Protocol):
     """Turns the cells of the image column into tokens."""
 
-    def resolve(self, references: Sequence[object]) -> list[Resolved | Fault]:
+    def resolve(self, references: Sequence[object]) -> list[Resolved | CellError]:
         """One answer for each reference (text, bytes, a mapping with `bytes` and `path`, or None), in order."""
 
 

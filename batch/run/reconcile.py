@@ -23,7 +23,7 @@ import orjson
 from tenacity import stop_after_attempt
 
 from batch.fal.errors import CallFailed
-from batch.fal.platform import PAGE_LIMIT, Listed, Page, minted_at
+from batch.fal.platform import PAGE_LIMIT, Listed, ListingPage, minted_at
 from batch.journal.events import Accepted
 from batch.journal.records import OpenJob
 from batch.journal.states import State
@@ -278,7 +278,7 @@ def _seed_of(values: JsonObject) -> str:
 class Listing(Protocol):
     """The platform's request listing; raises `CallFailed`."""
 
-    async def listing(self, start: float, end: float, cursor: str | None, limit: int) -> Page:
+    async def listing(self, start: float, end: float, cursor: str | None, limit: int) -> ListingPage:
         """One page of at most so many requests, payloads included."""
 
 
@@ -369,8 +369,8 @@ class Reconciler:
             seen.add(cursor)
         raise _Unreadable
 
-    async def _page(self, window: Window, cursor: str | None, limit: int) -> Page:
-        async def read() -> Page:
+    async def _page(self, window: Window, cursor: str | None, limit: int) -> ListingPage:
+        async def read() -> ListingPage:
             try:
                 return await self._listing.listing(window.start, window.end, cursor, limit)
             except CallFailed as error:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from batch.fal.endpoint import APP_ID
 from batch.fal.errors import CallFailed, Trouble
-from batch.fal.platform import PAGE_LIMIT, Listed, Page
+from batch.fal.platform import PAGE_LIMIT, Listed, ListingPage
 from batch.fal.protocol import CancelOutcome, Reply, model_error_reply, request_error_reply
 from batch.types import Answer, Attempt, Json, JsonObject, QueueState, RequestId, Ticket, TicketStatus
 
@@ -351,7 +351,7 @@ class FakeService:
             data = fault.downloading(data, n)
         return data
 
-    async def listing(self, start: float, end: float, cursor: str | None, limit: int = PAGE_LIMIT) -> Page:
+    async def listing(self, start: float, end: float, cursor: str | None, limit: int = PAGE_LIMIT) -> ListingPage:
         """A page of the requests between two instants, the newest first; the cursor is a page number."""
         n = await self._arrive("listing")
         for fault in self._faults:
@@ -371,7 +371,7 @@ class FakeService:
         page = found[number * size : (number + 1) * size]
         if how.page_bytes is not None and sum(len(orjson.dumps(item.input)) for item in page) > how.page_bytes:
             raise CallFailed(Trouble("listing", "oversize", detail="oversize"))
-        return Page(tuple(page), str(number + 1) if len(found) > (number + 1) * size else None)
+        return ListingPage(tuple(page), str(number + 1) if len(found) > (number + 1) * size else None)
 
     def _listed(self, request: Request) -> Listed:
         ended = request.ends_at if request.ends_at <= anyio.current_time() else None

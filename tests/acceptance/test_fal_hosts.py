@@ -9,7 +9,7 @@ import pytest
 from batch.api import plan_sync, run_sync
 from batch.config import Settings, TargetSettings
 from batch.errors import ConfigError
-from batch.targets import open_platform, open_target, terms_of
+from batch.targets import open_platform, open_target, profile_of
 from tests.acceptance.command import restyle, results, write_manifest
 from tests.acceptance.test_money import doorkeeper
 
@@ -81,7 +81,7 @@ async def test_settings_without_checks_open_nothing(tmp_path):
         **{**dict(Settings()), "target": TargetSettings.model_construct(**{**dict(TargetSettings()), "name": URL})}
     )
     with pytest.raises(ConfigError, match="--target fal"):
-        terms_of(unchecked)
+        profile_of(unchecked)
     for opened in (open_target(unchecked, tmp_path, version="0"), open_platform(unchecked, version="0")):
         with pytest.raises(ConfigError, match="--target fal"):
             await opened.__aenter__()

@@ -33,7 +33,7 @@ async def test_plan_and_run_are_coroutines(tmp_path, manifest):
     from batch.api import plan, run
 
     found = await plan(manifest, settings=SETTINGS)
-    assert (found.survey.rows, found.survey.to_do, found.terms.name, found.terms.paid) == (5, 5, "local", False)
+    assert (found.estimate.rows, found.estimate.to_do, found.profile.name, found.profile.paid) == (5, 5, "local", False)
     assert list(tmp_path.iterdir()) == [manifest]
 
     observer, tally = RecordingObserver(), ProgressCounter()
@@ -44,7 +44,7 @@ async def test_plan_and_run_are_coroutines(tmp_path, manifest):
     assert results(tmp_path / "run").num_rows == 5
 
     found = await plan(manifest, tmp_path / "run", settings=SETTINGS)
-    assert (found.survey.to_do, found.survey.done) == (0, 5)
+    assert (found.estimate.to_do, found.estimate.done) == (0, 5)
     status = await api.status(tmp_path / "run")
     assert (status.counts.by_state[State.DONE], status.running) == (5, False)
     totals = await api.export(tmp_path / "run", tmp_path / "copy.parquet")
@@ -55,7 +55,7 @@ def test_the_plain_twins_need_no_loop(tmp_path, manifest):
     """For a script."""
     from batch.api import plan_sync, run_sync
 
-    assert plan_sync(manifest, settings=SETTINGS).survey.to_do == 5
+    assert plan_sync(manifest, settings=SETTINGS).estimate.to_do == 5
     assert run_sync(manifest, tmp_path / "run", settings=SETTINGS).done == 5
     assert api.status_sync(tmp_path / "run").counts.by_state[State.DONE] == 5
     assert api.export_sync(tmp_path / "run").rows == 5
@@ -66,7 +66,7 @@ def test_the_plain_twins_work_inside_a_running_loop(tmp_path, manifest):
     """A notebook's cell runs in one: no nested loop, no patching, nothing left behind."""
 
     async def cell():
-        assert api.plan_sync(manifest, settings=SETTINGS).survey.to_do == 5
+        assert api.plan_sync(manifest, settings=SETTINGS).estimate.to_do == 5
         return api.run_sync(manifest, tmp_path / "run", settings=SETTINGS)
 
     before = threading.active_count()
@@ -120,7 +120,7 @@ def test_confirm_is_shown_the_plan(tmp_path, manifest):
     seen = []
 
     def confirm(found):
-        seen.append(found.survey.to_do)
+        seen.append(found.estimate.to_do)
         return False
 
     with pytest.raises(StoppedEarly, match="nothing was submitted"):

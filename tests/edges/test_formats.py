@@ -21,7 +21,7 @@ from PIL import Image
 
 from batch.errors import ManifestError
 from batch.manifest.formats.base import Dialect
-from batch.manifest.images import Pictures
+from batch.manifest.images import SourceImages
 from batch.manifest.reader import Manifest
 from tests.edges.test_read import HALVES, KINDS, PACKERS, lines_of, rows_of
 
@@ -381,7 +381,7 @@ def dataset(tmp_path):
 
 
 def resolved(manifest: Manifest, column: str = "image") -> list[object]:
-    pictures = Pictures(manifest.folder, 100)
+    pictures = SourceImages(manifest.folder, 100)
     return [answer for batch in manifest.batches() for answer in pictures.resolve(batch.frame[column].to_list())]
 
 

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from batch.image_formats import READABLE
-from batch.manifest.images import MemoryFacts, Pictures
-from batch.manifest.types import Fault, FileFact, FileKey, Resolved
+from batch.manifest.images import MemoryFacts, SourceImages
+from batch.manifest.types import CellError, FileFact, FileKey, Resolved
 from batch.types import LocalImage
 
 
@@ -36,11 +36,11 @@ def huge_png(width: int, height: int) -> bytes:
 
 
 @pytest.fixture
-def pictures(tmp_path) -> Pictures:
-    return Pictures(tmp_path, 100)
+def pictures(tmp_path) -> SourceImages:
+    return SourceImages(tmp_path, 100)
 
 
-def one(pictures: Pictures, reference: object) -> Resolved | Fault:
+def one(pictures: SourceImages, reference: object) -> Resolved | CellError:
     (answer,) = pictures.resolve([reference])
     return answer
 
@@ -148,7 +148,7 @@ def test_what_cannot_be_a_picture_says_so(tmp_path, pictures, reference, type, w
     (tmp_path / "cut.png").write_bytes(picture()[:20])
     os.mkfifo(tmp_path / "pipe")
     answer = one(pictures, reference)
-    assert isinstance(answer, Fault)
+    assert isinstance(answer, CellError)
     assert answer.type == type
     for word in words:
         assert word in answer.message
@@ -172,7 +172,7 @@ def test_a_picture_above_the_limit_is_refused_by_its_header(tmp_path, pictures, 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         answers = pictures.resolve(["huge.png", data, uri])
-        allowed = one(Pictures(tmp_path, 400), "huge.png")
+        allowed = one(SourceImages(tmp_path, 400), "huge.png")
     for answer in answers:
         assert answer.type == "image_too_large"
         assert f"{width * height / 1e6:.1f} megapixels" in answer.message
@@ -200,12 +200,12 @@ def test_a_file_is_read_once_until_it_changes(tmp_path) -> None:
     path = tmp_path / "cat.png"
     path.write_bytes(picture())
     facts = RecordingFacts()
-    first = one(Pictures(tmp_path, 100, facts), "cat.png")
-    assert one(Pictures(tmp_path, 100, facts), "cat.png") == first
+    first = one(SourceImages(tmp_path, 100, facts), "cat.png")
+    assert one(SourceImages(tmp_path, 100, facts), "cat.png") == first
     assert facts.put == [FileKey(str(path), path.stat().st_size, path.stat().st_mtime_ns)]
     path.write_bytes(picture(size=(80, 25)))
     os.utime(path, ns=(1, 1))
-    assert one(Pictures(tmp_path, 100, facts), "cat.png").token != first.token
+    assert one(SourceImages(tmp_path, 100, facts), "cat.png").token != first.token
     assert len(facts.put) == 2
 
 
@@ -215,15 +215,15 @@ def test_known_facts_are_believed_without_reading_and_judged_by_todays_limit(tmp
     path.write_bytes(b"never read")
     facts = MemoryFacts()
     facts.put_many({FileKey(str(path), 10, path.stat().st_mtime_ns): FileFact("ab" * 32, 50.0)})
-    assert one(Pictures(tmp_path, 100, facts), "cat.png").token == "sha256:" + "ab" * 32
-    assert one(Pictures(tmp_path, 10, facts), "cat.png").type == "image_too_large"
+    assert one(SourceImages(tmp_path, 100, facts), "cat.png").token == "sha256:" + "ab" * 32
+    assert one(SourceImages(tmp_path, 10, facts), "cat.png").type == "image_too_large"
 
 
 def test_what_is_no_picture_leaves_no_fact(tmp_path) -> None:
     """A file that is repaired is looked at again."""
     (tmp_path / "cat.png").write_bytes(b"broken")
     facts = RecordingFacts()
-    one(Pictures(tmp_path, 100, facts), "cat.png")
+    one(SourceImages(tmp_path, 100, facts), "cat.png")
     assert facts.put == []
 
 
@@ -240,7 +240,7 @@ def test_the_folder_may_be_relative(tmp_path, monkeypatch) -> None:
     """Facts and images carry absolute paths all the same."""
     (tmp_path / "cat.png").write_bytes(picture())
     monkeypatch.chdir(tmp_path)
-    assert one(Pictures(Path(), 100), "cat.png").image.path == tmp_path / "cat.png"
+    assert one(SourceImages(Path(), 100), "cat.png").image.path == tmp_path / "cat.png"
 
 
 # --- home folders ---

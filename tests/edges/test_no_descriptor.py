@@ -23,7 +23,7 @@ from batch.fal.errors import CallFailed
 from batch.fal.protocol import Origins
 from batch.fal.status_stream import StatusStreams
 from batch.journal.database import JournalDatabase
-from batch.manifest.images import Pictures
+from batch.manifest.images import SourceImages
 from batch.run.images import ImageFolder
 from batch.run.interfaces import PictureError
 from batch.run.verdicts import Action, judge
@@ -127,7 +127,7 @@ def test_a_local_image_of_a_manifest_is_no_bad_row(tmp_path):
     """Planning waits until it can be read."""
     for number in range(10):
         Image.new("RGB", (20, 20), (number, 0, 0)).save(tmp_path / f"{number}.png")
-    pictures = Pictures(tmp_path, 100.0)
+    pictures = SourceImages(tmp_path, 100.0)
     assert pictures.resolve(["0.png"])[0].image is not None
     with none_free(0.3):
         found = pictures.resolve([f"{number}.png" for number in range(10)])

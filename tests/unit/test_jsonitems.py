@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batch.manifest.formats import json_items as jsonitems
-from batch.manifest.formats.json_items import Malformed, NotRows, split
+from batch.manifest.formats.json_items import BadJson, NotRows, split
 
 
 def items(text: bytes, chunk: int = 2**20) -> list[tuple[int, object]]:
@@ -94,7 +94,7 @@ WRONG = [
 @pytest.mark.parametrize(("text", "line", "row", "words"), WRONG, ids=[repr(row[0]) for row in WRONG])
 @pytest.mark.parametrize("chunk", [1, 2**20])
 def test_what_is_not_a_list_of_objects_is_said_with_its_place(text, line, row, words, chunk):
-    with pytest.raises(Malformed) as raised:
+    with pytest.raises(BadJson) as raised:
         items(text, chunk)
     assert (raised.value.line, raised.value.row) == (line, row), str(raised.value)
     for word in words:
@@ -105,7 +105,7 @@ def test_what_comes_before_a_fault_is_given_first():
     stream = io.BytesIO(b'[{"a":1},{"a":2},x')
     found = split(lambda: stream.read(5))
     assert [json.loads(next(found).text) for _ in range(2)] == [{"a": 1}, {"a": 2}]
-    with pytest.raises(Malformed):
+    with pytest.raises(BadJson):
         next(found)
 
 
@@ -126,7 +126,7 @@ def test_an_object_that_does_not_end_is_not_read_to_the_end_of_the_file(monkeypa
     """Else a quote that is not closed in a file of many gigabytes would need as much memory."""
     monkeypatch.setattr(jsonitems, "LONGEST", 1000)
     stream = io.BytesIO(b'[{"a":1},\n{"a":[' + b'{"b":1},\n' * 10_000)
-    with pytest.raises(Malformed, match="the object that begins here is longer than"):
+    with pytest.raises(BadJson, match="the object that begins here is longer than"):
         list(split(lambda: stream.read(100)))
     assert stream.tell() < 5000
     stream = io.BytesIO(b'{"data": [' + b'{"a":1},' * 10_000 + b'{"a":1}]}')

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from batch.config import Settings
 from batch.errors import ConfigError, ManifestError
-from batch.estimate import counted, render_problems, survey
+from batch.estimate import counted, estimate, render_problems
 from batch.fal.endpoint import ImageToImageInput
 from batch.journal.records import KnownJob
 from batch.journal.states import State
 from batch.manifest.planner import Planned, Planner
-from batch.manifest.types import Fault, Half, Resolved, RowBatch
+from batch.manifest.types import CellError, LoneSurrogate, Resolved, RowBatch
 from batch.money import Price
 from batch.types import LocalImage
 
@@ -40,7 +40,7 @@ class Shelf:
 
     def _one(self, reference):
         if reference is None:
-            return Fault("missing", "the cell is empty")
+            return CellError("missing", "the cell is empty")
         if str(reference).startswith("local:"):
             name = reference.removeprefix("local:")
             return Resolved(f"sha256:{name}", LocalImage(name, 10), 2.0)
@@ -316,7 +316,7 @@ def test_text_with_half_a_character_is_no_input() -> None:
 
     class Halved(Table):
         def batches(self, size: int = 4096) -> Iterator[RowBatch]:
-            halves = {0: Half("prompt", "\ud83d"), 1: Half("style", "\ud83d")}
+            halves = {0: LoneSurrogate("prompt", "\ud83d"), 1: LoneSurrogate("style", "\ud83d")}
             yield RowBatch(0, self.frame, [2, 3], halves)
 
     def prompts(configuration):
@@ -446,7 +446,7 @@ def test_a_growing_axis_keeps_every_job_that_was_there(rows, scales) -> None:
     assert jobs(scales).items() <= jobs([9, *reversed(scales)]).items()
 
 
-# --- survey ---
+# --- estimate ---
 
 
 def test_a_survey_counts_distinct_jobs_pictures_dollars_and_hours() -> None:
@@ -456,7 +456,7 @@ def test_a_survey_counts_distinct_jobs_pictures_dollars_and_hours() -> None:
         "prompt": ["p"] * 5,
         "num_images": [2, 2, 3, 1, 1],
     }
-    found = survey(planner(columns), None, Price(0.5, date(2026, 11, 1)), 2, 3600)
+    found = estimate(planner(columns), None, Price(0.5, date(2026, 11, 1)), 2, 3600)
     assert (found.rows, found.bad_rows, found.cells) == (5, 1, 1)
     assert (found.jobs, found.duplicates, found.to_do) == (3, 1, 3)
     assert (found.megapixels, found.unknown_sizes) == (6.0, 3)
@@ -489,13 +489,13 @@ def test_what_the_journal_knows_is_not_to_do_and_costs_nothing() -> None:
         asked.extend(keys)
         return {key: known[key] for key in keys if key in known}
 
-    found = survey(planner(columns), find, Price(1.0, date(2026, 11, 1)), 1, 3600.0)
+    found = estimate(planner(columns), find, Price(1.0, date(2026, 11, 1)), 1, 3600.0)
     assert (found.done, found.failed, found.in_flight, found.to_do, found.retried) == (1, 1, 2, 2, 0)
     assert (found.jobs, found.duplicates) == (6, 6)
     assert found.dollars == pytest.approx(4.0)
     assert len(asked) == len(set(asked)) == 6
 
-    again = survey(planner(columns), find, Price(1.0, date(2026, 11, 1)), 1, 3600.0, retry_failed=True)
+    again = estimate(planner(columns), find, Price(1.0, date(2026, 11, 1)), 1, 3600.0, retry_failed=True)
     assert (again.done, again.failed, again.in_flight, again.to_do, again.retried) == (1, 0, 2, 3, 1)
     assert (again.dollars, again.hours) == (pytest.approx(6.0), pytest.approx(3.0))
     assert "to do       3, 1 of them failed before" in again.render()
@@ -505,7 +505,7 @@ def test_duplicates_are_found_however_far_apart_they_stand() -> None:
     """Distinctness holds over many merges: 150,000 jobs of which each is there twice."""
     count = 75_000
     frame = pl.DataFrame({"image_url": [f"https://a/{i}" for i in range(count)] * 2, "prompt": "p", "seed": 1})
-    found = survey(planner(frame), None, None, 10, 1)
+    found = estimate(planner(frame), None, None, 10, 1)
     assert (found.rows, found.jobs, found.duplicates) == (2 * count, count, count)
     assert found.unknown_sizes == count
 
@@ -513,7 +513,7 @@ def test_duplicates_are_found_however_far_apart_they_stand() -> None:
 def test_at_most_twenty_problems_are_shown_and_all_are_counted() -> None:
     """A person gets the first ones with file and line, and always the total."""
     columns = {"image_url": ["u://1"] * 30, "prompt": ["p"] * 30, "strength": ["high"] * 30}
-    found = survey(planner(columns), None, None, 1, 1)
+    found = estimate(planner(columns), None, None, 1, 1)
     assert (found.problem_count, len(found.problems), found.bad_rows, found.jobs) == (30, 20, 30, 0)
     lines = render_problems("pets.csv", found.problems, found.problem_count).splitlines()
     assert lines[0] == "pets.csv:2 strength: strength is 'high'; it must be a number from 0.01 to 1"
@@ -524,7 +524,7 @@ def test_at_most_twenty_problems_are_shown_and_all_are_counted() -> None:
 def test_problems_of_a_manifest_without_lines_name_the_row() -> None:
     """Parquet has no lines."""
     columns = pl.DataFrame({**ONE, "strength": [7.0]})
-    found = survey(planner(columns, lines=False), None, None, 1, 1)
+    found = estimate(planner(columns, lines=False), None, None, 1, 1)
     assert render_problems("pets.parquet", found.problems, 1).startswith("pets.parquet:row 0 strength: ")
     assert render_problems("pets.parquet", (), 0) == ""
 
@@ -532,5 +532,5 @@ def test_problems_of_a_manifest_without_lines_name_the_row() -> None:
 def test_one_is_not_many() -> None:
     """A plan of one row reads like a sentence."""
     assert [counted(number, "row") for number in (0, 1, 2, 1000)] == ["0 rows", "1 row", "2 rows", "1,000 rows"]
-    text = survey(planner({**ONE, "image_url": ["https://a/1"]}), None, None, 1, 1).render()
+    text = estimate(planner({**ONE, "image_url": ["https://a/1"]}), None, None, 1, 1).render()
     assert "0 known, 1 picture of unknown size" in text

@@ -30,7 +30,7 @@ from batch.fal.platform import (
 )
 from batch.fal.platform_queries import (
     EstimateKind,
-    Outcome,
+    RequestOutcome,
     SortBy,
     cursor_of,
     read_billing_query,
@@ -159,7 +159,7 @@ def test_ids_may_be_repeated_or_have_commas_between_them():
     )
     assert asked.apps == ("a/b", "c/d")
     assert asked.start == asked.end == 1735689600.0
-    assert (asked.outcome, asked.sort_by, asked.payloads) == (Outcome.USER_ERROR, SortBy.DURATION, True)
+    assert (asked.outcome, asked.sort_by, asked.payloads) == (RequestOutcome.USER_ERROR, SortBy.DURATION, True)
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def _changed(column: Any, change: Callable[[Any], Any]) -> Any:
     return change(column)
 
 
-class _Source:
+class _ArrowFile:
     """An open file."""
 
     def __init__(self, file: Any, mapped: mmap.mmap) -> None:
@@ -124,11 +124,11 @@ class _Source:
 
 
 @contextmanager
-def _mapped(path: Path) -> Iterator[_Source]:
+def _mapped(path: Path) -> Iterator[_ArrowFile]:
     with path.open("rb") as file:
         if not os.fstat(file.fileno()).st_size:
             raise ManifestError(f"{path} is empty; give at least one row")
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # closed when no frame needs it any more
         if mapped[: len(_FEATHER_1_MAGIC)] == _FEATHER_1_MAGIC:
             raise ManifestError(f"{path} is Feather version 1, which is not supported; write it again as version 2")
-        yield _Source(file, mapped)
+        yield _ArrowFile(file, mapped)

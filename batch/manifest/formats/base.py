@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import polars as pl
 
 from batch.errors import ManifestError
-from batch.manifest.types import Half
+from batch.manifest.types import LoneSurrogate
 
 __all__ = ["BATCH_BYTES", "BATCH_ROWS", "Chunk", "Dialect", "Format", "refuse_nul", "refuse_twins", "utf16_hint"]
 
@@ -39,7 +39,7 @@ class Chunk(NamedTuple):
 
     frame: pl.DataFrame
     lines: list[int] | None
-    halves: Mapping[int, Half] = MappingProxyType({})
+    halves: Mapping[int, LoneSurrogate] = MappingProxyType({})
 
 
 class Format(Protocol):

@@ -19,9 +19,9 @@ from batch.errors import ManifestError
 from batch.manifest.file_kinds import is_image
 from batch.manifest.folders import files_below
 from batch.manifest.formats.base import BATCH_ROWS, Chunk, Format
-from batch.manifest.types import Half
+from batch.manifest.types import LoneSurrogate
 
-__all__ = ["FILE_NAME", "Images", "WithMetadata"]
+__all__ = ["FILE_NAME", "ImageFiles", "ImageFilesWithMetadata"]
 
 FILE_NAME = "file_name"
 _END = b"\0"
@@ -30,7 +30,7 @@ _HASHED_NAMES = 2**16
 _SHOWN = 3
 
 
-class Images:
+class ImageFiles:
     """The images below a folder, in the order of their paths: the path relative to it, and the name of the file."""
 
     def __init__(self, folder: Path, image: str, rows: int | None) -> None:
@@ -58,20 +58,20 @@ class Images:
             frame = pl.DataFrame(columns, schema_overrides=self.schema).select(self.schema.names())
             yield Chunk(frame, None, dict(self._unreadable(part)))
 
-    def _unreadable(self, names: list[bytes]) -> Iterator[tuple[int, Half]]:
+    def _unreadable(self, names: list[bytes]) -> Iterator[tuple[int, LoneSurrogate]]:
         """Names that are not UTF-8: no table can hold them."""
         for index, name in enumerate(names):
             try:
                 name.decode()
             except UnicodeDecodeError:
-                yield index, Half(self._image, os.fsdecode(name))
+                yield index, LoneSurrogate(self._image, os.fsdecode(name))
 
     def fingerprint(self) -> str:
         """Hash of the names; what is in the images is part of each job."""
         return self._hash.hexdigest()
 
 
-class WithMetadata:
+class ImageFilesWithMetadata:
     """The rows of a metadata file, whose column `file_name` is the image."""
 
     def __init__(self, path: Path, content: Format, image: str) -> None:

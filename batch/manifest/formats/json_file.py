@@ -16,7 +16,7 @@ import orjson
 
 from batch.errors import ManifestError
 from batch.manifest.formats.base import Format, utf16_hint
-from batch.manifest.formats.json_items import LONGEST, Malformed, NotRows, split
+from batch.manifest.formats.json_items import LONGEST, BadJson, NotRows, split
 from batch.manifest.formats.jsonl import Jsonl
 
 __all__ = ["open_json"]
@@ -74,7 +74,7 @@ class _JsonList(Jsonl):
                         self.has_lines = False
                     last = item.last_line
                     yield item.line, item.text + b"\n"
-        except Malformed as error:
+        except BadJson as error:
             hint = f"; {utf16_hint(big_endian=False)}" if error.has_nul else ""
             raise ManifestError(f"{self._path}, {self._place(error.line, error.row)}: {error}{hint}") from error
         except NotRows as error:

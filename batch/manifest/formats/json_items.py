@@ -15,7 +15,7 @@ import orjson
 
 from batch.manifest.inputs import shorten
 
-__all__ = ["LONGEST", "Item", "Malformed", "NotRows", "split"]
+__all__ = ["LONGEST", "BadJson", "Item", "NotRows", "split"]
 
 LONGEST = 64 * 2**20
 """Bytes of one object; a longer one is taken for a bracket or quote that is not closed."""
@@ -41,7 +41,7 @@ _FIRST_KEY = re.compile(rb'\{\s*"((?:[^"\\]|\\.){0,60})"')
 _MARK = b"\xef\xbb\xbf"
 
 
-class Malformed(Exception):
+class BadJson(Exception):
     """The text is not what it should be; `line` is where, counted from 1, `row` the object that was due there."""
 
     def __init__(self, line: int, row: int, what: str, *, has_nul: bool = False) -> None:
@@ -196,7 +196,7 @@ class _Text:
                     return token.end()
         return None
 
-    def _wrong_at(self, token: re.Match[bytes], what: str) -> Malformed:
+    def _wrong_at(self, token: re.Match[bytes], what: str) -> BadJson:
         self._line += self._buffer.count(b"\n", self._at, token.start())
         return self.wrong(what)
 
@@ -218,10 +218,10 @@ class _Text:
         text = found[0] if found else self._buffer[self._at : self._at + 1]
         return repr(shorten(text.decode("utf-8", "replace"), 40))
 
-    def wrong(self, what: str) -> Malformed:
-        return Malformed(self._line, self._row, what, has_nul=b"\0" in self._buffer[self._at : self._at + 8])
+    def wrong(self, what: str) -> BadJson:
+        return BadJson(self._line, self._row, what, has_nul=b"\0" in self._buffer[self._at : self._at + 8])
 
-    def _unclosed(self, what: str) -> Malformed:
+    def _unclosed(self, what: str) -> BadJson:
         """Say where the object stops to be JSON, if that is before its end."""
         text = self._buffer[self._at :]
         try:
@@ -230,7 +230,7 @@ class _Text:
             whole = text.decode("utf-8", "replace").rstrip()
             if error.pos < len(whole):
                 line = self._line + whole.count("\n", 0, error.pos)
-                return Malformed(line, self._row, f"not parseable as JSON ({error.msg}, at character {error.colno})")
+                return BadJson(line, self._row, f"not parseable as JSON ({error.msg}, at character {error.colno})")
         return self.wrong(what)
 
 

@@ -10,15 +10,15 @@ import math
 import re
 from typing import Any
 
-from batch.manifest.types import Half
+from batch.manifest.types import LoneSurrogate
 from batch.types import Json
 
-__all__ = ["MAY_BE_HALF", "count_keys", "exact", "find_half", "find_twin", "mend_halves"]
+__all__ = ["MAY_BE_LONE", "count_keys", "exact", "find_duplicate_key", "find_lone_surrogate", "replace_lone_surrogates"]
 
 _HEX = "[0-9a-fA-F]"
 _HIGH, _LOW = rf"[89abAB]{_HEX}{{2}}", rf"[c-fC-F]{_HEX}{{2}}"
 
-MAY_BE_HALF = re.compile(
+MAY_BE_LONE = re.compile(
     # After the first four characters, which the search is quick by: a high half without a low one, or the reverse.
     rf"\\u[dD](?:{_HIGH}(?!\\u[dD]{_LOW})|{_LOW}(?<!\\u[dD]{_HIGH}\\u[dD]{_HEX}{{3}}))".encode()
 )
@@ -30,7 +30,7 @@ _INT64 = 2**63
 _NESTED = frozenset({dict, list})
 
 
-def find_half(line: bytes) -> Half | None:
+def find_lone_surrogate(line: bytes) -> LoneSurrogate | None:
     """The first value of an object with half a character in it; None where there is none, or no JSON.
 
     Where it stands in a key, the key with it is the column.
@@ -42,7 +42,7 @@ def find_half(line: bytes) -> Half | None:
     for column, value in record.items() if isinstance(record, dict) else ():
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         if not (_is_whole(column) and _is_whole(text)):
-            return Half(column, text)
+            return LoneSurrogate(column, text)
     return None
 
 
@@ -54,7 +54,7 @@ def _is_whole(text: str) -> bool:
     return True
 
 
-def mend_halves(line: bytes) -> bytes:
+def replace_lone_surrogates(line: bytes) -> bytes:
     """The line with U+FFFD in the place of each half of a character."""
     return _ESCAPE.sub(lambda escape: rb"\ufffd" if escape[1] else escape[0], line)
 
@@ -84,15 +84,15 @@ def count_keys(value: Json) -> int:
     return sum(count_keys(inner) for inner in value if type(inner) in _NESTED) if isinstance(value, list) else 0
 
 
-class _Twin(Exception):
+class _DuplicateKey(Exception):
     """A key that an object has twice."""
 
 
-def find_twin(line: bytes) -> str | None:
+def find_duplicate_key(line: bytes) -> str | None:
     """A key that stands twice in one object of a line of JSON."""
     try:
         json.loads(line, object_pairs_hook=_refuse_twins, parse_int=str, parse_float=str)
-    except _Twin as twin:
+    except _DuplicateKey as twin:
         return str(twin)
     return None
 
@@ -101,5 +101,5 @@ def _refuse_twins(pairs: list[tuple[str, Any]]) -> None:
     seen: set[str] = set()
     for name, _ in pairs:
         if name in seen:
-            raise _Twin(name)
+            raise _DuplicateKey(name)
         seen.add(name)

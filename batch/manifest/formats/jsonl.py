@@ -18,9 +18,16 @@ import polars as pl
 
 from batch.errors import ManifestError
 from batch.manifest.formats.base import BATCH_BYTES, BATCH_ROWS, Chunk, utf16_hint
-from batch.manifest.formats.json_text import MAY_BE_HALF, count_keys, exact, find_half, find_twin, mend_halves
+from batch.manifest.formats.json_text import (
+    MAY_BE_LONE,
+    count_keys,
+    exact,
+    find_duplicate_key,
+    find_lone_surrogate,
+    replace_lone_surrogates,
+)
 from batch.manifest.inputs import shorten
-from batch.manifest.types import Half
+from batch.manifest.types import LoneSurrogate
 
 __all__ = ["Jsonl"]
 
@@ -34,7 +41,7 @@ _LIST = "a list of objects is read from a file with the ending .json, or with --
 _NO_NUMBER = re.compile(rb"[:\[,]\s*-?(NaN|Infinity)\b")
 
 
-class _Group(NamedTuple):
+class _RowGroup(NamedTuple):
     """Some consecutive lines that are not empty, the last one ended."""
 
     first: int
@@ -43,7 +50,7 @@ class _Group(NamedTuple):
     lines: list[bytes]
     text: bytes
     """All of them."""
-    halves: dict[int, Half]
+    halves: dict[int, LoneSurrogate]
     """By place in the group; the lines hold U+FFFD instead."""
 
 
@@ -81,13 +88,13 @@ class Jsonl:
 
     # --- lines ---
 
-    def _groups(self, size: int) -> Iterator[_Group]:
+    def _groups(self, size: int) -> Iterator[_RowGroup]:
         first = 0
         for numbers, lines in _grouped(self._numbered(), size):
             if not lines[-1].endswith(b"\n"):
                 lines[-1] += b"\n"
-            group = _Group(first, numbers, lines, b"".join(lines), {})
-            if MAY_BE_HALF.search(group.text) is not None:
+            group = _RowGroup(first, numbers, lines, b"".join(lines), {})
+            if MAY_BE_LONE.search(group.text) is not None:
                 halves = self._mend(group)
                 group = group._replace(text=b"".join(lines), halves=halves)
             yield group
@@ -104,11 +111,11 @@ class Jsonl:
         """The lines of rows, where they have some."""
         return numbers
 
-    def _mend(self, group: _Group) -> dict[int, Half]:
+    def _mend(self, group: _RowGroup) -> dict[int, LoneSurrogate]:
         """Replace halves of characters, which polars would make into others, and tell in which rows there were some."""
-        halves: dict[int, Half] = {}
+        halves: dict[int, LoneSurrogate] = {}
         for index, line in enumerate(group.lines):
-            half = find_half(line) if MAY_BE_HALF.search(line) else None
+            half = find_lone_surrogate(line) if MAY_BE_LONE.search(line) else None
             if half is None:
                 continue
             try:
@@ -117,12 +124,12 @@ class Jsonl:
                 what = f"the key {half.column!r} holds half a character; write it again"
                 raise self._wrong(group, index, what) from error
             halves[index] = half
-            group.lines[index] = mend_halves(line)
+            group.lines[index] = replace_lone_surrogates(line)
         return halves
 
     # --- the first time through: what the columns are ---
 
-    def _take_in(self, group: _Group) -> None:
+    def _take_in(self, group: _RowGroup) -> None:
         try:
             frame = pl.read_ndjson(group.text, infer_schema_length=None)
         except pl.exceptions.PolarsError:
@@ -137,7 +144,7 @@ class Jsonl:
                 self._large.add(name)
         self.rows += len(group.lines)
 
-    def _refuse_twins(self, group: _Group, frame: pl.DataFrame) -> None:
+    def _refuse_twins(self, group: _RowGroup, frame: pl.DataFrame) -> None:
         """Of two equal keys polars takes the first, others the last: nobody can tell which one was meant."""
         cells = sum(len(column) - column.null_count() for column in frame.get_columns())
         spaced = b'" :' in group.text
@@ -148,7 +155,7 @@ class Jsonl:
             written = line.count(b'":')
             if not spaced and (written == len(record) or written == count_keys(record)):
                 continue
-            if (twin := find_twin(line)) is not None:
+            if (twin := find_duplicate_key(line)) is not None:
                 raise self._wrong(
                     group, index, f"the key {twin!r} stands twice in one object; keep the one that is meant"
                 )
@@ -160,7 +167,7 @@ class Jsonl:
 
     # --- line by line, where polars alone will not do ---
 
-    def _frame(self, group: _Group, schema: pl.Schema | None = None) -> pl.DataFrame:
+    def _frame(self, group: _RowGroup, schema: pl.Schema | None = None) -> pl.DataFrame:
         """Parse a group in which polars alone stumbles, or changes a number; without a schema, by that of its values.
 
         Raises:
@@ -183,7 +190,7 @@ class Jsonl:
                     self._large.add(name)
         return pl.Schema(kinds)
 
-    def _object(self, group: _Group, index: int) -> dict[str, Any]:
+    def _object(self, group: _RowGroup, index: int) -> dict[str, Any]:
         line = group.lines[index]
         try:
             record = orjson.loads(line)
@@ -204,13 +211,13 @@ class Jsonl:
             raise self._wrong(group, index, f"{shown} is not a JSON object; {hint}")
         return record
 
-    def _wrong(self, group: _Group, index: int, what: str) -> ManifestError:
+    def _wrong(self, group: _RowGroup, index: int, what: str) -> ManifestError:
         return ManifestError(f"{self._path}, {self._place(group.numbers[index], group.first + index)}: {what}")
 
     def _place(self, number: int, row: int) -> str:  # noqa: ARG002 - for formats in which rows share lines
         return f"line {number}"
 
-    def _check_length(self, group: _Group, frame: pl.DataFrame) -> None:
+    def _check_length(self, group: _RowGroup, frame: pl.DataFrame) -> None:
         if len(frame) != len(group.lines):
             raise ManifestError(f"{self._path}, lines {group.numbers[0]} to {group.numbers[-1]}: not one object a line")
 

@@ -14,7 +14,7 @@ from pydantic.json_schema import models_json_schema
 from batch.fal import protocol
 from batch.fal.endpoint import APP_ID, ImageToImageInput, ImageToImageOutput
 from batch.fal.platform import BILLING_LIMIT, PAGE_LIMIT, PlatformError
-from batch.fal.platform_queries import ID_LIMIT, ChargeSource, EstimateKind, Outcome, SortBy
+from batch.fal.platform_queries import ID_LIMIT, ChargeSource, EstimateKind, RequestOutcome, SortBy
 from batch.types import AppId, Json, JsonObject
 
 __all__ = ["document"]
@@ -269,7 +269,7 @@ def _platform() -> JsonObject:
     listing = [
         {**apps, "required": True},
         *span,
-        _parameter("status", "query", {"enum": [str(one) for one in Outcome]}, "how they ended"),
+        _parameter("status", "query", {"enum": [str(one) for one in RequestOutcome]}, "how they ended"),
         _parameter("request_id", "query", _UUID, "only this one; then `start` is 90 days ago by default"),
         _parameter("expand", "query", {"enum": ["payloads"]}, "inputs and outputs too"),
         _parameter("sort_by", "query", {"enum": [str(one) for one in SortBy]}, "the greatest first"),

@@ -20,7 +20,7 @@ from urllib.parse import quote
 
 import orjson
 
-from batch.fal.platform_queries import BillingQuery, ListingQuery, Outcome, SortBy
+from batch.fal.platform_queries import BillingQuery, ListingQuery, RequestOutcome, SortBy
 from batch.server.queue.records import ListingRules, ListingWindow
 from batch.system.group_commit import in_open_database
 from batch.types import AppId, RequestId
@@ -29,7 +29,11 @@ __all__ = ["Charged", "History", "Past"]
 
 LISTED_BYTES = 2**20
 """A longer input or result is not listed, as fal keeps no longer ones."""
-_STATUSES = {Outcome.SUCCESS: (200, 299), Outcome.USER_ERROR: (400, 499), Outcome.ERROR: (500, 599)}
+_STATUSES = {
+    RequestOutcome.SUCCESS: (200, 299),
+    RequestOutcome.USER_ERROR: (400, 499),
+    RequestOutcome.ERROR: (500, 599),
+}
 
 Value = TypeVar("Value")
 
