@@ -32,22 +32,22 @@ from aiohttp.http_exceptions import BadHttpMessage
 
 from batch.errors import ConfigError, InputError, StorageError
 from batch.fal.endpoint import APP_ID
-from batch.server.egress.http_client import Guard
-from batch.server.egress.source_images import Sources
+from batch.server.egress.http_client import SafeHttpClient
+from batch.server.egress.source_images import SourceFetcher
 from batch.server.egress.ssrf import address_rule
 from batch.server.engines import engine_of
 from batch.server.engines.base import Engine
 from batch.server.engines.flux.options import FluxOptions
 from batch.server.engines.process_pool import usable_cores
-from batch.server.faults.injection import Rehearsal
+from batch.server.faults.injection import FaultInjection
 from batch.server.faults.plan import read_faults
 from batch.server.files.storage import Storage
 from batch.server.http import platform as listing
 from batch.server.http.app import application
 from batch.server.http.auth import ENVIRONMENT, Authenticator, Keys
 from batch.server.queue import webhooks
-from batch.server.queue.cleanup import DEFAULT_SECONDS, Sweeper, sweeping
-from batch.server.queue.request_log import History
+from batch.server.queue.cleanup import DEFAULT_SECONDS, Cleanup, cleaning_up
+from batch.server.queue.request_log import RequestLog
 from batch.server.queue.service import QueueService, queue_service
 from batch.server.queue.store import Store
 from batch.system.acceptor import Acceptor, bound
@@ -126,7 +126,7 @@ async def serve(
     stop = stop or asyncio.Event()
     logging.getLogger("aiohttp.server").addFilter(_one_line_for_nonsense)
     _check(options)
-    rehearsal = Rehearsal(read_faults(options.faults)) if options.faults is not None else None
+    rehearsal = FaultInjection(read_faults(options.faults)) if options.faults is not None else None
     if rehearsal is not None:
         _log.warning("this server fails on purpose, as %s says", options.faults)
     tls = _tls(options.tls_cert, options.tls_key)
@@ -141,19 +141,19 @@ async def serve(
             signer = webhooks.signing_key(options.data_dir / "webhook-key.pem")
         share, limits = _share(allowed, options, own_engine=engine is not None)
         rule = address_rule(allow_private=options.allow_private)
-        guard = await stack.enter_async_context(Guard(rule, limit=share.outgoing))
-        sources = Sources(storage, guard)
+        guard = await stack.enter_async_context(SafeHttpClient(rule, limit=share.outgoing))
+        sources = SourceFetcher(storage, guard)
         engine = engine or _engine(options, share)
         if rehearsal is not None:
             engine = rehearsal.engine(engine)
         rules = rehearsal.listing if rehearsal is not None else None
-        history = await stack.enter_async_context(History(options.data_dir / "server.db", rules))
+        history = await stack.enter_async_context(RequestLog(options.data_dir / "server.db", rules))
         stack.push_async_callback(engine.aclose)
         await engine.start()
         service = await stack.enter_async_context(
             queue_service(store, storage, engine, sources, time.time, options.retention)
         )
-        await stack.enter_async_context(sweeping(Sweeper(store, storage, options.retention), time.time))
+        await stack.enter_async_context(cleaning_up(Cleanup(store, storage, options.retention), time.time))
         sender = webhooks.Webhooks(service, store, guard, signer, time.time, random.random)
         await stack.enter_async_context(webhooks.sending(sender))
         stack.enter_context(_signals(stop))

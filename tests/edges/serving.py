@@ -13,8 +13,8 @@ from batch.fal.endpoint import APP_ID
 from batch.server.engines.base import (
     EngineCancelled,
     EngineFailure,
+    EngineImage,
     EngineInfo,
-    EnginePicture,
     EngineResult,
     WorkerCrashed,
 )
@@ -60,7 +60,7 @@ class ScriptedEngine:
         on_step(1, 2)
         on_step(2, 2)
         pictures = tuple(
-            EnginePicture(f"{job.request_id}-{n}".encode().ljust(self.size, b"."), "image/png", 1000, 500)
+            EngineImage(f"{job.request_id}-{n}".encode().ljust(self.size, b"."), "image/png", 1000, 500)
             for n in range(job.input.num_images)
         )
         return EngineResult(pictures, job.seed, (), {"inference": 0.5}, prompt)

@@ -13,8 +13,8 @@ import pytest
 
 from batch.errors import ConfigError
 from batch.fal.endpoint import APP_ID
-from batch.server.faults.injection import moment_of
-from batch.server.faults.plan import Deed, Fault, Moment, read_faults
+from batch.server.faults.injection import fault_point_of
+from batch.server.faults.plan import FaultAction, FaultPoint, FaultRule, read_faults
 from batch.server.queue.records import ListingRules
 from tests.acceptance.command import REPOSITORY, accepted, jobs_in, restyle, results, summary, write_manifest
 from tests.edges.serving import INPUT, SUBMIT, ScriptedEngine, call, completed, read, result, serving, submit
@@ -50,20 +50,20 @@ async def accepted_by(session):
 
 async def path_for(session, moment):
     """Method and path of a call of that moment which works."""
-    if moment is Moment.SUBMIT:
+    if moment is FaultPoint.SUBMIT:
         return "POST", SUBMIT
-    if moment is Moment.UPLOAD:
+    if moment is FaultPoint.UPLOAD:
         return "POST", UPLOAD
-    if moment is Moment.LISTING:
+    if moment is FaultPoint.LISTING:
         return "GET", LISTING
     request_id = await submit(session)
     await completed(session, request_id)
-    if moment is Moment.FILE:
+    if moment is FaultPoint.FILE:
         async with session.post(UPLOAD, data=b"x" * 1000, headers={"content-type": "image/png"}) as response:
             return "GET", orjson.loads(await response.read())["access_url"]
-    if moment is Moment.CANCEL:
+    if moment is FaultPoint.CANCEL:
         return "PUT", read(request_id, "/cancel")
-    return "GET", read(request_id, "/status" if moment is Moment.STATUS else "")
+    return "GET", read(request_id, "/status" if moment is FaultPoint.STATUS else "")
 
 
 async def raw(session, method, path):
@@ -76,7 +76,7 @@ async def raw(session, method, path):
 
 # --- a call that meets a fault ----------------------------------------------------------------------------
 
-CALLS = [moment for moment in Moment if moment is not Moment.EXECUTE]
+CALLS = [moment for moment in FaultPoint if moment is not FaultPoint.EXECUTE]
 
 
 @pytest.mark.parametrize("moment", CALLS)
@@ -129,7 +129,7 @@ def test_a_submit_that_is_refused_is_refused_all_the_same(tmp_path, do):
     run(use())
 
 
-@pytest.mark.parametrize("moment", [Moment.SUBMIT, Moment.RESULT, Moment.LISTING])
+@pytest.mark.parametrize("moment", [FaultPoint.SUBMIT, FaultPoint.RESULT, FaultPoint.LISTING])
 def test_a_late_answer_is_the_right_one(tmp_path, moment):
     """So many seconds later; a caller who gives up in between does not undo the acceptance."""
 
@@ -139,7 +139,7 @@ def test_a_late_answer_is_the_right_one(tmp_path, moment):
             began = time.monotonic()
             assert (await raw(session, method, path))[0] == 200
             assert time.monotonic() - began >= 0.2
-            if moment is Moment.SUBMIT:
+            if moment is FaultPoint.SUBMIT:
                 assert await accepted_by(session) == 1
 
     run(use())
@@ -173,7 +173,7 @@ def test_an_error_answer_has_the_service_s_own_body(tmp_path, moment):
                 assert (found, headers["content-type"]) == (status, "application/json")
                 assert headers["x-fal-request-id"]
                 assert "retry-after" not in headers
-                if moment is Moment.LISTING:
+                if moment is FaultPoint.LISTING:
                     assert orjson.loads(body)["error"]["type"] == kinds[status]
                 else:
                     assert said in orjson.loads(body)["detail"]
@@ -218,7 +218,7 @@ def test_a_gateway_s_answer_may_look_like_the_job_s_own_failure(tmp_path):
 
     async def use():
         async with rehearsing(tmp_path, text) as session:
-            method, path = await path_for(session, Moment.RESULT)
+            method, path = await path_for(session, FaultPoint.RESULT)
             _, headers, body = await raw(session, method, path)
             assert headers["x-fal-error-type"] == orjson.loads(body)["error_type"] == "runner_scheduling_failure"
             status, headers, body = await raw(session, method, path)
@@ -227,7 +227,7 @@ def test_a_gateway_s_answer_may_look_like_the_job_s_own_failure(tmp_path):
     run(use())
 
 
-@pytest.mark.parametrize("moment", [Moment.FILE, Moment.RESULT, Moment.STATUS, Moment.LISTING])
+@pytest.mark.parametrize("moment", [FaultPoint.FILE, FaultPoint.RESULT, FaultPoint.STATUS, FaultPoint.LISTING])
 def test_a_body_can_be_slow_cut_off_or_short(tmp_path, moment):
     """Slow is whole in the end; cut breaks its Content-Length; short keeps it and is not whole."""
     text = fault(moment, "slow", seconds=0.2) + fault(moment, "cut", first=2) + fault(moment, "short", first=3)
@@ -250,7 +250,7 @@ def test_a_body_can_be_slow_cut_off_or_short(tmp_path, moment):
             assert len(short) < len(whole)
             status, headers, right = await raw(session, method, path)
             assert (status, len(right)) == (200, len(whole))
-            if moment is Moment.FILE:
+            if moment is FaultPoint.FILE:
                 assert (whole, short) == (right, right[: len(right) // 2])
 
     run(use())
@@ -370,7 +370,7 @@ def test_a_file_can_be_refused_for_a_while(tmp_path):
 
     async def use():
         async with rehearsing(tmp_path, text) as session:
-            method, url = await path_for(session, Moment.FILE)
+            method, url = await path_for(session, FaultPoint.FILE)
             began, refusals = time.monotonic(), 0
             while (seen := await raw(session, method, url))[0] == 403:
                 refusals += 1
@@ -525,21 +525,21 @@ def test_a_wrong_faults_file_stops_the_server_before_it_begins(tmp_path):
 @pytest.mark.parametrize(
     ("method", "path", "moment"),
     [
-        ("POST", SUBMIT, Moment.SUBMIT),
+        ("POST", SUBMIT, FaultPoint.SUBMIT),
         ("POST", "/fal-ai/other", None),
         ("GET", SUBMIT, None),
         ("POST", "/run" + SUBMIT, None),
-        ("GET", read("x", "/status"), Moment.STATUS),
-        ("GET", read("x", "/status/"), Moment.STATUS),
+        ("GET", read("x", "/status"), FaultPoint.STATUS),
+        ("GET", read("x", "/status/"), FaultPoint.STATUS),
         ("GET", read("x", "/status/stream"), None),
-        ("GET", read("x"), Moment.RESULT),
-        ("GET", read("x", "/response"), Moment.RESULT),
-        ("PUT", read("x", "/cancel"), Moment.CANCEL),
-        ("GET", "/files/ab/cd", Moment.FILE),
+        ("GET", read("x"), FaultPoint.RESULT),
+        ("GET", read("x", "/response"), FaultPoint.RESULT),
+        ("PUT", read("x", "/cancel"), FaultPoint.CANCEL),
+        ("GET", "/files/ab/cd", FaultPoint.FILE),
         ("HEAD", "/files/ab/cd", None),
-        ("POST", "/files/upload", Moment.UPLOAD),
-        ("PUT", "/storage/upload/t/files/ab/cd", Moment.UPLOAD),
-        ("GET", "/v1/models/requests/by-endpoint", Moment.LISTING),
+        ("POST", "/files/upload", FaultPoint.UPLOAD),
+        ("PUT", "/storage/upload/t/files/ab/cd", FaultPoint.UPLOAD),
+        ("GET", "/v1/models/requests/by-endpoint", FaultPoint.LISTING),
         ("GET", "/v1/models/pricing", None),
         ("GET", "/health", None),
         ("GET", "/", None),
@@ -547,16 +547,16 @@ def test_a_wrong_faults_file_stops_the_server_before_it_begins(tmp_path):
 )
 def test_each_call_belongs_to_its_moment(method, path, moment):
     """Health, prices, the direct call and the page are left in peace."""
-    assert moment_of(method, path, APP_ID) is moment
+    assert fault_point_of(method, path, APP_ID) is moment
 
 
 def test_the_example_file_shows_every_fault():
     """Each deed, each moment, each way to choose and each key appears in configs/faults.toml."""
     path = REPOSITORY / "configs" / "faults.toml"
     plan, text = read_faults(path), path.read_text("utf-8")
-    assert {one.do for one in plan.faults} == set(Deed)
-    assert {one.at for one in plan.faults} == set(Moment)
-    assert [key for key in Fault.__dataclass_fields__ if f"{key} = " not in text] == []
+    assert {one.do for one in plan.faults} == set(FaultAction)
+    assert {one.at for one in plan.faults} == set(FaultPoint)
+    assert [key for key in FaultRule.__dataclass_fields__ if f"{key} = " not in text] == []
     assert [key for key in ListingRules.__dataclass_fields__ if f"{key} = " not in text] == []
 
 

@@ -18,14 +18,14 @@ from aiohttp import web
 
 from batch.server.egress import http_client as guard_module
 from batch.server.egress import source_images as sources_module
-from batch.server.egress.http_client import Guard, Limits, TooLarge, Unreachable
-from batch.server.egress.source_images import Sources
-from batch.server.egress.ssrf import Refused, private_too, public_only
+from batch.server.egress.http_client import FetchLimits, ResponseTooLarge, SafeHttpClient, Unreachable
+from batch.server.egress.source_images import SourceFetcher
+from batch.server.egress.ssrf import AddressRefused, private_too, public_only
 from batch.server.engines.base import EngineFailure
 from batch.server.files.storage import Storage
 from tests.edges.serving import ScriptedEngine, result, serving, submit
 
-LIMITS = Limits(size_bytes=1000, seconds=20.0)
+LIMITS = FetchLimits(size_bytes=1000, seconds=20.0)
 
 
 def outside_only(address):
@@ -78,7 +78,7 @@ def names(**addresses):
     return lookup
 
 
-async def refused(guard, url, kind=Refused):
+async def refused(guard, url, kind=AddressRefused):
     with pytest.raises(kind) as caught:
         await guard.fetch(url, LIMITS)
     return caught.value
@@ -91,11 +91,11 @@ def test_the_strict_rule_is_the_default_and_keeps_loopback_out():
     """A guard that was told nothing asks the public internet only: by literal and by name."""
 
     async def use():
-        async with Server(picture) as server, Guard() as guard:
+        async with Server(picture) as server, SafeHttpClient() as guard:
             for host in ("127.0.0.1", "localhost", "2130706433", "0x7f.1", "[::ffff:127.0.0.1]", "[::1]", "0.0.0.0"):
                 await refused(guard, f"http://{host}:{server.port}/")
             assert server.seen == []
-        async with Server(picture) as server, Guard(private_too) as guard:
+        async with Server(picture) as server, SafeHttpClient(private_too) as guard:
             for host in ("127.0.0.1", "localhost", "2130706433", "0x7f.1"):
                 assert await guard.fetch(f"http://{host}:{server.port}/", LIMITS) == b"picture"
             assert server.seen[2] == (f"127.0.0.1:{server.port}", "/")
@@ -111,7 +111,7 @@ def test_a_name_that_resolves_into_our_network_is_refused_before_anything_is_sen
         async with (
             Server(picture) as outside,
             Server(picture, "127.0.0.2", outside.port) as inside,
-            Guard(outside_only, lookup) as guard,
+            SafeHttpClient(outside_only, lookup) as guard,
         ):
             await refused(guard, f"http://inside.example:{outside.port}/")
             await refused(guard, f"http://metadata.example:{outside.port}/latest/meta-data/")
@@ -130,14 +130,14 @@ def test_the_address_that_was_judged_is_the_one_that_is_connected_to():
         async with (
             Server(picture) as outside,
             Server(picture, "127.0.0.2", outside.port) as inside,
-            Guard(outside_only, lookup) as guard,
+            SafeHttpClient(outside_only, lookup) as guard,
         ):
             url = f"http://rebinds.example:{outside.port}/"
             assert await guard.fetch(url, LIMITS) == b"picture"
             assert lookup.asked == ["rebinds.example"]
             assert await guard.fetch(url, LIMITS) == b"picture"  # over the same connection
             assert lookup.asked == ["rebinds.example"]
-        async with Guard(outside_only, lookup) as guard, Server(picture, "127.0.0.2") as inside:
+        async with SafeHttpClient(outside_only, lookup) as guard, Server(picture, "127.0.0.2") as inside:
             await refused(guard, f"http://rebinds.example:{inside.port}/")
             assert inside.seen == []
 
@@ -148,7 +148,7 @@ def test_a_literal_that_gets_past_the_check_is_stopped_at_its_socket(monkeypatch
     """The last look is at what is really connected to, whatever was checked before."""
 
     async def use():
-        async with Server(picture, "127.0.0.2") as inside, Guard(outside_only) as guard:
+        async with Server(picture, "127.0.0.2") as inside, SafeHttpClient(outside_only) as guard:
             monkeypatch.setattr(guard_module, "check_url", lambda url, _: aiohttp.client.URL(url))
             await refused(guard, inside.url, Unreachable)
             assert inside.seen == []
@@ -172,7 +172,7 @@ def test_a_redirect_is_judged_like_the_first_url(location):
             return web.Response(status=302, headers={"location": location.format(port=inside.port)})
 
         async with Server(picture, "127.0.0.2") as inside, Server(handler) as outside:
-            async with Guard(outside_only, names(inside=["127.0.0.2"])) as guard:
+            async with SafeHttpClient(outside_only, names(inside=["127.0.0.2"])) as guard:
                 refusal = await refused(guard, outside.url)
             assert inside.seen == []
             assert len(outside.seen) == 1
@@ -195,7 +195,7 @@ def test_redirects_are_followed_within_bounds():
                 return web.Response(status=301 + hops % 2, headers={"location": f"{base}/?hops={hops - 1}"})
             return web.Response(body=b"picture")
 
-        async with Server(handler) as outside, Guard(outside_only) as guard:
+        async with Server(handler) as outside, SafeHttpClient(outside_only) as guard:
             assert await guard.fetch(f"{outside.url}/?hops=5", LIMITS) == b"picture"
             await refused(guard, f"{outside.url}/?hops=6", Unreachable)
             outside.seen.clear()
@@ -211,7 +211,7 @@ def test_redirects_are_followed_within_bounds():
 
 @pytest.mark.parametrize("told", [True, False], ids=["length told", "length hidden"])
 def test_a_body_is_cut_off_at_the_limit(told):
-    """One byte more than the limit is `TooLarge`, whether or not its length was told; the limit itself is fine."""
+    """One byte more than the limit is `ResponseTooLarge`, whether or not its length was told; the limit itself is fine."""
 
     async def use():
         async def handler(request):
@@ -223,9 +223,9 @@ def test_a_body_is_cut_off_at_the_limit(told):
                 await answer.write(b"x" * int(request.query["size"]))
             return answer
 
-        async with Server(handler) as server, Guard(outside_only) as guard:
+        async with Server(handler) as server, SafeHttpClient(outside_only) as guard:
             assert len(await guard.fetch(f"{server.url}/?size=1000", LIMITS)) == 1000
-            await refused(guard, f"{server.url}/?size=1001", TooLarge)
+            await refused(guard, f"{server.url}/?size=1001", ResponseTooLarge)
 
     asyncio.run(use())
 
@@ -247,8 +247,8 @@ def test_an_endless_body_is_left_after_the_limit():
             over.set()
             return answer
 
-        async with Server(handler) as server, Guard(outside_only) as guard:
-            await refused(guard, server.url, TooLarge)
+        async with Server(handler) as server, SafeHttpClient(outside_only) as guard:
+            await refused(guard, server.url, ResponseTooLarge)
             await asyncio.wait_for(over.wait(), 10)
         assert sent < 64 * 2**20
 
@@ -267,10 +267,10 @@ def test_a_packed_body_is_unpacked_up_to_the_limit(encoding, pack):
             body = pack(bytes(size))[: -1 if "cut" in request.query else None]
             return web.Response(body=body, headers={"content-encoding": encoding})
 
-        async with Server(handler) as server, Guard(outside_only) as guard:
+        async with Server(handler) as server, SafeHttpClient(outside_only) as guard:
             assert await guard.fetch(f"{server.url}/?size=1000", LIMITS) == bytes(1000)
-            await refused(guard, f"{server.url}/?size=1001", TooLarge)
-            await refused(guard, f"{server.url}/?size=50000000", TooLarge)
+            await refused(guard, f"{server.url}/?size=1001", ResponseTooLarge)
+            await refused(guard, f"{server.url}/?size=50000000", ResponseTooLarge)
             await refused(guard, f"{server.url}/?size=1000&cut", Unreachable)
 
     asyncio.run(use())
@@ -285,7 +285,7 @@ def test_a_packing_that_was_not_asked_for_is_refused(encoding):
             assert request.headers["accept-encoding"] == "identity"
             return web.Response(body=b"x", headers={"content-encoding": encoding})
 
-        async with Server(handler) as server, Guard(outside_only) as guard:
+        async with Server(handler) as server, SafeHttpClient(outside_only) as guard:
             await refused(guard, server.url, Unreachable)
 
     asyncio.run(use())
@@ -309,10 +309,10 @@ def test_a_slow_body_is_given_up_after_the_whole_time():
                         await asyncio.wait_for(over.wait(), 0.02)
             return answer
 
-        async with Server(handler) as server, Guard(outside_only) as guard:
+        async with Server(handler) as server, SafeHttpClient(outside_only) as guard:
             started = asyncio.get_running_loop().time()
             with pytest.raises(Unreachable, match="took too long") as caught:
-                await guard.fetch(server.url, Limits(10**6, seconds=0.3))
+                await guard.fetch(server.url, FetchLimits(10**6, seconds=0.3))
             assert asyncio.get_running_loop().time() - started < 5
             assert caught.value.retryable
             over.set()
@@ -327,9 +327,9 @@ def test_a_lookup_that_hangs_is_within_the_time_too():
         async def lookup(host):
             await asyncio.Event().wait()
 
-        async with Guard(outside_only, lookup) as guard:
+        async with SafeHttpClient(outside_only, lookup) as guard:
             with pytest.raises(Unreachable, match="took too long"):
-                await guard.fetch("http://hangs.example/", Limits(1000, seconds=0.1))
+                await guard.fetch("http://hangs.example/", FetchLimits(1000, seconds=0.1))
 
     asyncio.run(use())
 
@@ -342,8 +342,8 @@ def test_a_name_of_our_network_cannot_be_told_from_one_that_does_not_exist():
 
     async def use():
         lookup = names(inside=["10.1.2.3"], empty=[])
-        async with Guard(public_only, lookup) as guard:
-            kinds = (Refused, Unreachable)
+        async with SafeHttpClient(public_only, lookup) as guard:
+            kinds = (AddressRefused, Unreachable)
             told = [await refused(guard, f"http://{name}.corp/", kinds) for name in ("inside", "missing", "empty")]
         assert len({(str(error), error.retryable) for error in told}) == 1
         assert "10.1" not in str(told[0])
@@ -367,7 +367,7 @@ def test_failures_of_the_network_name_no_address():
             free = server.port
         hello = await asyncio.start_server(broken, "127.0.0.1", 0)
         port = hello.sockets[0].getsockname()[1]
-        async with Guard(outside_only, names(name=["127.0.0.1"])) as guard, hello:
+        async with SafeHttpClient(outside_only, names(name=["127.0.0.1"])) as guard, hello:
             for url in (
                 f"http://name.example:{free}/",
                 f"http://name.example:{port}/",
@@ -388,7 +388,7 @@ def test_only_200_is_a_body(status, retryable):
         async def handler(request):
             return web.Response(status=status)
 
-        async with Server(handler) as server, Guard(outside_only) as guard:
+        async with Server(handler) as server, SafeHttpClient(outside_only) as guard:
             failure = await refused(guard, server.url, Unreachable)
             assert str(status) in str(failure)
             assert failure.retryable is retryable
@@ -407,7 +407,7 @@ def test_nothing_of_ours_is_sent_along():
             heads.append(dict(request.headers))
             return web.Response(body=b"x", headers={"set-cookie": "a=b"})
 
-        async with Server(handler) as server, Guard(outside_only) as guard:
+        async with Server(handler) as server, SafeHttpClient(outside_only) as guard:
             await guard.fetch(server.url, LIMITS)
             await guard.fetch(server.url, LIMITS)
         assert {name.lower() for head in heads for name in head} == {"host", "accept", "accept-encoding", "user-agent"}
@@ -436,7 +436,7 @@ def test_a_post_follows_no_redirect_and_reads_no_answer():
                     await asyncio.sleep(0)
             return answer
 
-        async with Server(handler) as server, Guard(outside_only) as guard:
+        async with Server(handler) as server, SafeHttpClient(outside_only) as guard:
             assert await guard.post(f"{server.url}/a", b"hello", {"x-own": "1"}, 10.0) == 201
             assert await guard.post(f"{server.url}/redirect", b"hello", {}, 10.0) == 307
             assert [path for _, path in server.seen] == ["/a", "/redirect"]
@@ -460,8 +460,8 @@ def test_the_faults_of_a_download_are_fal_s_model_errors(tmp_path, monkeypatch):
         return web.Response(status=404)
 
     async def use():
-        async with Server(handler) as server, Storage(tmp_path) as storage, Guard(outside_only) as guard:
-            sources = Sources(storage, guard)
+        async with Server(handler) as server, Storage(tmp_path) as storage, SafeHttpClient(outside_only) as guard:
+            sources = SourceFetcher(storage, guard)
             for path, kind, retryable in (
                 ("/away", "file_download_error", False),
                 ("/large", "file_too_large", False),

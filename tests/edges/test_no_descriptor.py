@@ -28,7 +28,7 @@ from batch.run.images import ImageFolder
 from batch.run.interfaces import PictureError
 from batch.run.verdicts import Action, judge
 from batch.server import serve as serve_module
-from batch.server.egress.http_client import Guard, Limits
+from batch.server.egress.http_client import FetchLimits, SafeHttpClient
 from batch.server.egress.ssrf import private_too
 from batch.server.engines.process_pool import WorkerPool
 from batch.server.files.storage import Storage
@@ -268,10 +268,10 @@ def test_another_server_is_not_called_unreachable(url):
     """Neither for a connection nor for a look-up: the source image of a request is not at fault."""
 
     async def use():
-        async with Guard(private_too) as guard:
+        async with SafeHttpClient(private_too) as guard:
             await guard._lookup("localhost")
             with none_free(), pytest.raises(OSError, match="descriptor") as caught:
-                await guard.fetch(url, Limits(1000, 5.0))
+                await guard.fetch(url, FetchLimits(1000, 5.0))
             assert lacks_descriptor(caught.value)
 
     in_loop(use)
@@ -288,9 +288,12 @@ def test_waiting_for_a_connection_is_not_part_of_a_fetchs_time():
             writer.close()
             await writer.wait_closed()
 
-        async with await asyncio.start_server(handle, "127.0.0.1", 0) as server, Guard(private_too, limit=2) as guard:
+        async with (
+            await asyncio.start_server(handle, "127.0.0.1", 0) as server,
+            SafeHttpClient(private_too, limit=2) as guard,
+        ):
             url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
-            found = await asyncio.gather(*(guard.fetch(url, Limits(10, 0.8)) for _ in range(12)))
+            found = await asyncio.gather(*(guard.fetch(url, FetchLimits(10, 0.8)) for _ in range(12)))
         assert found == [b"x"] * 12
 
     in_loop(use)
@@ -299,7 +302,7 @@ def test_waiting_for_a_connection_is_not_part_of_a_fetchs_time():
 def test_a_webhook_is_sent_when_there_is_a_descriptor(tmp_path, monkeypatch):
     """What was no try is not counted as one: it does not wait for hours after the tenth."""
     monkeypatch.setattr(webhooks_module, "_DISK_SECONDS", 0.01)
-    post, times = Guard.post, 10
+    post, times = SafeHttpClient.post, 10
 
     async def lacking(guard, *arguments):
         nonlocal times
@@ -308,7 +311,7 @@ def test_a_webhook_is_sent_when_there_is_a_descriptor(tmp_path, monkeypatch):
             raise OSError(errno.EMFILE, "no descriptor is free")
         return await post(guard, *arguments)
 
-    monkeypatch.setattr(Guard, "post", lacking)
+    monkeypatch.setattr(SafeHttpClient, "post", lacking)
 
     async def use():
         async with Receiver() as receiver, sender(tmp_path, chance=lambda: 1.0) as (service, store):

@@ -14,8 +14,8 @@ import pytest
 from batch.fal.endpoint import APP_ID
 from batch.server.files.storage import Storage
 from batch.server.queue import cleanup as retention_module
-from batch.server.queue.cleanup import Sweeper
-from batch.server.queue.records import Ending, Keeping, Submission
+from batch.server.queue.cleanup import Cleanup
+from batch.server.queue.records import CompletedRequest, RetentionOptions, Submission
 from batch.server.queue.store import Store
 from batch.types import RequestId
 from tests.edges.serving import INPUT, SUBMIT, call, completed, read, result, serving, submit
@@ -33,13 +33,13 @@ class World:
         self.now = BEGIN
         self.store = store
         self.storage = storage
-        self.sweeper = Sweeper(store, storage, seconds)
+        self.sweeper = Cleanup(store, storage, seconds)
         self._numbers = itertools.count()
 
     async def request(self, *, key=None, body=b"{}", source=None, keeping=None, payload=b'{"images":[]}', end=True):
         """A request that is accepted now, and has ended now unless `end` is false."""
         request_id = RequestId(f"{next(self._numbers):036}")
-        kept = keeping or Keeping()
+        kept = keeping or RetentionOptions()
         await self.store.accept(
             Submission(request_id, APP_ID, self.now, body, b"digest", key, keeping=kept, source=source)
         )
@@ -48,7 +48,7 @@ class World:
         return request_id
 
     async def end(self, request_id, payload=b'{"images":[]}', kept_for=None, status=200):
-        await self.store.end(Ending(request_id, APP_ID, self.now, status, payload, kept_for=kept_for))
+        await self.store.end(CompletedRequest(request_id, APP_ID, self.now, status, payload, kept_for=kept_for))
 
     async def repeat(self, key, digest=b"digest"):
         """Another submission with that key: its id, and what became of it."""
@@ -241,7 +241,7 @@ def test_the_key_of_an_answer_that_has_expired_makes_a_new_request(tmp_path, mon
     keeping, ended, life, seconds = EXPIRIES[case]
 
     async def script(world):
-        first = await world.request(key="k", keeping=Keeping(**keeping), end=False)
+        first = await world.request(key="k", keeping=RetentionOptions(**keeping), end=False)
         await world.end(first, **ended)
         world.now += life - 1
         assert (await world.repeat("k"))[1] == (first, False, True)
@@ -260,7 +260,7 @@ def test_a_failed_request_has_no_images_to_expire(tmp_path, monkeypatch):
     """The lifetime of files that were never made frees no key."""
 
     async def script(world):
-        first = await world.request(key="k", keeping=Keeping(file_life=600.0), end=False)
+        first = await world.request(key="k", keeping=RetentionOptions(file_life=600.0), end=False)
         await world.end(first, status=422)
         world.now += 3600
         assert (await world.repeat("k"))[1] == (first, False, True)

@@ -21,15 +21,15 @@ import pytest
 
 from batch.errors import InputError
 from batch.fal.endpoint import APP_ID
-from batch.server.egress.http_client import Guard
-from batch.server.egress.source_images import Sources
+from batch.server.egress.http_client import SafeHttpClient
+from batch.server.egress.source_images import SourceFetcher
 from batch.server.engines.base import WorkerCrashed
 from batch.server.engines.echo import EchoEngine
 from batch.server.files.storage import Storage
 from batch.server.http import app as app_module
 from batch.server.http import files as uploads_module
 from batch.server.queue import service as service_module
-from batch.server.queue.records import Ending
+from batch.server.queue.records import CompletedRequest
 from batch.server.queue.store import Store
 from batch.server.serve import ServeOptions, serve
 from tests.edges.serving import INPUT, SUBMIT, ScriptedEngine, call, completed, read, result, serving, submit
@@ -629,19 +629,19 @@ def test_an_ending_that_the_disk_refuses_is_written_when_there_is_room(tmp_path,
         async with (
             await Store.open(tmp_path / "server.db") as store,
             Storage(tmp_path) as storage,
-            Guard() as guard,
-            service_module.queue_service(store, storage, engine, Sources(storage, guard)) as service,
+            SafeHttpClient() as guard,
+            service_module.queue_service(store, storage, engine, SourceFetcher(storage, guard)) as service,
         ):
             body = orjson.dumps({**INPUT, "prompt": "hold" + "x" * 100_000})
-            request_id = (await service.submit(APP_ID, body, service_module.Wishes())).request_id
+            request_id = (await service.submit(APP_ID, body, service_module.SubmitOptions())).request_id
             pages = store._database.execute("PRAGMA page_count").fetchone()[0]
             store._database.execute(f"PRAGMA max_page_count = {pages}")
             engine.go.set()
             while service.statistics().ending == 0:
                 await service.changed(request_id, 0.01)
-            assert not isinstance((await service.find(request_id)).state, Ending)
+            assert not isinstance((await service.find(request_id)).state, CompletedRequest)
             store._database.execute("PRAGMA max_page_count = 1000000")
-            while not isinstance((await service.find(request_id)).state, Ending):
+            while not isinstance((await service.find(request_id)).state, CompletedRequest):
                 await service.changed(request_id, 1)
             assert (await service.find(request_id)).state.status == 200
         assert len(engine.seen) == 1

@@ -11,11 +11,11 @@ from aiohttp import web
 
 from batch.errors import StorageError
 from batch.server.egress import source_images as sources_module
-from batch.server.egress.http_client import Guard
-from batch.server.egress.source_images import Sources, parse_data_uri
+from batch.server.egress.http_client import SafeHttpClient
+from batch.server.egress.source_images import SourceFetcher, parse_data_uri
 from batch.server.egress.ssrf import private_too
 from batch.server.engines.base import EngineFailure
-from batch.server.files.storage import Storage, TooLarge
+from batch.server.files.storage import Storage, UploadTooLarge
 
 SMALL, LARGE = b"small picture", b"large picture" * 10_000
 
@@ -103,7 +103,7 @@ def test_an_upload_that_grows_too_large_leaves_nothing(tmp_path):
     """Neither a file nor a half one."""
 
     async def use(storage):
-        with pytest.raises(TooLarge):
+        with pytest.raises(UploadTooLarge):
             await storage.receive(pieces(b"x" * 900_000, b"x" * 900_000, b"x" * 900_000), "image/png", 2_000_000)
 
     in_storage(tmp_path, use)
@@ -185,11 +185,11 @@ async def web_server(handler):
 
 
 def fetched(root, handler, path="/a.png"):
-    """What `Sources.fetch` gives for a path on a server with that handler."""
+    """What `SourceFetcher.fetch` gives for a path on a server with that handler."""
 
     async def use(storage):
-        async with web_server(handler) as origin, Guard(private_too) as guard:
-            return await Sources(storage, guard).fetch(origin + path)
+        async with web_server(handler) as origin, SafeHttpClient(private_too) as guard:
+            return await SourceFetcher(storage, guard).fetch(origin + path)
 
     return in_storage(root, use)
 
@@ -252,9 +252,9 @@ def test_a_silent_server_is_given_up(tmp_path, monkeypatch):
             await over.wait()
             return web.Response()
 
-        async with web_server(handler) as origin, Guard(private_too) as guard:
+        async with web_server(handler) as origin, SafeHttpClient(private_too) as guard:
             with pytest.raises(EngineFailure, match="could not be fetched") as caught:
-                await Sources(storage, guard).fetch(origin + "/a.png")
+                await SourceFetcher(storage, guard).fetch(origin + "/a.png")
             over.set()
         assert caught.value.retryable
 
@@ -266,9 +266,9 @@ def test_anything_but_http_and_data_is_refused(tmp_path, url):
     """No file of the server's own disk, no other protocol; never a stack trace."""
 
     async def use(storage):
-        async with Guard() as guard:
+        async with SafeHttpClient() as guard:
             with pytest.raises(EngineFailure) as caught:
-                await Sources(storage, guard).fetch(url)
+                await SourceFetcher(storage, guard).fetch(url)
             assert caught.value.type == "file_download_error"
             assert not caught.value.retryable
 
@@ -279,9 +279,9 @@ def test_a_broken_data_uri_is_an_image_load_error(tmp_path):
     """Said before an engine sees it."""
 
     async def use(storage):
-        async with Guard() as guard:
+        async with SafeHttpClient() as guard:
             with pytest.raises(EngineFailure) as caught:
-                await Sources(storage, guard).fetch("data:image/png;base64,!!!")
+                await SourceFetcher(storage, guard).fetch("data:image/png;base64,!!!")
             assert caught.value.type == "image_load_error"
 
     in_storage(tmp_path, use)
@@ -292,8 +292,8 @@ def test_own_files_are_read_from_disk_whatever_origin_gave_them_out(tmp_path):
 
     async def use(storage):
         path = await storage.save(LARGE, "image/png")
-        async with Guard() as guard:
-            sources = Sources(storage, guard)
+        async with SafeHttpClient() as guard:
+            sources = SourceFetcher(storage, guard)
             assert await sources.fetch("http://127.0.0.1:1" + path) == LARGE
             assert await sources.fetch(path) == LARGE
 

@@ -12,7 +12,7 @@ import pytest
 from batch.errors import InputError, StorageError
 from batch.fal.endpoint import APP_ID
 from batch.server.queue import store as store_module
-from batch.server.queue.records import Ending, LogLine, Priority, Submission
+from batch.server.queue.records import CompletedRequest, LogLine, Priority, Submission
 from batch.server.queue.store import Store
 from batch.types import RequestId
 
@@ -22,9 +22,9 @@ def submission(name: str, **changes) -> Submission:
     return Submission(**given)
 
 
-def ending(name: str, **changes) -> Ending:
+def ending(name: str, **changes) -> CompletedRequest:
     given = {"request_id": RequestId(name), "app": APP_ID, "ended_at": 2.0, "status": 200, "payload": b"{}", **changes}
-    return Ending(**given)
+    return CompletedRequest(**given)
 
 
 def in_store(path, use):

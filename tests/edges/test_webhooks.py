@@ -22,13 +22,13 @@ from hypothesis import strategies as st
 from batch.errors import InputError, StorageError
 from batch.fal.endpoint import APP_ID
 from batch.fal.signing import BadSignature, keys_in, verify
-from batch.server.egress.http_client import Guard
-from batch.server.egress.source_images import Sources
-from batch.server.egress.ssrf import Refused, private_too, public_only
+from batch.server.egress.http_client import SafeHttpClient
+from batch.server.egress.source_images import SourceFetcher
+from batch.server.egress.ssrf import AddressRefused, private_too, public_only
 from batch.server.files.storage import Storage
 from batch.server.queue import webhooks as webhooks_module
-from batch.server.queue.records import Ending, Settlement, Submission, Webhook
-from batch.server.queue.service import Wishes, queue_service
+from batch.server.queue.records import CompletedRequest, DeliveryOutcome, Submission, Webhook
+from batch.server.queue.service import SubmitOptions, queue_service
 from batch.server.queue.store import Store
 from batch.server.queue.webhooks import (
     BACKOFF_LIMIT_SECONDS,
@@ -36,7 +36,7 @@ from batch.server.queue.webhooks import (
     PARALLEL,
     PARALLEL_PER_HOST,
     RETRIES,
-    Verdict,
+    DeliveryVerdict,
     Webhooks,
     callback_body,
     next_try,
@@ -111,15 +111,15 @@ async def sender(data_dir, engine=None, chance=lambda: 0.0, permitted=private_to
     async with (
         await Store.open(data_dir / "server.db") as store,
         Storage(data_dir) as storage,
-        Guard(permitted) as guard,
-        queue_service(store, storage, engine or ScriptedEngine(), Sources(storage, guard), **times) as service,
+        SafeHttpClient(permitted) as guard,
+        queue_service(store, storage, engine or ScriptedEngine(), SourceFetcher(storage, guard), **times) as service,
         sending(Webhooks(service, store, guard, key, service._clock, chance)),
     ):
         yield service, store
 
 
 def wishes(url, **more):
-    return Wishes(webhook=Webhook(url, urllib.parse.urlsplit(url).hostname, "http://server"), **more)
+    return SubmitOptions(webhook=Webhook(url, urllib.parse.urlsplit(url).hostname, "http://server"), **more)
 
 
 async def settled(store, count=0):
@@ -157,9 +157,9 @@ def test_the_longest_wait_doubles_up_to_its_limit():
 @pytest.mark.parametrize(
     ("status", "verdict"),
     [
-        *((status, Verdict.ACKNOWLEDGED) for status in (200, 201, 202, 204, 299)),
-        *((status, Verdict.NEVER) for status in (300, 301, 302, 304, 307, 308)),
-        *((status, Verdict.AGAIN) for status in (400, 401, 404, 410, 422, 429, 500, 503)),
+        *((status, DeliveryVerdict.ACKNOWLEDGED) for status in (200, 201, 202, 204, 299)),
+        *((status, DeliveryVerdict.NEVER) for status in (300, 301, 302, 304, 307, 308)),
+        *((status, DeliveryVerdict.AGAIN) for status in (400, 401, 404, 410, 422, 429, 500, 503)),
     ],
 )
 def test_any_2xx_acknowledges_and_a_redirect_is_final(status, verdict):
@@ -169,12 +169,12 @@ def test_any_2xx_acknowledges_and_a_redirect_is_final(status, verdict):
 
 def test_bodies_are_fal_s():
     """OK with the output, ERROR with the error's body, and a result that is too large only with where it is."""
-    ok = Ending("r1", APP_ID, 0.0, 200, b"")
+    ok = CompletedRequest("r1", APP_ID, 0.0, 200, b"")
     common = {"request_id": "r1", "gateway_request_id": "r1"}
     seed = 196619188014358660
     payload = orjson.dumps({"seed": seed})
     assert orjson.loads(callback_body(ok, payload)) == common | {"status": "OK", "payload": {"seed": seed}}
-    failed = Ending("r1", APP_ID, 0.0, 422, b"")
+    failed = CompletedRequest("r1", APP_ID, 0.0, 422, b"")
     expected = common | {"status": "ERROR", "error": "Invalid status code: 422", "payload": {"detail": []}}
     assert orjson.loads(callback_body(failed, b'{"detail":[]}')) == expected
     large = orjson.loads(callback_body(ok, orjson.dumps("x" * webhooks_module.PAYLOAD_LIMIT_BYTES)))
@@ -188,7 +188,7 @@ def test_a_url_that_can_never_work_is_refused_at_once():
         "https://Example.com/a?b", "example.com", "http://s"
     )
     for url in ("ftp://example.com", "http://127.0.0.1/", "http://u:p@example.com/", "nonsense"):
-        with pytest.raises(Refused):
+        with pytest.raises(AddressRefused):
             webhook_of(url, "http://s", public_only)
 
 
@@ -495,13 +495,13 @@ def test_an_ending_and_the_debt_that_it_makes_are_one_write(tmp_path):
         async with await Store.open(path) as store:
             await store.accept(Submission("r1", APP_ID, 1.0, b"{}", owner="alice", webhook=Webhook("u", "h", "b")))
             assert await store.webhooks_due(4e9, 9, busy_hosts=[], under_way=[]) == []
-            await store.end(Ending("r1", APP_ID, 5.0, 200, b"{}"))
+            await store.end(CompletedRequest("r1", APP_ID, 5.0, 200, b"{}"))
             (due,) = await store.webhooks_due(5.0, 9, busy_hosts=[], under_way=[])
             assert due == ("r1", ("u", "h", "b"), 0)
             assert await store.webhooks_due(5.0, 9, busy_hosts=["h"], under_way=[]) == []
             assert await store.webhooks_due(5.0, 9, busy_hosts=[], under_way=["r1"]) == []
             assert (await store.webhook_next(4.9), await store.webhook_next(5.0)) == (5.0, None)
-            await store.settle(Settlement("r1", 7.0))
+            await store.settle(DeliveryOutcome("r1", 7.0))
             assert (await store.webhooks_due(7.0, 9, busy_hosts=[], under_way=[]))[0].tries == 1
         with contextlib.closing(sqlite3.connect(path)) as database, database:
             database.execute("DELETE FROM request")  # as its retention ends

@@ -28,7 +28,7 @@ from batch.errors import ExitCode
 from batch.journal.database import JournalDatabase
 from batch.journal.states import State
 from batch.server.faults import plan as faults
-from batch.server.faults.plan import Deed, Moment
+from batch.server.faults.plan import FaultAction, FaultPoint
 from batch.server.serve import ServeOptions, serve
 from tests.faults.evidence import Evidence, examine
 
@@ -42,34 +42,34 @@ _LISTED_BY = 1.0
 
 _READ_ANSWERS = ("status = 404", "status = 401", "status = 429\nretry_after = 0.05", "status = 503")
 _ANSWERS = {
-    Moment.SUBMIT: ("status = 422", "status = 429\nretry_after = 0.05", "status = 500", "status = 503"),
-    Moment.STATUS: _READ_ANSWERS,
-    Moment.RESULT: (*_READ_ANSWERS, "status = 500"),
-    Moment.CANCEL: ("status = 500",),
-    Moment.UPLOAD: ("status = 429", "status = 503"),
-    Moment.FILE: _READ_ANSWERS,
-    Moment.LISTING: ("status = 429", "status = 500"),
+    FaultPoint.SUBMIT: ("status = 422", "status = 429\nretry_after = 0.05", "status = 500", "status = 503"),
+    FaultPoint.STATUS: _READ_ANSWERS,
+    FaultPoint.RESULT: (*_READ_ANSWERS, "status = 500"),
+    FaultPoint.CANCEL: ("status = 500",),
+    FaultPoint.UPLOAD: ("status = 429", "status = 503"),
+    FaultPoint.FILE: _READ_ANSWERS,
+    FaultPoint.LISTING: ("status = 429", "status = 500"),
 }
 _WITHHELD = "status = 404\nreads = 20"
 """Longer than one command asks for a file."""
 _OPTIONS = {
-    Deed.ANSWER_AFTER_ACCEPT: ("status = 500", "status = 502"),
-    Deed.LATE: ("seconds = 0.2",),
-    Deed.SLOW: ("seconds = 0.2",),
-    Deed.FAIL: ("status = 503\nretryable = true", "status = 500\nretryable = false"),
-    Deed.EXPIRE: ("seconds = 0",),
-    Deed.REQUEUE: ("seconds = 0.1",),
-    Deed.REFUSE: ("status = 403\nreads = 3", _WITHHELD),
-    Deed.NO_IMAGES: ("reads = 2", "reads = 8"),
+    FaultAction.ANSWER_AFTER_ACCEPT: ("status = 500", "status = 502"),
+    FaultAction.LATE: ("seconds = 0.2",),
+    FaultAction.SLOW: ("seconds = 0.2",),
+    FaultAction.FAIL: ("status = 503\nretryable = true", "status = 500\nretryable = false"),
+    FaultAction.EXPIRE: ("seconds = 0",),
+    FaultAction.REQUEUE: ("seconds = 0.1",),
+    FaultAction.REFUSE: ("status = 403\nreads = 3", _WITHHELD),
+    FaultAction.NO_IMAGES: ("reads = 2", "reads = 8"),
 }
-_LOSES = (Deed.DROP_AFTER_ACCEPT, Deed.ANSWER_AFTER_ACCEPT)
+_LOSES = (FaultAction.DROP_AFTER_ACCEPT, FaultAction.ANSWER_AFTER_ACCEPT)
 
 
 class Kind(NamedTuple):
     """One fault with its options."""
 
-    at: Moment
-    do: Deed
+    at: FaultPoint
+    do: FaultAction
     options: str = ""
 
     @property
@@ -84,28 +84,30 @@ class Kind(NamedTuple):
     @property
     def fails_jobs(self) -> bool:
         """Whether it is a job's own failure, or cannot be told from one however often one asks."""
-        own = self.at is Moment.EXECUTE  # one that is sent back to the queue twice fails there
-        refused = self.at is Moment.SUBMIT and "422" in self.options
-        final = self.at is Moment.RESULT and self.options == "status = 500"  # fal's body: believed in the end
-        return own or refused or final or self.at is Moment.CANCEL
+        own = self.at is FaultPoint.EXECUTE  # one that is sent back to the queue twice fails there
+        refused = self.at is FaultPoint.SUBMIT and "422" in self.options
+        final = self.at is FaultPoint.RESULT and self.options == "status = 500"  # fal's body: believed in the end
+        return own or refused or final or self.at is FaultPoint.CANCEL
 
     @property
     def withholds(self) -> bool:
         """Whether it fails rows whose answer is paid for and there: a later command collects it, free."""
-        return self.options == _WITHHELD or (self.do is Deed.NO_IMAGES and self.options == "reads = 8")
+        return self.options == _WITHHELD or (self.do is FaultAction.NO_IMAGES and self.options == "reads = 8")
 
     @property
     def doubtful(self) -> bool:
         """Whether it leaves a submit in doubt that had not arrived."""
-        lost = self.do is Deed.DROP or (self.do is Deed.ANSWER and self.options in {"status = 500", "status = 503"})
-        return self.at is Moment.SUBMIT and lost
+        lost = self.do is FaultAction.DROP or (
+            self.do is FaultAction.ANSWER and self.options in {"status = 500", "status = 503"}
+        )
+        return self.at is FaultPoint.SUBMIT and lost
 
 
 def kinds() -> Iterator[Kind]:
     """All faults of the server's table, each with every set of options that matters."""
     for moment, deeds in faults._DEEDS.items():
         for deed in sorted(deeds):
-            for options in _ANSWERS[moment] if deed is Deed.ANSWER else _OPTIONS.get(deed, ("",)):
+            for options in _ANSWERS[moment] if deed is FaultAction.ANSWER else _OPTIONS.get(deed, ("",)):
                 yield Kind(moment, deed, options)
 
 
@@ -126,18 +128,18 @@ class Case:
     def file(self) -> str:
         """The faults file."""
         entries = [kind.entry(self.share) for kind in self.faults]
-        if self.faults[0].at is Moment.LISTING:  # there has to be something to look up
-            entries.append(Kind(Moment.SUBMIT, Deed.DROP_AFTER_ACCEPT).entry(0.2))
+        if self.faults[0].at is FaultPoint.LISTING:  # there has to be something to look up
+            entries.append(Kind(FaultPoint.SUBMIT, FaultAction.DROP_AFTER_ACCEPT).entry(0.2))
         return "\n".join([f"idempotency = {str(self.keys).lower()}", *entries])
 
-    def has(self, moment: Moment) -> bool:
+    def has(self, moment: FaultPoint) -> bool:
         """Whether one of its faults is of that moment."""
         return any(kind.at is moment for kind in self.faults)
 
 
 def together(share: float, *, keys: bool) -> Case:
     """All faults at once: what can befall a run, so none at a cancellation, and not every submit twice over."""
-    return Case(tuple(kind for kind in kinds() if kind.at is not Moment.CANCEL), share, keys)
+    return Case(tuple(kind for kind in kinds() if kind.at is not FaultPoint.CANCEL), share, keys)
 
 
 class Outcome(NamedTuple):
@@ -160,9 +162,9 @@ async def carry_out(case: Case, folder: Path, jobs: int, *, seconds: float = RUN
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     (folder / "faults.toml").write_text(case.file())
-    manifest = _write_manifest(folder, jobs, local=case.has(Moment.UPLOAD))
+    manifest = _write_manifest(folder, jobs, local=case.has(FaultPoint.UPLOAD))
     began, codes, posts = time.monotonic(), list[int](), 0
-    cancelling = case.has(Moment.CANCEL)
+    cancelling = case.has(FaultPoint.CANCEL)
     async with _serving(folder, service_time=0.3 if cancelling else 0.0) as url:
         if cancelling:
             await _begin_and_cancel(manifest, folder / "run", url, seconds)
@@ -172,7 +174,9 @@ async def carry_out(case: Case, folder: Path, jobs: int, *, seconds: float = RUN
             # What did not arrive is sent again; before that, what did is looked for as often as it may take to find it.
             resubmits = doubtful and len(codes) >= (1 if len(case.faults) == 1 else _HELD_ROUNDS)
             limits: dict[str, Any] = {"on_unknown": f"resubmit-after={_LISTED_BY:g}s"} if resubmits else {}
-            if any(kind.do is Deed.EXPIRE for kind in case.faults):  # what is lost for good is not asked for again
+            if any(
+                kind.do is FaultAction.EXPIRE for kind in case.faults
+            ):  # what is lost for good is not asked for again
                 limits["collect_for"] = 0
             if resubmits:
                 await anyio.sleep(_LISTED_BY)
@@ -201,7 +205,7 @@ def _check_code(case: Case, summary: api.Summary) -> None:
     expected = ExitCode.SOME_FAILED if summary.failed else ExitCode.COMPLETE
     if summary.unknown:
         expected = ExitCode.STOPPED_EARLY
-        assert case.has(Moment.LISTING) or any(kind.doubtful for kind in case.faults), words
+        assert case.has(FaultPoint.LISTING) or any(kind.doubtful for kind in case.faults), words
         # Under a key it is asked again until it is known, but for a refused repeat: that says nothing of the first.
         assert not case.keys or len(case.faults) > 1, words
     if summary.failed:

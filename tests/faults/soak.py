@@ -34,7 +34,7 @@ from typing import NamedTuple
 import anyio
 
 from batch.journal.states import TABLE
-from batch.server.faults.plan import Moment
+from batch.server.faults.plan import FaultPoint
 from tests.acceptance.command import REPOSITORY, environment, write_manifest
 from tests.faults import scenarios
 from tests.faults.evidence import examine
@@ -102,7 +102,7 @@ def fault_cases(jobs: int) -> Iterator[Trial]:
     for keys in (False, True):
         cases = [Case((kind,), share, keys) for kind in kinds() for share in (0.05, 0.5)]
         for case in [*cases, together(0.05, keys=keys)]:
-            if not (keys and len(case.faults) == 1 and case.faults[0].at is Moment.LISTING):  # nothing is looked up
+            if not (keys and len(case.faults) == 1 and case.faults[0].at is FaultPoint.LISTING):  # nothing is looked up
                 yield Trial(f"fault {case.name}", partial(_fault, case, jobs))
 
 

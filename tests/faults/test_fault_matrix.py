@@ -11,7 +11,7 @@ from pathlib import Path
 import anyio
 import pytest
 
-from batch.server.faults.plan import Moment
+from batch.server.faults.plan import FaultPoint
 from tests.faults.matrix import Case, carry_out, kinds, together
 
 JOBS = 40
@@ -41,7 +41,7 @@ def carry_out_all(cases: list[Case], folder: Path) -> None:
         logging.getLogger("batch").setLevel(logging.NOTSET)
 
 
-@pytest.mark.parametrize("moment", Moment)
+@pytest.mark.parametrize("moment", FaultPoint)
 def test_each_fault_alone(tmp_path, moment):
     """A server that ignores idempotency keys, as fal does: each lost reply was one POST, and none is sent again."""
     cases = [Case((kind,), SHARE, keys=False) for kind in kinds() if kind.at is moment]
@@ -51,7 +51,7 @@ def test_each_fault_alone(tmp_path, moment):
 
 def test_each_fault_of_a_submit_where_keys_are_honoured(tmp_path):
     """There a submit of unknown outcome is repeated under its key: nothing stays unknown, nothing is paid twice."""
-    carry_out_all([Case((kind,), SHARE, keys=True) for kind in kinds() if kind.at is Moment.SUBMIT], tmp_path)
+    carry_out_all([Case((kind,), SHARE, keys=True) for kind in kinds() if kind.at is FaultPoint.SUBMIT], tmp_path)
 
 
 @pytest.mark.parametrize("keys", [True, False], ids=["keys honoured", "keys ignored"])

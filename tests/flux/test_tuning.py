@@ -9,7 +9,7 @@ import torch
 from batch.server.engines.base import NotReady
 from batch.server.engines.flux import renderer as renderer_module
 from batch.server.engines.flux import tuning
-from batch.server.engines.flux.errors import Trouble, trouble_of
+from batch.server.engines.flux.errors import RenderError, render_error_of
 from batch.server.engines.flux.loading import Model, Setup
 from batch.server.engines.flux.renderer import FluxRenderer
 from tests.flux import tiny
@@ -94,29 +94,32 @@ def test_a_warm_up_that_cannot_be_done_is_one_sentence(pipeline, tuned):
 @pytest.mark.parametrize(
     ("error", "trouble"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), Trouble.MEMORY),
-        (MemoryError(), Trouble.MEMORY),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), RenderError.MEMORY),
+        (MemoryError(), RenderError.MEMORY),
         (
             RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
-            Trouble.MEMORY,
+            RenderError.MEMORY,
         ),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), Trouble.MEMORY),
-        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), Trouble.LOST),
-        (torch.AcceleratorError("CUDA error: out of memory"), Trouble.MEMORY),
-        (RuntimeError("CUDA error: unspecified launch failure"), Trouble.LOST),
-        (RuntimeError("CUDA driver error: device is lost"), Trouble.LOST),
-        (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED"), Trouble.OTHER),
-        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), Trouble.OTHER),
-        (ValueError("CUDA error: somebody quotes it"), Trouble.OTHER),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+            RenderError.MEMORY,
+        ),
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), RenderError.LOST),
+        (torch.AcceleratorError("CUDA error: out of memory"), RenderError.MEMORY),
+        (RuntimeError("CUDA error: unspecified launch failure"), RenderError.LOST),
+        (RuntimeError("CUDA driver error: device is lost"), RenderError.LOST),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED"), RenderError.OTHER),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), RenderError.OTHER),
+        (ValueError("CUDA error: somebody quotes it"), RenderError.OTHER),
     ],
 )
 def test_what_an_error_of_torch_means(error, trouble):
     """Memory: this request. A lost device: this process. Anything else: a defect."""
-    assert trouble_of(error) is trouble
+    assert render_error_of(error) is trouble
 
 
 def test_torch_really_raises_so_when_memory_runs_out():
     """The words that are looked for are those of this version."""
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
-    assert trouble_of(caught.value) is Trouble.MEMORY
+    assert render_error_of(caught.value) is RenderError.MEMORY

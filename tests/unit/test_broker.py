@@ -11,12 +11,12 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from batch.fal.endpoint import APP_ID
 from batch.server.queue.records import LogLine, Priority, uuid7
-from batch.server.queue.scheduler import LOG_LINES, Broker, Cancellation, IllegalMove, Line
+from batch.server.queue.scheduler import LOG_LINES, Cancellation, FifoQueue, IllegalStep, Scheduler
 from batch.types import QueueState, RequestId
 
 
-def broker_with(count: int, slots: int = 1) -> Broker:
-    broker = Broker(slots)
+def broker_with(count: int, slots: int = 1) -> Scheduler:
+    broker = Scheduler(slots)
     for number in range(count):
         broker.accept(RequestId(f"r{number}"), APP_ID)
     return broker
@@ -32,7 +32,7 @@ def test_requests_start_in_the_order_of_acceptance_as_far_as_slots_reach():
 
 def test_low_priority_waits_behind_every_normal_request():
     """`low` can only lower."""
-    broker = Broker(1)
+    broker = Scheduler(1)
     assert broker.accept(RequestId("slow"), APP_ID, Priority.LOW) == 0
     assert broker.accept(RequestId("quick"), APP_ID) == 0
     assert broker.view(RequestId("slow")).position == 1
@@ -52,7 +52,7 @@ def test_a_request_runs_until_its_ending_is_durable():
 
 def test_nothing_is_started_while_too_many_endings_wait_to_be_written():
     """A slow disk must not fill the memory with finished pictures."""
-    broker = Broker(1, ending_limit=1)
+    broker = Scheduler(1, ending_limit=1)
     for name in ("a", "b"):
         broker.accept(RequestId(name), APP_ID)
     broker.release(broker.start())
@@ -110,11 +110,11 @@ def test_only_a_waiting_request_expires():
 def test_an_illegal_move_raises_and_names_the_phase(move):
     """A defect of ours must not pass silently."""
     broker = broker_with(1)
-    with pytest.raises(IllegalMove, match="waiting"):
+    with pytest.raises(IllegalStep, match="waiting"):
         getattr(broker, move)(RequestId("r0"))
-    with pytest.raises(IllegalMove, match="not here"):
+    with pytest.raises(IllegalStep, match="not here"):
         getattr(broker, move)(RequestId("other"))
-    with pytest.raises(IllegalMove, match="already"):
+    with pytest.raises(IllegalStep, match="already"):
         broker.accept(RequestId("r0"), APP_ID)
 
 
@@ -158,7 +158,7 @@ def test_positions_stay_cheap_in_a_long_queue():
 @given(st.lists(st.sampled_from(["append", "appendleft", "pop", "remove"]), max_size=60), st.randoms())
 def test_a_line_counts_like_a_list(moves, chance):
     """Whatever joins and leaves in whatever order, positions are those of a plain list."""
-    line, model = Line(), []
+    line, model = FifoQueue(), []
     for number, move in enumerate(moves):
         name = RequestId(str(number))
         if move == "append":
@@ -182,7 +182,7 @@ class BrokerMachine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.broker = Broker(2)
+        self.broker = Scheduler(2)
         self.count = 0
         self.waiting, self.running, self.ending = [], [], []
 

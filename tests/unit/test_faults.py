@@ -7,13 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batch.errors import ConfigError
-from batch.server.faults.plan import Body, Deed, Fault, FaultPlan, Faults, Moment, parse_faults
+from batch.server.faults.plan import Body, FaultAction, FaultPlan, FaultPoint, FaultRule, FaultSequence, parse_faults
 from batch.server.queue.records import ListingRules, ListingWindow
 
 
 def met(text, moment, calls):
     """Numbers of the moment's calls that meet a fault, and what they meet."""
-    faults = Faults(parse_faults(text, "f.toml"))
+    faults = FaultSequence(parse_faults(text, "f.toml"))
     found = [faults.decide(moment) for _ in range(calls)]
     return {number: fault.do for number, fault in enumerate(found, 1) if fault is not None}
 
@@ -30,44 +30,44 @@ def entry(**keys):
 
 def test_every_n_th_call_is_chosen():
     """`every = 3`: calls 3, 6, 9 of that moment."""
-    assert list(met(entry(at="submit", do="drop", every=3), Moment.SUBMIT, 10)) == [3, 6, 9]
+    assert list(met(entry(at="submit", do="drop", every=3), FaultPoint.SUBMIT, 10)) == [3, 6, 9]
 
 
 def test_the_first_calls_are_chosen():
     """`first = 2`: calls 1 and 2."""
-    assert list(met(entry(at="submit", do="drop", first=2), Moment.SUBMIT, 10)) == [1, 2]
+    assert list(met(entry(at="submit", do="drop", first=2), FaultPoint.SUBMIT, 10)) == [1, 2]
 
 
 def test_after_spares_the_first_calls_and_counting_begins_behind_them():
     """`after = 4, every = 3`: calls 7, 10."""
-    assert list(met(entry(at="submit", do="drop", every=3, after=4), Moment.SUBMIT, 11)) == [7, 10]
-    assert list(met(entry(at="submit", do="drop", first=2, after=4), Moment.SUBMIT, 11)) == [5, 6]
+    assert list(met(entry(at="submit", do="drop", every=3, after=4), FaultPoint.SUBMIT, 11)) == [7, 10]
+    assert list(met(entry(at="submit", do="drop", first=2, after=4), FaultPoint.SUBMIT, 11)) == [5, 6]
 
 
 def test_times_bounds_how_often():
     """`times = 2`: not a third time."""
-    assert list(met(entry(at="submit", do="drop", every=2, times=2), Moment.SUBMIT, 20)) == [2, 4]
-    assert len(met(entry(at="submit", do="drop", share=0.5, times=3), Moment.SUBMIT, 100)) == 3
+    assert list(met(entry(at="submit", do="drop", every=2, times=2), FaultPoint.SUBMIT, 20)) == [2, 4]
+    assert len(met(entry(at="submit", do="drop", share=0.5, times=3), FaultPoint.SUBMIT, 100)) == 3
 
 
 def test_a_share_is_about_that_share_and_the_same_calls_in_every_run():
     """Chance is seeded; another seed chooses others."""
     text = entry(at="status", do="drop", share=0.1)
-    one = met("seed = 1\n" + text, Moment.STATUS, 2000)
+    one = met("seed = 1\n" + text, FaultPoint.STATUS, 2000)
     assert 140 < len(one) < 260
-    assert met("seed = 1\n" + text, Moment.STATUS, 2000) == one
-    assert met("seed = 2\n" + text, Moment.STATUS, 2000) != one
+    assert met("seed = 1\n" + text, FaultPoint.STATUS, 2000) == one
+    assert met("seed = 2\n" + text, FaultPoint.STATUS, 2000) != one
 
 
 def test_moments_count_for_themselves():
     """What happens at one moment does not move what happens at another, by number or by chance."""
     text = entry(at="status", do="drop", share=0.3) + entry(at="submit", do="drop", share=0.3)
-    alone, mixed = Faults(parse_faults(text, "f")), Faults(parse_faults(text, "f"))
-    expected = [alone.decide(Moment.SUBMIT) is not None for _ in range(50)]
+    alone, mixed = FaultSequence(parse_faults(text, "f")), FaultSequence(parse_faults(text, "f"))
+    expected = [alone.decide(FaultPoint.SUBMIT) is not None for _ in range(50)]
     found = []
     for _ in range(50):
-        mixed.decide(Moment.STATUS)
-        found.append(mixed.decide(Moment.SUBMIT) is not None)
+        mixed.decide(FaultPoint.STATUS)
+        found.append(mixed.decide(FaultPoint.SUBMIT) is not None)
     assert found == expected
     assert any(expected)
 
@@ -75,17 +75,17 @@ def test_moments_count_for_themselves():
 def test_a_call_meets_the_first_fault_of_the_file_that_chooses_it():
     """One fault a call; the one that lost its turn has not happened, for `times`."""
     text = entry(at="submit", do="drop", every=2) + entry(at="submit", do="late", seconds=1, every=3, times=2)
-    found = met(text, Moment.SUBMIT, 12)
-    assert {number for number, do in found.items() if do is Deed.DROP} == {2, 4, 6, 8, 10, 12}
-    assert {number for number, do in found.items() if do is Deed.LATE} == {3, 9}
+    found = met(text, FaultPoint.SUBMIT, 12)
+    assert {number for number, do in found.items() if do is FaultAction.DROP} == {2, 4, 6, 8, 10, 12}
+    assert {number for number, do in found.items() if do is FaultAction.LATE} == {3, 9}
 
 
 @given(st.integers(1, 30), st.integers(0, 30), st.one_of(st.none(), st.integers(1, 5)), st.integers(1, 200))
 def test_every_is_arithmetic(every, after, times, calls):
     """The n-th means the n-th, whatever the numbers."""
-    plan = FaultPlan((Fault(Moment.FILE, Deed.CUT, every=every, after=after, times=times),))
-    faults = Faults(plan)
-    chosen = [number for number in range(1, calls + 1) if faults.decide(Moment.FILE)]
+    plan = FaultPlan((FaultRule(FaultPoint.FILE, FaultAction.CUT, every=every, after=after, times=times),))
+    faults = FaultSequence(plan)
+    chosen = [number for number in range(1, calls + 1) if faults.decide(FaultPoint.FILE)]
     assert chosen == list(range(after + every, calls + 1, every))[:times]
 
 
@@ -94,12 +94,12 @@ def test_how_a_fault_happens_is_drawn_apart_from_whether():
     text = entry(at="result", do="odd-fields", share=0.5) + entry(at="result", do="odd-fields", every=1)
 
     def ways(seed):
-        faults = Faults(parse_faults(f"seed = {seed}\n{text}", "f"))
-        met = [faults.decide(Moment.RESULT) for _ in range(200)]
+        faults = FaultSequence(parse_faults(f"seed = {seed}\n{text}", "f"))
+        met = [faults.decide(FaultPoint.RESULT) for _ in range(200)]
         return [(fault is met[0], faults.draw(fault)) for fault in met]
 
-    faults = Faults(parse_faults(f"seed = 1\n{text}", "f"))
-    undrawn = [faults.decide(Moment.RESULT) for _ in range(200)]
+    faults = FaultSequence(parse_faults(f"seed = 1\n{text}", "f"))
+    undrawn = [faults.decide(FaultPoint.RESULT) for _ in range(200)]
     assert ways(1) == ways(1)
     assert [first for first, _ in ways(1)] == [fault is undrawn[0] for fault in undrawn]
     assert {way for _, way in ways(1)} & {way for _, way in ways(2)} == set()
@@ -109,7 +109,7 @@ def test_how_a_fault_happens_is_drawn_apart_from_whether():
 def test_nothing_is_met_without_a_fault():
     """An empty file is a plan too."""
     assert parse_faults("", "f.toml") == FaultPlan()
-    assert met("", Moment.SUBMIT, 5) == {}
+    assert met("", FaultPoint.SUBMIT, 5) == {}
 
 
 # --- what a file says -------------------------------------------------------------------------------------

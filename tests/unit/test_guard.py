@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batch.server.egress.ssrf import Refused, address_rule, check_url, literal_address, private_too, public_only
+from batch.server.egress.ssrf import AddressRefused, address_rule, check_url, literal_address, private_too, public_only
 
 PUBLIC = ["8.8.8.8", "1.1.1.1", "172.15.255.255", "172.32.0.1", "100.128.0.1", "2606:4700::1111", "2a00:1450::1"]
 CLOSED = [  # for a closed network: refused by the strict rule only
@@ -98,7 +98,7 @@ def test_allow_private_chooses_the_rule():
 )
 def test_no_spelling_gets_an_address_past_the_rule(host):
     """Decimal, hexadecimal, octal, short, wrapped, full-width and percent-encoded forms are all the address."""
-    with pytest.raises(Refused):
+    with pytest.raises(AddressRefused):
         check_url(f"http://{host}/a.png", public_only)
 
 
@@ -123,8 +123,8 @@ def test_an_old_spelling_of_a_permitted_address_comes_back_in_the_usual_one(host
     ],
 )
 def test_a_url_that_is_not_a_plain_web_address_is_refused(url):
-    """Scheme, credentials, port, host: a `Refused` with half a sentence, never another error."""
-    with pytest.raises(Refused) as caught:
+    """Scheme, credentials, port, host: a `AddressRefused` with half a sentence, never another error."""
+    with pytest.raises(AddressRefused) as caught:
         check_url(url, private_too)
     assert str(caught.value)
     assert "secret" not in str(caught.value)
@@ -139,11 +139,11 @@ def test_ports_of_web_servers_are_fine(port):
 
 @given(st.text(max_size=60))
 def test_no_text_breaks_the_check(text):
-    """A URL or a `Refused`."""
+    """A URL or a `AddressRefused`."""
     for url in (text, f"http://{text}", f"http://{text}/", f"http://example.com{text}"):
         try:
             target = check_url(url, public_only)
-        except Refused:
+        except AddressRefused:
             continue
         assert target.scheme in {"http", "https"}
         literal = literal_address(target.raw_host)

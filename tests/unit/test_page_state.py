@@ -6,9 +6,9 @@ import orjson
 import pytest
 
 from batch.server.http.page.state import TEXT_LIMIT, numbers, request_card
-from batch.server.queue.records import Ending, Listed
-from batch.server.queue.scheduler import View
-from batch.server.queue.stats import Tally
+from batch.server.queue.records import CompletedRequest, RequestSummary
+from batch.server.queue.scheduler import LiveView
+from batch.server.queue.stats import ServerStats
 from batch.types import QueueState, RequestId
 
 BODY = {"image_url": "/files/ab/abc.png", "prompt": "a cat", "seed": 5, "strength": 0.5}
@@ -32,7 +32,7 @@ def listed(body=BODY, status=None, payload=None, **changes):
         "inference_time": None,
         "inline": False,
     }
-    return Listed(**values | ended | changes)
+    return RequestSummary(**values | ended | changes)
 
 
 def card(*given, view=None, **changes):
@@ -42,8 +42,8 @@ def card(*given, view=None, **changes):
 @pytest.mark.parametrize(
     ("view", "state", "position"),
     [
-        (View(QueueState.IN_QUEUE, 3, ()), "waiting", 3),
-        (View(QueueState.IN_PROGRESS, 0, ()), "running", None),
+        (LiveView(QueueState.IN_QUEUE, 3, ()), "waiting", 3),
+        (LiveView(QueueState.IN_PROGRESS, 0, ()), "running", None),
         (None, "waiting", None),
     ],
 )
@@ -115,8 +115,8 @@ def test_a_failure_says_why_in_words():
 
 def test_the_numbers_are_the_tally_s():
     """Counts since the start and the last minute by second."""
-    tally = Tally()
-    tally.ended(Ending("r1", "fal-ai/flux", 99.0, 200, b"{}"))
+    tally = ServerStats()
+    tally.ended(CompletedRequest("r1", "fal-ai/flux", 99.0, 200, b"{}"))
     shown = numbers(tally, waiting=3, running=2, now=100.0)
     assert (shown["waiting"], shown["running"], shown["finished"], shown["failed"]) == (3, 2, 1, 0)
     assert (shown["per_second"][-1], sum(shown["per_second"])) == (1, 1)

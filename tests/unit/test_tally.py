@@ -6,37 +6,37 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batch.server.queue.records import Ending
-from batch.server.queue.stats import SECONDS_BOUNDS, SHOWN_SECONDS, Outcome, Tally, route_of
+from batch.server.queue.records import CompletedRequest
+from batch.server.queue.stats import SECONDS_BOUNDS, SHOWN_SECONDS, EndKind, ServerStats, route_of
 from batch.types import AppId, RequestId
 
 ID = "0190c5a1-0000-7000-8000-000000000000"
 
 
 def ending(at=1000.0, status=200, seconds=None):
-    return Ending(RequestId(ID), AppId("fal-ai/flux"), at, status, b"{}", inference_time=seconds)
+    return CompletedRequest(RequestId(ID), AppId("fal-ai/flux"), at, status, b"{}", inference_time=seconds)
 
 
 @pytest.mark.parametrize(
     ("status", "outcome"),
     [
-        (200, Outcome.FINISHED),
-        (422, Outcome.FAILED),
-        (499, Outcome.CANCELLED),
-        (500, Outcome.FAILED),
-        (504, Outcome.FAILED),
+        (200, EndKind.FINISHED),
+        (422, EndKind.FAILED),
+        (499, EndKind.CANCELLED),
+        (500, EndKind.FAILED),
+        (504, EndKind.FAILED),
     ],
 )
 def test_an_ending_is_counted_as_what_it_was(status, outcome):
     """499 is a cancel, any other error a failure."""
-    tally = Tally()
+    tally = ServerStats()
     tally.ended(ending(status=status))
     assert tally.outcomes == {outcome: 1}
 
 
 def test_finished_requests_stand_in_their_second():
     """The newest whole second is the last value; the present one is not over and not shown."""
-    tally = Tally()
+    tally = ServerStats()
     for at in (939.9, 940.0, 999.0, 999.9, 1000.0):
         tally.ended(ending(at))
     tally.ended(ending(999.0, status=422))
@@ -47,7 +47,7 @@ def test_finished_requests_stand_in_their_second():
 @given(st.lists(st.floats(0, 500), max_size=300))
 def test_the_last_minute_loses_nothing_and_does_not_grow(times):
     """Whatever the pace: what is shown is what ended within it, and a second takes one entry."""
-    tally = Tally()
+    tally = ServerStats()
     for at in sorted(times):
         tally.ended(ending(at))
     assert sum(tally.per_second(501)) == sum(441 <= int(at) < 501 for at in times)
@@ -56,7 +56,7 @@ def test_the_last_minute_loses_nothing_and_does_not_grow(times):
 
 def test_a_clock_that_is_set_back_loses_no_request():
     """They are counted in the last second that was seen."""
-    tally = Tally()
+    tally = ServerStats()
     for at in (1000.0, 400.0):
         tally.ended(ending(at))
     assert sum(tally.per_second(1001)) == 2
@@ -65,7 +65,7 @@ def test_a_clock_that_is_set_back_loses_no_request():
 @pytest.mark.parametrize(("seconds", "bucket"), [(0.0, 0), (0.01, 0), (0.011, 1), (300.0, 9), (301.0, 10)])
 def test_a_bound_belongs_to_its_bucket(seconds, bucket):
     """Prometheus' buckets are "less than or equal"."""
-    tally = Tally()
+    tally = ServerStats()
     tally.ended(ending(seconds=seconds))
     assert tally.engine_buckets.index(1) == bucket
     assert len(tally.engine_buckets) == len(SECONDS_BOUNDS) + 1

@@ -24,14 +24,14 @@ import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
-from batch.server.egress.ssrf import AddressRule, Refused, check_url, literal_address, public_only
+from batch.server.egress.ssrf import AddressRefused, AddressRule, check_url, literal_address, public_only
 from batch.system.descriptors import lacks_descriptor
 
 __all__ = [
-    "Guard",
-    "Limits",
+    "FetchLimits",
     "Lookup",
-    "TooLarge",
+    "ResponseTooLarge",
+    "SafeHttpClient",
     "Unreachable",
 ]
 
@@ -60,11 +60,11 @@ class Unreachable(Exception):
         self.retryable = retryable
 
 
-class TooLarge(Exception):
+class ResponseTooLarge(Exception):
     """More bytes came than are wanted, before or after they were unpacked."""
 
 
-class Limits(NamedTuple):
+class FetchLimits(NamedTuple):
     """What one fetch may take, all redirects together."""
 
     size_bytes: int
@@ -72,7 +72,7 @@ class Limits(NamedTuple):
     redirects: int = 5
 
 
-class Guard:
+class SafeHttpClient:
     """Makes requests to addresses that the rule permits; an async context manager.
 
     Args:
@@ -100,13 +100,13 @@ class Guard:
             await self._session.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def fetch(self, url: str, limits: Limits) -> bytes:
+    async def fetch(self, url: str, limits: FetchLimits) -> bytes:
         """The body behind a URL, over redirects, each judged like the first.
 
         Raises:
             Refused: the URL, or one that it leads to, may not be asked.
             Unreachable: no answer, a broken one, or one that is not 200.
-            TooLarge: more than `limits.size_bytes`.
+            ResponseTooLarge: more than `limits.size_bytes`.
             OSError: no descriptor is free (`lacks_descriptor`).
         """
         target = check_url(url, self.permitted)
@@ -139,11 +139,11 @@ class Guard:
         try:
             joined = str(target.join(URL(location)))
         except ValueError:
-            raise Refused("it redirects to something that is no URL") from None
+            raise AddressRefused("it redirects to something that is no URL") from None
         try:
             return check_url(joined, self.permitted)
-        except Refused:
-            raise Refused("it redirects to a URL that is not permitted here") from None
+        except AddressRefused:
+            raise AddressRefused("it redirects to a URL that is not permitted here") from None
 
     def _client(self) -> aiohttp.ClientSession:
         # Made when first needed: most servers are only ever given files that they hold themselves.
@@ -237,7 +237,7 @@ async def _body(response: aiohttp.ClientResponse, limit: int) -> bytes:
     if packing not in {"", "identity", "gzip", "x-gzip", "deflate"}:
         raise Unreachable(f"its server packed it as {packing[:20]}, which was not asked for", retryable=False)
     if (response.content_length or 0) > limit:
-        raise TooLarge
+        raise ResponseTooLarge
     unpacker = zlib.decompressobj(wbits=47) if packing not in {"", "identity"} else None
     data = bytearray()
     async for chunk in response.content.iter_any():
@@ -247,7 +247,7 @@ async def _body(response: aiohttp.ClientResponse, limit: int) -> bytes:
             # One byte over the limit is enough to know: a bomb is never unpacked.
             data += unpacker.decompress(chunk, limit + 1 - len(data))
         if len(data) > limit:
-            raise TooLarge
+            raise ResponseTooLarge
         if unpacker is not None and unpacker.eof:
             break
     if unpacker is not None and not unpacker.eof:
@@ -260,7 +260,7 @@ def _translated() -> Iterator[None]:
     """Foreign errors in our words: their own name hosts and addresses."""
     try:
         yield
-    except Refused:
+    except AddressRefused:
         raise
     except (aiohttp.ClientError, OSError, ValueError, zlib.error) as error:
         if lacks_descriptor(error):
@@ -268,10 +268,10 @@ def _translated() -> Iterator[None]:
         raise _in_our_words(error) from error
 
 
-def _in_our_words(error: Exception) -> Refused | Unreachable:
+def _in_our_words(error: Exception) -> AddressRefused | Unreachable:
     match error:
         case aiohttp.ClientConnectorDNSError(os_error=_NotPermitted()):
-            return Refused(_NO_ADDRESS, retryable=True)
+            return AddressRefused(_NO_ADDRESS, retryable=True)
         case aiohttp.ClientConnectorDNSError():
             return Unreachable(_NO_ADDRESS, retryable=True)
         case TimeoutError():

@@ -12,13 +12,13 @@ import binascii
 from typing import NamedTuple
 from urllib.parse import unquote_to_bytes
 
-from batch.server.egress.http_client import Guard, Limits, TooLarge, Unreachable
-from batch.server.egress.ssrf import Refused
+from batch.server.egress.http_client import FetchLimits, ResponseTooLarge, SafeHttpClient, Unreachable
+from batch.server.egress.ssrf import AddressRefused
 from batch.server.engines.base import EngineFailure
+from batch.server.files.multipart import UploadTooLarge
 from batch.server.files.storage import Storage
-from batch.server.files.storage import TooLarge as FileTooLarge
 
-__all__ = ["SOURCE_LIMIT_BYTES", "DataUri", "Sources", "parse_data_uri"]
+__all__ = ["SOURCE_LIMIT_BYTES", "DataUri", "SourceFetcher", "parse_data_uri"]
 
 SOURCE_LIMIT_BYTES = 50 * 2**20
 """Precedent: the default cap of fal's own toolkit for images."""
@@ -53,7 +53,7 @@ def parse_data_uri(uri: str) -> DataUri:
     return DataUri(data, content_type.strip().lower() or "text/plain")
 
 
-class Sources:
+class SourceFetcher:
     """Fetches source pictures.
 
     Args:
@@ -61,7 +61,7 @@ class Sources:
         guard: makes the requests to others.
     """
 
-    def __init__(self, storage: Storage, guard: Guard) -> None:
+    def __init__(self, storage: Storage, guard: SafeHttpClient) -> None:
         self._storage = storage
         self._guard = guard
 
@@ -80,15 +80,15 @@ class Sources:
         path = self._storage.path_in(url)
         try:
             own = await self._storage.read(path, SOURCE_LIMIT_BYTES) if path is not None else None
-        except FileTooLarge as error:
+        except UploadTooLarge as error:
             raise _too_large() from error
         if own is not None:
             return own
         try:
-            return await self._guard.fetch(url, Limits(SOURCE_LIMIT_BYTES, FETCH_SECONDS, REDIRECTS))
-        except TooLarge as error:
+            return await self._guard.fetch(url, FetchLimits(SOURCE_LIMIT_BYTES, FETCH_SECONDS, REDIRECTS))
+        except ResponseTooLarge as error:
             raise _too_large() from error
-        except (Refused, Unreachable) as error:
+        except (AddressRefused, Unreachable) as error:
             raise _unreachable(url, str(error), retryable=error.retryable) from error
 
 

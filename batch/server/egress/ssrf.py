@@ -17,8 +17,8 @@ from yarl import URL
 
 __all__ = [
     "Address",
+    "AddressRefused",
     "AddressRule",
-    "Refused",
     "address_rule",
     "check_url",
     "literal_address",
@@ -58,7 +58,7 @@ _METADATA = _networks("100.100.100.200/32 168.63.129.16/32 fd00:ec2::254/128 fd2
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
-class Refused(ValueError):
+class AddressRefused(ValueError):
     """The URL, or every address behind it, may not be asked.
 
     Args:
@@ -100,25 +100,25 @@ def check_url(url: str, permitted: AddressRule) -> URL:
         Refused: scheme, port, credentials, host or literal address.
     """
     if len(url) > URL_LIMIT:
-        raise Refused(f"its URL is longer than {URL_LIMIT} characters")
+        raise AddressRefused(f"its URL is longer than {URL_LIMIT} characters")
     try:
         target = URL(url)
         host, port = target.raw_host, target.port
     except ValueError:
-        raise Refused("it is not a URL") from None
+        raise AddressRefused("it is not a URL") from None
     if target.scheme not in {"http", "https"} or not host:
-        raise Refused("only http and https URLs can be asked")
+        raise AddressRefused("only http and https URLs can be asked")
     if target.raw_user is not None or target.raw_password is not None:
-        raise Refused("a URL with a user name or password in it is not asked")
+        raise AddressRefused("a URL with a user name or password in it is not asked")
     if port is None or not (port in _LOW_PORTS or (port >= 1024 and port not in _OTHER_SERVICES)):
-        raise Refused(f"port {port} is not one that web servers use")
+        raise AddressRefused(f"port {port} is not one that web servers use")
     literal = literal_address(host)
     if literal is None:
         if not _HOST.fullmatch(host):
-            raise Refused("its host is not a name")
+            raise AddressRefused("its host is not a name")
         return target
     if not permitted(literal):
-        raise Refused(f"fetching from {literal} is not permitted here")
+        raise AddressRefused(f"fetching from {literal} is not permitted here")
     return target.with_host(str(literal))
 
 

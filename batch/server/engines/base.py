@@ -24,9 +24,9 @@ __all__ = [
     "EngineCancelled",
     "EngineError",
     "EngineFailure",
+    "EngineImage",
     "EngineInfo",
     "EngineJob",
-    "EnginePicture",
     "EngineResult",
     "NotReady",
     "OnStep",
@@ -61,7 +61,7 @@ class EngineJob:
 
 
 @dataclass(frozen=True, slots=True)
-class EnginePicture:
+class EngineImage:
     """One encoded result picture."""
 
     data: bytes = field(repr=False)
@@ -74,7 +74,7 @@ class EnginePicture:
 class EngineResult:
     """What a job gave."""
 
-    pictures: tuple[EnginePicture, ...]
+    pictures: tuple[EngineImage, ...]
     seed: int
     """Of the first picture; picture i was made with seed + i."""
     has_nsfw_concepts: tuple[bool, ...]

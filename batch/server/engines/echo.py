@@ -19,9 +19,9 @@ from batch.fal.endpoint import ImageToImageInput
 from batch.server.engines.base import (
     Cancelled,
     EngineCancelled,
+    EngineImage,
     EngineInfo,
     EngineJob,
-    EnginePicture,
     EngineResult,
     OnStep,
 )
@@ -69,7 +69,7 @@ def _blank() -> _Grey:
 _BLANK = _blank()
 
 
-def draw_card(asked: ImageToImageInput, seed: int) -> EnginePicture:
+def draw_card(asked: ImageToImageInput, seed: int) -> EngineImage:
     """The card of one picture: seed and the beginning of the prompt, `?` for letters beyond Latin-1."""
     card = _BLANK.copy()
     words = " ".join(asked.prompt[: 2 * _LINES * _LETTERS].split()).encode("latin-1", "replace")[: _LINES * _LETTERS]
@@ -78,7 +78,7 @@ def draw_card(asked: ImageToImageInput, seed: int) -> EnginePicture:
         letters = np.frombuffer(line, np.uint8)
         _write(card, 30 + 14 * number, _GLYPHS[letters].transpose(1, 0, 2).reshape(_GLYPH_HEIGHT, -1))
     data = _encoded(card, asked.output_format, f"{NOTE}; seed {seed}, input {_digest(asked, seed)}")
-    return EnginePicture(data, f"image/{asked.output_format}", _WIDTH, _HEIGHT)
+    return EngineImage(data, f"image/{asked.output_format}", _WIDTH, _HEIGHT)
 
 
 def _encoded(card: _Grey, output_format: str, note: str) -> bytes:

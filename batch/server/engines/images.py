@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from batch.image_formats import READABLE
-from batch.server.engines.base import EngineFailure, EnginePicture
+from batch.server.engines.base import EngineFailure, EngineImage
 
 __all__ = ["MAX_AREA_PX", "MAX_SOURCE_PX", "MIN_SOURCE_SIDE_PX", "Size", "encode", "output_size", "read_source"]
 
@@ -157,7 +157,7 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def encode(image: Image.Image, output_format: Literal["jpeg", "png"], note: str) -> EnginePicture:
+def encode(image: Image.Image, output_format: Literal["jpeg", "png"], note: str) -> EngineImage:
     """JPEG at quality 95 or PNG at compression level 1, with `note` as JPEG comment or PNG text."""
     buffer = io.BytesIO()
     if output_format == "png":
@@ -166,7 +166,7 @@ def encode(image: Image.Image, output_format: Literal["jpeg", "png"], note: str)
         image.save(buffer, "PNG", compress_level=1, pnginfo=text)
     else:
         image.save(buffer, "JPEG", quality=95, comment=note.encode())
-    return EnginePicture(buffer.getvalue(), f"image/{output_format}", *image.size)
+    return EngineImage(buffer.getvalue(), f"image/{output_format}", *image.size)
 
 
 def _unreadable(what: str) -> EngineFailure:

@@ -39,12 +39,12 @@ __all__ = [
     "Done",
     "Dropped",
     "Message",
-    "Order",
     "Raised",
     "Ready",
+    "RenderJob",
     "Renderer",
     "Stepped",
-    "Stop",
+    "StopJob",
     "frame",
     "main",
 ]
@@ -66,7 +66,7 @@ class Renderer(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class RenderJob:
     """Parent to worker: do this job."""
 
     number: int
@@ -74,7 +74,7 @@ class Order:
 
 
 @dataclass(frozen=True, slots=True)
-class Stop:
+class StopJob:
     """Parent to worker: give up that job between two steps."""
 
     number: int
@@ -117,7 +117,7 @@ class Dropped:
     number: int
 
 
-Message: TypeAlias = Order | Stop | Ready | Stepped | Done | Raised | Dropped
+Message: TypeAlias = RenderJob | StopJob | Ready | Stepped | Done | Raised | Dropped
 
 
 def frame(message: Message) -> bytes:
@@ -133,7 +133,7 @@ class _Inbox:
     """
 
     def __init__(self, pipe: BinaryIO) -> None:
-        self.orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
+        self.orders: queue.SimpleQueue[RenderJob] = queue.SimpleQueue()
         self._pipe = pipe
         self._stopped: set[int] = set()
         threading.Thread(target=self._listen, daemon=True, name="inbox").start()
@@ -148,15 +148,15 @@ class _Inbox:
         with contextlib.suppress(OSError):
             while len(head := self._pipe.read(HEADER.size)) == HEADER.size:
                 message = pickle.loads(self._pipe.read(HEADER.unpack(head)[0]))  # noqa: S301 - our own parent wrote it
-                if isinstance(message, Order):
+                if isinstance(message, RenderJob):
                     self.orders.put(message)
-                elif isinstance(message, Stop):
+                elif isinstance(message, StopJob):
                     self._stopped.add(message.number)
         # No clean-up: a renderer may sit in native code for minutes, and nobody waits for it any more.
         os._exit(0)
 
 
-def _execute(renderer: Renderer, order: Order, inbox: _Inbox, answers: BinaryIO) -> Message:
+def _execute(renderer: Renderer, order: RenderJob, inbox: _Inbox, answers: BinaryIO) -> Message:
     """One job to its one last message."""
 
     def on_step(done: int, total: int) -> None:

@@ -33,7 +33,7 @@ from batch.server.engines.base import (
     OnStep,
     WorkerCrashed,
 )
-from batch.server.engines.process import HEADER, Done, Dropped, Message, Order, Raised, Stepped, Stop, frame
+from batch.server.engines.process import HEADER, Done, Dropped, Message, Raised, RenderJob, Stepped, StopJob, frame
 from batch.types import JsonObject
 
 __all__ = ["WorkerPool", "WorkerStatistics", "usable_cores"]
@@ -67,7 +67,7 @@ class WorkerStatistics(NamedTuple):
 
 
 @dataclass(slots=True, eq=False)
-class _Place:
+class _WorkerSlot:
     """Where one worker after the other lives, each made with the same arguments."""
 
     arguments: JsonObject
@@ -76,10 +76,10 @@ class _Place:
     rests_until: float = -math.inf
 
 
-class _Worker:
+class _WorkerProcess:
     """One process and its two pipes."""
 
-    def __init__(self, process: Process, place: _Place) -> None:
+    def __init__(self, process: Process, place: _WorkerSlot) -> None:
         assert process.stdin is not None
         assert process.stdout is not None
         self.process = process
@@ -91,7 +91,7 @@ class _Worker:
         """Whether it was told to stop a job and may not have noticed yet."""
 
     @classmethod
-    async def start(cls, reference: str, place: _Place) -> _Worker:
+    async def start(cls, reference: str, place: _WorkerSlot) -> _WorkerProcess:
         # The worker finds modules where we find them, in the same order, whatever its directory is.
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)  # noqa: PTH109 - the import system's own ""
         command = [sys.executable, "-P", "-m", "batch.server.engines", reference, json.dumps(place.arguments)]
@@ -145,9 +145,9 @@ class WorkerPool:
             arguments = [arguments or {}] * (usable_cores() if size is None else size)
         self.size = len(arguments)
         self._reference = reference
-        self._idle: list[_Worker] = []
-        self._workers: set[_Worker] = set()
-        self._vacant = [_Place(one) for one in arguments]
+        self._idle: list[_WorkerProcess] = []
+        self._workers: set[_WorkerProcess] = set()
+        self._vacant = [_WorkerSlot(one) for one in arguments]
         self._turns = anyio.Semaphore(self.size)
         self._orders = self._started = self._crashed = 0
         self._closed = False
@@ -245,14 +245,16 @@ class WorkerPool:
             worker.place.rest = 0.0
             return result
 
-    async def _execute(self, worker: _Worker, job: EngineJob, on_step: OnStep, cancelled: Cancelled) -> EngineResult:
+    async def _execute(
+        self, worker: _WorkerProcess, job: EngineJob, on_step: OnStep, cancelled: Cancelled
+    ) -> EngineResult:
         if cancelled():
             raise EngineCancelled
         self._orders += 1
         number = self._orders
         worker.finishing = False
         try:
-            await worker.send(Order(number, job))
+            await worker.send(RenderJob(number, job))
             return await self._follow(worker, number, on_step, cancelled)
         except EngineError:
             raise
@@ -261,10 +263,10 @@ class WorkerPool:
         except BaseException:  # cancelled, or the caller's own `on_step` raised: nobody waits for the result
             worker.finishing = True
             with suppress(*_GONE):
-                await worker.send(Stop(number))
+                await worker.send(StopJob(number))
             raise
 
-    async def _follow(self, worker: _Worker, number: int, on_step: OnStep, cancelled: Cancelled) -> EngineResult:
+    async def _follow(self, worker: _WorkerProcess, number: int, on_step: OnStep, cancelled: Cancelled) -> EngineResult:
         told = False
         while True:
             message = await worker.receive()
@@ -273,7 +275,7 @@ class WorkerPool:
                     on_step(done, total)
                     if cancelled() and not told:
                         told = True
-                        await worker.send(Stop(number))
+                        await worker.send(StopJob(number))
                 case Done(number=of, result=result) if of == number:
                     return result
                 case Raised(number=of, failure=failure) if of == number:
@@ -283,12 +285,12 @@ class WorkerPool:
                 case _:  # Ready, or the rest of a job that was given up before
                     continue
 
-    def _give_back(self, worker: _Worker) -> None:
+    def _give_back(self, worker: _WorkerProcess) -> None:
         """Make a worker idle again; one that has yet to notice its stop is taken last."""
         if worker in self._workers:
             self._idle.insert(0 if worker.finishing else len(self._idle), worker)
 
-    async def _take(self) -> _Worker:
+    async def _take(self) -> _WorkerProcess:
         """An idle worker that lives, else a new one."""
         while self._idle:
             worker = self._idle.pop()
@@ -297,14 +299,14 @@ class WorkerPool:
             await self._lose(worker)
         return await self._start_worker()
 
-    async def _start_worker(self) -> _Worker:
+    async def _start_worker(self) -> _WorkerProcess:
         if self._closed:
             raise WorkerCrashed("the engine is closed")
         place = min(self._vacant, key=lambda place: place.rests_until)
         self._vacant.remove(place)
         try:
             await anyio.sleep_until(place.rests_until)
-            worker = await _Worker.start(self._reference, place)
+            worker = await _WorkerProcess.start(self._reference, place)
         except BaseException:
             self._vacant.append(place)
             raise
@@ -315,21 +317,21 @@ class WorkerPool:
         self._workers.add(worker)
         return worker
 
-    async def _lose(self, worker: _Worker) -> str:
+    async def _lose(self, worker: _WorkerProcess) -> str:
         """Bury a worker and count it; a sentence about its end."""
         if self._closed:
             return "the engine was closed while the job ran"
         self._crashed += 1
         return f"worker process {worker.process.pid} {await self._vacate(worker)}; the job may be tried again"
 
-    async def _rest(self, worker: _Worker) -> None:
+    async def _rest(self, worker: _WorkerProcess) -> None:
         """End a worker that cannot get ready, and start none in its place for a while."""
         place = worker.place
         place.rest = min(max(_FIRST_REST, 2 * place.rest), _LONGEST_REST)
         place.rests_until = anyio.current_time() + place.rest
         await self._vacate(worker)
 
-    async def _vacate(self, worker: _Worker) -> str:
+    async def _vacate(self, worker: _WorkerProcess) -> str:
         """Make sure that the worker is gone and its place is free; how it went."""
         self._workers.discard(worker)
         try:

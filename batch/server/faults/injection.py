@@ -33,15 +33,15 @@ from batch.server.engines.base import (
     OnStep,
     WorkerCrashed,
 )
-from batch.server.faults.plan import Body, Deed, Fault, FaultPlan, Faults, Moment
+from batch.server.faults.plan import Body, FaultAction, FaultPlan, FaultPoint, FaultRule, FaultSequence
 from batch.server.files.storage import content_type_of
 from batch.server.http import fal_proxy as proxy
 from batch.server.queue import responses as answers
-from batch.server.queue.records import Ending, ListingRules
+from batch.server.queue.records import CompletedRequest, ListingRules
 from batch.server.queue.service import QueueService
 from batch.types import AppId, Json, JsonObject, RequestId
 
-__all__ = ["Rehearsal", "moment_of"]
+__all__ = ["FaultInjection", "fault_point_of"]
 
 _log = logging.getLogger(__name__)
 
@@ -50,12 +50,12 @@ _LOOK_SECONDS = 0.1
 _PIECES = 20
 """Of a slow body."""
 _MOMENTS = {
-    Operation.SUBMIT: Moment.SUBMIT,
-    Operation.STATUS: Moment.STATUS,
-    Operation.RESULT: Moment.RESULT,
-    Operation.CANCEL: Moment.CANCEL,
+    Operation.SUBMIT: FaultPoint.SUBMIT,
+    Operation.STATUS: FaultPoint.STATUS,
+    Operation.RESULT: FaultPoint.RESULT,
+    Operation.CANCEL: FaultPoint.CANCEL,
 }
-_METHODS = {Moment.SUBMIT: {"POST"}, Moment.CANCEL: {"PUT", "POST"}}
+_METHODS = {FaultPoint.SUBMIT: {"POST"}, FaultPoint.CANCEL: {"PUT", "POST"}}
 _LISTING_PATH = "/v1/models/requests/by-endpoint"
 _DETAILS = {
     401: "No user found for Key ID and Secret",
@@ -77,20 +77,20 @@ _PLATFORM_ERRORS = {
 }
 
 
-def moment_of(method: str, path: str, app_id: AppId) -> Moment | None:
+def fault_point_of(method: str, path: str, app_id: AppId) -> FaultPoint | None:
     """The moment that a call belongs to; None for one that no fault can befall."""
     if path.startswith(("/files/", "/storage/")):
-        return Moment.FILE if method == "GET" else Moment.UPLOAD if method in {"POST", "PUT"} else None
+        return FaultPoint.FILE if method == "GET" else FaultPoint.UPLOAD if method in {"POST", "PUT"} else None
     if path == _LISTING_PATH:
-        return Moment.LISTING
+        return FaultPoint.LISTING
     address = protocol.parse_path(path)
     moment = None if address is None else _MOMENTS.get(address.operation)
     if address is None or moment is None or method not in _METHODS.get(moment, {"GET"}):
         return None
-    return moment if moment is not Moment.SUBMIT or address.app == app_id else None
+    return moment if moment is not FaultPoint.SUBMIT or address.app == app_id else None
 
 
-class Rehearsal:
+class FaultInjection:
     """The faults of one server.
 
     Args:
@@ -101,20 +101,20 @@ class Rehearsal:
     def __init__(self, plan: FaultPlan, clock: Callable[[], float] = time.time) -> None:
         self.listing: ListingRules = plan.listing
         self.idempotency: bool = plan.idempotency
-        self._faults = Faults(plan)
+        self._faults = FaultSequence(plan)
         self._clock = clock
         self._expiring: dict[str, float] = {}
         """Seconds that results live, by request id."""
         self._odd: dict[str, float] = {}
         """How results are odd, by request id; see `_made_odd`."""
-        self._refused: dict[str, _Refused] = {}
+        self._refused: dict[str, _LastingFault] = {}
         """By path."""
-        self._without_images: dict[str, _Refused] = {}
+        self._without_images: dict[str, _LastingFault] = {}
         """By request id."""
 
     def engine(self, engine: Engine) -> Engine:
         """The same engine, with the faults of the moment `execute`."""
-        return _Rehearsed(engine, self._faults, self._expiring)
+        return _FaultyEngine(engine, self._faults, self._expiring)
 
     def middleware(self, service: QueueService, app_id: AppId) -> Middleware:
         """What commits the faults of all other moments."""
@@ -122,19 +122,19 @@ class Rehearsal:
         @web.middleware
         async def rehearse(request: web.Request, handler: Handler) -> web.StreamResponse:
             path = _path_of(request)
-            moment = moment_of(request.method, path, app_id)
-            if moment is None or (moment is Moment.SUBMIT and proxy.is_direct(request.host)):
+            moment = fault_point_of(request.method, path, app_id)
+            if moment is None or (moment is FaultPoint.SUBMIT and proxy.is_direct(request.host)):
                 return await handler(request)
-            if moment is Moment.RESULT and await self._has_expired(service, path):
+            if moment is FaultPoint.RESULT and await self._has_expired(service, path):
                 return _response(answers.not_found_reply(service.new_id()))
-            if moment is Moment.FILE and (refusal := self._refusal(path)) is not None:
+            if moment is FaultPoint.FILE and (refusal := self._refusal(path)) is not None:
                 return _error(refusal, service)
             fault = self._faults.decide(moment)
             if fault is not None and not self._begin(fault, path):
                 fault = None
-            if moment is Moment.RESULT and (way := self._odd.get(_request_id_in(path))) is not None:
+            if moment is FaultPoint.RESULT and (way := self._odd.get(_request_id_in(path))) is not None:
                 handler = _changed(handler, lambda output: _made_odd(output, way))
-            if moment is Moment.RESULT and (refused := self._without_images.get(_request_id_in(path))) is not None:
+            if moment is FaultPoint.RESULT and (refused := self._without_images.get(_request_id_in(path))) is not None:
                 handler = _changed(handler, lambda output: self._emptied(output, refused))
             if fault is None:
                 return await handler(request)
@@ -143,29 +143,29 @@ class Rehearsal:
 
         return rehearse
 
-    def _begin(self, fault: Fault, path: str) -> bool:
+    def _begin(self, fault: FaultRule, path: str) -> bool:
         """Remember a fault that outlasts its call; False where it happens once a file or result, and did."""
-        if fault.do is Deed.ODD_FIELDS:
+        if fault.do is FaultAction.ODD_FIELDS:
             self._odd.setdefault(_request_id_in(path), self._faults.draw(fault))
-        if fault.do is Deed.REFUSE:
+        if fault.do is FaultAction.REFUSE:
             if path in self._refused:
                 return False
-            self._refused[path] = _Refused(fault, self._clock() + fault.seconds, 1)
-        if fault.do is Deed.NO_IMAGES:
+            self._refused[path] = _LastingFault(fault, self._clock() + fault.seconds, 1)
+        if fault.do is FaultAction.NO_IMAGES:
             request_id = _request_id_in(path)
             if request_id in self._without_images:
                 return False
-            self._without_images[request_id] = _Refused(fault, self._clock() + fault.seconds, 0)
+            self._without_images[request_id] = _LastingFault(fault, self._clock() + fault.seconds, 0)
         return True
 
-    def _emptied(self, output: JsonObject, refused: _Refused) -> JsonObject:
+    def _emptied(self, output: JsonObject, refused: _LastingFault) -> JsonObject:
         """The output without its images, for as long as that lasts."""
         if refused.is_over(self._clock()):
             return output
         refused.reads += 1
         return output | {"images": []}
 
-    def _refusal(self, path: str) -> Fault | None:
+    def _refusal(self, path: str) -> FaultRule | None:
         """The fault by which a file is refused at this moment, if it is."""
         refused = self._refused.get(path)
         if refused is None or refused.is_over(self._clock()):
@@ -179,14 +179,18 @@ class Rehearsal:
         if seconds is None:
             return False
         known = await service.find(RequestId(request_id))
-        return known is not None and isinstance(known.state, Ending) and self._clock() - known.state.ended_at >= seconds
+        return (
+            known is not None
+            and isinstance(known.state, CompletedRequest)
+            and self._clock() - known.state.ended_at >= seconds
+        )
 
 
 @dataclass(slots=True)
-class _Refused:
+class _LastingFault:
     """A file that is refused or was, or a result without its images."""
 
-    fault: Fault
+    fault: FaultRule
     until: float
     """Unix seconds."""
     reads: int
@@ -212,24 +216,26 @@ def _path_of(request: web.Request) -> str:
 # --- calls ------------------------------------------------------------------------------------------------
 
 
-async def _commit(fault: Fault, request: web.Request, handler: Handler, service: QueueService) -> web.StreamResponse:
+async def _commit(
+    fault: FaultRule, request: web.Request, handler: Handler, service: QueueService
+) -> web.StreamResponse:
     match fault.do:
-        case Deed.DROP:
+        case FaultAction.DROP:
             await request.read()  # unread bytes would make the kernel send a reset in place of a plain end
             return _hang_up(request)
-        case Deed.ANSWER | Deed.REFUSE:
+        case FaultAction.ANSWER | FaultAction.REFUSE:
             await request.read()
             return _error(fault, service)
-        case Deed.DROP_AFTER_ACCEPT | Deed.ANSWER_AFTER_ACCEPT:
+        case FaultAction.DROP_AFTER_ACCEPT | FaultAction.ANSWER_AFTER_ACCEPT:
             answer = await handler(request)
             if answer.status != 200:
                 return answer  # it was refused: nothing was accepted that could be lost
-            return _hang_up(request) if fault.do is Deed.DROP_AFTER_ACCEPT else _error(fault, service)
-        case Deed.LATE:
+            return _hang_up(request) if fault.do is FaultAction.DROP_AFTER_ACCEPT else _error(fault, service)
+        case FaultAction.LATE:
             answer = await handler(request)
             await asyncio.sleep(fault.seconds)
             return answer
-        case Deed.ODD_FIELDS | Deed.NO_IMAGES:
+        case FaultAction.ODD_FIELDS | FaultAction.NO_IMAGES:
             return await handler(request)  # which answers so
         case _:
             return await _maim(fault, request, handler, service)
@@ -241,7 +247,7 @@ def _hang_up(request: web.Request) -> web.Response:
     return web.Response()  # never sent: the connection is gone
 
 
-def _error(fault: Fault, service: QueueService) -> web.Response:
+def _error(fault: FaultRule, service: QueueService) -> web.Response:
     headers = {} if fault.retry_after is None else {"retry-after": f"{fault.retry_after:g}"}
     status, reason = fault.status, _phrase(fault.status)
     if fault.body is Body.EMPTY:
@@ -254,7 +260,7 @@ def _error(fault: Fault, service: QueueService) -> web.Response:
         plain = {"content-type": "text/html", "server": "nginx"}
         return web.Response(status=status, body=page.encode(), headers=plain | headers)
     detail, new_id = _DETAILS.get(status, reason), service.new_id()
-    if fault.at is Moment.LISTING:
+    if fault.at is FaultPoint.LISTING:
         kind = _PLATFORM_ERRORS.get(status, PlatformError.SERVER if status >= 500 else PlatformError.VALIDATION)
         reply = platform_error_reply(status, kind, detail, new_id)
     else:
@@ -262,19 +268,19 @@ def _error(fault: Fault, service: QueueService) -> web.Response:
     return web.Response(status=status, body=reply.body, headers={**reply.headers, **headers})
 
 
-async def _maim(fault: Fault, request: web.Request, handler: Handler, service: QueueService) -> web.StreamResponse:
+async def _maim(fault: FaultRule, request: web.Request, handler: Handler, service: QueueService) -> web.StreamResponse:
     """The right answer with a body that is slow, cut off or short."""
     found = await _whole(fault, request, handler, service)
     if isinstance(found, web.StreamResponse):
         return found
     status, headers, body = found
     half = body[: len(body) // 2]
-    if fault.do is Deed.SHORT:
+    if fault.do is FaultAction.SHORT:
         return web.Response(status=status, body=half, headers=headers)
     stream = web.StreamResponse(status=status, headers=headers)
     stream.content_length = len(body)
     await stream.prepare(request)
-    if fault.do is Deed.CUT:
+    if fault.do is FaultAction.CUT:
         await stream.write(half)
         _hang_up(request)
         return stream
@@ -287,10 +293,10 @@ async def _maim(fault: Fault, request: web.Request, handler: Handler, service: Q
 
 
 async def _whole(
-    fault: Fault, request: web.Request, handler: Handler, service: QueueService
+    fault: FaultRule, request: web.Request, handler: Handler, service: QueueService
 ) -> tuple[int, dict[str, str], bytes] | web.StreamResponse:
     """Status, headers and body of the right answer; the answer itself where it is an error or a stream."""
-    if fault.at is Moment.FILE:
+    if fault.at is FaultPoint.FILE:
         data = await service.storage.read(request.path)
         if data is None:
             return await handler(request)
@@ -366,10 +372,10 @@ class _SentBack(WorkerCrashed):
         self.pause = seconds
 
 
-class _Rehearsed:
+class _FaultyEngine:
     """An engine that fails on purpose."""
 
-    def __init__(self, engine: Engine, faults: Faults, expiring: dict[str, float]) -> None:
+    def __init__(self, engine: Engine, faults: FaultSequence, expiring: dict[str, float]) -> None:
         self._engine = engine
         self._faults = faults
         self._expiring = expiring
@@ -394,22 +400,22 @@ class _Rehearsed:
             EngineCancelled: see the engine.
             WorkerCrashed: the engine's own, one on purpose, or the request goes back to its queue.
         """
-        fault = self._faults.decide(Moment.EXECUTE)
+        fault = self._faults.decide(FaultPoint.EXECUTE)
         if fault is not None:
             _log.info("on purpose: %s of request %s", fault.do, job.request_id)
             await self._commit(fault, job, cancelled)
         return await self._engine.generate(job, on_step, cancelled)
 
-    async def _commit(self, fault: Fault, job: EngineJob, cancelled: Cancelled) -> None:
+    async def _commit(self, fault: FaultRule, job: EngineJob, cancelled: Cancelled) -> None:
         match fault.do:
-            case Deed.EXPIRE:
+            case FaultAction.EXPIRE:
                 self._expiring[job.request_id] = fault.seconds
-            case Deed.CRASH:
+            case FaultAction.CRASH:
                 raise WorkerCrashed("killed on purpose")
-            case Deed.REQUEUE:
+            case FaultAction.REQUEUE:
                 await _while_not(cancelled, fault.seconds)
                 raise _SentBack(fault.seconds)
-            case Deed.CONTENT_POLICY:
+            case FaultAction.CONTENT_POLICY:
                 words = "The content could not be processed because it contained material flagged by a content checker."
                 raise EngineFailure(422, "content_policy_violation", words, ("body", "prompt"))
             case _:

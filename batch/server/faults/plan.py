@@ -28,10 +28,19 @@ from typing import Any, TypeVar
 from batch.errors import ConfigError
 from batch.server.queue.records import ListingRules, ListingWindow
 
-__all__ = ["Body", "Deed", "Fault", "FaultPlan", "Faults", "Moment", "parse_faults", "read_faults"]
+__all__ = [
+    "Body",
+    "FaultAction",
+    "FaultPlan",
+    "FaultPoint",
+    "FaultRule",
+    "FaultSequence",
+    "parse_faults",
+    "read_faults",
+]
 
 
-class Moment(StrEnum):
+class FaultPoint(StrEnum):
     """Where a fault can happen. All but `execute` are calls over HTTP."""
 
     SUBMIT = "submit"
@@ -47,7 +56,7 @@ class Moment(StrEnum):
     """The engine gets a request; one that is executed again is counted again."""
 
 
-class Deed(StrEnum):
+class FaultAction(StrEnum):
     """What can be done to it."""
 
     DROP = "drop"
@@ -97,43 +106,47 @@ class Body(StrEnum):
     EMPTY = "empty"
 
 
-_ANSWERS = frozenset({Deed.DROP, Deed.ANSWER, Deed.LATE})
-_BODIES = frozenset({Deed.SLOW, Deed.CUT, Deed.SHORT})
-_DEEDS: Mapping[Moment, frozenset[Deed]] = {
-    Moment.SUBMIT: _ANSWERS | {Deed.DROP_AFTER_ACCEPT, Deed.ANSWER_AFTER_ACCEPT},
-    Moment.STATUS: _ANSWERS | _BODIES,
-    Moment.RESULT: _ANSWERS | _BODIES | {Deed.ODD_FIELDS, Deed.NO_IMAGES},
-    Moment.CANCEL: _ANSWERS,
-    Moment.UPLOAD: _ANSWERS,
-    Moment.FILE: _ANSWERS | _BODIES | {Deed.REFUSE},
-    Moment.LISTING: _ANSWERS | _BODIES,
-    Moment.EXECUTE: frozenset({Deed.FAIL, Deed.CONTENT_POLICY, Deed.EXPIRE, Deed.REQUEUE, Deed.CRASH}),
+_ANSWERS = frozenset({FaultAction.DROP, FaultAction.ANSWER, FaultAction.LATE})
+_BODIES = frozenset({FaultAction.SLOW, FaultAction.CUT, FaultAction.SHORT})
+_DEEDS: Mapping[FaultPoint, frozenset[FaultAction]] = {
+    FaultPoint.SUBMIT: _ANSWERS | {FaultAction.DROP_AFTER_ACCEPT, FaultAction.ANSWER_AFTER_ACCEPT},
+    FaultPoint.STATUS: _ANSWERS | _BODIES,
+    FaultPoint.RESULT: _ANSWERS | _BODIES | {FaultAction.ODD_FIELDS, FaultAction.NO_IMAGES},
+    FaultPoint.CANCEL: _ANSWERS,
+    FaultPoint.UPLOAD: _ANSWERS,
+    FaultPoint.FILE: _ANSWERS | _BODIES | {FaultAction.REFUSE},
+    FaultPoint.LISTING: _ANSWERS | _BODIES,
+    FaultPoint.EXECUTE: frozenset(
+        {FaultAction.FAIL, FaultAction.CONTENT_POLICY, FaultAction.EXPIRE, FaultAction.REQUEUE, FaultAction.CRASH}
+    ),
 }
 _CHOICES = ("every", "share", "first")
-_OPTIONS: Mapping[Deed, frozenset[str]] = {
-    Deed.ANSWER: frozenset({"status", "retry_after", "body"}),
-    Deed.ANSWER_AFTER_ACCEPT: frozenset({"status", "retry_after", "body"}),
-    Deed.LATE: frozenset({"seconds"}),
-    Deed.SLOW: frozenset({"seconds"}),
-    Deed.FAIL: frozenset({"status", "retryable"}),
-    Deed.EXPIRE: frozenset({"seconds"}),
-    Deed.REQUEUE: frozenset({"seconds"}),
-    Deed.NO_IMAGES: frozenset({"seconds", "reads"}),
-    Deed.REFUSE: frozenset({"status", "seconds", "reads", "retry_after", "body"}),
+_OPTIONS: Mapping[FaultAction, frozenset[str]] = {
+    FaultAction.ANSWER: frozenset({"status", "retry_after", "body"}),
+    FaultAction.ANSWER_AFTER_ACCEPT: frozenset({"status", "retry_after", "body"}),
+    FaultAction.LATE: frozenset({"seconds"}),
+    FaultAction.SLOW: frozenset({"seconds"}),
+    FaultAction.FAIL: frozenset({"status", "retryable"}),
+    FaultAction.EXPIRE: frozenset({"seconds"}),
+    FaultAction.REQUEUE: frozenset({"seconds"}),
+    FaultAction.NO_IMAGES: frozenset({"seconds", "reads"}),
+    FaultAction.REFUSE: frozenset({"status", "seconds", "reads", "retry_after", "body"}),
 }
 """Keys beside `at`, `do`, `after`, `times` and the choice."""
 _REQUIRED = frozenset({"status", "seconds"})
-_EITHER: Mapping[Deed, tuple[str, ...]] = dict.fromkeys((Deed.REFUSE, Deed.NO_IMAGES), ("seconds", "reads"))
+_EITHER: Mapping[FaultAction, tuple[str, ...]] = dict.fromkeys(
+    (FaultAction.REFUSE, FaultAction.NO_IMAGES), ("seconds", "reads")
+)
 """Of which exactly one is there."""
 _GATEWAY = frozenset({502, 503, 504})
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
+class FaultRule:
     """One entry of a faults file. Durations in seconds."""
 
-    at: Moment
-    do: Deed
+    at: FaultPoint
+    do: FaultAction
     every: int | None = None
     """Every n-th call."""
     share: float | None = None
@@ -169,25 +182,25 @@ class Fault:
 class FaultPlan:
     """A faults file, checked."""
 
-    faults: tuple[Fault, ...] = ()
+    faults: tuple[FaultRule, ...] = ()
     seed: int = 0
     listing: ListingRules = field(default_factory=ListingRules)
     idempotency: bool = True
     """Whether the server honours `Idempotency-Key`; fal does not."""
 
 
-class Faults:
+class FaultSequence:
     """The decisions of one server's life: the n-th call of a moment meets the same fault in every one."""
 
     def __init__(self, plan: FaultPlan) -> None:
         # Each fault has dice of its own: what happens at one moment does not depend on the calls of another.
         self._faults = [(fault, Random(f"{plan.seed}/{number}")) for number, fault in enumerate(plan.faults)]
         self._ways = [Random(f"{plan.seed}/{number}/way") for number in range(len(plan.faults))]
-        self._calls: Counter[Moment] = Counter()
+        self._calls: Counter[FaultPoint] = Counter()
         self._happened: Counter[int] = Counter()
         self._moments = frozenset(fault.at for fault in plan.faults)
 
-    def decide(self, moment: Moment) -> Fault | None:
+    def decide(self, moment: FaultPoint) -> FaultRule | None:
         """The fault that the moment's next call meets, if any."""
         if moment not in self._moments:
             return None
@@ -202,7 +215,7 @@ class Faults:
         self._happened[chosen] += 1
         return self._faults[chosen][0]
 
-    def draw(self, fault: Fault) -> float:
+    def draw(self, fault: FaultRule) -> float:
         """A number from 0 to 1 that says how a fault that was decided on happens, where there are several ways."""
         index = next(index for index, (known, _) in enumerate(self._faults) if known is fault)
         return self._ways[index].random()
@@ -253,9 +266,9 @@ def _listing(table: _Table) -> ListingRules:
     )
 
 
-def _fault(table: _Table) -> Fault:
-    at = table.word("at", Moment)
-    do = table.word("do", Deed, among=_DEEDS[at], where=f" at {at}")
+def _fault(table: _Table) -> FaultRule:
+    at = table.word("at", FaultPoint)
+    do = table.word("do", FaultAction, among=_DEEDS[at], where=f" at {at}")
     options = _OPTIONS.get(do, frozenset())
     table.only("at", "do", *_CHOICES, "after", "times", *sorted(options))
     table.exactly_one("say which calls with", _CHOICES)
@@ -263,8 +276,8 @@ def _fault(table: _Table) -> Fault:
     if either:
         table.exactly_one(f"{do} needs", either)
     table.demand(options & _REQUIRED - {*either})
-    status = table.whole("status", None, least=500 if do is Deed.FAIL else 400, most=599) or 0
-    return Fault(
+    status = table.whole("status", None, least=500 if do is FaultAction.FAIL else 400, most=599) or 0
+    return FaultRule(
         at,
         do,
         every=table.whole("every", None, least=1),

@@ -32,7 +32,7 @@ __all__ = [
     "Part",
     "Parts",
     "Spooled",
-    "TooLarge",
+    "UploadTooLarge",
     "spool",
 ]
 
@@ -82,13 +82,13 @@ class Parts:
             announced: how many there will be, if the sender says so.
 
         Raises:
-            TooLarge: see the limits above.
+            UploadTooLarge: see the limits above.
             StorageError: the disk refused, or all unfinished uploads together take too much of it.
         """
         # Room is taken before the bytes come, so that many at once cannot go past the limits.
         room = PART_LIMIT_BYTES if announced is None else announced
         if room > PART_LIMIT_BYTES:
-            raise TooLarge(f"a part may have {PART_LIMIT_BYTES // 2**20} MiB")
+            raise UploadTooLarge(f"a part may have {PART_LIMIT_BYTES // 2**20} MiB")
         if self._held_bytes + room > OPEN_LIMIT_BYTES:
             raise StorageError(
                 "too many unfinished uploads are kept; finish some, or wait a day until they are removed"
@@ -155,7 +155,7 @@ def _keep(temporary: Path, folder: Path, name: str, size: int) -> int:
     earlier = {part: sizes[part] for part in sizes if part[:5] == name[:5]}
     grown = size - sum(earlier.values())
     if sum(sizes.values()) + grown > FILE_LIMIT_BYTES:
-        raise TooLarge(f"a file may have {FILE_LIMIT_BYTES // 2**20} MiB")
+        raise UploadTooLarge(f"a file may have {FILE_LIMIT_BYTES // 2**20} MiB")
     temporary.replace(folder / name)
     for part in earlier.keys() - {name}:
         (folder / part).unlink(missing_ok=True)
@@ -190,7 +190,7 @@ def _drop(folder: Path) -> int:
 _CHUNK = 1 << 20
 
 
-class TooLarge(ValueError):
+class UploadTooLarge(ValueError):
     """More bytes came than may be stored."""
 
 
@@ -205,14 +205,14 @@ async def spool(chunks: AsyncIterator[bytes], place: Path, limit: int) -> Spoole
     """Append a stream of at most `limit` bytes to a file; it is not synced.
 
     Raises:
-        TooLarge: more came; what was written so far is left for the caller to remove.
+        UploadTooLarge: more came; what was written so far is left for the caller to remove.
         OSError: the disk refused.
     """
     digest, size, buffer = hashlib.sha256(), 0, bytearray()
     async for chunk in chunks:
         size += len(chunk)
         if size > limit:
-            raise TooLarge(f"more than {limit} bytes")
+            raise UploadTooLarge(f"more than {limit} bytes")
         digest.update(chunk)
         buffer += chunk
         if len(buffer) >= _CHUNK:

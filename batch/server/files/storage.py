@@ -28,11 +28,11 @@ from urllib.parse import urlsplit
 
 from batch.errors import StorageError
 from batch.image_formats import FORMATS, format_of_type
-from batch.server.files.multipart import Part, Parts, Spooled, TooLarge, spool
+from batch.server.files.multipart import Part, Parts, Spooled, UploadTooLarge, spool
 from batch.server.files.small_files import SMALL_BYTES, SmallFile, SmallFiles
 from batch.system.descriptors import patiently
 
-__all__ = ["Reservation", "Storage", "TooLarge", "content_type_of"]
+__all__ = ["Reservation", "Storage", "UploadTooLarge", "content_type_of"]
 
 _PATH = re.compile(r"/files/([0-9a-f]{2})/(\1[0-9a-f]{30}(?:\.[a-z0-9]{1,8})?)")
 _TYPES = mimetypes.MimeTypes(filenames=())  # the standard library's own table: the same on every machine
@@ -120,7 +120,7 @@ class Storage:
             life: see `save`.
 
         Raises:
-            TooLarge: more than `limit` bytes came; nothing is kept.
+            UploadTooLarge: more than `limit` bytes came; nothing is kept.
             StorageError: the disk refused.
         """
         temporary = self._incoming / secrets.token_hex(16)
@@ -165,7 +165,7 @@ class Storage:
             announced: how many there will be, if the sender says so.
 
         Raises:
-            TooLarge: the part, its file or all unfinished files together become too large.
+            UploadTooLarge: the part, its file or all unfinished files together become too large.
             StorageError: the disk refused.
         """
         return await self._parts.put(_name_of(path), number, chunks, announced)
@@ -265,11 +265,11 @@ class Storage:
         """The bytes of a stored file, or None where there is none.
 
         Raises:
-            TooLarge: there are more than `limit`.
+            UploadTooLarge: there are more than `limit`.
         """
         found = await self.find(path)
         if found is not None and (found.stat().st_size if isinstance(found, Path) else len(found)) > limit:
-            raise TooLarge(f"more than {limit} bytes")
+            raise UploadTooLarge(f"more than {limit} bytes")
         if not isinstance(found, Path):
             return found
         return await asyncio.to_thread(patiently, found.read_bytes, time.sleep)

@@ -22,16 +22,16 @@ from batch.fal import protocol
 from batch.fal.endpoint import APP_ID
 from batch.fal.platform import PlatformError, platform_error_reply
 from batch.fal.protocol import Address, Malformed, Operation, Reply
-from batch.server.egress.ssrf import AddressRule, Refused
+from batch.server.egress.ssrf import AddressRefused, AddressRule
 from batch.server.http import fal_proxy as proxy
 from batch.server.http import files as uploads
 from batch.server.http import metrics, openapi
 from batch.server.http.auth import Access, Authenticator, Denied, access_of, owner_of, set_owner
-from batch.server.http.cors import Crossing
+from batch.server.http.cors import CorsPolicy
 from batch.server.http.page import routes as page
 from batch.server.queue import responses as answers
-from batch.server.queue.records import Ending, Keeping, Priority
-from batch.server.queue.service import Known, QueueFull, QueueService, Wishes
+from batch.server.queue.records import CompletedRequest, Priority, RetentionOptions
+from batch.server.queue.service import QueueFull, QueueService, RequestState, SubmitOptions
 from batch.server.queue.webhooks import webhook_of
 from batch.system.descriptors import ServerShare, lacks_descriptor
 from batch.types import AppId, RequestId
@@ -80,7 +80,7 @@ def application(
         middleware: called around every handler; fault injection is one.
         share: what may be open at once; None: as much as comes.
     """
-    face = _Face(
+    face = _QueueApi(
         service,
         app_id,
         authenticator,
@@ -113,7 +113,7 @@ def response(reply: Reply) -> web.Response:
     return web.Response(status=reply.status, body=reply.body, headers=reply.headers)
 
 
-class _Face:
+class _QueueApi:
     """The handlers, with what they need."""
 
     def __init__(
@@ -133,7 +133,7 @@ class _Face:
         self._idempotency = idempotency
         self._held, self._held_limit = 0, held
         """Connections that wait for an end."""
-        self._crossing = Crossing(keyed=authenticator.keyed)
+        self._crossing = CorsPolicy(keyed=authenticator.keyed)
         self._owner, self._alias, _ = protocol.split_app(app_id)
         self._schema = b""
 
@@ -244,7 +244,7 @@ class _Face:
         if isinstance(accepted, web.Response):
             return accepted
         known = await self._service.find(accepted, expired=True)
-        while known is not None and not isinstance(known.state, Ending):
+        while known is not None and not isinstance(known.state, CompletedRequest):
             if self._service.stopping:
                 return self._refuse(503, "The server goes down; the request stays queued", "runner_disconnected")
             await self._service.changed(accepted, KEEP_ALIVE_SECONDS)
@@ -277,7 +277,7 @@ class _Face:
         except Malformed as error:
             errors = [answers.model_error("json_invalid", str(error), ("body",), {}, None)]
             return response(protocol.model_error_reply(422, errors, self._service.new_id()))
-        except Refused as refusal:
+        except AddressRefused as refusal:
             message = f"This webhook cannot be called: {refusal} (serve --allow-private permits loopback and private)"
             errors = [answers.model_error("url_error", message, ("query", "fal_webhook"), {}, None)]
             return response(protocol.model_error_reply(422, errors, self._service.new_id()))
@@ -327,17 +327,19 @@ class _Face:
             case _:
                 return await self._result(request, request_id, known)
 
-    def _status(self, request: web.Request, request_id: RequestId, known: Known) -> web.Response:
+    def _status(self, request: web.Request, request_id: RequestId, known: RequestState) -> web.Response:
         logs = _wants_logs(request)
         return response(answers.status_reply(_base(request), known.app, request_id, known.state, logs=logs))
 
-    async def _result(self, request: web.Request, request_id: RequestId, known: Known) -> web.Response:
-        if not isinstance(known.state, Ending):
+    async def _result(self, request: web.Request, request_id: RequestId, known: RequestState) -> web.Response:
+        if not isinstance(known.state, CompletedRequest):
             return response(answers.still_running_reply(request_id))
         inlined = await self._service.inlined(known.state) if known.state.inline else None
         return response(answers.result_reply(_base(request), known.state, inlined))
 
-    async def _stream(self, request: web.Request, request_id: RequestId, known: Known | None) -> web.StreamResponse:
+    async def _stream(
+        self, request: web.Request, request_id: RequestId, known: RequestState | None
+    ) -> web.StreamResponse:
         """Server-sent events: one at each change, a comment in silence, the end after COMPLETED."""
         stream = web.StreamResponse(
             headers={
@@ -351,7 +353,7 @@ class _Face:
         while known is not None:
             body = answers.status_reply(base, known.app, request_id, known.state, logs=logs).body
             await stream.write(b"data: " + body + b"\n\n" if body != last else b": still here\n\n")
-            if isinstance(known.state, Ending) or self._service.stopping:
+            if isinstance(known.state, CompletedRequest) or self._service.stopping:
                 break
             last = body
             await self._service.changed(request_id, KEEP_ALIVE_SECONDS)
@@ -417,17 +419,17 @@ def _wants_logs(request: web.Request) -> bool:
     return bool(request.query_string) and request.query.get("logs", "").lower() in _TRUE
 
 
-def _wishes(request: web.Request, permitted: AddressRule) -> Wishes:
+def _wishes(request: web.Request, permitted: AddressRule) -> SubmitOptions:
     headers, options = request.headers, protocol.options_in(request.headers)
     limit = request.query.get("fal_max_queue_length", "") if request.query_string else ""
     webhook = request.query.get("fal_webhook", "") if request.query_string else ""
-    return Wishes(
+    return SubmitOptions(
         idempotency_key=_text(headers.get(protocol.IDEMPOTENCY_KEY)),
         priority=Priority.LOW if options.low_priority else Priority.NORMAL,
         start_timeout=options.start_timeout,
         queue_limit=int(limit) if limit.isdecimal() and len(limit) < 20 else None,
         webhook=webhook_of(webhook, _base(request), permitted) if webhook else None,
-        keeping=Keeping(headers.get("x-fal-store-io") == "0", options.file_seconds),
+        keeping=RetentionOptions(headers.get("x-fal-store-io") == "0", options.file_seconds),
         tags=options.tags,
     )
 

@@ -11,7 +11,7 @@ from yarl import URL
 from batch.fal.protocol import is_loopback
 from batch.server.http.auth import Denied
 
-__all__ = ["Crossing", "host_of"]
+__all__ = ["CorsPolicy", "host_of"]
 
 _AUTHORITY = re.compile(r"[^\s/?#@\\\ud800-\udfff]{1,512}")
 """A host and perhaps a port; bytes that are not UTF-8 arrive as lone surrogates."""
@@ -43,7 +43,7 @@ def host_of(authority: str) -> str | None:
         return None
 
 
-class Crossing:
+class CorsPolicy:
     """Which other origins a browser may call us from, and under which names.
 
     Args:

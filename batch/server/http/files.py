@@ -22,7 +22,7 @@ from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 
 from batch.fal import protocol
-from batch.server.files.multipart import PARTS, BadParts, Part, TooLarge
+from batch.server.files.multipart import PARTS, BadParts, Part, UploadTooLarge
 from batch.server.files.storage import Reservation, content_type_of
 from batch.server.http.auth import Authenticator, owner_of
 from batch.server.queue.service import QueueService
@@ -128,7 +128,7 @@ class _Files:
         chunks = _chunks(request)
         try:
             tag = await self._storage.receive_part(path, int(number), chunks, request.content_length)
-        except TooLarge as error:
+        except UploadTooLarge as error:
             raise web.HTTPRequestEntityTooLarge(0, text=f"This upload is too large: {error}") from error
         etag = f'"{tag}"'
         return self._json({"partNumber": int(number), "etag": etag}, etag=etag)
@@ -156,7 +156,7 @@ class _Files:
             raise web.HTTPNotFound(text=f"There is no file {path}")
         headers = {"content-type": content_type_of(path), **_FILE_HEADERS}
         if isinstance(found, Path):
-            return _File(found, headers, self._sending)
+            return _FileResponse(found, headers, self._sending)
         name = path.rpartition("/")[2]  # a hash of the bytes
         headers["etag"] = f'"{name}"'
         if any(etag.value in {name, "*"} for etag in request.if_none_match or ()):
@@ -185,7 +185,7 @@ class _Files:
         life = protocol.lifetime_in(request.headers) if path is None else None
         try:
             return await self._storage.receive(chunks, content_type, UPLOAD_LIMIT_BYTES, path, life)
-        except TooLarge as error:
+        except UploadTooLarge as error:
             raise web.HTTPRequestEntityTooLarge(UPLOAD_LIMIT_BYTES, text=too_large) from error
 
     def _json(self, value: JsonObject, **headers: str) -> web.Response:
@@ -193,7 +193,7 @@ class _Files:
         return web.Response(body=orjson.dumps(value), headers=own | headers)
 
 
-class _File(web.FileResponse):
+class _FileResponse(web.FileResponse):
     """A file on disk, which is open while it is sent."""
 
     def __init__(self, path: Path, headers: dict[str, str], turn: AbstractAsyncContextManager[object]) -> None:

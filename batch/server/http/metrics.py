@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from aiohttp import web
 
 from batch.server.queue.service import QueueService
-from batch.server.queue.stats import SECONDS_BOUNDS, Outcome
+from batch.server.queue.stats import SECONDS_BOUNDS, EndKind
 from batch.version import tool_version
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class _Metrics:
             counts.accepted - tally.accepted_before,
         )
         ended = CounterMetricFamily("restyle_requests_ended", "Requests ended since the start", labels=["outcome"])
-        for outcome in Outcome:
+        for outcome in EndKind:
             ended.add_metric([outcome.value], tally.outcomes[outcome])
         yield ended
         yield GaugeMetricFamily("restyle_queue_depth", "Requests that wait", counts.waiting)

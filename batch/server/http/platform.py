@@ -29,7 +29,7 @@ from batch.fal.protocol import Malformed, Reply
 from batch.server.files.storage import content_type_of
 from batch.server.http.auth import owner_of
 from batch.server.queue import responses as answers
-from batch.server.queue.request_log import Charged, History, Past
+from batch.server.queue.request_log import LoggedCharge, LoggedRequest, RequestLog
 from batch.server.queue.service import QueueService
 from batch.types import AppId, JsonObject
 
@@ -47,7 +47,7 @@ _Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
 def routes(
     service: QueueService,
     app_id: AppId,
-    history: History,
+    history: RequestLog,
     price_usd: float = 0.0,
     clock: Callable[[], float] = time.time,
 ) -> list[tuple[str, str, _Handler]]:
@@ -78,7 +78,7 @@ class _Platform:
         self,
         service: QueueService,
         app_id: AppId,
-        history: History,
+        history: RequestLog,
         price_usd: float,
         clock: Callable[[], float],
     ) -> None:
@@ -105,7 +105,7 @@ class _Platform:
     async def requests(self, request: web.Request) -> Reply:
         """A page of the endpoint's requests."""
         query = queries.read_listing_query(list(request.query.items()), self._clock())
-        found: list[Past] = []
+        found: list[LoggedRequest] = []
         more = False
         if self._app_id in query.apps:
             found, more = await self._history.page(query, _owner(request))
@@ -123,7 +123,7 @@ class _Platform:
     async def charges(self, request: web.Request) -> Reply:
         """A page of what requests cost: their true units, at the price that this server was started with."""
         query = queries.read_billing_query(list(request.query.items()), self._clock())
-        found: list[Charged] = []
+        found: list[LoggedCharge] = []
         more = False
         if not query.apps or self._app_id in query.apps:
             found, more = await self._history.charges(query, _owner(request))
@@ -168,7 +168,7 @@ class _Platform:
     def _refuse(self, status: int, kind: PlatformError, message: str) -> Reply:
         return platform.platform_error_reply(status, kind, message, self._service.new_id())
 
-    async def _pictures(self, found: Sequence[Past]) -> dict[str, bytes]:
+    async def _pictures(self, found: Sequence[LoggedRequest]) -> dict[str, bytes]:
         """The pictures that came inside inputs, by stored path, as many as a page may show."""
         pictures: dict[str, bytes] = {}
         left = PICTURES_BYTES
@@ -183,7 +183,7 @@ class _Platform:
         return pictures
 
 
-def _listed(base: str, found: Sequence[Past], pictures: dict[str, bytes]) -> list[Listed]:
+def _listed(base: str, found: Sequence[LoggedRequest], pictures: dict[str, bytes]) -> list[Listed]:
     return [
         Listed(
             past.request_id,

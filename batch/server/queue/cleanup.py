@@ -18,7 +18,7 @@ from batch.errors import StorageError
 from batch.server.files.storage import Storage
 from batch.server.queue.store import Store
 
-__all__ = ["DEFAULT_SECONDS", "Sweeper", "sweeping"]
+__all__ = ["DEFAULT_SECONDS", "Cleanup", "cleaning_up"]
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ _PAUSE_SECONDS = 0.05
 """Between two steps, so that callers notice nothing."""
 
 
-class Sweeper:
+class Cleanup:
     """Removes what is over.
 
     Args:
@@ -119,7 +119,7 @@ class Sweeper:
 
 
 @asynccontextmanager
-async def sweeping(sweeper: Sweeper, clock: Callable[[], float]) -> AsyncIterator[None]:
+async def cleaning_up(sweeper: Cleanup, clock: Callable[[], float]) -> AsyncIterator[None]:
     """Sweep in the background while the block lasts."""
     async with asyncio.TaskGroup() as tasks:
         task = tasks.create_task(sweeper.run(clock))

@@ -1,6 +1,6 @@
 """Executes one request: validate, fetch the source, let the engine work, keep the pictures.
 
-Owns the way from a stored input to an outcome. Every foreseeable fault becomes a `Fault`, which is what the
+Owns the way from a stored input to an outcome. Every foreseeable fault becomes a `RequestFailed`, which is what the
 request's result URL will answer; only a died worker process is left to the caller, who may try again.
 """
 
@@ -15,7 +15,7 @@ from typing import TypeAlias
 from pydantic import ValidationError
 
 from batch.fal.endpoint import ImageToImageInput
-from batch.server.egress.source_images import Sources
+from batch.server.egress.source_images import SourceFetcher
 from batch.server.engines.base import (
     Cancelled,
     Engine,
@@ -31,13 +31,13 @@ from batch.server.queue import responses as answers
 from batch.system.descriptors import lacks_descriptor
 from batch.types import RequestId
 
-__all__ = ["Fault", "Kept", "Made", "Outcome", "Worker"]
+__all__ = ["Execution", "Executor", "Rendered", "RequestFailed", "StoredResult"]
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
+class RequestFailed:
     """The request ended without pictures."""
 
     status: int
@@ -46,13 +46,13 @@ class Fault:
     retryable: bool | None = None
 
     @classmethod
-    def of(cls, status: int, error_type: str, detail: str) -> Fault:
+    def of(cls, status: int, error_type: str, detail: str) -> RequestFailed:
         """An infrastructure error."""
         return cls(status, answers.error_payload(error_type, detail), error_type)
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class Rendered:
     """The engine's result, in memory."""
 
     result: EngineResult
@@ -61,7 +61,7 @@ class Made:
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class StoredResult:
     """The result with its pictures on disk."""
 
     payload: bytes
@@ -69,19 +69,19 @@ class Kept:
     inline: bool
 
 
-Outcome: TypeAlias = Made | Fault
+Execution: TypeAlias = Rendered | RequestFailed
 
 
-class Worker:
+class Executor:
     """What stands between the queue and the engine."""
 
-    def __init__(self, engine: Engine, storage: Storage, sources: Sources) -> None:
+    def __init__(self, engine: Engine, storage: Storage, sources: SourceFetcher) -> None:
         self._engine = engine
         self._storage = storage
         self._sources = sources
         self._fetches_source = engine.info().fetches_source
 
-    async def make(self, request_id: RequestId, body: bytes, on_step: OnStep, cancelled: Cancelled) -> Outcome:
+    async def make(self, request_id: RequestId, body: bytes, on_step: OnStep, cancelled: Cancelled) -> Execution:
         """Execute a request up to its pictures.
 
         Raises:
@@ -96,24 +96,26 @@ class Worker:
                 given = given.model_copy(update={"seed": _seed_of(request_id)})
             source = await self._sources.fetch(image_url) if self._fetches_source else None
             if cancelled():
-                return Fault.of(*answers.CANCELLED)
+                return RequestFailed.of(*answers.CANCELLED)
             result = await self._engine.generate(EngineJob(request_id, given, source), on_step, cancelled)
         except ValidationError as error:
-            return Fault(422, answers.validation_payload(error), retryable=False)
+            return RequestFailed(422, answers.validation_payload(error), retryable=False)
         except EngineFailure as failure:
-            return Fault(failure.status, answers.failure_payload(failure, image_url), retryable=failure.retryable)
+            return RequestFailed(
+                failure.status, answers.failure_payload(failure, image_url), retryable=failure.retryable
+            )
         except EngineCancelled:
-            return Fault.of(*answers.CANCELLED)
+            return RequestFailed.of(*answers.CANCELLED)
         except WorkerCrashed:
             raise
         except Exception as error:  # the boundary between one request and the server: it must not end the others
             if lacks_descriptor(error):
                 raise
             _log.exception("request %s failed in a way that nobody foresaw", request_id)
-            return Fault.of(500, "internal_error", "Internal Server Error")
-        return Made(result, given.sync_mode)
+            return RequestFailed.of(500, "internal_error", "Internal Server Error")
+        return Rendered(result, given.sync_mode)
 
-    async def keep(self, made: Made, life: float | None = None) -> Kept:
+    async def keep(self, made: Rendered, life: float | None = None) -> StoredResult:
         """Store the pictures, for `life` seconds where that is given; durable when it returns.
 
         Raises:
@@ -125,7 +127,7 @@ class Worker:
         else:
             paths = await asyncio.gather(*(self._storage.save(one.data, one.content_type, life) for one in pictures))
         payload = answers.output_payload(made.result, paths)
-        return Kept(payload, answers.billable_units(made.result), made.inline)
+        return StoredResult(payload, answers.billable_units(made.result), made.inline)
 
 
 def _seed_of(request_id: RequestId) -> int:

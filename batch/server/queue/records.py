@@ -13,19 +13,19 @@ from typing import NamedTuple
 from batch.types import AppId, RequestId
 
 __all__ = [
-    "AS_ALL_OTHERS",
-    "Admission",
+    "DEFAULT_RETENTION",
+    "AcceptedSubmission",
+    "CompletedRequest",
     "Delivery",
-    "Ending",
-    "Keeping",
-    "Listed",
+    "DeliveryOutcome",
     "ListingRules",
     "ListingWindow",
     "LogLine",
     "Priority",
-    "Recovered",
-    "Settlement",
-    "Stored",
+    "RecoveredRequest",
+    "RequestSummary",
+    "RetentionOptions",
+    "StoredRequest",
     "Submission",
     "Webhook",
     "uuid7",
@@ -67,7 +67,7 @@ class Delivery(NamedTuple):
     """Made so far."""
 
 
-class Settlement(NamedTuple):
+class DeliveryOutcome(NamedTuple):
     """What a try at a callback left."""
 
     request_id: RequestId
@@ -75,7 +75,7 @@ class Settlement(NamedTuple):
     """Of the next try; None: there is nothing more to do."""
 
 
-class Keeping(NamedTuple):
+class RetentionOptions(NamedTuple):
     """What a caller wishes to be forgotten sooner than the rest."""
 
     brief: bool = False
@@ -84,7 +84,7 @@ class Keeping(NamedTuple):
     """Its result's pictures: seconds from its end. None: as all others."""
 
 
-AS_ALL_OTHERS = Keeping()
+DEFAULT_RETENTION = RetentionOptions()
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,14 +105,14 @@ class Submission:
     owner: str = ""
     """Whose key it came with; empty on a server without keys. His idempotency keys are his own."""
     webhook: Webhook | None = None
-    keeping: Keeping = AS_ALL_OTHERS
+    keeping: RetentionOptions = DEFAULT_RETENTION
     source: str | None = None
     """`/files/...` of its source picture, where that is a file of ours."""
     tags: Mapping[str, str] = field(default_factory=dict)
     """`X-Fal-Tags`: labels that its billing event shows."""
 
 
-class Admission(NamedTuple):
+class AcceptedSubmission(NamedTuple):
     """What became of a submission."""
 
     request_id: RequestId
@@ -123,7 +123,7 @@ class Admission(NamedTuple):
     """False: the idempotency key was used before with another input."""
 
 
-class Recovered(NamedTuple):
+class RecoveredRequest(NamedTuple):
     """A request that had not ended when the server stopped."""
 
     request_id: RequestId
@@ -131,11 +131,11 @@ class Recovered(NamedTuple):
     priority: Priority
     start_by: float | None
     owner: str = ""
-    keeping: Keeping = AS_ALL_OTHERS
+    keeping: RetentionOptions = DEFAULT_RETENTION
 
 
 @dataclass(frozen=True, slots=True)
-class Ending:
+class CompletedRequest:
     """How a request ended: what its result URL answers from now on."""
 
     request_id: RequestId
@@ -162,16 +162,16 @@ class Ending:
     """What executed it: a server may be started again with another one. None: nothing did."""
 
 
-class Stored(NamedTuple):
+class StoredRequest(NamedTuple):
     """What the store knows of a request."""
 
     app: AppId
-    ending: Ending | None
+    ending: CompletedRequest | None
     """None: accepted, and not ended as far as the store knows."""
     owner: str = ""
 
 
-class Listed(NamedTuple):
+class RequestSummary(NamedTuple):
     """A request as a list of many shows it."""
 
     request_id: RequestId

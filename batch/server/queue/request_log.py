@@ -25,7 +25,7 @@ from batch.server.queue.records import ListingRules, ListingWindow
 from batch.system.group_commit import in_open_database
 from batch.types import AppId, RequestId
 
-__all__ = ["Charged", "History", "Past"]
+__all__ = ["LoggedCharge", "LoggedRequest", "RequestLog"]
 
 LISTED_BYTES = 2**20
 """A longer input or result is not listed, as fal keeps no longer ones."""
@@ -47,7 +47,7 @@ _SQL = {
 }
 
 
-class Past(NamedTuple):
+class LoggedRequest(NamedTuple):
     """A request as the listing shows it. Instants in Unix seconds."""
 
     request_id: RequestId
@@ -63,7 +63,7 @@ class Past(NamedTuple):
     """The result as it is kept; None also where it was answered inline, for then nothing is kept."""
 
 
-class Charged(NamedTuple):
+class LoggedCharge(NamedTuple):
     """A request that cost something."""
 
     request_id: RequestId
@@ -74,7 +74,7 @@ class Charged(NamedTuple):
     """None where they were not asked for."""
 
 
-class History:
+class RequestLog:
     """The past of one server; an async context manager.
 
     Args:
@@ -105,7 +105,7 @@ class History:
         self._thread.shutdown()
         self._database.close()
 
-    async def page(self, query: ListingQuery, owner: str | None = None) -> tuple[list[Past], bool]:
+    async def page(self, query: ListingQuery, owner: str | None = None) -> tuple[list[LoggedRequest], bool]:
         """One page of the requests of the store's app, and whether there is another.
 
         Args:
@@ -114,7 +114,7 @@ class History:
         """
         return await self._call(partial(self._page, query, owner))
 
-    async def charges(self, query: BillingQuery, owner: str | None = None) -> tuple[list[Charged], bool]:
+    async def charges(self, query: BillingQuery, owner: str | None = None) -> tuple[list[LoggedCharge], bool]:
         """One page of what requests cost, the newest first, and whether there is another."""
         return await self._call(partial(self._charges, query, owner))
 
@@ -126,7 +126,7 @@ class History:
 
     # --- in the thread ------------------------------------------------------------------------------------
 
-    def _page(self, query: ListingQuery, owner: str | None) -> tuple[list[Past], bool]:
+    def _page(self, query: ListingQuery, owner: str | None) -> tuple[list[LoggedRequest], bool]:
         known = self._clock() - self._rules.lag
         low, high = _STATUSES[query.outcome] if query.outcome is not None else (None, None)
         values = {
@@ -158,7 +158,7 @@ class History:
             return "with_waiting"
         return "by_duration" if query.sort_by is SortBy.DURATION else "by_end"
 
-    def _charges(self, query: BillingQuery, owner: str | None) -> tuple[list[Charged], bool]:
+    def _charges(self, query: BillingQuery, owner: str | None) -> tuple[list[LoggedCharge], bool]:
         values = {
             "start": query.start,
             "end": query.end,
@@ -175,12 +175,12 @@ class History:
         return await asyncio.get_running_loop().run_in_executor(self._thread, in_open_database, function)
 
 
-def _charged(request_id: RequestId, app: AppId, at: float, units: float, tags: str | None) -> Charged:
-    return Charged(request_id, app, at, units, None if tags is None else orjson.loads(tags))
+def _charged(request_id: RequestId, app: AppId, at: float, units: float, tags: str | None) -> LoggedCharge:
+    return LoggedCharge(request_id, app, at, units, None if tags is None else orjson.loads(tags))
 
 
-def _past(row: tuple[Any, ...], known: float) -> Past:
+def _past(row: tuple[Any, ...], known: float) -> LoggedRequest:
     _, request_id, app, accepted_at, started_at, ended_at, status, body, payload = row
     if ended_at is None or ended_at > known:
         started_at = ended_at = status = payload = None
-    return Past(request_id, app, accepted_at, started_at, ended_at, status, body, payload)
+    return LoggedRequest(request_id, app, accepted_at, started_at, ended_at, status, body, payload)

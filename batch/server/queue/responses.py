@@ -16,8 +16,8 @@ from pydantic import ValidationError
 from batch.fal import protocol
 from batch.fal.protocol import Reply
 from batch.server.engines.base import EngineFailure, EngineResult
-from batch.server.queue.records import Ending, LogLine
-from batch.server.queue.scheduler import View
+from batch.server.queue.records import CompletedRequest, LogLine
+from batch.server.queue.scheduler import LiveView
 from batch.types import AppId, JsonObject, RequestId
 
 __all__ = [
@@ -43,10 +43,12 @@ _ERRORS_PAGE = "https://docs.fal.ai/errors#"
 _OWN_URL = b'"url":"/files/'
 
 
-def status_reply(base: str, app: AppId, request_id: RequestId, known: View | Ending, *, logs: bool) -> Reply:
+def status_reply(
+    base: str, app: AppId, request_id: RequestId, known: LiveView | CompletedRequest, *, logs: bool
+) -> Reply:
     """202 while it waits or runs, 200 once it ended. `logs`: whether the caller asked for log lines."""
     lines = [_log_json(line) for line in known.logs] if logs else []
-    if isinstance(known, View):
+    if isinstance(known, LiveView):
         return protocol.progress_reply(base, app, request_id, known.state, position=known.position, logs=lines)
     return protocol.completed_reply(
         base,
@@ -59,7 +61,7 @@ def status_reply(base: str, app: AppId, request_id: RequestId, known: View | End
     )
 
 
-def result_reply(base: str, ending: Ending, inlined: Mapping[str, str] | None = None) -> Reply:
+def result_reply(base: str, ending: CompletedRequest, inlined: Mapping[str, str] | None = None) -> Reply:
     """The bare output, or the error, with the status that the model gave.
 
     Args:
@@ -181,7 +183,7 @@ def with_urls(base: str, payload: bytes, inlined: Mapping[str, str] | None = Non
     return payload.replace(_OWN_URL, b'"url":' + orjson.dumps(base)[:-1] + b"/files/")
 
 
-def _is_silent(ending: Ending) -> bool:
+def _is_silent(ending: CompletedRequest) -> bool:
     """Of a content-policy rejection fal was seen to say nothing in the status: only the result does."""
     return ending.status == 422 and b'"type":"content_policy_violation"' in ending.payload
 

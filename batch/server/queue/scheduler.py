@@ -21,7 +21,7 @@ from typing import NamedTuple
 from batch.server.queue.records import LogLine, Priority
 from batch.types import AppId, QueueState, RequestId
 
-__all__ = ["Broker", "BrokerStatistics", "Cancellation", "IllegalMove", "Line", "Phase", "View"]
+__all__ = ["Cancellation", "FifoQueue", "IllegalStep", "LiveView", "Phase", "Scheduler", "SchedulerStatistics"]
 
 LOG_LINES = 64
 """Kept of one request: a moving window, as the real service keeps one."""
@@ -53,11 +53,11 @@ class Cancellation(StrEnum):
     UNKNOWN = "unknown"
 
 
-class IllegalMove(RuntimeError):
+class IllegalStep(RuntimeError):
     """A defect of ours: a request was moved in a way that the diagram does not allow."""
 
 
-class View(NamedTuple):
+class LiveView(NamedTuple):
     """What a status answer needs of a live request."""
 
     state: QueueState
@@ -66,7 +66,7 @@ class View(NamedTuple):
     logs: tuple[LogLine, ...]
 
 
-class BrokerStatistics(NamedTuple):
+class SchedulerStatistics(NamedTuple):
     """Counts of live requests."""
 
     waiting: int
@@ -75,7 +75,7 @@ class BrokerStatistics(NamedTuple):
     ending: int
 
 
-class Line:
+class FifoQueue:
     """First come, first served, with O(log n) positions and removal from the middle."""
 
     __slots__ = ("_first", "_holes", "_number", "_order")
@@ -147,7 +147,7 @@ class Line:
 
 
 @dataclass(slots=True)
-class _Entry:
+class _LiveRequest:
     app: AppId
     priority: Priority
     owner: str
@@ -160,7 +160,7 @@ class _Entry:
     logs: deque[LogLine] | None = field(default=None, repr=False)
 
 
-class Broker:
+class Scheduler:
     """All requests that have not ended durably, and who is next.
 
     Args:
@@ -172,8 +172,8 @@ class Broker:
     def __init__(self, slots: int, ending_limit: int = 256) -> None:
         self._slots = slots
         self._ending_limit = ending_limit
-        self._entries: dict[RequestId, _Entry] = {}
-        self._lines = {priority: Line() for priority in Priority}
+        self._entries: dict[RequestId, _LiveRequest] = {}
+        self._lines = {priority: FifoQueue() for priority in Priority}
         self._running = 0
         self._ending = 0
 
@@ -183,15 +183,15 @@ class Broker:
     def __contains__(self, request_id: RequestId) -> bool:
         return request_id in self._entries
 
-    def statistics(self) -> BrokerStatistics:
+    def statistics(self) -> SchedulerStatistics:
         """Counts, each in O(1)."""
-        return BrokerStatistics(sum(map(len, self._lines.values())), self._running, self._ending)
+        return SchedulerStatistics(sum(map(len, self._lines.values())), self._running, self._ending)
 
     def accept(self, request_id: RequestId, app: AppId, priority: Priority = Priority.NORMAL, owner: str = "") -> int:
         """Queue a request whose acceptance is durable; its position."""
         if request_id in self._entries:
-            raise IllegalMove(f"{request_id} is in the queue already")
-        self._entries[request_id] = _Entry(app, priority, owner)
+            raise IllegalStep(f"{request_id} is in the queue already")
+        self._entries[request_id] = _LiveRequest(app, priority, owner)
         self._lines[priority].append(request_id)
         return self._position(request_id, priority)
 
@@ -286,37 +286,37 @@ class Broker:
         entry = self._entries.get(request_id)
         return entry.owner if entry is not None else ""
 
-    def view(self, request_id: RequestId) -> View | None:
+    def view(self, request_id: RequestId) -> LiveView | None:
         """What its status is; None for a request that is not here."""
         entry = self._entries.get(request_id)
         if entry is None:
             return None
         logs = tuple(entry.logs) if entry.logs else ()
         if entry.phase is Phase.WAITING:
-            return View(QueueState.IN_QUEUE, self._position(request_id, entry.priority), logs)
-        return View(QueueState.IN_PROGRESS, 0, logs)
+            return LiveView(QueueState.IN_QUEUE, self._position(request_id, entry.priority), logs)
+        return LiveView(QueueState.IN_PROGRESS, 0, logs)
 
     def _position(self, request_id: RequestId, priority: Priority) -> int:
         before = sum(len(line) for other, line in self._lines.items() if other < priority)
         return before + self._lines[priority].position(request_id)
 
-    def _leave_line(self, request_id: RequestId, entry: _Entry) -> None:
+    def _leave_line(self, request_id: RequestId, entry: _LiveRequest) -> None:
         self._lines[entry.priority].remove(request_id)
         self._end(entry)
 
-    def _end(self, entry: _Entry) -> tuple[LogLine, ...]:
+    def _end(self, entry: _LiveRequest) -> tuple[LogLine, ...]:
         entry.phase = Phase.ENDING
         self._ending += 1
         return tuple(entry.logs) if entry.logs else ()
 
-    def _demand(self, request_id: RequestId, *phases: Phase) -> _Entry:
+    def _demand(self, request_id: RequestId, *phases: Phase) -> _LiveRequest:
         entry = self._entries.get(request_id)
         if entry is None or entry.phase not in phases:
-            raise IllegalMove(f"{request_id} is {entry.phase if entry else 'not here'}, not {' or '.join(phases)}")
+            raise IllegalStep(f"{request_id} is {entry.phase if entry else 'not here'}, not {' or '.join(phases)}")
         return entry
 
 
-def _to_go(entry: _Entry, done: int, total: int, now: float) -> str:
+def _to_go(entry: _LiveRequest, done: int, total: int, now: float) -> str:
     """How long the remaining steps will take if they take as long as those so far; nothing below a second."""
     assert entry.first_step is not None, "it was set with the first step"
     steps, since = done - entry.first_step[0], now - entry.first_step[1]

@@ -23,30 +23,30 @@ import orjson
 
 from batch.errors import StorageError
 from batch.fal.protocol import CancelOutcome, Malformed
-from batch.server.egress.source_images import DataUri, Sources, parse_data_uri
+from batch.server.egress.source_images import DataUri, SourceFetcher, parse_data_uri
 from batch.server.engines.base import Cancelled, Engine, EngineInfo, WorkerCrashed
 from batch.server.files.storage import Storage, content_type_of
 from batch.server.queue import responses as answers
-from batch.server.queue.executor import Fault, Kept, Made, Worker
+from batch.server.queue.executor import Executor, Rendered, RequestFailed, StoredResult
 from batch.server.queue.records import (
-    AS_ALL_OTHERS,
-    Admission,
-    Ending,
-    Keeping,
-    Listed,
+    DEFAULT_RETENTION,
+    AcceptedSubmission,
+    CompletedRequest,
     LogLine,
     Priority,
+    RequestSummary,
+    RetentionOptions,
     Submission,
     Webhook,
     uuid7,
 )
-from batch.server.queue.scheduler import Broker, Cancellation, View
-from batch.server.queue.stats import Tally
+from batch.server.queue.scheduler import Cancellation, LiveView, Scheduler
+from batch.server.queue.stats import ServerStats
 from batch.server.queue.store import Store
 from batch.system.descriptors import lacks_descriptor
 from batch.types import AppId, JsonObject, QueueState, RequestId
 
-__all__ = ["Known", "QueueFull", "QueueService", "Statistics", "Wishes", "queue_service"]
+__all__ = ["QueueFull", "QueueService", "RequestState", "Statistics", "SubmitOptions", "queue_service"]
 
 _log = logging.getLogger(__name__)
 _HELD_BODIES = 10_000
@@ -65,7 +65,7 @@ class QueueFull(Exception):
     """More requests wait than the caller is ready to stand behind."""
 
 
-class Wishes(NamedTuple):
+class SubmitOptions(NamedTuple):
     """What a caller may ask for beside the input."""
 
     idempotency_key: str | None = None
@@ -76,16 +76,16 @@ class Wishes(NamedTuple):
     """Refuse the request if more than that many wait."""
     webhook: Webhook | None = None
     """Whom to tell when it has ended."""
-    keeping: Keeping = AS_ALL_OTHERS
+    keeping: RetentionOptions = DEFAULT_RETENTION
     tags: Mapping[str, str] = MappingProxyType({})
     """Labels for the billing events."""
 
 
-class Known(NamedTuple):
+class RequestState(NamedTuple):
     """A request as it stands."""
 
     app: AppId
-    state: View | Ending
+    state: LiveView | CompletedRequest
     owner: str
     """Whose key it came with; empty for a request of a server without keys."""
 
@@ -107,7 +107,7 @@ class QueueService:
         self,
         store: Store,
         storage: Storage,
-        worker: Worker,
+        worker: Executor,
         slots: int,
         info: EngineInfo,
         tasks: asyncio.TaskGroup,
@@ -118,18 +118,18 @@ class QueueService:
         self.engine = info
         self.submit_posts = 0
         """Submits seen since the start, accepted or not; the HTTP face counts them."""
-        self.tally = Tally(store.accepted)
+        self.tally = ServerStats(store.accepted)
         self.ended = asyncio.Event()
         """Set whenever a request has ended; whoever waits for it clears it."""
         self.disk_refuses: tuple[float, str] | None = None
         """Since when (of the monotonic clock) nothing could be written, and what was said last; None: all is well."""
         self._store = store
         self._worker = worker
-        self._broker = Broker(slots)
+        self._broker = Scheduler(slots)
         self._tasks = tasks
         self._clock = clock
         self._retention = retention
-        self._keeping: dict[RequestId, Keeping] = {}
+        self._keeping: dict[RequestId, RetentionOptions] = {}
         """Of those that wish something there."""
         self._start_by: dict[RequestId, float] = {}
         """Of those with a start timeout that have not ended."""
@@ -163,12 +163,12 @@ class QueueService:
 
     # --- what callers ask ---------------------------------------------------------------------------------
 
-    async def submit(self, app: AppId, body: bytes, wishes: Wishes, owner: str = "") -> Admission:
+    async def submit(self, app: AppId, body: bytes, wishes: SubmitOptions, owner: str = "") -> AcceptedSubmission:
         """Accept a request; durable when it returns. The input itself is judged when the request is executed.
 
         Raises:
             Malformed: the body is no JSON object.
-            QueueFull: see `Wishes.queue_limit`.
+            QueueFull: see `SubmitOptions.queue_limit`.
             StorageError: the disk refused; nothing was accepted.
         """
         waiting = self._broker.statistics().waiting
@@ -213,7 +213,7 @@ class QueueService:
         view = self._broker.view(request_id)
         return view.position if view is not None else 0
 
-    async def find(self, request_id: RequestId, *, expired: bool = False) -> Known | None:
+    async def find(self, request_id: RequestId, *, expired: bool = False) -> RequestState | None:
         """How a request stands; None for an id that was never given out, or whose ending has expired.
 
         Args:
@@ -224,17 +224,17 @@ class QueueService:
         if view is not None:
             app = self._broker.app_of(request_id)
             assert app is not None, "it has a view"
-            return Known(app, view, self._broker.owner_of(request_id))
+            return RequestState(app, view, self._broker.owner_of(request_id))
         stored = await self._store.find(request_id)
         if stored is None:
             return None
         if stored.ending is not None and not expired and self._is_over(stored.ending):
             return None
         # Accepted and neither live nor ended: its acceptance became durable this very moment.
-        state = stored.ending or self._broker.view(request_id) or View(QueueState.IN_QUEUE, 0, ())
-        return Known(stored.app, state, stored.owner)
+        state = stored.ending or self._broker.view(request_id) or LiveView(QueueState.IN_QUEUE, 0, ())
+        return RequestState(stored.app, state, stored.owner)
 
-    async def latest(self, limit: int, owner: str = "") -> list[tuple[Listed, View | None]]:
+    async def latest(self, limit: int, owner: str = "") -> list[tuple[RequestSummary, LiveView | None]]:
         """The newest requests and those around the head of the queue, at most `limit`; how those stand that live.
 
         Args:
@@ -250,7 +250,7 @@ class QueueService:
         match self._broker.cancel(request_id):
             case Cancellation.REMOVED:
                 self._forget_deadline(request_id)
-                await self._end_with(request_id, Fault.of(*answers.CANCELLED))
+                await self._end_with(request_id, RequestFailed.of(*answers.CANCELLED))
                 return CancelOutcome.REQUESTED
             case Cancellation.SIGNALLED:
                 return CancelOutcome.REQUESTED
@@ -277,7 +277,7 @@ class QueueService:
         """The server goes down: nobody should wait for anything any more."""
         return self._stopping
 
-    async def inlined(self, ending: Ending) -> dict[str, str]:
+    async def inlined(self, ending: CompletedRequest) -> dict[str, str]:
         """Data URIs for an ending whose pictures are answered inline, by stored path."""
         found: dict[str, str] = {}
         for image in orjson.loads(ending.payload).get("images", []):
@@ -314,10 +314,10 @@ class QueueService:
         priority: Priority,
         start_by: float | None,
         owner: str,
-        keeping: Keeping,
+        keeping: RetentionOptions,
     ) -> None:
         self._broker.accept(request_id, app, priority, owner)
-        if keeping != AS_ALL_OTHERS:
+        if keeping != DEFAULT_RETENTION:
             self._keeping[request_id] = keeping
         if start_by is not None:
             self._start_by[request_id] = start_by
@@ -353,17 +353,17 @@ class QueueService:
                     await asyncio.sleep(crash.pause)
                 self._start_next()
                 return
-            outcome = Fault.of(500, "internal_error", "The worker died twice while it executed this request")
+            outcome = RequestFailed.of(500, "internal_error", "The worker died twice while it executed this request")
             if cancelled():
-                outcome = Fault.of(*answers.CANCELLED)
+                outcome = RequestFailed.of(*answers.CANCELLED)
         except Exception:  # the last boundary: whatever one request does, the others go on
             _log.exception("request %s failed in a way that nobody foresaw", request_id)
-            outcome = Fault.of(500, "internal_error", "Internal Server Error")
+            outcome = RequestFailed.of(500, "internal_error", "Internal Server Error")
         logs = self._broker.release(request_id)
         self._start_next()
         await self._end_with(request_id, outcome, started_at, logs)
 
-    async def _made(self, request_id: RequestId, cancelled: Cancelled) -> Made | Fault:
+    async def _made(self, request_id: RequestId, cancelled: Cancelled) -> Rendered | RequestFailed:
         """Execute it. A missing descriptor is nobody's fault: it begins again when there may be one."""
         step = partial(self._step, request_id)
         while True:
@@ -375,23 +375,23 @@ class QueueService:
                     raise
                 self.lacked_descriptor(error)
             if cancelled():
-                return Fault.of(*answers.CANCELLED)
+                return RequestFailed.of(*answers.CANCELLED)
             await asyncio.sleep(_LACK_SECONDS)
 
     async def _end_with(
         self,
         request_id: RequestId,
-        outcome: Made | Fault,
+        outcome: Rendered | RequestFailed,
         started_at: float | None = None,
         logs: tuple[LogLine, ...] = (),
     ) -> None:
         """Write an ending down, however long the disk refuses, and only then tell of it."""
         app = self._broker.app_of(request_id)
         assert app is not None, "a request that ends is still in the broker"
-        keeping = self._keeping.pop(request_id, AS_ALL_OTHERS)
+        keeping = self._keeping.pop(request_id, DEFAULT_RETENTION)
         while True:
             try:
-                done = await self._worker.keep(outcome, keeping.file_life) if isinstance(outcome, Made) else outcome
+                done = await self._worker.keep(outcome, keeping.file_life) if isinstance(outcome, Rendered) else outcome
                 ending = self._ending(request_id, app, outcome, done, started_at, logs, keeping)
                 await self._store.end(ending)
                 self.disk_refuses = None
@@ -416,15 +416,15 @@ class QueueService:
         self,
         request_id: RequestId,
         app: AppId,
-        outcome: Made | Fault,
-        done: Kept | Fault,
+        outcome: Rendered | RequestFailed,
+        done: StoredResult | RequestFailed,
         started_at: float | None,
         logs: tuple[LogLine, ...],
-        keeping: Keeping,
-    ) -> Ending:
-        inference = outcome.result.timings.get("inference") if isinstance(outcome, Made) else None
-        kept, fault = (done, None) if isinstance(done, Kept) else (None, done)
-        return Ending(
+        keeping: RetentionOptions,
+    ) -> CompletedRequest:
+        inference = outcome.result.timings.get("inference") if isinstance(outcome, Rendered) else None
+        kept, fault = (done, None) if isinstance(done, StoredResult) else (None, done)
+        return CompletedRequest(
             request_id=request_id,
             app=app,
             ended_at=self._clock(),
@@ -442,7 +442,7 @@ class QueueService:
             engine=self.engine.name if started_at is not None else None,
         )
 
-    def _is_over(self, ending: Ending) -> bool:
+    def _is_over(self, ending: CompletedRequest) -> bool:
         """Whether its time is over, removed already or not."""
         kept_for = self._retention if ending.kept_for is None else ending.kept_for
         return ending.ended_at + kept_for < self._clock()
@@ -454,7 +454,7 @@ class QueueService:
     def _expire(self, request_id: RequestId) -> None:
         self._deadlines.pop(request_id, None)
         if not self._stopping and self._broker.expire(request_id):
-            self._spawn(self._end_with(request_id, Fault.of(*answers.NOT_STARTED)))
+            self._spawn(self._end_with(request_id, RequestFailed.of(*answers.NOT_STARTED)))
 
     def _step(self, request_id: RequestId, done: int, total: int) -> None:
         if self._broker.step(request_id, done, total, self._clock()):
@@ -488,14 +488,14 @@ async def queue_service(
     store: Store,
     storage: Storage,
     engine: Engine,
-    sources: Sources,
+    sources: SourceFetcher,
     clock: Callable[[], float] = time.time,
     retention: float = math.inf,
 ) -> AsyncIterator[QueueService]:
     """A queue that works until the block is left; then running work goes back to the store's queue."""
     info = engine.info()
     async with asyncio.TaskGroup() as tasks:
-        worker = Worker(engine, storage, sources)
+        worker = Executor(engine, storage, sources)
         service = QueueService(store, storage, worker, info.slots, info, tasks, clock, retention)
         count = await service.recover()
         if count:
@@ -506,7 +506,7 @@ async def queue_service(
             service.stop()
 
 
-class _Given(NamedTuple):
+class _CheckedInput(NamedTuple):
     value: JsonObject
     picture: DataUri | None
     digest: bytes
@@ -524,7 +524,7 @@ def _dumped(value: object, option: int = 0) -> bytes:
         raise Malformed(f"The body is nested too deeply: {error}") from error
 
 
-def _read_body(app: AppId, body: bytes, *, digest: bool) -> _Given:
+def _read_body(app: AppId, body: bytes, *, digest: bool) -> _CheckedInput:
     """The submitted JSON, and the picture inside it if there is one."""
     try:
         value = orjson.loads(body)
@@ -541,4 +541,4 @@ def _read_body(app: AppId, body: bytes, *, digest: bool) -> _Given:
     if isinstance(image_url, str) and image_url[:5].lower() == "data:":
         with suppress(ValueError):  # a broken one is kept as it is: the request fails with it when executed
             picture = parse_data_uri(image_url)
-    return _Given(value, picture, mark)
+    return _CheckedInput(value, picture, mark)

@@ -10,14 +10,14 @@ from bisect import bisect_left
 from collections import Counter, deque
 from enum import StrEnum
 
-from batch.server.queue.records import Ending
+from batch.server.queue.records import CompletedRequest
 
-__all__ = ["SECONDS_BOUNDS", "SHOWN_SECONDS", "Outcome", "Tally", "outcome_of", "route_of"]
+__all__ = ["SECONDS_BOUNDS", "SHOWN_SECONDS", "EndKind", "ServerStats", "outcome_of", "route_of"]
 
 SECONDS_BOUNDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 """Upper bounds of the engine time's histogram, in seconds: from a rehearsal to a model on a CPU."""
 SHOWN_SECONDS = 60
-"""How far back `Tally.per_second` reaches."""
+"""How far back `ServerStats.per_second` reaches."""
 
 _ROUTES = {
     "": "page",
@@ -36,7 +36,7 @@ _ROUTES = {
 _READS = {"": "result", "response": "result", "status": "status", "status/stream": "stream", "cancel": "cancel"}
 
 
-class Outcome(StrEnum):
+class EndKind(StrEnum):
     """How a request ended, as far as counting goes."""
 
     FINISHED = "finished"
@@ -46,11 +46,11 @@ class Outcome(StrEnum):
     __hash__ = str.__hash__  # an Enum's own is written in Python, and this is hashed once a request
 
 
-def outcome_of(ending: Ending) -> Outcome:
+def outcome_of(ending: CompletedRequest) -> EndKind:
     """A cancelled request is no failure: nobody waits for it any more."""
     if ending.status < 400:
-        return Outcome.FINISHED
-    return Outcome.CANCELLED if ending.status == 499 else Outcome.FAILED
+        return EndKind.FINISHED
+    return EndKind.CANCELLED if ending.status == 499 else EndKind.FAILED
 
 
 def route_of(method: str, path: str) -> str:
@@ -62,7 +62,7 @@ def route_of(method: str, path: str) -> str:
     return group or ("submit" if method == "POST" else "other")
 
 
-class Tally:
+class ServerStats:
     """Counts since the start of this process.
 
     Args:
@@ -71,7 +71,7 @@ class Tally:
 
     def __init__(self, accepted_before: int = 0) -> None:
         self.accepted_before = accepted_before
-        self.outcomes: Counter[Outcome] = Counter()
+        self.outcomes: Counter[EndKind] = Counter()
         self.answers: Counter[tuple[str, int]] = Counter()
         """HTTP answers by route group and status."""
         self.engine_seconds_total = 0.0
@@ -84,14 +84,14 @@ class Tally:
         """Count an HTTP answer."""
         self.answers[route_of(method, path), status] += 1
 
-    def ended(self, ending: Ending) -> None:
+    def ended(self, ending: CompletedRequest) -> None:
         """Count an ending that is durable."""
         outcome = outcome_of(ending)
         self.outcomes[outcome] += 1
         if ending.inference_time is not None:
             self.engine_seconds_total += ending.inference_time
             self.engine_buckets[bisect_left(SECONDS_BOUNDS, ending.inference_time)] += 1
-        if outcome is Outcome.FINISHED:
+        if outcome is EndKind.FINISHED:
             second, seconds = int(ending.ended_at), self._seconds
             if seconds and seconds[-1][0] >= second:  # a clock that was set back counts on where it was
                 seconds[-1] = (seconds[-1][0], seconds[-1][1] + 1)

@@ -21,16 +21,16 @@ import orjson
 
 from batch.errors import InputError, StorageError
 from batch.server.queue.records import (
-    Admission,
+    AcceptedSubmission,
+    CompletedRequest,
     Delivery,
-    Ending,
-    Keeping,
-    Listed,
+    DeliveryOutcome,
     LogLine,
     Priority,
-    Recovered,
-    Settlement,
-    Stored,
+    RecoveredRequest,
+    RequestSummary,
+    RetentionOptions,
+    StoredRequest,
     Submission,
     Webhook,
 )
@@ -68,8 +68,10 @@ class Store:
     def __init__(self, database: sqlite3.Connection, retention: float) -> None:
         self._database = database
         self._retention = retention
-        self._writer: Grouped[Submission | Ending | Settlement, Admission | None] = Grouped(self._write, "store")
-        self._recent: OrderedDict[RequestId, Ending] = OrderedDict()
+        self._writer: Grouped[Submission | CompletedRequest | DeliveryOutcome, AcceptedSubmission | None] = Grouped(
+            self._write, "store"
+        )
+        self._recent: OrderedDict[RequestId, CompletedRequest] = OrderedDict()
         self.accepted: int = database.execute(_SQL["accepted"]).fetchone()[0]
         """Submits accepted ever. Repeats with the same idempotency key are not counted."""
         self.webhooks: int = database.execute(_SQL["webhooks"]).fetchone()[0]
@@ -117,18 +119,18 @@ class Store:
         await self._writer.aclose()
         self._database.close()
 
-    async def accept(self, submission: Submission) -> Admission:
+    async def accept(self, submission: Submission) -> AcceptedSubmission:
         """Write a submission down; durable when it returns.
 
         Raises:
             StorageError: the disk refused; nothing was accepted.
         """
-        admission = cast(Admission, await self._writer.put(submission))
+        admission = cast(AcceptedSubmission, await self._writer.put(submission))
         self.accepted += admission.fresh
         self.webhooks += admission.fresh and submission.webhook is not None
         return admission
 
-    async def end(self, ending: Ending) -> None:
+    async def end(self, ending: CompletedRequest) -> None:
         """Write down how a request ended; durable when it returns. The first ending of a request stands.
 
         Raises:
@@ -137,15 +139,15 @@ class Store:
         await self._writer.put(ending)
         self._remember(ending)
 
-    def recent(self, request_id: RequestId) -> Ending | None:
+    def recent(self, request_id: RequestId) -> CompletedRequest | None:
         """The ending, if it is among the latest ones; costs nothing."""
         return self._recent.get(request_id)
 
-    async def find(self, request_id: RequestId) -> Stored | None:
+    async def find(self, request_id: RequestId) -> StoredRequest | None:
         """What is known of a request; None for an id that was never given out."""
         ending = self._recent.get(request_id)
         if ending is not None:
-            return Stored(ending.app, ending, ending.owner)
+            return StoredRequest(ending.app, ending, ending.owner)
         row = await self._writer.call(partial(self._row, "find", request_id))
         if row is None:
             return None
@@ -160,11 +162,18 @@ class Store:
         assert row is not None, f"{request_id} was accepted"
         return cast(bytes, row[0])
 
-    async def to_do(self) -> list[Recovered]:
+    async def to_do(self) -> list[RecoveredRequest]:
         """Requests that have not ended, the one accepted first coming first."""
         rows = await self._writer.call(lambda: self._database.execute(_SQL["to_do"]).fetchall())
         return [
-            Recovered(RequestId(row[0]), AppId(row[1]), Priority(row[2]), row[3], row[4], Keeping(bool(row[5]), row[6]))
+            RecoveredRequest(
+                RequestId(row[0]),
+                AppId(row[1]),
+                Priority(row[2]),
+                row[3],
+                row[4],
+                RetentionOptions(bool(row[5]), row[6]),
+            )
             for row in rows
         ]
 
@@ -190,7 +199,7 @@ class Store:
         rows = await self._writer.call(partial(self._rows, "sources", orjson.dumps(paths).decode()))
         return {row[0] for row in rows}
 
-    async def latest(self, newest: int, around: int, ahead: int, owner: str = "") -> list[Listed]:
+    async def latest(self, newest: int, around: int, ahead: int, owner: str = "") -> list[RequestSummary]:
         """The newest requests and those around the head of the queue, the newest one first.
 
         Args:
@@ -204,7 +213,7 @@ class Store:
         """
         values: dict[str, int | str] = {"newest": newest, "around": around, "ahead": ahead, "owner": owner}
         rows = await self._writer.call(partial(self._latest, "latest_of" if owner else "latest", values))
-        return [Listed._make((*row[:-1], bool(row[-1]))) for row in rows]
+        return [RequestSummary._make((*row[:-1], bool(row[-1]))) for row in rows]
 
     async def webhooks_due(
         self, now: float, limit: int, *, busy_hosts: Sequence[str], under_way: Sequence[RequestId]
@@ -227,7 +236,7 @@ class Store:
         rows = await self._writer.call(partial(self._rows, "webhook_next", now))
         return cast("float | None", rows[0][0])
 
-    async def settle(self, settlement: Settlement) -> None:
+    async def settle(self, settlement: DeliveryOutcome) -> None:
         """Write down what a try at a callback left; durable when it returns.
 
         Raises:
@@ -236,7 +245,7 @@ class Store:
         await self._writer.put(settlement)
         self.webhooks -= settlement.due_at is None
 
-    def _remember(self, ending: Ending) -> None:
+    def _remember(self, ending: CompletedRequest) -> None:
         self._recent[ending.request_id] = ending
         if len(self._recent) > REMEMBERED:
             self._recent.popitem(last=False)
@@ -259,7 +268,9 @@ class Store:
         except sqlite3.Error as error:
             raise StorageError(f"the server's memory cannot be read: {error}; check its data dir") from error
 
-    def _write(self, group: list[Submission | Ending | Settlement]) -> Sequence[Admission | None]:
+    def _write(
+        self, group: list[Submission | CompletedRequest | DeliveryOutcome]
+    ) -> Sequence[AcceptedSubmission | None]:
         with self._atomic():
             gains = [self._apply(item) for item in group]
             fresh = sum(gain is not None and gain.fresh for gain in gains)
@@ -280,7 +291,7 @@ class Store:
                 raise
             raise StorageError(f"the server's memory cannot be written: {error}; free space in its data dir") from error
 
-    def _accept(self, item: Submission) -> Admission:
+    def _accept(self, item: Submission) -> AcceptedSubmission:
         # A header holds no line break: no two owners' keys can come to the same.
         key = f"{item.owner}\n{item.idempotency_key}" if item.owner and item.idempotency_key else item.idempotency_key
         values = (item.request_id, item.app, item.accepted_at, item.body, item.digest, key, item.priority)
@@ -291,7 +302,7 @@ class Store:
                 self._database.execute(_SQL["webhook"], (item.request_id, *item.webhook))
             if item.tags:
                 self._database.execute(_SQL["tags"], (item.request_id, orjson.dumps(dict(item.tags)).decode()))
-            return Admission(item.request_id, fresh=True)
+            return AcceptedSubmission(item.request_id, fresh=True)
         now = item.accepted_at
         earlier = self._row("earlier", now - KEY_SECONDS, self._retention, now, now, key)
         assert earlier is not None, "only an idempotency key can be in the way"
@@ -299,21 +310,21 @@ class Store:
         if is_over:
             self._database.execute(_SQL["free_key"], (key,))
             return self._accept(item)
-        return Admission(RequestId(request_id), fresh=False, same_input=digest == item.digest)
+        return AcceptedSubmission(RequestId(request_id), fresh=False, same_input=digest == item.digest)
 
-    def _apply(self, item: Submission | Ending | Settlement) -> Admission | None:
+    def _apply(self, item: Submission | CompletedRequest | DeliveryOutcome) -> AcceptedSubmission | None:
         match item:
             case Submission():
                 return self._accept(item)
-            case Ending():
+            case CompletedRequest():
                 self._end(item)
-            case Settlement(request_id, None):
+            case DeliveryOutcome(request_id, None):
                 self._database.execute(_SQL["webhook_over"], (request_id,))
-            case Settlement(request_id, due_at):
+            case DeliveryOutcome(request_id, due_at):
                 self._database.execute(_SQL["webhook_again"], (due_at, request_id))
         return None
 
-    def _end(self, item: Ending) -> None:
+    def _end(self, item: CompletedRequest) -> None:
         logs = orjson.dumps([tuple(line) for line in item.logs]) if item.logs else None
         values = (item.ended_at, item.status, item.payload, item.started_at, item.inference_time, item.billable_units)
         self._database.execute(
@@ -330,14 +341,14 @@ class Store:
         return len(seqs)
 
 
-def _stored(request_id: RequestId, row: tuple[Any, ...]) -> Stored:
+def _stored(request_id: RequestId, row: tuple[Any, ...]) -> StoredRequest:
     app, ended_at, status, payload, started_at, inference_time, units, error_type, retryable, inline, logs = row[:-3]
     owner, kept_for, engine = row[-3:]
     if ended_at is None:
-        return Stored(app, None, owner)
-    return Stored(
+        return StoredRequest(app, None, owner)
+    return StoredRequest(
         app,
-        Ending(
+        CompletedRequest(
             request_id=request_id,
             app=app,
             ended_at=ended_at,

@@ -31,10 +31,10 @@ from cryptography.hazmat.primitives.serialization import (
 from batch.errors import InputError, StorageError
 from batch.fal import protocol
 from batch.fal.signing import jwks_of, sign
-from batch.server.egress.http_client import Guard, Unreachable
-from batch.server.egress.ssrf import AddressRule, Refused, check_url
+from batch.server.egress.http_client import SafeHttpClient, Unreachable
+from batch.server.egress.ssrf import AddressRefused, AddressRule, check_url
 from batch.server.queue import responses as answers
-from batch.server.queue.records import Delivery, Ending, Settlement, Webhook
+from batch.server.queue.records import CompletedRequest, Delivery, DeliveryOutcome, Webhook
 from batch.server.queue.service import QueueService
 from batch.server.queue.store import Store
 from batch.system.descriptors import lacks_descriptor
@@ -42,7 +42,7 @@ from batch.types import RequestId
 
 __all__ = [
     "RETRIES",
-    "Verdict",
+    "DeliveryVerdict",
     "Webhooks",
     "callback_body",
     "next_try",
@@ -75,7 +75,7 @@ _DISK_SECONDS = 1.0
 _Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-class Verdict(Enum):
+class DeliveryVerdict(Enum):
     """What an answer to a callback means."""
 
     ACKNOWLEDGED = "acknowledged"
@@ -83,11 +83,11 @@ class Verdict(Enum):
     NEVER = "cannot work"
 
 
-def verdict_on(status: int) -> Verdict:
+def verdict_on(status: int) -> DeliveryVerdict:
     """Any 2xx acknowledges; a redirect is a mistake in the URL that no retry heals; everything else may pass."""
     if 200 <= status < 300:
-        return Verdict.ACKNOWLEDGED
-    return Verdict.NEVER if 300 <= status < 400 else Verdict.AGAIN
+        return DeliveryVerdict.ACKNOWLEDGED
+    return DeliveryVerdict.NEVER if 300 <= status < 400 else DeliveryVerdict.AGAIN
 
 
 def next_try(tries: int, now: float, chance: float) -> float | None:
@@ -109,7 +109,7 @@ def next_try(tries: int, now: float, chance: float) -> float | None:
     return now + chance * min(BACKOFF_SECONDS * 2.0 ** (tries - 1), BACKOFF_LIMIT_SECONDS)
 
 
-def callback_body(ending: Ending, payload: bytes) -> bytes:
+def callback_body(ending: CompletedRequest, payload: bytes) -> bytes:
     """What is sent. `payload` is the body that the result URL answers with."""
     body: dict[str, object] = {"request_id": ending.request_id, "gateway_request_id": ending.request_id}
     if ending.status >= 400:
@@ -188,7 +188,7 @@ class Webhooks:
         self,
         service: QueueService,
         store: Store,
-        guard: Guard,
+        guard: SafeHttpClient,
         key: Ed25519PrivateKey,
         clock: Callable[[], float],
         chance: Callable[[], float],
@@ -254,7 +254,7 @@ class Webhooks:
         del self._under_way[delivery.request_id]
         self._service.ended.set()
 
-    async def _tried(self, delivery: Delivery) -> Settlement:
+    async def _tried(self, delivery: Delivery) -> DeliveryOutcome:
         while True:
             try:
                 return await self._try(delivery)
@@ -264,11 +264,11 @@ class Webhooks:
                 self._service.lacked_descriptor(error)
             await asyncio.sleep(_DISK_SECONDS)
 
-    async def _try(self, delivery: Delivery) -> Settlement:
+    async def _try(self, delivery: Delivery) -> DeliveryOutcome:
         request_id, webhook, tries = delivery
         stored = await self._store.find(request_id)
         if stored is None or stored.ending is None:
-            return Settlement(request_id, None)  # its result has expired this very moment
+            return DeliveryOutcome(request_id, None)  # its result has expired this very moment
         body = await self._body(stored.ending, webhook.base)
         headers = sign(
             self._key,
@@ -281,22 +281,22 @@ class Webhooks:
         try:
             status = await self._guard.post(webhook.url, body, headers, seconds)
             verdict, reason = verdict_on(status), f"its server answered {status}"
-        except Refused as refusal:
-            verdict, reason = Verdict.NEVER, str(refusal)
+        except AddressRefused as refusal:
+            verdict, reason = DeliveryVerdict.NEVER, str(refusal)
         except Unreachable as failure:
-            verdict, reason = Verdict.AGAIN, str(failure)
-        if verdict is Verdict.ACKNOWLEDGED:
-            return Settlement(request_id, None)
-        settlement = self._again(delivery) if verdict is Verdict.AGAIN else Settlement(request_id, None)
+            verdict, reason = DeliveryVerdict.AGAIN, str(failure)
+        if verdict is DeliveryVerdict.ACKNOWLEDGED:
+            return DeliveryOutcome(request_id, None)
+        settlement = self._again(delivery) if verdict is DeliveryVerdict.AGAIN else DeliveryOutcome(request_id, None)
         # The URL's path and query may hold the receiver's secrets: only its host is logged.
         outcome = "given up" if settlement.due_at is None else "tried again later"
         _log.warning("webhook of request %s to %s: %s; %s", request_id, webhook.host, reason, outcome)
         return settlement
 
-    def _again(self, delivery: Delivery) -> Settlement:
-        return Settlement(delivery.request_id, next_try(delivery.tries + 1, self._clock(), self._chance()))
+    def _again(self, delivery: Delivery) -> DeliveryOutcome:
+        return DeliveryOutcome(delivery.request_id, next_try(delivery.tries + 1, self._clock(), self._chance()))
 
-    async def _body(self, ending: Ending, base: str) -> bytes:
+    async def _body(self, ending: CompletedRequest, base: str) -> bytes:
         inlined = await self._service.inlined(ending) if ending.inline else None
         reply = answers.result_reply(base, ending, inlined)
         return callback_body(ending, reply.body)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from enum import Enum
 
-__all__ = ["Trouble", "first_line", "trouble_of"]
+__all__ = ["RenderError", "first_line", "render_error_of"]
 
 _MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|ALLOC_FAILED", re.IGNORECASE)
 _LOST = re.compile(r"(CUDA|HIP)( driver)? error|device-side assert|CUBLAS_STATUS_|CUDNN_STATUS_")
 
 
-class Trouble(Enum):
+class RenderError(Enum):
     """What follows."""
 
     MEMORY = "memory ran out"
@@ -22,19 +22,19 @@ class Trouble(Enum):
     """A defect, most likely ours."""
 
 
-def trouble_of(error: BaseException) -> Trouble:
+def render_error_of(error: BaseException) -> RenderError:
     """The meaning of an error. By its type where torch has one for it, else by the words that torch begins it with."""
     import torch
 
     text = str(error)
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return Trouble.MEMORY
+        return RenderError.MEMORY
     if isinstance(error, RuntimeError):
         if _MEMORY.search(text):
-            return Trouble.MEMORY
+            return RenderError.MEMORY
         if isinstance(error, torch.AcceleratorError) or _LOST.match(text):
-            return Trouble.LOST
-    return Trouble.OTHER
+            return RenderError.LOST
+    return RenderError.OTHER
 
 
 def first_line(error: BaseException) -> str:

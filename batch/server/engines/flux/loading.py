@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from batch.server.engines.base import NotReady
-from batch.server.engines.flux.errors import Trouble, first_line, trouble_of
+from batch.server.engines.flux.errors import RenderError, first_line, render_error_of
 from batch.server.engines.flux.folder import PARTS
 from batch.server.engines.flux.safety import Checker, open_checker
 from batch.server.engines.flux.tuning import tune
@@ -143,13 +143,13 @@ def _pipeline(setup: Setup, device: Any, *, tuned: bool) -> Any:
 
 
 def _not_ready(setup: Setup, error: Exception) -> NotReady:
-    match trouble_of(error):
-        case Trouble.MEMORY:
+    match render_error_of(error):
+        case RenderError.MEMORY:
             advice = "use a machine with more memory"
             if setup.device != "cpu":
                 advice = "free the GPU, or try --quantize fp8, --offload model or --offload sequential"
             return NotReady(f"{setup.device} has not enough memory for {setup.label} ({first_line(error)}); {advice}")
-        case Trouble.LOST:
+        case RenderError.LOST:
             return NotReady(
                 f"{setup.device} failed while {setup.label} was loaded ({first_line(error)}); see nvidia-smi"
             )

@@ -28,7 +28,7 @@ from batch.server.engines.base import (
     NotReady,
     OnStep,
 )
-from batch.server.engines.flux.errors import Trouble, first_line, trouble_of
+from batch.server.engines.flux.errors import RenderError, first_line, render_error_of
 from batch.server.engines.flux.loading import Model, Setup, load
 from batch.server.engines.flux.restyle import restyle
 from batch.server.engines.flux.tuning import untune
@@ -85,7 +85,7 @@ class FluxRenderer:
             try:
                 restyle(model, self._setup.label, job, lambda *_: None, lambda: False)
             except Exception as error:
-                if trouble_of(error) is not Trouble.OTHER or not model.tuned:
+                if render_error_of(error) is not RenderError.OTHER or not model.tuned:
                     raise NotReady(self._said(error, "the warm-up")) from error
                 # A compiler or a kernel that does not suit this machine: slower is better than not at all.
                 _log.warning("%s: without compiled blocks: %s", self._setup.device, first_line(error))
@@ -100,26 +100,26 @@ class FluxRenderer:
         except EngineError:
             raise
         except Exception as error:  # the boundary to torch: what it means is decided here
-            trouble = trouble_of(error)
-            if trouble is Trouble.LOST:
+            trouble = render_error_of(error)
+            if trouble is RenderError.LOST:
                 self._leave(error)
-            if trouble is Trouble.OTHER:
+            if trouble is RenderError.OTHER:
                 traceback.print_exc()  # a defect: its trace belongs into the log, not into the answer
             message = self._said(error, "a request")
         # Outside of the except block: the error's frames held what is to be freed.
         _free(model)
-        retryable = trouble is Trouble.MEMORY
+        retryable = trouble is RenderError.MEMORY
         raise EngineFailure(500, "internal_server_error", message, loc=("body",), retryable=retryable)
 
     def _said(self, error: Exception, what: str) -> str:
         """The sentence that a person reads."""
         device = self._setup.device
-        match trouble_of(error):
-            case Trouble.MEMORY:
+        match render_error_of(error):
+            case RenderError.MEMORY:
                 offload = device != "cpu" and self._setup.offload == "none"
                 advice = "a smaller picture needs less" + (", and so does --offload model" if offload else "")
                 return f"{device} ran out of memory in {what} ({first_line(error)}); {advice}"
-            case Trouble.LOST:
+            case RenderError.LOST:
                 return f"{device} was lost in {what} ({first_line(error)}); see nvidia-smi"
             case _:
                 return f"the model failed in {what} ({first_line(error)})"

@@ -62,24 +62,24 @@ _Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 def routes(service: QueueService, app_id: AppId) -> list[tuple[str, str, _Handler]]:
     """Method, path and handler of each route."""
-    page = _Page(service, app_id)
+    page = _PageRoutes(service, app_id)
     paths = {"/": page.show, "/page/state": page.state, "/static/{name}": page.static}
     return [(method, path, handler) for path, handler in paths.items() for method in ("GET", "HEAD")]
 
 
-class _File(NamedTuple):
+class _StaticFile(NamedTuple):
     body: bytes
     content_type: str
     etag: str
 
 
-class _Page:
+class _PageRoutes:
     """The handlers, with what they need."""
 
     def __init__(self, service: QueueService, app_id: AppId) -> None:
         self._service = service
         self._app_id = app_id
-        self._read: dict[str, _File] = {}
+        self._read: dict[str, _StaticFile] = {}
 
     async def show(self, request: web.Request) -> web.Response:
         """The page itself."""
@@ -109,7 +109,7 @@ class _Page:
         return web.Response(body=orjson.dumps(body), headers=headers)
 
     @cached_property
-    def _document(self) -> _File:
+    def _document(self) -> _StaticFile:
         """What runs here does not change while it runs, so that the page is made once."""
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -130,11 +130,11 @@ class _Page:
         return _file(html.encode(), "text/html")
 
 
-def _file(body: bytes, content_type: str) -> _File:
-    return _File(body, content_type, hashlib.blake2b(body, digest_size=12).hexdigest())
+def _file(body: bytes, content_type: str) -> _StaticFile:
+    return _StaticFile(body, content_type, hashlib.blake2b(body, digest_size=12).hexdigest())
 
 
-def _answer(request: web.Request, file: _File) -> web.Response:
+def _answer(request: web.Request, file: _StaticFile) -> web.Response:
     headers = _HEADERS | {"cache-control": "no-cache", "etag": f'"{file.etag}"'}
     if any(etag.value in {file.etag, "*"} for etag in request.if_none_match or ()):
         return web.Response(status=304, headers=headers)

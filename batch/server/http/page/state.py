@@ -12,9 +12,9 @@ from urllib.parse import urlsplit
 
 from batch.fal import protocol
 from batch.fal.protocol import Malformed, Reply
-from batch.server.queue.records import Listed
-from batch.server.queue.scheduler import View
-from batch.server.queue.stats import Outcome, Tally
+from batch.server.queue.records import RequestSummary
+from batch.server.queue.scheduler import LiveView
+from batch.server.queue.stats import EndKind, ServerStats
 from batch.types import Json, JsonObject, QueueState
 
 __all__ = ["PathIn", "numbers", "request_card"]
@@ -27,18 +27,18 @@ PathIn: TypeAlias = Callable[[str], str | None]
 """The path of a file of ours in a URL, or None."""
 
 
-def numbers(tally: Tally, *, waiting: int, running: int, now: float) -> JsonObject:
+def numbers(tally: ServerStats, *, waiting: int, running: int, now: float) -> JsonObject:
     """The live part: counts since the start, and what was finished in each of the last 60 seconds."""
     return {
         "now": now,
         "waiting": waiting,
         "running": running,
-        **{outcome.value: tally.outcomes[outcome] for outcome in Outcome},
+        **{outcome.value: tally.outcomes[outcome] for outcome in EndKind},
         "per_second": list(tally.per_second(now)),
     }
 
 
-def request_card(listed: Listed, view: View | None, path_in: PathIn) -> JsonObject:
+def request_card(listed: RequestSummary, view: LiveView | None, path_in: PathIn) -> JsonObject:
     """One request as the page lists it."""
     given, made = _object(listed.body), _object(listed.payload)
     seed = made.get("seed", given.get("seed"))
@@ -61,7 +61,7 @@ def request_card(listed: Listed, view: View | None, path_in: PathIn) -> JsonObje
     return card
 
 
-def _state(listed: Listed, view: View | None) -> str:
+def _state(listed: RequestSummary, view: LiveView | None) -> str:
     if listed.status is None:
         return "waiting" if view is None or view.state is QueueState.IN_QUEUE else "running"
     if listed.status < 400:
