@@ -25,7 +25,7 @@ from batch.fal.errors import CallFailed
 from batch.journal.database import AuditedJob, JournalDatabase
 from batch.journal.states import State
 from batch.run.images import ImageFolder, sum_of
-from batch.run.interfaces import PictureError
+from batch.run.interfaces import ImageError
 from batch.run.retrying import reading
 from batch.targets import open_target
 from batch.types import JobKey, RequestId, StoredImage, Ticket
@@ -132,7 +132,7 @@ class _Fetcher:
         await anyio.Path(self._root / image.path).unlink(missing_ok=True)  # damaged, maybe of the right size
         try:
             await self._images.store(data)
-        except PictureError as error:
+        except ImageError as error:
             return f"{url[:200]}: {error}"
         return ""
 

@@ -24,7 +24,7 @@ from PIL import Image, UnidentifiedImageError
 
 from batch.errors import StorageError
 from batch.image_formats import READABLE, format_named
-from batch.run.interfaces import Picture, PictureError
+from batch.run.interfaces import ImageError, LoadedImage
 from batch.types import LocalImage, StoredImage
 
 __all__ = ["ImageFolder", "decode", "sum_of"]
@@ -70,7 +70,7 @@ def decode(
         alone: held while a large one is decoded.
 
     Raises:
-        PictureError: `image_load_error` for bytes that are no complete picture, `image_too_large` for one of
+        ImageError: `image_load_error` for bytes that are no complete picture, `image_too_large` for one of
             more than `limit_pixels` (refused before it is decoded).
     """
     try:
@@ -80,7 +80,7 @@ def decode(
                 width, height, kind = picture.width, picture.height, format_named(picture.format)
                 assert kind is not None, "only formats of the table are opened"
                 if width * height > limit_pixels:
-                    raise PictureError(
+                    raise ImageError(
                         "image_too_large", f"{width} x {height} pixels are more than {limit_pixels / 1e6:g} megapixels"
                     )
                 # A JPEG unpacks at an eighth of its size: every coded byte is still read, at a third of the time.
@@ -88,13 +88,13 @@ def decode(
                 with alone if alone is not None and width * height > _ALONE_FROM_PIXELS else nullcontext():
                     picture.load()
                 if kind.name == "PNG" and _PNG_END not in data:
-                    raise PictureError("image_load_error", "the picture is damaged or incomplete (its end is missing)")
+                    raise ImageError("image_load_error", "the picture is damaged or incomplete (its end is missing)")
     except Image.DecompressionBombError as error:
-        raise PictureError("image_too_large", str(error)) from error
+        raise ImageError("image_too_large", str(error)) from error
     except UnidentifiedImageError as error:
-        raise PictureError("image_load_error", "the bytes are not a picture in a known format") from error
+        raise ImageError("image_load_error", "the bytes are not a picture in a known format") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise PictureError("image_load_error", f"the picture is damaged or incomplete ({error})") from error
+        raise ImageError("image_load_error", f"the picture is damaged or incomplete ({error})") from error
     return Decoded(width, height, *kind)
 
 
@@ -112,7 +112,7 @@ class ImageFolder:
         self._parts = run_directory / "images" / ".part"
         shutil.rmtree(self._parts, ignore_errors=True)
 
-    async def load(self, image: LocalImage) -> Picture:
+    async def load(self, image: LocalImage) -> LoadedImage:
         """Read a manifest picture, check that it is still the planned one, and decode it."""
         return await anyio.to_thread.run_sync(self._load, image, limiter=self._threads)
 
@@ -120,18 +120,18 @@ class ImageFolder:
         """Verify by decoding, then store under the hash of its content; durable when it returns."""
         return await anyio.to_thread.run_sync(self._store, data, limiter=self._threads)
 
-    def _load(self, image: LocalImage) -> Picture:
+    def _load(self, image: LocalImage) -> LoadedImage:
         data = image.data
         if data is None:
             assert image.path is not None, "a local image has bytes or a path"
             try:
                 data = image.path.read_bytes()
             except OSError as error:
-                raise PictureError("image_load_error", f"{image.path} cannot be read: {error.strerror}") from error
+                raise ImageError("image_load_error", f"{image.path} cannot be read: {error.strerror}") from error
         if hashlib.sha256(data).hexdigest() != image.sha256:
-            raise PictureError("image_changed", f"{image.path or image.name} changed while the run went on; run again")
+            raise ImageError("image_changed", f"{image.path or image.name} changed while the run went on; run again")
         seen = decode(data, limit_pixels=self._limit_pixels, alone=self._alone)
-        return Picture(data, seen.content_type, seen.width * seen.height / 1e6)
+        return LoadedImage(data, seen.content_type, seen.width * seen.height / 1e6)
 
     def _store(self, data: bytes) -> StoredImage:
         seen = decode(data, limit_pixels=_RESULT_LIMIT_PIXELS, alone=self._alone)

@@ -18,11 +18,11 @@ from batch.types import Answer, Attempt, JobKey, Json, LocalImage, StoredImage, 
 __all__ = [
     "CompletionHints",
     "HeldBack",
+    "ImageError",
     "Images",
     "Journal",
+    "LoadedImage",
     "Observer",
-    "Picture",
-    "PictureError",
     "Service",
 ]
 
@@ -119,7 +119,7 @@ class CompletionHints(Protocol):
         """The request is settled, or given up: nobody waits for it any more."""
 
 
-class PictureError(Exception):
+class ImageError(Exception):
     """Bytes that are not a usable picture. `type` is the endpoint's word for it (`image_load_error`, ...)."""
 
     def __init__(self, type: str, message: str) -> None:  # noqa: A002 - the wire's own word
@@ -127,7 +127,7 @@ class PictureError(Exception):
         self.type = type
 
 
-class Picture(NamedTuple):
+class LoadedImage(NamedTuple):
     """A local picture, read and verified: ready to be uploaded."""
 
     data: bytes
@@ -138,18 +138,18 @@ class Picture(NamedTuple):
 class Images(Protocol):
     """The picture files of a run."""
 
-    async def load(self, image: LocalImage) -> Picture:
+    async def load(self, image: LocalImage) -> LoadedImage:
         """Read a manifest picture, check its hash and decode it.
 
         Raises:
-            PictureError: it cannot be used; a message for the row.
+            ImageError: it cannot be used; a message for the row.
         """
 
     async def store(self, data: bytes) -> StoredImage:
         """Decode, hash, write, fsync, rename. Equal bytes are stored once. `url` of the answer is empty.
 
         Raises:
-            PictureError: the bytes are no complete picture.
+            ImageError: the bytes are no complete picture.
             StorageError: the disk refused.
         """
 

@@ -33,12 +33,12 @@ from batch.types import JobKey, Json, JsonObject, RequestId, Ticket
 
 __all__ = [
     "Finding",
-    "Found",
-    "Listing",
+    "FoundRequest",
     "Reconciler",
+    "RequestListing",
     "Search",
+    "SearchWindow",
     "Settled",
-    "Window",
     "bounded",
     "match",
     "same_input",
@@ -95,7 +95,7 @@ class Finding(StrEnum):
     """The listing is not shown to this key, or there is none: no look-up will ever find it."""
 
 
-class Found(NamedTuple):
+class FoundRequest(NamedTuple):
     """A finding, and the request where there is exactly one."""
 
     finding: Finding
@@ -103,7 +103,7 @@ class Found(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
+class SearchWindow:
     """A span of time and the unknown submits in it; `end` is exclusive."""
 
     start: float
@@ -163,7 +163,9 @@ def same_input(sent: JsonObject, listed: JsonObject) -> bool:
     return all(name in listed and _equal(value, listed[name]) for name, value in sent.items())
 
 
-def match(entry: OpenJob, listed: Sequence[Listed], known: Collection[str], *, after: float = AFTER_SECONDS) -> Found:
+def match(
+    entry: OpenJob, listed: Sequence[Listed], known: Collection[str], *, after: float = AFTER_SECONDS
+) -> FoundRequest:
     """Decide about one unknown submit.
 
     Args:
@@ -176,13 +178,13 @@ def match(entry: OpenJob, listed: Sequence[Listed], known: Collection[str], *, a
     candidates = [item for item in listed if item.request_id not in known and _in_time(entry, item, after)]
     matches = [item for item in candidates if item.input is not None and same_input(sent, item.input)]
     if len(matches) > 1:
-        return Found(Finding.AMBIGUOUS)
+        return FoundRequest(Finding.AMBIGUOUS)
     if any(item.input is None for item in candidates):
-        return Found(Finding.HIDDEN)
-    return Found(Finding.ADOPTED, matches[0].request_id) if matches else Found(Finding.ABSENT)
+        return FoundRequest(Finding.HIDDEN)
+    return FoundRequest(Finding.ADOPTED, matches[0].request_id) if matches else FoundRequest(Finding.ABSENT)
 
 
-def windows(entries: Sequence[OpenJob], now: float, *, after: float = AFTER_SECONDS) -> list[Window]:
+def windows(entries: Sequence[OpenJob], now: float, *, after: float = AFTER_SECONDS) -> list[SearchWindow]:
     """The spans to list, each with its submits: spans that touch are one, and none ends in the future."""
     spans: list[list[OpenJob]] = []
     for entry in sorted(entries, key=lambda entry: entry.intended_at):
@@ -191,7 +193,7 @@ def windows(entries: Sequence[OpenJob], now: float, *, after: float = AFTER_SECO
         else:
             spans.append([entry])
     return [
-        Window(span[0].intended_at - BEFORE_SECONDS, min(now, span[-1].intended_at + after), tuple(span))
+        SearchWindow(span[0].intended_at - BEFORE_SECONDS, min(now, span[-1].intended_at + after), tuple(span))
         for span in spans
     ]
 
@@ -233,11 +235,11 @@ class Search:
         """Of everything that was kept."""
         return [*dict.fromkeys((*self._shown, *self._hidden, *self._edges))]
 
-    def findings(self, known: Collection[str], at: float = 0.0) -> dict[JobKey, Found]:
+    def findings(self, known: Collection[str], at: float = 0.0) -> dict[JobKey, FoundRequest]:
         """Decide about each submit of the window; `known` as for `match`, `at`: before the first page was asked for."""
         hidden = [item for item in self._hidden.values() if item.request_id not in self._shown]
         covered = [instant for request_id, instant in self._edges.items() if request_id in known]
-        found: dict[JobKey, Found] = {}
+        found: dict[JobKey, FoundRequest] = {}
         for entry, seed in zip(self._entries, self._seeds, strict=True):
             listed = self._by_seed[seed]
             finding = match(entry, [*listed.values(), *hidden], known, after=self._after)
@@ -247,20 +249,22 @@ class Search:
         claims = Counter(finding.request_id for finding in found.values() if finding.request_id is not None)
         for key, finding in found.items():
             if finding.request_id is not None and claims[finding.request_id] > 1:
-                found[key] = Found(Finding.AMBIGUOUS)
+                found[key] = FoundRequest(Finding.AMBIGUOUS)
         return found
 
 
-def _concluded(entry: OpenJob, found: Found, listed: Mapping[RequestId, Listed], covered: Sequence[float]) -> Found:
+def _concluded(
+    entry: OpenJob, found: FoundRequest, listed: Mapping[RequestId, Listed], covered: Sequence[float]
+) -> FoundRequest:
     """What a finding proves of a submit that can neither wait nor run any more.
 
     `covered` has the instants of listed requests that are known to be this run's.
     """
     sent = entry.intended_at
     if found.finding is Finding.ABSENT and covered and min(covered) - _AT_ONCE_SECONDS <= sent <= max(covered):
-        return Found(Finding.NOT_ACCEPTED)
+        return FoundRequest(Finding.NOT_ACCEPTED)
     if found.request_id is not None and listed[found.request_id].status_code == _NOT_STARTED_STATUS:
-        return Found(Finding.NOT_STARTED)
+        return FoundRequest(Finding.NOT_STARTED)
     return found
 
 
@@ -275,7 +279,7 @@ def _seed_of(values: JsonObject) -> str:
     return _NO_SEED
 
 
-class Listing(Protocol):
+class RequestListing(Protocol):
     """The platform's request listing; raises `CallFailed`."""
 
     async def listing(self, start: float, end: float, cursor: str | None, limit: int) -> ListingPage:
@@ -286,11 +290,11 @@ class _Unreadable(Exception):
     """A window's listing could not be read to its end: nothing may be concluded from it."""
 
 
-class _Refused(_Unreadable):
+class _ListingRefused(_Unreadable):
     """The listing is not for this key."""
 
 
-class _TooLarge(Exception):
+class _ListingTooLarge(Exception):
     """A page is larger than the client takes."""
 
 
@@ -299,7 +303,7 @@ class Reconciler:
 
     def __init__(
         self,
-        listing: Listing,
+        listing: RequestListing,
         journal: Journal,
         observer: Observer,
         now: Callable[[], float],
@@ -321,14 +325,14 @@ class Reconciler:
         async with aclosing(self._journal.entries({State.UNKNOWN})) as unknown:
             entries = [entry async for entry in unknown]
         at, adopted, rest, unreadable = self._now(), 0, dict[JobKey, Finding](), 0
-        without = Found(Finding.UNREADABLE)
+        without = FoundRequest(Finding.UNREADABLE)
         for window in windows(entries, at, after=self._after):
-            found: dict[JobKey, Found] = {}
+            found: dict[JobKey, FoundRequest] = {}
             try:
                 found = await self._search(window, at) if unreadable < _UNREADABLE_WINDOWS else {}
             except _Unreadable as error:
                 unreadable += 1
-                without = Found(Finding.REFUSED if isinstance(error, _Refused) else Finding.UNREADABLE)
+                without = FoundRequest(Finding.REFUSED if isinstance(error, _ListingRefused) else Finding.UNREADABLE)
             for entry in window.entries:
                 finding, request_id = found.get(entry.job_key, without)
                 if request_id is not None:
@@ -339,7 +343,7 @@ class Reconciler:
                 self._observer.happened("reconciled", job=entry.job_key, finding=finding, request_id=request_id)
         return Settled(at, adopted, rest)
 
-    async def _search(self, window: Window, at: float) -> dict[JobKey, Found]:
+    async def _search(self, window: SearchWindow, at: float) -> dict[JobKey, FoundRequest]:
         """What the listing says of a window's submits, all pages read.
 
         Raises:
@@ -349,12 +353,12 @@ class Reconciler:
             search = Search(window.entries, after=self._after)
             try:
                 await self._all_pages(window, limit, search)
-            except _TooLarge:
+            except _ListingTooLarge:
                 continue
             return search.findings(await self._journal.requests(search.ids()), at)
         raise _Unreadable
 
-    async def _all_pages(self, window: Window, limit: int, search: Search) -> None:
+    async def _all_pages(self, window: SearchWindow, limit: int, search: Search) -> None:
         """The cursor encodes a page number, and new requests shift pages: `end` stays the same for all of them."""
         cursor: str | None = None
         seen: set[str] = set()
@@ -369,13 +373,13 @@ class Reconciler:
             seen.add(cursor)
         raise _Unreadable
 
-    async def _page(self, window: Window, cursor: str | None, limit: int) -> ListingPage:
+    async def _page(self, window: SearchWindow, cursor: str | None, limit: int) -> ListingPage:
         async def read() -> ListingPage:
             try:
                 return await self._listing.listing(window.start, window.end, cursor, limit)
             except CallFailed as error:
                 if error.trouble.transport == "oversize":
-                    raise _TooLarge from error
+                    raise _ListingTooLarge from error
                 raise
 
         try:
@@ -385,7 +389,7 @@ class Reconciler:
             raise _Unreadable from error
         except CallFailed as error:
             reply = error.trouble.reply
-            raise (_Refused if reply is not None and reply.status in _NOT_FOR_US else _Unreadable) from error
+            raise (_ListingRefused if reply is not None and reply.status in _NOT_FOR_US else _Unreadable) from error
 
 
 def _instant_of(item: Listed) -> float | None:

@@ -19,7 +19,7 @@ from batch.journal.answers import shorten_data_uri
 from batch.journal.events import Uploaded
 from batch.run.admission import StopCause
 from batch.run.expiry import Expiry
-from batch.run.interfaces import Images, Journal, PictureError, Service
+from batch.run.interfaces import ImageError, Images, Journal, Service
 from batch.run.job import JobFailed, RunStopping
 from batch.run.retrying import reading
 from batch.run.verdicts import Action, Verdict, backoff, failure_of, final
@@ -85,7 +85,7 @@ class Transfers:
                 return known
             url = await self._sent(image)
             await self._journal.record(Uploaded(name, self._now(), url))
-        except PictureError as error:
+        except ImageError as error:
             raise JobFailed(Failed(error.type, str(error))) from error
         except CallFailed as error:
             verdict = final(error.trouble)
@@ -126,7 +126,7 @@ class Transfers:
             tasks.start_soon(watch)
             try:
                 url = await call()
-            except (CallFailed, PictureError) as error:  # carried around the task group, which would wrap it
+            except (CallFailed, ImageError) as error:  # carried around the task group, which would wrap it
                 failure = error
             tasks.cancel_scope.cancel()
         if failure is not None:
@@ -140,7 +140,7 @@ class Transfers:
 
         What failed once leaves the line: it holds up none of the others, and does not queue behind them again.
         """
-        with suppress(CallFailed, PictureError):
+        with suppress(CallFailed, ImageError):
             return await self._fetched(said, self._downloads)
         tries, since = 1, self._now()
 
@@ -162,7 +162,7 @@ class Transfers:
                 reason = error.trouble.detail or final(error.trouble).reason
                 failure = Failed(word, f"{said.url[:200]}: {reason}")
                 raise JobFailed(failure, collectable=True) from error
-            except PictureError as error:
+            except ImageError as error:
                 if tries >= _DOWNLOAD_TRIES:
                     failure = Failed("result_file_damaged", f"{said.url[:200]}: {error}")
                     raise JobFailed(failure, collectable=True) from error
@@ -179,7 +179,7 @@ class Transfers:
         while True:
             try:
                 return await work()
-            except (PictureError, StorageError) as error:
+            except (ImageError, StorageError) as error:
                 if not lacks_descriptor(error):
                     raise
             tries += 1

@@ -126,7 +126,7 @@ class Overview(NamedTuple):
         return "; ".join(f"{count:,} {name} {rest}" for name, count, rest in self.lines(least=least))
 
 
-class _Place(NamedTuple):
+class _JobWait(NamedTuple):
     """Where one job is."""
 
     stage: Stage
@@ -138,14 +138,14 @@ class Waits:
     """Where each accepted job of a run is. Instants are Unix seconds."""
 
     def __init__(self) -> None:
-        self._places: dict[JobKey, _Place] = {}
+        self._places: dict[JobKey, _JobWait] = {}
 
     def __repr__(self) -> str:
         return f"<Waits {len(self._places)} jobs>"
 
     def put(self, key: JobKey, stage: Stage, since: float, position: int | None = None) -> None:
         """A job waits for this, and has waited since then."""
-        self._places[key] = _Place(stage, since, position if stage is Stage.IN_QUEUE else None)
+        self._places[key] = _JobWait(stage, since, position if stage is Stage.IN_QUEUE else None)
 
     def drop(self, key: JobKey) -> None:
         """A job does not wait any longer."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 
 from batch.run.images import decode
-from batch.run.interfaces import Picture, PictureError
+from batch.run.interfaces import ImageError, LoadedImage
 from batch.types import LocalImage, StoredImage
 
 __all__ = ["MemoryImages"]
@@ -18,12 +18,12 @@ class MemoryImages:
         self.files: dict[str, bytes] = {}
         """Stored pictures by their path."""
 
-    async def load(self, image: LocalImage) -> Picture:
+    async def load(self, image: LocalImage) -> LoadedImage:
         """The picture that the manifest itself carried."""
         if image.data is None:
-            raise PictureError("image_load_error", f"{image.name} has no bytes in memory")
+            raise ImageError("image_load_error", f"{image.name} has no bytes in memory")
         seen = decode(image.data)
-        return Picture(image.data, seen.content_type, seen.width * seen.height / 1e6)
+        return LoadedImage(image.data, seen.content_type, seen.width * seen.height / 1e6)
 
     async def store(self, data: bytes) -> StoredImage:
         """Keep it under its hash."""

@@ -36,7 +36,7 @@ __all__ = ["MemoryJournal"]
 
 
 @dataclass(slots=True)
-class _Kept:
+class _MemoryJob:
     """What is known of one job."""
 
     state: State = State.PENDING
@@ -67,7 +67,7 @@ class MemoryJournal:
     def __init__(self, session: int = 1) -> None:
         self.session = session
         self.events: list[Event] = []
-        self._jobs: dict[JobKey, _Kept] = {}
+        self._jobs: dict[JobKey, _MemoryJob] = {}
         self._uploads: dict[str, Uploaded] = {}
         self._owners: dict[str, JobKey] = {}
         self._spent_usd = 0.0
@@ -162,7 +162,7 @@ class MemoryJournal:
         if isinstance(event, Uploaded):
             self._uploads[event.sha256] = event
             return
-        job = self._jobs.setdefault(event.job_key, _Kept())
+        job = self._jobs.setdefault(event.job_key, _MemoryJob())
         was, job.state, job.session = job.state, advance(job.state, event.happening), self.session
         match event:
             case Intended():
@@ -194,17 +194,17 @@ class MemoryJournal:
                 job.forget()
                 job.attempt += 1
 
-    def _spend(self, job: _Kept, usd: float | None) -> None:
+    def _spend(self, job: _MemoryJob, usd: float | None) -> None:
         if usd is not None:
             job.cost_usd = (job.cost_usd or 0.0) + usd
             self._spent_usd += usd
 
 
-def _collectable_since(job: _Kept) -> float | None:
+def _collectable_since(job: _MemoryJob) -> float | None:
     return job.ended.ended_at if job.state is State.COLLECTABLE and isinstance(job.ended, Uncollected) else None
 
 
-def _ended_at(job: _Kept) -> float | None:
+def _ended_at(job: _MemoryJob) -> float | None:
     if job.answered is not None:
         return job.answered.at
     return job.ended.ended_at if isinstance(job.ended, Uncollected) else None if job.ended is None else job.ended.at
@@ -224,11 +224,11 @@ def _units(answered: Answered | None, ended: Finished | FailedForGood | Uncollec
     return ended.failure.billable_units if isinstance(ended, FailedForGood) else None
 
 
-def _age_order(job: _Kept) -> float:
+def _age_order(job: _MemoryJob) -> float:
     return -math.inf if job.intended_at is None else job.intended_at
 
 
-def _entry(key: JobKey, job: _Kept) -> OpenJob:
+def _entry(key: JobKey, job: _MemoryJob) -> OpenJob:
     return OpenJob(
         job_key=key,
         state=job.state,
@@ -244,7 +244,7 @@ def _entry(key: JobKey, job: _Kept) -> OpenJob:
     )
 
 
-def _outcome(key: JobKey, job: _Kept) -> JobOutcome:
+def _outcome(key: JobKey, job: _MemoryJob) -> JobOutcome:
     answered, ended = job.answered, job.ended
     failure = ended.failure if isinstance(ended, FailedForGood | Uncollected) else None
     error: tuple[str | None, str | None] = (None, None)

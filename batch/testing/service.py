@@ -29,9 +29,9 @@ __all__ = [
     "CompletesWith",
     "DropsAfterAccept",
     "DropsBeforeAccept",
+    "FakeListing",
     "FakeService",
     "Fault",
-    "Listing",
     "RefusesConnection",
     "RefusesSubmits",
     "SendsDamagedFiles",
@@ -39,7 +39,7 @@ __all__ = [
 
 
 @dataclass(slots=True)
-class Request:
+class FakeRequest:
     """One accepted request of the fake."""
 
     id: RequestId
@@ -71,7 +71,7 @@ class Fault:
     def reading(self, phase: str, n: int) -> Reply | None:
         """A status or result read arrived: the reply given instead."""
 
-    def completing(self, request: Request, n: int) -> Reply | None:
+    def completing(self, request: FakeRequest, n: int) -> Reply | None:
         """A result is about to be answered: the job's own failure instead."""
 
     def downloading(self, data: bytes, n: int) -> bytes:
@@ -83,14 +83,14 @@ class Fault:
 
 
 @dataclass(slots=True)
-class Listing:
+class FakeListing:
     """How the fake lists its requests; the defaults are those of an obliging service."""
 
     lag: float = 0.0
     """Seconds until an accepted request is listed."""
     waiting: bool = True
     """Whether requests are listed that have not ended."""
-    hidden: Callable[[Request], bool] = lambda _: False
+    hidden: Callable[[FakeRequest], bool] = lambda _: False
     """Whose input is not shown."""
     page_limit: int = PAGE_LIMIT
     """The most requests a page, whatever is asked for."""
@@ -181,7 +181,7 @@ class CompletesWith(Fault):
     _seen: int = 0
     _ids: set[str] = field(default_factory=set)
 
-    def completing(self, request: Request, n: int) -> Reply | None:
+    def completing(self, request: FakeRequest, n: int) -> Reply | None:
         """Fail it."""
         if self.word not in str(request.body["prompt"]):
             return None
@@ -238,18 +238,18 @@ class FakeService:
         start_timeout: float | None = None,
         faults: Sequence[Fault] = (),
         round_trip: float = 0.0,
-        listing: Listing | None = None,
+        listing: FakeListing | None = None,
     ) -> None:
         self._service_time = service_time if callable(service_time) else (lambda _: service_time)
         shifts = [[(0.0, math.inf)]] * slots if isinstance(slots, int) else slots or []
         self._slots = [_Slot(of_one) for of_one in shifts]
         self._honours_keys, self._faults, self._round_trip = honours_keys, list(faults), round_trip
         self._rejects_repeats, self._start_timeout = rejects_repeats, start_timeout
-        self.lists = listing or Listing()
+        self.lists = listing or FakeListing()
         self.leave: Callable[[Attempt], Awaitable[None]] | None = None
         self._by_key: dict[str, RequestId] = {}
         self._counts: Counter[str] = Counter()
-        self.requests: dict[RequestId, Request] = {}
+        self.requests: dict[RequestId, FakeRequest] = {}
         self._starts: list[float] = []
         self.bodies: list[JsonObject] = []
         """Bodies of all POSTs that arrived."""
@@ -373,7 +373,7 @@ class FakeService:
             raise CallFailed(Trouble("listing", "oversize", detail="oversize"))
         return ListingPage(tuple(page), str(number + 1) if len(found) > (number + 1) * size else None)
 
-    def _listed(self, request: Request) -> Listed:
+    def _listed(self, request: FakeRequest) -> Listed:
         ended = request.ends_at if request.ends_at <= anyio.current_time() else None
         shown = None if self.lists.hidden(request) else request.body
         status = (504 if request.is_expired else 200) if ended else None
@@ -386,7 +386,7 @@ class FakeService:
         self._counts[phase] += 1
         return self._counts[phase]
 
-    async def _read(self, phase: str, ticket: Ticket) -> Request:
+    async def _read(self, phase: str, ticket: Ticket) -> FakeRequest:
         await self._arrive(phase)
         self._counts["reads"] += 1
         for fault in self._faults:
@@ -407,7 +407,7 @@ class FakeService:
         else:
             ends = slot.free_at = starts + self._service_time(number)
         self._by_key[attempt.idempotency_key] = request_id
-        self.requests[request_id] = Request(
+        self.requests[request_id] = FakeRequest(
             request_id, orjson.loads(attempt.body), now, ends, starts, is_expired=is_expired
         )
         insort(self._starts, starts)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from batch.errors import StorageError
 from batch.run.images import ImageFolder, decode
-from batch.run.interfaces import PictureError
+from batch.run.interfaces import ImageError
 from batch.types import LocalImage
 
 pytestmark = pytest.mark.anyio
@@ -108,7 +108,7 @@ async def test_a_file_of_several_images_is_of_the_type_of_its_first(folder, tmp_
 def test_a_picture_that_was_cut_off_is_damaged(kind, share):
     """A transfer that ended early must not become a result."""
     data = picture(kind, (200, 200))
-    with pytest.raises(PictureError) as caught:
+    with pytest.raises(ImageError) as caught:
         decode(data[: int(len(data) * share)])
     assert caught.value.type == "image_load_error"
 
@@ -120,14 +120,14 @@ NO_PICTURES = [b"", b"<html>not found</html>", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_a_few_bytes_missing_at_the_end_are_noticed(kind, missing):
     """All pixels may be there: the file still is not the one that was made."""
-    with pytest.raises(PictureError):
+    with pytest.raises(ImageError):
         decode(picture(kind, (200, 200))[:-missing])
 
 
 @pytest.mark.parametrize("data", NO_PICTURES, ids=len)
 def test_what_is_no_picture_is_refused(data):
     """With the endpoint's own word for it."""
-    with pytest.raises(PictureError) as caught:
+    with pytest.raises(ImageError) as caught:
         decode(data)
     assert caught.value.type == "image_load_error"
 
@@ -135,7 +135,7 @@ def test_what_is_no_picture_is_refused(data):
 @pytest.mark.parametrize("side", [20_000, 30_000])
 def test_a_picture_of_too_many_pixels_is_never_unpacked(side):
     """A few kilobytes that would become gigabytes: refused by the header, at Pillow's own limit too."""
-    with pytest.raises(PictureError) as caught:
+    with pytest.raises(ImageError) as caught:
         decode(png_of(side, side), limit_pixels=100_000_000)
     assert caught.value.type == "image_too_large"
 
@@ -188,7 +188,7 @@ async def test_a_file_of_another_length_is_written_again(folder, tmp_path):
 
 async def test_a_damaged_result_leaves_no_file(folder, tmp_path):
     """It is judged before it is written."""
-    with pytest.raises(PictureError):
+    with pytest.raises(ImageError):
         await folder.store(picture()[:-20])
     assert list(tmp_path.iterdir()) == []
 
@@ -249,7 +249,7 @@ async def test_a_picture_that_changed_since_the_plan_is_refused(folder, tmp_path
     """What was planned is what is sent: the key says so."""
     path = tmp_path / "a.png"
     path.write_bytes(picture())
-    with pytest.raises(PictureError, match="changed while the run went on") as caught:
+    with pytest.raises(ImageError, match="changed while the run went on") as caught:
         await folder.load(LocalImage("0" * 64, 100, path=path))
     assert caught.value.type == "image_changed"
     assert str(path) in str(caught.value)
@@ -259,7 +259,7 @@ async def test_a_picture_that_changed_since_the_plan_is_refused(folder, tmp_path
 async def test_a_picture_that_cannot_be_read_is_a_fault_of_its_row(folder, tmp_path, kind):
     """It may have gone between plan and submit."""
     path = tmp_path if kind == "folder" else tmp_path / "gone.png"
-    with pytest.raises(PictureError, match="cannot be read") as caught:
+    with pytest.raises(ImageError, match="cannot be read") as caught:
         await folder.load(LocalImage("0" * 64, 100, path=path))
     assert caught.value.type == "image_load_error"
 
@@ -267,7 +267,7 @@ async def test_a_picture_that_cannot_be_read_is_a_fault_of_its_row(folder, tmp_p
 async def test_a_picture_that_cannot_be_decoded_is_not_uploaded(folder):
     """The service would refuse it after the upload, or charge for it."""
     data = picture("JPEG", (100, 100))[:-500]
-    with pytest.raises(PictureError, match="damaged or incomplete"):
+    with pytest.raises(ImageError, match="damaged or incomplete"):
         await folder.load(local(data, data=data))
 
 
@@ -275,7 +275,7 @@ async def test_the_users_limit_counts_for_sources(tmp_path):
     """`limits.max_image_megapixels`; results have only the hard limit."""
     small = ImageFolder(tmp_path, limit_megapixels=0.0001)
     data = picture(size=(20, 10))
-    with pytest.raises(PictureError) as caught:
+    with pytest.raises(ImageError) as caught:
         await small.load(local(data, data=data))
     assert caught.value.type == "image_too_large"
     assert (await small.store(data)).width == 20

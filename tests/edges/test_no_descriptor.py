@@ -25,7 +25,7 @@ from batch.fal.status_stream import StatusStreams
 from batch.journal.database import JournalDatabase
 from batch.manifest.images import SourceImages
 from batch.run.images import ImageFolder
-from batch.run.interfaces import PictureError
+from batch.run.interfaces import ImageError
 from batch.run.verdicts import Action, judge
 from batch.server import serve as serve_module
 from batch.server.egress.http_client import FetchLimits, SafeHttpClient
@@ -116,7 +116,7 @@ def test_an_image_is_not_at_fault(tmp_path):
         stored = await images.store(picture(size=(64, 48)))
         local = LocalImage(stored.sha256, stored.file_size, path=tmp_path / stored.path)
         for work in (images.store(picture(size=(48, 64))), images.load(local)):
-            with none_free(), pytest.raises((StorageError, PictureError)) as caught:
+            with none_free(), pytest.raises((StorageError, ImageError)) as caught:
                 await work
             assert lacks_descriptor(caught.value)
 

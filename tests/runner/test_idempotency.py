@@ -21,9 +21,9 @@ from batch.testing.service import (
     CompletesWith,
     DropsAfterAccept,
     DropsBeforeAccept,
+    FakeListing,
     FakeService,
     Fault,
-    Listing,
     RefusesConnection,
     RefusesSubmits,
 )
@@ -111,7 +111,7 @@ async def test_a_repeat_goes_on_through_throttles_outages_and_gateways():
 async def test_what_is_rejected_and_not_listed_is_held_for_good(answer):
     """It is paid for, so no policy and no --retry-failed sends it again; the listing has it later."""
     policy = replace(REJECTS, resubmit_unknown_after=60.0, retry_failed=True)
-    world = rejecting(LosesReplies(), answer=answer, listing=Listing(lag=20 * 86400.0), policy=policy)
+    world = rejecting(LosesReplies(), answer=answer, listing=FakeListing(lag=20 * 86400.0), policy=policy)
     for _ in range(4):
         assert (await world.run(jobs(3))).held == 1
         world.again()
@@ -164,7 +164,7 @@ async def test_a_submit_that_a_crash_cut_off_is_looked_up_then_repeated(arrives)
 
 async def test_a_repeat_that_a_crash_cuts_off_is_still_looked_up_from_its_first_submit_on():
     """The first POST was accepted, half an hour before the repeat: its time is the one that the listing has."""
-    world = rejecting(LosesReplies(), listing=Listing(lag=7200.0))
+    world = rejecting(LosesReplies(), listing=FakeListing(lag=7200.0))
     with anyio.move_on_after(0.15):
         await world.run(jobs(1))
     await anyio.sleep(1800)
@@ -191,7 +191,7 @@ async def test_a_repeat_is_looked_up_where_it_was_the_one_that_was_accepted():
 
 async def test_a_key_that_the_target_may_have_forgotten_is_not_repeated():
     """It would be accepted as a new one. After an hour only the listing counts."""
-    world = rejecting(LosesReplies(), listing=Listing(lag=2 * REPEAT_SECONDS))
+    world = rejecting(LosesReplies(), listing=FakeListing(lag=2 * REPEAT_SECONDS))
     with anyio.move_on_after(0.15):
         await world.run(jobs(1))
     world.service._by_key.clear()
@@ -206,7 +206,7 @@ async def test_a_key_that_the_target_may_have_forgotten_is_not_repeated():
 async def test_an_outage_that_outlasts_the_key_ends_in_a_held_job():
     """The first answer was lost, then nothing could be sent for two hours: no later repeat, and no endless wait."""
     world = rejecting(
-        LosesReplies(), RefusesConnection(0.15, 2 * REPEAT_SECONDS), listing=Listing(lag=3 * REPEAT_SECONDS)
+        LosesReplies(), RefusesConnection(0.15, 2 * REPEAT_SECONDS), listing=FakeListing(lag=3 * REPEAT_SECONDS)
     )
     assert (await world.run(jobs(1))).held == 1
     assert world.service.posts == 1

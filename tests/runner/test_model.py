@@ -49,7 +49,7 @@ from batch.run.runner import Policy, Report
 from batch.run.verdicts import Idempotency
 from batch.testing.images import MemoryImages
 from batch.testing.journal import MemoryJournal
-from batch.testing.service import FakeService, Fault, Listing, Request
+from batch.testing.service import FakeListing, FakeRequest, FakeService, Fault
 from batch.types import Attempt, JobKey, RequestId
 from tests.runner.world import World, jobs
 
@@ -134,7 +134,7 @@ class Scripted(Fault):
         if self._now == "lose reply":
             raise CallFailed(Trouble("submit", "disconnected", detail="disconnected"))
 
-    def completing(self, request: Request, n: int) -> Reply | None:
+    def completing(self, request: FakeRequest, n: int) -> Reply | None:
         if request.id not in self._fates:
             self._fates[request.id] = self.ends.pop(0) if self.ends else None
         fate = self._fates[request.id]
@@ -171,11 +171,11 @@ class Weather:
     page_limit: int = 100
     arrivals: int = 0
 
-    def listing(self) -> Listing:
-        def hidden(request: Request) -> bool:
+    def listing(self) -> FakeListing:
+        def hidden(request: FakeRequest) -> bool:
             return self.hides > 0 and int(request.id.rpartition("-")[2]) % self.hides == 1
 
-        return Listing(self.lag, self.waiting, hidden, self.page_limit, self.arrivals)
+        return FakeListing(self.lag, self.waiting, hidden, self.page_limit, self.arrivals)
 
 
 WEATHER = st.builds(

@@ -23,9 +23,9 @@ from batch.testing.service import (
     CompletesWith,
     DropsAfterAccept,
     DropsBeforeAccept,
+    FakeListing,
     FakeService,
     Fault,
-    Listing,
     RefusesSubmits,
 )
 from batch.types import AppId, Attempt, RequestId
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.anyio
 PRICE = Price(0.03, date(2026, 11, 1))
 
 
-def world(*faults: Fault, listing: Listing | None = None, policy: Policy | None = None, **options) -> World:
+def world(*faults: Fault, listing: FakeListing | None = None, policy: Policy | None = None, **options) -> World:
     service = FakeService(service_time=2.0, round_trip=0.1, faults=faults, listing=listing)
     return World(service, policy=policy, reconciles=True, **options)
 
@@ -111,7 +111,7 @@ async def test_lost_replies_are_adopted_at_the_end_of_the_same_run():
 
 async def test_a_listing_that_lags_is_asked_again_by_the_next_run():
     """Absence proves nothing: held at the end of the run, adopted at the start of the next, still one POST each."""
-    of = world(DropsAfterAccept(every=5), listing=Listing(lag=600.0))
+    of = world(DropsAfterAccept(every=5), listing=FakeListing(lag=600.0))
     assert (await of.run(jobs(50))).held == 10
     assert findings(of) == {"absent"}
     assert (await of.again().run(jobs(50))).held == 10
@@ -122,7 +122,7 @@ async def test_a_listing_that_lags_is_asked_again_by_the_next_run():
 
 async def test_a_request_that_waits_and_is_not_listed_is_found_once_it_has_ended():
     """Only ended requests are listed: what still waits is not taken for lost."""
-    of = world(DropsAfterAccept(), listing=Listing(waiting=False))
+    of = world(DropsAfterAccept(), listing=FakeListing(waiting=False))
     assert (await of.run(jobs(5))).held == 5
     await anyio.sleep(10)
     report = await of.again().run(jobs(5))
@@ -158,7 +158,7 @@ async def test_an_adopted_request_settles_its_reservation():
 
 async def test_pages_that_shift_while_they_are_read_hide_nothing():
     """Other people's requests come in between two pages, so that rows are met twice: each still counts once."""
-    of = world(DropsAfterAccept(every=3), listing=Listing(page_limit=7, arrivals=3))
+    of = world(DropsAfterAccept(every=3), listing=FakeListing(page_limit=7, arrivals=3))
     report = await of.run(jobs(90))
     assert (report.done, report.held, of.service.posts) == (90, 0, 90)
     assert of.service.count("listing") > 90 / 7
@@ -166,10 +166,10 @@ async def test_pages_that_shift_while_they_are_read_hide_nothing():
 
 async def test_a_page_that_is_too_large_is_asked_for_in_parts():
     """Inputs that carry their picture: a hundred of them are more than the client takes, a few are not."""
-    of = world(DropsAfterAccept(every=3), listing=Listing(page_bytes=1000))
+    of = world(DropsAfterAccept(every=3), listing=FakeListing(page_bytes=1000))
     report = await of.run(jobs(30))
     assert (report.done, report.held, of.service.posts) == (30, 0, 30)
-    of = world(DropsAfterAccept(every=3), listing=Listing(page_bytes=10))
+    of = world(DropsAfterAccept(every=3), listing=FakeListing(page_bytes=10))
     assert (await of.run(jobs(30))).held == 10
     assert findings(of) == {"unreadable"}
 
@@ -208,14 +208,14 @@ async def test_one_hidden_input_leaves_its_whole_time_unknown():
 
 async def test_a_hidden_request_of_our_own_hides_nothing():
     """Its id is in the journal: it is known whose it is."""
-    of = world(DropsAfterAccept(every=5), listing=Listing(hidden=lambda request: request.id == "request-0"))
+    of = world(DropsAfterAccept(every=5), listing=FakeListing(hidden=lambda request: request.id == "request-0"))
     assert (await of.run(jobs(10))).held == 0
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 429, 500, 502])
 async def test_a_failed_page_leaves_everything_unknown(status):
     """The second page cannot be had: what the first one shows is not enough to go by."""
-    of = world(DropsAfterAccept(every=2), FailsPages(first=2, status=status), listing=Listing(page_limit=10))
+    of = world(DropsAfterAccept(every=2), FailsPages(first=2, status=status), listing=FakeListing(page_limit=10))
     report = await of.run(jobs(30))
     assert (report.done, report.held, of.service.posts) == (15, 15, 30)
     assert findings(of) == {"refused" if status in {401, 403, 404} else "unreadable"}
@@ -288,7 +288,7 @@ async def test_an_earlier_attempt_alone_is_no_match():
 
 async def test_the_listing_is_asked_before_anything_is_sent_again():
     """resubmit-after is over, and the request is listed by now: adopted, not paid twice."""
-    of = world(DropsAfterAccept(every=5), listing=Listing(lag=60.0), policy=Policy(resubmit_unknown_after=100.0))
+    of = world(DropsAfterAccept(every=5), listing=FakeListing(lag=60.0), policy=Policy(resubmit_unknown_after=100.0))
     assert (await of.run(jobs(10))).held == 2
     await anyio.sleep(200)
     report = await of.again().run(jobs(10))
@@ -311,7 +311,7 @@ async def test_what_is_not_listed_is_sent_again_where_the_policy_says_so():
 async def test_a_look_up_that_failed_sends_nothing_again():
     """The time is over, but a page could not be read: what it would have shown may be the lost request."""
     after = Policy(resubmit_unknown_after=100.0)
-    of = world(DropsAfterAccept(every=5), listing=Listing(lag=60.0), policy=after)
+    of = world(DropsAfterAccept(every=5), listing=FakeListing(lag=60.0), policy=after)
     assert (await of.run(jobs(10))).held == 2
     await anyio.sleep(200)
     of.service._faults.append(out := FailsPages(status=500))
@@ -339,7 +339,7 @@ async def test_a_key_that_may_not_list_leaves_only_the_clock():
 async def test_collecting_only_adopts_and_submits_nothing():
     """`restyle reconcile`: what is listed is fetched; what failed retryably, was held or is new waits for a run."""
     lost = [LosesReplyTo(f"{number} as") for number in (1, 3, 5, 7, 9)]
-    of = world(*lost, listing=Listing(lag=60.0), policy=Policy(resubmit_unknown_after=1.0))
+    of = world(*lost, listing=FakeListing(lag=60.0), policy=Policy(resubmit_unknown_after=1.0))
     await of.run(jobs(10))
     await anyio.sleep(100)
     of.service.lists.hidden = lambda request: request.body["seed"] == 9
@@ -379,7 +379,7 @@ OVER = LATE_SECONDS + TIMEOUT + OVER_SECONDS
 BOUNDED = Policy(start_timeout=TIMEOUT)
 
 
-def bounded_world(*faults: Fault, policy: Policy = BOUNDED, listing: Listing | None = None, **options) -> World:
+def bounded_world(*faults: Fault, policy: Policy = BOUNDED, listing: FakeListing | None = None, **options) -> World:
     service = FakeService(
         service_time=2.0, round_trip=0.1, faults=faults, listing=listing, start_timeout=TIMEOUT, **options
     )
@@ -423,7 +423,7 @@ async def test_where_everything_is_lost_nothing_shows_that_the_listing_works():
 
 async def test_a_listing_that_is_hours_late_does_not_cost_anything_twice():
     """It shows nothing yet of the time of the submit: that is seen, and waited for."""
-    of = bounded_world(LosesReplyTo("4 as"), listing=Listing(lag=OVER + 3600.0))
+    of = bounded_world(LosesReplyTo("4 as"), listing=FakeListing(lag=OVER + 3600.0))
     assert (await of.run(jobs(10))).held == 1
     await anyio.sleep(OVER + 60.0)
     assert (await of.again().run(jobs(10))).held == 1
@@ -435,7 +435,7 @@ async def test_a_listing_that_is_hours_late_does_not_cost_anything_twice():
 @pytest.mark.parametrize("hidden", [True, False])
 async def test_a_look_up_in_doubt_sends_nothing_again_after_a_start_timeout(hidden):
     """A hidden input or a failed page may hide the request, however late it is."""
-    of = bounded_world(LosesReplyTo("4 as"), listing=Listing(hidden=lambda request: request.body["seed"] == 4))
+    of = bounded_world(LosesReplyTo("4 as"), listing=FakeListing(hidden=lambda request: request.body["seed"] == 4))
     if not hidden:
         of.service._faults.append(FailsPages(first=1))
     assert (await of.run(jobs(10))).held == 1

@@ -19,7 +19,7 @@ from batch.journal.events import Intended
 from batch.journal.states import State
 from batch.money import Price
 from batch.run.admission import StopCause, StopRequest
-from batch.run.interfaces import PictureError
+from batch.run.interfaces import ImageError
 from batch.run.pacing import TokenBucket
 from batch.run.runner import Policy
 from batch.run.verdicts import Idempotency
@@ -229,7 +229,7 @@ class LacksDescriptors(MemoryImages):
     async def load(self, image):
         if self.reads:
             self.reads -= 1
-            raise PictureError("image_load_error", "cannot be read") from OSError(errno.EMFILE, "Too many open files")
+            raise ImageError("image_load_error", "cannot be read") from OSError(errno.EMFILE, "Too many open files")
         return await super().load(image)
 
     async def store(self, data):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from batch.fal.platform import Listed
 from batch.journal.records import OpenJob
 from batch.journal.states import State
-from batch.run.reconcile import Finding, Found, Search, bounded, match, same_input, windows
+from batch.run.reconcile import Finding, FoundRequest, Search, bounded, match, same_input, windows
 from batch.types import AppId, JobKey, RequestId
 
 NOW = 1_790_000_000.0
@@ -117,31 +117,31 @@ OTHER = listed(SENT | {"seed": 8}, request_id="other")
 @pytest.mark.parametrize(
     ("found", "expected"),
     [
-        ([], Found(Finding.ABSENT)),
-        ([OTHER], Found(Finding.ABSENT)),
-        ([listed()], Found(Finding.ADOPTED, RequestId("r1"))),
-        ([OTHER, listed(SENT | DEFAULTS)], Found(Finding.ADOPTED, RequestId("r1"))),
+        ([], FoundRequest(Finding.ABSENT)),
+        ([OTHER], FoundRequest(Finding.ABSENT)),
+        ([listed()], FoundRequest(Finding.ADOPTED, RequestId("r1"))),
+        ([OTHER, listed(SENT | DEFAULTS)], FoundRequest(Finding.ADOPTED, RequestId("r1"))),
         # two of them: which one is ours nobody knows
-        ([listed(), listed(request_id="r2")], Found(Finding.AMBIGUOUS)),
-        ([listed(), listed(request_id="r2"), listed(None, request_id="r3")], Found(Finding.AMBIGUOUS)),
+        ([listed(), listed(request_id="r2")], FoundRequest(Finding.AMBIGUOUS)),
+        ([listed(), listed(request_id="r2"), listed(None, request_id="r3")], FoundRequest(Finding.AMBIGUOUS)),
         # one that does not show its input may be a second match, or the only one
-        ([listed(None)], Found(Finding.HIDDEN)),
-        ([listed(), listed(None, request_id="r2")], Found(Finding.HIDDEN)),
-        ([OTHER, listed(None, request_id="r2")], Found(Finding.HIDDEN)),
+        ([listed(None)], FoundRequest(Finding.HIDDEN)),
+        ([listed(), listed(None, request_id="r2")], FoundRequest(Finding.HIDDEN)),
+        ([OTHER, listed(None, request_id="r2")], FoundRequest(Finding.HIDDEN)),
         # out of its time: somebody else's, or another attempt's
-        ([listed(at=NOW - 301)], Found(Finding.ABSENT)),
-        ([listed(at=NOW - 299)], Found(Finding.ADOPTED, RequestId("r1"))),
-        ([listed(at=NOW + 899)], Found(Finding.ADOPTED, RequestId("r1"))),
-        ([listed(at=NOW + 901)], Found(Finding.ABSENT)),
-        ([listed(None, at=NOW + 901)], Found(Finding.ABSENT)),
-        ([listed(), listed(at=NOW - 4000, request_id="r2")], Found(Finding.ADOPTED, RequestId("r1"))),
+        ([listed(at=NOW - 301)], FoundRequest(Finding.ABSENT)),
+        ([listed(at=NOW - 299)], FoundRequest(Finding.ADOPTED, RequestId("r1"))),
+        ([listed(at=NOW + 899)], FoundRequest(Finding.ADOPTED, RequestId("r1"))),
+        ([listed(at=NOW + 901)], FoundRequest(Finding.ABSENT)),
+        ([listed(None, at=NOW + 901)], FoundRequest(Finding.ABSENT)),
+        ([listed(), listed(at=NOW - 4000, request_id="r2")], FoundRequest(Finding.ADOPTED, RequestId("r1"))),
         # the time inside the id is a second witness, and both have to agree
-        ([listed(request_id=uuid7(NOW + 1))], Found(Finding.ADOPTED, uuid7(NOW + 1))),
-        ([listed(request_id=uuid7(NOW - 4000))], Found(Finding.ABSENT)),
-        ([listed(at=NOW - 4000, request_id=uuid7(NOW))], Found(Finding.ABSENT)),
-        ([listed(at=None, request_id=uuid7(NOW))], Found(Finding.ADOPTED, uuid7(NOW))),
+        ([listed(request_id=uuid7(NOW + 1))], FoundRequest(Finding.ADOPTED, uuid7(NOW + 1))),
+        ([listed(request_id=uuid7(NOW - 4000))], FoundRequest(Finding.ABSENT)),
+        ([listed(at=NOW - 4000, request_id=uuid7(NOW))], FoundRequest(Finding.ABSENT)),
+        ([listed(at=None, request_id=uuid7(NOW))], FoundRequest(Finding.ADOPTED, uuid7(NOW))),
         # without any instant the listing's own window has to do
-        ([listed(at=None)], Found(Finding.ADOPTED, RequestId("r1"))),
+        ([listed(at=None)], FoundRequest(Finding.ADOPTED, RequestId("r1"))),
     ],
     ids=str,
 )
@@ -154,8 +154,8 @@ def test_a_listing_says_of_one_submit(found, expected):
 @pytest.mark.parametrize("of_known", [listed(request_id="r9"), listed(None, request_id="r9")], ids=["shown", "hidden"])
 def test_a_request_that_has_its_job_is_not_given_to_another(of_known):
     """An earlier attempt at the same job has the same input: its request is known, and neither adopted nor counted."""
-    assert match(entry(), [of_known], {"r9"}) == Found(Finding.ABSENT)
-    assert match(entry(), [of_known, listed()], {"r9"}) == Found(Finding.ADOPTED, RequestId("r1"))
+    assert match(entry(), [of_known], {"r9"}) == FoundRequest(Finding.ABSENT)
+    assert match(entry(), [of_known, listed()], {"r9"}) == FoundRequest(Finding.ADOPTED, RequestId("r1"))
 
 
 # --- a submit with a start timeout -------------------------------------------------------------------------
@@ -167,7 +167,7 @@ EARLY, LATE = replace(BEFORE, sent_at=NOW + 61), replace(AFTER, sent_at=NOW - 1)
 EXPIRED = replace(listed(), status_code=504, ended_at=NOW + 700)
 
 
-def found_by(*pages, at=OVER, timeout: float | None = TIMEOUT, known=frozenset({"before", "after"})) -> Found:
+def found_by(*pages, at=OVER, timeout: float | None = TIMEOUT, known=frozenset({"before", "after"})) -> FoundRequest:
     """What a search of these pages says of one submit with that start timeout."""
     search = Search([replace(entry(), start_timeout=timeout)])
     for page in pages:
@@ -177,7 +177,7 @@ def found_by(*pages, at=OVER, timeout: float | None = TIMEOUT, known=frozenset({
 
 def test_what_can_no_longer_start_and_is_not_listed_was_not_accepted():
     """Requests of this run from before and after it are listed, so it would be."""
-    assert found_by([AFTER], [BEFORE]) == Found(Finding.NOT_ACCEPTED)
+    assert found_by([AFTER], [BEFORE]) == FoundRequest(Finding.NOT_ACCEPTED)
 
 
 @pytest.mark.parametrize(
@@ -197,22 +197,22 @@ def test_what_can_no_longer_start_and_is_not_listed_was_not_accepted():
 )
 def test_absence_proves_nothing_where_anything_else_may_explain_it(page, how):
     """Too early, too late, or a listing that may not reach so far."""
-    assert found_by(page, **how) == Found(Finding.ABSENT)
+    assert found_by(page, **how) == FoundRequest(Finding.ABSENT)
 
 
 def test_what_is_listed_is_adopted_after_its_start_timeout_too():
     """It started in time; one that hides its input may be it, two may both be."""
-    assert found_by([AFTER, BEFORE, listed()]) == Found(Finding.ADOPTED, RequestId("r1"))
-    assert found_by([AFTER, BEFORE, listed(None)]) == Found(Finding.HIDDEN)
-    assert found_by([AFTER, BEFORE, listed(), listed(request_id="r2")]) == Found(Finding.AMBIGUOUS)
+    assert found_by([AFTER, BEFORE, listed()]) == FoundRequest(Finding.ADOPTED, RequestId("r1"))
+    assert found_by([AFTER, BEFORE, listed(None)]) == FoundRequest(Finding.HIDDEN)
+    assert found_by([AFTER, BEFORE, listed(), listed(request_id="r2")]) == FoundRequest(Finding.AMBIGUOUS)
 
 
 def test_what_ended_without_a_start_is_known_from_the_listing():
     """HTTP 504 costs nothing. Until it is certain to be over, the request itself is asked."""
-    assert found_by([EXPIRED]) == Found(Finding.NOT_STARTED)
-    assert found_by([EXPIRED], at=OVER - 1) == Found(Finding.ADOPTED, RequestId("r1"))
-    assert found_by([EXPIRED], timeout=None) == Found(Finding.ADOPTED, RequestId("r1"))
-    assert found_by([replace(EXPIRED, status_code=500)]) == Found(Finding.ADOPTED, RequestId("r1"))
+    assert found_by([EXPIRED]) == FoundRequest(Finding.NOT_STARTED)
+    assert found_by([EXPIRED], at=OVER - 1) == FoundRequest(Finding.ADOPTED, RequestId("r1"))
+    assert found_by([EXPIRED], timeout=None) == FoundRequest(Finding.ADOPTED, RequestId("r1"))
+    assert found_by([replace(EXPIRED, status_code=500)]) == FoundRequest(Finding.ADOPTED, RequestId("r1"))
 
 
 def test_the_ends_of_a_long_window_are_found_on_whatever_page_they_are():
@@ -224,7 +224,7 @@ def test_the_ends_of_a_long_window_are_found_on_whatever_page_they_are():
     for n in range(0, len(shown), 100):
         search.take(shown[n : n + 100])
     assert len(search.ids()) <= 300
-    assert search.findings({"late", "early"}, OVER)["a"] == Found(Finding.NOT_ACCEPTED)
+    assert search.findings({"late", "early"}, OVER)["a"] == FoundRequest(Finding.NOT_ACCEPTED)
 
 
 @pytest.mark.parametrize(
@@ -238,8 +238,8 @@ def test_a_submit_is_not_given_up_while_it_may_start(after, timeout, seconds):
 def test_a_submit_that_may_have_been_repeated_is_looked_for_longer():
     """A target that rejects a repeat has accepted any of the POSTs of its key, the last one too."""
     late = listed(at=NOW + 4000)
-    assert match(entry(), [late], ()) == Found(Finding.ABSENT)
-    assert match(entry(), [late], (), after=4500.0) == Found(Finding.ADOPTED, RequestId("r1"))
+    assert match(entry(), [late], ()) == FoundRequest(Finding.ABSENT)
+    assert match(entry(), [late], (), after=4500.0) == FoundRequest(Finding.ADOPTED, RequestId("r1"))
     (window,) = windows([entry()], NOW + 10_000, after=4500.0)
     assert (window.start, window.end) == (NOW - 300, NOW + 4500)
 
@@ -252,9 +252,12 @@ def test_a_request_that_two_submits_claim_belongs_to_neither():
     small, large = entry({"seed": 7}, key="small"), entry(SENT, key="large")
     search = Search([small, large])
     search.take([listed()])
-    assert set(search.findings(()).values()) == {Found(Finding.AMBIGUOUS)}
+    assert set(search.findings(()).values()) == {FoundRequest(Finding.AMBIGUOUS)}
     search.take([listed({"seed": 7}, request_id="r2")])
-    assert search.findings(()) == {"small": Found(Finding.AMBIGUOUS), "large": Found(Finding.ADOPTED, RequestId("r1"))}
+    assert search.findings(()) == {
+        "small": FoundRequest(Finding.AMBIGUOUS),
+        "large": FoundRequest(Finding.ADOPTED, RequestId("r1")),
+    }
 
 
 def test_a_request_that_comes_twice_counts_once():
@@ -262,7 +265,7 @@ def test_a_request_that_comes_twice_counts_once():
     search = Search([entry()])
     search.take([OTHER, listed()])
     search.take([listed(), OTHER])
-    assert search.findings(()) == {"a": Found(Finding.ADOPTED, RequestId("r1"))}
+    assert search.findings(()) == {"a": FoundRequest(Finding.ADOPTED, RequestId("r1"))}
 
 
 def test_a_request_that_shows_its_input_later_is_not_hidden():
@@ -270,7 +273,7 @@ def test_a_request_that_shows_its_input_later_is_not_hidden():
     search = Search([entry()])
     search.take([listed(None)])
     search.take([listed()])
-    assert search.findings(()) == {"a": Found(Finding.ADOPTED, RequestId("r1"))}
+    assert search.findings(()) == {"a": FoundRequest(Finding.ADOPTED, RequestId("r1"))}
 
 
 def test_only_what_may_be_ours_is_kept():
