@@ -27,7 +27,7 @@ $(VENV)/.installed-flux: $(VENV)/.installed-test
 	@$(PIP) install -e '.[test,flux]'
 	@touch $@
 
-demo: $(VENV)/.installed ## Restyle a dozen pictures on this machine: no key, no cost, no model
+demo: $(VENV)/.installed ## Restyle a dozen images on this machine: no key, no cost, no model
 	@$(BIN)/restyle run manifests/demo.csv -o out/demo -c configs/demo.toml
 
 test: $(VENV)/.installed-test ## Run all tests but those of the flux engine (sets itself up)

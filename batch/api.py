@@ -232,13 +232,13 @@ async def export(out: str | Path, to: str | Path | None = None, *, manifest: str
 async def audit(out: str | Path, *, repair: bool = False) -> AuditReport:
     """Hold journal, results, images and, where the key allows it, the target's bills against each other.
 
-    Without `repair` it writes nothing and takes no lock; it reads every image again. `AuditReport.add_up` says whether all is
-    well.
+    Without `repair` it writes nothing and takes no lock; it reads every image again. `AuditReport.add_up` says whether
+    all is well.
 
     Args:
         out: the run directory.
-        repair: first fetch stored images that are missing or damaged on disk again, free; `AuditReport.repair` says what came
-            of it.
+        repair: first fetch stored images that are missing or damaged on disk again, free; `AuditReport.repair` says
+            what came of it.
 
     Raises:
         RunDirectoryError: there is no run. RunLocked: it works at present; look when it has ended.

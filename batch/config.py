@@ -67,7 +67,7 @@ _NO_WINDOW = "{!r} is no window; it is auto, auto:LOW-HIGH like auto:16-512, or 
 _ENVIRONMENT_PREFIX = "RESTYLE_"
 _REFUSED = {
     "sync_mode": "its results are data URIs, kept for about six minutes and in no history; leave it out, restyle"
-    " downloads the pictures",
+    " downloads the images",
     "store_io": "without stored payloads a result is kept for an hour at most, and a submit whose answer is lost cannot"
     " be found again; leave it out",
 }
@@ -159,7 +159,7 @@ class ManifestSettings(_Section):
     """Which columns mean what."""
 
     image: str = "image_url"
-    """Column with the source picture."""
+    """Column with the source image."""
     prompt: str = "prompt"
     """Column name, or a template over columns: `a {animal} as a wizard`."""
     id: str | None = None
@@ -290,7 +290,7 @@ class LimitSettings(_Section):
     on_unknown: str = "hold"
     """`hold`, or `resubmit-after=30m`: what to do with a submit whose outcome nobody knows."""
     max_image_megapixels: Annotated[float, Field(gt=0)] = 100.0
-    """A local picture above this is a bad row: it would be refused after its upload."""
+    """A local image above this is a bad row: it would be refused after its upload."""
     max_download_bytes: Annotated[int, Field(gt=0)] = 64 * 2**20
 
     @field_validator("max_in_flight", mode="before")
@@ -380,7 +380,7 @@ class Settings(BaseSettings):
     output: OutputSettings = OutputSettings()
     price: PriceSettings = PriceSettings()
     run_seed: Annotated[int, Field(ge=0)] = 0
-    """Derived seeds come from it: another run seed, other pictures."""
+    """Derived seeds come from it: another run seed, other images."""
 
     @field_validator("sweep")
     @classmethod

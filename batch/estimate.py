@@ -50,14 +50,14 @@ class Estimate:
     retried: int
     """Those to do that failed in an earlier run: none, unless it is asked for."""
     megapixels: float
-    """Where the size of the source is known; every picture of `num_images` counts."""
+    """Where the size of the source is known; every image of `num_images` counts."""
     unknown_sizes: int
-    """Pictures whose size is not known; each is counted as `UNKNOWN_MEGAPIXELS`."""
+    """Images whose size is not known; each is counted as `UNKNOWN_MEGAPIXELS`."""
     price_per_megapixel: float
     dollars: float
     """By the megapixels as they are."""
     dollars_at_most: float
-    """What a budget has to hold: each picture rounded up to whole megapixels, as reservations are."""
+    """What a budget has to hold: each image rounded up to whole megapixels, as reservations are."""
     max_in_flight: int
     at_once: int
     """Jobs that are executed at once: no more than are in flight, nor than the target has slots."""
@@ -75,7 +75,7 @@ class Estimate:
         """The estimate as aligned plain text; problems are listed by `render_problems`."""
         dollars = f"${self.dollars:,.2f} at ${self.price_per_megapixel:g} a megapixel"
         if self.dollars_at_most:
-            dollars += f", at most ${self.dollars_at_most:,.2f} if every picture is rounded up"
+            dollars += f", at most ${self.dollars_at_most:,.2f} if every image is rounded up"
         if self.unknown_sizes and self.price_per_megapixel:
             dollars += (
                 f"; {counted(self.unknown_sizes, 'unknown size')} taken as {UNKNOWN_MEGAPIXELS:g} megapixels each"
@@ -90,7 +90,7 @@ class Estimate:
             *([collect] if self.collectable else []),
             ("in flight", f"{self.in_flight:,}"),
             ("to do", f"{self.to_do:,}" + (f", {self.retried:,} of them failed before" if self.retried else "")),
-            ("megapixels", f"{self.megapixels:,.1f} known, {counted(self.unknown_sizes, 'picture')} of unknown size"),
+            ("megapixels", f"{self.megapixels:,.1f} known, {counted(self.unknown_sizes, 'image')} of unknown size"),
             ("cost", dollars),
             ("time", f"{_duration(self.hours)}, {self.at_once:,} at once, {self.service_seconds:g} s each"),
             ("problems", f"{self.problem_count:,}"),
@@ -175,9 +175,9 @@ class _JobCounts:
         self._find, self._price, self._retry_failed = find, price, retry_failed
         self._lost_before = lost_before
         self.reserved = 0.0
-        # Of the jobs that were not merged yet; the jobs themselves may carry pictures and are let go.
+        # Of the jobs that were not merged yet; the jobs themselves may carry images and are let go.
         self._keys: list[JobKey] = []
-        self._pictures: list[int] = []
+        self._images: list[int] = []
         self._sizes: list[float | None] = []
         self.seen = pl.DataFrame(schema={"half": pl.UInt64})
         """First halves of the keys, sorted."""
@@ -194,7 +194,7 @@ class _JobCounts:
         jobs = [item.job for item in checked.batch.items if item.job is not None]
         self.planned += len(jobs)
         self._keys += [job.key for job in jobs]
-        self._pictures += [int(job.input["num_images"]) for job in jobs]  # type: ignore[arg-type]  # checked by the planner
+        self._images += [int(job.input["num_images"]) for job in jobs]  # type: ignore[arg-type]  # checked by the planner
         self._sizes += [job.megapixels for job in jobs]
         if len(self._keys) >= _MERGE_JOBS:
             self.merge()
@@ -205,20 +205,20 @@ class _JobCounts:
         new = distinct.filter(~_among(distinct["half"], self.seen["half"]))
         self._count(new["place"].to_list())
         self.seen = self.seen.merge_sorted(new.select("half"), "half")
-        self._keys, self._pictures, self._sizes = [], [], []
+        self._keys, self._images, self._sizes = [], [], []
 
     def _count(self, new: list[int]) -> None:
-        """Add up the jobs at these places: their states, and the pictures of those to do."""
+        """Add up the jobs at these places: their states, and the images of those to do."""
         to_do = new if self._find is None else list(self._unheard(new, self._find))
         self.states[State.PENDING] += len(to_do)
-        alike = Counter((self._sizes[place], self._pictures[place]) for place in to_do)
-        for (size, pictures), count in alike.items():
+        alike = Counter((self._sizes[place], self._images[place]) for place in to_do)
+        for (size, images), count in alike.items():
             if size is None:
-                self.unknown_sizes += pictures * count
+                self.unknown_sizes += images * count
             else:
-                self.megapixels += size * pictures * count
+                self.megapixels += size * images * count
             if self._price is not None:
-                self.reserved += self._price.reservation(size, pictures) * count
+                self.reserved += self._price.reservation(size, images) * count
 
     def _unheard(self, new: list[int], find: Find) -> Iterator[int]:
         """Those whose job is still to do; the states of the others are counted."""

@@ -17,7 +17,7 @@ from batch.types import AppId
 __all__ = ["PRICES", "UNKNOWN_MEGAPIXELS", "Budget", "Price"]
 
 UNKNOWN_MEGAPIXELS = 2.1
-"""What a picture of unknown size is taken to be: FLUX scales down to about 1440 x 1440."""
+"""What an image of unknown size is taken to be: FLUX scales down to about 1440 x 1440."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Price:
     as_of: date
 
     def reservation(self, megapixels: float | None, images: int) -> float:
-        """Upper bound for one job, in dollars: each picture rounded up to whole megapixels."""
+        """Upper bound for one job, in dollars: each image rounded up to whole megapixels."""
         each = max(1, math.ceil(UNKNOWN_MEGAPIXELS if megapixels is None else megapixels))
         return each * images * self.usd_per_megapixel
 

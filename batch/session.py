@@ -243,9 +243,9 @@ def _noted(directory: RunDirectory, started_at: str) -> Iterator[None]:
 
 
 def open_planner(manifest: Manifest, settings: Settings, file: JournalDatabase | None) -> Planner:
-    """The manifest's planner; with a journal the hashes of local pictures are kept from run to run."""
-    pictures = SourceImages(manifest.folder, settings.limits.max_image_megapixels, file)
-    return Planner(manifest, with_columns(manifest, settings), pictures)
+    """The manifest's planner; with a journal the hashes of local images are kept from run to run."""
+    images = SourceImages(manifest.folder, settings.limits.max_image_megapixels, file)
+    return Planner(manifest, with_columns(manifest, settings), images)
 
 
 def estimate_of(

@@ -72,7 +72,7 @@ class TargetProfile:
     service_seconds: float
     """What a plan reckons for one job. A guess; a run learns the truth."""
     headline: str
-    """The first line that a person sees: where the pictures go, and what it costs."""
+    """The first line that a person sees: where the images go, and what it costs."""
     live: bool = False
     """Whether the price was asked for just now."""
     polls_per_second: float | None = None
@@ -157,7 +157,7 @@ def _terms_of(settings: Settings, price: Price | None) -> TargetProfile:
     if target.name == "local":
         what = {
             "preview": "engine preview: filters, no model runs",
-            "echo": f"engine echo: a rehearsal, {target.service_time:g} s a job, no picture is restyled",
+            "echo": f"engine echo: a rehearsal, {target.service_time:g} s a job, no image is restyled",
         }[target.engine]
         start, seconds = (
             (4, _PREVIEW_SECONDS) if target.engine == "preview" else (2 * _LOCAL_ECHO_SLOTS, target.service_time)

@@ -57,7 +57,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class LocalImage:
-    """A picture that has to be uploaded before its job can be submitted."""
+    """An image that has to be uploaded before its job can be submitted."""
 
     sha256: str
     size_bytes: int
@@ -76,7 +76,7 @@ class Job(NamedTuple):
     token `sha256:<hex>`; the runner puts the uploaded URL in its place when it submits."""
     image: LocalImage | None = None
     megapixels: float | None = None
-    """Of the source picture, where it is known without a download."""
+    """Of the source image, where it is known without a download."""
 
 
 class QueueState(StrEnum):
@@ -130,7 +130,7 @@ class Answer(NamedTuple):
 
 
 class StoredImage(NamedTuple):
-    """One result picture: what the endpoint said of it, and where our copy lies."""
+    """One result image: what the endpoint said of it, and where our copy lies."""
 
     url: str
     width: int | None = None
@@ -158,7 +158,7 @@ class Attempt:
     def idempotency_key(self) -> str:
         """Same job, attempt and bytes, same key: our server then answers with the same request id.
 
-        The bytes count because a local picture is at another URL after each upload: another run directory, at the
+        The bytes count because a local image is at another URL after each upload: another run directory, at the
         same server, sends the same job with another body.
         """
         return f"{self.job_key}-{self.number}-{blake2b(self.body, digest_size=4).hexdigest()}"

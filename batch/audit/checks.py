@@ -1,4 +1,4 @@
-"""Whether a run adds up: journal, results, pictures and bills held against each other. Assembly.
+"""Whether a run adds up: journal, results, images and bills held against each other. Assembly.
 
 Reads only, page by page, and takes no lock; what it has to remember lies in a temporary database (`run.scratch`). What
 was found is a value (`run.books`). The bills are the target's word, everything else is ours.
@@ -93,7 +93,7 @@ def _own_books(directory: RunDirectory, scratch: AuditTables) -> _LocalChecks:
         _submits(jobs, scratch, accepted, lost),
         jobs.unknown_check(),
         jobs.answers_check(),
-        jobs.pictures_check(),
+        jobs.images_check(),
         _money(jobs, spent, counted, ended),
         jobs.reservations_check(),
         results,
@@ -142,7 +142,7 @@ def _submits(jobs: _JobTotals, scratch: AuditTables, accepted: int, lost: int) -
     unaccounted = Mismatch("submits are accepted and nothing else is known of them", "this journal is damaged")
     if odd := abs(accepted - done - lost - still):
         unaccounted.met(f"{accepted:,} accepted, {done + lost + still:,} accounted for", odd)
-    shared = Mismatch("request ids belong to several jobs", "one of the jobs shows another's picture: please report")
+    shared = Mismatch("request ids belong to several jobs", "one of the jobs shows another's image: please report")
     rows = scratch.rows("shared_requests", [EXAMPLES])
     for request_id, job, times, _ in rows:
         shared.met(f"request {request_id}: {times} jobs, {job} is one")
@@ -165,11 +165,11 @@ def _money(jobs: _JobTotals, spent: float, counted: float, ended: int) -> Check:
     return Check("money", words, (sessions, requests))
 
 
-# --- jobs and their pictures ------------------------------------------------------------------------------
+# --- jobs and their images ------------------------------------------------------------------------------
 
 
 class _JobTotals:
-    """Adds up the journal's jobs, page by page, and verifies the pictures of those that are done."""
+    """Adds up the journal's jobs, page by page, and verifies the images of those that are done."""
 
     def __init__(self, directory: RunDirectory, scratch: AuditTables) -> None:
         self._root, self._scratch = directory.root, scratch
@@ -214,7 +214,7 @@ class _JobTotals:
         """One page of the journal."""
         shown = self._scratch.shown([job.key for job in page])
         self._scratch.add_requests(AuditRequest(job.request_id, job.key) for job in page if job.request_id is not None)
-        pictures: list[tuple[JobKey, StoredImage]] = []
+        images: list[tuple[JobKey, StoredImage]] = []
         for job in page:
             self._count(job)
             if job.state in TERMINAL and job.key not in shown:
@@ -223,8 +223,8 @@ class _JobTotals:
                 self._unstored.met(_name(job))
             if job.state in {State.DONE, State.COLLECTABLE}:
                 known = [(job.key, image) for image in job.images or ()]
-                pictures += [one for one in known if one[1].path is not None or job.state is State.DONE]
-        self._look_at(pictures)
+                images += [one for one in known if one[1].path is not None or job.state is State.DONE]
+        self._look_at(images)
 
     def _count(self, job: AuditedJob) -> None:
         self.states[job.state] += 1
@@ -239,10 +239,10 @@ class _JobTotals:
         if job.reserved_usd and job.state not in OPEN:
             self._stray.met(f"{_name(job)}: {job.state}, ${job.reserved_usd:,.4f}")
 
-    def _look_at(self, pictures: list[tuple[JobKey, StoredImage]]) -> None:
+    def _look_at(self, images: list[tuple[JobKey, StoredImage]]) -> None:
         """Read each file once, however many jobs show it."""
-        self._kept_away += sum(image.path is None for _, image in pictures)
-        by_path = {image.path: (key, image) for key, image in pictures if image.path is not None}
+        self._kept_away += sum(image.path is None for _, image in images)
+        by_path = {image.path: (key, image) for key, image in images if image.path is not None}
         known = self._scratch.files(list(by_path))
         fresh = [(key, image) for path, (key, image) in by_path.items() if path not in known]
         self._scratch.add_files(path for path in by_path if path not in known)
@@ -260,14 +260,14 @@ class _JobTotals:
         return Check("unknown", f"{self._unknown.count:,} submits of unknown outcome", (self._unknown,))
 
     def answers_check(self) -> Check:
-        """Every done job has its answer and all of its pictures noted."""
+        """Every done job has its answer and all of its images noted."""
         return Check("answers", f"{self.states[State.DONE]:,} jobs done", (self._unstored, self._collectable))
 
-    def pictures_check(self) -> Check:
+    def images_check(self) -> Check:
         """Size and hash of every file that a done job refers to."""
         away = f"; {self._kept_away:,} were not downloaded" if self._kept_away else ""
         words = f"{self._verified:,} files read again, {self._verified_bytes / 1e6:,.1f} MB{away}"
-        return Check("pictures", words, (self._missing, self._damaged))
+        return Check("images", words, (self._missing, self._damaged))
 
     def reservations_check(self) -> Check:
         """Money is set aside for open submits only."""
@@ -312,7 +312,7 @@ def _orphans(directory: RunDirectory, scratch: AuditTables) -> Remark:
 
 
 def _results(directory: RunDirectory, file: JournalDatabase, scratch: AuditTables) -> Check:
-    """Row by row: the state, request, cost and pictures that the journal has."""
+    """Row by row: the state, request, cost and images that the journal has."""
     advice = "`restyle export` writes it anew, for free"
     absent = Mismatch("results.parquet cannot be read", advice)
     strangers = Mismatch("rows show jobs that the journal does not know", f"is it the journal of these rows? {advice}")
@@ -356,5 +356,5 @@ def _differences(row: dict[str, object], job: AuditedJob) -> str:
         return f"cost {row['cost_usd']} in the results, {job.cost_usd} in the journal"
     images = row["images"] if isinstance(row["images"], list) else []
     if job.state is State.DONE and [image["sha256"] for image in images] != [one.sha256 for one in job.images or ()]:
-        return "other pictures than in the journal"
+        return "other images than in the journal"
     return ""

@@ -21,7 +21,7 @@ class Mismatch:
     """One way in which something does not add up; counted as it is met."""
 
     what: str
-    """A sentence without its number: `done jobs whose picture is missing`."""
+    """A sentence without its number: `done jobs whose image is missing`."""
     advice: str
     count: int = 0
     examples: list[str] = field(default_factory=list)

@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 app = App(
     name="restyle",
-    help="Restyle whole datasets of pictures through FLUX.1 [dev] image-to-image. Pay once, lose nothing, know the"
+    help="Restyle whole datasets of images through FLUX.1 [dev] image-to-image. Pay once, lose nothing, know the"
     " cost first, get the same result again.",
     help_format="plaintext",
     version=tool_version,

@@ -70,7 +70,7 @@ class JobFlags:
         str | None, Parameter(help="stop when more fail: a number or a percentage", group=LIMITS)
     ] = None
     limit: Annotated[int | None, Parameter(help="only the first N rows of the manifest", group=LIMITS)] = None
-    download: Annotated[bool | None, Parameter(help="keep the result pictures (default: yes)", group=JOBS)] = None
+    download: Annotated[bool | None, Parameter(help="keep the result images (default: yes)", group=JOBS)] = None
     on_bad_row: Annotated[
         Literal["fail", "skip"] | None,
         Parameter(help="what a row that cannot work becomes: a failed row (default) or a skipped one", group=JOBS),

@@ -66,7 +66,8 @@ def confirmed(found: Plan, *, yes: bool, budget: float | None, is_piped: bool = 
     estimate = found.estimate
     if not found.profile.paid or yes or not estimate.to_do or budget is not None:
         return True
-    cost = f"about ${estimate.dollars:,.2f} (at most ${estimate.dollars_at_most:,.2f}) for {counted(estimate.to_do, 'job')}"
+    bounds = f"about ${estimate.dollars:,.2f} (at most ${estimate.dollars_at_most:,.2f})"
+    cost = f"{bounds} for {counted(estimate.to_do, 'job')}"
     if not sys.stdin.isatty():
         reason = "; standard input holds the manifest, so no question can be asked" if is_piped else ""
         raise ConfigError(f"this run would cost {cost}; say --yes, or set --budget USD{reason}")
@@ -120,7 +121,7 @@ def conclude(summary: Summary, *, quiet: bool, log_format: str) -> None:
         )
     print(f"results   {summary.results}")
     if summary.images is not None:
-        print(f"pictures  {summary.images}")
+        print(f"images  {summary.images}")
 
 
 def _explain_failures(summary: Summary) -> None:

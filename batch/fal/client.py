@@ -49,13 +49,13 @@ READ_TIMEOUT = 60.0
 EXCHANGE_SECONDS = 120.0
 """From the first byte sent to the last received: who sends a byte a minute never falls silent."""
 TRANSFER_SECONDS = 900.0
-"""The same where a picture goes over the line: 64 MiB at 75 kB/s."""
+"""The same where an image goes over the line: 64 MiB at 75 kB/s."""
 ANSWER_LIMIT_BYTES = 2**20
 """Of an answer to a submit, a status, a cancel. They are a few hundred bytes, and some hundred log lines more."""
 JSON_LIMIT_BYTES = 16 * 2**20
 """Limit for a page of a listing, and for a result where the limit for an image's file is lower."""
 ERROR_LIMIT_BYTES = 64 * 2**10
-"""What is kept of an error's words. The model's own errors quote the input at length, picture included."""
+"""What is kept of an error's words. The model's own errors quote the input at length, image included."""
 LARGE_BODY_BYTES = 2**20
 LARGE_BODIES_AT_ONCE = 8
 """Larger bodies wait for each other: what is in memory at once does not grow with what is in flight."""
@@ -155,7 +155,7 @@ class FalClient:
         return protocol.read_cancel(reply)
 
     async def upload(self, data: bytes, content_type: str, name: str) -> str:
-        """Store a picture at the target: initiate with the key, PUT without it. Its URL."""
+        """Store an image at the target: initiate with the key, PUT without it. Its URL."""
         start = Call(
             "POST",
             f"{self._origins.rest}/storage/upload/initiate?storage_type=fal-cdn-v3",
@@ -194,7 +194,7 @@ class FalClient:
             return platform.read_price(reply, self._app)
 
     async def download(self, url: str) -> bytes:
-        """Fetch a result picture, without the key, over at most five redirects, within the size limit."""
+        """Fetch a result image, without the key, over at most five redirects, within the size limit."""
         if url.startswith("data:"):
             return _decode_data_uri(url)
         for _ in range(REDIRECTS + 1):

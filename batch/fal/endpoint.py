@@ -16,7 +16,7 @@ __all__ = ["APP_ID", "IMAGES_LIMIT", "SEED_LIMIT", "Image", "ImageToImageInput",
 
 APP_ID = AppId("fal-ai/flux/dev/image-to-image")
 IMAGES_LIMIT = 16
-"""Pictures in one answer: four can be asked for, and each one named is downloaded."""
+"""Images in one answer: four can be asked for, and each one named is downloaded."""
 SEED_LIMIT = 2**63 - 1
 """The results keep seeds as int64. The service states no bound; its own examples exceed 2^53."""
 
@@ -26,8 +26,8 @@ class ImageToImageInput(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    image_url: Annotated[str, Field(min_length=1, description="URL or data URI of the source picture")]
-    prompt: Annotated[str, Field(description="what the picture shall become")]
+    image_url: Annotated[str, Field(min_length=1, description="URL or data URI of the source image")]
+    prompt: Annotated[str, Field(description="what the image shall become")]
     strength: Annotated[
         float,
         Field(ge=0.01, le=1, allow_inf_nan=False, description="how far from the source, 1 is all the way"),
@@ -43,7 +43,7 @@ class ImageToImageInput(BaseModel):
 
 
 class Image(BaseModel):
-    """One result picture."""
+    """One result image."""
 
     model_config = ConfigDict(extra="ignore")
 

@@ -1,8 +1,8 @@
 """Status streams: the target reports the end of a request at once. One connection for each job in flight.
 
-Implements `batch.run.interfaces.CompletionHints`. An event is a hint only: what it says is not passed on, only that it is time
-to read. A stream that is refused, breaks, falls silent or talks nonsense is not opened again: its job is read as if
-there were none. Streams have connections of their own, so that no other exchange waits for one.
+Implements `batch.run.interfaces.CompletionHints`. An event is a hint only: what it says is not passed on, only that it
+is time to read. A stream that is refused, breaks, falls silent or talks nonsense is not opened again: its job is read
+as if there were none. Streams have connections of their own, so that no other exchange waits for one.
 """
 
 from __future__ import annotations

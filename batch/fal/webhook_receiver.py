@@ -1,8 +1,8 @@
 """Callbacks: a small server that the target calls when a request has ended. Owns its socket and the target's keys.
 
-Implements `batch.run.interfaces.CompletionHints`. A callback is believed only where its signature fits one of the target's
-published keys and its time is near; and then only that it is time to read: its payload is never used. One for a
-request that nobody waits for is acknowledged and kept in mind for a while, for it may be faster than the answer to
+Implements `batch.run.interfaces.CompletionHints`. A callback is believed only where its signature fits one of the
+target's published keys and its time is near; and then only that it is time to read: its payload is never used. One for
+a request that nobody waits for is acknowledged and kept in mind for a while, for it may be faster than the answer to
 the submit.
 """
 
@@ -37,7 +37,7 @@ KEYS_AGAIN = 60.0
 """A signature that no key fits makes them be fetched again, if they are older."""
 KEYS_TIMEOUT = 10.0
 BODY_LIMIT_BYTES = 8 * 2**20
-"""Of a callback. A result has some hundred bytes; one with its pictures inside is fetched anyway."""
+"""Of a callback. A result has some hundred bytes; one with its images inside is fetched anyway."""
 KEYS_LIMIT_BYTES = 2**18
 EARLY = 4096
 """Callbacks kept in mind for which nobody waits yet."""

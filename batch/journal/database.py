@@ -93,9 +93,9 @@ class AuditedJob(NamedTuple):
     reserved_usd: float
     cost_usd: float | None
     promised: int | None
-    """Pictures in its stored answer; None where no answer is stored."""
+    """Images in its stored answer; None where no answer is stored."""
     images: tuple[StoredImage, ...] | None
-    """Pictures noted when it was finished; None where it was not."""
+    """Images noted when it was finished; None where it was not."""
 
 
 class AuditedRequest(NamedTuple):
@@ -259,7 +259,7 @@ class JournalDatabase:
             self._execute("sum_up", {**totals, "session": self.session})
 
     def put_many(self, facts: Mapping[FileKey, FileFact]) -> None:
-        """Remember what reading local pictures told, so that the next plan need not read them."""
+        """Remember what reading local images told, so that the next plan need not read them."""
         rows = [(os.fsencode(k.path), k.size_bytes, k.mtime_ns, f.sha256, f.megapixels) for k, f in facts.items()]
         with self.atomic():
             self._put("put_files", rows)
@@ -287,7 +287,7 @@ class JournalDatabase:
         return [_entry(row) for row in rows]
 
     def uploaded(self, sha256: str, since: float) -> str | None:
-        """URL of a picture uploaded at or after `since`, or None."""
+        """URL of an image uploaded at or after `since`, or None."""
         rows = self._all("find_upload", [sha256, since])
         return rows[0][0] if rows else None
 
@@ -360,7 +360,7 @@ class JournalDatabase:
         ]
 
     def get_many(self, keys: Sequence[FileKey]) -> dict[FileKey, FileFact]:
-        """Those of the local pictures that were read before and have not changed since."""
+        """Those of the local images that were read before and have not changed since."""
         found: dict[FileKey, FileFact] = {}
         with self._lock:
             for key in keys:

@@ -105,7 +105,7 @@ CREATE TABLE uploads (
 ) STRICT, WITHOUT ROWID
 
 -- name: create_files
--- What is known of local pictures, good as long as size and time of change stay the same.
+-- What is known of local images, good as long as size and time of change stay the same.
 CREATE TABLE files (
     path BLOB PRIMARY KEY,
     size_bytes INTEGER NOT NULL,

@@ -72,7 +72,7 @@ class Lost:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """The endpoint's output is here; its pictures are still to be fetched."""
+    """The endpoint's output is here; its images are still to be fetched."""
 
     job_key: JobKey
     at: float
@@ -85,7 +85,7 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """Every picture is stored and verified (or downloads are off)."""
+    """Every image is stored and verified (or downloads are off)."""
 
     job_key: JobKey
     at: float
@@ -134,7 +134,7 @@ class Retried:
 
 @dataclass(frozen=True, slots=True)
 class Uploaded:
-    """A local picture now has a URL at the target. Not a job's event."""
+    """A local image now has a URL at the target. Not a job's event."""
 
     sha256: str
     """Of its content, with the target's name in front."""

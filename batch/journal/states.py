@@ -21,7 +21,7 @@ class State(StrEnum):
     ACCEPTED = "accepted"
     """The server gave a request id. It is, or will be, paid for."""
     ANSWERED = "answered"
-    """Its output is in the journal; the pictures are not all stored yet."""
+    """Its output is in the journal; the images are not all stored yet."""
     DONE = "done"
     FAILED = "failed"
     UNKNOWN = "unknown"
@@ -53,7 +53,7 @@ _S, _H = State, EventKind
 
 TABLE: dict[tuple[State, EventKind], State] = {
     (_S.PENDING, _H.INTEND): _S.INTENDED,
-    (_S.PENDING, _H.FAIL): _S.FAILED,  # its picture cannot be read: nothing was sent
+    (_S.PENDING, _H.FAIL): _S.FAILED,  # its image cannot be read: nothing was sent
     (_S.INTENDED, _H.ACCEPT): _S.ACCEPTED,
     (_S.INTENDED, _H.REFUSE): _S.PENDING,
     (_S.INTENDED, _H.FAIL): _S.FAILED,  # refused for good, 422 at the gateway for instance

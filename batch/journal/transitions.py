@@ -263,7 +263,7 @@ def taken(request_id: str, owner: str) -> RequestIdTaken:
 
 
 def encode_images(images: Sequence[StoredImage]) -> bytes:
-    """Stored pictures as JSON: a list of lists, each with the fields of `StoredImage` in their order."""
+    """Stored images as JSON: a list of lists, each with the fields of `StoredImage` in their order."""
     return orjson.dumps([tuple(image) for image in images])
 
 

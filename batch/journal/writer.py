@@ -165,7 +165,7 @@ class JournalWriter:
                 yield entry
 
     async def uploaded(self, sha256: str, since: float) -> str | None:
-        """URL of a picture uploaded at or after `since`, or None."""
+        """URL of an image uploaded at or after `since`, or None."""
         return await self._in_thread(partial(self.file.uploaded, sha256, since))
 
     async def requests(self, ids: Sequence[str]) -> set[str]:

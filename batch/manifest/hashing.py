@@ -1,4 +1,4 @@
-"""Hashes that give things their identity: job keys, derived seeds, picture contents. Pure.
+"""Hashes that give things their identity: job keys, derived seeds, image contents. Pure.
 
 The forms hashed here are promises: a change to any of them makes every finished job look new, and paid for again.
 """
@@ -52,5 +52,5 @@ def derived_seed(run_seed: int, identity: str, cell_id: str) -> int:
 
 
 def content_hash(data: bytes) -> str:
-    """SHA-256 of a picture's bytes as 64 hex digits: what an upload and a stored file go by."""
+    """SHA-256 of an image's bytes as 64 hex digits: what an upload and a stored file go by."""
     return sha256(data).hexdigest()

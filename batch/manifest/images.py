@@ -1,6 +1,6 @@
-"""Image references of a manifest: URLs and data URIs pass, local pictures get their content hash and size. Edge.
+"""Image references of a manifest: URLs and data URIs pass, local images get their content hash and size. Edge.
 
-Owns reading picture files and headers; refuses to know the network, and never decodes a picture.
+Owns reading image files and headers; refuses to know the network, and never decodes an image.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class SourceImages:
 
     Args:
         folder: what relative paths start from: the manifest's own folder.
-        max_megapixels: a local picture or data URI above this is a fault.
+        max_megapixels: a local image or data URI above this is a fault.
         facts: what is already known of files; by default a cache in memory.
     """
 
@@ -76,7 +76,7 @@ class SourceImages:
         self._facts: FileFacts = MemoryFacts() if facts is None else facts
 
     def __repr__(self) -> str:
-        return f"Pictures({str(self._folder)!r}, max_megapixels={self._max_megapixels})"
+        return f"Images({str(self._folder)!r}, max_megapixels={self._max_megapixels})"
 
     def resolve(self, references: Sequence[object]) -> list[Resolved | CellError]:
         """One answer for each cell, in order; never raises for what a cell holds.
@@ -85,7 +85,7 @@ class SourceImages:
         Face datasets write it, or None. Only `http(s)` URLs stay unknown in size: nothing is downloaded.
         """
         with warnings.catch_warnings():
-            # Pillow warns of odd metadata; whether the picture can be used is all that matters here.
+            # Pillow warns of odd metadata; whether the image can be used is all that matters here.
             warnings.filterwarnings("ignore", module="PIL")
             return self._resolve(references)
 
@@ -118,7 +118,7 @@ class SourceImages:
         if isinstance(reference, bytes) and reference:
             return self._embedded(reference, name)
         if not isinstance(reference, str) or not reference.strip():
-            return CellError("missing", "the cell is empty; give a URL, a path or a picture")
+            return CellError("missing", "the cell is empty; give a URL, a path or an image")
         if reference[:5].lower() == "data:":
             return self._data_uri(reference)
         return _path_of(reference, self._folder)
@@ -173,7 +173,7 @@ class SourceImages:
     def _read_all(self, paths: list[Path]) -> list[FileFact | CellError]:
         if len(paths) < _READERS:
             return [self._read(path) for path in paths]
-        with ThreadPoolExecutor(_READERS, "pictures") as readers:  # hashing and disk waits both free the GIL
+        with ThreadPoolExecutor(_READERS, "images") as readers:  # hashing and disk waits both free the GIL
             try:
                 found = readers.map(self._read, paths)
             except RuntimeError:  # the main thread has ended: executors take nothing more, other threads go on
@@ -195,7 +195,7 @@ class SourceImages:
         size = _header_size(file)
         if size is None:
             known = "JPEG, PNG, WebP, GIF, AVIF, TIFF or BMP"
-            return CellError("image_load_error", f"{name!r} is not a picture that can be read; it must be {known}")
+            return CellError("image_load_error", f"{name!r} is not an image that can be read; it must be {known}")
         megapixels = size[0] * size[1] / _PIXELS
         return self._too_large(megapixels, name) or megapixels
 
@@ -249,9 +249,9 @@ def _stat(path: Path) -> FileKey | CellError:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         return _unreadable(path, error)
     if stat.S_ISDIR(facts.st_mode):
-        return CellError("is_a_folder", f"{str(path)!r} is a folder; name a picture in it")
+        return CellError("is_a_folder", f"{str(path)!r} is a folder; name an image in it")
     if not stat.S_ISREG(facts.st_mode):
-        return CellError("unreadable", f"{str(path)!r} is not a regular file; name a picture")
+        return CellError("unreadable", f"{str(path)!r} is not a regular file; name an image")
     return FileKey(str(path), facts.st_size, facts.st_mtime_ns)
 
 
@@ -261,10 +261,10 @@ def _unreadable(path: Path, error: Exception) -> CellError:
 
 
 def _header_size(file: BinaryIO) -> tuple[int, int] | None:
-    """Width and height as the header states them, or None where it is no picture.
+    """Width and height as the header states them, or None where it is no image.
 
-    The plugins are asked directly: `Image.open` would warn of, or refuse, large pictures by a process-wide
-    limit of Pillow's, and whether a picture is too large is decided here by the user's own limit.
+    The plugins are asked directly: `Image.open` would warn of, or refuse, large images by a process-wide
+    limit of Pillow's, and whether an image is too large is decided here by the user's own limit.
     """
     Image.init()
     prefix = file.read(16)

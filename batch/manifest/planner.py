@@ -1,6 +1,6 @@
 """From rows and cells to jobs: every input resolved, every key known, nothing sent. Pure but for polars types.
 
-Owns what a column means and which value wins; refuses to know where rows and pictures come from.
+Owns what a column means and which value wins; refuses to know where rows and images come from.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Planner:
     Args:
         manifest: its rows.
         settings: resolved configuration; `manifest`, `input`, `sweep`, `target.app` and `run_seed` are used.
-        pictures: turns the cells of the image column into tokens.
+        images: turns the cells of the image column into tokens.
 
     Raises:
         ManifestError: a column that the settings need is not there (the nearest is named), or of no use.
@@ -81,9 +81,9 @@ class Planner:
             a value there out of its bounds.
     """
 
-    def __init__(self, manifest: Rows, settings: Settings, pictures: ImageResolver) -> None:
+    def __init__(self, manifest: Rows, settings: Settings, images: ImageResolver) -> None:
         self._manifest = manifest
-        self._pictures = pictures
+        self._images = images
         self._app: AppId = settings.target.app
         self._run_seed = settings.run_seed
         self.cells = cells(settings.sweep)
@@ -131,8 +131,8 @@ class Planner:
         for index, (column, text) in rows.halves.items():
             found.add(index, column, text, half_fault(column, text))
         halved = {index for index, half in rows.halves.items() if half.column in self._prompts.columns}
-        pictures = self._resolved(frame, found)
-        inputs: dict[str, list[Any]] = {"image_url": [picture and picture.token for picture in pictures]}
+        images = self._resolved(frame, found)
+        inputs: dict[str, list[Any]] = {"image_url": [image and image.token for image in images]}
         gaps: set[int] = set()
 
         def note(index: int, column: str, value: object, fault: CellError) -> Problem:
@@ -152,27 +152,27 @@ class Planner:
         bad = found.by_row()
         swept, unswept = self._swept_prompts(frame, found), (None,) * len(self.cells)
         by_row = zip(*inputs.values(), strict=True)
-        for row, (picture, identity, values) in enumerate(zip(pictures, identities, by_row, strict=True), first_row):
+        for row, (image, identity, values) in enumerate(zip(images, identities, by_row, strict=True), first_row):
             given = {**self._base, **dict(zip(inputs, values, strict=False))}  # as many as each other, a million times
             own = unswept if swept is None else [prompts[row - first_row] for prompts in swept]
-            if picture is None or row in bad:
-                items += self._bad(row, bad[row], given, identity, picture, own)
+            if image is None or row in bad:
+                items += self._bad(row, bad[row], given, identity, image, own)
                 continue
             for cell, prompt in zip(self.cells, own, strict=True):
                 if isinstance(prompt, Problem):
-                    items += self._bad(row, [prompt], given, identity, picture, [prompt], cells=(cell,))
+                    items += self._bad(row, [prompt], given, identity, image, [prompt], cells=(cell,))
                 else:
-                    items.append(Planned(row, cell.id, self._job(given, cell, prompt, identity, picture), None))
+                    items.append(Planned(row, cell.id, self._job(given, cell, prompt, identity, image), None))
         return Checked(PlannedBatch(first_row, frame, items), found.ordered())
 
-    def _job(self, given: JsonObject, cell: Cell, prompt: str | None, identity: str | None, picture: Resolved) -> Job:
+    def _job(self, given: JsonObject, cell: Cell, prompt: str | None, identity: str | None, image: Resolved) -> Job:
         """The row's job in a cell; `prompt` is the cell's own, where prompts are swept."""
         complete = given | cell.values if cell.values else given
         if prompt is not None:
             complete["prompt"] = prompt
         if complete["seed"] is None:
-            complete["seed"] = self._derived(cell, identity, picture.token, complete["prompt"])
-        return Job(job_key(self._app, complete), complete, picture.image, picture.megapixels)
+            complete["seed"] = self._derived(cell, identity, image.token, complete["prompt"])
+        return Job(job_key(self._app, complete), complete, image.image, image.megapixels)
 
     def _derived(self, cell: Cell, identity: str | None, token: str, prompt: Json) -> int:
         """A seed for a row that was given none. Without an id a row is its image and what is asked of it."""
@@ -185,7 +185,7 @@ class Planner:
         problems: list[Problem],
         given: JsonObject,
         identity: str | None,
-        picture: Resolved | None,
+        image: Resolved | None,
         prompts: Sequence[str | Problem | None],
         cells: Sequence[Cell] | None = None,
     ) -> Iterator[Planned]:
@@ -195,9 +195,9 @@ class Planner:
             known = given | cell.values
             if "prompt" in cell.values:
                 known["prompt"] = prompt if isinstance(prompt, str) else None
-            has_identity = picture is not None and known.get("prompt") is not None if self._id is None else identity
+            has_identity = image is not None and known.get("prompt") is not None if self._id is None else identity
             if known["seed"] is None and has_identity and not columns & {"seed", self._id}:
-                token = "" if picture is None else picture.token
+                token = "" if image is None else image.token
                 known["seed"] = self._derived(cell, identity, token, known.get("prompt"))
             yield Planned(row, cell.id, None, problem, known)
 
@@ -217,7 +217,7 @@ class Planner:
 
     def _resolved(self, frame: pl.DataFrame, found: _Problems) -> list[Resolved | None]:
         references = frame[self._image].to_list()
-        answers = self._pictures.resolve(references)
+        answers = self._images.resolve(references)
         for index, answer in enumerate(answers):
             if isinstance(answer, CellError):
                 found.add(index, self._image, references[index], answer)
@@ -309,7 +309,7 @@ def _image_column(schema: pl.Schema, name: str) -> str:
     text = kind in {pl.String, pl.Binary, pl.Null} or isinstance(kind, pl.Categorical | pl.Enum)
     if not text and not fields & {"bytes", "path"}:
         raise ManifestError(
-            f"the column {name!r} holds {kind}, not pictures; set manifest.image to one with URLs, paths, "
+            f"the column {name!r} holds {kind}, not images; set manifest.image to one with URLs, paths, "
             "or a struct of bytes and path"
         )
     return name

@@ -72,7 +72,7 @@ class Manifest:
 
     Attributes:
         source: as it was given.
-        folder: where relative picture paths start: the manifest's own folder.
+        folder: where relative image paths start: the manifest's own folder.
         columns: their names, in order.
         schema: their types, the same in every batch.
         rows: how many rows `batches` gives.
@@ -138,7 +138,7 @@ class Manifest:
         return cls(path, found.folder if folder is None else folder, found, content, dialect, notes)
 
     def batches(self, size: int = BATCH_ROWS) -> Iterator[RowBatch]:
-        """All rows in order, at most `size` at a time; fewer where they are long or carry pictures.
+        """All rows in order, at most `size` at a time; fewer where they are long or carry images.
 
         Raises:
             ManifestError: the file has changed or can no longer be read.

@@ -1,6 +1,6 @@
-"""What planning sees of the world: a table in batches, pictures as tokens, facts about files.
+"""What planning sees of the world: a table in batches, images as tokens, facts about files.
 
-`batch.manifest.planner` imports this module and never a file system; `read` and `pictures` are the edges that fill it.
+`batch.manifest.planner` imports this module and never a file system; `read` and `images` are the edges that fill it.
 Pure but for polars types.
 """
 
@@ -69,7 +69,7 @@ class Resolved(NamedTuple):
     """An image reference that can be used."""
 
     token: str
-    """What stands in the job's `image_url`: the URL, the data URI, or `sha256:<hex>` of a local picture."""
+    """What stands in the job's `image_url`: the URL, the data URI, or `sha256:<hex>` of a local image."""
     image: LocalImage | None = None
     megapixels: float | None = None
 
@@ -91,14 +91,14 @@ class FileKey(NamedTuple):
 
 
 class FileFact(NamedTuple):
-    """What reading a picture file told. Only usable pictures have facts."""
+    """What reading an image file told. Only usable images have facts."""
 
     sha256: str
     megapixels: float
 
 
 class FileFacts(Protocol):
-    """A cache of file facts, so that a resumed run does not read every picture again."""
+    """A cache of file facts, so that a resumed run does not read every image again."""
 
     def get_many(self, keys: Sequence[FileKey]) -> Mapping[FileKey, FileFact]:
         """Those that are known."""

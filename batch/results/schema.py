@@ -56,7 +56,7 @@ IMAGE = pa.struct(
         ("sha256", pa.string()),
     ]
 )
-"""One result picture; `file_size` in bytes, `path` relative to the run directory."""
+"""One result image; `file_size` in bytes, `path` relative to the run directory."""
 
 TIMINGS = pa.struct([(name, pa.float64()) for name in ("inference", "queue", "total", "download")])
 """Seconds."""
@@ -75,7 +75,7 @@ _INPUTS = [
     ("acceleration", pa.string()),
 ]
 INPUT_COLUMNS = tuple(name for name, _ in _INPUTS)
-"""The effective input, but for the picture (the manifest's own column) and the seed (a column of its own)."""
+"""The effective input, but for the image (the manifest's own column) and the seed (a column of its own)."""
 
 _INPUT_VALUES = itemgetter(*INPUT_COLUMNS)
 _NO_INPUT: JsonObject = dict.fromkeys((*INPUT_COLUMNS, "seed"))

@@ -32,7 +32,7 @@ __all__ = ["write_results"]
 _GROUP_ROWS = 16_384
 """Two groups are in memory at once: with four times as many rows a large run took 80 MB more, for 8% of the file."""
 _GROUP_BYTES = 64 * 2**20
-"""In memory, before compression: manifests that carry their pictures fill a row group with few rows."""
+"""In memory, before compression: manifests that carry their images fill a row group with few rows."""
 _SLICE_ROWS = 8_192
 _SLICE_BYTES = 32 * 2**20
 
@@ -103,7 +103,7 @@ def _tables(
 
 
 def _slices(batch: PlannedBatch) -> Iterator[PlannedBatch]:
-    """Parts of a batch that are small in memory: a sweep repeats each row, and a row may carry its picture."""
+    """Parts of a batch that are small in memory: a sweep repeats each row, and a row may carry its image."""
     row_bytes = max(1, int(batch.frame.estimated_size()) // max(1, len(batch.frame)))
     step = max(1, min(_SLICE_ROWS, _SLICE_BYTES // row_bytes))
     for start in range(0, len(batch.items), step):

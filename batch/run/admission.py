@@ -26,7 +26,7 @@ from batch.types import Attempt
 __all__ = ["Admission", "StopCause", "StopRequest"]
 
 _BEYOND_WINDOW = 32
-"""Jobs that may still fetch their pictures while the window is already given to others."""
+"""Jobs that may still fetch their images while the window is already given to others."""
 _NOTICE_EVERY = 30.0
 """Seconds between two notices to a person: one dead network is a thousand equal faults."""
 _LEAVING_SECONDS = 1.0
@@ -323,7 +323,7 @@ class Admission:
 
 
 def _cost_ahead(course: JobRun, price: Price) -> float:
-    if course.job is None:  # taken up again from the journal: its body says how many pictures
+    if course.job is None:  # taken up again from the journal: its body says how many images
         return price.reservation(None, int(orjson.loads(course.body).get("num_images", 1)))
     images = course.job.input.get("num_images")
     return price.reservation(course.job.megapixels, images if isinstance(images, int) else 1)

@@ -64,7 +64,7 @@ class Expiry:
         age, kept = now - intended_at, self._file_seconds if answered else self._floor
         if age <= kept:
             return None
-        what = "pictures of a stored answer" if answered else "result of an open request"
+        what = "images of a stored answer" if answered else "result of an open request"
         return self._once(
             f"resumed {answered}",
             f"the {what} is {_span(age)} old, and the target promises to keep it for {_span(kept)} only; what is there"
@@ -102,13 +102,13 @@ class Expiry:
         )
 
     def undownloaded(self, failing_since: float, now: float) -> str | None:
-        """A picture's download failed once more; `failing_since`: its first failure."""
+        """An image's download failed once more; `failing_since`: its first failure."""
         failing = now - failing_since
         if failing < _TELL_AT * self._file_seconds:
             return None
         return self._once(
             "undownloaded",
-            f"the download of a picture has failed for {_span(failing)}; files are promised for"
+            f"the download of an image has failed for {_span(failing)}; files are promised for"
             f" {_span(self._file_seconds)} only: is its host reachable from here?",
             files=True,
         )

@@ -1,4 +1,4 @@
-"""The picture files of a run: local sources read and verified, results decoded and stored by content.
+"""The image files of a run: local sources read and verified, results decoded and stored by content.
 
 Owns `images/` in the run directory; the only writer there. Knows no network. All blocking work runs in
 worker threads; Pillow and hashlib release the interpreter lock for the long parts.
@@ -33,11 +33,11 @@ _CHUNK_BYTES = 2**20
 _PNG_END = b"IEND\xaeB`\x82"
 """Pillow calls a PNG whole when it has all pixels; one without this was cut off at the end."""
 _HARD_LIMIT_PIXELS = 400_000_000
-"""No picture of more is ever decoded, whatever the configuration says: it would be several GB in memory."""
+"""No image of more is ever decoded, whatever the configuration says: it would be several GB in memory."""
 
 
 class Decoded(NamedTuple):
-    """What decoding a picture proved."""
+    """What decoding an image proved."""
 
     width: int
     height: int
@@ -50,7 +50,7 @@ class Decoded(NamedTuple):
 _RESULT_LIMIT_PIXELS = 100_000_000
 """Of a result. The endpoint answers with four megapixels at most; a small file can claim any number of them."""
 _ALONE_FROM_PIXELS = 16_000_000
-"""A larger picture is decoded while no other large one is: 64 MB and more of memory each."""
+"""A larger image is decoded while no other large one is: 64 MB and more of memory each."""
 
 
 @cache
@@ -62,7 +62,7 @@ def _formats() -> list[str]:
 def decode(
     data: bytes, *, limit_pixels: int = _HARD_LIMIT_PIXELS, alone: AbstractContextManager[object] | None = None
 ) -> Decoded:
-    """Decode all of a picture; its size and true format.
+    """Decode all of an image; its size and true format.
 
     Args:
         data: the whole file.
@@ -70,31 +70,31 @@ def decode(
         alone: held while a large one is decoded.
 
     Raises:
-        ImageError: `image_load_error` for bytes that are no complete picture, `image_too_large` for one of
+        ImageError: `image_load_error` for bytes that are no complete image, `image_too_large` for one of
             more than `limit_pixels` (refused before it is decoded).
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=_formats()) as picture:
-                width, height, kind = picture.width, picture.height, format_named(picture.format)
+            with Image.open(io.BytesIO(data), formats=_formats()) as image:
+                width, height, kind = image.width, image.height, format_named(image.format)
                 assert kind is not None, "only formats of the table are opened"
                 if width * height > limit_pixels:
                     raise ImageError(
                         "image_too_large", f"{width} x {height} pixels are more than {limit_pixels / 1e6:g} megapixels"
                     )
                 # A JPEG unpacks at an eighth of its size: every coded byte is still read, at a third of the time.
-                picture.draft(None, (max(1, width // 8), max(1, height // 8)))
+                image.draft(None, (max(1, width // 8), max(1, height // 8)))
                 with alone if alone is not None and width * height > _ALONE_FROM_PIXELS else nullcontext():
-                    picture.load()
+                    image.load()
                 if kind.name == "PNG" and _PNG_END not in data:
-                    raise ImageError("image_load_error", "the picture is damaged or incomplete (its end is missing)")
+                    raise ImageError("image_load_error", "the image is damaged or incomplete (its end is missing)")
     except Image.DecompressionBombError as error:
         raise ImageError("image_too_large", str(error)) from error
     except UnidentifiedImageError as error:
-        raise ImageError("image_load_error", "the bytes are not a picture in a known format") from error
+        raise ImageError("image_load_error", "the bytes are not an image in a known format") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise ImageError("image_load_error", f"the picture is damaged or incomplete ({error})") from error
+        raise ImageError("image_load_error", f"the image is damaged or incomplete ({error})") from error
     return Decoded(width, height, *kind)
 
 
@@ -105,15 +105,15 @@ class ImageFolder:
         self._root = run_directory
         self._limit_pixels = min(_HARD_LIMIT_PIXELS, int(limit_megapixels * 1e6))
         self._threads = anyio.CapacityLimiter(threads)
-        self._alone = threading.Lock()  # protects memory: one large picture is decoded at a time
+        self._alone = threading.Lock()  # protects memory: one large image is decoded at a time
         self._synced: set[Path] = set()
         self._numbers = itertools.count()
-        # Beside the pictures, so that a rename moves it there; what a killed run left in it is of no use.
+        # Beside the images, so that a rename moves it there; what a killed run left in it is of no use.
         self._parts = run_directory / "images" / ".part"
         shutil.rmtree(self._parts, ignore_errors=True)
 
     async def load(self, image: LocalImage) -> LoadedImage:
-        """Read a manifest picture, check that it is still the planned one, and decode it."""
+        """Read a manifest image, check that it is still the planned one, and decode it."""
         return await anyio.to_thread.run_sync(self._load, image, limiter=self._threads)
 
     async def store(self, data: bytes) -> StoredImage:
@@ -141,7 +141,7 @@ class ImageFolder:
         try:
             if not (target.exists() and target.stat().st_size == len(data)):
                 self._write(target, data)
-            self._sync_folders(target.parent)  # also of an equal picture: its writer may not have come so far yet
+            self._sync_folders(target.parent)  # also of an equal image: its writer may not have come so far yet
         except OSError as error:
             raise StorageError(
                 f"{target.parent} cannot be written: {error.strerror}; what is finished is kept,"
@@ -160,7 +160,7 @@ class ImageFolder:
     def _write(self, target: Path, data: bytes) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         self._parts.mkdir(exist_ok=True)
-        temporary = self._parts / f"{next(self._numbers)}-{target.name}"  # equal pictures may come at once
+        temporary = self._parts / f"{next(self._numbers)}-{target.name}"  # equal images may come at once
         try:
             with temporary.open("xb") as file:
                 file.write(data)
@@ -172,7 +172,7 @@ class ImageFolder:
             raise
 
     def _sync_folders(self, folder: Path) -> None:
-        """Make the names durable: that of the picture, and once for each folder those that lead to it."""
+        """Make the names durable: that of the image, and once for each folder those that lead to it."""
         _sync_folder(folder)
         if folder not in self._synced:  # who made it may have been killed before he came to this
             _sync_folder(folder.parent)

@@ -60,7 +60,7 @@ class Journal(Protocol):
         """Jobs in these states, the one intended first coming first."""
 
     async def uploaded(self, sha256: str, since: float) -> str | None:
-        """URL of a picture uploaded at or after `since`, or None."""
+        """URL of an image uploaded at or after `since`, or None."""
 
     async def requests(self, ids: Sequence[str]) -> set[str]:
         """Those of the request ids that belong to a job, or to one of its ended attempts."""
@@ -102,7 +102,7 @@ class Service(Protocol):
         """Store bytes at the target; its URL."""
 
     async def download(self, url: str) -> bytes:
-        """The bytes of a result picture, bounded; the key is never sent."""
+        """The bytes of a result image, bounded; the key is never sent."""
 
 
 class CompletionHints(Protocol):
@@ -120,7 +120,7 @@ class CompletionHints(Protocol):
 
 
 class ImageError(Exception):
-    """Bytes that are not a usable picture. `type` is the endpoint's word for it (`image_load_error`, ...)."""
+    """Bytes that are not a usable image. `type` is the endpoint's word for it (`image_load_error`, ...)."""
 
     def __init__(self, type: str, message: str) -> None:  # noqa: A002 - the wire's own word
         super().__init__(message)
@@ -128,7 +128,7 @@ class ImageError(Exception):
 
 
 class LoadedImage(NamedTuple):
-    """A local picture, read and verified: ready to be uploaded."""
+    """A local image, read and verified: ready to be uploaded."""
 
     data: bytes
     content_type: str
@@ -136,10 +136,10 @@ class LoadedImage(NamedTuple):
 
 
 class Images(Protocol):
-    """The picture files of a run."""
+    """The image files of a run."""
 
     async def load(self, image: LocalImage) -> LoadedImage:
-        """Read a manifest picture, check its hash and decode it.
+        """Read a manifest image, check its hash and decode it.
 
         Raises:
             ImageError: it cannot be used; a message for the row.
@@ -149,7 +149,7 @@ class Images(Protocol):
         """Decode, hash, write, fsync, rename. Equal bytes are stored once. `url` of the answer is empty.
 
         Raises:
-            ImageError: the bytes are no complete picture.
+            ImageError: the bytes are no complete image.
             StorageError: the disk refused.
         """
 

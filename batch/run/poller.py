@@ -1,12 +1,12 @@
 """Following an accepted request to its answer: when it is read, and what an unread or disbelieved one means.
 
 Owns every wait for an answer. When to read next is `polling`'s to say, what an answer proves `retry`'s; whoever may
-wake it earlier (`ports.CompletionHints`) is believed only as far as reading now: a hint that lies costs a read, one that is lost
-costs a wait.
+wake it earlier (`ports.CompletionHints`) is believed only as far as reading now: a hint that lies costs a read, one
+that is lost costs a wait.
 
 A status is the service's word, not a fact. A word for a failure is followed by one read of the result; a job that takes
-ten times as long as usual (`PollSchedule.overdue`) has its result read whatever its status says. An output is believed in
-either case.
+ten times as long as usual (`PollSchedule.overdue`) has its result read whatever its status says. An output is believed
+in either case.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ _READS = 5
 _PAGE_SECONDS = 60.0
 """For all tries at one page, whatever `Retry-After` says: a listing that is not to be had must not hold up a run."""
 _PAGE_SIZES = (PAGE_LIMIT, 10, 1)
-"""Requests a page. Inputs that carry their picture make a page too large to be read: then fewer are asked for."""
+"""Requests a page. Inputs that carry their image make a page too large to be read: then fewer are asked for."""
 _PAGES = 10_000
 """Of one window; a listing of more does not end."""
 _NOT_FOR_US = frozenset({401, 403, 404, 405, 501})

@@ -83,7 +83,7 @@ class Policy:
     keeps_results: bool = False
     """Whether the target keeps results until they are fetched, as our own server does: then none can be late."""
     target: str = "local"
-    """Uploaded pictures are remembered under its name: another target does not have them."""
+    """Uploaded images are remembered under its name: another target does not have them."""
 
 
 class Report(NamedTuple):
@@ -347,7 +347,7 @@ class Runner:
     # --- one job -----------------------------------------------------------------------------------------
 
     async def drive(self, course: JobRun) -> None:
-        """One job's whole life: submit it once, wait for it, keep its answer, store its pictures.
+        """One job's whole life: submit it once, wait for it, keep its answer, store its images.
 
         Raises:
             Held: the outcome of its submit is unknown, and written down as such.
@@ -493,7 +493,7 @@ class Runner:
         self._observer.happened("held", job=course.key, reason=reason)
 
     async def _body_of(self, course: JobRun) -> bytes:
-        """The bytes to submit: the job's input, with the uploaded URL where its picture is local."""
+        """The bytes to submit: the job's input, with the uploaded URL where its image is local."""
         job = course.job
         assert job is not None, "a job from the journal brings its body"
         url = job.input["image_url"] if job.image is None else await self._transfers.uploaded(job)
@@ -530,7 +530,7 @@ class Runner:
         self._gate.answered(course, self._follower.queued(stay))
 
     async def _renewed(self, course: JobRun, ticket: Ticket, kept: Answer) -> Answer:
-        """A kept answer whose pictures were not stored: fresh URLs where the target still has them."""
+        """A kept answer whose images were not stored: fresh URLs where the target still has them."""
         self._gate.answered(course)
         self.waits.put(course.key, Stage.DOWNLOADING, self._now())
         try:

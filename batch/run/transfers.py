@@ -1,7 +1,7 @@
-"""Pictures on the move: sources up to the target once each, results down, verified, stored.
+"""Images on the move: sources up to the target once each, results down, verified, stored.
 
 Repeats what may be repeated (it costs bandwidth only), on anyio's clock, through the `Service` and `Images`
-Protocols. Knows nothing of queues, money or states; a picture that cannot be had is a `JobFailed`.
+Protocols. Knows nothing of queues, money or states; an image that cannot be had is a `JobFailed`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["Transfers"]
 Gain = TypeVar("Gain")
 
 _UPLOAD_VALID = 3 * 86400.0
-"""Seconds for which an uploaded source picture is used again; fal promises its files for seven days."""
+"""Seconds for which an uploaded source image is used again; fal promises its files for seven days."""
 _DOWNLOAD_TRIES = 16
 _DOWNLOAD_PAUSE = 2.0
 """Seconds, the longest between two of them."""
@@ -39,11 +39,11 @@ _DESCRIPTOR_PAUSE = 2.0
 """Seconds, the longest until a file is tried again for which no descriptor was free."""
 _DOWNLOADS_AT_ONCE = 16
 _UPLOADS_AT_ONCE = 16
-"""Source pictures in memory, from their reading to their arrival; with hundreds in flight it was all of them."""
+"""Source images in memory, from their reading to their arrival; with hundreds in flight it was all of them."""
 
 
 class Transfers:
-    """The pictures of one run."""
+    """The images of one run."""
 
     def __init__(
         self,
@@ -72,9 +72,9 @@ class Transfers:
         """Files that arrived."""
 
     async def uploaded(self, job: Job) -> str:
-        """The picture's URL at the target; uploaded once, however many jobs wait for it."""
+        """The image's URL at the target; uploaded once, however many jobs wait for it."""
         image = job.image
-        assert image is not None, "only a local picture is uploaded"
+        assert image is not None, "only a local image is uploaded"
         name = f"{self._target} {image.sha256}"
         while (other := self._uploads.get(image.sha256)) is not None:
             await other.wait()
@@ -100,12 +100,12 @@ class Transfers:
         return url
 
     async def _sent(self, image: LocalImage) -> str:
-        """Its URL. A picture that is refused is let go, and leaves its place to others, until it is tried again."""
+        """Its URL. A loaded that is refused is let go, and leaves its place to others, until it is tried again."""
 
         async def once() -> str:
             async with self._uploading:
-                picture = await self._with_descriptor(lambda: self._images.load(image))
-                return await self._service.upload(picture.data, picture.content_type, image.name)
+                loaded = await self._with_descriptor(lambda: self._images.load(image))
+                return await self._service.upload(loaded.data, loaded.content_type, image.name)
 
         return await self._unless_stopped(lambda: reading(once, self._rng, notice=self._notice, now=self._now))
 
@@ -188,7 +188,7 @@ class Transfers:
 
 
 def _joined(said: StoredImage, kept: StoredImage) -> StoredImage:
-    """What the endpoint said of a picture, and what its bytes proved."""
+    """What the endpoint said of an image, and what its bytes proved."""
     return StoredImage(
         url=shorten_data_uri(said.url),
         width=kept.width,

@@ -126,9 +126,9 @@ _HOPELESS_LIMIT = 6
 _FILES = frozenset({"initiate", "upload", "download"})
 _REFUSED_FILE = frozenset({401, 402, 403, 404, 410})
 _CALLS = {
-    "initiate": "upload of a source picture",
-    "upload": "upload of a source picture",
-    "download": "result picture",
+    "initiate": "upload of a source image",
+    "upload": "upload of a source image",
+    "download": "result image",
 }
 """What a person calls them; the others are called what they are."""
 _OUTPUT_WORDS = {"malformed": "malformed_output", "oversize": "malformed_output", "no images": "no_images"}

@@ -85,7 +85,7 @@ class ServeOptions:
     flux: FluxOptions | None = None
     """What the `flux` engine is to run, and where; with it `engine` has to be `flux`."""
     allow_private: bool = False
-    """Whether source pictures may be fetched from, and webhooks sent to, loopback and private addresses."""
+    """Whether source images may be fetched from, and webhooks sent to, loopback and private addresses."""
     keys: Keys = field(default_factory=Keys)
     """None of them: everybody may ask, and it listens on loopback only."""
     price_usd: float = 0.0

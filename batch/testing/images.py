@@ -1,4 +1,4 @@
-"""`MemoryImages`: the picture files of a run in memory, decoded for real."""
+"""`MemoryImages`: the image files of a run in memory, decoded for real."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class MemoryImages:
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
-        """Stored pictures by their path."""
+        """Stored images by their path."""
 
     async def load(self, image: LocalImage) -> LoadedImage:
-        """The picture that the manifest itself carried."""
+        """The image that the manifest itself carried."""
         if image.data is None:
             raise ImageError("image_load_error", f"{image.name} has no bytes in memory")
         seen = decode(image.data)

@@ -125,7 +125,7 @@ class MemoryJournal:
                 yield _entry(key, self._jobs[key])
 
     async def uploaded(self, sha256: str, since: float) -> str | None:
-        """URL of a picture uploaded at or after `since`, or None."""
+        """URL of an image uploaded at or after `since`, or None."""
         await anyio.lowlevel.checkpoint()
         upload = self._uploads.get(sha256)
         return None if upload is None or upload.at < since else upload.url

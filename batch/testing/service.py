@@ -298,7 +298,7 @@ class FakeService:
         return TicketStatus(QueueState.IN_QUEUE, position=self._ahead(request.starts_at, now))
 
     async def result(self, ticket: Ticket) -> Answer:
-        """The output; one picture whose pixels come from the input."""
+        """The output; one image whose pixels come from the input."""
         request = await self._read("result", ticket)
         now = anyio.current_time()
         if now < request.ends_at:

@@ -106,8 +106,8 @@ def children(pid: int) -> list[int]:
 
 
 def write_manifest(path: Path, rows: Iterable[int]) -> Path:
-    """A CSV whose n-th picture lies on a server that nobody asks: the echo engine fetches nothing."""
-    lines = [f"{n},https://pictures.example/{n}.jpg,picture {n} as a watercolor" for n in rows]
+    """A CSV whose n-th image lies on a server that nobody asks: the echo engine fetches nothing."""
+    lines = [f"{n},https://images.example/{n}.jpg,image {n} as a watercolor" for n in rows]
     path.write_text("\n".join(["name,image_url,prompt", *lines]) + "\n")
     return path
 

@@ -1,4 +1,4 @@
-"""Shared by the acceptance tests: a small finished run, and pictures on a loopback web server."""
+"""Shared by the acceptance tests: a small finished run, and images on a loopback web server."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class FinishedRun(NamedTuple):
     directory: Path
 
 
-class PictureServer(NamedTuple):
+class ImageServer(NamedTuple):
     """A folder that is served as it is at the moment of each request."""
 
     url: str
@@ -39,7 +39,7 @@ def finished_run(tmp_path_factory) -> FinishedRun:
 
 
 @pytest.fixture
-def picture_server(tmp_path) -> Iterator[PictureServer]:
+def image_server(tmp_path) -> Iterator[ImageServer]:
     folder = tmp_path / "served"
     folder.mkdir()
     requests: list[str] = []
@@ -56,7 +56,7 @@ def picture_server(tmp_path) -> Iterator[PictureServer]:
         thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
         try:
-            yield PictureServer(f"http://127.0.0.1:{server.server_port}", folder, requests)
+            yield ImageServer(f"http://127.0.0.1:{server.server_port}", folder, requests)
         finally:
             server.shutdown()
             thread.join()

@@ -27,7 +27,7 @@ from batch.server.http.auth import add_key
 from tests.acceptance.command import environment
 
 APP = str(APP_ID)
-INPUT = {"image_url": "https://pictures.example/cat.png", "prompt": "a cat as a watercolor"}
+INPUT = {"image_url": "https://images.example/cat.png", "prompt": "a cat as a watercolor"}
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def endpoint(folder: Path, *options: object, keyed: bool = True, **process_optio
     assert "Traceback" not in log.read_text(), log.read_text()
 
 
-def picture(color: str = "orange") -> bytes:
+def image_bytes(color: str = "orange") -> bytes:
     """A small PNG."""
     buffer = io.BytesIO()
     Image.new("RGB", (320, 256), color).save(buffer, "PNG")

@@ -26,7 +26,7 @@ from tests.acceptance.command import (
 )
 
 ECHO = ("--engine", "echo")
-CAT = REPOSITORY / "manifests" / "pictures" / "cat.jpg"
+CAT = REPOSITORY / "manifests" / "images" / "cat.jpg"
 
 
 def refused(*arguments, code: int = 2, **options) -> str:
@@ -110,8 +110,8 @@ ROWS = [
     ("cat.jpg", "", "", "-1", "greater_than_equal", ["seed is '-1'"]),
     ("cat.jpg", "nan", "", "", "finite_number", ["strength is 'nan'"]),
     ("nowhere.jpg", "", "", "", "file_not_found", ["nowhere.jpg", "relative paths start at the manifest's folder"]),
-    ("folder", "", "", "", "is_a_folder", ["folder", "name a picture in it"]),
-    ("", "", "", "", "missing", ["the cell is empty", "give a URL, a path or a picture"]),
+    ("folder", "", "", "", "is_a_folder", ["folder", "name an image in it"]),
+    ("", "", "", "", "missing", ["the cell is empty", "give a URL, a path or an image"]),
     ("ftp://host/a.jpg", "", "", "", "unsupported_scheme", ["ftp://host/a.jpg", "give an http(s) URL"]),
     ("notes.txt", "", "", "", "image_load_error", ["notes.txt", "JPEG, PNG, WebP"]),
     ("huge.png", "", "", "", "image_too_large", ["huge.png", "400.0 megapixels", "max_image_megapixels is 100"]),
@@ -124,7 +124,7 @@ def test_bad_rows_are_data_and_the_good_ones_are_done(tmp_path):
     """Each bad row is a failed row with an error type and a sentence; the rest of the run goes on."""
     (tmp_path / "cat.jpg").write_bytes(CAT.read_bytes())
     (tmp_path / "cut.jpg").write_bytes(CAT.read_bytes()[:5000])
-    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / "huge.png").write_bytes(png_of(20_000))
     (tmp_path / "folder").mkdir()
     manifest, directory = tmp_path / "m.csv", tmp_path / "run"
@@ -183,9 +183,9 @@ def test_text_that_no_service_takes_is_a_bad_row(tmp_path):
     """Ten megabytes in a prompt, NUL characters in a prompt, a URL or a path; nothing is submitted for them."""
     (tmp_path / "cat.jpg").write_bytes(CAT.read_bytes())
     rows = [
-        ("https://pictures.example/1.jpg", "x" * 10_000_000, "string_too_long", "10,000,000 characters"),
-        ("https://pictures.example/1.jpg", "a\0b", "string_nul", "NUL"),
-        ("https://pictures.example/\0.jpg", "x", "unsupported_scheme", "NUL"),
+        ("https://images.example/1.jpg", "x" * 10_000_000, "string_too_long", "10,000,000 characters"),
+        ("https://images.example/1.jpg", "a\0b", "string_nul", "NUL"),
+        ("https://images.example/\0.jpg", "x", "unsupported_scheme", "NUL"),
         ("c\0at.jpg", "x", "unreadable", "cannot be read"),
         ("cat.jpg", "good", None, ""),
     ]
@@ -496,7 +496,7 @@ def test_a_column_that_no_table_can_hold_is_carried_as_text(tmp_path):
     """Two hundred lists in one another: the results could never be written, and the jobs would be paid for."""
     manifest = tmp_path / "m.jsonl"
     deep = "[" * 200 + "1" + "]" * 200
-    manifest.write_text(f'{{"image_url": "https://pictures.example/1.jpg", "prompt": "one", "x": {deep}}}\n')
+    manifest.write_text(f'{{"image_url": "https://images.example/1.jpg", "prompt": "one", "x": {deep}}}\n')
     ended = restyle("run", manifest, "-o", tmp_path / "run", *ECHO)
     assert ended.code == 0, ended.text
     assert results(tmp_path / "run").to_pylist()[0]["x"] == deep

@@ -39,8 +39,8 @@ def test_every_config_is_valid_and_says_how_to_use_it(path):
     assert all(f"configs/{path.name}" in words for words in commands(path.name))
 
 
-def test_the_demo_restyles_all_its_pictures(checkout):
-    """`make demo` is the command in demo.toml, and every row ends with a picture."""
+def test_the_demo_restyles_all_its_images(checkout):
+    """`make demo` is the command in demo.toml, and every row ends with an image."""
     (words,) = commands("demo.toml")
     recipe = re.search(r"^demo:.*\n\t.*?/restyle (.*)$", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
     assert recipe is not None
@@ -71,7 +71,7 @@ def test_cron_does_only_what_is_new(checkout):
     manifest = checkout / "manifests/demo.csv"
     first = restyle(*crontab, cwd=checkout, env={"RESTYLE_TARGET__ENGINE": "echo"})
     with manifest.open("a") as file:
-        file.write("cat-2,pictures/cat.jpg,a second look at the cat,,\nnone,pictures/none.jpg,nothing,,\n")
+        file.write("cat-2,images/cat.jpg,a second look at the cat,,\nnone,images/none.jpg,nothing,,\n")
     second = restyle(*crontab, cwd=checkout, env={"RESTYLE_TARGET__ENGINE": "echo"})
     assert (first.code, second.code) == (0, 0), second.text
     said = summary(checkout / "out/cron")

@@ -55,7 +55,7 @@ def reached(directory: Path, process: subprocess.Popen[str], count: int, *states
 
 
 def complete(directory: Path, command: tuple[object, ...]) -> None:
-    """The same command: everything is done, everything was accepted once, every picture is there and whole."""
+    """The same command: everything is done, everything was accepted once, every image is there and whole."""
     again = restyle(*command)
     assert again.code == 0, again.text
     rows = results(directory).to_pylist()

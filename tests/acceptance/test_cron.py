@@ -55,10 +55,10 @@ class Site:
         self.rows = 12
 
     def grow(self, count: int) -> None:
-        """Append rows: new prompts for a picture that is there."""
+        """Append rows: new prompts for an image that is there."""
         with self.manifest.open("a") as file:
             for number in range(self.rows, self.rows + count):
-                file.write(f"cat-{number},pictures/cat.jpg,cat number {number},,\n")
+                file.write(f"cat-{number},images/cat.jpg,cat number {number},,\n")
         self.rows += count
 
     @contextmanager

@@ -17,7 +17,7 @@ import pytest
 from tests.acceptance.command import REPOSITORY, accepted, restyle, results, started, summary, wait_for
 
 ECHO = ("--engine", "echo")
-IMAGES = REPOSITORY / "manifests" / "pictures"
+IMAGES = REPOSITORY / "manifests" / "images"
 ROWS = [
     {"image_url": "https://images.example/1.jpg", "prompt": "one", "n": 1},
     {"image_url": "https://images.example/2.jpg", "prompt": "two", "n": 2},

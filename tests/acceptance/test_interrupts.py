@@ -86,7 +86,7 @@ def test_a_question_is_left_in_any_way(tmp_path, answer):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_with_nothing_in_flight_ends_at_once(tmp_path, number):
-    """Nobody listens at the target and the pictures are still to be uploaded: there is nothing to collect."""
+    """Nobody listens at the target and the images are still to be uploaded: there is nothing to collect."""
     with socket.socket() as unheard:
         unheard.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unheard.getsockname()[1]}"
@@ -101,7 +101,7 @@ def test_a_stop_with_nothing_in_flight_ends_at_once(tmp_path, number):
             ended = finish(process)
     assert time.monotonic() - began < 10
     assert (ended.code, jobs_in(directory, "pending", "intended", "accepted")) == (4, 0), ended.text
-    assert line.startswith("unreachable: upload of a source picture: connect: 127.0.0.1:")
+    assert line.startswith("unreachable: upload of a source image: connect: 127.0.0.1:")
     assert line.endswith("; it is tried again\n")
     name = signal.Signals(number).name
     assert f"stopping: {name}: collecting what is in flight; once more stops at once" in ended.err

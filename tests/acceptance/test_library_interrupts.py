@@ -198,7 +198,7 @@ def test_ctrl_c_of_the_main_thread_while_another_one_runs(tmp_path, manifest, se
 
 
 def test_a_thread_that_outlives_the_main_one(tmp_path, service):
-    """A main thread that has nothing more to do stops nothing: the run goes on to its end, with local pictures."""
+    """A main thread that has nothing more to do stops nothing: the run goes on to its end, with local images."""
     service.handlers["status"] = targets.status
     for number in range(ROWS):
         Image.new("RGB", (16, 16), (number, 0, 0)).save(tmp_path / f"{number}.png")

@@ -62,7 +62,7 @@ def test_a_run_whose_words_are_lost_does_its_work(tmp_path, command, where, flag
 def test_the_exit_code_is_the_runs_own(tmp_path):
     """Nobody hears that a row failed; the exit code still says so."""
     manifest = tmp_path / "m.csv"
-    manifest.write_text("image_url,prompt\nhttps://pictures.example/1.jpg,one\nnothing.jpg,two\n")
+    manifest.write_text("image_url,prompt\nhttps://images.example/1.jpg,one\nnothing.jpg,two\n")
     assert told(("run", manifest, "-o", tmp_path / "run", "--engine", "echo"), gone()).code == 3
 
 

@@ -19,7 +19,7 @@ from tests.acceptance.endpoint import endpoint
 
 PRICE = 0.03
 UNITS = 0.0215
-"""Megapixels of an echo picture, 192 x 112, as our endpoint bills them."""
+"""Megapixels of an echo image, 192 x 112, as our endpoint bills them."""
 PRICED = {"RESTYLE_PRICE__USD_PER_MEGAPIXEL": str(PRICE)}
 ECHO = ("--engine", "echo", "--price", PRICE)
 
@@ -120,12 +120,12 @@ def test_a_live_price_that_cannot_be_had_is_one_sentence(tmp_path, target, why):
 
 
 def test_a_rehearsal_with_a_price_says_what_its_dollars_are(tmp_path):
-    """Planned and reserved like the real picture, settled by the small card; nobody is charged, and audit says so."""
+    """Planned and reserved like the real image, settled by the small card; nobody is charged, and audit says so."""
     manifest, directory = write_manifest(tmp_path / "m.csv", [1]), tmp_path / "run"
     command, env = (manifest, "-o", directory, "--engine", "echo"), {"RESTYLE_PRICE__USD_PER_MEGAPIXEL": "0.5"}
     planned = restyle("plan", *command, env=env)
     assert "counts $0.5 a megapixel to rehearse, nobody is charged" in planned.out.splitlines()[0]
-    assert "$1.05 at $0.5 a megapixel, at most $1.50 if every picture is rounded up" in planned.out
+    assert "$1.05 at $0.5 a megapixel, at most $1.50 if every image is rounded up" in planned.out
     ended = restyle("run", *command, env=env)
     assert "1 done, $0.01 spent" in ended.out
     (charges,) = [line for line in restyle("audit", directory).out.splitlines() if line.startswith("charges")]
@@ -148,7 +148,7 @@ def test_what_is_counted_is_what_is_billed_over_all_runs(tmp_path):
         said = summary(directory)
         assert said["spent_usd"] == said["spent_total_usd"] <= 0.105
         done = said["done"]
-        assert done == 24  # three megapixels are reserved for a picture of unknown size: $0.09 of 0.105
+        assert done == 24  # three megapixels are reserved for an image of unknown size: $0.09 of 0.105
         assert said["spent_usd"] == pytest.approx(done * UNITS * PRICE)
 
         lowered = restyle(*command, "--budget", 0.001, env=env)
@@ -345,7 +345,7 @@ def test_a_lost_journal_is_not_begun_anew(tmp_path, how):
 
 
 def test_two_run_directories_at_one_server(tmp_path):
-    """The same local pictures, uploaded by each: two runs' requests, not one key with two inputs."""
+    """The same local images, uploaded by each: two runs' requests, not one key with two inputs."""
     Image.new("RGB", (64, 64)).save(tmp_path / "local.png")
     manifest = tmp_path / "m.csv"
     manifest.write_text("image_url,prompt\nlocal.png,one\nlocal.png,two\n")

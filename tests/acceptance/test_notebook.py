@@ -21,7 +21,7 @@ def test_outputs_are_cleared():
 
 @pytest.mark.filterwarnings("default")  # of Jupyter's own libraries
 def test_every_cell_runs(tmp_path, monkeypatch):
-    """In a kernel of its own, next to a copy of the demo material; it shows pictures and a table."""
+    """In a kernel of its own, next to a copy of the demo material; it shows images and a table."""
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))

@@ -13,7 +13,7 @@ import pytest
 from filelock import FileLock
 
 from tests.acceptance.command import REPOSITORY, environment
-from tests.acceptance.endpoint import APP, INPUT, believed, callbacks, endpoint, is_same, large_file, picture
+from tests.acceptance.endpoint import APP, INPUT, believed, callbacks, endpoint, image_bytes, is_same, large_file
 
 SCRIPTS = REPOSITORY / "tests" / "acceptance" / "js"
 MODULES = REPOSITORY / ".cache" / "js"
@@ -42,7 +42,7 @@ def modules():
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, modules):
-    """Real pictures, quickly made."""
+    """Real images, quickly made."""
     with endpoint(tmp_path_factory.mktemp("preview"), "--slots", "1", "--allow-private") as running:
         yield running
 
@@ -58,7 +58,7 @@ def slow(tmp_path_factory, modules):
 @pytest.fixture
 def image(tmp_path):
     path = tmp_path / "cat.png"
-    path.write_bytes(picture())
+    path.write_bytes(image_bytes())
     return path
 
 
@@ -153,9 +153,9 @@ def test_a_wrong_input_is_the_client_s_validation_error(server, ask, image):
     assert (field["loc"], field["type"], field["ctx"]) == (["body", "strength"], "less_than_equal", {"le": 1})
 
 
-def test_a_picture_that_is_none_is_the_client_s_validation_error(server, ask, tmp_path):
+def test_a_image_that_is_none_is_the_client_s_validation_error(server, ask, tmp_path):
     """`image_load_error`, the model error that fal names for it."""
-    path = tmp_path / "not a picture.png"
+    path = tmp_path / "not an image.png"
     path.write_bytes(b"<html>not found</html>")
     error = ask(server, "fail", input=given(path))["error"]
     assert (error["name"], error["fieldErrors"][0]["type"]) == ("ValidationError", "image_load_error")

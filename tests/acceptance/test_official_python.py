@@ -14,7 +14,17 @@ import fal_client.client
 import pytest
 
 from tests.acceptance.command import environment
-from tests.acceptance.endpoint import APP, INPUT, believed, callbacks, endpoint, is_same, large_file, picture, tunnel
+from tests.acceptance.endpoint import (
+    APP,
+    INPUT,
+    believed,
+    callbacks,
+    endpoint,
+    image_bytes,
+    is_same,
+    large_file,
+    tunnel,
+)
 from tests.certificate import certificate
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # the client never closes its upload connections
@@ -24,7 +34,7 @@ HTTPError = fal_client.client.FalClientHTTPError
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """Real pictures, quickly made."""
+    """Real images, quickly made."""
     with endpoint(tmp_path_factory.mktemp("preview"), "--slots", "1", "--allow-private") as running:
         yield running
 
@@ -63,9 +73,9 @@ def test_it_is_the_client_that_we_name():
 
 
 def test_subscribe_shows_logs_and_gives_the_result(server, point):
-    """From the call to the picture: updates with log lines, then the output with the seed that was asked for."""
+    """From the call to the image: updates with log lines, then the output with the seed that was asked for."""
     seen = []
-    image = fal_client.encode(picture(), "image/png")
+    image = fal_client.encode(image_bytes(), "image/png")
     given = {"image_url": image, "prompt": "a cat as a watercolor", "seed": 2**60}
     output = point(server).subscribe(APP, given, with_logs=True, on_queue_update=seen.append)
     assert (output["seed"], output["prompt"]) == (2**60, given["prompt"])
@@ -79,7 +89,7 @@ def test_subscribe_shows_logs_and_gives_the_result(server, point):
 def test_submit_status_and_result_by_handle_and_by_id(server, point):
     """The returned URLs and those that the client builds itself lead to the same answers."""
     client = point(server)
-    handle = client.submit(APP, {**INPUT, "image_url": fal_client.encode(picture(), "image/png")}, priority="low")
+    handle = client.submit(APP, {**INPUT, "image_url": fal_client.encode(image_bytes(), "image/png")}, priority="low")
     *_, last = handle.iter_events(with_logs=True)
     assert isinstance(last, fal_client.Completed)
     by_id = client.get_handle(APP, handle.request_id)
@@ -89,7 +99,7 @@ def test_submit_status_and_result_by_handle_and_by_id(server, point):
 
 def test_the_direct_call_and_the_async_client_give_results_too(server, point):
     """`run` on the direct host; `AsyncClient.subscribe`."""
-    given = {**INPUT, "image_url": fal_client.encode(picture(), "image/png")}
+    given = {**INPUT, "image_url": fal_client.encode(image_bytes(), "image/png")}
     client = point(server)
     assert client.run(APP, given)["images"]
 
@@ -117,7 +127,7 @@ def test_a_queued_and_a_running_request_can_be_cancelled(slow, point):
 def test_uploaded_bytes_can_be_used_as_the_source(server, point):
     """`upload` gives a URL that the endpoint reads."""
     client = point(server)
-    url = client.upload(picture("teal"), "image/png", file_name="../a cat.png")
+    url = client.upload(image_bytes("teal"), "image/png", file_name="../a cat.png")
     assert client.subscribe(APP, {**INPUT, "image_url": url})["images"]
 
 
@@ -132,7 +142,7 @@ def test_a_file_above_the_threshold_is_uploaded_in_parts(server, point, tmp_path
 def test_a_webhook_is_called_and_signed(server, point):
     """One callback with the result; its signature holds against the keys that the server publishes."""
     with callbacks() as receiver:
-        given = {**INPUT, "image_url": fal_client.encode(picture(), "image/png")}
+        given = {**INPUT, "image_url": fal_client.encode(image_bytes(), "image/png")}
         handle = point(server).submit(APP, given, webhook_url=receiver.url)
         said = believed(server, *receiver.one())
     assert (said["request_id"], said["status"]) == (handle.request_id, "OK")
@@ -211,7 +221,7 @@ def test_under_fal_s_own_host_names_the_unchanged_client_runs_queues_and_uploads
         port = int(running.url.rpartition(":")[2])
         with tunnel(port) as (proxy_url, asked_for):
             variables = {"HTTPS_PROXY": proxy_url, "SSL_CERT_FILE": str(cert), "FAL_KEY": running.key}
-            command = [sys.executable, "-c", RECIPE_C, APP, json.dumps({**INPUT, "seed": 3}), picture().hex()]
+            command = [sys.executable, "-c", RECIPE_C, APP, json.dumps({**INPUT, "seed": 3}), image_bytes().hex()]
             ended = subprocess.run(command, env=environment(variables), capture_output=True, text=True, timeout=60)
             assert ended.returncode == 0, ended.stderr
             said = json.loads(ended.stdout)

@@ -18,7 +18,7 @@ from playwright.sync_api import expect, sync_playwright
 
 from tests.acceptance.command import REPOSITORY, environment
 
-PICTURE = REPOSITORY / "manifests" / "pictures" / "boat.jpg"  # 768 x 512
+IMAGE = REPOSITORY / "manifests" / "images" / "boat.jpg"  # 768 x 512
 HOSTILE = "<img src=x onerror=alert(1)>"
 ARGUMENTS = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
@@ -98,10 +98,10 @@ class Visit:
         if not request.url.startswith(("blob:", "data:")) and urlsplit(request.url).netloc != urlsplit(self.url).netloc:
             self.foreign.append(request.url)
 
-    def restyle(self, prompt, picture=PICTURE):
+    def restyle(self, prompt, image=IMAGE):
         """Fill the form as a person does, by its labels, and send it."""
-        if picture is not None:
-            self.page.get_by_label("Picture file").set_input_files(picture)
+        if image is not None:
+            self.page.get_by_label("Image file").set_input_files(image)
         self.page.get_by_label("Prompt").fill(prompt)
         self.page.get_by_role("button", name="Restyle", exact=True).click()
 
@@ -140,14 +140,14 @@ def sideways(page):
     return page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
 
 
-def test_a_person_restyles_a_picture_and_finds_it_among_the_recent_ones(visit, url):
-    """Form, progress, result beside the input, and the same pictures in the list; a hostile prompt is text."""
+def test_a_person_restyles_a_image_and_finds_it_among_the_recent_ones(visit, url):
+    """Form, progress, result beside the input, and the same images in the list; a hostile prompt is text."""
     here = visit(url)
     expect(here.page.get_by_text("preview: filters, no model runs")).to_be_visible()
     expect(here.page.get_by_text("not checked")).to_be_visible()
     here.restyle(HOSTILE)
     here.done()
-    result, source = here.page.locator("#result-picture"), here.page.locator("#input-picture")
+    result, source = here.page.locator("#result-image"), here.page.locator("#input-image")
     assert natural_size(result) == natural_size(source) == [768, 512]
     assert result.get_attribute("src") != source.get_attribute("src")
     expect(here.page.locator("#made-text")).to_contain_text(
@@ -173,7 +173,7 @@ def test_the_settings_of_the_form_reach_the_server(visit, url):
     here.restyle("settings of all kinds")
     here.done()
     expect(page.locator("#made-text")).to_contain_text(f"seed {seed}")
-    assert page.locator("#result-picture").get_attribute("src").endswith(".png")
+    assert page.locator("#result-image").get_attribute("src").endswith(".png")
     page.reload()
     here.card("settings of all kinds").get_by_role("button", name="Use again").click()
     expect(page.get_by_label("Prompt")).to_have_value("settings of all kinds")
@@ -183,9 +183,9 @@ def test_the_settings_of_the_form_reach_the_server(visit, url):
         "12",
         "7.5",
     ]
-    assert natural_size(page.locator("#input-picture")) == [768, 512]
-    first = page.locator("#result-picture")
-    here.restyle("settings of all kinds", picture=None)
+    assert natural_size(page.locator("#input-image")) == [768, 512]
+    first = page.locator("#result-image")
+    here.restyle("settings of all kinds", image=None)
     here.done()
     assert natural_size(first) == [768, 512]
 
@@ -206,8 +206,8 @@ def test_the_form_says_what_is_missing(visit, url):
     """In words that are read out, with the focus where the remedy is; nothing is sent."""
     here = visit(url)
     status = here.page.get_by_role("status")
-    here.restyle("a prompt", picture=None)
-    expect(status).to_have_text("Choose a picture, or give its URL.")
+    here.restyle("a prompt", image=None)
+    expect(status).to_have_text("Choose an image, or give its URL.")
     here.restyle("   ")
     expect(status).to_contain_text("prompt")
     expect(here.page.get_by_label("Prompt")).to_be_focused()
@@ -217,11 +217,11 @@ def test_the_form_says_what_is_missing(visit, url):
 
 
 def test_a_request_that_fails_says_why(visit, url):
-    """The server's own words, as text; a picture on another server is never loaded by the page itself."""
+    """The server's own words, as text; an image on another server is never loaded by the page itself."""
     here = visit(url)
     here.page.get_by_label("or its URL").fill("http://127.0.0.1:9/cat.png")
     expect(here.page.get_by_text("Lies on another server")).to_be_visible()
-    here.restyle("a cat from elsewhere", picture=None)
+    here.restyle("a cat from elsewhere", image=None)
     expect(here.page.get_by_role("status")).to_contain_text("http://127.0.0.1:9/cat.png could not be fetched")
     expect(here.card("a cat from elsewhere")).to_contain_text("failed")
     # The browser itself notes the 422 that the result answers; nothing else may be there.
@@ -231,22 +231,22 @@ def test_a_request_that_fails_says_why(visit, url):
 
 
 def test_every_control_can_be_reached_and_has_a_name(visit, url):
-    """Tab goes through the form in order; each control is announced by a label, each picture by a text."""
+    """Tab goes through the form in order; each control is announced by a label, each image by a text."""
     here = visit(url)
     names = [
-        "Picture file", "or its URL", "Prompt", "Strength", "Steps", "Guidance", "Seed", "jpeg", "Restyle",
+        "Image file", "or its URL", "Prompt", "Strength", "Steps", "Guidance", "Seed", "jpeg", "Restyle",
     ]  # fmt: skip
-    here.page.get_by_label("Picture file").focus()
+    here.page.get_by_label("Image file").focus()
     for name in names:
         focused = here.page.locator(":focus")
         assert name in (focused.evaluate("e => e.ariaLabel ?? e.labels?.[0]?.textContent.trim() ?? ''") or
                         focused.text_content()), name  # fmt: skip
         here.page.keyboard.press("Tab")
-    here.restyle("named pictures")
+    here.restyle("named images")
     here.done()
-    expect(here.card("named pictures")).to_contain_text("done")
+    expect(here.card("named images")).to_contain_text("done")
     assert here.page.evaluate("[...document.images].filter(image => !image.hasAttribute('alt')).length") == 0
-    expect(here.page.get_by_role("img", name="Result of: named pictures").first).to_be_visible()
+    expect(here.page.get_by_role("img", name="Result of: named images").first).to_be_visible()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -283,7 +283,7 @@ def test_a_phone_never_scrolls_sideways(visit, url):
     here.done()
     expect(here.card("xxx")).to_contain_text("done")
     assert sideways(here.page) == 0
-    box = here.page.locator("#result-picture").bounding_box()
+    box = here.page.locator("#result-image").bounding_box()
     assert box["width"] > 100
 
 

@@ -31,20 +31,20 @@ PROMPTS = ["an oil painting", "a pencil sketch", "a pop art print", "a watercolo
 
 
 @pytest.fixture
-def photographs(picture_server, tmp_path):
+def photographs(image_server, tmp_path):
     """A manifest of the photographs by URL."""
     bundled = Path(skimage.__file__).parent / "data"
     rows = []
     for number, name in enumerate([*SIZES, TOO_SMALL]):
-        shutil.copy(bundled / name, picture_server.folder / name)
-        rows.append(f"{name},{picture_server.url}/{name},{PROMPTS[number % len(PROMPTS)]}")
+        shutil.copy(bundled / name, image_server.folder / name)
+        rows.append(f"{name},{image_server.url}/{name},{PROMPTS[number % len(PROMPTS)]}")
     manifest = tmp_path / "photographs.csv"
     manifest.write_text("\n".join(["name,image_url,prompt", *rows]) + "\n")
     return manifest
 
 
-def pictures(directory: Path) -> dict[str, tuple[dict, Image.Image]]:
-    """What the results say of each row's picture, and the file."""
+def images(directory: Path) -> dict[str, tuple[dict, Image.Image]]:
+    """What the results say of each row's image, and the file."""
     found = {}
     for row in results(directory).to_pylist():
         for image in row["images"] or []:
@@ -54,7 +54,7 @@ def pictures(directory: Path) -> dict[str, tuple[dict, Image.Image]]:
     return found
 
 
-def test_photographs_become_previews_and_the_same_again(photographs, tmp_path, picture_server):
+def test_photographs_become_previews_and_the_same_again(photographs, tmp_path, image_server):
     """Sizes follow the rule, bytes the seed: a fresh run of the same manifest gives the same files."""
     for name in ("one", "two"):
         ended = restyle("run", photographs, "-o", tmp_path / name)
@@ -66,10 +66,10 @@ def test_photographs_become_previews_and_the_same_again(photographs, tmp_path, p
     assert {row["engine"] for row in rows[:-1]} == {"preview"}
     assert accepted(tmp_path / "one") == len(rows)
 
-    one, two = pictures(tmp_path / "one"), pictures(tmp_path / "two")
+    one, two = images(tmp_path / "one"), images(tmp_path / "two")
     assert len({said["sha256"] for said, _ in one.values()}) == len(SIZES)
     for row in rows[:-1]:
-        name, source = row["name"], picture_server.folder / row["name"]
+        name, source = row["name"], image_server.folder / row["name"]
         (said, file), expected = next(v for k, v in one.items() if k.split()[0] == name), SIZES[name]
         with Image.open(source) as opened:
             assert opened.size == expected[0]
@@ -79,25 +79,25 @@ def test_photographs_become_previews_and_the_same_again(photographs, tmp_path, p
         assert np.asarray(file.convert("L")).std() > 3, f"{name} shows nothing"
 
 
-def test_a_result_still_shows_its_source(photographs, tmp_path, picture_server):
+def test_a_result_still_shows_its_source(photographs, tmp_path, image_server):
     """Light and dark stay where they were at a low strength; at a high one less so."""
     config = tmp_path / "c.toml"
     config.write_text("[sweep]\nstrength = [0.1, 0.95]\n")
     assert restyle("run", photographs, "-c", config, "-o", tmp_path / "run", "--limit", 3).code == 0
     for name in list(SIZES)[:3]:
-        with Image.open(picture_server.folder / name) as opened:
+        with Image.open(image_server.folder / name) as opened:
             source = np.asarray(opened.convert("L").resize((64, 64)), float).ravel()
         likeness = [
             np.corrcoef(source, np.asarray(file.convert("L").resize((64, 64)), float).ravel())[0, 1]
-            for key, (_, file) in pictures(tmp_path / "run").items()
+            for key, (_, file) in images(tmp_path / "run").items()
             if key.startswith(name)
         ]
         assert likeness[0] > 0.9, name
         assert likeness[0] > likeness[1] > 0.2, name
 
 
-def test_seeds_make_pictures_and_png_is_png(photographs, tmp_path):
-    """Another seed is another picture, the same seed the same one; `output_format` decides the file."""
+def test_seeds_make_images_and_png_is_png(photographs, tmp_path):
+    """Another seed is another image, the same seed the same one; `output_format` decides the file."""
     config = tmp_path / "c.toml"
     config.write_text('[input]\noutput_format = "png"\n[sweep]\nseed = [1, 2]\n')
     assert restyle("run", photographs, "-c", config, "-o", tmp_path / "run", "--limit", 2).code == 0
@@ -105,7 +105,7 @@ def test_seeds_make_pictures_and_png_is_png(photographs, tmp_path):
     assert [row["seed"] for row in rows] == [1, 2, 1, 2]
     hashes = [row["images"][0]["sha256"] for row in rows]
     assert len(set(hashes)) == 4
-    for image, file in pictures(tmp_path / "run").values():
+    for image, file in images(tmp_path / "run").values():
         assert (file.format, image["content_type"]) == ("PNG", "image/png")
         assert image["path"].endswith(".png")
 

@@ -11,7 +11,7 @@ from tests.acceptance.test_money import doorkeeper
 @pytest.fixture
 def manifest(tmp_path):
     path = tmp_path / "m.csv"
-    path.write_text("image_url,animal\nhttps://pictures.example/1.jpg,dog\nhttps://pictures.example/2.jpg,cat\n")
+    path.write_text("image_url,animal\nhttps://images.example/1.jpg,dog\nhttps://images.example/2.jpg,cat\n")
     return path
 
 

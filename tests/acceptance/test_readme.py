@@ -1,7 +1,7 @@
 """The commands and Python blocks of README and quickstart are run, and print what the page says.
 
 What stands for money is replaced: `--target fal` of a run becomes `--target local` with fal's price, so that budgets
-count; a plan against fal sends nothing and is run as it stands. The echo engine stands in for pictures.
+count; a plan against fal sends nothing and is run as it stands. The echo engine stands in for images.
 """
 
 from __future__ import annotations

@@ -29,23 +29,23 @@ from tests.acceptance.command import (
 
 ECHO = ("--engine", "echo")
 OF_THE_RUN = ["request_id", "submitted_at", "completed_at", "timings", "timings_extra"]
-"""Columns that are about one run, not about its pictures."""
+"""Columns that are about one run, not about its images."""
 
 
 # --- a run and what it leaves -----------------------------------------------------------------------------
 
 
 def test_the_demo_needs_nothing_but_the_package(tmp_path):
-    """`restyle run manifests/demo.csv`: twelve pictures, no key, no cost, no network; local is said first."""
+    """`restyle run manifests/demo.csv`: twelve images, no key, no cost, no network; local is said first."""
     ended = restyle("run", REPOSITORY / "manifests" / "demo.csv", "-o", tmp_path / "demo")
     assert ended.code == 0, ended.text
     assert ended.out.startswith("target: local, the embedded endpoint (engine preview")
     assert "costs nothing" in ended.out.splitlines()[0]
     table = results(tmp_path / "demo").to_pylist()
     assert [row["status"] for row in table] == ["done"] * 12
-    pictures = [tmp_path / "demo" / row["images"][0]["path"] for row in table]
-    assert all(picture.stat().st_size > 1000 for picture in pictures)
-    assert len(set(pictures)) == 12
+    images = [tmp_path / "demo" / row["images"][0]["path"] for row in table]
+    assert all(image.stat().st_size > 1000 for image in images)
+    assert len(set(images)) == 12
 
 
 def processor_seconds() -> float:
@@ -86,7 +86,7 @@ def test_results_are_the_manifest_then_our_columns_in_manifest_order(finished_ru
     assert [row["name"] for row in rows] == [str(n) for n in range(40)]
     assert [row["row"] for row in rows] == list(range(40))
     first = rows[0]
-    assert first["prompt"] == first["prompt_manifest"] == "picture 0 as a watercolor"
+    assert first["prompt"] == first["prompt_manifest"] == "image 0 as a watercolor"
     assert (first["strength"], first["num_inference_steps"], first["guidance_scale"]) == (0.95, 40, 3.5)
     assert (first["attempts"], first["target"], first["engine"], first["error_type"]) == (1, "local", "echo", None)
     assert first["submitted_at"] <= first["completed_at"]
@@ -103,8 +103,8 @@ def test_results_say_in_their_metadata_how_they_came_about(finished_run):
     assert metadata["restyle_version"]
 
 
-def test_pictures_lie_under_the_hash_of_their_content(finished_run):
-    """What the table says of a picture is true of the file."""
+def test_images_lie_under_the_hash_of_their_content(finished_run):
+    """What the table says of an image is true of the file."""
     import hashlib
 
     for row in results(finished_run.directory).to_pylist():
@@ -117,14 +117,14 @@ def test_pictures_lie_under_the_hash_of_their_content(finished_run):
 
 
 def test_a_fresh_run_gives_the_same_table(finished_run, tmp_path):
-    """All but times, request ids and URLs is equal: seeds, keys, pictures by hash."""
+    """All but times, request ids and URLs is equal: seeds, keys, images by hash."""
     again = tmp_path / "again"
     assert restyle("run", finished_run.manifest, "-o", again, *ECHO).code == 0
 
     def comparable(directory):
         table = pl.from_arrow(results(directory)).drop(OF_THE_RUN)
-        pictures = table["images"].list.first().struct.unnest().drop("url", "file_name")
-        return table.drop("images").hstack(pictures.select(pl.all().name.prefix("image_")))
+        images = table["images"].list.first().struct.unnest().drop("url", "file_name")
+        return table.drop("images").hstack(images.select(pl.all().name.prefix("image_")))
 
     assert comparable(finished_run.directory).equals(comparable(again))
     assert comparable(again)["image_sha256"].n_unique() == 40
@@ -177,7 +177,7 @@ def test_a_growing_manifest_pays_for_what_is_new_only(tmp_path):
     assert {row["status"] for row in rows} == {"done"}
     assert accepted(directory) == jobs_in(directory) == 50
     assert summary(directory)["ended"] == 20
-    for row in rows[20:]:  # another place in the manifest, the same seed, job and picture
+    for row in rows[20:]:  # another place in the manifest, the same seed, job and image
         assert {**row, "row": 0} == {**first[row["name"]], "row": 0}
 
     write_manifest(manifest, range(50))
@@ -186,7 +186,7 @@ def test_a_growing_manifest_pays_for_what_is_new_only(tmp_path):
 
 
 def test_equal_rows_are_one_job(tmp_path):
-    """Two rows that ask for the same are paid once and both get the picture."""
+    """Two rows that ask for the same are paid once and both get the image."""
     manifest, directory = write_manifest(tmp_path / "m.csv", [1, 2]), tmp_path / "run"
     lines = manifest.read_text().splitlines()
     manifest.write_text("\n".join([*lines, lines[1]]) + "\n")
@@ -198,14 +198,12 @@ def test_equal_rows_are_one_job(tmp_path):
     assert "1 duplicate" in restyle("plan", manifest).out
 
 
-def test_failed_rows_stay_failed_until_they_are_asked_for_again(tmp_path, picture_server):
+def test_failed_rows_stay_failed_until_they_are_asked_for_again(tmp_path, image_server):
     """A URL that answers 404 fails its row (exit 3), is not tried again by itself, and is by `--retry-failed`."""
-    source = REPOSITORY / "manifests" / "pictures" / "cat.jpg"
-    (picture_server.folder / "there.jpg").write_bytes(source.read_bytes())
+    source = REPOSITORY / "manifests" / "images" / "cat.jpg"
+    (image_server.folder / "there.jpg").write_bytes(source.read_bytes())
     manifest, directory = tmp_path / "m.csv", tmp_path / "run"
-    manifest.write_text(
-        f"image_url,prompt\n{picture_server.url}/there.jpg,a cat\n{picture_server.url}/missing.jpg,a cat\n"
-    )
+    manifest.write_text(f"image_url,prompt\n{image_server.url}/there.jpg,a cat\n{image_server.url}/missing.jpg,a cat\n")
     command = ("run", manifest, "-o", directory)
     ended = restyle(*command)
     assert ended.code == 3, ended.text
@@ -217,7 +215,7 @@ def test_failed_rows_stay_failed_until_they_are_asked_for_again(tmp_path, pictur
     assert "404" in row["error_message"]
     submitted = accepted(directory)
 
-    (picture_server.folder / "missing.jpg").write_bytes(source.read_bytes())
+    (image_server.folder / "missing.jpg").write_bytes(source.read_bytes())
     assert restyle(*command).code == 3
     assert accepted(directory) == submitted
     assert restyle(*command, "--retry-failed").code == 0

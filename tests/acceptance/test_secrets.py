@@ -69,15 +69,15 @@ def serving(answer: Answer) -> Iterator[Server]:
             thread.join()
 
 
-def picture() -> bytes:
+def image_bytes() -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (16, 16), "red").save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def store(method: str, path: str) -> tuple[int, dict[str, str], bytes]:
-    """Somebody else's server: it takes and gives pictures, and would love a key."""
-    return 200, {"content-type": "image/png"}, picture() if method == "GET" else b""
+    """Somebody else's server: it takes and gives images, and would love a key."""
+    return 200, {"content-type": "image/png"}, image_bytes() if method == "GET" else b""
 
 
 def target(elsewhere: str, **special: tuple[int, dict[str, str], bytes]) -> Answer:
@@ -102,10 +102,10 @@ def target(elsewhere: str, **special: tuple[int, dict[str, str], bytes]) -> Answ
     return answer
 
 
-def run(tmp_path, server: Server, *options: str, local_picture: bool = False):
+def run(tmp_path, server: Server, *options: str, local_image: bool = False):
     manifest = write_manifest(tmp_path / "m.csv", range(2))
-    if local_picture:
-        cat = REPOSITORY / "manifests" / "pictures" / "cat.jpg"
+    if local_image:
+        cat = REPOSITORY / "manifests" / "images" / "cat.jpg"
         manifest.write_text(f"image_url,prompt\n{cat},a cat\n{cat},a dog\n")
     return restyle("run", manifest, "-o", tmp_path / "run", "--target", server.url, *options, env={"FAL_KEY": KEY})
 
@@ -122,7 +122,7 @@ def nothing_kept(tmp_path, ended) -> None:
 def test_the_key_goes_to_the_target_only_and_is_written_nowhere(tmp_path):
     """Submit, status, result and the start of an upload carry it; foreign URLs in the answers get nothing."""
     with serving(store) as elsewhere, serving(target(elsewhere.url)) as own:
-        ended = run(tmp_path, own, local_picture=True)
+        ended = run(tmp_path, own, local_image=True)
         assert ended.code == 0, ended.text
     assert results(tmp_path / "run")["status"].to_pylist() == ["done", "done"]
     assert own.keys() - {None} == {f"Key {KEY}"}

@@ -11,20 +11,20 @@ import pytest
 from tests.acceptance.command import REPOSITORY, accepted, restyle, results
 
 ECHO = ("--engine", "echo")
-CAT = REPOSITORY / "manifests" / "pictures" / "cat.jpg"
+CAT = REPOSITORY / "manifests" / "images" / "cat.jpg"
 
 
 @pytest.fixture
 def folder(tmp_path):
     """A folder for a manifest, with an image in it."""
-    (tmp_path / "pictures").mkdir()
-    shutil.copy(CAT, tmp_path / "pictures" / "cat.jpg")
+    (tmp_path / "images").mkdir()
+    shutil.copy(CAT, tmp_path / "images" / "cat.jpg")
     return tmp_path
 
 
-SEMICOLONS = "image_url;prompt\npictures/cat.jpg;a cat; with a hat\n"
-TABS = "image_url\tprompt\npictures/cat.jpg\ta cat\n"
-EXCEL = 'sep=;\r\nimage_url;prompt\r\npictures/cat.jpg;"a cat; with a hat"\r\n'
+SEMICOLONS = "image_url;prompt\nimages/cat.jpg;a cat; with a hat\n"
+TABS = "image_url\tprompt\nimages/cat.jpg\ta cat\n"
+EXCEL = 'sep=;\r\nimage_url;prompt\r\nimages/cat.jpg;"a cat; with a hat"\r\n'
 TEXTS = [
     (SEMICOLONS.encode(), "a cat; with a hat", ["separator ';' (found in the header)", "unquoted ';'"]),
     (TABS.encode(), "a cat", ["separator tab (found in the header)"]),
@@ -59,7 +59,7 @@ def test_a_csv_of_another_program_is_read_and_how_is_said(folder, data, prompt, 
 def test_another_encoding_and_separator_are_named_by_settings(folder):
     """The sentence without them says what to set; with them the row is what was written."""
     manifest, directory = folder / "m.csv", folder / "run"
-    manifest.write_bytes("image_url~prompt\npictures/cat.jpg~a café\n".encode("cp1252"))
+    manifest.write_bytes("image_url~prompt\nimages/cat.jpg~a café\n".encode("cp1252"))
     refused = restyle("plan", manifest)
     assert refused.code == 2
     assert "line 2: byte 0xe9 at offset" in refused.err
@@ -82,7 +82,7 @@ def test_columns_of_folders_and_of_some_files_are_used_like_any_other(folder):
     table, directory = folder / "table", folder / "run"
     for animal, columns in (("cat", {"strength": [0.5]}), ("big%20dog", {})):
         (table / f"animal={animal}").mkdir(parents=True)
-        frame = pl.DataFrame({"image_url": ["https://pictures.example/1.jpg"], **columns})
+        frame = pl.DataFrame({"image_url": ["https://images.example/1.jpg"], **columns})
         frame.write_parquet(table / f"animal={animal}" / "part-0.parquet")
         (table / f"animal={animal}" / "_SUCCESS").touch()
     (folder / "c.toml").write_text("[manifest]\nprompt = 'a {animal}'\n")
@@ -127,7 +127,7 @@ def test_a_tilde_is_the_home_folder_wherever_a_path_is_given(folder):
     (folder / "elsewhere").mkdir()
     (folder / "c.toml").write_text("[target]\nfaults = '~/f.toml'\n")
     (folder / "f.toml").write_text("")
-    (folder / "m.csv").write_text("image_url,prompt\n~/pictures/cat.jpg,x\n~no-such-user/cat.jpg,x\n")
+    (folder / "m.csv").write_text("image_url,prompt\n~/images/cat.jpg,x\n~no-such-user/cat.jpg,x\n")
     options = {"env": env, "cwd": folder / "elsewhere"}
     ran = restyle("run", "~/m.csv", "--out=~/run", "--config=~/c.toml", *ECHO, **options)
     assert ran.code == 3, ran.text

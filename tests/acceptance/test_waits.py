@@ -20,7 +20,7 @@ KEY = "key-id:a-secret"
 
 def manifest_of(folder: Path, prompts) -> Path:
     path = folder / "m.csv"
-    rows = [f"https://pictures.example/{n}.jpg,{prompt}" for n, prompt in enumerate(prompts)]
+    rows = [f"https://images.example/{n}.jpg,{prompt}" for n, prompt in enumerate(prompts)]
     path.write_text("\n".join(["image_url,prompt", *rows]) + "\n")
     return path
 

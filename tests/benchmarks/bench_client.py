@@ -48,7 +48,7 @@ def fal_js(server: Standin, jobs: int) -> Measured:
 
 
 def ours(server: Standin, folder: Path, jobs: int, *options: str) -> Measured:
-    """A whole `restyle run` into a fresh folder; pictures are not fetched, as the peers do not."""
+    """A whole `restyle run` into a fresh folder; images are not fetched, as the peers do not."""
     shutil.rmtree(folder / "run", ignore_errors=True)
     manifest = folder / f"{jobs}.csv"
     if not manifest.exists():

@@ -1,4 +1,4 @@
-"""Pictures and rows: scenarios (e) downloads, (f) uploads, (g) plans, resumes and exports of large manifests."""
+"""Images and rows: scenarios (e) downloads, (f) uploads, (g) plans, resumes and exports of large manifests."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from batch.types import Answer, Job, RequestId, StoredImage, Ticket
 from tests.benchmarks.bench_client import floor
 from tests.benchmarks.harness import PYTHON, REPOSITORY, bar, median, restyle, run_of, standin, table, write_manifest
 
-PICTURE_BYTES = 150_000
+IMAGE_BYTES = 150_000
 
 
 def jpeg(side: int, quality: int, seed: int = 0) -> bytes:
-    """A picture that does not compress to nothing."""
+    """An image that does not compress to nothing."""
     noise = np.random.default_rng(seed).integers(0, 255, (side // 4, side // 4, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(noise).resize((side, side), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=quality)
@@ -34,14 +34,14 @@ def jpeg(side: int, quality: int, seed: int = 0) -> bytes:
 
 
 def downloads(rounds: int, jobs: int = 10_000) -> str:
-    """(e): each result another picture of 150 kB; against loops that fetch, hash and write without a check."""
+    """(e): each result another image of 150 kB; against loops that fetch, hash and write without a check."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "picture.jpg").write_bytes(jpeg(768, 75))
-        size = (folder / "picture.jpg").stat().st_size
+        (folder / "image.jpg").write_bytes(jpeg(768, 75))
+        size = (folder / "image.jpg").stat().st_size
         manifest = write_manifest(folder / "m.csv", jobs)
         ours, bare, whole = [], [], []
-        with standin("--picture", str(folder / "picture.jpg")) as server:
+        with standin("--image", str(folder / "image.jpg")) as server:
             for _ in range(rounds):
                 bare.append(_into(folder, lambda out: floor(server, jobs, "--files", str(out), "--download-only")))
                 whole.append(_into(folder, lambda out: floor(server, jobs, "--files", str(out))))
@@ -50,7 +50,7 @@ def downloads(rounds: int, jobs: int = 10_000) -> str:
     rate, alone, with_requests = (median([jobs / one.wall for one in runs]) for runs in (ours, bare, whole))
     return table(
         ["figure", "measured", "bar", ""],
-        [f"`restyle run`, {jobs:,} pictures of {size / 1000:.0f} kB, synced to disk", f"{rate:,.0f}/s", "", ""],
+        [f"`restyle run`, {jobs:,} images of {size / 1000:.0f} kB, synced to disk", f"{rate:,.0f}/s", "", ""],
         ["bare loop: submit, status, result, download, hash, write", f"{with_requests:,.0f}/s", "", ""],
         ["bare loop: download, hash, write", f"{alone:,.0f}/s", "", ""],
         bar("over the loop with the same requests", rate / with_requests, 0.7, "x"),
@@ -69,24 +69,24 @@ def _into(folder: Path, carry_out):
 
 
 def uploads(count: int = 2_000) -> str:
-    """(f): local pictures of 1 MB, a tenth of them copies under other names."""
+    """(f): local images of 1 MB, a tenth of them copies under other names."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        picture, distinct = jpeg(1400, 96), count * 9 // 10
+        image, distinct = jpeg(1400, 96), count * 9 // 10
         for number in range(count):
             note = f"{number % distinct:08}".encode()
             comment = b"\xff\xfe" + (len(note) + 2).to_bytes(2, "big") + note
-            (folder / f"{number}.jpg").write_bytes(picture[:2] + comment + picture[2:])
-        lines = [f"{number}.jpg,picture {number} as a watercolor" for number in range(count)]
+            (folder / f"{number}.jpg").write_bytes(image[:2] + comment + image[2:])
+        lines = [f"{number}.jpg,image {number} as a watercolor" for number in range(count)]
         (folder / "m.csv").write_text("image_url,prompt\n" + "\n".join(lines) + "\n")
         with standin() as server:
             run = run_of(server, folder / "m.csv", folder / "run", "--no-download")
             counts = server.counts()
     return table(
         ["figure", "measured", "bar", ""],
-        [f"{count:,} local pictures of {len(picture) / 1e6:.1f} MB", f"{run.wall:.1f} s", "", ""],
+        [f"{count:,} local images of {len(image) / 1e6:.1f} MB", f"{run.wall:.1f} s", "", ""],
         ["peak memory", f"{run.peak_mb:.0f} MB", "", ""],
-        ["POSTs of bytes", f"{counts['uploads']:,}", f"{distinct:,}, one a distinct picture",
+        ["POSTs of bytes", f"{counts['uploads']:,}", f"{distinct:,}, one a distinct image",
          "kept" if counts["uploads"] == distinct else "**missed**"],
     )  # fmt: skip
 

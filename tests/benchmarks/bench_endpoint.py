@@ -87,8 +87,8 @@ def _server(*options: str) -> Iterator[tuple[str, int]]:
 def _body(number: int) -> bytes:
     return orjson.dumps(
         {
-            "image_url": f"https://pictures.example/{number:08}.jpg",
-            "prompt": f"picture {number} as a watercolor, wet on wet, soft light, visible paper grain",
+            "image_url": f"https://images.example/{number:08}.jpg",
+            "prompt": f"image {number} as a watercolor, wet on wet, soft light, visible paper grain",
             "strength": 0.85,
             "seed": number,
         }

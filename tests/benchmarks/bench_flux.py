@@ -1,4 +1,4 @@
-"""How long one full-size FLUX.1 [dev] picture takes: plain diffusers, then each optimisation of the engine in turn.
+"""How long one full-size FLUX.1 [dev] image takes: plain diffusers, then each optimisation of the engine in turn.
 
     python -m tests.benchmarks.bench_flux [--images 3] [--seconds 540] [--json FILE]
 
@@ -50,7 +50,7 @@ MATRIX = 8192
 BARS = (
     ("compiled bf16 against plain diffusers", "at least 1.5x"),
     ("compiled bf16 against the floor of its steps", "at most 1.6x"),
-    ("fp8, one picture", "under 4.3 s"),
+    ("fp8, one image", "under 4.3 s"),
 )
 
 Figures = dict[str, Any]
@@ -151,15 +151,15 @@ def measure(images: int, seconds: float, report: Callable[[Figures], None]) -> F
             figures["stages"][name] = {"left_out": "no time was left"}
             continue
         try:
-            stage, picture = _stage(pipeline, device, size, images, prepare, inputs)
+            stage, image = _stage(pipeline, device, size, images, prepare, inputs)
         except Exception as error:  # unattended: the next stage may work
             figures["stages"][name] = {"failed": f"{type(error).__name__}: {str(error).splitlines()[:1]}"}
             with suppress(Exception):  # what failed may have been the attention
                 pipeline.transformer.reset_attention_backend()
             report(figures)
             continue
-        reference = picture if reference is None else reference
-        stage["difference"] = float(np.abs(picture.astype(int) - reference.astype(int)).mean())
+        reference = image if reference is None else reference
+        stage["difference"] = float(np.abs(image.astype(int) - reference.astype(int)).mean())
         if stage.get("denoising") and inputs["acceleration"] == "none":
             stage["share"] = figures["step_flop"] * stage["steps"] / stage["denoising"] / figures["matrix_flops"]
         figures["stages"][name] = stage
@@ -198,7 +198,7 @@ def _stage(
     prepare: Callable[[], object],
     inputs: dict[str, Any],
 ) -> tuple[Figures, np.ndarray]:
-    """Medians over some pictures after a first one that warms up; and the first picture."""
+    """Medians over some images after a first one that warms up; and the first image."""
     prepare()
     width, height = inputs.get("size", size)
     job = _job(width, height, inputs.get("acceleration", "none"))
@@ -216,9 +216,9 @@ def _stage(
                 result = restyle(model, "benchmark", job, lambda *step, to=steps: to.append(step), lambda: False)
                 parts.append(result.timings)
             else:
-                picture = _plain(pipeline, source)
+                image = _plain(pipeline, source)
         if shown is None:
-            shown = Image.open(io.BytesIO(result.pictures[0].data)) if inputs else picture
+            shown = Image.open(io.BytesIO(result.images[0].data)) if inputs else image
     figures: Figures = {"first_s": whole[0], "image_s": median(whole[1:]), "all_s": whole}
     if inputs:
         figures |= {name: median(part[name] for part in parts[1:]) for name in parts[0]}
@@ -281,7 +281,7 @@ def render(figures: Figures) -> str:
         f"One step is {flop / 1e12:,.1f} TFLOP, bf16 matrix products were measured at {rate / 1e12:,.0f} TFLOP/s:",
         f"the floor of 38 steps is {38 * flop / rate:,.2f} s.",
         "",
-        "| | s a picture | denoising, s | share of the matrix rate | against plain | first, s | peak GB | differs by |",
+        "| | s an image | denoising, s | share of the matrix rate | against plain | first, s | peak GB | differs by |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name, stage in stages.items():
@@ -298,7 +298,7 @@ def render(figures: Figures) -> str:
             f"{stage['difference']:.2f}",
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += ["", "`differs by`: mean difference of a channel (of 255) from the picture of plain diffusers, same seed."]
+    lines += ["", "`differs by`: mean difference of a channel (of 255) from the image of plain diffusers, same seed."]
     return "\n".join([*lines, *_verdicts(figures, plain)])
 
 
@@ -321,7 +321,7 @@ def _verdicts(figures: Figures, plain: float) -> list[str]:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--images", type=int, default=3, help="pictures measured in each stage")
+    parser.add_argument("--images", type=int, default=3, help="images measured in each stage")
     parser.add_argument("--seconds", type=float, default=540.0, help="no stage is begun after that")
     parser.add_argument("--json", type=Path, help="write all figures here, after each stage")
     given = parser.parse_args()

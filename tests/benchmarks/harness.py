@@ -102,9 +102,7 @@ def write_manifest(path: Path, rows: int) -> Path:
     with path.open("w", newline="") as file:
         lines = csv.writer(file)
         lines.writerow(["image_url", "prompt"])
-        lines.writerows(
-            [f"https://pictures.example/{number}.jpg", f"{number} as a watercolor"] for number in range(rows)
-        )
+        lines.writerows([f"https://images.example/{number}.jpg", f"{number} as a watercolor"] for number in range(rows))
     return path
 
 

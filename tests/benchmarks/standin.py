@@ -3,7 +3,7 @@
     python -m tests.benchmarks.standin --port 0 [--service-time 1.0 | --log-normal 4.0,0.6] [--slots 32]
 
 Accepts everything, executes nothing: a request starts when a slot is free and ends after its service time. A
-result names one small picture. Prints one JSON line with its URL; `GET /counts` tells what arrived.
+result names one small image. Prints one JSON line with its URL; `GET /counts` tells what arrived.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Queue:
         return request_id
 
 
-def application(queue: Queue, picture: bytes) -> web.Application:
+def application(queue: Queue, loaded: bytes) -> web.Application:
     def urls(base: str, request_id: str) -> dict[str, str]:
         url = f"{base}/{APP}/requests/{request_id}"
         return {
@@ -140,7 +140,7 @@ def application(queue: Queue, picture: bytes) -> web.Application:
         # No two alike, or they would be stored once: the name stands in a comment.
         note = request.match_info["name"].encode()
         comment = b"\xff\xfe" + (len(note) + 2).to_bytes(2, "big") + note
-        return web.Response(body=picture[:2] + comment + picture[2:], content_type="image/jpeg")
+        return web.Response(body=loaded[:2] + comment + loaded[2:], content_type="image/jpeg")
 
     async def counts(_: web.Request) -> web.Response:
         delays = sorted(
@@ -176,10 +176,10 @@ async def serve(arguments: argparse.Namespace) -> None:
     median, sigma = arguments.service_time, 0.0
     if arguments.log_normal:
         median, sigma = (float(part) for part in arguments.log_normal.split(","))
-    picture = b"\xff\xd8\xff\xd9" * (arguments.picture_bytes // 4)
-    if arguments.picture:
-        picture = Path(arguments.picture).read_bytes()
-    runner = web.AppRunner(application(Queue(arguments.slots, median, sigma), picture), access_log=None)
+    image = b"\xff\xd8\xff\xd9" * (arguments.image_bytes // 4)
+    if arguments.image:
+        image = Path(arguments.image).read_bytes()
+    runner = web.AppRunner(application(Queue(arguments.slots, median, sigma), image), access_log=None)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", arguments.port, backlog=4096)
     await site.start()
@@ -195,8 +195,8 @@ def main() -> None:
     parser.add_argument("--service-time", type=float, default=0.0)
     parser.add_argument("--log-normal", default="")
     parser.add_argument("--slots", type=int)
-    parser.add_argument("--picture", default="")
-    parser.add_argument("--picture-bytes", type=int, default=1024)
+    parser.add_argument("--image", default="")
+    parser.add_argument("--image-bytes", type=int, default=1024)
     uvloop.run(serve(parser.parse_args()))
 
 

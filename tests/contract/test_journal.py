@@ -195,10 +195,10 @@ async def test_entries_skip_what_has_moved_on(journal):
 
 
 async def test_failed_before_it_was_sent(journal):
-    """A picture that cannot be read fails its job without an attempt, and it can be taken up."""
-    await journal.record(FailedForGood(A, 5.0, Failed("image_load_error", "not a picture")))
+    """An image that cannot be read fails its job without an attempt, and it can be taken up."""
+    await journal.record(FailedForGood(A, 5.0, Failed("image_load_error", "not an image")))
     assert journal.outcomes([A])[A] == JobOutcome(
-        A, State.FAILED, 0, completed_at=5.0, error_type="image_load_error", error_message="not a picture"
+        A, State.FAILED, 0, completed_at=5.0, error_type="image_load_error", error_message="not an image"
     )
     assert await entries(journal, State.FAILED) == [OpenJob(A, State.FAILED, 0, 0.0, b"", ended_at=5.0)]
     await journal.record(Retried(A, 6.0))

@@ -26,7 +26,7 @@ INPUT = {"image_url": "https://example.com/cat.png", "prompt": "a cat"}
 
 @dataclass
 class ScriptedEngine:
-    """Does what the prompt says: `fail`, `crash`, `crash once`, `boom`, `hold` (until let go), else a picture."""
+    """Does what the prompt says: `fail`, `crash`, `crash once`, `boom`, `hold` (until let go), else an image."""
 
     slots: int = 2
     fetches_source: bool = False
@@ -59,11 +59,11 @@ class ScriptedEngine:
                 await asyncio.wait_for(self.go.wait(), 0.01)
         on_step(1, 2)
         on_step(2, 2)
-        pictures = tuple(
+        images = tuple(
             EngineImage(f"{job.request_id}-{n}".encode().ljust(self.size, b"."), "image/png", 1000, 500)
             for n in range(job.input.num_images)
         )
-        return EngineResult(pictures, job.seed, (), {"inference": 0.5}, prompt)
+        return EngineResult(images, job.seed, (), {"inference": 0.5}, prompt)
 
 
 @contextlib.asynccontextmanager

@@ -46,7 +46,7 @@ def anyio_backend():
 def finished(tmp_path_factory) -> Path:
     """Twelve jobs, three of which needed a second request; with a price, so that money is counted."""
     folder = tmp_path_factory.mktemp("audited")
-    rows = [f"https://pictures.example/{n}.jpg,picture {n} as a watercolor" for n in range(JOBS)]
+    rows = [f"https://images.example/{n}.jpg,image {n} as a watercolor" for n in range(JOBS)]
     (folder / "m.csv").write_text("\n".join(["image_url,prompt", *rows]) + "\n")
     (folder / "faults.toml").write_text(FAULTS)
     target = {"engine": "echo", "faults": str(folder / "faults.toml")}
@@ -82,7 +82,7 @@ def found_in(books) -> dict[str, int]:
     return {check.name: check.wrong for check in books.checks if check.wrong}
 
 
-def pictures(run: Path) -> list[Path]:
+def images(run: Path) -> list[Path]:
     return sorted(path for path in (run / "images").rglob("*") if path.is_file())
 
 
@@ -103,7 +103,7 @@ def test_a_clean_run_adds_up_with_the_requests_of_earlier_attempts(finished):
     assert spent > 0
     sums = {check.name: check.sum for check in books.checks}
     assert sums["submits"] == "15 accepted = 12 collected + 3 ended without a result + 0 open"
-    assert sums["pictures"].startswith("12 files read again")
+    assert sums["images"].startswith("12 files read again")
     assert sums["results"] == "12 rows of results.parquet"
     (charges,) = (check for check in books.checks if check.name == "charges")
     assert (charges.compared, charges.verdict) == (False, "not compared")
@@ -175,7 +175,7 @@ CONTRADICTIONS = {
     ),
     "no answer": (f"UPDATE outcomes SET output = NULL {FIRST_ANSWER}", {"answers": 1}),
     "no end": (f"UPDATE jobs SET end_id = NULL {ONE}", {"answers": 1, "results": 1}),
-    "no picture": (
+    "no image": (
         f"UPDATE outcomes SET images = CAST('[]' AS BLOB) WHERE id = (SELECT end_id FROM jobs {ONE})",
         {"answers": 1, "results": 1},
     ),
@@ -197,17 +197,17 @@ def test_a_journal_that_contradicts_itself_or_the_results_is_found(run, harm):
     assert found_in(books) == found
 
 
-def test_pictures_are_read_again_and_each_fault_has_its_name(run):
+def test_images_are_read_again_and_each_fault_has_its_name(run):
     """One gone, one shorter, one of the same size with another byte; the rest is verified."""
-    gone, shorter, other = pictures(run)[:3]
+    gone, shorter, other = images(run)[:3]
     gone.unlink()
     shorter.write_bytes(shorter.read_bytes()[:-5])
     data = bytearray(other.read_bytes())
     data[len(data) // 2] ^= 1
     other.write_bytes(data)
     books = audit_sync(run)
-    (check,) = (check for check in books.checks if check.name == "pictures")
-    assert found_in(books) == {"pictures": 3}
+    (check,) = (check for check in books.checks if check.name == "images")
+    assert found_in(books) == {"images": 3}
     missing, damaged = check.mismatches
     assert (missing.count, damaged.count) == (1, 2)
     assert gone.relative_to(run).as_posix() in missing.examples[0]
@@ -218,10 +218,10 @@ def test_pictures_are_read_again_and_each_fault_has_its_name(run):
 
 
 def test_at_most_ten_examples_are_shown_and_all_are_counted(run):
-    """Twelve pictures gone: twelve in the count, ten in the list, two more said."""
+    """Twelve images gone: twelve in the count, ten in the list, two more said."""
     shutil.rmtree(run / "images")
     books = audit_sync(run)
-    (check,) = (check for check in books.checks if check.name == "pictures")
+    (check,) = (check for check in books.checks if check.name == "images")
     assert (check.wrong, len(check.mismatches[0].examples)) == (12, 10)
     assert "  and 2 more" in books.render()
 
@@ -258,17 +258,17 @@ def test_the_command_prints_a_table_or_json_and_exits_with_three(run, finished):
     assert (good.returncode, good.stderr) == (0, "")
     assert good.stdout.splitlines()[0] == f"{finished}, target local"
     assert "submits       adds up          15 accepted = 12 collected" in good.stdout
-    pictures(run)[0].unlink()
+    images(run)[0].unlink()
     bad = command(run, "--json")
     said = json.loads(bad.stdout)
     assert (bad.returncode, said["adds_up"], said["counts"]["accepted"]) == (3, False, 15)
     wrong = {check["name"]: check for check in said["checks"] if check["adds_up"] is False}
-    assert list(wrong) == ["pictures"]
-    assert wrong["pictures"]["mismatches"][0]["count"] == 1
+    assert list(wrong) == ["images"]
+    assert wrong["images"]["mismatches"][0]["count"] == 1
     assert [check["name"] for check in said["checks"] if check["adds_up"] is None] == ["charges"]
     text = command(run)
     assert text.returncode == 3
-    assert "pictures      does not add up" in text.stdout
+    assert "images      does not add up" in text.stdout
 
 
 # --- bills ------------------------------------------------------------------------------------------------
@@ -476,13 +476,13 @@ def large(finished: Path, folder: Path, jobs: int) -> Path:
         f"UPDATE sessions SET spent_usd = {jobs} * 0.03",
     )
     empty = {name: pa.nulls(jobs, OWN_SCHEMA.field(name).type) for name in OWN_SCHEMA.names}
-    picture = dict.fromkeys(field.name for field in IMAGE)
+    loaded = dict.fromkeys(field.name for field in IMAGE)
     told = empty | {
         "job_key": pa.array([f"{n:032x}" for n in range(1, jobs + 1)]),
         "request_id": pa.array([f"r-{n:030x}" for n in range(1, jobs + 1)]),
         "status": pa.array(["done"] * jobs),
         "cost_usd": pa.array([0.03] * jobs),
-        "images": pa.array([[picture]] * jobs, OWN_SCHEMA.field("images").type),
+        "images": pa.array([[loaded]] * jobs, OWN_SCHEMA.field("images").type),
     }
     pq.write_table(pa.table(told, schema=OWN_SCHEMA), folder / "results.parquet", row_group_size=10_000)
     return folder

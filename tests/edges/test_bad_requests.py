@@ -96,7 +96,7 @@ BODIES = {
 }
 
 SOURCES = {"a data uri that is none", "a source that is no url", "a source with a broken host", "a source on a file"}
-"""These are looked at only by an engine that wants the picture."""
+"""These are looked at only by an engine that wants the image."""
 
 
 @pytest.mark.parametrize("keyed", [False, True], ids=["", "with an idempotency key"])
@@ -124,7 +124,7 @@ def test_a_bad_body_is_refused_or_fails_with_422(tmp_path, keyed):
 
 
 def test_a_source_that_cannot_be_one_is_a_model_error(tmp_path):
-    """Where the engine wants the picture: `image_load_error` or `file_download_error`, with the field's place."""
+    """Where the engine wants the image: `image_load_error` or `file_download_error`, with the field's place."""
 
     async def use():
         async with serving(tmp_path, ScriptedEngine(fetches_source=True)) as session:
@@ -483,7 +483,7 @@ def test_the_name_of_an_uploaded_file_leads_nowhere(tmp_path):
     assert all(path.parent.parent.name == "files" for path in tmp_path.glob("**/*.png"))
 
 
-# --- pictures ---------------------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------------------
 
 
 def png(width, height, *chunks, data=b""):
@@ -530,7 +530,7 @@ BOMBS = {
     "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n", "image_load_error"),
     "a pixel": (saved(Image.new("RGB", (1, 1)), "PNG"), "image_too_small"),
 }
-GOOD_PICTURES = {
+GOOD_IMAGES = {
     "turned by EXIF": (turned(), (256, 512)),
     "with alpha": (saved(Image.new("RGBA", (300, 300), (255, 0, 0, 0)), "PNG"), (304, 304)),
     "palette": (saved(Image.new("P", (300, 300)), "PNG", transparency=0), (304, 304)),
@@ -555,7 +555,7 @@ GOOD_PICTURES = {
 }
 
 
-def test_every_kind_of_picture_is_taken_or_refused_by_name(tmp_path):
+def test_every_kind_of_image_is_taken_or_refused_by_name(tmp_path):
     """Bombs and rubbish are the model error that fal names; all others give a result of the right size."""
 
     async def one(session, data, *, uri):
@@ -576,7 +576,7 @@ def test_every_kind_of_picture_is_taken_or_refused_by_name(tmp_path):
                 assert headers["x-fal-billable-units"] == "0"
                 if error != "image_load_error":
                     assert answer["detail"][0]["ctx"], name
-            for number, (name, (data, size)) in enumerate(GOOD_PICTURES.items()):
+            for number, (name, (data, size)) in enumerate(GOOD_IMAGES.items()):
                 status, _, answer = await one(session, data, uri=number % 2 == 1)
                 image = answer["images"][0]
                 assert (status, (image["width"], image["height"])) == (200, size), name
@@ -601,7 +601,7 @@ def test_a_source_above_the_limit_is_file_too_large(tmp_path, monkeypatch):
 
 
 def test_sync_mode_answers_with_data_uris(tmp_path):
-    """Each picture inside the answer, none by URL."""
+    """Each image inside the answer, none by URL."""
 
     async def use():
         async with serving(tmp_path) as session:

@@ -369,7 +369,7 @@ async def test_an_oversize_answer_is_cut_off(monkeypatch, length_is_given):
 
 
 async def test_a_download_has_a_limit_of_its_own():
-    """`limits.max_download_bytes` bounds a result picture."""
+    """`limits.max_download_bytes` bounds a result image."""
     async with answering(web.Response(body=b"x" * 1001), download_limit_bytes=1000) as (client, _):
         found = await trouble(client.download(f"{client.url}/a.png"))
     assert found.transport == "oversize"
@@ -532,7 +532,7 @@ async def test_nothing_packed_is_asked_for():
 
 
 async def test_a_gzip_bomb_is_never_unpacked():
-    """A thousand times its size would come out of it; it stays what it is: no JSON, no picture."""
+    """A thousand times its size would come out of it; it stays what it is: no JSON, no image."""
     bomb = gzip.compress(b" " * 50_000_000)
 
     async def throw(request):
@@ -746,10 +746,10 @@ async def test_an_upload_answer_without_its_urls_is_malformed(answer):
 
 
 async def test_the_key_goes_to_the_target_and_to_nobody_else():
-    """Own origin: with it. A picture's server, an upload's server: without it. No `repr` shows it."""
+    """Own origin: with it. An image's server, an upload's server: without it. No `repr` shows it."""
 
     async def elsewhere_answer(request):
-        return web.Response(body=b"picture")
+        return web.Response(body=b"image")
 
     async with answering(elsewhere_answer) as (elsewhere, foreign):
 
@@ -764,7 +764,7 @@ async def test_the_key_goes_to_the_target_and_to_nobody_else():
             await client.status(ticket)
             await client.cancel(ticket)
             assert await client.upload(b"x", "image/png", "a.png") == f"{elsewhere.url}/file"
-            assert await client.download(f"{elsewhere.url}/file") == b"picture"
+            assert await client.download(f"{elsewhere.url}/file") == b"image"
             assert KEY not in repr(client)
             assert "key=set" in repr(client)
     assert [request.path for request in foreign] == ["/put", "/file"]

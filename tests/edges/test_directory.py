@@ -220,7 +220,7 @@ def test_how_it_is_run_may_change(root, now):
     [
         ({"input": {"strength": 0.5}}, "input.strength was None, is 0.5"),
         ({"sweep": {"seed": [1, 2]}}, "sweep.seed was None, is [1, 2]"),
-        ({"manifest": {"image": "picture"}}, "manifest.image was 'image_url', is 'picture'"),
+        ({"manifest": {"image": "image"}}, "manifest.image was 'image_url', is 'image'"),
         ({"run_seed": 7}, "run_seed was 0, is 7"),
         ({"target": {"engine": "echo"}}, "target.engine was 'preview', is 'echo'"),
     ],

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.anyio
 RENDERER = '''
 """A renderer that does what the prompt says, a JSON list."""
 import json, os, pathlib, signal, time
-from batch.server.engines.base import EngineCancelled, EngineFailure, EnginePicture, EngineResult, NotReady
+from batch.server.engines.base import EngineCancelled, EngineFailure, EngineImage, EngineResult, NotReady
 
 class Renderer:
     def __init__(self, greeting):
@@ -35,8 +35,8 @@ class Renderer:
     def render(self, job, on_step, cancelled):
         order, *rest = json.loads(job.input.prompt)
         said = getattr(self, order)(job, on_step, cancelled, *rest)
-        picture = EnginePicture(job.source or b"", "image/png", 1, 1)
-        return EngineResult((picture,), job.seed, (), {"inference": 0.5}, json.dumps([os.getpid(), said]))
+        image = EngineImage(job.source or b"", "image/png", 1, 1)
+        return EngineResult((image,), job.seed, (), {"inference": 0.5}, json.dumps([os.getpid(), said]))
 
     def greet(self, job, on_step, cancelled):
         return self.greeting
@@ -365,12 +365,12 @@ async def test_printing_libraries_do_not_spoil_the_pipe(capfd):
     assert "a library that prints" in capfd.readouterr().err
 
 
-async def test_large_pictures_pass():
+async def test_large_images_pass():
     """Twelve megabytes each way, byte for byte."""
     source = os.urandom(2**20) * 12
     async with WorkerPool(REFERENCE, size=1) as pool:
         result = await pool.run(job("greet", source=source), lambda *_: None, lambda: False)
-    assert result.pictures[0].data == source
+    assert result.images[0].data == source
 
 
 async def test_terminal_signals_are_left_to_the_parent():
@@ -458,12 +458,12 @@ async def test_preview_engine_gives_what_its_renderer_gives():
     Image.radial_gradient("L").resize((320, 256)).convert("RGB").save(buffer, "PNG")
     asked = [ImageToImageInput(image_url="x", prompt="a mosaic", seed=seed) for seed in (1, 2)]
     jobs = [EngineJob(str(one.seed), one, buffer.getvalue()) for one in asked]
-    pictures = {}
+    images = {}
     engine = PreviewEngine(slots=2)
     await engine.start()
 
     async def generate(one):
-        pictures[one.seed] = (await engine.generate(one, lambda *_: None, lambda: False)).pictures
+        images[one.seed] = (await engine.generate(one, lambda *_: None, lambda: False)).images
 
     async with anyio.create_task_group() as tasks:
         for one in jobs:
@@ -472,7 +472,7 @@ async def test_preview_engine_gives_what_its_renderer_gives():
     await engine.aclose()
     assert (statistics.idle, statistics.busy, statistics.crashed) == (2, 0, 0)
     for one in jobs:
-        assert pictures[one.seed] == open_renderer().render(one, lambda *_: None, lambda: False).pictures
+        assert images[one.seed] == open_renderer().render(one, lambda *_: None, lambda: False).images
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
@@ -488,7 +488,7 @@ async def test_one_preview_has_the_same_bytes_from_every_process_of_a_busy_machi
 
     async def generate(one):
         job = EngineJob("r", one, buffer.getvalue())
-        made[one.prompt].add((await engine.generate(job, lambda *_: None, lambda: False)).pictures)
+        made[one.prompt].add((await engine.generate(job, lambda *_: None, lambda: False)).images)
 
     engine = PreviewEngine(slots=3)
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as neighbour:

@@ -381,8 +381,8 @@ def dataset(tmp_path):
 
 
 def resolved(manifest: Manifest, column: str = "image") -> list[object]:
-    pictures = SourceImages(manifest.folder, 100)
-    return [answer for batch in manifest.batches() for answer in pictures.resolve(batch.frame[column].to_list())]
+    images = SourceImages(manifest.folder, 100)
+    return [answer for batch in manifest.batches() for answer in images.resolve(batch.frame[column].to_list())]
 
 
 @pytest.mark.parametrize("shards", [1, 3])

@@ -57,8 +57,8 @@ class Server:
         await self._runner.cleanup()
 
 
-async def picture(request):
-    return web.Response(body=b"picture")
+async def send_image(request):
+    return web.Response(body=b"image")
 
 
 def names(**addresses):
@@ -91,13 +91,13 @@ def test_the_strict_rule_is_the_default_and_keeps_loopback_out():
     """A guard that was told nothing asks the public internet only: by literal and by name."""
 
     async def use():
-        async with Server(picture) as server, SafeHttpClient() as guard:
+        async with Server(send_image) as server, SafeHttpClient() as guard:
             for host in ("127.0.0.1", "localhost", "2130706433", "0x7f.1", "[::ffff:127.0.0.1]", "[::1]", "0.0.0.0"):
                 await refused(guard, f"http://{host}:{server.port}/")
             assert server.seen == []
-        async with Server(picture) as server, SafeHttpClient(private_too) as guard:
+        async with Server(send_image) as server, SafeHttpClient(private_too) as guard:
             for host in ("127.0.0.1", "localhost", "2130706433", "0x7f.1"):
-                assert await guard.fetch(f"http://{host}:{server.port}/", LIMITS) == b"picture"
+                assert await guard.fetch(f"http://{host}:{server.port}/", LIMITS) == b"image"
             assert server.seen[2] == (f"127.0.0.1:{server.port}", "/")
 
     asyncio.run(use())
@@ -109,13 +109,13 @@ def test_a_name_that_resolves_into_our_network_is_refused_before_anything_is_sen
     async def use():
         lookup = names(inside=["127.0.0.2"], metadata=["169.254.169.254"], both=["127.0.0.2", "127.0.0.1"])
         async with (
-            Server(picture) as outside,
-            Server(picture, "127.0.0.2", outside.port) as inside,
+            Server(send_image) as outside,
+            Server(send_image, "127.0.0.2", outside.port) as inside,
             SafeHttpClient(outside_only, lookup) as guard,
         ):
             await refused(guard, f"http://inside.example:{outside.port}/")
             await refused(guard, f"http://metadata.example:{outside.port}/latest/meta-data/")
-            assert await guard.fetch(f"http://both.example:{outside.port}/", LIMITS) == b"picture"
+            assert await guard.fetch(f"http://both.example:{outside.port}/", LIMITS) == b"image"
             assert inside.seen == []
             assert outside.seen == [(f"both.example:{outside.port}", "/")]
 
@@ -128,16 +128,16 @@ def test_the_address_that_was_judged_is_the_one_that_is_connected_to():
     async def use():
         lookup = names(rebinds=[["127.0.0.1"], ["127.0.0.2"]])
         async with (
-            Server(picture) as outside,
-            Server(picture, "127.0.0.2", outside.port) as inside,
+            Server(send_image) as outside,
+            Server(send_image, "127.0.0.2", outside.port) as inside,
             SafeHttpClient(outside_only, lookup) as guard,
         ):
             url = f"http://rebinds.example:{outside.port}/"
-            assert await guard.fetch(url, LIMITS) == b"picture"
+            assert await guard.fetch(url, LIMITS) == b"image"
             assert lookup.asked == ["rebinds.example"]
-            assert await guard.fetch(url, LIMITS) == b"picture"  # over the same connection
+            assert await guard.fetch(url, LIMITS) == b"image"  # over the same connection
             assert lookup.asked == ["rebinds.example"]
-        async with SafeHttpClient(outside_only, lookup) as guard, Server(picture, "127.0.0.2") as inside:
+        async with SafeHttpClient(outside_only, lookup) as guard, Server(send_image, "127.0.0.2") as inside:
             await refused(guard, f"http://rebinds.example:{inside.port}/")
             assert inside.seen == []
 
@@ -148,7 +148,7 @@ def test_a_literal_that_gets_past_the_check_is_stopped_at_its_socket(monkeypatch
     """The last look is at what is really connected to, whatever was checked before."""
 
     async def use():
-        async with Server(picture, "127.0.0.2") as inside, SafeHttpClient(outside_only) as guard:
+        async with Server(send_image, "127.0.0.2") as inside, SafeHttpClient(outside_only) as guard:
             monkeypatch.setattr(guard_module, "check_url", lambda url, _: aiohttp.client.URL(url))
             await refused(guard, inside.url, Unreachable)
             assert inside.seen == []
@@ -171,7 +171,7 @@ def test_a_redirect_is_judged_like_the_first_url(location):
         async def handler(request):
             return web.Response(status=302, headers={"location": location.format(port=inside.port)})
 
-        async with Server(picture, "127.0.0.2") as inside, Server(handler) as outside:
+        async with Server(send_image, "127.0.0.2") as inside, Server(handler) as outside:
             async with SafeHttpClient(outside_only, names(inside=["127.0.0.2"])) as guard:
                 refusal = await refused(guard, outside.url)
             assert inside.seen == []
@@ -193,10 +193,10 @@ def test_redirects_are_followed_within_bounds():
             if hops:
                 base = outside.url if hops % 2 else ""
                 return web.Response(status=301 + hops % 2, headers={"location": f"{base}/?hops={hops - 1}"})
-            return web.Response(body=b"picture")
+            return web.Response(body=b"image")
 
         async with Server(handler) as outside, SafeHttpClient(outside_only) as guard:
-            assert await guard.fetch(f"{outside.url}/?hops=5", LIMITS) == b"picture"
+            assert await guard.fetch(f"{outside.url}/?hops=5", LIMITS) == b"image"
             await refused(guard, f"{outside.url}/?hops=6", Unreachable)
             outside.seen.clear()
             failure = await refused(guard, f"{outside.url}/loop", Unreachable)
@@ -211,7 +211,9 @@ def test_redirects_are_followed_within_bounds():
 
 @pytest.mark.parametrize("told", [True, False], ids=["length told", "length hidden"])
 def test_a_body_is_cut_off_at_the_limit(told):
-    """One byte more than the limit is `ResponseTooLarge`, whether or not its length was told; the limit itself is fine."""
+    """One byte more than the limit is `ResponseTooLarge`, whether or not its length was told; the limit itself is
+    fine.
+    """
 
     async def use():
         async def handler(request):
@@ -363,7 +365,7 @@ def test_failures_of_the_network_name_no_address():
             await writer.wait_closed()
 
     async def use():
-        async with Server(picture) as server:
+        async with Server(send_image) as server:
             free = server.port
         hello = await asyncio.start_server(broken, "127.0.0.1", 0)
         port = hello.sockets[0].getsockname()[1]
@@ -445,7 +447,7 @@ def test_a_post_follows_no_redirect_and_reads_no_answer():
     asyncio.run(use())
 
 
-# --- source pictures --------------------------------------------------------------------------------------
+# --- source images --------------------------------------------------------------------------------------
 
 
 def test_the_faults_of_a_download_are_fal_s_model_errors(tmp_path, monkeypatch):
@@ -480,10 +482,10 @@ def test_the_faults_of_a_download_are_fal_s_model_errors(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "169.254.169.254", "0x7f000001"])
 def test_a_server_on_its_own_keeps_its_network_to_itself(tmp_path, host):
-    """`restyle serve` refuses such a picture by default, with the whole model error; `--allow-private` lets it in."""
+    """`restyle serve` refuses such an image by default, with the whole model error; `--allow-private` lets it in."""
 
     async def use():
-        async with Server(picture) as server:
+        async with Server(send_image) as server:
             url = f"http://{host}:{server.port}/a.png"
             async with serving(tmp_path, ScriptedEngine(fetches_source=True)) as session:
                 status, headers, body = await result(session, await submit(session, image_url=url))

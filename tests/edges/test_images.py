@@ -1,4 +1,4 @@
-"""Picture files on a real disk: what is decoded is what it says, what is stored is whole and stored once."""
+"""Image files on a real disk: what is decoded is what it says, what is stored is whole and stored once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def folder(tmp_path):
     return ImageFolder(tmp_path, limit_megapixels=100)
 
 
-def picture(kind: str = "PNG", size: tuple[int, int] = (20, 10), mode: str = "RGB", **options) -> bytes:
+def image_bytes(kind: str = "PNG", size: tuple[int, int] = (20, 10), mode: str = "RGB", **options) -> bytes:
     buffer = io.BytesIO()
     noise = Image.effect_noise(size, 80).convert(mode)
     noise.save(buffer, kind, **options)
@@ -66,9 +66,9 @@ KINDS = [
 
 
 @pytest.mark.parametrize(("kind", "mode"), KINDS)
-def test_a_picture_proves_its_size_and_format(kind, mode):
+def test_a_image_proves_its_size_and_format(kind, mode):
     """By its bytes, not by a name or a header of HTTP."""
-    seen = decode(picture(kind, (31, 17), mode))
+    seen = decode(image_bytes(kind, (31, 17), mode))
     assert (seen.width, seen.height, seen.format) == (31, 17, kind)
     assert seen.content_type == f"image/{kind.lower()}"
 
@@ -105,15 +105,15 @@ async def test_a_file_of_several_images_is_of_the_type_of_its_first(folder, tmp_
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.99])
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-def test_a_picture_that_was_cut_off_is_damaged(kind, share):
+def test_a_image_that_was_cut_off_is_damaged(kind, share):
     """A transfer that ended early must not become a result."""
-    data = picture(kind, (200, 200))
+    data = image_bytes(kind, (200, 200))
     with pytest.raises(ImageError) as caught:
         decode(data[: int(len(data) * share)])
     assert caught.value.type == "image_load_error"
 
 
-NO_PICTURES = [b"", b"<html>not found</html>", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", bytes(range(256)) * 20]
+NO_IMAGES = [b"", b"<html>not found</html>", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", bytes(range(256)) * 20]
 
 
 @pytest.mark.parametrize("missing", [1, 4, 12, 20, 60])
@@ -121,11 +121,11 @@ NO_PICTURES = [b"", b"<html>not found</html>", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\
 def test_a_few_bytes_missing_at_the_end_are_noticed(kind, missing):
     """All pixels may be there: the file still is not the one that was made."""
     with pytest.raises(ImageError):
-        decode(picture(kind, (200, 200))[:-missing])
+        decode(image_bytes(kind, (200, 200))[:-missing])
 
 
-@pytest.mark.parametrize("data", NO_PICTURES, ids=len)
-def test_what_is_no_picture_is_refused(data):
+@pytest.mark.parametrize("data", NO_IMAGES, ids=len)
+def test_what_is_no_image_is_refused(data):
     """With the endpoint's own word for it."""
     with pytest.raises(ImageError) as caught:
         decode(data)
@@ -133,23 +133,23 @@ def test_what_is_no_picture_is_refused(data):
 
 
 @pytest.mark.parametrize("side", [20_000, 30_000])
-def test_a_picture_of_too_many_pixels_is_never_unpacked(side):
+def test_a_image_of_too_many_pixels_is_never_unpacked(side):
     """A few kilobytes that would become gigabytes: refused by the header, at Pillow's own limit too."""
     with pytest.raises(ImageError) as caught:
         decode(png_of(side, side), limit_pixels=100_000_000)
     assert caught.value.type == "image_too_large"
 
 
-def test_pillows_warning_of_large_pictures_is_not_ours():
-    """Between its warning and our limit a picture is fine."""
+def test_pillows_warning_of_large_images_is_not_ours():
+    """Between its warning and our limit an image is fine."""
     buffer = io.BytesIO()
     Image.new("1", (10_000, 9_000)).save(buffer, "PNG")
     assert decode(buffer.getvalue()).width == 10_000
 
 
-def test_a_picture_with_broken_metadata_is_still_one():
+def test_a_image_with_broken_metadata_is_still_one():
     """EXIF that nobody can read is no reason to pay twice."""
-    assert decode(picture("JPEG", exif=b"Exif\x00\x00garbage")).width == 20
+    assert decode(image_bytes("JPEG", exif=b"Exif\x00\x00garbage")).width == 20
 
 
 # --- storing ----------------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def test_a_picture_with_broken_metadata_is_still_one():
 
 async def test_a_result_is_stored_under_the_hash_of_its_content(folder, tmp_path):
     """`images/ab/abcd....jpg`; the record says what the bytes proved."""
-    data = picture("JPEG", (64, 48))
+    data = image_bytes("JPEG", (64, 48))
     stored = await folder.store(data)
     digest = hashlib.sha256(data).hexdigest()
     assert stored.path == f"images/{digest[:2]}/{digest}.jpg"
@@ -169,7 +169,7 @@ async def test_a_result_is_stored_under_the_hash_of_its_content(folder, tmp_path
 
 async def test_equal_bytes_are_stored_once(folder, tmp_path):
     """And a file that is there is not written again."""
-    data = picture()
+    data = image_bytes()
     first = await folder.store(data)
     before = (tmp_path / first.path).stat().st_mtime_ns
     assert await folder.store(data) == first
@@ -179,7 +179,7 @@ async def test_equal_bytes_are_stored_once(folder, tmp_path):
 
 async def test_a_file_of_another_length_is_written_again(folder, tmp_path):
     """Somebody cut it, or a disk did: the name promises the content."""
-    data = picture()
+    data = image_bytes()
     stored = await folder.store(data)
     (tmp_path / stored.path).write_bytes(data[:10])
     await folder.store(data)
@@ -189,7 +189,7 @@ async def test_a_file_of_another_length_is_written_again(folder, tmp_path):
 async def test_a_damaged_result_leaves_no_file(folder, tmp_path):
     """It is judged before it is written."""
     with pytest.raises(ImageError):
-        await folder.store(picture()[:-20])
+        await folder.store(image_bytes()[:-20])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -197,24 +197,24 @@ async def test_a_disk_that_refuses_is_named(tmp_path):
     """What, where, and what to do; nothing half-written stays."""
     (tmp_path / "images").write_text("in the way")
     with pytest.raises(StorageError, match="cannot be written") as caught:
-        await ImageFolder(tmp_path, limit_megapixels=100).store(picture())
+        await ImageFolder(tmp_path, limit_megapixels=100).store(image_bytes())
     assert str(tmp_path / "images") in str(caught.value)
     assert "run the same command again" in str(caught.value)
 
 
 async def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
     """The next one starts clean, and keeps what is whole."""
-    whole = await ImageFolder(tmp_path, limit_megapixels=100).store(picture())
+    whole = await ImageFolder(tmp_path, limit_megapixels=100).store(image_bytes())
     (tmp_path / "images" / ".part" / "leftover").write_bytes(b"half")
     ImageFolder(tmp_path, limit_megapixels=100)
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()] == [whole.path]
 
 
-async def test_a_picture_of_an_earlier_run_makes_no_other_fail(tmp_path):
-    """The run was killed between a picture and its row: it comes again, and then another for the same folder."""
-    pictures = [picture(size=(4, height)) for height in range(1, 300)]
+async def test_a_image_of_an_earlier_run_makes_no_other_fail(tmp_path):
+    """The run was killed between an image and its row: it comes again, and then another for the same folder."""
+    images = [image_bytes(size=(4, height)) for height in range(1, 300)]
     by_folder: dict[str, list[bytes]] = {}
-    for data in pictures:
+    for data in images:
         by_folder.setdefault(hashlib.sha256(data).hexdigest()[:2], []).append(data)
     one, other = next(few for few in by_folder.values() if len(few) > 1)[:2]
     await ImageFolder(tmp_path, limit_megapixels=100).store(one)
@@ -224,8 +224,8 @@ async def test_a_picture_of_an_earlier_run_makes_no_other_fail(tmp_path):
 
 
 async def test_a_folder_that_was_removed_is_made_again(folder, tmp_path):
-    """Somebody moved the first pictures away while the run goes on."""
-    data = picture()
+    """Somebody moved the first images away while the run goes on."""
+    data = image_bytes()
     stored = await folder.store(data)
     shutil.rmtree(tmp_path / "images")
     await folder.store(data)
@@ -235,9 +235,9 @@ async def test_a_folder_that_was_removed_is_made_again(folder, tmp_path):
 # --- loading ----------------------------------------------------------------------------------------------
 
 
-async def test_a_local_picture_is_read_verified_and_measured(folder, tmp_path):
+async def test_a_local_image_is_read_verified_and_measured(folder, tmp_path):
     """From a file and from the manifest's own bytes alike."""
-    data = picture("JPEG", (1000, 500))
+    data = image_bytes("JPEG", (1000, 500))
     path = tmp_path / "a.jpg"
     path.write_bytes(data)
     for image in (local(data, path=path), local(data, data=data)):
@@ -245,10 +245,10 @@ async def test_a_local_picture_is_read_verified_and_measured(folder, tmp_path):
         assert (loaded.data, loaded.content_type, loaded.megapixels) == (data, "image/jpeg", 0.5)
 
 
-async def test_a_picture_that_changed_since_the_plan_is_refused(folder, tmp_path):
+async def test_a_image_that_changed_since_the_plan_is_refused(folder, tmp_path):
     """What was planned is what is sent: the key says so."""
     path = tmp_path / "a.png"
-    path.write_bytes(picture())
+    path.write_bytes(image_bytes())
     with pytest.raises(ImageError, match="changed while the run went on") as caught:
         await folder.load(LocalImage("0" * 64, 100, path=path))
     assert caught.value.type == "image_changed"
@@ -256,7 +256,7 @@ async def test_a_picture_that_changed_since_the_plan_is_refused(folder, tmp_path
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder"])
-async def test_a_picture_that_cannot_be_read_is_a_fault_of_its_row(folder, tmp_path, kind):
+async def test_a_image_that_cannot_be_read_is_a_fault_of_its_row(folder, tmp_path, kind):
     """It may have gone between plan and submit."""
     path = tmp_path if kind == "folder" else tmp_path / "gone.png"
     with pytest.raises(ImageError, match="cannot be read") as caught:
@@ -264,9 +264,9 @@ async def test_a_picture_that_cannot_be_read_is_a_fault_of_its_row(folder, tmp_p
     assert caught.value.type == "image_load_error"
 
 
-async def test_a_picture_that_cannot_be_decoded_is_not_uploaded(folder):
+async def test_a_image_that_cannot_be_decoded_is_not_uploaded(folder):
     """The service would refuse it after the upload, or charge for it."""
-    data = picture("JPEG", (100, 100))[:-500]
+    data = image_bytes("JPEG", (100, 100))[:-500]
     with pytest.raises(ImageError, match="damaged or incomplete"):
         await folder.load(local(data, data=data))
 
@@ -274,7 +274,7 @@ async def test_a_picture_that_cannot_be_decoded_is_not_uploaded(folder):
 async def test_the_users_limit_counts_for_sources(tmp_path):
     """`limits.max_image_megapixels`; results have only the hard limit."""
     small = ImageFolder(tmp_path, limit_megapixels=0.0001)
-    data = picture(size=(20, 10))
+    data = image_bytes(size=(20, 10))
     with pytest.raises(ImageError) as caught:
         await small.load(local(data, data=data))
     assert caught.value.type == "image_too_large"

@@ -149,12 +149,12 @@ def test_open_jobs_are_found_without_reading_the_others(path):
     file.close()
 
 
-def test_facts_of_local_pictures_are_good_until_the_file_changes(path):
+def test_facts_of_local_images_are_good_until_the_file_changes(path):
     """The cache answers for path, size and time of change together, for any file name."""
     file = opened(path)
-    key = FileKey("/pictures/\udcff é.jpg", 10, 123)
+    key = FileKey("/images/\udcff é.jpg", 10, 123)
     file.put_many({key: FileFact("abc", 1.5), FileKey("/b", 1, 1): FileFact("b", 0.5)})
-    assert file.get_many([key, FileKey("/pictures/\udcff é.jpg", 11, 123), FileKey("/c", 1, 1)]) == {
+    assert file.get_many([key, FileKey("/images/\udcff é.jpg", 11, 123), FileKey("/c", 1, 1)]) == {
         key: FileFact("abc", 1.5)
     }
     file.put_many({key._replace(mtime_ns=124): FileFact("def", 1.0)})

@@ -71,10 +71,10 @@ def test_requests_are_listed_newest_end_first_with_their_payloads(tmp_path):
     run(use())
 
 
-def test_an_input_that_carried_its_picture_is_listed_as_it_was_submitted(tmp_path, monkeypatch):
-    """The data URI comes back byte for byte; pictures beyond a page's share stand as URLs that answer them."""
-    pictures = [Random(n).randbytes(size) for n, size in enumerate((300, 200_000))]
-    uris = [f"data:image/png;base64,{base64.b64encode(one).decode()}" for one in pictures]
+def test_an_input_that_carried_its_image_is_listed_as_it_was_submitted(tmp_path, monkeypatch):
+    """The data URI comes back byte for byte; images beyond a page's share stand as URLs that answer them."""
+    images = [Random(n).randbytes(size) for n, size in enumerate((300, 200_000))]
+    uris = [f"data:image/png;base64,{base64.b64encode(one).decode()}" for one in images]
 
     async def use():
         async with serving(tmp_path) as session:
@@ -82,11 +82,11 @@ def test_an_input_that_carried_its_picture_is_listed_as_it_was_submitted(tmp_pat
                 await completed(session, await submit(session, image_url=uri))
             items, _ = await listed(session, expand="payloads")
             assert [item["json_input"]["image_url"] for item in items] == uris[::-1]
-            monkeypatch.setattr(listing_module, "PICTURES_BYTES", 1000)
+            monkeypatch.setattr(listing_module, "IMAGES_BYTES", 1000)
             items, _ = await listed(session, expand="payloads")
             assert items[1]["json_input"]["image_url"] == uris[0]
             async with session.get(items[0]["json_input"]["image_url"]) as response:
-                assert await response.read() == pictures[1]
+                assert await response.read() == images[1]
 
     run(use())
 
@@ -305,7 +305,7 @@ def test_the_window_can_mean_the_ends_instead(tmp_path):
 
 
 def test_charges_are_the_true_units_at_the_price_of_the_server(tmp_path):
-    """Only what made pictures costs something; filters by request and endpoint; pages."""
+    """Only what made images costs something; filters by request and endpoint; pages."""
 
     async def use(**options):
         async with serving(tmp_path, **options) as session:

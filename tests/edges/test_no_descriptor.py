@@ -36,7 +36,7 @@ from batch.server.queue import webhooks as webhooks_module
 from batch.system.descriptors import Allowance, lacks_descriptor
 from batch.types import Attempt, JobKey, LocalImage, RequestId, Ticket
 from tests.edges.serving import INPUT, SUBMIT, ScriptedEngine, call, completed, result, serving, submit
-from tests.edges.test_images import picture
+from tests.edges.test_images import image_bytes
 from tests.edges.test_webhooks import BODY, Receiver, sender, settled, wishes
 
 ATTEMPT = Attempt(JobKey("0" * 32), 1, b'{"prompt": "a"}')
@@ -113,9 +113,9 @@ def test_an_image_is_not_at_fault(tmp_path):
 
     async def use():
         images = ImageFolder(tmp_path, limit_megapixels=100)
-        stored = await images.store(picture(size=(64, 48)))
+        stored = await images.store(image_bytes(size=(64, 48)))
         local = LocalImage(stored.sha256, stored.file_size, path=tmp_path / stored.path)
-        for work in (images.store(picture(size=(48, 64))), images.load(local)):
+        for work in (images.store(image_bytes(size=(48, 64))), images.load(local)):
             with none_free(), pytest.raises((StorageError, ImageError)) as caught:
                 await work
             assert lacks_descriptor(caught.value)
@@ -127,10 +127,10 @@ def test_a_local_image_of_a_manifest_is_no_bad_row(tmp_path):
     """Planning waits until it can be read."""
     for number in range(10):
         Image.new("RGB", (20, 20), (number, 0, 0)).save(tmp_path / f"{number}.png")
-    pictures = SourceImages(tmp_path, 100.0)
-    assert pictures.resolve(["0.png"])[0].image is not None
+    images = SourceImages(tmp_path, 100.0)
+    assert images.resolve(["0.png"])[0].image is not None
     with none_free(0.3):
-        found = pictures.resolve([f"{number}.png" for number in range(10)])
+        found = images.resolve([f"{number}.png" for number in range(10)])
     assert all(one.image is not None for one in found)
 
 

@@ -131,7 +131,7 @@ def test_another_site_in_the_same_browser_learns_nothing(tmp_path, site, status)
 
 
 def test_the_state_follows_a_request_from_the_queue_to_its_end(tmp_path):
-    """Waiting with its place, running, done with its picture and seed; the newest one first."""
+    """Waiting with its place, running, done with its image and seed; the newest one first."""
 
     async def use():
         engine = ScriptedEngine(slots=1)
@@ -153,8 +153,8 @@ def test_the_state_follows_a_request_from_the_queue_to_its_end(tmp_path):
     ]
     last = state["requests"][-1]
     assert (last["id"], last["state"], last["seed"], last["seconds"]) == (first, "done", str(2**62 + 1), 0.5)
-    assert last["pictures"][0]["picture"].startswith("/files/")
-    assert last["source"] == {"picture": None, "name": "example.com"}
+    assert last["images"][0]["image"].startswith("/files/")
+    assert last["source"] == {"image": None, "name": "example.com"}
     assert (state["finished"], state["failed"], state["waiting"], state["running"]) == (3, 0, 0, 0)
 
 

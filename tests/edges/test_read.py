@@ -283,7 +283,7 @@ def test_half_a_character_is_told_and_never_made_into_another(write, written, sh
 
 
 def test_half_a_character_deep_inside_is_told_by_its_column(write) -> None:
-    """A picture's struct, for instance."""
+    """An image's struct, for instance."""
     manifest = Manifest.open(write("m.jsonl", rb'{"n":1,"image":{"path":"\udc00.png"}}'))
     (batch,) = manifest.batches()
     assert batch.halves[0].column == "image"
@@ -329,9 +329,9 @@ def test_values_of_several_kinds_are_text_and_none_is_changed(write, values, rea
 
 def test_a_missing_manifest_names_its_neighbours(write, tmp_path) -> None:
     """Most missing files are misspelt."""
-    write("pictures.csv", CSV)
-    with pytest.raises(ManifestError, match=r"there is no manifest .*pcitures\.csv; did you mean pictures\.csv\?"):
-        Manifest.open(tmp_path / "pcitures.csv")
+    write("images.csv", CSV)
+    with pytest.raises(ManifestError, match=r"there is no manifest .*imgaes\.csv; did you mean images\.csv\?"):
+        Manifest.open(tmp_path / "imgaes.csv")
     with pytest.raises(ManifestError, match="look at what is in"):
         Manifest.open(tmp_path / "zzz.jsonl")
     with pytest.raises(ManifestError, match=r"the folder .*nowhere is not there either"):
@@ -409,7 +409,7 @@ def test_a_fingerprint_is_of_the_contents(write, tmp_path) -> None:
 # --- memory ---
 
 
-def test_embedded_pictures_come_a_few_at_a_time(tmp_path) -> None:
+def test_embedded_images_come_a_few_at_a_time(tmp_path) -> None:
     """A Parquet with a struct of bytes and path gives at most 64 rows, whatever is asked."""
     image = pa.array([{"bytes": b"x" * 100, "path": f"{i}.png"} for i in range(200)])
     pq.write_table(pa.table({"image": image}), tmp_path / "m.parquet")

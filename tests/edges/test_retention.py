@@ -122,7 +122,7 @@ def test_many_endings_go_in_small_steps(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
 def test_a_file_goes_after_the_result_that_shows_it_never_before(tmp_path, monkeypatch, data):
-    """At every hour around its end: as long as the result is told its picture is there."""
+    """At every hour around its end: as long as the result is told its image is there."""
 
     async def script(world):
         path = await world.storage.save(data, "image/png")
@@ -135,7 +135,7 @@ def test_a_file_goes_after_the_result_that_shows_it_never_before(tmp_path, monke
             world.now += 1800
             await world.sweep()
             told = world.now < ended_at + 30 * DAY
-            assert not told or await world.here(path), "a result without its picture"
+            assert not told or await world.here(path), "a result without its image"
             gone = [what for what, there in (("result", told), ("file", await world.here(path))) if not there]
             assert world.now < BEGIN + 31 * DAY
 
@@ -187,7 +187,7 @@ def test_bytes_that_were_saved_again_are_as_good_as_new(tmp_path, monkeypatch, d
 
 @pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
 def test_a_file_with_an_end_of_its_own_goes_then(tmp_path, monkeypatch, data):
-    """And shares its bytes with nobody: the same picture of somebody else stays."""
+    """And shares its bytes with nobody: the same image of somebody else stays."""
 
     async def script(world):
         own = await world.storage.save(data, "image/png", 600)
@@ -383,7 +383,7 @@ def test_store_io_0_keeps_a_result_for_an_hour_or_six_minutes(tmp_path, prompt, 
         assert database.execute("SELECT brief, kept_for FROM request").fetchall() == [(1, seconds)]
 
 
-def test_the_lifecycle_header_is_honoured_for_the_pictures(tmp_path):
+def test_the_lifecycle_header_is_honoured_for_the_images(tmp_path):
     """Also by a server that was started again in between; uploads have it too; nonsense is passed over."""
     wish = {"X-Fal-Object-Lifecycle-Preference": json.dumps({"expiration_duration_seconds": 60})}
 

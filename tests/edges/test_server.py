@@ -45,7 +45,7 @@ def run(coroutine):
 
 
 def test_a_request_goes_from_submit_to_result(tmp_path):
-    """200 with all fields and own URLs, 200 COMPLETED, bare output; the pictures can be had where it says."""
+    """200 with all fields and own URLs, 200 COMPLETED, bare output; the images can be had where it says."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -446,7 +446,7 @@ def test_the_direct_call_answers_with_the_output(tmp_path):
 
 
 def test_sync_mode_answers_with_data_uris(tmp_path):
-    """The picture is in the answer itself."""
+    """The image is in the answer itself."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -495,10 +495,10 @@ def test_health_says_what_runs_and_that_nothing_is_checked(tmp_path):
     run(use())
 
 
-# --- pictures in and out ----------------------------------------------------------------------------------
+# --- images in and out ----------------------------------------------------------------------------------
 
 
-def test_a_picture_inside_the_body_reaches_the_engine_and_not_the_database(tmp_path):
+def test_a_image_inside_the_body_reaches_the_engine_and_not_the_database(tmp_path):
     """A data URI is moved into the storage; a broken one fails as `image_load_error`."""
     data = os.urandom(600_000)
 

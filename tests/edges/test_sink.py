@@ -113,7 +113,7 @@ def test_totals_count_by_status_and_error(path):
 
 
 def test_manifest_columns_keep_their_types_and_values(path):
-    """Whatever a manifest carries goes through unchanged, pictures in a struct as Hugging Face writes them too."""
+    """Whatever a manifest carries goes through unchanged, images in a struct as Hugging Face writes them too."""
     manifest = pa.table(
         {
             "image": pa.array(
@@ -168,11 +168,11 @@ def test_small_batches_share_row_groups(path, monkeypatch):
     assert metadata.row_group(0).column(0).compression == "ZSTD"
 
 
-def test_rows_with_pictures_make_smaller_row_groups(path, monkeypatch):
+def test_rows_with_images_make_smaller_row_groups(path, monkeypatch):
     """What a row group holds in memory is bounded in bytes too, also when a sweep repeats a heavy row."""
     monkeypatch.setattr(sink, "_GROUP_BYTES", 400_000)
     monkeypatch.setattr(sink, "_SLICE_BYTES", 100_000)
-    frame = pl.DataFrame({"picture": [os.urandom(10_000) for _ in range(20)]})
+    frame = pl.DataFrame({"image": [os.urandom(10_000) for _ in range(20)]})
     asked = []
 
     def outcomes(keys):
@@ -184,7 +184,7 @@ def test_rows_with_pictures_make_smaller_row_groups(path, monkeypatch):
     assert max(asked) <= 10
     metadata = pq.read_metadata(path)
     assert metadata.num_row_groups >= 4
-    assert pq.read_table(path)["picture"].to_pylist() == [value for value in frame["picture"] for _ in range(9)]
+    assert pq.read_table(path)["image"].to_pylist() == [value for value in frame["image"] for _ in range(9)]
 
 
 def test_journal_and_plan_become_the_table(path, tmp_path):

@@ -39,7 +39,7 @@ def refusal_of(data, **options):
 
 
 def png_header(width, height):
-    """A PNG that claims a size and has no picture in it."""
+    """A PNG that claims a size and has no image in it."""
 
     def chunk(kind, body):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -88,7 +88,7 @@ def test_usual_formats_are_read(kind):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_picture_stands_as_its_exif_says(orientation):
+def test_image_stands_as_its_exif_says(orientation):
     """A corner marked red ends where the camera meant it to be."""
     upright = Image.new("RGB", (320, 256), "white")
     upright.paste((255, 0, 0), (0, 0, 80, 64))
@@ -111,8 +111,8 @@ def test_picture_stands_as_its_exif_says(orientation):
     assert colour_at(image, 300, 240) == pytest.approx((255, 255, 255), abs=8)
 
 
-def test_broken_exif_does_not_cost_the_picture():
-    """A picture is worth more than its notes."""
+def test_broken_exif_does_not_cost_the_image():
+    """An image is worth more than its notes."""
     data = file_of(Image.new("RGB", (SIDE, SIDE), "blue"), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow says that the EXIF is corrupt; it is
@@ -181,7 +181,7 @@ def test_animation_gives_its_first_frame(kind):
     assert colour_at(read_source(data), 9, 9) == pytest.approx((255, 0, 0), abs=4)
 
 
-def test_large_picture_is_scaled_down():
+def test_large_image_is_scaled_down():
     """12 megapixels come out at two, in their aspect."""
     data = file_of(Image.new("RGB", (4000, 3000), (10, 200, 100)), "JPEG")
     image = read_source(data)
@@ -199,7 +199,7 @@ def test_image_bomb_is_refused_before_it_is_decoded(size):
 
 
 def test_pixel_limit_is_an_argument():
-    """A smaller limit refuses smaller pictures, and says so."""
+    """A smaller limit refuses smaller images, and says so."""
     data = file_of(Image.new("RGB", (300, 300)))
     assert refusal_of(data, max_pixels=89_999).type == "image_too_large"
     assert read_source(data, max_pixels=90_000).size == (304, 304)
@@ -214,7 +214,7 @@ def test_tracking_pixel_is_too_small(size):
     assert f"{size[0]}x{size[1]}" in str(refusal)
 
 
-def test_smallest_picture_is_scaled_up():
+def test_smallest_image_is_scaled_up():
     """16 px a side are read, at 256."""
     assert read_source(file_of(Image.new("RGB", (16, 16)))).size == (256, 256)
 
@@ -225,7 +225,7 @@ NOISE = Image.fromarray(np.random.default_rng(1).integers(0, 256, (300, 300, 3),
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"])
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.97])
 def test_truncated_file_is_refused(kind, share):
-    """A download that broke off is no picture, however much of it came."""
+    """A download that broke off is no image, however much of it came."""
     data = file_of(NOISE, kind)
     assert refusal_of(data[: int(len(data) * share)]).type == "image_load_error"
 
@@ -242,11 +242,11 @@ def test_truncated_file_is_refused(kind, share):
         b"\xff\xd8\xff\xe0" + b"\0" * 50,
     ],
 )
-def test_what_is_no_picture_is_refused(data):
+def test_what_is_no_image_is_refused(data):
     """Web pages, documents and rubbish are image_load_error; PostScript is never run."""
     refusal = refusal_of(data)
     assert refusal.type == "image_load_error"
-    assert "source picture" in str(refusal)
+    assert "source image" in str(refusal)
 
 
 @given(st.integers(0, 2000), st.binary(min_size=1, max_size=8))
@@ -260,14 +260,14 @@ def test_damaged_file_is_read_or_refused(position, damage):
 
 
 @pytest.mark.parametrize("output_format", ["jpeg", "png"])
-def test_encoded_picture_keeps_pixels_size_and_note(output_format):
+def test_encoded_image_keeps_pixels_size_and_note(output_format):
     """What is encoded decodes to nearly the same, and carries its note beyond ASCII."""
     image = read_source(file_of(Image.linear_gradient("L").convert("RGB")))
-    picture = encode(image, output_format, "note: ü")
-    again = Image.open(io.BytesIO(picture.data))
+    loaded = encode(image, output_format, "note: ü")
+    again = Image.open(io.BytesIO(loaded.data))
     assert again.format == output_format.upper()
-    assert picture.content_type == f"image/{output_format}"
-    assert (picture.width, picture.height) == again.size == image.size
+    assert loaded.content_type == f"image/{output_format}"
+    assert (loaded.width, loaded.height) == again.size == image.size
     difference = np.abs(np.asarray(again.convert("RGB")).astype(int) - np.asarray(image))
     assert difference.max() <= (0 if output_format == "png" else 6)
     note = again.info["comment"].decode() if output_format == "jpeg" else again.text["Comment"]

@@ -17,7 +17,7 @@ from batch.server.egress.ssrf import private_too
 from batch.server.engines.base import EngineFailure
 from batch.server.files.storage import Storage, UploadTooLarge
 
-SMALL, LARGE = b"small picture", b"large picture" * 10_000
+SMALL, LARGE = b"small image", b"large image" * 10_000
 
 
 def in_storage(root, use):
@@ -194,16 +194,16 @@ def fetched(root, handler, path="/a.png"):
     return in_storage(root, use)
 
 
-def test_a_picture_is_fetched_over_redirects(tmp_path):
+def test_a_image_is_fetched_over_redirects(tmp_path):
     """Up to five."""
 
     async def handler(request):
         hops = int(request.query.get("hops", "5"))
         if hops:
             raise web.HTTPFound(f"/a.png?hops={hops - 1}")
-        return web.Response(body=b"picture")
+        return web.Response(body=b"image")
 
-    assert fetched(tmp_path, handler) == b"picture"
+    assert fetched(tmp_path, handler) == b"image"
     with pytest.raises(EngineFailure, match="redirects"):
         fetched(tmp_path, handler, "/a.png?hops=6")
 

@@ -95,7 +95,7 @@ def test_an_image_is_served_as_what_browsers_call_it(tmp_path):
         request_id = await submit(session, image_url=uri)
         await result(session, request_id)
         _, _, page = await call(session, "GET", "/page/state")
-        yield next(one["source"]["picture"] for one in page["requests"] if one["id"] == request_id)
+        yield next(one["source"]["image"] for one in page["requests"] if one["id"] == request_id)
 
     async def use():
         async with serving(tmp_path, ScriptedEngine()) as session:

@@ -39,7 +39,7 @@ class Evidence:
 
 
 def examine(run: Path, server: Path) -> Evidence:
-    """Read both sides; raises where a row that is done lacks its picture or its request."""
+    """Read both sides; raises where a row that is done lacks its image or its request."""
     requests = _query(server / "server.db", "SELECT request_id, body, status FROM request")
     ((accepted,),) = _query(server / "server.db", "SELECT value FROM counter WHERE name = 'accepted'")
     jobs = _query(run / "journal.db", "SELECT key, state, request_id FROM jobs")
@@ -59,7 +59,7 @@ def examine(run: Path, server: Path) -> Evidence:
     for row in rows:
         if row["status"] == "done":
             assert by_id[row["request_id"]] == (row["prompt"], row["seed"]), "the answer of another job"
-            assert row["images"], f"{row['job_key']} is done and has no picture"
+            assert row["images"], f"{row['job_key']} is done and has no image"
         for image in row["images"] or () if row["status"] == "done" else ():
             if image["path"] is not None:
                 assert hashlib.sha256((run / image["path"]).read_bytes()).hexdigest() == image["sha256"]

@@ -271,11 +271,11 @@ def _write_manifest(folder: Path, jobs: int, *, local: bool) -> Path:
     path = folder / "manifest.csv"
     lines = ["image_url,prompt"]
     for number in range(jobs):
-        url = f"https://pictures.example/{number}.jpg"
+        url = f"https://images.example/{number}.jpg"
         if local:
             url = f"{number}.png"
             pixels = np.full((8, 8, 3), (number % 256, number // 256, 7), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / url)
-        lines.append(f"{url},picture {number} as a watercolor")
+        lines.append(f"{url},image {number} as a watercolor")
     path.write_text("\n".join(lines) + "\n")
     return path

@@ -32,7 +32,7 @@ ROUNDS = 15
 """Commands until a run has to be over."""
 COMMAND_SECONDS = 110.0
 _LOCAL = 8
-"""Rows with a picture on this disk, in the scenario that uploads; the last of them is cut off."""
+"""Rows with an image on this disk, in the scenario that uploads; the last of them is cut off."""
 
 _PRICE_USD = 0.025
 """Of a megapixel; nobody pays it, but it is what the audit adds up."""
@@ -180,7 +180,7 @@ class Scenario:
     served: bool = False
     """Whether the endpoint is a server of its own, reached by its URL."""
     local: bool = False
-    """Whether some pictures lie on this disk, one of them damaged."""
+    """Whether some images lie on this disk, one of them damaged."""
     collects: bool = False
     """Whether what is paid for cannot be read at first, and is collected by later commands without --retry-failed."""
     lapses: bool = False
@@ -391,14 +391,14 @@ def _write_manifest(path: Path, jobs: int, local: int) -> None:
         lines = csv.writer(file)
         lines.writerow(["image_url", "prompt"])
         for number in range(jobs):
-            url = f"https://pictures.example/{number}.jpg"
+            url = f"https://images.example/{number}.jpg"
             if number < local:
                 url = f"{number}.png"
-                _write_picture(path.with_name(url), number, cut_off=number == local - 1)
-            lines.writerow([url, f"picture {number} as a watercolor"])
+                _write_image(path.with_name(url), number, cut_off=number == local - 1)
+            lines.writerow([url, f"image {number} as a watercolor"])
 
 
-def _write_picture(path: Path, number: int, *, cut_off: bool = False) -> None:
+def _write_image(path: Path, number: int, *, cut_off: bool = False) -> None:
     noise = np.random.default_rng(number).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(path)
     if cut_off:

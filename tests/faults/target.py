@@ -102,7 +102,7 @@ def raw(text: bytes, status: int = 200) -> web.Response:
     return web.Response(status=status, body=text, content_type="application/json")
 
 
-def picture(colour: int = 7, size: tuple[int, int] = (16, 8), kind: str = "PNG") -> bytes:
+def image_bytes(colour: int = 7, size: tuple[int, int] = (16, 8), kind: str = "PNG") -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", size, (colour % 256, 80, 120)).save(buffer, kind)
     return buffer.getvalue()
@@ -129,7 +129,7 @@ async def result(target: Target, request: web.Request, asked: Asked) -> web.Stre
 
 
 async def file(target: Target, request: web.Request, asked: Asked) -> web.StreamResponse:
-    return web.Response(body=picture(int(asked.body["seed"])), content_type="image/png")
+    return web.Response(body=image_bytes(int(asked.body["seed"])), content_type="image/png")
 
 
 async def initiate(target: Target, request: web.Request, asked: Asked) -> web.StreamResponse:

@@ -22,7 +22,7 @@ import pytest
 
 from tests.acceptance.command import Ended, accepted, environment, finish, jobs_in, restyle, results, write_manifest
 from tests.faults.power_cut import Disk, record
-from tests.faults.target import Target, picture, serving
+from tests.faults.target import Target, image_bytes, serving
 
 ROWS = 12
 MOMENTS = int(os.environ.get("SOAK_MOMENTS", "0"))
@@ -59,7 +59,7 @@ def stopped_with_a_sentence(ended: Ended) -> None:
 
 
 def complete(target: Target, directory: Path, ended: Ended) -> None:
-    """Everything is done, everything was accepted once, every picture is there and whole, nothing half lies about."""
+    """Everything is done, everything was accepted once, every image is there and whole, nothing half lies about."""
     assert ended.code == 0, ended.text
     rows = results(directory).to_pylist()
     assert [row["status"] for row in rows] == ["done"] * ROWS
@@ -69,7 +69,7 @@ def complete(target: Target, directory: Path, ended: Ended) -> None:
         (image,) = row["images"]
         data = (directory / image["path"]).read_bytes()
         assert hashlib.sha256(data).hexdigest() == image["sha256"]
-        assert data == picture(int(row["seed"]))
+        assert data == image_bytes(int(row["seed"]))
     assert not [path for path in directory.rglob("*.part*") if path.is_file()]
 
 
@@ -129,7 +129,7 @@ REFUSED = {
         ("replace", "*/run/run.json", 1),
         ("open", "*/run/log.jsonl", 1),
     ],
-    "the pictures": [
+    "the images": [
         ("mkdir", "*/run/images", 1),
         ("mkdir", "*/run/images/??", 2),
         ("open", "*/run/images/.part/*", 2),
@@ -241,7 +241,7 @@ def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(tmp_path, kib):
 @needs_mount
 @pytest.mark.parametrize("kib", [260])
 def test_the_embedded_endpoint_shares_a_full_disk(tmp_path, kib):
-    """Its queue and its pictures are on the same disk: the run ends all the same, and nothing was accepted twice."""
+    """Its queue and its images are on the same disk: the run ends all the same, and nothing was accepted twice."""
     manifest = write_manifest(tmp_path / "m.csv", range(ROWS))
     with tiny_disk(tmp_path / "disk", kib) as make_room:
         directory = tmp_path / "disk" / "run"
@@ -284,7 +284,7 @@ def recorded(tmp_path_factory):
 
 @needs_strace
 def test_nothing_gets_its_name_before_its_bytes_are_on_the_disk(recorded):
-    """Results and pictures: written, fsynced, renamed, and the folder fsynced, in this order, nothing in between."""
+    """Results and images: written, fsynced, renamed, and the folder fsynced, in this order, nothing in between."""
     _base, _, _, steps = recorded
     written, synced, renamed = set(), set(), 0
     waiting: set[str] = set()

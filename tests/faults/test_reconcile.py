@@ -87,7 +87,7 @@ def test_what_is_held_is_counted_and_priced_and_reconcile_settles_it(tmp_path):
         ended = restyle(*command)
         assert ended.code == 4, ended.text
         assert "10 submits of unknown outcome, not repeated" in ended.out
-        assert "$0.90 at most" in ended.out, "ten pictures of unknown size: three megapixels each"
+        assert "$0.90 at most" in ended.out, "ten images of unknown size: three megapixels each"
         assert f"restyle reconcile {directory}" in ended.out
         assert summary(directory)["unknown"] == 10
         again = restyle("reconcile", directory)

@@ -29,7 +29,7 @@ from batch.fal.protocol import Origins
 from batch.types import Attempt, JobKey, RequestId, Ticket
 from tests.acceptance.command import Ended, jobs_in, results, start
 from tests.faults import target as honest
-from tests.faults.target import answer, output, picture, raw, serving
+from tests.faults.target import answer, image_bytes, output, raw, serving
 
 KEY = "key-id:a-secret-that-must-not-leave"
 DEADLINE = 14.0
@@ -113,7 +113,7 @@ SVG = b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"
 DONE, OPEN, UNKNOWN = "done", "pending", "unknown"
 EITHER = "done or pending"
 """Counts as running: done where the other rows made the run sure enough to ask for results without a status."""
-INLINE = "data:image/png;base64," + base64.b64encode(picture()).decode()
+INLINE = "data:image/png;base64," + base64.b64encode(image_bytes()).decode()
 STRANGER = "http://127.0.0.1:9"
 """Set to the second server's address when it runs."""
 
@@ -231,30 +231,30 @@ ATTACKS = {
     "result with infinite units": (
         DONE, "result", lambda target, request, asked: answer(output(target, asked), x_fal_billable_units="1e999"),
     ),
-    # pictures from anywhere
-    "picture elsewhere": (DONE, *images(url=stranger("file"))),
-    "picture redirected elsewhere": (DONE, *redirects(lambda target, asked: f"{STRANGER}/file/{asked.id}.png", "file")),
-    "picture of this disk": ("result_file_gone", *images(url="file:///etc/passwd")),
-    "picture of a path": ("result_file_gone", *images(url="/etc/passwd")),
-    "picture of no address": ("malformed_output", *images(url="")),
-    "picture of another scheme": ("result_file_gone", *images(url="ftp://127.0.0.1/x.png")),
-    "picture redirected to this disk": ("result_file_gone", *redirects("file:///etc/passwd", "file")),
-    "picture redirected in circles": ("result_file_gone", *redirects("/file/again.png", "file")),
-    "picture of broken base64": ("result_file_gone", *images(url="data:image/png;base64,%%%")),
-    "picture in the answer": (DONE, *images(url=INLINE)),
-    "picture named like a path": (
+    # images from anywhere
+    "image elsewhere": (DONE, *images(url=stranger("file"))),
+    "image redirected elsewhere": (DONE, *redirects(lambda target, asked: f"{STRANGER}/file/{asked.id}.png", "file")),
+    "image of this disk": ("result_file_gone", *images(url="file:///etc/passwd")),
+    "image of a path": ("result_file_gone", *images(url="/etc/passwd")),
+    "image of no address": ("malformed_output", *images(url="")),
+    "image of another scheme": ("result_file_gone", *images(url="ftp://127.0.0.1/x.png")),
+    "image redirected to this disk": ("result_file_gone", *redirects("file:///etc/passwd", "file")),
+    "image redirected in circles": ("result_file_gone", *redirects("/file/again.png", "file")),
+    "image of broken base64": ("result_file_gone", *images(url="data:image/png;base64,%%%")),
+    "image in the answer": (DONE, *images(url=INLINE)),
+    "image named like a path": (
         DONE, *images(file_name="../../../../tmp/owned.png", content_type="text/html\r\nx: y"),
     ),
-    "picture of 5 GB": (
+    "image of 5 GB": (
         "result_file_too_large", "file", body(endless, length=5 * 2**30),
     ),
-    "picture without end": ("result_file_too_large", "file", body(endless)),
-    "picture dripping": (OPEN, "file", body(dripping)),
-    "picture that is a bomb": ("result_file_damaged", *sends(bomb(40_000))),
-    "picture that is a program": ("result_file_damaged", *sends(EPS, "application/postscript")),
-    "picture that is a page": ("result_file_damaged", *sends(b"<html>" * 1000, "text/html")),
-    "picture that is an SVG": ("result_file_damaged", *sends(SVG, "image/svg+xml")),
-    "picture that is empty": ("result_file_damaged", *sends(b"")),
+    "image without end": ("result_file_too_large", "file", body(endless)),
+    "image dripping": (OPEN, "file", body(dripping)),
+    "image that is a bomb": ("result_file_damaged", *sends(bomb(40_000))),
+    "image that is a program": ("result_file_damaged", *sends(EPS, "application/postscript")),
+    "image that is a page": ("result_file_damaged", *sends(b"<html>" * 1000, "text/html")),
+    "image that is an SVG": ("result_file_damaged", *sends(SVG, "image/svg+xml")),
+    "image that is empty": ("result_file_damaged", *sends(b"")),
     # words that are no words
     "error with escapes": (
         "failed", "result", lambda target, request, asked: answer(
@@ -330,7 +330,7 @@ def attacked(tmp_path_factory):
     """One run against all of it, and what came of it."""
     folder = tmp_path_factory.mktemp("untrusted")
     manifest, directory = folder / "attacks.csv", folder / "run"
-    rows = [f"https://pictures.example/{n}.jpg,{name}" for n, name in enumerate(ATTACKS)]
+    rows = [f"https://images.example/{n}.jpg,{name}" for n, name in enumerate(ATTACKS)]
     manifest.write_text("\n".join(["image_url,prompt", *rows]) + "\n")
     global STRANGER
     with serving() as other, serving(**HOSTILE) as target:
@@ -370,7 +370,7 @@ def test_each_row_comes_to(attacked, name):
 
 
 def test_the_key_is_shown_to_nobody_else(attacked):
-    """Redirects, foreign addresses, pictures elsewhere: the stranger sees no key, nor do the target's files."""
+    """Redirects, foreign addresses, images elsewhere: the stranger sees no key, nor do the target's files."""
     target, other, directory, *_ = attacked
     assert {path.partition("/")[0] for path in other.keys_shown()} == set()
     assert not any(KEY in str(seen) for seen in other.seen)
@@ -458,8 +458,8 @@ def test_a_target_that_comes_to_its_senses_is_collected_from(attacked, tmp_path)
     ids=["elsewhere", "this disk", "no address"],
 )
 def test_an_upload_shows_no_key_and_follows_no_redirect(tmp_path, said, status):
-    """`upload_url` is somebody else's as a rule: it gets the picture, and nothing besides."""
-    (tmp_path / "a.png").write_bytes(picture())
+    """`upload_url` is somebody else's as a rule: it gets the image, and nothing besides."""
+    (tmp_path / "a.png").write_bytes(image_bytes())
     manifest = tmp_path / "m.csv"
     manifest.write_text("image_url,prompt\na.png,a cat\n")
 
@@ -475,7 +475,7 @@ def test_an_upload_shows_no_key_and_follows_no_redirect(tmp_path, said, status):
     assert other.keys_shown() == []
     assert not Path("/tmp/owned").exists()
     if status == "done":
-        assert [(method, body) for method, _, _, body in other.seen] == [("PUT", picture())]
+        assert [(method, body) for method, _, _, body in other.seen] == [("PUT", image_bytes())]
 
 
 # --- the client alone -------------------------------------------------------------------------------------

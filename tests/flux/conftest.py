@@ -42,7 +42,7 @@ def checkers(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def plain(models):
-    """Plain diffusers in this process: what our pictures are compared with."""
+    """Plain diffusers in this process: what our images are compared with."""
     import diffusers
     import torch
 

@@ -1,4 +1,4 @@
-"""Our renderer and plain diffusers, asked for the same picture."""
+"""Our renderer and plain diffusers, asked for the same image."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def packed(image, kind="PNG", **options):
 def job(source=None, **inputs):
     """A request of few steps, answered without loss."""
     given = {"prompt": PROMPT, "seed": 5, "num_inference_steps": 10, "output_format": "png", **inputs}
-    asked = ImageToImageInput(image_url="https://pictures.example/cat.png", **given)
+    asked = ImageToImageInput(image_url="https://images.example/cat.png", **given)
     return EngineJob("r1", asked, packed(photograph()) if source is None else source)
 
 
@@ -45,15 +45,15 @@ def rendered(renderer, given, on_step=lambda *_: None, cancelled=lambda: False):
     return renderer.render(given, on_step, cancelled)
 
 
-def pixels(picture):
-    """Of one of our result pictures, or of a Pillow image."""
-    image = Image.open(io.BytesIO(picture.data)) if hasattr(picture, "data") else picture
+def pixels(loaded):
+    """Of one of our result images, or of a Pillow image."""
+    image = Image.open(io.BytesIO(loaded.data)) if hasattr(loaded, "data") else loaded
     assert image.mode == "RGB"
     return np.asarray(image)
 
 
 def by_diffusers(pipeline, source, **inputs):
-    """The picture of one plain call; `source` is RGB at output size."""
+    """The image of one plain call; `source` is RGB at output size."""
     given = job(**inputs).input
     made = pipeline(
         prompt=given.prompt,

@@ -35,7 +35,7 @@ async def ask(session, prompt):
     return *await call(session, "GET", read(request_id)), [line["message"] for line in logs]
 
 
-async def picture(session, body):
+async def rendered_image(session, body):
     path = body["images"][0]["url"]
     async with session.get(path) as answer:
         return await answer.read()
@@ -57,7 +57,7 @@ def engine(models, tmp_path, monkeypatch):
 
 
 class _Shown:
-    """A picture's bytes, as `pixels` takes them."""
+    """An image's bytes, as `pixels` takes them."""
 
     def __init__(self, data):
         self.data = data
@@ -87,8 +87,8 @@ def test_faults_of_a_worker_are_told_and_survived(engine, renderer, tmp_path):
             assert status == 200
             assert any("left with exit status 70" in line for line in logs)
             assert engine.pids() != [first]
-            expected = rendered(renderer, job(prompt="lose the device once")).pictures[0]
-            assert np.array_equal(pixels(_Shown(await picture(session, body))), pixels(expected))
+            expected = rendered(renderer, job(prompt="lose the device once")).images[0]
+            assert np.array_equal(pixels(_Shown(await rendered_image(session, body))), pixels(expected))
 
             # Then the model is gone just when a worker has to be replaced.
             folder.rename(tmp_path / "elsewhere")

@@ -57,7 +57,7 @@ def asking(server, ask):
 
 
 class Shown:
-    """A picture's bytes, as `pixels` takes them."""
+    """An image's bytes, as `pixels` takes them."""
 
     def __init__(self, data):
         self.data = data
@@ -71,8 +71,8 @@ async def shown(session, body, number=0):
 
 
 def alone(renderer, **inputs):
-    """The picture that this request gives when nobody else is there."""
-    return pixels(rendered(renderer, job(**inputs)).pictures[0])
+    """The image that this request gives when nobody else is there."""
+    return pixels(rendered(renderer, job(**inputs)).images[0])
 
 
 async def first_step(session, request_id):
@@ -129,14 +129,14 @@ def test_eight_at_once_each_as_if_alone(server, renderer):
         assert [status for status, _, _ in answers] == [499, 200] * 4
         return {body["seed"]: await shown(session, body) for _, _, body in answers[1::2]}
 
-    pictures = asking(server, ask)
-    assert sorted(pictures) == [1, 3, 5, 7]
-    for seed, seen in pictures.items():
+    images = asking(server, ask)
+    assert sorted(images) == [1, 3, 5, 7]
+    for seed, seen in images.items():
         assert np.array_equal(seen, alone(renderer, seed=seed)), seed
 
 
 def test_a_killed_worker_costs_no_request(server, renderer):
-    """In the middle of its work: done again under the same id, by a new process, with the pictures of a solo run."""
+    """In the middle of its work: done again under the same id, by a new process, with the images of a solo run."""
     (worker,) = children(server.process.pid)
 
     async def ask(session):
@@ -149,15 +149,15 @@ def test_a_killed_worker_costs_no_request(server, renderer):
         assert status == 200, body
         return body["seed"], [await shown(session, body, number) for number in range(4)]
 
-    seed, pictures = asking(server, ask)
+    seed, images = asking(server, ask)
     assert children(server.process.pid) != [worker]
     assert seed == 3
-    for number, seen in enumerate(pictures):
+    for number, seen in enumerate(images):
         assert np.array_equal(seen, alone(renderer, seed=3 + number, num_inference_steps=50))
 
 
-def test_the_official_client_gets_pictures(server, renderer, monkeypatch):
-    """`fal-client` unmodified: progress, both formats, several pictures, data URIs."""
+def test_the_official_client_gets_images(server, renderer, monkeypatch):
+    """`fal-client` unmodified: progress, both formats, several images, data URIs."""
     for name in ("QUEUE_URL_FORMAT", "RUN_URL_FORMAT"):
         monkeypatch.setattr(fal_client.client, name, server.url + ("/run/" if name == "RUN_URL_FORMAT" else "/"))
     for name in ("REST_URL", "CDN_URL"):
@@ -181,7 +181,7 @@ def test_the_official_client_gets_pictures(server, renderer, monkeypatch):
 
 
 def test_a_sweep_runs_through_it(server, renderer, tmp_path):
-    """`restyle run` against it: each cell its own picture, the engine's column the model with its revision."""
+    """`restyle run` against it: each cell its own image, the engine's column the model with its revision."""
     photograph().save(tmp_path / "cat.png")
     manifest = tmp_path / "manifest.csv"
     manifest.write_text(f'image_url,prompt\ncat.png,"{PROMPT}"\n')
@@ -203,7 +203,7 @@ def test_a_sweep_runs_through_it(server, renderer, tmp_path):
 
 
 def test_a_killed_server_goes_on_with_what_it_had(models, renderer, tmp_path):
-    """In the middle of its work: after its restart the same id has the pictures of a solo run."""
+    """In the middle of its work: after its restart the same id has the images of a solo run."""
     server = Server(tmp_path)
     server._command[-1:] = ["flux", "--model", str(models / "plain"), "--devices", "cpu"]
 
@@ -229,7 +229,7 @@ def test_a_killed_server_goes_on_with_what_it_had(models, renderer, tmp_path):
 
 
 def test_a_safety_checker_is_named_and_blackens(models, checkers, tmp_path):
-    """In /health by class and revision; in the answer one bool a picture; off by request."""
+    """In /health by class and revision; in the answer one bool an image; off by request."""
     flags = ("--engine", "flux", "--model", models / "plain", "--devices", "cpu")
     with endpoint(tmp_path, *flags, "--safety-checker", checkers / "concepts", keyed=False) as server:
 

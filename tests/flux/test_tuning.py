@@ -1,4 +1,4 @@
-"""What is switched on for a GPU, as far as a CPU can tell: the same pictures, and a way back where it does not work."""
+"""What is switched on for a GPU, as far as a CPU can tell: the same images, and a way back where it does not work."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def tuned(pipeline, monkeypatch):
     return FluxRenderer(Setup("nowhere", "tiny, revision 1", "cpu", warm_up=((256, 256),)))
 
 
-def picture(renderer, **inputs):
-    return pixels(rendered(renderer, job(**inputs)).pictures[0]).astype(int)
+def rendered_image(renderer, **inputs):
+    return pixels(rendered(renderer, job(**inputs)).images[0]).astype(int)
 
 
 def test_fused_projections_and_channels_last_paint_the_same(pipeline, tuned, renderer):
@@ -46,12 +46,12 @@ def test_fused_projections_and_channels_last_paint_the_same(pipeline, tuned, ren
     tuning.fuse_projections(pipeline.transformer)
     tuning.channels_last(pipeline.vae)
     assert sum(weight.numel() for weight in pipeline.transformer.parameters()) == before
-    assert np.abs(picture(tuned) - picture(renderer)).max() <= 2
+    assert np.abs(rendered_image(tuned) - rendered_image(renderer)).max() <= 2
 
 
 def test_compiled_blocks_are_whole_graphs_and_leave_acceleration_alone(pipeline, tuned):
     """Each kind of block is one graph; accelerated requests go around the graphs."""
-    before, accelerated = picture(tuned), picture(tuned, acceleration="high")
+    before, accelerated = rendered_image(tuned), rendered_image(tuned, acceleration="high")
     graphs = []
 
     def backend(graph, _):
@@ -59,11 +59,11 @@ def test_compiled_blocks_are_whole_graphs_and_leave_acceleration_alone(pipeline,
         return graph.forward
 
     tuning.compile_blocks(pipeline.transformer, backend=backend)
-    assert np.abs(picture(tuned) - before).max() <= 1
+    assert np.abs(rendered_image(tuned) - before).max() <= 1
     compiled = len(graphs)
     assert compiled >= 2, "two kinds of blocks"
-    assert np.abs(picture(tuned, acceleration="high") - accelerated).max() <= 1
-    assert np.abs(picture(tuned) - before).max() <= 1
+    assert np.abs(rendered_image(tuned, acceleration="high") - accelerated).max() <= 1
+    assert np.abs(rendered_image(tuned) - before).max() <= 1
     assert len(graphs) == compiled, "and compile nothing anew"
 
 
@@ -74,7 +74,7 @@ def test_a_compiler_that_fails_is_done_without(pipeline, tuned, renderer, caplog
         raise RuntimeError("no kernel image is available")
 
     tuning.compile_blocks(pipeline.transformer, backend=backend)
-    assert np.abs(picture(tuned) - picture(renderer)).max() <= 2
+    assert np.abs(rendered_image(tuned) - rendered_image(renderer)).max() <= 2
     assert "without compiled blocks" in caplog.text
 
 
@@ -88,7 +88,7 @@ def test_a_warm_up_that_cannot_be_done_is_one_sentence(pipeline, tuned):
     with pytest.raises(NotReady) as caught:
         tuned.model()
     said = "cpu ran out of memory in the warm-up (OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.)"
-    assert str(caught.value) == f"{said}; a smaller picture needs less"
+    assert str(caught.value) == f"{said}; a smaller image needs less"
 
 
 @pytest.mark.parametrize(

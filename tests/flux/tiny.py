@@ -1,8 +1,8 @@
 """A FLUX.1 [dev] pipeline of random weights, a megabyte on disk: every part there, every part small. Made offline.
 
-Shapes follow the real configuration where pictures depend on it: four VAE levels (so that sides round to 16 px), the
+Shapes follow the real configuration where images depend on it: four VAE levels (so that sides round to 16 px), the
 published scheduler, guidance embedded. Nothing that it paints means anything, but it has to depend on every input as
-FLUX does, else equal pictures would prove nothing: freshly drawn weights are too small for that and are made larger.
+FLUX does, else equal images would prove nothing: freshly drawn weights are too small for that and are made larger.
 """
 
 from __future__ import annotations

@@ -108,8 +108,8 @@ def reservations(world):
     ("megapixels", "images", "usd"),
     [(0.3, 1, 0.03), (1.0, 1, 0.03), (1.05, 1, 0.06), (None, 1, 0.09), (1.05, 4, 0.24), (12.0, 1, 0.36)],
 )
-async def test_a_reservation_is_made_by_the_pictures_size(megapixels, images, usd):
-    """Whole megapixels, for each picture; it is in the intent, hence durable before the POST."""
+async def test_a_reservation_is_made_by_the_images_size(megapixels, images, usd):
+    """Whole megapixels, for each image; it is in the intent, hence durable before the POST."""
     job = jobs(1)[0]
     world = World(FakeService(), price=PRICE)
     await world.run([Job(job.key, {**job.input, "num_images": images}, megapixels=megapixels)])

@@ -151,7 +151,7 @@ async def test_large_results_that_wait_are_warned_of():
     assert "--max-in-flight" in told
 
 
-async def test_a_picture_that_cannot_be_had_holds_up_no_other_and_is_tried_on():
+async def test_a_image_that_cannot_be_had_holds_up_no_other_and_is_tried_on():
     """Thirty files fail for an hour: all others pass them, and each is there within a backoff of the hour's end."""
     gone = [f"request-{n}" for n in range(30)]
     service = Service(service_time=1.0, gone=gone, gone_until=HOUR)
@@ -163,7 +163,7 @@ async def test_a_picture_that_cannot_be_had_holds_up_no_other_and_is_tried_on():
     assert max(at for at, _ in service.fetched) < HOUR + 61
 
 
-async def test_a_failing_picture_does_not_queue_behind_fresh_ones_again():
+async def test_a_failing_image_does_not_queue_behind_fresh_ones_again():
     """Its next try comes after its backoff, not after all that came in meanwhile."""
 
     class FirstFails(Service):

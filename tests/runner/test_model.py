@@ -56,7 +56,7 @@ from tests.runner.world import World, jobs
 EXAMPLES = int(os.environ.get("SOAK_EXAMPLES", "0"))
 PRICE = Price(0.03, date(2026, 11, 1))
 UNIT_USD = 0.5 * 0.03
-"""What the fake bills for a picture."""
+"""What the fake bills for an image."""
 ROWS = 14
 MADE = jobs(ROWS)
 DAY = 86400.0
@@ -457,8 +457,8 @@ class Runs(RuleBasedStateMachine):
         assert charged <= counted + 1e-6, "a charge that nobody counted"
 
     @invariant()
-    def nothing_is_done_without_its_picture(self) -> None:
-        """A job that is done has an answer, and on disk the very picture that this answer's request made."""
+    def nothing_is_done_without_its_image(self) -> None:
+        """A job that is done has an answer, and on disk the very image that this answer's request made."""
         made_by = {(key, request_id) for key, _, request_id in self.books.accepted}
         for key, outcome in self.journal.outcomes([job.key for job in MADE]).items():
             if outcome.state is State.DONE:
@@ -484,7 +484,7 @@ class Runs(RuleBasedStateMachine):
         self.nothing_is_paid_twice()
         self.what_was_accepted_is_never_forgotten()
         self.the_money_adds_up()
-        self.nothing_is_done_without_its_picture()
+        self.nothing_is_done_without_its_image()
         counts = self.in_virtual_time(self.journal.counts)
         left = {state: count for state, count in counts.by_state.items() if count and state not in TERMINAL}
         assert set(left) <= {State.UNKNOWN}, left

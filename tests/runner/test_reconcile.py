@@ -165,7 +165,7 @@ async def test_pages_that_shift_while_they_are_read_hide_nothing():
 
 
 async def test_a_page_that_is_too_large_is_asked_for_in_parts():
-    """Inputs that carry their picture: a hundred of them are more than the client takes, a few are not."""
+    """Inputs that carry their image: a hundred of them are more than the client takes, a few are not."""
     of = world(DropsAfterAccept(every=3), listing=FakeListing(page_bytes=1000))
     report = await of.run(jobs(30))
     assert (report.done, report.held, of.service.posts) == (30, 0, 30)

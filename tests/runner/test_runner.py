@@ -48,7 +48,7 @@ async def states(world):
 
 
 async def test_every_job_is_accepted_once_and_finished():
-    """N jobs: N accepted submits, N done, every picture stored."""
+    """N jobs: N accepted submits, N done, every image stored."""
     world = World(FakeService(service_time=3.0))
     report = await world.run(jobs(120))
     assert (report.done, report.failed, report.held, report.stopped) == (120, 0, 0, None)
@@ -213,7 +213,7 @@ async def test_retry_failed_takes_failed_jobs_up_again_once():
 
 
 async def test_damaged_downloads_are_fetched_again():
-    """Half of all transfers break: every picture is stored whole."""
+    """Half of all transfers break: every image is stored whole."""
     world = World(FakeService(faults=[SendsDamagedFiles(every=2)]))
     report = await world.run(jobs(30))
     assert (report.done, report.failed) == (30, 0)
@@ -243,7 +243,7 @@ async def test_an_image_for_which_no_descriptor_is_free_is_tried_again():
     """Far longer than any job is: it is no failed row, nor a disk that stops the run, and a person is told of it."""
     world = World(FakeService())
     world.images = LacksDescriptors(300)
-    made = [job._replace(image=a_picture((number, 0, 0)), megapixels=0.1) for number, job in enumerate(jobs(5))]
+    made = [job._replace(image=a_image((number, 0, 0)), megapixels=0.1) for number, job in enumerate(jobs(5))]
     report = await world.run(made)
     assert (report.done, report.failed, report.stopped) == (5, 0, None)
     assert (world.images.reads, world.images.writes) == (0, 0)
@@ -404,25 +404,25 @@ async def test_crash_without_keys_holds_what_it_cannot_know():
     assert service.posts == 15
 
 
-def a_picture(colour):
+def a_image(colour):
     buffer = io.BytesIO()
     Image.new("RGB", (16, 16), colour).save(buffer, "PNG")
     data = buffer.getvalue()
     return LocalImage(hashlib.sha256(data).hexdigest(), len(data), data=data)
 
 
-async def test_local_picture_is_uploaded_once_for_all_its_jobs():
-    """Eight jobs on one picture: one upload, and its URL in every body."""
-    picture = a_picture("teal")
-    made = [Job(j.key, {**j.input, "image_url": f"sha256:{picture.sha256}"}, picture, 0.1) for j in jobs(8)]
+async def test_local_image_is_uploaded_once_for_all_its_jobs():
+    """Eight jobs on one image: one upload, and its URL in every body."""
+    image = a_image("teal")
+    made = [Job(j.key, {**j.input, "image_url": f"sha256:{image.sha256}"}, image, 0.1) for j in jobs(8)]
     world = World(FakeService(round_trip=0.1))
     report = await world.run(made)
     assert (report.done, world.service.count("upload")) == (8, 1)
     assert all(str(body["image_url"]).startswith("fake://uploads/") for body in world.service.bodies)
 
 
-async def test_few_pictures_are_on_their_way_up_at_once():
-    """A hundred jobs in flight, each with a picture of its own: sixteen in memory, whatever the window is."""
+async def test_few_images_are_on_their_way_up_at_once():
+    """A hundred jobs in flight, each with an image of its own: sixteen in memory, whatever the window is."""
     under_way = []
 
     class Slow(FakeService):
@@ -434,14 +434,14 @@ async def test_few_pictures_are_on_their_way_up_at_once():
             return await super().upload(data, content_type, name)
 
     seen = []
-    made = [j._replace(image=a_picture((number, 0, 0)), megapixels=0.1) for number, j in enumerate(jobs(100))]
+    made = [j._replace(image=a_image((number, 0, 0)), megapixels=0.1) for number, j in enumerate(jobs(100))]
     assert (await World(Slow(round_trip=0.1), window=100).run(made)).done == 100
     assert max(seen) == 16
 
 
-async def test_pictures_that_are_refused_hold_up_no_others():
+async def test_images_that_are_refused_hold_up_no_others():
     """Sixteen that the storage never takes, as many as are on their way up at once: all others arrive."""
-    refused = {a_picture((number, 0, 0)).data for number in range(16)}
+    refused = {a_image((number, 0, 0)).data for number in range(16)}
 
     class Picky(FakeService):
         async def upload(self, data, content_type, name):
@@ -449,7 +449,7 @@ async def test_pictures_that_are_refused_hold_up_no_others():
                 raise CallFailed(Trouble("upload", reply=Reply(503, b"")))
             return await super().upload(data, content_type, name)
 
-    made = [j._replace(image=a_picture((number, 0, 0)), megapixels=0.1) for number, j in enumerate(jobs(100))]
+    made = [j._replace(image=a_image((number, 0, 0)), megapixels=0.1) for number, j in enumerate(jobs(100))]
     world = World(Picky(round_trip=0.1), window=100)
     with anyio.move_on_after(60):
         await world.run(made)
@@ -464,7 +464,7 @@ async def test_a_refused_account_is_noticed_at_the_first_upload(status):
         async def upload(self, data, content_type, name):
             raise CallFailed(Trouble("initiate", reply=Reply(status, b'{"detail": "no such key"}')))
 
-    made = [j._replace(image=a_picture((number, 0, 0)), megapixels=0.1) for number, j in enumerate(jobs(40))]
+    made = [j._replace(image=a_image((number, 0, 0)), megapixels=0.1) for number, j in enumerate(jobs(40))]
     began = anyio.current_time()
     world = World(Closed())
     report = await world.run(made)
@@ -481,7 +481,7 @@ async def test_a_stop_does_not_wait_for_a_storage_that_refuses():
             raise CallFailed(Trouble("upload", reply=Reply(503, b"")))
 
     world = World(Refusing())
-    made = [j._replace(image=a_picture((number, 0, 0)), megapixels=0.1) for number, j in enumerate(jobs(4))]
+    made = [j._replace(image=a_image((number, 0, 0)), megapixels=0.1) for number, j in enumerate(jobs(4))]
     async with anyio.create_task_group() as tasks:
 
         async def stop():
@@ -494,12 +494,12 @@ async def test_a_stop_does_not_wait_for_a_storage_that_refuses():
     assert anyio.current_time() < 60
 
 
-async def test_unreadable_picture_is_a_failed_row_and_nothing_is_sent():
-    """A truncated local picture: failed with the endpoint's own word, no POST."""
-    picture = LocalImage("00", 3, data=b"\xff\xd8\xff")
+async def test_unreadable_image_is_a_failed_row_and_nothing_is_sent():
+    """A truncated local image: failed with the endpoint's own word, no POST."""
+    image = LocalImage("00", 3, data=b"\xff\xd8\xff")
     job = jobs(1)[0]
     world = World(FakeService())
-    report = await world.run([Job(job.key, job.input, picture)])
+    report = await world.run([Job(job.key, job.input, image)])
     assert (report.failed, world.service.posts) == (1, 0)
     assert world.observer.actions("failed")[0]["error_type"] == "image_load_error"
 

@@ -24,7 +24,7 @@ from batch.types import Job
 def jobs(count: int, word: str = "as a watercolor") -> list[Job]:
     made = []
     for number in range(count):
-        body = {"image_url": f"https://pictures.example/{number}.jpg", "prompt": f"{number} {word}", "seed": number}
+        body = {"image_url": f"https://images.example/{number}.jpg", "prompt": f"{number} {word}", "seed": number}
         made.append(Job(job_key(APP_ID, body), body, megapixels=1.0))
     return made
 

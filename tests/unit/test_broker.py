@@ -51,7 +51,7 @@ def test_a_request_runs_until_its_ending_is_durable():
 
 
 def test_nothing_is_started_while_too_many_endings_wait_to_be_written():
-    """A slow disk must not fill the memory with finished pictures."""
+    """A slow disk must not fill the memory with finished images."""
     broker = Scheduler(1, ending_limit=1)
     for name in ("a", "b"):
         broker.accept(RequestId(name), APP_ID)

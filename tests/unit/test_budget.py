@@ -96,7 +96,7 @@ def test_thirty_cents_ten_times_are_three_dollars():
 
 
 @given(st.floats(0.001, 400), st.integers(1, 4))
-def test_a_reservation_is_whole_megapixels_for_each_picture(megapixels, images):
+def test_a_reservation_is_whole_megapixels_for_each_image(megapixels, images):
     """How the service rounds is not published: up is safe."""
     usd = PRICE.reservation(megapixels, images)
     assert usd >= megapixels * images * 0.03 - 1e-9
@@ -104,7 +104,7 @@ def test_a_reservation_is_whole_megapixels_for_each_picture(megapixels, images):
     assert math.isclose(usd / 0.03, round(usd / 0.03), abs_tol=1e-6)
 
 
-def test_a_picture_of_unknown_size_is_taken_for_the_largest():
+def test_a_image_of_unknown_size_is_taken_for_the_largest():
     """FLUX scales down to about 1440 x 1440."""
     assert PRICE.reservation(None, 1) == pytest.approx(math.ceil(UNKNOWN_MEGAPIXELS) * 0.03)
 

@@ -28,7 +28,7 @@ INPUT = {
     "output_format": "jpeg",
     "acceleration": "none",
 }
-PICTURE = StoredImage("http://x/1.jpg", 64, 48, "image/jpeg", "1.jpg", 9, "images/ab/abc.jpg", "abc")
+STORED = StoredImage("http://x/1.jpg", 64, 48, "image/jpeg", "1.jpg", 9, "images/ab/abc.jpg", "abc")
 OUTPUT = {
     "images": [{"url": "http://x/1.jpg", "width": 64}],
     "seed": 2**62 + 1,
@@ -38,7 +38,7 @@ OUTPUT = {
 KEY = JobKey("0" * 32)
 DONE = JobOutcome(
     KEY, State.DONE, 2, RequestId("r-1"), 1_700_000_000.123456, 1_700_000_003.5, orjson.dumps(OUTPUT),
-    encode_images([PICTURE]), 0.5, 2.0, 0.25, 1.25, 0.03, "preview",
+    encode_images([STORED]), 0.5, 2.0, 0.25, 1.25, 0.03, "preview",
 )  # fmt: skip
 
 
@@ -73,8 +73,8 @@ def record(outcome, **values):
 
 def test_schema_is_the_documented_one():
     """Names, order and types are an interface: people's queries depend on them."""
-    picture = "struct<url: string, width: int64, height: int64, content_type: string, file_name: string, "
-    picture += "file_size: int64, path: string, sha256: string>"
+    image = "struct<url: string, width: int64, height: int64, content_type: string, file_name: string, "
+    image += "file_size: int64, path: string, sha256: string>"
     assert [f"{field.name}: {field.type}" for field in OWN_SCHEMA] == [
         "row: int64",
         "cell: string",
@@ -89,7 +89,7 @@ def test_schema_is_the_documented_one():
         "output_format: string",
         "acceleration: string",
         "seed: int64",
-        f"images: list<item: {picture}>",
+        f"images: list<item: {image}>",
         "has_nsfw_concepts: list<item: bool>",
         "timings: struct<inference: double, queue: double, total: double, download: double>",
         "timings_extra: list<item: struct<name: string, seconds: double>>",
@@ -134,7 +134,7 @@ def test_done_job_fills_every_column():
         "output_format": "jpeg",
         "acceleration": "none",
         "seed": 2**62 + 1,
-        "images": [{field.name: getattr(PICTURE, field.name) for field in IMAGE}],
+        "images": [{field.name: getattr(STORED, field.name) for field in IMAGE}],
         "has_nsfw_concepts": [False],
         "timings": {"inference": 1.5, "queue": 0.5, "total": 2.0, "download": 0.25},
         "timings_extra": None,
@@ -224,8 +224,8 @@ def test_nothing_checked_is_null():
         assert record(done(output))["has_nsfw_concepts"] is None
 
 
-def test_done_without_pictures_has_an_empty_list():
-    """No pictures of a done job is something else than no answer yet."""
+def test_done_without_images_has_an_empty_list():
+    """No images of a done job is something else than no answer yet."""
     assert record(done(OUTPUT))["images"] == []
 
 

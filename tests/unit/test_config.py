@@ -181,7 +181,7 @@ def test_an_unknown_variable_names_the_nearest_known_one(monkeypatch):
 
 
 def test_an_unknown_axis_names_the_nearest_input():
-    """Only inputs of the endpoint can be swept, the picture cannot."""
+    """Only inputs of the endpoint can be swept, the image cannot."""
     assert "'strenght' cannot be swept; did you mean 'strength'?" in refusal({"sweep": {"strenght": [0.5]}})
     assert "'image_url' cannot be swept" in refusal({"sweep": {"image_url": ["a"]}})
     assert "the axis 'seed' has no values" in refusal({"sweep": {"seed": []}})

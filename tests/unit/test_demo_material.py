@@ -1,4 +1,4 @@
-"""The demo's pictures and manifests: ours, drawn by a script, and complete."""
+"""The demo's images and manifests: ours, drawn by a script, and complete."""
 
 import csv
 import importlib.util
@@ -16,13 +16,13 @@ from batch.server.engines.images import read_source
 from batch.server.engines.preview.wording import Scene, Style, scene_of, style_of
 
 MANIFESTS = Path(__file__).parents[2] / "manifests"
-NAMES = sorted(path.name for path in (MANIFESTS / "pictures").iterdir())
+NAMES = sorted(path.name for path in (MANIFESTS / "images").iterdir())
 
 
 @pytest.fixture(scope="module")
 def script():
     """The drawing script, imported from its file."""
-    spec = importlib.util.spec_from_file_location("draw_pictures", MANIFESTS / "draw_pictures.py")
+    spec = importlib.util.spec_from_file_location("draw_images", MANIFESTS / "draw_images.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -39,23 +39,23 @@ def pixels(data):
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGBA")).astype(int)
 
 
-def test_script_and_folder_name_the_same_pictures(script):
-    """No picture without its drawing, no drawing without its picture."""
-    assert sorted(script.PICTURES) == NAMES
+def test_script_and_folder_name_the_same_images(script):
+    """No image without its drawing, no drawing without its image."""
+    assert sorted(script.IMAGES) == NAMES
     assert len(NAMES) == 12
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_drawing_again_gives_the_same_picture(script, name):
+def test_drawing_again_gives_the_same_image(script, name):
     """Same size, and pixels that differ by no more than a codec's versions do."""
-    stored, drawn = pixels((MANIFESTS / "pictures" / name).read_bytes()), pixels(script.draw(name))
+    stored, drawn = pixels((MANIFESTS / "images" / name).read_bytes()), pixels(script.draw(name))
     assert drawn.shape == stored.shape
     assert np.abs(drawn - stored).mean() < 1.0
 
 
 def test_drawing_writes_every_manifest_as_it_stands(script, tmp_path, monkeypatch):
-    """The text manifests are byte for byte what the script writes from the stored pictures."""
-    monkeypatch.setattr(script, "draw", lambda name: (MANIFESTS / "pictures" / name).read_bytes())
+    """The text manifests are byte for byte what the script writes from the stored images."""
+    monkeypatch.setattr(script, "draw", lambda name: (MANIFESTS / "images" / name).read_bytes())
     script.write_everything(tmp_path)
     for name in ("demo.csv", "sweep.jsonl"):
         assert (tmp_path / name).read_bytes() == (MANIFESTS / name).read_bytes()
@@ -64,20 +64,20 @@ def test_drawing_writes_every_manifest_as_it_stands(script, tmp_path, monkeypatc
     assert written.drop(["image"]).equals(stored.drop(["image"]))
 
 
-def test_pictures_are_varied_and_small():
+def test_images_are_varied_and_small():
     """JPEG, PNG with alpha, one without colour, several aspects; under 1.5 MB together."""
     kinds, shapes = set(), set()
     for name in NAMES:
-        with Image.open(MANIFESTS / "pictures" / name) as image:
+        with Image.open(MANIFESTS / "images" / name) as image:
             kinds.add((image.format, image.mode))
             shapes.add(image.size)
             assert 600 <= max(image.size) <= 800
     assert kinds == {("JPEG", "RGB"), ("JPEG", "L"), ("PNG", "RGBA")}
     assert len(shapes) >= 5
-    assert sum((MANIFESTS / "pictures" / name).stat().st_size for name in NAMES) < 1_500_000
+    assert sum((MANIFESTS / "images" / name).stat().st_size for name in NAMES) < 1_500_000
 
 
-def test_demo_shows_every_picture_once_and_many_styles(demo):
+def test_demo_shows_every_image_once_and_many_styles(demo):
     """Ids are unique, paths exist beside the manifest, inputs are within the endpoint's bounds."""
     assert sorted(Path(row["image_url"]).name for row in demo) == NAMES
     assert len({row["id"] for row in demo}) == len(demo)
@@ -90,7 +90,7 @@ def test_demo_shows_every_picture_once_and_many_styles(demo):
     assert any(row["seed"] for row in demo)
 
 
-def test_parquet_carries_its_pictures():
+def test_parquet_carries_its_images():
     """A struct of bytes and path, as Hugging Face datasets write it; under 300 kB."""
     path = MANIFESTS / "demo.parquet"
     table = pq.read_table(path)
@@ -102,7 +102,7 @@ def test_parquet_carries_its_pictures():
 
 
 def test_sweep_fills_its_template():
-    """Every row has what the prompt template `a {animal} as a {style}` needs, and its picture exists."""
+    """Every row has what the prompt template `a {animal} as a {style}` needs, and its image exists."""
     rows = [json.loads(line) for line in (MANIFESTS / "sweep.jsonl").read_text("utf-8").splitlines()]
     assert len({(row["animal"], row["style"]) for row in rows}) == len(rows) == 3
     for row in rows:

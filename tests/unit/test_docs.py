@@ -187,7 +187,7 @@ def test_every_fault_of_a_row_is_told():
 def runner_words() -> set[str]:
     """The words that the runner itself gives a failure."""
     text = "".join(path.read_text("utf-8") for path in (REPOSITORY / "batch/run").glob("*.py"))
-    return set(re.findall(r'(?:\bFailed|PictureError)\(\s*"(\w+)"', text)) | {"malformed_output"}
+    return set(re.findall(r'(?:\bFailed|ImageError)\(\s*"(\w+)"', text)) | {"malformed_output"}
 
 
 def test_the_changelog_begins_with_what_is_unreleased_and_has_this_version():

@@ -37,8 +37,8 @@ def generate(engine, job, cancelled=lambda: False):
 
 
 @pytest.mark.parametrize("output_format", ["jpeg", "png"])
-def test_card_is_a_picture_of_the_format_asked_for(output_format):
-    """A small picture that decodes, of true size and type, which says that no model ran."""
+def test_card_is_a_image_of_the_format_asked_for(output_format):
+    """A small image that decodes, of true size and type, which says that no model ran."""
     card = draw_card(asked(output_format=output_format), 1)
     image = Image.open(io.BytesIO(card.data))
     image.load()
@@ -99,7 +99,7 @@ def test_answer_comes_after_the_service_time():
 def test_several_cards_are_those_of_following_seeds():
     """Card i has seed + i; the first equals the n=1 card."""
     result, _, _ = generate(EchoEngine(), EngineJob("r", asked(num_images=3)))
-    assert [card.data for card in result.pictures] == [draw_card(asked(), 1 + i).data for i in range(3)]
+    assert [card.data for card in result.images] == [draw_card(asked(), 1 + i).data for i in range(3)]
     assert result.has_nsfw_concepts == ()
     assert result.seed == 1
     assert "inference" in result.timings

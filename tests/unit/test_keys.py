@@ -73,6 +73,6 @@ def test_seeds_fill_their_range() -> None:
     assert 400 < sum(seed >= 2**30 for seed in seeds) < 600
 
 
-def test_a_picture_goes_by_its_sha256() -> None:
+def test_a_image_goes_by_its_sha256() -> None:
     """The content hash is the one that any other tool computes."""
-    assert content_hash(b"picture") == hashlib.sha256(b"picture").hexdigest()
+    assert content_hash(b"image") == hashlib.sha256(b"image").hexdigest()

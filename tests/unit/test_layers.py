@@ -209,7 +209,7 @@ def test_importing_the_package_loads_no_library():
 
 
 def test_importing_the_command_loads_no_heavy_library():
-    """`restyle --help` does not wait for table, picture or HTTP libraries."""
+    """`restyle --help` does not wait for table, image or HTTP libraries."""
     heavy = {"aiohttp", "cv2", "numpy", "PIL", "polars", "pyarrow", "pydantic"}
     assert loaded_by("import batch.cli.main") & heavy == set()
 

@@ -59,29 +59,29 @@ def test_an_ended_request_says_how(status, state):
     assert card(status=status, payload={"detail": "why"})["state"] == state
 
 
-def test_a_result_shows_its_own_pictures_and_the_seed_that_was_used():
-    """Seeds are text: JavaScript's numbers end at 2^53. A picture elsewhere is none that the page may load."""
+def test_a_result_shows_its_own_images_and_the_seed_that_was_used():
+    """Seeds are text: JavaScript's numbers end at 2^53. An image elsewhere is none that the page may load."""
     images = [{"url": "/files/cd/cde.png", "width": 4, "height": 3}, {"url": "https://elsewhere.example/x.png"}]
     shown = card(status=200, payload={"images": images, "seed": 2**63 - 1})
-    assert shown["pictures"] == [{"picture": "/files/cd/cde.png", "width": 4, "height": 3}]
+    assert shown["images"] == [{"image": "/files/cd/cde.png", "width": 4, "height": 3}]
     assert shown["seed"] == str(2**63 - 1)
 
 
-def test_pictures_that_belong_to_the_answer_alone_are_not_listed():
+def test_images_that_belong_to_the_answer_alone_are_not_listed():
     """`sync_mode`: not kept in any history."""
-    assert card(status=200, payload={"images": [{"url": "/files/cd/cde.png"}]}, inline=True)["pictures"] == []
+    assert card(status=200, payload={"images": [{"url": "/files/cd/cde.png"}]}, inline=True)["images"] == []
 
 
 @pytest.mark.parametrize(
     ("url", "source"),
     [
-        ("/files/ab/abc.png", {"picture": "/files/ab/abc.png", "name": "abc.png"}),
-        ("https://old-host:1/files/ab/abc.png", {"picture": "/files/ab/abc.png", "name": "abc.png"}),
-        ("https://pictures.example/cat.png?token=secret", {"picture": None, "name": "pictures.example"}),
-        ("data:image/png;base64,###", {"picture": None, "name": "broken data URI"}),
-        ("http://[", {"picture": None, "name": "http://["}),
-        (7, {"picture": None, "name": "no picture"}),
-        (None, {"picture": None, "name": "no picture"}),
+        ("/files/ab/abc.png", {"image": "/files/ab/abc.png", "name": "abc.png"}),
+        ("https://old-host:1/files/ab/abc.png", {"image": "/files/ab/abc.png", "name": "abc.png"}),
+        ("https://images.example/cat.png?token=secret", {"image": None, "name": "images.example"}),
+        ("data:image/png;base64,###", {"image": None, "name": "broken data URI"}),
+        ("http://[", {"image": None, "name": "http://["}),
+        (7, {"image": None, "name": "no image"}),
+        (None, {"image": None, "name": "no image"}),
     ],
 )
 def test_a_source_elsewhere_is_named_by_its_host(url, source):

@@ -33,7 +33,7 @@ class Table:
 
 
 class Shelf:
-    """Resolves URLs to themselves and `local:HEX` to a local picture of two megapixels."""
+    """Resolves URLs to themselves and `local:HEX` to a local image of two megapixels."""
 
     def resolve(self, references):
         return [self._one(reference) for reference in references]
@@ -359,7 +359,7 @@ def test_a_row_without_its_id_is_a_problem() -> None:
 # --- identity ---
 
 
-def test_a_local_picture_stands_in_the_input_as_its_hash() -> None:
+def test_a_local_image_stands_in_the_input_as_its_hash() -> None:
     """A renamed file is the same job; the job knows what to upload and its size."""
     (item,) = items({"image_url": ["local:ab"], "prompt": ["p"]})
     assert item.job.input["image_url"] == "sha256:ab"
@@ -378,7 +378,7 @@ def test_given_and_swept_seeds_are_kept_and_empty_ones_derived() -> None:
 
 
 def test_the_run_seed_changes_derived_seeds_only() -> None:
-    """Another run seed gives other pictures, but never touches a seed that was given."""
+    """Another run seed gives other images, but never touches a seed that was given."""
     columns = {"image_url": ["u://1"] * 2, "prompt": ["p", "q"], "seed": [5, None]}
     before, after = inputs(columns), inputs(columns, {"run_seed": 1})
     assert before[0] == after[0]
@@ -386,7 +386,7 @@ def test_the_run_seed_changes_derived_seeds_only() -> None:
 
 
 def test_with_an_id_the_seed_outlives_a_new_prompt_and_without_it_does_not() -> None:
-    """A row is its id where one is mapped, else its picture and prompt."""
+    """A row is its id where one is mapped, else its image and prompt."""
     old = {"image_url": ["u://1"], "prompt": ["p"], "sku": [7]}
     new = {"image_url": ["u://1"], "prompt": ["other"], "sku": ["7"]}
     with_id = {"manifest": {"id": "sku"}}
@@ -449,7 +449,7 @@ def test_a_growing_axis_keeps_every_job_that_was_there(rows, scales) -> None:
 # --- estimate ---
 
 
-def test_a_survey_counts_distinct_jobs_pictures_dollars_and_hours() -> None:
+def test_a_survey_counts_distinct_jobs_images_dollars_and_hours() -> None:
     """Two equal rows are paid once; unknown sizes are taken as 2.1 megapixels; each of `num_images` counts."""
     columns = {
         "image_url": ["local:a", "local:a", "https://a/1", "local:b", None],
@@ -464,9 +464,7 @@ def test_a_survey_counts_distinct_jobs_pictures_dollars_and_hours() -> None:
     assert found.dollars_at_most == pytest.approx((2 * 2 + 3 * 3 + 1 * 2) * 0.5)
     assert found.hours == pytest.approx(1.5)
     text = found.render()
-    assert (
-        "$6.15 at $0.5 a megapixel, at most $7.50 if every picture is rounded up; 3 unknown sizes taken as 2.1" in text
-    )
+    assert "$6.15 at $0.5 a megapixel, at most $7.50 if every image is rounded up; 3 unknown sizes taken as 2.1" in text
     assert len({line.index(line[12:].lstrip()[0], 12) for line in text.splitlines()}) == 1
     assert found.to_json()["problems"][0]["type"] == "missing"
 
@@ -533,4 +531,4 @@ def test_one_is_not_many() -> None:
     """A plan of one row reads like a sentence."""
     assert [counted(number, "row") for number in (0, 1, 2, 1000)] == ["0 rows", "1 row", "2 rows", "1,000 rows"]
     text = estimate(planner({**ONE, "image_url": ["https://a/1"]}), None, None, 1, 1).render()
-    assert "0 known, 1 picture of unknown size" in text
+    assert "0 known, 1 image of unknown size" in text

@@ -13,7 +13,7 @@ from batch.server.engines.preview.wording import Scene, Style, scene_of, style_o
 
 
 @pytest.fixture(scope="module")
-def picture():
+def image():
     """A colourful 160x224 scene with shapes, BGR."""
     y, x = np.mgrid[0:160, 0:224].astype(np.float32)
     scene = np.stack([x, 255 - y, (x + y) / 2], -1)
@@ -63,21 +63,21 @@ def test_words_inside_other_words_choose_nothing(prompt):
 
 
 @pytest.mark.parametrize("style", Style)
-def test_each_style_repeats_itself_and_varies_with_the_seed(style, picture):
+def test_each_style_repeats_itself_and_varies_with_the_seed(style, image):
     """Same seed and input, same pixels; another seed, other pixels; and never just the source."""
     prompt = PROMPTS[style]
-    first = restyled(picture, prompt, 7, 0.95, 3.5)
+    first = restyled(image, prompt, 7, 0.95, 3.5)
     assert first.dtype == np.uint8
-    assert first.shape == picture.shape
-    assert np.array_equal(first, restyled(picture, prompt, 7, 0.95, 3.5))
-    assert not np.array_equal(first, restyled(picture, prompt, 8, 0.95, 3.5))
-    assert distance(first, picture) > 3
+    assert first.shape == image.shape
+    assert np.array_equal(first, restyled(image, prompt, 7, 0.95, 3.5))
+    assert not np.array_equal(first, restyled(image, prompt, 8, 0.95, 3.5))
+    assert distance(first, image) > 3
 
 
 @pytest.mark.parametrize("style", Style)
 @pytest.mark.parametrize("shape", [(16, 16), (256, 48), (33, 1000)])
-def test_each_style_takes_any_shape_and_flat_pictures(style, shape):
-    """Tiny, narrow and featureless pictures come out in their own size."""
+def test_each_style_takes_any_shape_and_flat_images(style, shape):
+    """Tiny, narrow and featureless images come out in their own size."""
     flat = np.full((*shape, 3), 128, np.uint8)
     assert restyled(flat, PROMPTS[style], 0, 1.0, 20.0).shape == flat.shape
 
@@ -106,12 +106,12 @@ def lying(values, shift):
 
 
 @pytest.mark.parametrize("style", Style)
-def test_the_same_numbers_come_out_wherever_the_arrays_lie(style, picture, as_in_a_worker, monkeypatch):
+def test_the_same_numbers_come_out_wherever_the_arrays_lie(style, image, as_in_a_worker, monkeypatch):
     """Every call of OpenCV gives the same bits for its arrays at any address, not only the same final pixels."""
     calls = ("GaussianBlur", "LUT", "Sobel", "bilateralFilter", "blur", "copyMakeBorder", "cvtColor", "divide")
     calls += ("distanceTransformWithLabels", "filter2D", "kmeans", "magnitude", "morphologyEx", "remap", "resize")
     originals = {name: getattr(cv2, name) for name in calls}
-    given = np.tile(picture, (2, 2, 1))
+    given = np.tile(image, (2, 2, 1))
     trails = []
     for shift in SHIFTS:
         trail: list[bytes] = []
@@ -140,36 +140,36 @@ def test_every_style_has_a_filter():
 
 
 @pytest.mark.parametrize("style", Style)
-def test_strength_leads_away_from_the_source(style, picture):
+def test_strength_leads_away_from_the_source(style, image):
     """Small strength stays close to the input; more strength, more change."""
-    away = [distance(restyled(picture, PROMPTS[style], 3, s, 3.5), picture) for s in (0.01, 0.3, 0.6, 0.95)]
+    away = [distance(restyled(image, PROMPTS[style], 3, s, 3.5), image) for s in (0.01, 0.3, 0.6, 0.95)]
     assert away[0] < 2
     assert away == sorted(away)
 
 
-def test_guidance_has_a_mild_effect(picture):
+def test_guidance_has_a_mild_effect(image):
     """It changes the pixels, but far less than the style does."""
-    low, high = (restyled(picture, "oil painting at night", 3, 0.95, g) for g in (1.0, 20.0))
-    assert 0.5 < distance(low, high) < distance(low, picture)
+    low, high = (restyled(image, "oil painting at night", 3, 0.95, g) for g in (1.0, 20.0))
+    assert 0.5 < distance(low, high) < distance(low, image)
 
 
-def test_any_change_of_the_prompt_shows(picture):
-    """Two prompts of the same style and scene are not the same picture."""
-    one, other = (restyled(picture, f"an oil painting of a {what}", 3, 0.95, 3.5) for what in ("cat", "dog"))
+def test_any_change_of_the_prompt_shows(image):
+    """Two prompts of the same style and scene are not the same image."""
+    one, other = (restyled(image, f"an oil painting of a {what}", 3, 0.95, 3.5) for what in ("cat", "dog"))
     assert distance(one, other) > 0.5
 
 
-def test_night_is_darker_and_winter_is_paler(picture):
+def test_night_is_darker_and_winter_is_paler(image):
     """The grade does what the word says."""
-    day = graded(picture, None, Tint(0, 0), 1.0)
-    assert graded(picture, Scene.NIGHT, Tint(0, 0), 1.0).mean() < day.mean() - 20
-    spread = np.ptp(graded(picture, Scene.WINTER, Tint(0, 0), 1.0).astype(int), axis=-1).mean()
+    day = graded(image, None, Tint(0, 0), 1.0)
+    assert graded(image, Scene.NIGHT, Tint(0, 0), 1.0).mean() < day.mean() - 20
+    spread = np.ptp(graded(image, Scene.WINTER, Tint(0, 0), 1.0).astype(int), axis=-1).mean()
     assert spread < 0.75 * np.ptp(day.astype(int), axis=-1).mean()
 
 
-def test_no_amount_of_grading_is_no_grading(picture):
-    """Amount 0 gives the picture back, up to rounding."""
-    assert distance(graded(picture, Scene.FIRE, Tint(9, 9), 0.0), picture) < 1.5
+def test_no_amount_of_grading_is_no_grading(image):
+    """Amount 0 gives the image back, up to rounding."""
+    assert distance(graded(image, Scene.FIRE, Tint(9, 9), 0.0), image) < 1.5
 
 
 @pytest.mark.parametrize("seed", [0, 2**63 - 1, 2**63 + 3])

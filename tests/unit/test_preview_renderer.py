@@ -1,4 +1,4 @@
-"""One preview from source bytes to encoded pictures, in this process."""
+"""One preview from source bytes to encoded images, in this process."""
 
 import io
 
@@ -30,13 +30,13 @@ def render(job, steps=None, cancelled=lambda: False):
 
 
 @pytest.mark.parametrize("output_format", ["jpeg", "png"])
-def test_picture_is_what_was_asked_for_and_says_that_no_model_ran(source, output_format):
+def test_image_is_what_was_asked_for_and_says_that_no_model_ran(source, output_format):
     """Format, type and size are true, and the file itself says that it is a preview."""
-    (picture,) = render(job(source, output_format=output_format)).pictures
-    image = Image.open(io.BytesIO(picture.data))
+    (loaded,) = render(job(source, output_format=output_format)).images
+    image = Image.open(io.BytesIO(loaded.data))
     image.load()
-    assert picture.content_type == f"image/{output_format}"
-    assert (image.format, image.size) == (output_format.upper(), (picture.width, picture.height))
+    assert loaded.content_type == f"image/{output_format}"
+    assert (image.format, image.size) == (output_format.upper(), (loaded.width, loaded.height))
     assert image.size == (304, 288)
     note = image.info["comment"].decode() if output_format == "jpeg" else image.text["Comment"]
     assert note.startswith(NOTE)
@@ -45,16 +45,16 @@ def test_picture_is_what_was_asked_for_and_says_that_no_model_ran(source, output
 
 def test_same_job_gives_the_same_bytes_and_another_seed_gives_others(source):
     """Same input and seed, same bytes."""
-    first = render(job(source)).pictures[0].data
-    assert first == render(job(source)).pictures[0].data
-    assert first != render(job(source, seed=6)).pictures[0].data
+    first = render(job(source)).images[0].data
+    assert first == render(job(source)).images[0].data
+    assert first != render(job(source, seed=6)).images[0].data
 
 
 def test_several_images_are_single_images_of_following_seeds(source):
     """num_images n is n single images with seed + i; the first equals the n=1 result."""
     result = render(job(source, num_images=3))
-    alone = [render(job(source, seed=5 + i)).pictures[0].data for i in range(3)]
-    assert [picture.data for picture in result.pictures] == alone
+    alone = [render(job(source, seed=5 + i)).images[0].data for i in range(3)]
+    assert [image.data for image in result.images] == alone
     assert result.seed == 5
 
 
@@ -72,7 +72,7 @@ def test_timings_and_prompt_are_reported(source):
 
 
 def test_steps_are_counted_to_the_end(source):
-    """One for reading, two for each picture."""
+    """One for reading, two for each image."""
     steps = [(0, 0)]
     render(job(source, num_images=2), steps)
     assert steps[1:] == [(i, 5) for i in range(1, 6)]
@@ -87,7 +87,7 @@ def test_cancelled_job_stops_after_its_present_step(source):
 
 
 @pytest.mark.parametrize("data", [None, b"", b"<html>"])
-def test_source_that_is_no_picture_is_a_model_error(data):
+def test_source_that_is_no_image_is_a_model_error(data):
     """The failure is fal's image_load_error at image_url, 422."""
     with pytest.raises(EngineFailure) as caught:
         render(job(data))
@@ -98,7 +98,7 @@ def test_source_that_is_no_picture_is_a_model_error(data):
 def test_largest_seed_works_with_several_images(source):
     """Seed + i may pass 2^63."""
     result = render(job(source, seed=2**63 - 1, num_images=2))
-    assert len({picture.data for picture in result.pictures}) == 2
+    assert len({image.data for image in result.images}) == 2
 
 
 def test_job_without_a_seed_cannot_be_made():

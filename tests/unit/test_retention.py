@@ -23,7 +23,7 @@ def test_a_result_is_certain_to_be_kept_for_an_hour_a_large_one_for_six_minutes(
     assert (RESULT_SECONDS, LARGE_RESULT_SECONDS, LARGE_RESULT_BYTES, FILE_SECONDS) == (3600, 360, 10_000, 7 * DAY)
 
 
-def test_a_resumed_request_is_late_after_the_floor_and_its_pictures_after_a_week():
+def test_a_resumed_request_is_late_after_the_floor_and_its_images_after_a_week():
     """One warning for each kind, with the age of the first: that is the oldest."""
     clock = Expiry()
     assert clock.resumed(0.0, HOUR, answered=False) is None
@@ -33,9 +33,9 @@ def test_a_resumed_request_is_late_after_the_floor_and_its_pictures_after_a_week
     assert "60 min only" in told
     assert clock.resumed(0.0, 4 * HOUR, answered=False) is None
     assert clock.resumed(0.0, 6 * DAY, answered=True) is None
-    pictures = clock.resumed(0.0, 8 * DAY, answered=True)
-    assert pictures is not None
-    assert "8 days old" in pictures
+    images = clock.resumed(0.0, 8 * DAY, answered=True)
+    assert images is not None
+    assert "8 days old" in images
 
 
 def test_an_outage_is_told_at_half_of_the_floor_and_anew_after_it_ended():

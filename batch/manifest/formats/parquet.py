@@ -41,12 +41,12 @@ class Parquet:
         kinds = columns.kinds | {name: folder.kind for name, folder in self._folders.items()}
         self._schema: Any = pa.schema(list(kinds.items()))
         self.schema = frame_of(pa.Table.from_batches([], self._schema)).schema
-        self._has_pictures = any(holds_bytes(kind) for kind in self.schema.dtypes())
+        self._has_images = any(holds_bytes(kind) for kind in self.schema.dtypes())
         self.notes = (*_of_folders(self._folders), *columns.notes())
 
     def chunks(self, size: int) -> Iterator[Chunk]:
-        """All rows in order, at most `size` at a time; fewer where they carry pictures."""
-        size = min(size, IMAGE_ROWS) if self._has_pictures else size
+        """All rows in order, at most `size` at a time; fewer where they carry images."""
+        size = min(size, IMAGE_ROWS) if self._has_images else size
         for table in _regrouped(self._tables(size), size):
             yield Chunk(frame_of(table), None)
 

@@ -2,7 +2,7 @@
 
 Owns what may be asked and how much may come back: schemes, ports, addresses, redirects, bytes and seconds. A name is
 resolved once for each connection; the addresses are judged then, and the connection is made to the judged ones. Knows
-nothing of pictures and callbacks. Its messages are safe to show to whoever named the URL: they never tell a name that
+nothing of images and callbacks. Its messages are safe to show to whoever named the URL: they never tell a name that
 does not resolve from one that resolves into our own network, and carry no address that the caller did not write.
 """
 

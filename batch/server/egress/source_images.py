@@ -1,7 +1,7 @@
-"""Where a request's source picture comes from: a data URI, our own files, or somebody's web server.
+"""Where a request's source image comes from: a data URI, our own files, or somebody's web server.
 
 Owns the bounds of the download; which addresses may be asked is the guard's to say. Every fault is an `EngineFailure`
-that names the picture's URL: it is the request's own fault and never the server's. Whether the bytes are a picture is
+that names the image's URL: it is the request's own fault and never the server's. Whether the bytes are an image is
 the engine's business.
 """
 
@@ -54,7 +54,7 @@ def parse_data_uri(uri: str) -> DataUri:
 
 
 class SourceFetcher:
-    """Fetches source pictures.
+    """Fetches source images.
 
     Args:
         storage: our own files, read from disk under whatever host and port their URLs were given out.
@@ -103,11 +103,11 @@ def _too_large() -> EngineFailure:
     return EngineFailure(
         422,
         "file_too_large",
-        f"The source picture is larger than {limit}; send a smaller one",
+        f"The source image is larger than {limit}; send a smaller one",
         ctx={"max_size": SOURCE_LIMIT_BYTES},
     )
 
 
 def _unreachable(url: str, reason: str, *, retryable: bool = False) -> EngineFailure:
-    message = f"The source picture {url[:200]} could not be fetched: {reason}; check that the URL is public"
+    message = f"The source image {url[:200]} could not be fetched: {reason}; check that the URL is public"
     return EngineFailure(422, "file_download_error", message, retryable=retryable)

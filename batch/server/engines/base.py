@@ -1,6 +1,6 @@
 """The one small interface that all engines share. Pure: knows no library, no process, no HTTP.
 
-An engine gets one job at a time per slot and gives pictures, or raises one of three errors:
+An engine gets one job at a time per slot and gives images, or raises one of three errors:
 
     EngineError
     ├── EngineFailure     the job cannot work; a model error as the wire shows it
@@ -47,7 +47,7 @@ class EngineJob:
     input: ImageToImageInput
     """Its seed is always set: whoever accepted the request drew one where none was given."""
     source: bytes | None = field(default=None, repr=False)
-    """The source picture as fetched; None for engines that do not look at it."""
+    """The source image as fetched; None for engines that do not look at it."""
 
     def __post_init__(self) -> None:
         if self.input.seed is None:
@@ -62,7 +62,7 @@ class EngineJob:
 
 @dataclass(frozen=True, slots=True)
 class EngineImage:
-    """One encoded result picture."""
+    """One encoded result image."""
 
     data: bytes = field(repr=False)
     content_type: str
@@ -74,11 +74,11 @@ class EngineImage:
 class EngineResult:
     """What a job gave."""
 
-    pictures: tuple[EngineImage, ...]
+    images: tuple[EngineImage, ...]
     seed: int
-    """Of the first picture; picture i was made with seed + i."""
+    """Of the first image; image i was made with seed + i."""
     has_nsfw_concepts: tuple[bool, ...]
-    """One a picture where a checker looked at them; empty where none did. Never a guess."""
+    """One per image where a checker looked at them; empty where none did. Never a guess."""
     timings: dict[str, float]
     """Seconds; `inference` at least."""
     prompt: str
@@ -93,13 +93,13 @@ class EngineInfo:
     model: str
     """What ran, in words; an engine without a model says so."""
     revision: str
-    """Changes when the same input would give another picture."""
+    """Changes when the same input would give another image."""
     safety_checker: str | None
     """None: nothing is checked."""
     slots: int
     """Jobs that it executes at once."""
     fetches_source: bool
-    """Whether it needs the source picture, which the server then fetches and hands over."""
+    """Whether it needs the source image, which the server then fetches and hands over."""
 
 
 class EngineError(Exception):

@@ -1,8 +1,8 @@
 """The rehearsal engine: fetches nothing, waits as long as it is told, answers with a small card.
 
 It is there to rehearse a batch of any size (rates, budgets, restarts) against a service of known speed, so it
-must cost next to nothing itself: a fixed card, a bitmap font, a small grey picture. The card shows seed and
-prompt; its metadata carries a digest of every input but the picture, so that two jobs never give equal bytes.
+must cost next to nothing itself: a fixed card, a bitmap font, a small grey image. The card shows seed and
+prompt; its metadata carries a digest of every input but the image, so that two jobs never give equal bytes.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ _BLANK = _blank()
 
 
 def draw_card(asked: ImageToImageInput, seed: int) -> EngineImage:
-    """The card of one picture: seed and the beginning of the prompt, `?` for letters beyond Latin-1."""
+    """The card of one image: seed and the beginning of the prompt, `?` for letters beyond Latin-1."""
     card = _BLANK.copy()
     words = " ".join(asked.prompt[: 2 * _LINES * _LETTERS].split()).encode("latin-1", "replace")[: _LINES * _LETTERS]
     lines = [words[start : start + _LETTERS] for start in range(0, len(words), _LETTERS)]
@@ -82,18 +82,18 @@ def draw_card(asked: ImageToImageInput, seed: int) -> EngineImage:
 
 
 def _encoded(card: _Grey, output_format: str, note: str) -> bytes:
-    picture, buffer = Image.fromarray(card), io.BytesIO()
+    image, buffer = Image.fromarray(card), io.BytesIO()
     if output_format == "png":
         text = PngImagePlugin.PngInfo()
         text.add_text("Comment", note)
-        picture.save(buffer, "PNG", compress_level=1, pnginfo=text)
+        image.save(buffer, "PNG", compress_level=1, pnginfo=text)
     else:
-        picture.save(buffer, "JPEG", quality=75, comment=note.encode())
+        image.save(buffer, "JPEG", quality=75, comment=note.encode())
     return buffer.getvalue()
 
 
 def _digest(asked: ImageToImageInput, seed: int) -> str:
-    """Of what makes this picture. The source's URL is left out: an upload gets a new one at every server."""
+    """Of what makes this image. The source's URL is left out: an upload gets a new one at every server."""
     parts = (
         asked.prompt,
         asked.strength,
@@ -147,11 +147,11 @@ class EchoEngine:
         elif cancelled():
             raise EngineCancelled
         seeds = range(job.seed, job.seed + job.input.num_images)
-        pictures = tuple(draw_card(job.input, seed) for seed in seeds)
+        images = tuple(draw_card(job.input, seed) for seed in seeds)
         on_step(1, 1)
         # Nothing looked at the content, so there is nothing to say about it.
         timings = {"inference": anyio.current_time() - began}
-        return EngineResult(pictures, job.seed, (), timings, job.input.prompt)
+        return EngineResult(images, job.seed, (), timings, job.input.prompt)
 
     async def _work(self, until: float, cancelled: Cancelled) -> None:
         while (left := until - anyio.current_time()) > 0:

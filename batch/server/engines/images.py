@@ -1,6 +1,6 @@
-"""Picture bytes in and out: what a user sent becomes RGB at output size, a result becomes JPEG or PNG. Pure.
+"""Image bytes in and out: what a user sent becomes RGB at output size, a result becomes JPEG or PNG. Pure.
 
-Owns the rules of size, rotation, colour and refusal that every engine with a picture shares. Refuses to know
+Owns the rules of size, rotation, colour and refusal that every engine with an image shares. Refuses to know
 where bytes come from. Errors are the endpoint's own (`image_load_error`, `image_too_small`, `image_too_large`).
 Colour profiles are not applied: numbers are read as sRGB.
 """
@@ -23,7 +23,7 @@ __all__ = ["MAX_AREA_PX", "MAX_SOURCE_PX", "MIN_SOURCE_SIDE_PX", "Size", "encode
 MAX_AREA_PX = 1440 * 1440
 """Of a result, about 2 megapixels; before its sides are rounded."""
 MAX_SOURCE_PX = 100_000_000
-"""Of a source picture; above it the picture is refused before it is decoded."""
+"""Of a source image; above it the image is refused before it is decoded."""
 MIN_SOURCE_SIDE_PX = 16
 """A source with a shorter side shows nothing that could be restyled: most often it is a tracking pixel."""
 
@@ -62,7 +62,7 @@ def output_size(width: int, height: int) -> Size:
 
 
 def read_source(data: bytes, max_pixels: int = MAX_SOURCE_PX) -> Image.Image:
-    """The picture in `data` as RGB at output size.
+    """The image in `data` as RGB at output size.
 
     Rotated as its EXIF says, first frame of an animation, alpha over white. `max_pixels` above Pillow's own
     limit (about 179 million) have no effect.
@@ -117,7 +117,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         raise _too_large(f"{width}x{height} px are {width * height / 1e6:.0f} megapixels", max_pixels)
     if min(width, height) < MIN_SOURCE_SIDE_PX:
         least = MIN_SOURCE_SIDE_PX
-        message = f"the source picture is {width}x{height} px; each side must have {least} at least"
+        message = f"the source image is {width}x{height} px; each side must have {least} at least"
         raise EngineFailure(422, "image_too_small", message, ctx={"min_width": least, "min_height": least})
     return image
 
@@ -150,7 +150,7 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 (upright) where there is none or it cannot be read: a picture is worth more."""
+    """EXIF orientation, 1 (upright) where there is none or it cannot be read: an image is worth more."""
     try:
         return int(image.getexif().get(0x0112, 1))
     except Exception:  # foreign bytes
@@ -170,12 +170,12 @@ def encode(image: Image.Image, output_format: Literal["jpeg", "png"], note: str)
 
 
 def _unreadable(what: str) -> EngineFailure:
-    return EngineFailure(422, "image_load_error", f"the source picture {what}")
+    return EngineFailure(422, "image_load_error", f"the source image {what}")
 
 
 def _too_large(what: str, max_pixels: int) -> EngineFailure:
     side = math.isqrt(max_pixels)
-    message = f"the source picture is too large: {what}; at most {max_pixels / 1e6:g} megapixels are read"
+    message = f"the source image is too large: {what}; at most {max_pixels / 1e6:g} megapixels are read"
     return EngineFailure(422, "image_too_large", message, ctx={"max_width": side, "max_height": side})
 
 

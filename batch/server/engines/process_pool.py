@@ -1,7 +1,7 @@
 """Supervised worker processes for engines with blocking work.
 
 Owns processes: starts them when jobs need them, hands each one job at a time, brings back its steps, passes a
-stop on, replaces those that die. What runs inside is `batch.server.engines.process`; which picture comes out is
+stop on, replaces those that die. What runs inside is `batch.server.engines.process`; which image comes out is
 the renderer's affair. There is no supervising task: whoever needs a worker takes an idle one or starts one.
 """
 

@@ -49,7 +49,7 @@ class FaultPoint(StrEnum):
     CANCEL = "cancel"
     UPLOAD = "upload"
     FILE = "file"
-    """A result picture, or an uploaded one, is fetched."""
+    """A result image, or an uploaded one, is fetched."""
     LISTING = "listing"
     """The platform's list of requests."""
     EXECUTE = "execute"

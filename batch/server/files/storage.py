@@ -1,4 +1,4 @@
-"""The server's files: pictures that came in and pictures that were made, on disk, by content.
+"""The server's files: images that came in and images that were made, on disk, by content.
 
 Owns `data_dir/files` and the names in it. A file appears by rename, complete and durable or not at all; small
 results lie together in `small.db`. A file's name is a keyed hash of its SHA-256: equal bytes are kept once, and

@@ -42,7 +42,7 @@ __all__ = ["BODY_LIMIT_BYTES", "Handler", "application", "response"]
 _log = logging.getLogger(__name__)
 
 BODY_LIMIT_BYTES = 72 * 2**20
-"""Of a submit: a source picture of 50 MiB as a data URI, and the rest."""
+"""Of a submit: a source image of 50 MiB as a data URI, and the rest."""
 BODY_SECONDS = 300.0
 """How long a submit's body may take to arrive."""
 KEEP_ALIVE_SECONDS = 5.0
@@ -273,7 +273,7 @@ class _QueueApi:
             admission = await self._service.submit(app, await _body(request), wishes, owner_of(request))
         except web.HTTPRequestEntityTooLarge:
             limit = BODY_LIMIT_BYTES // 2**20
-            return self._refuse(413, f"The body is larger than {limit} MiB; upload the picture and send its URL")
+            return self._refuse(413, f"The body is larger than {limit} MiB; upload the image and send its URL")
         except Malformed as error:
             errors = [answers.model_error("json_invalid", str(error), ("body",), {}, None)]
             return response(protocol.model_error_reply(422, errors, self._service.new_id()))

@@ -48,7 +48,7 @@ class CorsPolicy:
 
     Args:
         keyed: whether callers need a key. Without keys only pages of this machine may: else any page that its user
-            looks at could submit pictures and read the answers.
+            looks at could submit images and read the answers.
     """
 
     def __init__(self, *, keyed: bool) -> None:

@@ -2,8 +2,8 @@
 
 Owns the routes. Every error has the platform's own shape, `{"error": {type, message, request_id}}`. What is listed:
 
-- `json_input` is the body as it was submitted. A picture that came inside it is put back in as a data URI, up to
-  `PICTURES_BYTES` a page; beyond that its URL stands in its place. Bodies above 1 MiB are left out.
+- `json_input` is the body as it was submitted. An image that came inside it is put back in as a data URI, up to
+  `IMAGES_BYTES` a page; beyond that its URL stands in its place. Bodies above 1 MiB are left out.
 - `json_output` is the result with URLs, an error's body too; left out for `sync_mode`, whose results are not kept.
 - Requests that have not ended are not listed, nor does the listing lag, unless a faults file says so.
 """
@@ -33,13 +33,13 @@ from batch.server.queue.request_log import LoggedCharge, LoggedRequest, RequestL
 from batch.server.queue.service import QueueService
 from batch.types import AppId, JsonObject
 
-__all__ = ["PICTURES_BYTES", "routes"]
+__all__ = ["IMAGES_BYTES", "routes"]
 
-PICTURES_BYTES = 32 * 2**20
-"""Of the pictures that a page shows as data URIs."""
+IMAGES_BYTES = 32 * 2**20
+"""Of the images that a page shows as data URIs."""
 _UNITS_OF_NOBODY = 1.0
 """Megapixels of a call where none was made yet."""
-_PICTURE = b'"image_url":"/files/'
+_IMAGE = b'"image_url":"/files/'
 
 _Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -110,9 +110,9 @@ class _Platform:
         if self._app_id in query.apps:
             found, more = await self._history.page(query, _owner(request))
         base = f"{request.scheme}://{request.host}"
-        pictures = await self._pictures(found)
-        make = partial(_listed, base, found, pictures)
-        # Decoding a page of inputs, pictures among them, would hold up everybody.
+        images = await self._images(found)
+        make = partial(_listed, base, found, images)
+        # Decoding a page of inputs, images among them, would hold up everybody.
         items = await asyncio.to_thread(make) if query.payloads else make()
         cursor = queries.cursor_of(query.page + 1) if more else None
         answer = partial(
@@ -168,22 +168,22 @@ class _Platform:
     def _refuse(self, status: int, kind: PlatformError, message: str) -> Reply:
         return platform.platform_error_reply(status, kind, message, self._service.new_id())
 
-    async def _pictures(self, found: Sequence[LoggedRequest]) -> dict[str, bytes]:
-        """The pictures that came inside inputs, by stored path, as many as a page may show."""
-        pictures: dict[str, bytes] = {}
-        left = PICTURES_BYTES
+    async def _images(self, found: Sequence[LoggedRequest]) -> dict[str, bytes]:
+        """The images that came inside inputs, by stored path, as many as a page may show."""
+        images: dict[str, bytes] = {}
+        left = IMAGES_BYTES
         for past in found:
-            if past.body is None or _PICTURE not in past.body:
+            if past.body is None or _IMAGE not in past.body:
                 continue
             path = orjson.loads(past.body).get("image_url")
-            data = await self._service.storage.read(path) if isinstance(path, str) and path not in pictures else None
+            data = await self._service.storage.read(path) if isinstance(path, str) and path not in images else None
             if data is not None and len(data) <= left:
-                pictures[path] = data
+                images[path] = data
                 left -= len(data)
-        return pictures
+        return images
 
 
-def _listed(base: str, found: Sequence[LoggedRequest], pictures: dict[str, bytes]) -> list[Listed]:
+def _listed(base: str, found: Sequence[LoggedRequest], images: dict[str, bytes]) -> list[Listed]:
     return [
         Listed(
             past.request_id,
@@ -192,19 +192,19 @@ def _listed(base: str, found: Sequence[LoggedRequest], pictures: dict[str, bytes
             past.started_at,
             past.ended_at,
             past.status,
-            None if past.body is None else _input(base, past.body, pictures),
+            None if past.body is None else _input(base, past.body, images),
             None if past.payload is None else orjson.loads(answers.with_urls(base, past.payload)),
         )
         for past in found
     ]
 
 
-def _input(base: str, body: bytes, pictures: dict[str, bytes]) -> JsonObject:
+def _input(base: str, body: bytes, images: dict[str, bytes]) -> JsonObject:
     """The input as it was submitted."""
     given: JsonObject = orjson.loads(body)
     path = given.get("image_url")
-    if _PICTURE in body and isinstance(path, str):
-        data = pictures.get(path)
+    if _IMAGE in body and isinstance(path, str):
+        data = images.get(path)
         encoded = None if data is None else base64.b64encode(data).decode()
         given["image_url"] = base + path if data is None else f"data:{content_type_of(path)};base64,{encoded}"
     return given

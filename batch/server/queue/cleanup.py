@@ -1,6 +1,6 @@
 """Forgetting: what was kept long enough goes, in small steps, while the server works.
 
-Owns when something goes and in which order: a request first, its pictures after it, never the other way round. How
+Owns when something goes and in which order: a request first, its images after it, never the other way round. How
 things are removed is the store's and the storage's business. An ending stays for the retention, or as long as its
 request wished; a file stays for the retention and an hour after it was last saved, and while it is the source of a
 request that is still here; a file with an end of its own goes then; an upload that nobody finishes goes after a day.
@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 DEFAULT_SECONDS = 30 * 86400.0
 """Precedent: fal stores inputs and outputs for 30 days."""
 FILE_MARGIN_SECONDS = 3600.0
-"""A result's pictures are saved shortly before its ending; on a disk that refuses, a good while before."""
+"""A result's images are saved shortly before its ending; on a disk that refuses, a good while before."""
 LOOK_AGAIN_SECONDS = 86400.0
 """After an old file was found to be in use."""
 ABANDONED_SECONDS = 86400.0

@@ -1,4 +1,4 @@
-"""Executes one request: validate, fetch the source, let the engine work, keep the pictures.
+"""Executes one request: validate, fetch the source, let the engine work, keep the images.
 
 Owns the way from a stored input to an outcome. Every foreseeable fault becomes a `RequestFailed`, which is what the
 request's result URL will answer; only a died worker process is left to the caller, who may try again.
@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RequestFailed:
-    """The request ended without pictures."""
+    """The request ended without images."""
 
     status: int
     payload: bytes
@@ -57,12 +57,12 @@ class Rendered:
 
     result: EngineResult
     inline: bool
-    """The caller wants its pictures in the answer itself (`sync_mode`)."""
+    """The caller wants its images in the answer itself (`sync_mode`)."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredResult:
-    """The result with its pictures on disk."""
+    """The result with its images on disk."""
 
     payload: bytes
     billable_units: float
@@ -82,7 +82,7 @@ class Executor:
         self._fetches_source = engine.info().fetches_source
 
     async def make(self, request_id: RequestId, body: bytes, on_step: OnStep, cancelled: Cancelled) -> Execution:
-        """Execute a request up to its pictures.
+        """Execute a request up to its images.
 
         Raises:
             WorkerCrashed: the engine's process died.
@@ -116,20 +116,20 @@ class Executor:
         return Rendered(result, given.sync_mode)
 
     async def keep(self, made: Rendered, life: float | None = None) -> StoredResult:
-        """Store the pictures, for `life` seconds where that is given; durable when it returns.
+        """Store the images, for `life` seconds where that is given; durable when it returns.
 
         Raises:
             StorageError: the disk refused.
         """
-        pictures = made.result.pictures
-        if len(pictures) == 1:
-            paths = [await self._storage.save(pictures[0].data, pictures[0].content_type, life)]
+        images = made.result.images
+        if len(images) == 1:
+            paths = [await self._storage.save(images[0].data, images[0].content_type, life)]
         else:
-            paths = await asyncio.gather(*(self._storage.save(one.data, one.content_type, life) for one in pictures))
+            paths = await asyncio.gather(*(self._storage.save(one.data, one.content_type, life) for one in images))
         payload = answers.output_payload(made.result, paths)
         return StoredResult(payload, answers.billable_units(made.result), made.inline)
 
 
 def _seed_of(request_id: RequestId) -> int:
-    """A seed for a request that came without one. Of its id: executed again after a crash it gives the same picture."""
+    """A seed for a request that came without one. Of its id: executed again after a crash it gives the same image."""
     return int.from_bytes(hashlib.blake2b(request_id.encode(), digest_size=4).digest()) >> 1

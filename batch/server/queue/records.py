@@ -55,7 +55,7 @@ class Webhook(NamedTuple):
     host: str
     """Of the URL: a host that does not answer must not hold up the others."""
     base: str
-    """Scheme and host of the server as the submitter saw it: the pictures' URLs are built on it."""
+    """Scheme and host of the server as the submitter saw it: the images' URLs are built on it."""
 
 
 class Delivery(NamedTuple):
@@ -81,7 +81,7 @@ class RetentionOptions(NamedTuple):
     brief: bool = False
     """Input and output of the request: `X-Fal-Store-IO: 0`."""
     file_life: float | None = None
-    """Its result's pictures: seconds from its end. None: as all others."""
+    """Its result's images: seconds from its end. None: as all others."""
 
 
 DEFAULT_RETENTION = RetentionOptions()
@@ -95,7 +95,7 @@ class Submission:
     app: AppId
     accepted_at: float
     body: bytes = field(repr=False)
-    """The input as JSON. Pictures that came inside it lie in the storage; their `/files/...` path stands here."""
+    """The input as JSON. Images that came inside it lie in the storage; their `/files/...` path stands here."""
     digest: bytes = field(default=b"", repr=False)
     """Of app and input as they were received: what an idempotency key is compared with."""
     idempotency_key: str | None = None
@@ -107,7 +107,7 @@ class Submission:
     webhook: Webhook | None = None
     keeping: RetentionOptions = DEFAULT_RETENTION
     source: str | None = None
-    """`/files/...` of its source picture, where that is a file of ours."""
+    """`/files/...` of its source image, where that is a file of ours."""
     tags: Mapping[str, str] = field(default_factory=dict)
     """`X-Fal-Tags`: labels that its billing event shows."""
 
@@ -144,7 +144,7 @@ class CompletedRequest:
     status: int
     """HTTP status of the result: 200, 422, 499, 500, 504, ..."""
     payload: bytes = field(repr=False)
-    """JSON body of the result. Pictures stand in it as `/files/...` paths: a server may move to another port."""
+    """JSON body of the result. Images stand in it as `/files/...` paths: a server may move to another port."""
     started_at: float | None = None
     inference_time: float | None = None
     billable_units: float = 0.0
@@ -153,7 +153,7 @@ class CompletedRequest:
     retryable: bool | None = None
     """Whether another try may help; None where that says itself."""
     inline: bool = False
-    """`sync_mode`: pictures are answered as data URIs."""
+    """`sync_mode`: images are answered as data URIs."""
     logs: tuple[LogLine, ...] = ()
     owner: str = ""
     kept_for: float | None = None
@@ -187,7 +187,7 @@ class RequestSummary(NamedTuple):
     error_type: str | None
     inference_time: float | None
     inline: bool
-    """Its pictures belong to the answer alone and are not for a list."""
+    """Its images belong to the answer alone and are not for a list."""
 
 
 def uuid7(now: float, chance: int) -> RequestId:

@@ -65,9 +65,9 @@ def result_reply(base: str, ending: CompletedRequest, inlined: Mapping[str, str]
     """The bare output, or the error, with the status that the model gave.
 
     Args:
-        base: scheme and host of this request; the pictures' URLs are built on it.
+        base: scheme and host of this request; the images' URLs are built on it.
         ending: how the request ended.
-        inlined: data URIs by stored path, for an ending whose pictures are answered inline.
+        inlined: data URIs by stored path, for an ending whose images are answered inline.
     """
     headers = {
         "content-type": protocol.CONTENT_JSON,
@@ -100,17 +100,17 @@ def not_found_reply(request_id: RequestId) -> Reply:
 
 
 def output_payload(result: EngineResult, paths: Sequence[str]) -> bytes:
-    """The endpoint's output as JSON; `paths` are where the pictures lie, in their order."""
+    """The endpoint's output as JSON; `paths` are where the images lie, in their order."""
     images = [
         {
             "url": path,
-            "width": picture.width,
-            "height": picture.height,
-            "content_type": picture.content_type,
+            "width": image.width,
+            "height": image.height,
+            "content_type": image.content_type,
             "file_name": path.rpartition("/")[2],
-            "file_size": len(picture.data),
+            "file_size": len(image.data),
         }
-        for picture, path in zip(result.pictures, paths, strict=True)
+        for image, path in zip(result.images, paths, strict=True)
     ]
     return orjson.dumps(
         {
@@ -124,8 +124,8 @@ def output_payload(result: EngineResult, paths: Sequence[str]) -> bytes:
 
 
 def billable_units(result: EngineResult) -> float:
-    """Megapixels (10^6) of all result pictures, exact to four decimals, never rounded up to whole ones."""
-    return round(sum(picture.width * picture.height for picture in result.pictures) / 1e6, 4)
+    """Megapixels (10^6) of all result images, exact to four decimals, never rounded up to whole ones."""
+    return round(sum(image.width * image.height for image in result.images) / 1e6, 4)
 
 
 def model_error(type: str, message: str, loc: Sequence[str | int], ctx: Mapping[str, Any], value: Any) -> JsonObject:  # noqa: A002 - the wire's own word
@@ -194,7 +194,7 @@ def _log_json(line: LogLine) -> JsonObject:
 
 
 def _short(value: Any) -> Any:
-    """What was sent, for the error's reader: a picture inside it would drown the rest."""
+    """What was sent, for the error's reader: an image inside it would drown the rest."""
     if isinstance(value, str) and len(value) > 300:
         return value[:300] + "..."
     if isinstance(value, int) and value.bit_length() > 63:

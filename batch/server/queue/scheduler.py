@@ -166,7 +166,7 @@ class Scheduler:
     Args:
         slots: requests that the engine executes at once, from 1.
         ending_limit: requests whose outcome may wait to be written before no new one is started; it bounds the
-            memory that finished pictures take on a slow disk.
+            memory that finished images take on a slow disk.
     """
 
     def __init__(self, slots: int, ending_limit: int = 256) -> None:

@@ -52,7 +52,7 @@ _log = logging.getLogger(__name__)
 _HELD_BODIES = 10_000
 """Inputs of waiting requests kept in memory; of a longer queue the rest is read when its turn comes."""
 _LARGE_BODY = 256 * 1024
-"""From here on a body is read in a thread: decoding a picture would hold up everybody."""
+"""From here on a body is read in a thread: decoding an image would hold up everybody."""
 _RETRY_SECONDS = 1.0
 """Between two tries to write an ending on a disk that refuses."""
 _LACK_SECONDS = 0.25
@@ -177,8 +177,8 @@ class QueueService:
         read = partial(_read_body, app, body, digest=wishes.idempotency_key is not None)
         given = await asyncio.to_thread(read) if len(body) > _LARGE_BODY else read()
         kept, source = body, None
-        if given.picture is not None:
-            path = await self.storage.save(given.picture.data, given.picture.content_type)
+        if given.image is not None:
+            path = await self.storage.save(given.image.data, given.image.content_type)
             kept, source = _dumped({**given.value, "image_url": path}), path
         elif isinstance(url := given.value.get("image_url"), str) and "/files/" in url:
             source = self.storage.path_in(url)
@@ -278,7 +278,7 @@ class QueueService:
         return self._stopping
 
     async def inlined(self, ending: CompletedRequest) -> dict[str, str]:
-        """Data URIs for an ending whose pictures are answered inline, by stored path."""
+        """Data URIs for an ending whose images are answered inline, by stored path."""
         found: dict[str, str] = {}
         for image in orjson.loads(ending.payload).get("images", []):
             data = await self.storage.read(image["url"])
@@ -508,7 +508,7 @@ async def queue_service(
 
 class _CheckedInput(NamedTuple):
     value: JsonObject
-    picture: DataUri | None
+    image: DataUri | None
     digest: bytes
 
 
@@ -525,7 +525,7 @@ def _dumped(value: object, option: int = 0) -> bytes:
 
 
 def _read_body(app: AppId, body: bytes, *, digest: bool) -> _CheckedInput:
-    """The submitted JSON, and the picture inside it if there is one."""
+    """The submitted JSON, and the image inside it if there is one."""
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -537,8 +537,8 @@ def _read_body(app: AppId, body: bytes, *, digest: bool) -> _CheckedInput:
         canonical = _dumped([app, value], orjson.OPT_SORT_KEYS)
         mark = hashlib.blake2b(canonical, digest_size=16).digest()
     image_url = value.get("image_url")
-    picture = None
+    image = None
     if isinstance(image_url, str) and image_url[:5].lower() == "data:":
         with suppress(ValueError):  # a broken one is kept as it is: the request fails with it when executed
-            picture = parse_data_uri(image_url)
-    return _CheckedInput(value, picture, mark)
+            image = parse_data_uri(image_url)
+    return _CheckedInput(value, image, mark)

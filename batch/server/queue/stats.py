@@ -78,7 +78,7 @@ class ServerStats:
         self.engine_buckets = [0] * (len(SECONDS_BOUNDS) + 1)
         """Results by engine time: one count a bound, then the rest. Not cumulative."""
         self._seconds: deque[tuple[int, int]] = deque(maxlen=SHOWN_SECONDS + 1)
-        """(Unix second, pictures' requests finished in it), seconds in which nothing finished left out."""
+        """(Unix second, images' requests finished in it), seconds in which nothing finished left out."""
 
     def answered(self, method: str, path: str, status: int) -> None:
         """Count an HTTP answer."""

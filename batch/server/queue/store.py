@@ -1,7 +1,7 @@
 """The server's memory: one SQLite file that says which requests were accepted and how they ended.
 
 Owns the file and its one writer thread. Acceptances and endings are written in groups, one transaction and one
-fsync each, and are durable when the awaited call returns. Knows nothing of queues, HTTP or pictures.
+fsync each, and are durable when the awaited call returns. Knows nothing of queues, HTTP or images.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ class Store:
         return await self._writer.call(partial(self._forget, now, retention, limit))
 
     async def sources(self, paths: Sequence[str]) -> set[str]:
-        """Which of these files are source pictures of requests that are still here.
+        """Which of these files are source images of requests that are still here.
 
         Raises:
             StorageError: the disk refused.

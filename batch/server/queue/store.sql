@@ -8,7 +8,7 @@ CREATE TABLE request (
     request_id TEXT NOT NULL UNIQUE,
     app TEXT NOT NULL,
     accepted_at REAL NOT NULL,
-    body BLOB NOT NULL,                 -- JSON; pictures that came inside it lie in files/
+    body BLOB NOT NULL,                 -- JSON; images that came inside it lie in files/
     digest BLOB NOT NULL,               -- of app and input as received
     idempotency_key TEXT UNIQUE,
     priority INTEGER NOT NULL,
@@ -25,8 +25,8 @@ CREATE TABLE request (
     logs BLOB,
     owner TEXT NOT NULL DEFAULT '',     -- from here on since version 2
     brief INTEGER NOT NULL DEFAULT 0,   -- the caller wants its input and output forgotten soon
-    file_life REAL,                     -- seconds that its pictures shall live; NULL: as all others
-    source TEXT,                        -- its source picture, where that is a file of ours
+    file_life REAL,                     -- seconds that its images shall live; NULL: as all others
+    source TEXT,                        -- its source image, where that is a file of ours
     kept_for REAL,                      -- seconds from its end, where they are not those of all others
     engine TEXT
 ) STRICT;

@@ -63,7 +63,7 @@ RETRIES = 31
 BACKOFF_SECONDS = 5.0
 BACKOFF_LIMIT_SECONDS = 4 * 3600.0
 PAYLOAD_LIMIT_BYTES = 4 * 2**20
-"""Of a larger result (pictures as data URIs) the receiver is only told where it is."""
+"""Of a larger result (images as data URIs) the receiver is only told where it is."""
 PARALLEL = 16
 PARALLEL_PER_HOST = 4
 """A receiver that does not answer holds up itself, not the others."""

@@ -16,7 +16,7 @@ let next = 0;
 async function work() {
   while (next < jobs) {
     const number = next++;
-    const input = { image_url: "https://pictures.example/a.jpg", prompt: `p ${number}`, seed: number };
+    const input = { image_url: "https://images.example/a.jpg", prompt: `p ${number}`, seed: number };
     await fal.subscribe(APP, { input });
   }
 }

@@ -19,7 +19,7 @@ async def main(given: argparse.Namespace) -> None:
     client, room = fal_client.AsyncClient(key="benchmark:none"), asyncio.Semaphore(given.at_once)
 
     async def job(number: int) -> None:
-        asked = {"image_url": "https://pictures.example/a.jpg", "prompt": f"p {number}", "seed": number}
+        asked = {"image_url": "https://images.example/a.jpg", "prompt": f"p {number}", "seed": number}
         async with room:
             await client.subscribe(APP, arguments=asked)
 

@@ -1,4 +1,4 @@
-"""The floor: a bare aiohttp loop, three requests a job, no journal, no logic. With `--files` it stores pictures too.
+"""The floor: a bare aiohttp loop, three requests a job, no journal, no logic. With `--files` it stores images too.
 
     python -m tests.benchmarks.peers.floor URL JOBS [--at-once 64] [--first-poll 0] [--every 0.5] [--files DIR]
 
@@ -24,8 +24,8 @@ CONNECTIONS = 64
 
 
 async def job(session: aiohttp.ClientSession, given: argparse.Namespace, number: int) -> str:
-    """Submit, poll, read the result; the picture's URL."""
-    body = orjson.dumps({"image_url": "https://pictures.example/a.jpg", "prompt": f"p {number}", "seed": number})
+    """Submit, poll, read the result; the image's URL."""
+    body = orjson.dumps({"image_url": "https://images.example/a.jpg", "prompt": f"p {number}", "seed": number})
     headers = {"content-type": "application/json"}
     async with session.post(f"{given.url}/{APP}", data=body, headers=headers) as reply:
         ticket = orjson.loads(await reply.read())
@@ -40,7 +40,7 @@ async def job(session: aiohttp.ClientSession, given: argparse.Namespace, number:
 
 
 async def keep(session: aiohttp.ClientSession, url: str, folder: Path) -> None:
-    """Download, hash and write: no check of the picture, nothing synced."""
+    """Download, hash and write: no check of the image, nothing synced."""
     async with session.get(url) as reply:
         data = await reply.read()
     (folder / hashlib.sha256(data).hexdigest()).write_bytes(data)

@@ -27,7 +27,7 @@ __all__ = ["LIBRARIES", "PREPARATION", "FluxEngine", "open_engine"]
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
 PREPARATION = EngineJob("preparation", ImageToImageInput(image_url="data:,", prompt="", seed=0))
-"""A job without a source picture: the worker loads the model and warms up, and that is all."""
+"""A job without a source image: the worker loads the model and warms up, and that is all."""
 _RENDERER = "batch.server.engines.flux.renderer:open_renderer"
 _log = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ class FluxEngine:
         info = self.info()
         _log.info("engine %s on %s", info.name, ", ".join(self._options.devices))
         if info.safety_checker is None:
-            _log.warning("no safety checker is loaded: no picture is checked, and none is called safe")
+            _log.warning("no safety checker is loaded: no image is checked, and none is called safe")
         try:
             await self._pool.prepare(PREPARATION)
         except EngineFailure as failure:
@@ -112,7 +112,7 @@ class FluxEngine:
         await self._pool.aclose()
 
     async def generate(self, job: EngineJob, on_step: OnStep, cancelled: Cancelled) -> EngineResult:
-        """Restyle one picture; see `Engine.generate` for the errors."""
+        """Restyle one image; see `Engine.generate` for the errors."""
         # Without a source it would be a preparation.
         return await self._pool.run(replace(job, source=job.source or b""), on_step, cancelled)
 
@@ -135,7 +135,7 @@ class FluxEngine:
 
 
 def _precision(options: FluxOptions) -> str:
-    """Of the transformer's numbers: with another one the same seed gives a slightly other picture."""
+    """Of the transformer's numbers: with another one the same seed gives a slightly other image."""
     if options.quantize:
         return options.quantize
     return "fp32" if set(options.devices) == {"cpu"} else "bf16"

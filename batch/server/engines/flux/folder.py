@@ -130,7 +130,7 @@ def _check_dev(folder: Path) -> None:
     if not config.get("guidance_embeds"):
         raise InputError(f"{folder} holds FLUX.1 [schnell], or another model without guidance; this endpoint is [dev]")
     if config.get("out_channels") not in {None, config.get("in_channels")}:
-        raise InputError(f"{folder} holds a FLUX.1 that takes more than a picture (Fill, Canny, Depth), not [dev]")
+        raise InputError(f"{folder} holds a FLUX.1 that takes more than an image (Fill, Canny, Depth), not [dev]")
 
 
 def _weights_problems(folder: Path, stem: str, single: str) -> list[str]:

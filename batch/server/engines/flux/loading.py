@@ -27,7 +27,7 @@ class Setup:
 
     folder: str
     label: str
-    """Name and revision, for the notes in the pictures' files."""
+    """Name and revision, for the notes in the images' files."""
     device: str
     checker: str | None = None
     checker_kind: str = ""

@@ -50,9 +50,7 @@ class FluxOptions:
             raise ConfigError(f"{self.offload!r} is no way to offload; say --offload {'|'.join(get_args(Offload))}")
         on_cpu = "cpu" in self.devices
         if on_cpu and set(self.devices) != {"cpu"}:
-            raise ConfigError(
-                "CPU and GPU compute with other numbers and would give other pictures; name one kind only"
-            )
+            raise ConfigError("CPU and GPU compute with other numbers and would give other images; name one kind only")
         if on_cpu and self.offload != "none":
             raise ConfigError(f"--offload {self.offload} saves a GPU's memory and means nothing with --devices cpu")
         if on_cpu and self.quantize:

@@ -52,10 +52,10 @@ class FluxRenderer:
         self._model: Model | None = None
 
     def render(self, job: EngineJob, on_step: OnStep, cancelled: Cancelled) -> EngineResult:
-        """Make the pictures of one request, or, without a source, get ready.
+        """Make the images of one request, or, without a source, get ready.
 
         Raises:
-            EngineFailure: the source is no usable picture, or memory ran out.
+            EngineFailure: the source is no usable image, or memory ran out.
             NotReady: the model cannot be loaded, or not be used.
             EngineCancelled: the job was told to stop.
         """
@@ -78,7 +78,7 @@ class FluxRenderer:
         return self._model
 
     def _warm(self, model: Model) -> Model:
-        """Render each size once, for what is compiled, planned and allocated at the first picture."""
+        """Render each size once, for what is compiled, planned and allocated at the first image."""
         for width, height in self._setup.warm_up:
             began = time.perf_counter()
             job = _blank(width, height)
@@ -117,7 +117,7 @@ class FluxRenderer:
         match render_error_of(error):
             case RenderError.MEMORY:
                 offload = device != "cpu" and self._setup.offload == "none"
-                advice = "a smaller picture needs less" + (", and so does --offload model" if offload else "")
+                advice = "a smaller image needs less" + (", and so does --offload model" if offload else "")
                 return f"{device} ran out of memory in {what} ({first_line(error)}); {advice}"
             case RenderError.LOST:
                 return f"{device} was lost in {what} ({first_line(error)}); see nvidia-smi"
@@ -155,7 +155,7 @@ def _free(model: Model) -> None:
 
 
 def _blank(width: int, height: int) -> EngineJob:
-    """A request of two steps for a grey picture."""
+    """A request of two steps for a grey image."""
     buffer = io.BytesIO()
     Image.new("RGB", (width, height), "grey").save(buffer, "PNG")
     asked = ImageToImageInput(image_url="data:,", prompt="", strength=0.2, num_inference_steps=10, seed=0)

@@ -1,6 +1,6 @@
-"""One request on a loaded model: source bytes and a prompt in, encoded pictures out. In a worker process.
+"""One request on a loaded model: source bytes and a prompt in, encoded images out. In a worker process.
 
-Owns what the endpoint's inputs mean to diffusers. On a CPU and without acceleration the pictures are, number by
+Owns what the endpoint's inputs mean to diffusers. On a CPU and without acceleration the images are, number by
 number, those of a plain `FluxImg2ImgPipeline` called with the same values.
 """
 
@@ -20,7 +20,7 @@ from batch.server.engines.images import encode, read_source
 __all__ = ["NOTE", "PROMPT_TOKENS", "restyle"]
 
 NOTE = "restyle flux"
-"""Begins the JPEG comment or PNG text of every picture."""
+"""Begins the JPEG comment or PNG text of every image."""
 PROMPT_TOKENS = 512
 """T5 tokens that a prompt is padded or cut to; part of the result, since the padding is attended to as well."""
 
@@ -44,7 +44,7 @@ class _Laps:
 
 
 class _Steps:
-    """Follows one picture after the other from step to step; raises where the job was told to stop."""
+    """Follows one image after the other from step to step; raises where the job was told to stop."""
 
     def __init__(self, count: int, laps: _Laps, on_step: OnStep, cancelled: Cancelled) -> None:
         self._count = count
@@ -55,10 +55,10 @@ class _Steps:
         self._ahead: Any = None
 
     def __call__(self, pipeline: Any, step: int, _: Any, values: dict[str, Any]) -> dict[str, Any]:
-        """The pipeline's `callback_on_step_end`. A stop is raised: `_interrupt` would give a half-noisy picture."""
+        """The pipeline's `callback_on_step_end`. A stop is raised: `_interrupt` would give a half-noisy image."""
         self._keep_pace()
         self._done += 1
-        # A picture's number of steps is known only now: it depends on strength, and diffusers' rounding is the truth.
+        # An image's number of steps is known only now: it depends on strength, and diffusers' rounding is the truth.
         self._on_step(self._done, pipeline.num_timesteps * self._count)
         if self._cancelled():
             raise EngineCancelled
@@ -80,17 +80,17 @@ class _Steps:
 
 
 def restyle(model: Model, label: str, job: EngineJob, on_step: OnStep, cancelled: Cancelled) -> EngineResult:
-    """Make `num_images` pictures, image i with seed + i, each as if it were the only one.
+    """Make `num_images` images, image i with seed + i, each as if it were the only one.
 
     Args:
         model: where.
         label: name and revision of the model, for the notes in the files.
         job: with its source.
-        on_step: told after each denoising step of each picture.
+        on_step: told after each denoising step of each rendered.
         cancelled: asked after each.
 
     Raises:
-        EngineFailure: the source is no usable picture.
+        EngineFailure: the source is no usable rendered.
         EngineCancelled: the job was told to stop.
     """
     import torch
@@ -107,7 +107,7 @@ def restyle(model: Model, label: str, job: EngineJob, on_step: OnStep, cancelled
         prompt, pooled, _ = pipeline.encode_prompt(asked.prompt, prompt_2=None, max_sequence_length=PROMPT_TOKENS)
     laps.end("prompt")
     steps = _Steps(asked.num_images, laps, on_step, cancelled)
-    pictures = []
+    images = []
     for seed in seeds:
         with accelerated(pipeline.transformer, asked.acceleration):
             made = pipeline(
@@ -124,27 +124,27 @@ def restyle(model: Model, label: str, job: EngineJob, on_step: OnStep, cancelled
                 generator=torch.Generator("cpu").manual_seed(seed),
                 callback_on_step_end=steps,
             )
-        pictures.append(made.images[0])
+        images.append(made.images[0])
         laps.end("decoding")
     model.pipeline.maybe_free_model_hooks()  # of the one that knows what is offloaded
-    flags = _flags(model, job, pictures)
+    flags = _flags(model, job, images)
     laps.end("checking")
     inference = sum(seconds for name, seconds in laps.seconds.items() if name != "reading")
     encoded = []
-    for number, (picture, seed) in enumerate(zip(pictures, seeds, strict=True)):
+    for number, (rendered, seed) in enumerate(zip(images, seeds, strict=True)):
         flagged = bool(flags) and flags[number]
-        shown = Image.new("RGB", picture.size) if flagged else picture
+        shown = Image.new("RGB", rendered.size) if flagged else rendered
         note = f"{NOTE}: FLUX.1 [dev], {label}, seed {seed}" + ("; blackened by the safety checker" if flagged else "")
         encoded.append(encode(shown, asked.output_format, note))
     laps.end("encoding")
     return EngineResult(tuple(encoded), job.seed, flags, {"inference": inference, **laps.seconds}, asked.prompt)
 
 
-def _flags(model: Model, job: EngineJob, pictures: list[Image.Image]) -> tuple[bool, ...]:
-    """One a picture; empty where nothing was looked at."""
+def _flags(model: Model, job: EngineJob, images: list[Image.Image]) -> tuple[bool, ...]:
+    """One per image; empty where nothing was looked at."""
     if model.checker is None or not job.input.enable_safety_checker:
         return ()
-    return tuple(model.checker.flags(pictures))
+    return tuple(model.checker.flags(images))
 
 
 def _for_one_request(pipeline: Any) -> Any:

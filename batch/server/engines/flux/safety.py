@@ -1,4 +1,4 @@
-"""The safety checker: which of some pictures it flags. Runs inside a worker process."""
+"""The safety checker: which of some images it flags. Runs inside a worker process."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _FLAGGED_ABOVE = 0.5
 
 
 class Checker(Protocol):
-    """Looks at pictures."""
+    """Looks at images."""
 
-    def flags(self, pictures: Sequence[Image.Image]) -> list[bool]:
-        """For each picture whether it is not safe for work."""
+    def flags(self, rendered: Sequence[Image.Image]) -> list[bool]:
+        """For each image whether it is not safe for work."""
 
 
 def open_checker(folder: Path, kind: str, device: Any) -> Checker:
@@ -45,11 +45,11 @@ class _Classifier:
         labels = self._model.config.id2label
         self._label = next(int(number) for number, label in labels.items() if "nsfw" in str(label).lower())
 
-    def flags(self, pictures: Sequence[Image.Image]) -> list[bool]:
+    def flags(self, rendered: Sequence[Image.Image]) -> list[bool]:
         """Above one half of the label's probability."""
         import torch
 
-        inputs = self._processor(images=list(pictures), return_tensors="pt")
+        inputs = self._processor(images=list(rendered), return_tensors="pt")
         with torch.no_grad():
             logits = self._model(inputs["pixel_values"].to(self._model.device)).logits
         shares = logits.float().softmax(-1)[:, self._label]
@@ -67,13 +67,13 @@ class _StableDiffusion:
         self._model = StableDiffusionSafetyChecker.from_pretrained(folder, local_files_only=True).to(device).eval()
         self._device = device
 
-    def flags(self, pictures: Sequence[Image.Image]) -> list[bool]:
-        """By its own thresholds. The pictures that it would blacken itself are copies that nobody keeps."""
+    def flags(self, rendered: Sequence[Image.Image]) -> list[bool]:
+        """By its own thresholds. The rendered that it would blacken itself are copies that nobody keeps."""
         import numpy as np
         import torch
 
-        inputs = self._processor(images=list(pictures), return_tensors="pt")
-        copies = [np.zeros((1, 1, 3), np.float32) for _ in pictures]
+        inputs = self._processor(images=list(rendered), return_tensors="pt")
+        copies = [np.zeros((1, 1, 3), np.float32) for _ in rendered]
         with torch.no_grad():
             _, flags = self._model(images=copies, clip_input=inputs["pixel_values"].to(self._device))
         return [bool(flag) for flag in flags]

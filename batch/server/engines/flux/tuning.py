@@ -1,6 +1,6 @@
 """What makes the pipeline faster, each a function of its own, so that a benchmark can switch them on one by one.
 
-None of them is used on a CPU. All change the last digits of a picture, none what it shows, but for the first-block
+None of them is used on a CPU. All change the last digits of an image, none what it shows, but for the first-block
 cache, which a request asks for (`acceleration`). Runs inside a worker process.
 """
 
@@ -30,7 +30,7 @@ the transformer to be left out. 0.08 and 0.12 are what the method's authors use 
 (https://github.com/chengzeyi/ParaAttention); what fal uses for these words is not published."""
 _HOPPER = (9, 0)
 _LEAST_FP8_FEATURES = 1024
-"""Smaller linear layers (embeddings, the last one) stay as they are: little time, much of the picture."""
+"""Smaller linear layers (embeddings, the last one) stay as they are: little time, much of the image."""
 _log = logging.getLogger(__name__)
 
 
@@ -88,7 +88,7 @@ def fast_attention(transformer: Any) -> str:
 
 
 def compile_blocks(transformer: Any, **options: Any) -> None:
-    """Compile the transformer's two kinds of blocks once each, 10 s at the first picture and at the second size.
+    """Compile the transformer's two kinds of blocks once each, 10 s at the first image and at the second size.
 
     Args:
         transformer: whose.
@@ -118,9 +118,9 @@ def quantize_fp8(transformer: Any) -> None:
 
 @contextlib.contextmanager
 def accelerated(transformer: Any, acceleration: Literal["none", "regular", "high"]) -> Iterator[None]:
-    """Leave out blocks that change little from step to step while one picture is made; `none` leaves out nothing.
+    """Leave out blocks that change little from step to step while one image is made; `none` leaves out nothing.
 
-    The cache is made anew for each picture: diffusers' own reset keeps the last residual of the picture before
+    The cache is made anew for each image: diffusers' own reset keeps the last residual of the image before
     (`FBCSharedBlockState.reset`, 0.42), and the first step of the next one would be compared with it. Its hooks break
     the graphs of compiled blocks, which therefore run uncompiled meanwhile.
     """

@@ -1,6 +1,6 @@
 """Filters without randomness: smoothing that keeps edges, lines, directions, tones. cv2 and numpy only. Pure.
 
-Pictures are uint8 BGR, fields float32 of the same height and width.
+Images are uint8 BGR, fields float32 of the same height and width.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def bgr(blue: float, green: float, red: float) -> Array:
 
 
 def clipped(values: Array) -> Array:
-    """Floats to a picture."""
+    """Floats to an image."""
     return np.clip(values, 0, 255).astype(np.uint8)
 
 
-def grey(picture: Array) -> Array:
+def grey(image: Array) -> Array:
     """Luma as float32, 0 to 255."""
-    return cv2.cvtColor(picture, cv2.COLOR_BGR2GRAY).astype(np.float32)
+    return cv2.cvtColor(image, cv2.COLOR_BGR2GRAY).astype(np.float32)
 
 
 def blur(field: Array, sigma_px: float) -> Array:
@@ -52,13 +52,13 @@ def over(base: Array, cover: Array, share: Array) -> Array:
     return np.asarray(base * (1 - weight) + cover * weight)
 
 
-def kuwahara(picture: Array, radius_px: int) -> Array:
+def kuwahara(image: Array, radius_px: int) -> Array:
     """Kuwahara filter: each pixel gets the mean of the calmest of the four squares around it.
 
     Flattens surfaces, keeps edges. Kuwahara et al. 1976; here by box filters, so any radius costs the same.
     """
     side = radius_px + 1
-    colours, luma = picture.astype(np.float32), grey(picture)
+    colours, luma = image.astype(np.float32), grey(image)
     means: Array = cv2.blur(colours, (side, side))
     unrest: Array = cv2.blur(luma * luma, (side, side)) - cv2.blur(luma, (side, side)) ** 2
     reach = (radius_px + 1) // 2
@@ -76,62 +76,62 @@ def kuwahara(picture: Array, radius_px: int) -> Array:
     return clipped(result)
 
 
-def oil_patches(picture: Array, radius_px: int, levels: int) -> Array:
+def oil_patches(image: Array, radius_px: int, levels: int) -> Array:
     """The classic oil filter: mean colour of the most common brightness level around each pixel."""
-    level_of = (grey(picture) * (levels / 256)).astype(np.int32)
+    level_of = (grey(image) * (levels / 256)).astype(np.int32)
     side = 2 * radius_px + 1
     most = np.zeros(level_of.shape, np.float32)
-    result = np.zeros(picture.shape, np.float32)
+    result = np.zeros(image.shape, np.float32)
     for level in range(levels):
         mask = (level_of == level).astype(np.float32)
         if not mask.any():
             continue
         common = cv2.blur(mask, (side, side))
-        colour = cv2.blur(picture * mask[..., None], (side, side)) / np.maximum(common, 1e-4)[..., None]
+        colour = cv2.blur(image * mask[..., None], (side, side)) / np.maximum(common, 1e-4)[..., None]
         wins = common > most
         np.copyto(most, common, where=wins)
         np.copyto(result, colour, where=wins[..., None])
     return clipped(result)
 
 
-def lines(picture: Array, width_px: float, ink: float) -> Array:
+def lines(image: Array, width_px: float, ink: float) -> Array:
     """Dark lines as an inker would draw them: 0 on a line, 1 elsewhere.
 
     Extended difference of Gaussians (Winnemoeller 2011). A larger `ink` draws fainter edges too.
     """
-    luma = grey(picture)
+    luma = grey(image)
     difference = blur(luma, width_px) - 0.98 * blur(luma, 1.6 * width_px)
     return np.asarray(np.clip(1 + np.tanh((difference - ink) * 0.35), 0, 1))
 
 
-def edges(picture: Array) -> Array:
+def edges(image: Array) -> Array:
     """How strong the brightness changes, in grey levels a pixel."""
-    luma = grey(picture)
+    luma = grey(image)
     return cv2.magnitude(cv2.Sobel(luma, cv2.CV_32F, 1, 0), cv2.Sobel(luma, cv2.CV_32F, 0, 1)) / 4
 
 
-def directions(picture: Array, sigma_px: float) -> tuple[Array, Array]:
+def directions(image: Array, sigma_px: float) -> tuple[Array, Array]:
     """Unit vectors along the shapes, from the smoothed structure tensor."""
-    luma = grey(picture)
+    luma = grey(image)
     gx, gy = cv2.Sobel(luma, cv2.CV_32F, 1, 0), cv2.Sobel(luma, cv2.CV_32F, 0, 1)
     xx, xy, yy = (blur(product, sigma_px) for product in (gx * gx, gx * gy, gy * gy))
     angle = 0.5 * np.arctan2(2 * xy, xx - yy) + np.float32(np.pi / 2)
     return np.cos(angle), np.sin(angle)
 
 
-def saturated(picture: Array, saturation: float, gain: float = 1.0, lift: float = 0.0) -> Array:
+def saturated(image: Array, saturation: float, gain: float = 1.0, lift: float = 0.0) -> Array:
     """Scale saturation; brightness to `gain * brightness + lift`."""
     ramp = np.arange(256)
-    hsv = cv2.cvtColor(picture, cv2.COLOR_BGR2HSV)
+    hsv = cv2.cvtColor(image, cv2.COLOR_BGR2HSV)
     hsv[..., 1] = cv2.LUT(hsv[..., 1], clipped(ramp * saturation))
     hsv[..., 2] = cv2.LUT(hsv[..., 2], clipped(ramp * gain + lift))
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)
 
 
-def soft_steps(picture: Array, count: int, phase: float) -> Array:
+def soft_steps(image: Array, count: int, phase: float) -> Array:
     """Cut brightness into `count` tones with a little slope left in each; `phase` (of a tone) shifts the cuts."""
     ramp = np.arange(256)
     stepped = (np.floor(ramp / 256 * count + phase) + 0.5 - phase) * 256 / count
-    lab = cv2.cvtColor(picture, cv2.COLOR_BGR2LAB)
+    lab = cv2.cvtColor(image, cv2.COLOR_BGR2LAB)
     lab[..., 0] = cv2.LUT(lab[..., 0], clipped(0.25 * ramp + 0.75 * stepped))
     return cv2.cvtColor(lab, cv2.COLOR_LAB2BGR)

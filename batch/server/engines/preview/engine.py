@@ -14,7 +14,7 @@ class PreviewEngine:
     """Filters instead of a model; see the package.
 
     Args:
-        slots: pictures rendered at once, each in a process of its own; None: one a core.
+        slots: images rendered at once, each in a process of its own; None: one a core.
     """
 
     def __init__(self, slots: int | None = None) -> None:

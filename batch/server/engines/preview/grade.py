@@ -52,9 +52,9 @@ def tint_of(prompt: str, rng: np.random.Generator) -> Tint:
     return Tint(*(part + rng.uniform(-3, 3) for part in by_prompt))
 
 
-def graded(picture: Array, scene: Scene | None, tint: Tint, amount: float) -> Array:
-    """The picture in the light of that scene; `amount` 1 is all of it, 0 none."""
-    lab = cv2.cvtColor(picture, cv2.COLOR_BGR2LAB).astype(np.float32)
+def graded(image: Array, scene: Scene | None, tint: Tint, amount: float) -> Array:
+    """The image in the light of that scene; `amount` 1 is all of it, 0 none."""
+    lab = cv2.cvtColor(image, cv2.COLOR_BGR2LAB).astype(np.float32)
     if scene is not None:
         _relight(lab, _LOOKS[scene], amount)
     lab[..., 1:] += np.array(tint, np.float32) * amount

@@ -1,6 +1,6 @@
 """Styles that imitate print and screen: cartoon, pop art, pixel, mosaic, neon, blueprint. Pure.
 
-Each takes a uint8 BGR picture, a generator and a power of 0 to 1, and gives a uint8 BGR picture of that size.
+Each takes a uint8 BGR image, a generator and a power of 0 to 1, and gives a uint8 BGR image of that size.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ _BAYER = np.array([[0, 8, 2, 10], [12, 4, 14, 6], [3, 11, 1, 9], [15, 7, 13, 5]]
 _PALETTE_COLOURS = 16
 
 
-def cartoon(picture: Array, rng: np.random.Generator, power: float) -> Array:
+def cartoon(image: Array, rng: np.random.Generator, power: float) -> Array:
     """Flat bright tones with inked contours."""
-    flat = picture
+    flat = image
     for _ in range(2):
         flat = cv2.bilateralFilter(flat, 7, 45, 7)
     flat = saturated(kuwahara(flat, int(2 + 2 * power)), 1.4, 1.05, 12)
     toned = soft_steps(flat, round(9 - 4 * power), rng.uniform(-0.35, 0.35))
-    ink = lines(kuwahara(picture, 3), 1.4, 1.1)
+    ink = lines(kuwahara(image, 3), 1.4, 1.1)
     return clipped(toned * (1 - (1 - ink) * (0.45 + 0.5 * power))[..., None])
 
 
-def popart(picture: Array, rng: np.random.Generator, power: float) -> Array:
+def popart(image: Array, rng: np.random.Generator, power: float) -> Array:
     """A screen print: four inks, halftone dots where two meet, black contours."""
-    height, width = picture.shape[:2]
-    luma = grey(cv2.GaussianBlur(kuwahara(picture, 4), (0, 0), 1.2))
+    height, width = image.shape[:2]
+    luma = grey(cv2.GaussianBlur(kuwahara(image, 4), (0, 0), 1.2))
     inks = _PRINTS[int(rng.integers(len(_PRINTS)))][:, ::-1]
     cuts = np.quantile(luma[::4, ::4], (0.2, 0.5, 0.8))
     x, y = coordinates(height, width)
@@ -62,16 +62,16 @@ def popart(picture: Array, rng: np.random.Generator, power: float) -> Array:
     dots = (np.cos(2 * np.pi * u / pitch) + np.cos(2 * np.pi * v / pitch)) * 16
     ink_of = sum((luma + dots > cut).astype(np.int32) for cut in cuts)
     printed = cv2.GaussianBlur(inks[ink_of], (0, 0), 0.6)
-    contours = lines(kuwahara(picture, 3), 1.8, 1.0)
+    contours = lines(kuwahara(image, 3), 1.8, 1.0)
     return clipped(over(printed, inks[0] * 0.6, (1 - contours) * 0.92))
 
 
-def pixel(picture: Array, rng: np.random.Generator, power: float) -> Array:
+def pixel(image: Array, rng: np.random.Generator, power: float) -> Array:
     """Big square pixels in sixteen colours, dithered in a 4x4 pattern."""
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     block = 3 + 5 * power
     shape = max(1, round(width / block)), max(1, round(height / block))
-    small = saturated(cv2.resize(picture, shape, interpolation=cv2.INTER_AREA), 1.3, 1.04, 4)
+    small = saturated(cv2.resize(image, shape, interpolation=cv2.INTER_AREA), 1.3, 1.04, 4)
     points = small.reshape(-1, 3).astype(np.float32)
     palette = _palette(points, rng)
     dither = np.tile(_BAYER, (shape[1] // 4 + 1, shape[0] // 4 + 1))[: shape[1], : shape[0]]
@@ -93,14 +93,14 @@ def _palette(points: Array, rng: np.random.Generator) -> Array:
     return np.asarray(cv2.kmeans(sample, count, labels, stop, 1, cv2.KMEANS_PP_CENTERS)[2])
 
 
-def mosaic(picture: Array, rng: np.random.Generator, power: float) -> Array:
+def mosaic(image: Array, rng: np.random.Generator, power: float) -> Array:
     """Stained glass: one colour a cell, leaded joints, cells smaller where there is detail."""
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     cell = 10 + 9 * power
-    distance, label = _cells(picture, rng, cell)
+    distance, label = _cells(image, rng, cell)
     count = label.max() + 1
     size = np.maximum(np.bincount(label.ravel(), minlength=count), 1)
-    means = [np.bincount(label.ravel(), picture[..., channel].ravel(), count) / size for channel in range(3)]
+    means = [np.bincount(label.ravel(), image[..., channel].ravel(), count) / size for channel in range(3)]
     glass = saturated(clipped(np.stack(means, -1))[None], 1.5, 1.12, 4)[0].astype(np.float32)
     glass *= rng.uniform(0.88, 1.14, (count, 1)).astype(np.float32)
     field = label.astype(np.float32)
@@ -110,12 +110,12 @@ def mosaic(picture: Array, rng: np.random.Generator, power: float) -> Array:
     return clipped(over(glass[label] * shine[..., None], bgr(34, 30, 28), lead * 0.92))
 
 
-def _cells(picture: Array, rng: np.random.Generator, cell: float) -> tuple[Array, Array]:
+def _cells(image: Array, rng: np.random.Generator, cell: float) -> tuple[Array, Array]:
     """Distance to, and number of, the nearest of some jittered points."""
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     rows, columns = np.mgrid[cell / 2 : height : cell, cell / 2 : width : cell]
     seeds = [(rows, columns, cell)]
-    detail = blur(edges(picture), cell / 2)
+    detail = blur(edges(image), cell / 2)
     busy = detail[rows.astype(int), columns.astype(int)] > np.quantile(detail[::8, ::8], 0.7)
     for down, across in ((-0.25, 0.25), (0.25, -0.25)):
         seeds.append((rows[busy] + down * cell, columns[busy] + across * cell, cell / 2))
@@ -128,15 +128,15 @@ def _cells(picture: Array, rng: np.random.Generator, cell: float) -> tuple[Array
     return distance, label
 
 
-def neon(picture: Array, rng: np.random.Generator, power: float) -> Array:
+def neon(image: Array, rng: np.random.Generator, power: float) -> Array:
     """A dark violet room with glowing contours in two colours, faint scan lines."""
-    height, width = picture.shape[:2]
-    light = (blur(grey(picture), 1) / 255)[..., None]
-    base = bgr(78, 16, 34) * (1 - light) * 0.6 + (picture * 0.3 + bgr(190, 70, 170) * 0.35) * light
+    height, width = image.shape[:2]
+    light = (blur(grey(image), 1) / 255)[..., None]
+    base = bgr(78, 16, 34) * (1 - light) * 0.6 + (image * 0.3 + bgr(190, 70, 170) * 0.35) * light
     turn = rng.uniform(-12, 12)
     tubes = np.array([[[int(90 + turn) % 180, 235, 255], [int(158 - turn) % 180, 225, 255]]], np.uint8)
     cool, hot = cv2.cvtColor(tubes, cv2.COLOR_HSV2BGR)[0].astype(np.float32)
-    drawn = np.clip(edges(kuwahara(picture, 5)) / 17 - 0.16, 0, 1)
+    drawn = np.clip(edges(kuwahara(image, 5)) / 17 - 0.16, 0, 1)
     glow = drawn + 0.8 * blur(drawn, 3) + 1.2 * blur(drawn, 10)
     side = np.clip(clouds(rng, height, width, 2) * 1.8 + 0.5, 0, 1)
     light_of = np.clip(over(hot, cool, side) * glow[..., None], 0, 255)
@@ -145,14 +145,14 @@ def neon(picture: Array, rng: np.random.Generator, power: float) -> Array:
     return clipped(lit)
 
 
-def blueprint(picture: Array, rng: np.random.Generator, power: float) -> Array:
+def blueprint(image: Array, rng: np.random.Generator, power: float) -> Array:
     """White lines on blue drafting paper with a grid."""
-    height, width = picture.shape[:2]
-    calm = kuwahara(picture, 4)
+    height, width = image.shape[:2]
+    calm = kuwahara(image, 4)
     thin = 1 - lines(calm, 1.1, 1.0)
     drawn = np.clip(0.65 * thin + edges(calm) / 24 - 0.06, 0, 1)
     cloudy = 1 + 0.12 * clouds(rng, height, width, 4, 3)
-    paper = bgr(132, 66, 22) * (cloudy * (0.62 + 0.5 * blur(grey(picture), 7) / 255))[..., None]
+    paper = bgr(132, 66, 22) * (cloudy * (0.62 + 0.5 * blur(grey(image), 7) / 255))[..., None]
     step = 24 + int(rng.integers(0, 9))
     grid = np.zeros((height, width), np.float32)
     for every, shade in ((step, 0.12), (4 * step, 0.26)):

@@ -1,6 +1,6 @@
 """Styles that imitate a hand: watercolour, oil, pencil, old photograph, and plain painterly. Pure.
 
-Each takes a uint8 BGR picture, a generator and a power of 0 to 1, and gives a uint8 BGR picture of that size.
+Each takes a uint8 BGR image, a generator and a power of 0 to 1, and gives a uint8 BGR image of that size.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ _WARM_PAPER = bgr(228, 240, 247)
 _WHITE_PAPER = bgr(240, 247, 250)
 
 
-def watercolor(picture: Array, rng: np.random.Generator, power: float) -> Array:
+def watercolor(image: Array, rng: np.random.Generator, power: float) -> Array:
     """Flat washes with dark rims where pigment dried, blooms, paper grain, an unpainted border."""
-    height, width = picture.shape[:2]
-    wash = kuwahara(warp(picture, rng, 2 + 5 * power, 14), int(4 + 5 * power))
+    height, width = image.shape[:2]
+    wash = kuwahara(warp(image, rng, 2 + 5 * power, 14), int(4 + 5 * power))
     wash = saturated(cv2.bilateralFilter(wash, 5, 40, 5), 1.1 + 0.3 * power, 0.9, 36)
     luma = grey(wash)
     rims = np.clip(np.abs(luma - blur(luma, 2.4)) / 16, 0, 1)
@@ -54,34 +54,34 @@ def watercolor(picture: Array, rng: np.random.Generator, power: float) -> Array:
     return clipped(over(_WHITE_PAPER + 5 * paper[..., None], painted, inside))
 
 
-def oil(picture: Array, rng: np.random.Generator, power: float) -> Array:
+def oil(image: Array, rng: np.random.Generator, power: float) -> Array:
     """Colour dragged along the shapes in strokes, with the relief of thick paint lit from the upper left."""
-    height, width = picture.shape[:2]
-    patches = saturated(oil_patches(picture, int(2 + 3 * power), 10), 1.15 + 0.3 * power, 1.02, 2)
-    along = _strokes(picture, rng)
+    height, width = image.shape[:2]
+    patches = saturated(oil_patches(image, int(2 + 3 * power), 10), 1.15 + 0.3 * power, 1.02, 2)
+    along = _strokes(image, rng)
     colour = smear(patches, along, 4, 0.6 + 1.6 * power)
     bristles = smear(grain(rng, height, width, 2.4), along, 6, 2.4)
     relief = cv2.filter2D(bristles, -1, np.array([[-1, -1, 0], [-1, 0, 1], [0, 1, 1]], np.float32))
     return clipped(colour + power * (60 * relief + 26 * bristles)[..., None])
 
 
-def _strokes(picture: Array, rng: np.random.Generator) -> tuple[Array, Array]:
-    """Along the shapes where there are any; in big free curves where the picture is flat."""
-    height, width = picture.shape[:2]
-    tx, ty = directions(picture, 4)
+def _strokes(image: Array, rng: np.random.Generator) -> tuple[Array, Array]:
+    """Along the shapes where there are any; in big free curves where the image is flat."""
+    height, width = image.shape[:2]
+    tx, ty = directions(image, 4)
     free = clouds(rng, height, width, 4, 2) * 2.6 + np.float32(rng.uniform(0, np.pi))
-    shaped = np.clip(blur(edges(picture), 5) / 7, 0, 1)
+    shaped = np.clip(blur(edges(image), 5) / 7, 0, 1)
     x, y = tx * shaped + np.cos(free) * (1 - shaped), ty * shaped + np.sin(free) * (1 - shaped)
     length = np.maximum(np.sqrt(x * x + y * y), 1e-3)
     return x / length, y / length
 
 
-def pencil(picture: Array, rng: np.random.Generator, power: float) -> Array:
+def pencil(image: Array, rng: np.random.Generator, power: float) -> Array:
     """Contours, and up to three layers of hatching in the shades, on warm paper."""
-    height, width = picture.shape[:2]
-    luma = cv2.cvtColor(kuwahara(picture, 2), cv2.COLOR_BGR2GRAY)
+    height, width = image.shape[:2]
+    luma = cv2.cvtColor(kuwahara(image, 2), cv2.COLOR_BGR2GRAY)
     dodged = cv2.divide(luma, 255 - cv2.GaussianBlur(255 - luma, (0, 0), 4 + 6 * power), scale=256)
-    sheet = np.minimum(dodged.astype(np.float32) / 255, 0.25 + 0.75 * lines(kuwahara(picture, 3), 1.2, 1.2))
+    sheet = np.minimum(dodged.astype(np.float32) / 255, 0.25 + 0.75 * lines(kuwahara(image, 3), 1.2, 1.2))
     dark, bright = np.quantile(luma[::4, ::4], (0.03, 0.85))
     light = np.clip((blur(luma.astype(np.float32), 2) - dark) / max(bright - dark, 1), 0, 1)
     x, y = coordinates(height, width)
@@ -91,16 +91,16 @@ def pencil(picture: Array, rng: np.random.Generator, power: float) -> Array:
         wave = np.sin((x * np.cos(angle) + y * np.sin(angle) + wobble) * (2 * np.pi / 5.6))
         sheet *= 1 - np.clip((below - light) * 3, 0, 1) * 0.5 * pressure * np.clip(0.35 + 0.9 * wave, 0, 1)
     lead = np.clip(sheet * (0.97 + 0.06 * grain(rng, height, width, 1.3)), 0.14, 1)
-    colour = over(picture.astype(np.float32), _WARM_PAPER, lead * 0.9)
+    colour = over(image.astype(np.float32), _WARM_PAPER, lead * 0.9)
     return clipped(over(colour, _WARM_PAPER * lead[..., None], np.full_like(lead, 0.25 + 0.75 * power)))
 
 
-def vintage(picture: Array, rng: np.random.Generator, power: float) -> Array:
+def vintage(image: Array, rng: np.random.Generator, power: float) -> Array:
     """Sepia, soft, dark in the corners, with grain, stains and scratches."""
-    height, width = picture.shape[:2]
-    luma = np.clip(128 + (grey(picture) - 120) * 1.1, 0, 255)
+    height, width = image.shape[:2]
+    luma = np.clip(128 + (grey(image) - 120) * 1.1, 0, 255)
     sepia = luma[..., None] * bgr(0.70, 0.88, 1.0) + bgr(14, 17, 20)
-    faded = blur(picture * (1 - 0.97 * power) + sepia * 0.97 * power, 0.8)
+    faded = blur(image * (1 - 0.97 * power) + sepia * 0.97 * power, 0.8)
     x, y = coordinates(height, width)
     corner = (x / width - 0.5) ** 2 + (y / height - 0.5) ** 2
     faded *= (1 - 1.1 * power * np.clip(corner - 0.12, 0, 1))[..., None]
@@ -115,10 +115,10 @@ def vintage(picture: Array, rng: np.random.Generator, power: float) -> Array:
     return clipped(over(paper, print_, inside))
 
 
-def painterly(picture: Array, rng: np.random.Generator, power: float) -> Array:
+def painterly(image: Array, rng: np.random.Generator, power: float) -> Array:
     """Softly brushed, close to the source: where the prompt names no style that we know."""
-    height, width = picture.shape[:2]
-    along = _strokes(picture, rng)
-    colour = smear(saturated(kuwahara(picture, int(3 + 4 * power)), 1.15, 1.02, 2), along, 3, 1.2)
+    height, width = image.shape[:2]
+    along = _strokes(image, rng)
+    colour = smear(saturated(kuwahara(image, int(3 + 4 * power)), 1.15, 1.02, 2), along, 3, 1.2)
     bristles = smear(grain(rng, height, width, 2.5), along, 5, 2)
     return clipped(colour * (1 + 0.3 * power * bristles)[..., None])

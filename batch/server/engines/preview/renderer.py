@@ -1,4 +1,4 @@
-"""One preview: source bytes and a prompt in, encoded pictures out. Blocking; runs inside a worker process.
+"""One preview: source bytes and a prompt in, encoded images out. Blocking; runs inside a worker process.
 
 The same input and seed give the same bytes (with the same versions of OpenCV and Pillow, on the same kind of
 processor), whatever was rendered before and whatever else the machine does. `num_inference_steps` and `acceleration`
@@ -28,9 +28,9 @@ __all__ = ["NOTE", "STYLES", "PreviewRenderer", "open_renderer", "restyled"]
 NOTE = "restyle preview: no model ran"
 """Begins the JPEG comment or PNG text of every preview."""
 _WORK_SIDE_PX = 768
-"""Filters work at this long side at most; larger pictures are scaled back up."""
+"""Filters work at this long side at most; larger images are scaled back up."""
 _FULL_STRENGTH = 0.9
-"""From here on nothing of the source shines through; FLUX too changes most of a picture there."""
+"""From here on nothing of the source shines through; FLUX too changes most of an image there."""
 
 _Filter: TypeAlias = Callable[[Array, np.random.Generator, float], Array]
 STYLES: dict[Style, _Filter] = {
@@ -50,24 +50,24 @@ _GREY = frozenset({Style.PENCIL, Style.VINTAGE})  # a tint that colours hide wou
 _UNGRADED = frozenset({Style.BLUEPRINT})  # drafting paper is blue, whatever the weather
 
 
-def restyled(picture: Array, prompt: str, seed: int, strength: float, guidance: float) -> Array:
-    """A uint8 BGR picture in the style and light that the prompt names.
+def restyled(image: Array, prompt: str, seed: int, strength: float, guidance: float) -> Array:
+    """A uint8 BGR image in the style and light that the prompt names.
 
     Args:
-        picture: uint8 BGR, any size from 16 px a side.
+        image: uint8 BGR, any size from 16 px a side.
         prompt: its words choose style and scene; any change of it changes the tint.
         seed: any integer; another one gives other grain, strokes and shades.
         strength: 0 to 1; 0.01 is all but the source, from 0.9 on nothing of the source shines through.
-        guidance: 1 to 20; how strongly the scene colours the picture.
+        guidance: 1 to 20; how strongly the scene colours the image.
     """
     rng = generator(seed, prompt)
     style, tint = style_of(prompt), tint_of(prompt, rng)
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     scale = min(1.0, _WORK_SIDE_PX / max(height, width))
-    small = picture
+    small = image
     if scale < 1:
         shape = max(1, round(width * scale)), max(1, round(height * scale))
-        small = cv2.resize(picture, shape, interpolation=cv2.INTER_AREA)
+        small = cv2.resize(image, shape, interpolation=cv2.INTER_AREA)
     result = STYLES[style](small, rng, max(0.15, strength))
     if style not in _UNGRADED:
         tint = Tint(tint.a * 0.25, tint.b * 0.25) if style in _GREY else tint
@@ -77,7 +77,7 @@ def restyled(picture: Array, prompt: str, seed: int, strength: float, guidance: 
         result = cv2.resize(result, (width, height), interpolation=blocky)
     share = min(1.0, strength / _FULL_STRENGTH) ** 1.2
     if share < 1:
-        result = clipped(picture * (1 - share) + result * share + 0.5)
+        result = clipped(image * (1 - share) + result * share + 0.5)
     return result
 
 
@@ -88,7 +88,7 @@ class PreviewRenderer:
         """Make `num_images` previews, image i with seed + i. Steps: reading, then styling and encoding of each.
 
         Raises:
-            EngineFailure: the source is no usable picture.
+            EngineFailure: the source is no usable image.
             EngineCancelled: the job was told to stop.
         """
         began = time.perf_counter()
@@ -105,16 +105,16 @@ class PreviewRenderer:
         asked = job.input
         source = cv2.cvtColor(np.asarray(read_source(job.source or b"")), cv2.COLOR_RGB2BGR)
         step()
-        pictures = []
+        images = []
         for seed in range(job.seed, job.seed + asked.num_images):
             result = restyled(source, asked.prompt, seed, asked.strength, asked.guidance_scale)
             step()
             image = Image.fromarray(cv2.cvtColor(result, cv2.COLOR_BGR2RGB))
             note = f"{NOTE}; style {style_of(asked.prompt)}, seed {seed}"
-            pictures.append(encode(image, asked.output_format, note))
+            images.append(encode(image, asked.output_format, note))
             step()
         # Nothing looked at the content, so there is nothing to say about it.
-        return EngineResult(tuple(pictures), job.seed, (), {"inference": time.perf_counter() - began}, asked.prompt)
+        return EngineResult(tuple(images), job.seed, (), {"inference": time.perf_counter() - began}, asked.prompt)
 
 
 def open_renderer() -> PreviewRenderer:

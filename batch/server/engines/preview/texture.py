@@ -1,6 +1,6 @@
 """Random fields: noise, grain, distance from the border. Every number comes from the generator given. Pure.
 
-Pixels are float32; a field has the picture's height and width and no channels.
+Pixels are float32; a field has the image's height and width and no channels.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy.typing as npt
 __all__ = ["Array", "clouds", "coordinates", "generator", "grain", "ragged_border", "smear", "warp"]
 
 Array: TypeAlias = npt.NDArray[Any]
-"""uint8 for pictures (BGR), float32 for fields."""
+"""uint8 for images (BGR), float32 for fields."""
 
 
 def generator(seed: int, prompt: str) -> np.random.Generator:
@@ -48,23 +48,23 @@ def grain(rng: np.random.Generator, height: int, width: int, size_px: float) -> 
     return field.astype(np.float32) / 127.5 - 1
 
 
-def shift(picture: Array, dx: Array, dy: Array) -> Array:
+def shift(image: Array, dx: Array, dy: Array) -> Array:
     """Each pixel fetched from (x + dx, y + dy)."""
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     x, y = coordinates(height, width)
-    return cv2.remap(picture, x + dx, y + dy, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
+    return cv2.remap(image, x + dx, y + dy, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
 
 
-def warp(picture: Array, rng: np.random.Generator, amount_px: float, cells: int) -> Array:
-    """Bend a picture by smooth noise, as a hand does."""
-    height, width = picture.shape[:2]
+def warp(image: Array, rng: np.random.Generator, amount_px: float, cells: int) -> Array:
+    """Bend an image by smooth noise, as a hand does."""
+    height, width = image.shape[:2]
     dx, dy = (amount_px * clouds(rng, height, width, cells, 2) for _ in range(2))
-    return shift(picture, dx, dy)
+    return shift(image, dx, dy)
 
 
-def smear(picture: Array, along: tuple[Array, Array], steps: int, step_px: float) -> Array:
-    """Average along a direction field, to both sides: strokes out of noise, brushed colour out of a picture."""
-    total = picture.astype(np.float32)
+def smear(image: Array, along: tuple[Array, Array], steps: int, step_px: float) -> Array:
+    """Average along a direction field, to both sides: strokes out of noise, brushed colour out of an image."""
+    total = image.astype(np.float32)
     source = total.copy()
     for step in range(1, steps + 1):
         for way in (-1, 1):

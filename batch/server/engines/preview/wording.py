@@ -1,4 +1,4 @@
-"""Which style and which scene a prompt asks for, by its words. Pure; knows no picture."""
+"""Which style and which scene a prompt asks for, by its words. Pure; knows no image."""
 
 from __future__ import annotations
 

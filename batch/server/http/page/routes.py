@@ -97,7 +97,7 @@ class _PageRoutes:
     async def state(self, request: web.Request) -> web.Response:
         """The numbers and the newest requests; asked for every second or two while somebody looks."""
         if request.headers.get("sec-fetch-site", "none") not in _SAME_SITE:
-            # Another site's script in the same browser: prompts and pictures are none of its business.
+            # Another site's script in the same browser: prompts and images are none of its business.
             raise web.HTTPForbidden(text="The page's state is for the page itself")
         latest = await self._service.latest(SHOWN_REQUESTS, owner_of(request))
         counts, path_in = self._service.statistics(), self._service.storage.path_in

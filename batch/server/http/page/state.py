@@ -53,7 +53,7 @@ def request_card(listed: RequestSummary, view: LiveView | None, path_in: PathIn)
         "seed": str(seed) if isinstance(seed, int) and not isinstance(seed, bool) else None,
         "settings": {name: given[name] for name in _SETTINGS if isinstance(given.get(name), str | int | float)},
         "source": _source(given.get("image_url"), path_in),
-        "pictures": [] if listed.inline else list(_pictures(made.get("images"), path_in)),
+        "images": [] if listed.inline else list(_images(made.get("images"), path_in)),
         "error": None,
     }
     if listed.status is not None and listed.status >= 400:
@@ -70,15 +70,15 @@ def _state(listed: RequestSummary, view: LiveView | None) -> str:
 
 
 def _source(url: Json, path_in: PathIn) -> JsonObject:
-    """Where the source picture is. One on somebody else's server is named, and never fetched by the page."""
+    """Where the source image is. One on somebody else's server is named, and never fetched by the page."""
     if not isinstance(url, str):
-        return {"picture": None, "name": "no picture"}
+        return {"image": None, "name": "no image"}
     path = path_in(url)
     if path is not None:
-        return {"picture": path, "name": path.rpartition("/")[2]}
+        return {"image": path, "name": path.rpartition("/")[2]}
     if url[:5].lower() == "data:":
-        return {"picture": None, "name": "broken data URI"}
-    return {"picture": None, "name": _host(url)}
+        return {"image": None, "name": "broken data URI"}
+    return {"image": None, "name": _host(url)}
 
 
 def _host(url: str) -> str:
@@ -88,10 +88,10 @@ def _host(url: str) -> str:
         return _text(url)
 
 
-def _pictures(images: Json, path_in: PathIn) -> Iterable[JsonObject]:
+def _images(images: Json, path_in: PathIn) -> Iterable[JsonObject]:
     for image in images if isinstance(images, list) else []:
         if isinstance(image, dict) and isinstance(url := image.get("url"), str) and (path := path_in(url)) is not None:
-            yield {"picture": path, "width": image.get("width"), "height": image.get("height")}
+            yield {"image": path, "width": image.get("width"), "height": image.get("height")}
 
 
 def _text(value: Json) -> str:

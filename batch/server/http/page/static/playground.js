@@ -1,4 +1,4 @@
-// The form: one picture in, one picture out, through the same calls that any client makes.
+// The form: one image in, one image out, through the same calls that any client makes.
 
 import { cancel, own, result, statuses, submit, upload } from "./api.js";
 
@@ -30,8 +30,8 @@ export function start(changed) {
 /** Fill the form with what an earlier request used. */
 export function fill(request) {
   choose(null);
-  const { picture } = request.source;
-  $("image_url").value = picture === null ? "" : location.origin + picture;
+  const { image } = request.source;
+  $("image_url").value = image === null ? "" : location.origin + image;
   showSource($("image_url").value);
   $("prompt").value = request.prompt;
   $("seed").value = request.seed ?? "";
@@ -70,15 +70,15 @@ async function work(changed) {
 }
 
 function missing() {
-  if (file === null && $("image_url").value.trim() === "") return { element: $("file"), text: "Choose a picture, or give its URL." };
-  if ($("prompt").value.trim() === "") return { element: $("prompt"), text: "Say in the prompt what the picture shall become." };
+  if (file === null && $("image_url").value.trim() === "") return { element: $("file"), text: "Choose an image, or give its URL." };
+  if ($("prompt").value.trim() === "") return { element: $("prompt"), text: "Say in the prompt what the image shall become." };
   if (!/^\d{0,19}$/.test($("seed").value.trim())) return { element: $("seed"), text: "A seed is a whole number of at most 19 digits." };
   return null;
 }
 
 async function input() {
   if (file !== null && !uploads.has(file)) {
-    say("Uploading the picture…");
+    say("Uploading the image…");
     uploads.set(file, await upload(file));
   }
   const numbers = Object.fromEntries(SLIDERS.map((name) => [name, Number($(name).value)]));
@@ -91,7 +91,7 @@ function begin() {
   $("submit").disabled = true;
   $("progress").removeAttribute("value");
   $("progress").hidden = false;
-  $("result-picture").hidden = $("made").hidden = true;
+  $("result-image").hidden = $("made").hidden = true;
   $("result-note").hidden = false;
   $("result-note").textContent = "Under way";
   say("Sending…");
@@ -119,9 +119,9 @@ function progress(status) {
 
 function showResult(output, prompt) {
   const [image] = output.images;
-  $("result-picture").src = own(image.url);
-  $("result-picture").alt = `Result of: ${prompt}`;
-  $("result-picture").hidden = false;
+  $("result-image").src = own(image.url);
+  $("result-image").alt = `Result of: ${prompt}`;
+  $("result-image").hidden = false;
   $("result-note").hidden = true;
   const seconds = output.timings?.inference;
   const facts = [`${image.width} × ${image.height}`, `seed ${output.seed}`];
@@ -130,7 +130,7 @@ function showResult(output, prompt) {
   $("made-link").href = own(image.url);
   $("made-link").download = image.file_name ?? "";
   $("made").hidden = false;
-  say(output.has_nsfw_concepts?.some(Boolean) ? "Done. The safety checker flagged this picture." : "Done");
+  say(output.has_nsfw_concepts?.some(Boolean) ? "Done. The safety checker flagged this image." : "Done");
 }
 
 function choose(chosen) {
@@ -141,17 +141,17 @@ function choose(chosen) {
   showSource(chosen === null ? "" : URL.createObjectURL(chosen), chosen?.name);
 }
 
-/** A picture on another server is not loaded: this page talks to no one but its own server. */
-function showSource(url, name = "Input picture") {
-  const picture = $("input-picture");
-  if (picture.src.startsWith("blob:")) URL.revokeObjectURL(picture.src);
+/** An image on another server is not loaded: this page talks to no one but its own server. */
+function showSource(url, name = "Input image") {
+  const image = $("input-image");
+  if (image.src.startsWith("blob:")) URL.revokeObjectURL(image.src);
   const here = url.startsWith("blob:") || url.startsWith(`${location.origin}/files/`);
-  picture.hidden = !here;
+  image.hidden = !here;
   $("input-note").hidden = here;
-  $("input-note").textContent = url === "" ? "Your picture will be here" : "Lies on another server, which this page does not ask";
-  picture.alt = name;
-  if (here) picture.src = url;
-  else picture.removeAttribute("src");
+  $("input-note").textContent = url === "" ? "Your image will be here" : "Lies on another server, which this page does not ask";
+  image.alt = name;
+  if (here) image.src = url;
+  else image.removeAttribute("src");
 }
 
 function dragged(event) {

@@ -1,4 +1,4 @@
-// The list of recent requests. Whatever came from others becomes text or the address of a picture of this server.
+// The list of recent requests. Whatever came from others becomes text or the address of an image of this server.
 
 const WORDS = { waiting: "waits", running: "runs", done: "done", failed: "failed", cancelled: "cancelled" };
 const relative = new Intl.RelativeTimeFormat("en", { style: "narrow" });
@@ -44,7 +44,7 @@ function made(request, again) {
   return el(
     "li",
     { className: "card" },
-    el("div", { className: "pictures" }, source(request), outcome(request)),
+    el("div", { className: "images" }, source(request), outcome(request)),
     prompt,
     request.error === null ? null : el("p", { className: "error" }, request.error),
     el(
@@ -68,14 +68,14 @@ function stateText(request) {
 }
 
 function source(request) {
-  if (request.source.picture === null) return el("div", { className: "frame" }, el("p", {}, request.source.name));
-  return frame(request.source.picture, `Input of: ${request.prompt}`);
+  if (request.source.image === null) return el("div", { className: "frame" }, el("p", {}, request.source.name));
+  return frame(request.source.image, `Input of: ${request.prompt}`);
 }
 
 function outcome(request) {
-  const [first, ...others] = request.pictures;
+  const [first, ...others] = request.images;
   if (first === undefined) return el("div", { className: `frame ${request.state}` }, el("p", {}, WORDS[request.state]));
-  const result = frame(first.picture, `Result of: ${request.prompt}`, first);
+  const result = frame(first.image, `Result of: ${request.prompt}`, first);
   if (others.length > 0) result.append(el("span", { className: "more" }, `+${others.length}`));
   return result;
 }
@@ -83,7 +83,7 @@ function outcome(request) {
 function frame(path, alt, size = {}) {
   const image = el("img", { alt, loading: "lazy", decoding: "async" });
   if (size.width) [image.width, image.height] = [size.width, size.height];
-  const missing = () => image.replaceWith(el("p", {}, "not a picture that a browser shows"));
+  const missing = () => image.replaceWith(el("p", {}, "not an image that a browser shows"));
   image.addEventListener("error", missing, { once: true });
   image.src = path;
   return el("a", { className: "frame", href: path, target: "_blank", rel: "noopener" }, image);

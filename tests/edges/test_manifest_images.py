@@ -19,7 +19,7 @@ from batch.manifest.types import CellError, FileFact, FileKey, Resolved
 from batch.types import LocalImage
 
 
-def picture(kind: str = "PNG", size: tuple[int, int] = (40, 25)) -> bytes:
+def image_bytes(kind: str = "PNG", size: tuple[int, int] = (40, 25)) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", size, "teal").save(buffer, kind)
     return buffer.getvalue()
@@ -36,12 +36,12 @@ def huge_png(width: int, height: int) -> bytes:
 
 
 @pytest.fixture
-def pictures(tmp_path) -> SourceImages:
+def images(tmp_path) -> SourceImages:
     return SourceImages(tmp_path, 100)
 
 
-def one(pictures: SourceImages, reference: object) -> Resolved | CellError:
-    (answer,) = pictures.resolve([reference])
+def one(images: SourceImages, reference: object) -> Resolved | CellError:
+    (answer,) = images.resolve([reference])
     return answer
 
 
@@ -49,60 +49,60 @@ def one(pictures: SourceImages, reference: object) -> Resolved | CellError:
 
 
 @pytest.mark.parametrize("url", ["https://a.example/1.png?x=y", "http://localhost:8000/a b.jpg", "HTTPS://A.EXAMPLE"])
-def test_web_urls_pass_through_unknown_in_size(pictures, url) -> None:
+def test_web_urls_pass_through_unknown_in_size(images, url) -> None:
     """Nothing is downloaded to plan."""
-    assert one(pictures, url) == Resolved(url, None, None)
+    assert one(images, url) == Resolved(url, None, None)
 
 
-def test_a_data_uri_passes_through_with_its_size(pictures) -> None:
-    """It is checked to be a picture, as far as that is free."""
-    uri = "data:image/png;base64," + base64.b64encode(picture()).decode()
-    assert one(pictures, uri) == Resolved(uri, None, 0.001)
+def test_a_data_uri_passes_through_with_its_size(images) -> None:
+    """It is checked to be an image, as far as that is free."""
+    uri = "data:image/png;base64," + base64.b64encode(image_bytes()).decode()
+    assert one(images, uri) == Resolved(uri, None, 0.001)
 
 
 @pytest.mark.parametrize("kind", [*READABLE, "MPO"])
-def test_a_local_picture_is_its_content_hash_and_size(tmp_path, pictures, kind) -> None:
+def test_a_local_image_is_its_content_hash_and_size(tmp_path, images, kind) -> None:
     """Every kind that the endpoint is given; the size comes from the header."""
-    data = picture(kind)
+    data = image_bytes(kind)
     path = tmp_path / "a cat.bin"
     path.write_bytes(data)
     digest = hashlib.sha256(data).hexdigest()
     image = LocalImage(digest, len(data), path=path, name="a cat.bin")
-    assert one(pictures, "a cat.bin") == Resolved(f"sha256:{digest}", image, 0.001)
+    assert one(images, "a cat.bin") == Resolved(f"sha256:{digest}", image, 0.001)
 
 
-def test_paths_and_file_urls_name_the_same_file(tmp_path, pictures) -> None:
+def test_paths_and_file_urls_name_the_same_file(tmp_path, images) -> None:
     """Relative ones start at the manifest's folder, wherever the command is run; `%20` in a URL is a space."""
     (tmp_path / "sub").mkdir()
     path = tmp_path / "sub" / "a cat.png"
-    path.write_bytes(picture())
+    path.write_bytes(image_bytes())
     names = ["sub/a cat.png", "./sub/../sub/a cat.png", str(path), path.as_uri(), "file://sub/a%20cat.png"]
     names.append("file://localhost" + path.as_uri().removeprefix("file://"))
-    for answer in pictures.resolve(names):
+    for answer in images.resolve(names):
         assert isinstance(answer, Resolved), answer
         assert answer.image.path == path
 
 
-def test_a_struct_gives_its_bytes_or_else_its_path(tmp_path, pictures) -> None:
-    """As Hugging Face datasets write pictures; a bytes cell works alike."""
-    data = picture()
+def test_a_struct_gives_its_bytes_or_else_its_path(tmp_path, images) -> None:
+    """As Hugging Face datasets write images; a bytes cell works alike."""
+    data = image_bytes()
     (tmp_path / "cat.png").write_bytes(data)
     digest = hashlib.sha256(data).hexdigest()
     embedded = LocalImage(digest, len(data), data=data, name="dog.png")
-    assert one(pictures, {"bytes": data, "path": "x/dog.png"}) == Resolved(f"sha256:{digest}", embedded, 0.001)
-    assert one(pictures, {"bytes": data, "path": None}).image.name == "image"
-    assert one(pictures, data).token == f"sha256:{digest}"
-    assert one(pictures, {"bytes": None, "path": "cat.png"}).image.path == tmp_path / "cat.png"
-    assert one(pictures, {"bytes": None, "path": "https://a/1.png"}) == Resolved("https://a/1.png")
+    assert one(images, {"bytes": data, "path": "x/dog.png"}) == Resolved(f"sha256:{digest}", embedded, 0.001)
+    assert one(images, {"bytes": data, "path": None}).image.name == "image"
+    assert one(images, data).token == f"sha256:{digest}"
+    assert one(images, {"bytes": None, "path": "cat.png"}).image.path == tmp_path / "cat.png"
+    assert one(images, {"bytes": None, "path": "https://a/1.png"}) == Resolved("https://a/1.png")
 
 
-def test_answers_keep_the_order_of_the_references(tmp_path, pictures) -> None:
+def test_answers_keep_the_order_of_the_references(tmp_path, images) -> None:
     """Also where files are read by several threads, and one is named more than once."""
     names = [f"{index}.png" for index in range(40)]
     for index, name in enumerate(names):
-        (tmp_path / name).write_bytes(picture(size=(index + 1, 10)))
+        (tmp_path / name).write_bytes(image_bytes(size=(index + 1, 10)))
     references = [*names, "https://a/1", *reversed(names), None]
-    answers = pictures.resolve(references)
+    answers = images.resolve(references)
     assert [answer.image.name for answer in answers[:40]] == names
     assert [answer.megapixels for answer in answers[41:81]] == [(40 - index) / 100_000 for index in range(40)]
     assert answers[40] == Resolved("https://a/1")
@@ -122,14 +122,14 @@ def test_answers_keep_the_order_of_the_references(tmp_path, pictures) -> None:
         ({"bytes": None, "path": None}, "missing", ["empty"]),
         ("nowhere.png", "file_not_found", ["nowhere.png", "manifest's folder"]),
         ("text.png/deeper.png", "file_not_found", ["deeper.png"]),
-        ("folder", "is_a_folder", ["folder", "name a picture in it"]),
+        ("folder", "is_a_folder", ["folder", "name an image in it"]),
         ("nul\0.png", "unreadable", ["cannot be read"]),
         ("x" * 300, "unreadable", ["cannot be read", "File name too long"]),
         ("pipe", "unreadable", ["not a regular file"]),
         ("text.png", "image_load_error", ["text.png", "JPEG, PNG"]),
         ("empty.png", "image_load_error", ["empty.png"]),
         ("cut.png", "image_load_error", ["cut.png"]),
-        (b"not a picture", "image_load_error", ["JPEG, PNG"]),
+        (b"not an image", "image_load_error", ["JPEG, PNG"]),
         ({"bytes": b"no", "path": "dog.png"}, "image_load_error", ["dog.png"]),
         ("s3://bucket/cat.png", "unsupported_scheme", ["s3://bucket/cat.png", "http(s) URL"]),
         ("ftp://host/cat.png", "unsupported_scheme", ["ftp://host/cat.png"]),
@@ -140,14 +140,14 @@ def test_answers_keep_the_order_of_the_references(tmp_path, pictures) -> None:
         ("data:image/png;base64,aGVsbG8=", "image_load_error", ["data:image/png"]),
     ],
 )
-def test_what_cannot_be_a_picture_says_so(tmp_path, pictures, reference, type, words) -> None:  # noqa: A002
+def test_what_cannot_be_a_image_says_so(tmp_path, images, reference, type, words) -> None:  # noqa: A002
     """A stable word, and a sentence with the value and what to do; nothing is raised."""
     (tmp_path / "folder").mkdir()
-    (tmp_path / "text.png").write_bytes(b"I am no picture, whatever my name")
+    (tmp_path / "text.png").write_bytes(b"I am no image, whatever my name")
     (tmp_path / "empty.png").write_bytes(b"")
-    (tmp_path / "cut.png").write_bytes(picture()[:20])
+    (tmp_path / "cut.png").write_bytes(image_bytes()[:20])
     os.mkfifo(tmp_path / "pipe")
-    answer = one(pictures, reference)
+    answer = one(images, reference)
     assert isinstance(answer, CellError)
     assert answer.type == type
     for word in words:
@@ -155,23 +155,23 @@ def test_what_cannot_be_a_picture_says_so(tmp_path, pictures, reference, type, w
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_that_may_not_be_read_says_so(tmp_path, pictures) -> None:
+def test_a_file_that_may_not_be_read_says_so(tmp_path, images) -> None:
     """Permissions are a fault of the row, not of the run."""
     path = tmp_path / "secret.png"
-    path.write_bytes(picture())
+    path.write_bytes(image_bytes())
     path.chmod(0)
-    assert one(pictures, "secret.png").type == "unreadable"
+    assert one(images, "secret.png").type == "unreadable"
 
 
 @pytest.mark.parametrize(("width", "height"), [(20_000, 20_000), (12_000, 9_000)])
-def test_a_picture_above_the_limit_is_refused_by_its_header(tmp_path, pictures, width, height) -> None:
+def test_a_image_above_the_limit_is_refused_by_its_header(tmp_path, images, width, height) -> None:
     """Pillow's own limits, the one that warns and the one that raises, do not get a say; nothing is decoded."""
     data = huge_png(width, height)
     (tmp_path / "huge.png").write_bytes(data)
     uri = "data:image/png;base64," + base64.b64encode(data).decode()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        answers = pictures.resolve(["huge.png", data, uri])
+        answers = images.resolve(["huge.png", data, uri])
         allowed = one(SourceImages(tmp_path, 400), "huge.png")
     for answer in answers:
         assert answer.type == "image_too_large"
@@ -196,14 +196,14 @@ class RecordingFacts(MemoryFacts):
 
 
 def test_a_file_is_read_once_until_it_changes(tmp_path) -> None:
-    """A resumed run looks at names, sizes and times only; a changed file is another picture."""
+    """A resumed run looks at names, sizes and times only; a changed file is another image."""
     path = tmp_path / "cat.png"
-    path.write_bytes(picture())
+    path.write_bytes(image_bytes())
     facts = RecordingFacts()
     first = one(SourceImages(tmp_path, 100, facts), "cat.png")
     assert one(SourceImages(tmp_path, 100, facts), "cat.png") == first
     assert facts.put == [FileKey(str(path), path.stat().st_size, path.stat().st_mtime_ns)]
-    path.write_bytes(picture(size=(80, 25)))
+    path.write_bytes(image_bytes(size=(80, 25)))
     os.utime(path, ns=(1, 1))
     assert one(SourceImages(tmp_path, 100, facts), "cat.png").token != first.token
     assert len(facts.put) == 2
@@ -219,7 +219,7 @@ def test_known_facts_are_believed_without_reading_and_judged_by_todays_limit(tmp
     assert one(SourceImages(tmp_path, 10, facts), "cat.png").type == "image_too_large"
 
 
-def test_what_is_no_picture_leaves_no_fact(tmp_path) -> None:
+def test_what_is_no_image_leaves_no_fact(tmp_path) -> None:
     """A file that is repaired is looked at again."""
     (tmp_path / "cat.png").write_bytes(b"broken")
     facts = RecordingFacts()
@@ -238,7 +238,7 @@ def test_facts_in_memory_are_bounded() -> None:
 
 def test_the_folder_may_be_relative(tmp_path, monkeypatch) -> None:
     """Facts and images carry absolute paths all the same."""
-    (tmp_path / "cat.png").write_bytes(picture())
+    (tmp_path / "cat.png").write_bytes(image_bytes())
     monkeypatch.chdir(tmp_path)
     assert one(SourceImages(Path(), 100), "cat.png").image.path == tmp_path / "cat.png"
 
@@ -247,42 +247,42 @@ def test_the_folder_may_be_relative(tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("reference", ["~/sub/cat.png", "~/sub/../sub/cat.png", "file://~/sub/cat.png"])
-def test_a_tilde_is_the_users_home(tmp_path, pictures, monkeypatch, reference) -> None:
+def test_a_tilde_is_the_users_home(tmp_path, images, monkeypatch, reference) -> None:
     """As a shell expands it; also inside of a struct, and where the manifest's folder has one of that name."""
     home = tmp_path / "home"
     (home / "sub").mkdir(parents=True)
-    (home / "sub" / "cat.png").write_bytes(picture())
+    (home / "sub" / "cat.png").write_bytes(image_bytes())
     (tmp_path / "~" / "sub").mkdir(parents=True)
     monkeypatch.setenv("HOME", str(home))
     for cell in (reference, {"bytes": None, "path": reference}):
-        assert one(pictures, cell).image.path == home / "sub" / "cat.png"
-    assert one(pictures, "./~/sub/cat.png").type == "file_not_found"
+        assert one(images, cell).image.path == home / "sub" / "cat.png"
+    assert one(images, "./~/sub/cat.png").type == "file_not_found"
 
 
-def test_a_tilde_with_a_name_is_that_users_home(pictures, monkeypatch) -> None:
+def test_a_tilde_with_a_name_is_that_users_home(images, monkeypatch) -> None:
     """As the system knows it, whatever HOME says."""
     monkeypatch.setenv("HOME", "/nowhere")
     user = pwd.getpwuid(os.geteuid())
-    answer = one(pictures, f"~{user.pw_name}/no such file.png")
+    answer = one(images, f"~{user.pw_name}/no such file.png")
     assert answer.type == "file_not_found"
     assert f"{Path(user.pw_dir) / 'no such file.png'}" in answer.message
 
 
-def test_an_unknown_user_is_a_bad_row_that_says_so(tmp_path, pictures) -> None:
+def test_an_unknown_user_is_a_bad_row_that_says_so(tmp_path, images) -> None:
     """A name with a tilde that is there is that file, as it is for a shell."""
-    answer = one(pictures, "~no-such-user/cat.png")
+    answer = one(images, "~no-such-user/cat.png")
     assert answer.type == "file_not_found"
     assert "'~no-such-user/cat.png': there is no user 'no-such-user'; write the whole path" in answer.message
     (tmp_path / "~no-such-user").mkdir()
     for name in ("~no-such-user/cat.png", "~cat.png", "cat~.png"):
-        (tmp_path / name).write_bytes(picture())
-        assert one(pictures, name).image.path == tmp_path / name
-    assert "manifest's folder" in one(pictures, "~dog.png").message
+        (tmp_path / name).write_bytes(image_bytes())
+        assert one(images, name).image.path == tmp_path / name
+    assert "manifest's folder" in one(images, "~dog.png").message
 
 
-def test_a_home_that_is_not_known_is_a_bad_row(pictures, monkeypatch) -> None:
+def test_a_home_that_is_not_known_is_a_bad_row(images, monkeypatch) -> None:
     """A container's user without an entry and without HOME."""
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr(pwd, "getpwuid", lambda _: {}["none"])
-    answer = one(pictures, "~/cat.png")
+    answer = one(images, "~/cat.png")
     assert (answer.type, "the home folder is not known" in answer.message) == ("file_not_found", True)

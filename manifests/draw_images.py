@@ -1,7 +1,7 @@
-"""Draws the demo's pictures and manifests, so that nothing here is anybody else's.
+"""Draws the demo's images and manifests, so that nothing here is anybody else's.
 
-`python manifests/draw_pictures.py [FOLDER]` writes pictures/, demo.csv, demo.parquet and sweep.jsonl into FOLDER
-(default: the folder of this script). Every number is fixed: drawing again gives the same pictures.
+`python manifests/draw_images.py [FOLDER]` writes images/, demo.csv, demo.parquet and sweep.jsonl into FOLDER
+(default: the folder of this script). Every number is fixed: drawing again gives the same images.
 """
 # ruff: noqa: INP001 - a folder of data with one script, no package
 
@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-__all__ = ["PICTURES", "draw", "write_everything"]
+__all__ = ["IMAGES", "draw", "write_everything"]
 
 Field: TypeAlias = npt.NDArray[Any]
 """float32: coverage 0 to 1 with one value a pixel, or RGB 0 to 255 with three."""
@@ -62,7 +62,7 @@ def smooth(points: Sequence[Point], closed: bool = True, fineness: int = 14) -> 
 
 
 class Board:
-    """An RGB picture in the making, and the shapes that it can be covered with."""
+    """An RGB image in the making, and the shapes that it can be covered with."""
 
     def __init__(self, width: int, height: int) -> None:
         self.width, self.height = width, height
@@ -70,7 +70,7 @@ class Board:
         self.pixels = np.zeros((height, width, 3), np.float32)
 
     def paint(self, shape: Field, colour: Field | str, opacity: float = 1.0) -> None:
-        """Cover a shape with a colour, or with a picture of colours."""
+        """Cover a shape with a colour, or with an image of colours."""
         colour = rgb(colour) if isinstance(colour, str) else colour
         rows, columns = np.flatnonzero(shape.any(1)), np.flatnonzero(shape.any(0))
         if len(rows) == 0:
@@ -154,7 +154,7 @@ def ridge(board: Board, seed: int, height: float, relief: float, cells: float, o
     return height + relief * noise(seed, 8, board.width, cells, octaves)[4]
 
 
-# --- the pictures -----------------------------------------------------------------------------------------
+# --- the images -----------------------------------------------------------------------------------------
 
 
 def mountains() -> Image.Image:
@@ -642,7 +642,7 @@ def _branch(
 
 
 def shapes() -> Image.Image:
-    """Glassy shapes on nothing: the one picture with transparency."""
+    """Glassy shapes on nothing: the one image with transparency."""
     b = Board(640, 640)
     cover = np.zeros_like(b.x)
     b.paint(np.ones_like(b.x), "#ffffff")
@@ -977,7 +977,7 @@ def _balloon(b: Board, cx: float, cy: float, radius: float, colours: tuple[str, 
     b.glow(b.ellipse(cx, cy + radius * 1.24, radius * 0.05, radius * 0.12, soft=radius * 0.16), "#ffb040", 1.0)
 
 
-PICTURES: dict[str, Callable[[], Image.Image]] = {
+IMAGES: dict[str, Callable[[], Image.Image]] = {
     "mountains.jpg": mountains,
     "still-life.jpg": still_life,
     "skyline.jpg": skyline,
@@ -995,7 +995,7 @@ PICTURES: dict[str, Callable[[], Image.Image]] = {
 
 # --- the manifests ----------------------------------------------------------------------------------------
 
-_DEMO: list[tuple[str, str, dict[str, float]]] = [  # picture, prompt, what this row sets differently
+_DEMO: list[tuple[str, str, dict[str, float]]] = [  # image, prompt, what this row sets differently
     ("mountains.jpg", "a watercolor painting of an alpine lake, soft morning light", {}),
     ("still-life.jpg", "an impasto oil painting of fruit and a clay jug, in the manner of the old masters", {}),
     ("skyline.jpg", "a neon cyberpunk city at night, glowing signs", {}),
@@ -1009,12 +1009,12 @@ _DEMO: list[tuple[str, str, dict[str, float]]] = [  # picture, prompt, what this
     ("house.jpg", "a cottage in deep winter snow, pixel art, 16-bit game", {}),
     ("balloon.jpg", "hot-air balloons in a dream, a fantasy book cover", {"seed": 42}),
 ]
-_PARQUET = [  # picture, prompt, caption; the picture's bytes travel inside
+_PARQUET = [  # image, prompt, caption; the image's bytes travel inside
     ("boat.jpg", "a watercolor painting of a sailing boat at sunset", "a sailing boat"),
     ("balloon.jpg", "a stained glass mosaic of a hot-air balloon", "a hot-air balloon"),
     ("cat.jpg", "a pencil sketch of a sitting cat", "a ginger cat"),
 ]
-_SWEEP = [  # picture, and what fills the template "a {animal} as a {style}"
+_SWEEP = [  # image, and what fills the template "a {animal} as a {style}"
     ("cat.jpg", "cat", "watercolor painting"),
     ("cat.jpg", "fox", "stained glass mosaic"),
     ("cat.jpg", "tiger", "pencil sketch"),
@@ -1022,12 +1022,12 @@ _SWEEP = [  # picture, and what fills the template "a {animal} as a {style}"
 
 
 def draw(name: str) -> bytes:
-    """One of `PICTURES` as a file: JPEG of quality 85, or PNG.
+    """One of `IMAGES` as a file: JPEG of quality 85, or PNG.
 
     Raises:
-        KeyError: there is no such picture.
+        KeyError: there is no such image.
     """
-    image, buffer = PICTURES[name](), io.BytesIO()
+    image, buffer = IMAGES[name](), io.BytesIO()
     if name.endswith(".png"):
         image.save(buffer, "PNG", optimize=True)
     else:
@@ -1036,14 +1036,14 @@ def draw(name: str) -> bytes:
 
 
 def write_everything(folder: Path) -> None:
-    """Pictures and manifests into `folder`."""
-    (folder / "pictures").mkdir(parents=True, exist_ok=True)
-    drawn = {name: draw(name) for name in PICTURES}
+    """Images and manifests into `folder`."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    drawn = {name: draw(name) for name in IMAGES}
     for name, data in drawn.items():
-        (folder / "pictures" / name).write_bytes(data)
+        (folder / "images" / name).write_bytes(data)
     _write_csv(folder / "demo.csv")
     _write_parquet(folder / "demo.parquet", drawn)
-    lines = [{"image_url": f"pictures/{name}", "animal": animal, "style": style} for name, animal, style in _SWEEP]
+    lines = [{"image_url": f"images/{name}", "animal": animal, "style": style} for name, animal, style in _SWEEP]
     (folder / "sweep.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
 
 
@@ -1052,8 +1052,8 @@ def _write_csv(path: Path) -> None:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(["id", "image_url", "prompt", "strength", "seed"])
         for name, prompt, own in _DEMO:
-            picture = f"pictures/{name}"
-            rows.writerow([Path(name).stem, picture, prompt, own.get("strength", ""), own.get("seed", "")])
+            image = f"images/{name}"
+            rows.writerow([Path(name).stem, image, prompt, own.get("strength", ""), own.get("seed", "")])
 
 
 def _write_parquet(path: Path, drawn: dict[str, bytes]) -> None:

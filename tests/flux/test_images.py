@@ -1,4 +1,4 @@
-"""Pictures are those of plain diffusers, number by number, whatever came in and whoever else was served."""
+"""Images are those of plain diffusers, number by number, whatever came in and whoever else was served."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # what other people's librari
 
 
 @pytest.mark.parametrize("strength", [0.01, 0.5, 0.95, 1.0])
-def test_a_picture_is_that_of_plain_diffusers(renderer, plain, strength):
+def test_a_image_is_that_of_plain_diffusers(renderer, plain, strength):
     """Same weights, same inputs, same numbers, at both ends of strength and between."""
     result = rendered(renderer, job(strength=strength, num_inference_steps=20))
     expected = by_diffusers(plain, photograph(), strength=strength, num_inference_steps=20)
-    assert expected.std() > 10, "a flat picture would prove nothing"
-    assert np.array_equal(pixels(result.pictures[0]), expected)
+    assert expected.std() > 10, "a flat image would prove nothing"
+    assert np.array_equal(pixels(result.images[0]), expected)
 
 
 def test_the_defaults_are_those_of_the_endpoint(renderer, plain):
@@ -36,12 +36,12 @@ def test_the_defaults_are_those_of_the_endpoint(renderer, plain):
     )
     assert steps[-1] == (38, 38)
     expected = by_diffusers(plain, photograph(), strength=0.95, num_inference_steps=40, guidance_scale=3.5)
-    assert np.array_equal(pixels(result.pictures[0]), expected)
+    assert np.array_equal(pixels(result.images[0]), expected)
 
 
-def test_each_input_changes_the_picture(renderer):
+def test_each_input_changes_the_image(renderer):
     """Else the comparisons of this file could not fail."""
-    base = pixels(rendered(renderer, job(strength=0.5)).pictures[0])
+    base = pixels(rendered(renderer, job(strength=0.5)).images[0])
     others = [
         {"strength": 0.6},
         {"seed": 6},
@@ -51,9 +51,7 @@ def test_each_input_changes_the_picture(renderer):
         {"source": packed(photograph().transpose(Image.Transpose.FLIP_LEFT_RIGHT))},
     ]
     for other in others:
-        assert not np.array_equal(pixels(rendered(renderer, job(**{"strength": 0.5, **other})).pictures[0]), base), (
-            other
-        )
+        assert not np.array_equal(pixels(rendered(renderer, job(**{"strength": 0.5, **other})).images[0]), base), other
 
 
 def _halved_alpha():
@@ -101,37 +99,37 @@ def _tiny():
 
 
 @pytest.mark.parametrize("made", [_halved_alpha, _sixteen_bits, _rotated, _cmyk, _grey, _odd, _tiny])
-def test_any_source_becomes_the_rgb_picture_that_it_shows(renderer, plain, made):
+def test_any_source_becomes_the_rgb_image_that_it_shows(renderer, plain, made):
     """Alpha over white, 16 bits scaled, EXIF turned, sides to multiples of 16; then as plain diffusers."""
     source, shown = made()
     result = rendered(renderer, job(source, strength=0.5))
-    assert (result.pictures[0].width, result.pictures[0].height) == shown.size
-    assert np.array_equal(pixels(result.pictures[0]), by_diffusers(plain, shown, strength=0.5))
+    assert (result.images[0].width, result.images[0].height) == shown.size
+    assert np.array_equal(pixels(result.images[0]), by_diffusers(plain, shown, strength=0.5))
 
 
-def test_several_pictures_are_those_of_their_seeds_alone(renderer):
-    """Picture i of seed s is the one picture of seed s + i; the answer's seed is the first one's."""
+def test_several_images_are_those_of_their_seeds_alone(renderer):
+    """Image i of seed s is the one image of seed s + i; the answer's seed is the first one's."""
     together = rendered(renderer, job(num_images=3, seed=2**63 - 2))
     assert together.seed == 2**63 - 2
     alone = [rendered(renderer, job(seed=seed)) for seed in (2**63 - 2, 2**63 - 1)]
-    for picture, one in zip(together.pictures, alone, strict=False):
-        assert np.array_equal(pixels(picture), pixels(one.pictures[0]))
-    assert len({picture.data for picture in together.pictures}) == 3
+    for image, one in zip(together.images, alone, strict=False):
+        assert np.array_equal(pixels(image), pixels(one.images[0]))
+    assert len({image.data for image in together.images}) == 3
 
 
-def test_the_published_layout_gives_the_same_pictures(models, renderer):
+def test_the_published_layout_gives_the_same_images(models, renderer):
     """FluxPipeline in the index, prefixed keys, other tokenizer files, shards: the same model."""
     published = opened(models / "published")
-    assert np.array_equal(pixels(rendered(published, job()).pictures[0]), pixels(rendered(renderer, job()).pictures[0]))
+    assert np.array_equal(pixels(rendered(published, job()).images[0]), pixels(rendered(renderer, job()).images[0]))
 
 
 def test_jpeg_and_png_tell_what_made_them(renderer):
-    """Format as asked, and in the file the model with its revision and the picture's own seed."""
+    """Format as asked, and in the file the model with its revision and the loaded's own seed."""
     for output_format, note in (("jpeg", "comment"), ("png", "Comment")):
         result = rendered(renderer, job(output_format=output_format, num_images=2))
-        for number, picture in enumerate(result.pictures):
-            image = Image.open(io.BytesIO(picture.data))
-            assert (picture.content_type, image.format) == (f"image/{output_format}", output_format.upper())
+        for number, loaded in enumerate(result.images):
+            image = Image.open(io.BytesIO(loaded.data))
+            assert (loaded.content_type, image.format) == (f"image/{output_format}", output_format.upper())
             said = image.info[note]
             said = said.decode() if isinstance(said, bytes) else said
             assert said == f"restyle flux: FLUX.1 [dev], tiny, revision 1, seed {5 + number}"
@@ -147,8 +145,8 @@ def test_timings_have_inference_and_its_parts(renderer):
     assert all(seconds > 0 for seconds in timings.values())
 
 
-def test_every_step_of_every_picture_is_told(renderer):
-    """Steps run through all pictures: ceil(10 x 0.5) each, two pictures."""
+def test_every_step_of_every_image_is_told(renderer):
+    """Steps run through all images: ceil(10 x 0.5) each, two images."""
     steps = []
     rendered(renderer, job(strength=0.5, num_images=2), on_step=lambda *step: steps.append(step))
     assert steps == [(done, 10) for done in range(1, 11)]
@@ -157,62 +155,62 @@ def test_every_step_of_every_picture_is_told(renderer):
 @pytest.mark.parametrize("after", [0, 1, 7])
 def test_a_stop_is_heard_between_steps(renderer, after):
     """No step more is executed, and the next request is as if nothing had been."""
-    before = rendered(renderer, job()).pictures[0].data
+    before = rendered(renderer, job()).images[0].data
     steps = []
     with pytest.raises(EngineCancelled):
         rendered(renderer, job(), lambda *step: steps.append(step), lambda: len(steps) >= after)
     assert len(steps) == after
-    assert rendered(renderer, job()).pictures[0].data == before
+    assert rendered(renderer, job()).images[0].data == before
 
 
 def test_acceleration_leaves_out_blocks_and_none_is_exact(renderer, plain):
-    """`regular` and `high` execute ever fewer blocks, for the same picture each time; afterwards `none` is exact."""
+    """`regular` and `high` execute ever fewer blocks, for the same image each time; afterwards `none` is exact."""
     transformer = renderer.model().pipeline.transformer
     runs = []
     handle = transformer.single_transformer_blocks[-1].norm.register_forward_hook(lambda *_: runs.append(1))
-    counts, pictures = {}, {}
+    counts, images = {}, {}
     try:
         for acceleration in ("none", "regular", "high", "none"):
             given = job(acceleration=acceleration, num_inference_steps=50, strength=1)
             for _ in range(2):
                 runs.clear()
-                picture = rendered(renderer, given).pictures[0].data
-                assert pictures.setdefault(acceleration, picture) == picture
+                image = rendered(renderer, given).images[0].data
+                assert images.setdefault(acceleration, image) == image
                 counts[acceleration] = len(runs)
     finally:
         handle.remove()
     assert counts["none"] == 50
     assert counts["high"] < counts["regular"] < 50, counts
     expected = by_diffusers(plain, photograph(), num_inference_steps=50, strength=1)
-    assert np.array_equal(pixels(rendered(renderer, job(num_inference_steps=50, strength=1)).pictures[0]), expected)
+    assert np.array_equal(pixels(rendered(renderer, job(num_inference_steps=50, strength=1)).images[0]), expected)
 
 
 def test_a_cancelled_accelerated_request_leaves_no_cache_behind(renderer):
     """Its hooks are taken off however it ends."""
-    before = rendered(renderer, job()).pictures[0].data
+    before = rendered(renderer, job()).images[0].data
     with pytest.raises(EngineCancelled):
         rendered(renderer, job(acceleration="high"), cancelled=lambda: True)
     with pytest.raises(KeyError), accelerated(renderer.model().pipeline.transformer, "regular"):
         raise KeyError
     assert not renderer.model().pipeline.transformer.is_cache_enabled
-    assert rendered(renderer, job()).pictures[0].data == before
+    assert rendered(renderer, job()).images[0].data == before
 
 
-def test_a_source_that_is_no_picture_is_the_callers_fault(renderer):
+def test_a_source_that_is_no_image_is_the_callers_fault(renderer):
     """The endpoint's own error, and the renderer goes on."""
     with pytest.raises(EngineFailure) as caught:
-        rendered(renderer, job(b"no picture"))
+        rendered(renderer, job(b"no image"))
     assert (caught.value.status, caught.value.type) == (422, "image_load_error")
     with pytest.raises(EngineFailure):
         rendered(renderer, job(b""))
-    assert rendered(renderer, job()).pictures
+    assert rendered(renderer, job()).images
 
 
 @pytest.mark.parametrize("prompt", ["", "a cat " * 600, "猫 \U0001f408", "<|endoftext|>"])
 def test_any_prompt_is_taken(renderer, plain, prompt):
     """Empty, far too long, beyond ASCII, or a token's name."""
     result = rendered(renderer, job(prompt=prompt))
-    assert np.array_equal(pixels(result.pictures[0]), by_diffusers(plain, photograph(), prompt=prompt))
+    assert np.array_equal(pixels(result.images[0]), by_diffusers(plain, photograph(), prompt=prompt))
     assert result.prompt == prompt
 
 
@@ -222,31 +220,31 @@ def test_any_prompt_is_taken(renderer, plain, prompt):
 @pytest.mark.parametrize(
     ("folder", "kind"), [("classifier", "ViTForImageClassification"), ("concepts", "StableDiffusionSafetyChecker")]
 )
-def test_flagged_pictures_are_black_and_said_to_be(models, checkers, folder, kind):
-    """One bool a picture; the file's note tells it too."""
+def test_flagged_images_are_black_and_said_to_be(models, checkers, folder, kind):
+    """One bool per image; the file's note tells it too."""
     renderer = opened(models / "plain", checkers / folder, kind)
     result = rendered(renderer, job(num_images=2))
     assert result.has_nsfw_concepts == (True, True)
-    for picture in result.pictures:
-        assert not pixels(picture).any()
-        assert (picture.width, picture.height) == (256, 256)
-        assert Image.open(io.BytesIO(picture.data)).info["Comment"].endswith("; blackened by the safety checker")
+    for image in result.images:
+        assert not pixels(image).any()
+        assert (image.width, image.height) == (256, 256)
+        assert Image.open(io.BytesIO(image.data)).info["Comment"].endswith("; blackened by the safety checker")
 
 
 def test_by_request_nothing_is_checked_and_nothing_claimed(models, checkers, renderer):
-    """`enable_safety_checker: false` gives the picture, and no bool that nobody looked for."""
+    """`enable_safety_checker: false` gives the image, and no bool that nobody looked for."""
     checked = opened(models / "plain", checkers / "classifier", "ViTForImageClassification")
     result = rendered(checked, job(enable_safety_checker=False))
     assert result.has_nsfw_concepts == ()
-    assert result.pictures[0].data == rendered(renderer, job()).pictures[0].data
+    assert result.images[0].data == rendered(renderer, job()).images[0].data
 
 
-def test_a_picture_that_passes_is_not_touched(models, checkers, renderer):
+def test_a_image_that_passes_is_not_touched(models, checkers, renderer):
     """The same bytes as without a checker, and False, which here was looked for."""
     checked = opened(models / "plain", checkers / "content", "ViTForImageClassification")
     result = rendered(checked, job())
     assert result.has_nsfw_concepts == (False,)
-    assert result.pictures[0].data == rendered(renderer, job()).pictures[0].data
+    assert result.images[0].data == rendered(renderer, job()).images[0].data
 
 
 def test_without_a_checker_nothing_is_claimed(renderer):
