@@ -346,7 +346,7 @@ async def _carried_out(
                 journal=journal,
                 images=images,
                 observer=observer,
-                gate=_gate(settings, plan.profile, before, observer, rng),
+                admission=_admission(settings, plan.profile, before, observer, rng),
                 policy=_policy(request, target),
                 now=time.time,
                 rng=rng,
@@ -400,7 +400,9 @@ async def _no_jobs() -> AsyncGenerator[Sequence[Job], None]:
         yield batch
 
 
-def _gate(settings: Settings, profile: TargetProfile, before: Counts, observer: Observer, rng: Random) -> Admission:
+def _admission(
+    settings: Settings, profile: TargetProfile, before: Counts, observer: Observer, rng: Random
+) -> Admission:
     limits = settings.limits
     return Admission(
         window=_window(limits.max_in_flight, profile),

@@ -99,7 +99,7 @@ class FalClient:
         self._stack = contextlib.AsyncExitStack()
         self.webhook = ""
         """URL that each submit asks to be called at; empty: none."""
-        self.leave: Callable[[Attempt], Awaitable[None]] | None = None
+        self.before_send: Callable[[Attempt], Awaitable[None]] | None = None
         # Waiting for a connection is not part of an exchange: here, not in aiohttp's pool, where it would be.
         self._free = asyncio.Semaphore(connections)
         self._large = asyncio.Semaphore(LARGE_BODIES_AT_ONCE)
@@ -128,8 +128,8 @@ class FalClient:
         call = protocol.submit_call(
             self._origins, self._app, attempt.body, attempt.idempotency_key, self.webhook, options
         )
-        leave = None if self.leave is None else partial(self.leave, attempt)
-        reply = await self._exchange("submit", call, leave=leave)
+        before_send = None if self.before_send is None else partial(self.before_send, attempt)
+        reply = await self._exchange("submit", call, before_send=before_send)
         with _reading("submit"):
             return protocol.read_ticket(reply)
 
@@ -223,17 +223,17 @@ class FalClient:
         raise CallFailed(Trouble(phase, "redirect", detail=f"more than {REDIRECTS} redirects in a row"))
 
     async def _exchange(
-        self, phase: str, call: Call, *, key: bool = True, leave: Callable[[], Awaitable[None]] | None = None
+        self, phase: str, call: Call, *, key: bool = True, before_send: Callable[[], Awaitable[None]] | None = None
     ) -> Reply:
-        return _successful(phase, await self._answered(phase, call, key=key, leave=leave))
+        return _successful(phase, await self._answered(phase, call, key=key, before_send=before_send))
 
     async def _answered(
-        self, phase: str, call: Call, *, key: bool, leave: Callable[[], Awaitable[None]] | None = None
+        self, phase: str, call: Call, *, key: bool, before_send: Callable[[], Awaitable[None]] | None = None
     ) -> Reply:
         limit_bytes = JSON_LIMIT_BYTES if phase in _LONG_ANSWERS else ANSWER_LIMIT_BYTES
         if phase == "result":  # it may carry its images itself
             limit_bytes = max(limit_bytes, self._download_limit_bytes)
-        return self._without_key(await self._request(phase, call, limit_bytes, key=key, leave=leave))
+        return self._without_key(await self._request(phase, call, limit_bytes, key=key, before_send=before_send))
 
     def _without_key(self, reply: Reply) -> Reply:
         """A service that echoes the key, in an error message say, does not bring it into our journal and log."""
@@ -249,16 +249,16 @@ class FalClient:
         limit_bytes: int,
         *,
         key: bool,
-        leave: Callable[[], Awaitable[None]] | None = None,
+        before_send: Callable[[], Awaitable[None]] | None = None,
     ) -> Reply:
-        """One exchange; `leave` is awaited when a connection is free, before anything is sent."""
+        """One exchange; `before_send` is awaited when a connection is free, before anything is sent."""
         headers, is_own = dict(call.headers), self._origins.own(call.url)
         if key and self._key is not None and is_own:
             headers["authorization"] = f"Key {self._key.get_secret_value()}"
         try:
             async with self._free:
-                if leave is not None:
-                    await leave()
+                if before_send is not None:
+                    await before_send()
                 async with (self._own if is_own else self._foreign).request(
                     call.method,
                     call.url,

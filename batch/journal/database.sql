@@ -226,7 +226,7 @@ WHERE j.state IN (SELECT value FROM json_each(:states))
 ORDER BY wanted.key
 
 -- name: read_outcomes
--- In the order of `batch.run.interfaces.Outcome`: of jobs by their keys, and of those of a range of ids.
+-- In the order of `batch.journal.records.JobOutcome`: of jobs by their keys, and of those of a range of ids.
 WITH wanted (id) AS (
     SELECT known.id FROM json_each(:keys) AS asked CROSS JOIN jobs AS known ON known.key = asked.value
     UNION ALL

@@ -37,7 +37,7 @@ class Intended:
     reserved_usd: float = 0.0
     start_timeout: float | None = None
     """Seconds from its acceptance after which the target starts it no more. None: it may start at any time."""
-    happening = EventKind.INTEND
+    kind = EventKind.INTEND
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Accepted:
     job_key: JobKey
     at: float
     ticket: Ticket
-    happening = EventKind.ACCEPT
+    kind = EventKind.ACCEPT
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Refused:
     job_key: JobKey
     at: float
     reason: str
-    happening = EventKind.REFUSE
+    kind = EventKind.REFUSE
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class Lost:
     job_key: JobKey
     at: float
     reason: str
-    happening = EventKind.LOSE
+    kind = EventKind.LOSE
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class Answered:
     cost_usd: float | None = None
     queue_seconds: float | None = None
     total_seconds: float | None = None
-    happening = EventKind.ANSWER
+    kind = EventKind.ANSWER
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ class Finished:
     at: float
     images: tuple[StoredImage, ...]
     download_seconds: float | None = None
-    happening = EventKind.FINISH
+    kind = EventKind.FINISH
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ class FailedForGood:
     at: float
     failure: Failed
     cost_usd: float | None = None
-    happening = EventKind.FAIL
+    kind = EventKind.FAIL
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,7 @@ class Uncollected:
     """What came in place of a usable answer, where something came."""
     images: tuple[StoredImage, ...] = ()
     """Those of a usable answer; `path` is None where the file could not be stored."""
-    happening = EventKind.UNCOLLECTED
+    kind = EventKind.UNCOLLECTED
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,7 @@ class Retried:
 
     job_key: JobKey
     at: float
-    happening = EventKind.RETRY
+    kind = EventKind.RETRY
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,28 +49,28 @@ class EventKind(StrEnum):
     """A failed job is taken up again: a new attempt."""
 
 
-_S, _H = State, EventKind
+_S, _K = State, EventKind
 
 TABLE: dict[tuple[State, EventKind], State] = {
-    (_S.PENDING, _H.INTEND): _S.INTENDED,
-    (_S.PENDING, _H.FAIL): _S.FAILED,  # its image cannot be read: nothing was sent
-    (_S.INTENDED, _H.ACCEPT): _S.ACCEPTED,
-    (_S.INTENDED, _H.REFUSE): _S.PENDING,
-    (_S.INTENDED, _H.FAIL): _S.FAILED,  # refused for good, 422 at the gateway for instance
-    (_S.INTENDED, _H.LOSE): _S.UNKNOWN,
-    (_S.UNKNOWN, _H.ACCEPT): _S.ACCEPTED,  # adopted by reconciliation
-    (_S.UNKNOWN, _H.INTEND): _S.INTENDED,  # resubmitted, where policy or an idempotency key allows it
-    (_S.ACCEPTED, _H.ANSWER): _S.ANSWERED,
-    (_S.ACCEPTED, _H.FAIL): _S.FAILED,
-    (_S.ANSWERED, _H.FINISH): _S.DONE,
-    (_S.ANSWERED, _H.FAIL): _S.FAILED,  # its files can no longer be had
-    (_S.FAILED, _H.RETRY): _S.PENDING,
-    (_S.ACCEPTED, _H.UNCOLLECTED): _S.COLLECTABLE,
-    (_S.ANSWERED, _H.UNCOLLECTED): _S.COLLECTABLE,
-    (_S.COLLECTABLE, _H.UNCOLLECTED): _S.COLLECTABLE,
-    (_S.COLLECTABLE, _H.ANSWER): _S.ANSWERED,
-    (_S.COLLECTABLE, _H.FINISH): _S.DONE,  # its stored answer was readable after all
-    (_S.COLLECTABLE, _H.FAIL): _S.FAILED,  # the service's own verdict, or it is no longer kept
+    (_S.PENDING, _K.INTEND): _S.INTENDED,
+    (_S.PENDING, _K.FAIL): _S.FAILED,  # its image cannot be read: nothing was sent
+    (_S.INTENDED, _K.ACCEPT): _S.ACCEPTED,
+    (_S.INTENDED, _K.REFUSE): _S.PENDING,
+    (_S.INTENDED, _K.FAIL): _S.FAILED,  # refused for good, 422 at the gateway for instance
+    (_S.INTENDED, _K.LOSE): _S.UNKNOWN,
+    (_S.UNKNOWN, _K.ACCEPT): _S.ACCEPTED,  # adopted by reconciliation
+    (_S.UNKNOWN, _K.INTEND): _S.INTENDED,  # resubmitted, where policy or an idempotency key allows it
+    (_S.ACCEPTED, _K.ANSWER): _S.ANSWERED,
+    (_S.ACCEPTED, _K.FAIL): _S.FAILED,
+    (_S.ANSWERED, _K.FINISH): _S.DONE,
+    (_S.ANSWERED, _K.FAIL): _S.FAILED,  # its files can no longer be had
+    (_S.FAILED, _K.RETRY): _S.PENDING,
+    (_S.ACCEPTED, _K.UNCOLLECTED): _S.COLLECTABLE,
+    (_S.ANSWERED, _K.UNCOLLECTED): _S.COLLECTABLE,
+    (_S.COLLECTABLE, _K.UNCOLLECTED): _S.COLLECTABLE,
+    (_S.COLLECTABLE, _K.ANSWER): _S.ANSWERED,
+    (_S.COLLECTABLE, _K.FINISH): _S.DONE,  # its stored answer was readable after all
+    (_S.COLLECTABLE, _K.FAIL): _S.FAILED,  # the service's own verdict, or it is no longer kept
 }
 
 TERMINAL = frozenset({State.DONE, State.FAILED, State.COLLECTABLE})
@@ -82,13 +82,13 @@ class IllegalTransition(RuntimeError):
     """A defect of ours: an event that the table does not allow."""
 
 
-def advance(state: State, happening: EventKind) -> State:
+def advance(state: State, kind: EventKind) -> State:
     """The next state.
 
     Raises:
         IllegalTransition: the table has no such row.
     """
     try:
-        return TABLE[state, happening]
+        return TABLE[state, kind]
     except KeyError:
-        raise IllegalTransition(f"a job that is {state} cannot {happening}") from None
+        raise IllegalTransition(f"a job that is {state} cannot {kind}") from None

@@ -141,7 +141,7 @@ class JobTransitions:
                     state = states.get(key)
                     if state is None:
                         state = self.jobs[key].state if key in self.jobs else State.PENDING
-                    states[key] = advance(state, event.happening)
+                    states[key] = advance(state, event.kind)
         except IllegalTransition as error:
             return error
         for event in events:
@@ -161,7 +161,7 @@ class JobTransitions:
             self.uploads.append((event.sha256, event.at, _storable(event.url)))
             return
         job = self._job(event.job_key)
-        was, job.state, job.session = job.state, advance(job.state, event.happening), self.session
+        was, job.state, job.session = job.state, advance(job.state, event.kind), self.session
         match event:
             case Intended():
                 if was is State.UNKNOWN and event.attempt > job.attempt:
@@ -251,7 +251,7 @@ class JobTransitions:
         at = event.ended_at if isinstance(event, Uncollected) else event.at
         self.last_outcome += 1
         self.outcomes.append((
-            self.last_outcome, job.id, event.happening.value, self.session, job.attempt, at, job.request_id,
+            self.last_outcome, job.id, event.kind.value, self.session, job.attempt, at, job.request_id,
             *columns,
         ))  # fmt: skip
         return self.last_outcome

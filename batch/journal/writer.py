@@ -80,7 +80,7 @@ def _late() -> StorageError:
 
 
 class JournalWriter:
-    """Implements `batch.run.interfaces.JournalWriter` on a file. Made by `open_journal`."""
+    """Implements `batch.run.interfaces.Journal` on a file. Made by `open_journal`."""
 
     def __init__(self, file: JournalDatabase) -> None:
         self.file = file

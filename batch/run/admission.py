@@ -119,62 +119,62 @@ class Admission:
 
     # --- the window ----------------------------------------------------------------------------------------
 
-    async def enter(self, course: JobRun) -> bool:
+    async def enter(self, job_run: JobRun) -> bool:
         """Wait for room; False where the run is stopping first and the job was not submitted before."""
         while self._window.full or self._inside >= self._window.size + _BEYOND_WINDOW:
-            if self._stopping is not None and not course.resumed:
+            if self._stopping is not None and not job_run.resumed:
                 return False
             await self._movement()
-        if self._stopping is not None and not course.resumed:
+        if self._stopping is not None and not job_run.resumed:
             return False
         self._inside += 1
-        if course.reserved_usd:  # of an earlier run: its end frees money, so that it is worth waiting for
-            self._reserving.add(course.key)
-        course.came_as = self._window.entered()
+        if job_run.reserved_usd:  # of an earlier run: its end frees money, so that it is worth waiting for
+            self._reserving.add(job_run.key)
+        job_run.came_as = self._window.entered()
         return True
 
-    def answered(self, course: JobRun, queued: float | None = None) -> None:
+    def answered(self, job_run: JobRun, queued: float | None = None) -> None:
         """The job is out of the service's hands: its place goes to another.
 
         `queued` is the share of its stay there that it was queued, None where that teaches nothing.
         """
-        if course.came_as:
-            came_as, course.came_as = course.came_as, 0
+        if job_run.came_as:
+            came_as, job_run.came_as = job_run.came_as, 0
             self._changed(self._window.left(came_as, queued))
             self._wake()
 
-    def left(self, course: JobRun) -> None:
+    def leave(self, job_run: JobRun) -> None:
         """The job's task is over."""
-        self.answered(course)
-        self._reserving.discard(course.key)
+        self.answered(job_run)
+        self._reserving.discard(job_run.key)
         self._inside -= 1
         self._wake()
 
     # --- a turn --------------------------------------------------------------------------------------------
 
-    async def turn(self, course: JobRun) -> None:
+    async def acquire_submit(self, job_run: JobRun) -> None:
         """Wait until this submit may be prepared: money, then no pause and a permit of the rate.
 
-        What is prepared may wait for a disk and for a connection; `leave` looks at pause and rate again.
+        What is prepared may wait for a disk and for a connection; `before_send` looks at pause and rate again.
 
         Raises:
             RunStopping: the run is stopping.
         """
-        reserved = course.reserved_usd
+        reserved = job_run.reserved_usd
         if self._price is not None and not reserved:
-            await self._reserve(course, self._price)
+            await self._reserve(job_run, self._price)
         try:
             await self._permitted(stops=True)
         except RunStopping:
             if not reserved:
-                self._free(course)
+                self._free(job_run)
             raise
 
-    async def repeat_turn(self) -> None:
+    async def acquire_repeat(self) -> None:
         """The same for a submit that may have arrived before, and that a stop does not hold back: it has its money."""
         await self._permitted(stops=False)
 
-    async def leave(self, attempt: Attempt) -> None:
+    async def before_send(self, attempt: Attempt) -> None:
         """The last look before a submit's first byte; all that it waited for since its turn is there.
 
         Raises:
@@ -189,7 +189,7 @@ class Admission:
             await self._doze(wait, stops=not attempt.repeat)
             self._hold_back(attempt)
 
-    def turned_away(self, verdict: Verdict, detail: str, *, throttled: bool, now: float | None = None) -> None:
+    def throttled(self, verdict: Verdict, detail: str, *, throttled: bool, now: float | None = None) -> None:
         """The service wants no submits for now: pause all of them. `now` in Unix seconds, to say until when."""
         if throttled:
             self._changed(self._window.throttled(anyio.current_time()))
@@ -211,17 +211,17 @@ class Admission:
         """A submit was accepted."""
         self._pauses.succeeded()
 
-    def settle(self, course: JobRun, units: float | None) -> float | None:
+    def settle(self, job_run: JobRun, units: float | None) -> float | None:
         """The job's request is over; its cost in dollars, None where there is no price.
 
         `units` is what was billed, None where the service did not say: then the reservation counts.
         """
         if self._price is None:
             return None
-        cost = course.reserved_usd if units is None else self._price.charge(units)
-        self._budget.settle(course.reserved_usd, cost)
-        course.reserved_usd = 0.0
-        self._reserving.discard(course.key)
+        cost = job_run.reserved_usd if units is None else self._price.charge(units)
+        self._budget.settle(job_run.reserved_usd, cost)
+        job_run.reserved_usd = 0.0
+        self._reserving.discard(job_run.key)
         self._observer.happened("spent", usd=self._budget.spent - self._spent_before, total_usd=self._budget.spent)
         self._wake()
         return cost
@@ -275,15 +275,15 @@ class Admission:
         if self._pauses.begun and self._pauses.left(anyio.current_time()):
             raise HeldBack("submits pause")
 
-    def _free(self, course: JobRun) -> None:
+    def _free(self, job_run: JobRun) -> None:
         """The money of a job that was not submitted."""
-        self._budget.settle(course.reserved_usd, 0.0)
-        course.reserved_usd = 0.0
-        self._reserving.discard(course.key)
+        self._budget.settle(job_run.reserved_usd, 0.0)
+        job_run.reserved_usd = 0.0
+        self._reserving.discard(job_run.key)
         self._wake()
 
-    async def _reserve(self, course: JobRun, price: Price) -> None:
-        usd = _cost_ahead(course, price)
+    async def _reserve(self, job_run: JobRun, price: Price) -> None:
+        usd = _cost_ahead(job_run, price)
         while not self._budget.fits(usd):
             if not self._reserving:  # nothing that is under way can free any
                 spent, limit = self._budget.spent + self._budget.reserved, self._budget.limit_usd
@@ -293,8 +293,8 @@ class Admission:
             await self._movement()
         self._turn_back_if_stopping()
         self._budget.reserve(usd)
-        self._reserving.add(course.key)
-        course.reserved_usd = usd
+        self._reserving.add(job_run.key)
+        job_run.reserved_usd = usd
 
     def _changed(self, change: WindowChange | None) -> None:
         if change is not None:
@@ -322,8 +322,8 @@ class Admission:
             await self._stop_called.wait()
 
 
-def _cost_ahead(course: JobRun, price: Price) -> float:
-    if course.job is None:  # taken up again from the journal: its body says how many images
-        return price.reservation(None, int(orjson.loads(course.body).get("num_images", 1)))
-    images = course.job.input.get("num_images")
-    return price.reservation(course.job.megapixels, images if isinstance(images, int) else 1)
+def _cost_ahead(job_run: JobRun, price: Price) -> float:
+    if job_run.job is None:  # taken up again from the journal: its body says how many images
+        return price.reservation(None, int(orjson.loads(job_run.body).get("num_images", 1)))
+    images = job_run.job.input.get("num_images")
+    return price.reservation(job_run.job.megapixels, images if isinstance(images, int) else 1)

@@ -79,14 +79,14 @@ class HeldBack(Exception):
 class Service(Protocol):
     """The target's queue API. Each method is one exchange: no retries inside. All raise `CallFailed`."""
 
-    leave: Callable[[Attempt], Awaitable[None]] | None
+    before_send: Callable[[Attempt], Awaitable[None]] | None
     """Awaited before the first byte of each submit, when nothing else is left to wait for; may raise `HeldBack`."""
 
     async def submit(self, attempt: Attempt) -> Ticket:
         """The POST that costs money.
 
         Raises:
-            HeldBack: `leave` did; nothing was sent.
+            HeldBack: `before_send` did; nothing was sent.
         """
 
     async def status(self, ticket: Ticket) -> TicketStatus:

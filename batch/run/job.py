@@ -67,7 +67,7 @@ class JobRun:
     """Whether its submit of an earlier session goes out again under the same key: the first intent's time counts."""
     resumed: bool = False
     """Whether an earlier session submitted it: its times teach nothing about the service's pace."""
-    stay: JobTimings = field(default_factory=JobTimings)
+    timings: JobTimings = field(default_factory=JobTimings)
     """What the reads of its request have told."""
     came_as: int = 0
     """How many were in flight when the window let it in, itself included; 0: it holds no place there."""
@@ -90,7 +90,7 @@ class JobRun:
             ended_at=entry.ended_at,
             start_timeout=entry.start_timeout,
             resumed=True,
-            stay=JobTimings(resumed=True),
+            timings=JobTimings(resumed=True),
         )
 
     def renew(self) -> None:
@@ -102,5 +102,5 @@ class JobRun:
         """Nothing of this attempt is at the target: it is sent as if for the first time."""
         self.state, self.ticket, self.answer, self.resumed = State.PENDING, None, None, False
         self.ended_at = None
-        self.stay = JobTimings()
+        self.timings = JobTimings()
         self.reserved_usd, self.repeats = 0.0, False

@@ -28,8 +28,8 @@ class JobTimings:
         "position",
         "queued",
         "resumed",
+        "starts_at",
         "told",
-        "turn",
         "unfinished",
         "unreadable",
     )
@@ -48,7 +48,7 @@ class JobTimings:
         """When a read last said that it was queued."""
         self.unfinished: float | None = None
         """When a read last said that it was not finished."""
-        self.turn: float | None = None
+        self.starts_at: float | None = None
         """When its turn comes, as its places in the queue foretell it; None where they do not."""
         self.inference: float | None = None
         """For how long it was executed, as its status said at the end; None where it did not, or was not read."""
@@ -161,50 +161,50 @@ class PollSchedule:
         """For how long jobs are executed as a rule, as their statuses say; None where they do not."""
         return self._inference.at(0.5) if self._inference.sorted else None
 
-    def pending(self, stay: JobTimings, age: float, *, queued: bool, position: int | None) -> None:
+    def pending(self, timings: JobTimings, age: float, *, queued: bool, position: int | None) -> None:
         """A read at that age found it unfinished."""
         if queued:
-            if position is not None and stay.position is not None and position < stay.position:
-                pace = (age - (stay.queued or 0.0)) / (stay.position - position)
-                stay.turn = age + position * pace
-            stay.queued, stay.position = age, position
-        stay.unfinished = age
-        if not (self.knows or stay.resumed):
+            if position is not None and timings.position is not None and position < timings.position:
+                pace = (age - (timings.queued or 0.0)) / (timings.position - position)
+                timings.starts_at = age + position * pace
+            timings.queued, timings.position = age, position
+        timings.unfinished = age
+        if not (self.knows or timings.resumed):
             self._unfinished = max(self._unfinished, age)
 
-    def took(self, stay: JobTimings, noticed: float) -> None:
+    def took(self, timings: JobTimings, noticed: float) -> None:
         """It was seen to have ended at the age of `noticed`; whether that is to teach anything is the caller's."""
-        least = stay.unfinished or (0.0 if self.knows else self._unfinished)
+        least = timings.unfinished or (0.0 if self.knows else self._unfinished)
         found_at_once = least == 0.0
-        if stay.inference is not None:
-            self._inference.add(stay.inference)
-        if stay.executed is not None:
-            least = max(least, (stay.queued or 0.0) + stay.executed)
+        if timings.inference is not None:
+            self._inference.add(timings.inference)
+        if timings.executed is not None:
+            least = max(least, (timings.queued or 0.0) + timings.executed)
         least = min(least, noticed)
-        if stay.told:
-            stay.ended = noticed
+        if timings.told:
+            timings.ended = noticed
             self._ends.add(noticed)
         elif found_at_once:
-            stay.ended = max(least, noticed * self.GUESS)
+            timings.ended = max(least, noticed * self.GUESS)
             # Half way to the earliest that it can have been, so that what is read late is not learned late.
-            self._ends.add(stay.ended if least == 0.0 else (least + stay.ended) / 2)
+            self._ends.add(timings.ended if least == 0.0 else (least + timings.ended) / 2)
         else:
-            stay.ended = (least + noticed) / 2
-            self._ends.add(stay.ended)
+            timings.ended = (least + noticed) / 2
+            self._ends.add(timings.ended)
         low, high = max(self._ends.at(0.1), 1e-3), self._ends.at(0.9)
         self._step = max(1.0 + self.CLOSEST, (high / low) ** (1.0 / self.STEPS) if high > low else 1.0)
 
-    def due(self, stay: JobTimings) -> float:
+    def due(self, timings: JobTimings) -> float:
         """The age at which to read it next; it may have passed already."""
-        last = stay.unfinished or 0.0
+        last = timings.unfinished or 0.0
         if not self.knows:
-            return min(last + self.LONGEST, self._feel(stay, last))
+            return min(last + self.LONGEST, self._feel(timings, last))
         aim = self._next(last)
         longest = self.LONGEST
-        if stay.queued is not None and stay.queued == last:  # it had not even begun
-            turn = max(last, stay.turn or 0.0)
-            longest = max(longest, min(self.LONGEST_QUEUED, (turn - last) / 2))
-            aim = max(aim, turn + (self._inference.at(self.EARLY) if self._inference.sorted else 0.0))
+        if timings.queued is not None and timings.queued == last:  # it had not even begun
+            starts_at = max(last, timings.starts_at or 0.0)
+            longest = max(longest, min(self.LONGEST_QUEUED, (starts_at - last) / 2))
+            aim = max(aim, starts_at + (self._inference.at(self.EARLY) if self._inference.sorted else 0.0))
         return min(last + longest, max(aim, last + max(self.FINEST, last * self.CLOSEST)))
 
     @property
@@ -212,19 +212,19 @@ class PollSchedule:
         """Seconds that a job may take until its result is read whatever its status says."""
         return max(self.OVERDUE_SECONDS, self.OVERDUE * self._ends.at(0.5) if self.knows else 0.0)
 
-    def overdue(self, stay: JobTimings) -> float:
+    def overdue(self, timings: JobTimings) -> float:
         """The age from which on its result is read whatever its status says."""
-        return max(stay.overdue_next, (stay.unreadable or 0.0) + self.patience)
+        return max(timings.overdue_next, (timings.unreadable or 0.0) + self.patience)
 
-    def overdue_read(self, stay: JobTimings, age: float) -> None:
+    def overdue_read(self, timings: JobTimings, age: float) -> None:
         """Such a read was made at that age, and brought no result: the next one comes later and later."""
-        stay.overdue_next = min(max(age, 1.0) * self.OVERDUE_GROWTH, age + self.OVERDUE_LONGEST)
+        timings.overdue_next = min(max(age, 1.0) * self.OVERDUE_GROWTH, age + self.OVERDUE_LONGEST)
 
-    def _feel(self, stay: JobTimings, last: float) -> float:
+    def _feel(self, timings: JobTimings, last: float) -> float:
         """Ages grow by a fixed ratio over all jobs that may be the first to end: many feel more finely than one."""
-        if stay.resumed:
+        if timings.resumed:
             return max(self.FIRST, last * (1.0 + self.SHARE))
-        if stay.queued is not None and stay.queued == last:
+        if timings.queued is not None and timings.queued == last:
             return last + self.LONGEST
         self._frontier = max(self.FIRST, last * (1.0 + self.SHARE), self._frontier * (1.0 + self.CLOSEST))
         return self._frontier

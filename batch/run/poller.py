@@ -81,8 +81,8 @@ class Poller:
         self,
         *,
         service: Service,
-        gate: Admission,
-        retention: Expiry,
+        admission: Admission,
+        expiry: Expiry,
         polls: TokenBucket | None,
         hints: CompletionHints | None,
         patience: float,
@@ -96,8 +96,8 @@ class Poller:
 
         Args:
             service: asked for statuses and results.
-            gate: stops the run where the account stays refused.
-            retention: told of reads, so that somebody is warned in time.
+            admission: stops the run where the account stays refused.
+            expiry: told of reads, so that somebody is warned in time.
             polls: bounds reads over all jobs, in their order, results that are known to be there excepted; None: no
                 bound.
             hints: who may know earlier; None: nobody.
@@ -108,7 +108,7 @@ class Poller:
             warn: told a sentence, or nothing.
             waits: told what each job waits for.
         """
-        self._service, self._gate, self._retention = service, gate, retention
+        self._service, self._admission, self._expiry = service, admission, expiry
         self._polls, self._hints, self._patience = polls, hints, patience
         self._now, self._rng, self._notice, self._warn = now, rng, notice, warn
         self._waits = waits
@@ -124,58 +124,58 @@ class Poller:
         self.reads = 0
         """Statuses and results that were answered."""
 
-    def queued(self, stay: JobTimings) -> float | None:
+    def queued(self, timings: JobTimings) -> float | None:
         """The share of its time that an ended job was queued, None where that is not known.
 
         What the output says of its execution leaves out what is done around it; who goes by that for the window
         would take that for queueing. So a job whose status was not read at its end is taken to be as others are.
         """
-        if stay.ended is None:
+        if timings.ended is None:
             return None
-        inference = self._times.execution if stay.inference is None else stay.inference
-        return queued_share(stay.ended, inference, stay.queued)
+        inference = self._times.execution if timings.inference is None else timings.inference
+        return queued_share(timings.ended, inference, timings.queued)
 
-    async def answer(self, course: JobRun, ticket: Ticket) -> Answer:
+    async def answer(self, job_run: JobRun, ticket: Ticket) -> Answer:
         """Wait for the request to end and fetch its output. Nothing of it is durable yet.
 
         Raises:
             JobFailed: it ended without one.
         """
-        stage = Stage.UNKNOWN if course.resumed else Stage.IN_QUEUE
-        self._waits.put(course.key, stage, course.accepted_at, ticket.position)
+        stage = Stage.UNKNOWN if job_run.resumed else Stage.IN_QUEUE
+        self._waits.put(job_run.key, stage, job_run.accepted_at, ticket.position)
         try:
-            answer = await self._followed(course, ticket)
+            answer = await self._followed(job_run, ticket)
         except BaseException:
-            self._waits.drop(course.key)
+            self._waits.drop(job_run.key)
             raise
         finally:
-            self._last_fault.pop(course.key, None)
+            self._last_fault.pop(job_run.key, None)
             if self._hints is not None:
                 self._hints.forget(ticket)
-        self._waits.put(course.key, Stage.DOWNLOADING, self._now())
+        self._waits.put(job_run.key, Stage.DOWNLOADING, self._now())
         return answer
 
-    async def _followed(self, course: JobRun, ticket: Ticket) -> Answer:
+    async def _followed(self, job_run: JobRun, ticket: Ticket) -> Answer:
         faults = _FaultCounter()
-        pause = 0.0 if course.resumed else None
+        pause = 0.0 if job_run.resumed else None
         while True:
-            teaches = pause is None and not course.resumed
+            teaches = pause is None and not job_run.resumed
             if pause is None:
-                await self._wait(course, ticket)
+                await self._wait(job_run, ticket)
             else:
                 await anyio.sleep(pause)
             if teaches and self._times.sure and not self._in_two_steps:
-                answer = await self._straight(course, ticket)
+                answer = await self._straight(job_run, ticket)
                 if answer is not None:
                     return answer
                 teaches = False  # that read did
             pause = None
-            status = await self._status(course, ticket)
+            status = await self._status(job_run, ticket)
             has_ended = status is not None and status.state is QueueState.COMPLETED
             if teaches and status is not None and not status.failed:
                 self._times.came(in_time=has_ended)
             if not has_ended:
-                if self._age(course) < self._times.overdue(course.stay):
+                if self._age(job_run) < self._times.overdue(job_run.timings):
                     continue
                 await self._permitted()
             try:
@@ -183,17 +183,17 @@ class Poller:
             except CallFailed as error:
                 # Read again means: after a fresh status, for a gateway's 503 and a job's own look alike.
                 if status is not None and status.failed:
-                    pause = self._failed(course, status, error.trouble, faults)
+                    pause = self._failed(job_run, status, error.trouble, faults)
                 elif has_ended:
-                    pause = self._disbelief(course, error.trouble, faults)
+                    pause = self._disbelief(job_run, error.trouble, faults)
                 else:
-                    pause = self._not_there(course, status, error.trouble, faults)
+                    pause = self._not_there(job_run, status, error.trouble, faults)
                 continue
             self.reads += 1
-            self._learn(course)
+            self._learn(job_run)
             return answer
 
-    async def _straight(self, course: JobRun, ticket: Ticket) -> Answer | None:
+    async def _straight(self, job_run: JobRun, ticket: Ticket) -> Answer | None:
         """The output without a status before it, where that is likely to be there already.
 
         An output of the right shape proves that the request has ended well; anything else proves nothing, and the
@@ -211,82 +211,82 @@ class Poller:
             return None
         self._times.came(in_time=True)
         self._was_read()
-        course.stay.noticed = self._now() - course.accepted_at
-        course.stay.executed = inference_of(answer.output)
-        self._learn(course)
+        job_run.timings.noticed = self._now() - job_run.accepted_at
+        job_run.timings.executed = inference_of(answer.output)
+        self._learn(job_run)
         return answer
 
-    async def _wait(self, course: JobRun, ticket: Ticket) -> None:
+    async def _wait(self, job_run: JobRun, ticket: Ticket) -> None:
         """Sleep until this job is due, or until a hint says that it may have ended."""
-        pause = self._due(course)
+        pause = self._due(job_run)
         if self._times.knows or pause <= 0.0:
-            await self._sleep(course, ticket, pause)
+            await self._sleep(job_run, ticket, pause)
             return
         with anyio.CancelScope() as scope:
             self._feeling.add(scope)
             try:
-                await self._sleep(course, ticket, pause)
+                await self._sleep(job_run, ticket, pause)
             finally:
                 self._feeling.discard(scope)
         if scope.cancelled_caught:  # now there is something to go by
-            await self._sleep(course, ticket, self._due(course))
+            await self._sleep(job_run, ticket, self._due(job_run))
 
-    def _due(self, course: JobRun) -> float:
-        return self._times.due(course.stay) - (self._now() - course.accepted_at)
+    def _due(self, job_run: JobRun) -> float:
+        return self._times.due(job_run.timings) - (self._now() - job_run.accepted_at)
 
-    async def _sleep(self, course: JobRun, ticket: Ticket, seconds: float) -> None:
-        if self._hints is None or course.resumed:  # of an earlier run: what was asked to call us then is gone
+    async def _sleep(self, job_run: JobRun, ticket: Ticket, seconds: float) -> None:
+        if self._hints is None or job_run.resumed:  # of an earlier run: what was asked to call us then is gone
             if seconds > 0.0:
                 await anyio.sleep(seconds)
         else:
             seconds = max(0.0, seconds)
             longest = max(seconds, min(_NET * seconds, PollSchedule.LONGEST))
-            course.stay.told = await self._hints.wait(ticket, seconds, longest)
+            job_run.timings.told = await self._hints.wait(ticket, seconds, longest)
 
-    async def _status(self, course: JobRun, ticket: Ticket) -> TicketStatus | None:
+    async def _status(self, job_run: JobRun, ticket: Ticket) -> TicketStatus | None:
         """Its status; None where none could be read for so long that its result is to be read instead."""
-        stay, status = course.stay, None
+        timings, status = job_run.timings, None
         with anyio.CancelScope() as scope:
 
             def unread(verdict: Verdict) -> None:
-                age = self._age(course)
-                if stay.unreadable is None:
-                    stay.unreadable = age
-                scope.deadline = anyio.current_time() + max(0.0, self._times.overdue(stay) - age)
-                self._waits.put(course.key, Stage.UNKNOWN, course.accepted_at)
+                age = self._age(job_run)
+                if timings.unreadable is None:
+                    timings.unreadable = age
+                scope.deadline = anyio.current_time() + max(0.0, self._times.overdue(timings) - age)
+                self._waits.put(job_run.key, Stage.UNKNOWN, job_run.accepted_at)
                 self._unread(verdict)
 
             try:
-                status = await reading(lambda: self._read(course, ticket), self._rng, notice=unread, now=self._now)
+                status = await reading(lambda: self._read(job_run, ticket), self._rng, notice=unread, now=self._now)
             except CallFailed as error:
                 verdict = final(error.trouble)
                 raise JobFailed(failure_of(error.trouble, verdict), collectable=verdict.collectable) from error
         if status is None:
             return None
         self._was_read()
-        stay.unreadable = None
-        age = self._age(course)
-        self._waits.put(course.key, stage_of(status), course.accepted_at, status.position)
+        timings.unreadable = None
+        age = self._age(job_run)
+        self._waits.put(job_run.key, stage_of(status), job_run.accepted_at, status.position)
         if status.state is None:
             self._tell_unknown(ticket, status.word)
         if status.state is not QueueState.COMPLETED:
-            self._times.pending(stay, age, queued=status.state is QueueState.IN_QUEUE, position=status.position)
+            self._times.pending(timings, age, queued=status.state is QueueState.IN_QUEUE, position=status.position)
         else:
-            stay.inference = stay.executed = status.inference_time
-            if stay.noticed is None:
-                stay.noticed = age
+            timings.inference = timings.executed = status.inference_time
+            if timings.noticed is None:
+                timings.noticed = age
         return status
 
-    async def _read(self, course: JobRun, ticket: Ticket) -> TicketStatus:
+    async def _read(self, job_run: JobRun, ticket: Ticket) -> TicketStatus:
         await self._permitted()
         try:
             return await self._service.status(ticket)
         except CallFailed as error:
-            self._last_fault[course.key] = error.trouble
+            self._last_fault[job_run.key] = error.trouble
             raise
 
-    def _age(self, course: JobRun) -> float:
-        return self._now() - course.accepted_at
+    def _age(self, job_run: JobRun) -> float:
+        return self._now() - job_run.accepted_at
 
     def _tell_unknown(self, ticket: Ticket, word: str) -> None:
         if word in self._unknown_words or len(self._unknown_words) >= _WORDS_TOLD:
@@ -303,26 +303,26 @@ class Poller:
     def _was_read(self) -> None:
         self.reads += 1
         self._refused_since = None
-        self._retention.read()
+        self._expiry.read()
 
-    def _learn(self, course: JobRun) -> None:
+    def _learn(self, job_run: JobRun) -> None:
         """What a job of this run took teaches when to read the others."""
-        if course.resumed or course.stay.noticed is None:
+        if job_run.resumed or job_run.timings.noticed is None:
             return
-        self._times.took(course.stay, course.stay.noticed)
+        self._times.took(job_run.timings, job_run.timings.noticed)
         for scope in self._feeling:
             scope.cancel()
         self._feeling.clear()
 
-    def _disbelief(self, course: JobRun, trouble: Trouble, faults: _FaultCounter) -> float:
+    def _disbelief(self, job_run: JobRun, trouble: Trouble, faults: _FaultCounter) -> float:
         """Seconds until the result of an ended job is asked for again; raises where the fault is the job's own."""
-        seen, verdict = self._judged(course, trouble, faults)
+        seen, verdict = self._judged(job_run, trouble, faults)
         self._unread(verdict)
         return (verdict.retry_after or 0.0) + pause_after(trouble, seen, self._rng)
 
-    def _failed(self, course: JobRun, status: TicketStatus, trouble: Trouble, faults: _FaultCounter) -> float:
+    def _failed(self, job_run: JobRun, status: TicketStatus, trouble: Trouble, faults: _FaultCounter) -> float:
         """The same after a status that says that the work failed: seconds only where nothing was answered."""
-        faults.add(kind_of(trouble), self._age(course))
+        faults.add(kind_of(trouble), self._age(job_run))
         verdict, failure = judge_failed(trouble, status, seen=faults.total)
         if verdict.action is not Action.READ_AGAIN:
             raise JobFailed(failure, new_attempt=verdict.new_attempt)
@@ -330,29 +330,29 @@ class Poller:
         return min(verdict.retry_after or 0.0, _LONGEST_WISH) + backoff(faults.total, self._rng, cap=1.0)
 
     def _not_there(
-        self, course: JobRun, status: TicketStatus | None, trouble: Trouble, faults: _FaultCounter
+        self, job_run: JobRun, status: TicketStatus | None, trouble: Trouble, faults: _FaultCounter
     ) -> float | None:
         """Seconds until an overdue job is read again whose result is not there; None: by its usual schedule.
 
         A failure is believed only where the status says nothing: unknown words, or answers that are about the request
         (`concerns_request`). A request that is queued or running has an answer yet to come.
         """
-        self._times.overdue_read(course.stay, self._age(course))
-        unread = self._last_fault.get(course.key) if status is None else None
+        self._times.overdue_read(job_run.timings, self._age(job_run))
+        unread = self._last_fault.get(job_run.key) if status is None else None
         if (status is not None and status.state is None) or (unread is not None and concerns_request(unread)):
-            self._judged(course, trouble, faults, overdue=unread is not None)
+            self._judged(job_run, trouble, faults, overdue=unread is not None)
         wish = retry_after_of(trouble.reply, self._now()) if trouble.reply is not None else None
         return wish if unread is None else (wish or 0.0) + backoff(faults.total, self._rng)
 
     def _judged(
-        self, course: JobRun, trouble: Trouble, faults: _FaultCounter, *, overdue: bool = False
+        self, job_run: JobRun, trouble: Trouble, faults: _FaultCounter, *, overdue: bool = False
     ) -> tuple[int, Verdict]:
         """How often it was seen, and that it is to be read again.
 
         Raises:
             JobFailed: the fault is the job's own.
         """
-        seen, lasted = faults.add(kind_of(trouble), self._age(course))
+        seen, lasted = faults.add(kind_of(trouble), self._age(job_run))
         verdict = judge(trouble, seen=seen, overdue=overdue or lasted >= self._times.patience, now=self._now())
         if verdict.action is not Action.READ_AGAIN:
             raise JobFailed(
@@ -365,9 +365,9 @@ class Poller:
 
     def _unread(self, verdict: Verdict) -> None:
         self._notice(verdict)
-        self._warn(self._retention.unread(self._now()))
+        self._warn(self._expiry.unread(self._now()))
         if verdict.account:
             since = self._refused_since = self._refused_since or anyio.current_time()
             if anyio.current_time() - since >= self._patience:
                 words = f"reads have been refused for {self._patience:g} s ({verdict.reason}): is the key still good?"
-                self._gate.stop(StopCause.ACCOUNT, words)
+                self._admission.stop(StopCause.ACCOUNT, words)

@@ -1,7 +1,7 @@
 """The runner: `drive` is one job's whole life, read from top to bottom; `run` lets jobs in and ends.
 
 Sees Protocols only (`batch.run.interfaces`); every wait is `anyio.sleep` or an event, so that its tests run in
-virtual time. It decides nothing about answers (`retry`), pace and money (`gate`) or legal states
+virtual time. It decides nothing about answers (`retry`), pace and money (`admission`) or legal states
 (`lifecycle`): it asks them, does the one thing they say, and has it written down before it goes on.
 """
 
@@ -106,7 +106,7 @@ class Runner:
         journal: Journal,
         images: Images,
         observer: Observer,
-        gate: Admission,
+        admission: Admission,
         policy: Policy,
         now: Callable[[], float],
         rng: Random,
@@ -122,13 +122,13 @@ class Runner:
         self._reconciler = reconciler
         self._looked_up: Settled | None = None
         self._service, self._journal, self._observer = service, journal, observer
-        service.leave = gate.leave
-        self._gate, self._policy, self._now, self._rng = gate, policy, now, rng
+        service.before_send = admission.before_send
+        self._admission, self._policy, self._now, self._rng = admission, policy, now, rng
         self._underway: set[JobKey] = set()
         self._handled: set[JobKey] = set()
         self._lost: set[JobKey] = set()
         """Paid for in an earlier session, and not kept by the target any more: only a new attempt gives a result."""
-        self._retention = Expiry(for_good=policy.keeps_results, file_seconds=policy.file_seconds)
+        self._expiry = Expiry(for_good=policy.keeps_results, file_seconds=policy.file_seconds)
         self.waits = Waits()
         """What each accepted job waits for."""
         self._transfers = Transfers(
@@ -136,20 +136,20 @@ class Runner:
             journal=journal,
             images=images,
             target=policy.target,
-            retention=self._retention,
+            expiry=self._expiry,
             now=now,
             rng=rng,
             notice=self._unanswered,
             warn=self._warn,
-            stop=gate.stop,
-            stopped=gate.stopped,
+            stop=admission.stop,
+            stopped=admission.stopped,
         )
         self._patience = max(policy.drain, 3 * PollSchedule.LONGEST)
         """Seconds for which an account may be refused at every read until the run gives up for now."""
-        self._follower = Poller(
+        self._poller = Poller(
             service=service,
-            gate=gate,
-            retention=self._retention,
+            admission=admission,
+            expiry=self._expiry,
             polls=polls,
             hints=hints,
             patience=self._patience,
@@ -185,7 +185,7 @@ class Runner:
                 except* StorageError as errors:  # not of a job's task: of the reading and settling between them
                     self.stop(StopCause.STORAGE, _words(errors))
             watch.cancel_scope.cancel()
-        stopping = self._gate.stopping
+        stopping = self._admission.stopping
         if stopping is not None and stopping.why is StopCause.STORAGE:
             raise StorageError(stopping.reason)
         await self._journal.settled()  # a stop leaves calls behind that nobody waits for: they count
@@ -193,7 +193,7 @@ class Runner:
         return Report(self._done, self._failed, held, stopping)
 
     async def _work(self, source: AsyncGenerator[Sequence[Job], None]) -> None:
-        await self._doubt_what_was_cut_off()
+        await self._mark_interrupted_submits_unknown()
         await self._reconcile()
         if self._policy.retry_failed:  # what is lost for good is known before the manifest's jobs are fed
             async with anyio.create_task_group() as jobs:
@@ -212,12 +212,12 @@ class Runner:
 
         A run that stops already, for its budget say, collects for `Policy.drain` from the first call on.
         """
-        if self._gate.hurried or why is StopCause.STORAGE:
+        if self._admission.hurried or why is StopCause.STORAGE:
             self._scope.cancel()
-        elif self._gate.stopping is not None:
+        elif self._admission.stopping is not None:
             self._scope.deadline = min(self._scope.deadline, anyio.current_time() + self._policy.drain)
-        self._gate.hurried = True
-        self._gate.stop(why, reason, meanwhile)
+        self._admission.hurried = True
+        self._admission.stop(why, reason, meanwhile)
 
     async def _bound_the_end(self) -> None:
         """Stop in time for the deadline, and give a bounded stop its last moment."""
@@ -225,23 +225,23 @@ class Runner:
         if deadline is not None:
             drain = min(drain, deadline / 4)
             with anyio.move_on_after(deadline - drain):
-                await self._gate.stopped()
-            self._gate.stop(StopCause.DEADLINE, f"the deadline of {deadline:g} s is near")
-        await self._gate.stopped()
+                await self._admission.stopped()
+            self._admission.stop(StopCause.DEADLINE, f"the deadline of {deadline:g} s is near")
+        await self._admission.stopped()
         if self._ends_soon:
             self._scope.deadline = anyio.current_time() + drain
-        elif self._gate.stopping is not None and self._gate.stopping.why is StopCause.ACCOUNT:
+        elif self._admission.stopping is not None and self._admission.stopping.why is StopCause.ACCOUNT:
             await self._while_reads_succeed()
             self._scope.cancel()
 
     async def _while_reads_succeed(self) -> None:
         """A refused account may still be shown its results, or not."""
         seen = -1
-        while (answered := self._follower.reads + self._transfers.fetched) != seen:
+        while (answered := self._poller.reads + self._transfers.fetched) != seen:
             seen = answered
             await anyio.sleep(self._patience)
 
-    async def _doubt_what_was_cut_off(self) -> None:
+    async def _mark_interrupted_submits_unknown(self) -> None:
         """A submit that a crash cut off is unknown, unless it may be repeated under its key."""
         if self._policy.idempotency is Idempotency.REPLAY:
             return
@@ -260,46 +260,46 @@ class Runner:
         """What was submitted before comes first, oldest first: its results do not wait for ever."""
         async with aclosing(self._journal.entries(states)) as entries:
             async for entry in entries:
-                course = JobRun.of_entry(entry)
-                if course.state in {State.ACCEPTED, State.ANSWERED}:
-                    is_answered = course.state is State.ANSWERED
-                    self._warn(self._retention.resumed(course.intended_at, self._now(), answered=is_answered))
-                if not self._held_back(course):
-                    await self._let_in(course, jobs)
+                job_run = JobRun.of_entry(entry)
+                if job_run.state in {State.ACCEPTED, State.ANSWERED}:
+                    is_answered = job_run.state is State.ANSWERED
+                    self._warn(self._expiry.resumed(job_run.intended_at, self._now(), answered=is_answered))
+                if not self._held_back(job_run):
+                    await self._let_in(job_run, jobs)
 
-    def _held_back(self, course: JobRun) -> bool:
+    def _held_back(self, job_run: JobRun) -> bool:
         """Whether an unknown submit has to stay unknown for now."""
-        if course.state is not State.UNKNOWN or self._policy.idempotency is Idempotency.REPLAY:
+        if job_run.state is not State.UNKNOWN or self._policy.idempotency is Idempotency.REPLAY:
             return False
         if not self._policy.collect_only:
-            if self._looked_up is not None and self._looked_up.clears(course.key):
-                self._gate.settle(course, 0.0)
-                course.start_over()
+            if self._looked_up is not None and self._looked_up.clears(job_run.key):
+                self._admission.settle(job_run, 0.0)
+                job_run.start_over()
                 return False
-            if self._policy.idempotency is Idempotency.REJECT and self._may_repeat(course):
-                course.repeats = True
+            if self._policy.idempotency is Idempotency.REJECT and self._may_repeat(job_run):
+                job_run.repeats = True
                 return False
-        if self._policy.collect_only or not self._given_up(course):
-            self._hold(course, "the outcome of its submit is unknown")
+        if self._policy.collect_only or not self._given_up(job_run):
+            self._hold(job_run, "the outcome of its submit is unknown")
             return True
-        self._gate.settle(course, None)  # it may have been accepted: its reservation counts as spent
-        course.renew()
-        course.state = State.UNKNOWN
+        self._admission.settle(job_run, None)  # it may have been accepted: its reservation counts as spent
+        job_run.renew()
+        job_run.state = State.UNKNOWN
         return False
 
-    def _given_up(self, course: JobRun) -> bool:
+    def _given_up(self, job_run: JobRun) -> bool:
         """Whether an unknown submit had the time that the user set to show up, and did not."""
         after = self._policy.resubmit_unknown_after
         if after is None or self._policy.idempotency is Idempotency.REJECT:  # its repeats may have proved otherwise
             return False
-        after = bounded(after, course.start_timeout)
+        after = bounded(after, job_run.start_timeout)
         if self._looked_up is None:
-            return self._now() - course.intended_at >= after
-        return self._looked_up.missed(course.key, course.intended_at, after)
+            return self._now() - job_run.intended_at >= after
+        return self._looked_up.missed(job_run.key, job_run.intended_at, after)
 
-    def _may_repeat(self, course: JobRun) -> bool:
+    def _may_repeat(self, job_run: JobRun) -> bool:
         """Whether the target still knows the key of this submit, if it was accepted."""
-        return self._now() - course.intended_at < REPEAT_SECONDS
+        return self._now() - job_run.intended_at < REPEAT_SECONDS
 
     async def _feed(self, source: AsyncGenerator[Sequence[Job], None], jobs: anyio.abc.TaskGroup) -> None:
         async with aclosing(source) as batches:
@@ -308,11 +308,11 @@ class Runner:
                 self._handled = set(self._underway)
                 known = await self._journal.find([job.key for job in batch])
                 for job in batch:
-                    if self._gate.stopping is not None:
+                    if self._admission.stopping is not None:
                         return
-                    course = None if job.key in self._handled else self._due(job, known.get(job.key))
-                    if course is not None:
-                        await self._let_in(course, jobs)
+                    job_run = None if job.key in self._handled else self._due(job, known.get(job.key))
+                    if job_run is not None:
+                        await self._let_in(job_run, jobs)
 
     def _due(self, job: Job, known: KnownJob | None) -> JobRun | None:
         """The job's course where it still has to be driven."""
@@ -323,30 +323,30 @@ class Runner:
             return JobRun(job.key, job, known.attempt, state=known.state)
         return None
 
-    async def _let_in(self, course: JobRun, jobs: anyio.abc.TaskGroup) -> None:
-        if await self._gate.enter(course):
-            self._handled.add(course.key)
-            self._underway.add(course.key)
-            jobs.start_soon(self._guard, course)
+    async def _let_in(self, job_run: JobRun, jobs: anyio.abc.TaskGroup) -> None:
+        if await self._admission.enter(job_run):
+            self._handled.add(job_run.key)
+            self._underway.add(job_run.key)
+            jobs.start_soon(self._guard, job_run)
 
-    async def _guard(self, course: JobRun) -> None:
+    async def _guard(self, job_run: JobRun) -> None:
         """One task of the run: a disk that refuses ends the run in order, anything else is a defect."""
-        self._observer.happened("started", job=course.key)
+        self._observer.happened("started", job=job_run.key)
         try:
-            await self.drive(course)
+            await self.drive(job_run)
         except (OutcomeUnknown, RunStopping):
             pass
         except StorageError as error:
             self.stop(StopCause.STORAGE, str(error))
         finally:
-            self._underway.discard(course.key)
-            self.waits.drop(course.key)
-            self._gate.left(course)
-            self._observer.happened("ended", job=course.key)
+            self._underway.discard(job_run.key)
+            self.waits.drop(job_run.key)
+            self._admission.leave(job_run)
+            self._observer.happened("ended", job=job_run.key)
 
     # --- one job -----------------------------------------------------------------------------------------
 
-    async def drive(self, course: JobRun) -> None:
+    async def drive(self, job_run: JobRun) -> None:
         """One job's whole life: submit it once, wait for it, keep its answer, store its images.
 
         Raises:
@@ -354,201 +354,203 @@ class Runner:
             RunStopping: the run is stopping, and it was not submitted.
             StorageError: the disk refused.
         """
-        if course.state is State.FAILED:
-            await self._take_up_again(course)
+        if job_run.state is State.FAILED:
+            await self._take_up_again(job_run)
         while True:
             try:
-                ticket = course.ticket or await self._submitted(course)
-                answer = await self._answered(course, ticket)
-                await self._finished(course, answer)
+                ticket = job_run.ticket or await self._submitted(job_run)
+                answer = await self._answered(job_run, ticket)
+                await self._finished(job_run, answer)
             except JobFailed as error:
-                if await self._another_attempt(course, error):
+                if await self._another_attempt(job_run, error):
                     continue
             return
 
-    async def _submitted(self, course: JobRun) -> Ticket:
+    async def _submitted(self, job_run: JobRun) -> Ticket:
         """Send the submit of this attempt, once, after its intent is durable."""
-        doubtful = course.state in {State.INTENDED, State.UNKNOWN}  # an earlier POST of it may have arrived
+        doubtful = job_run.state in {State.INTENDED, State.UNKNOWN}  # an earlier POST of it may have arrived
         tries = 0
         while True:
             if doubtful and self._ends_soon:
                 raise RunStopping  # the next run sends it again under its key
-            course.body = course.body or await self._body_of(course)
-            if course.state is not State.INTENDED:
+            job_run.body = job_run.body or await self._body_of(job_run)
+            if job_run.state is not State.INTENDED:
                 if self._policy.collect_only and not doubtful:
                     raise RunStopping
-                await self._gate.turn(course)
-                await self._intend(course)
-                if self._gate.stopping is not None:  # called while the intent was written
-                    await self._take_back(course, doubtful=doubtful)
+                await self._admission.acquire_submit(job_run)
+                await self._intend(job_run)
+                if self._admission.stopping is not None:  # called while the intent was written
+                    await self._take_back(job_run, doubtful=doubtful)
             else:
-                await self._gate.repeat_turn()
+                await self._admission.acquire_repeat()
             tries += 1
             try:
-                ticket = await self._service.submit(Attempt(course.key, course.attempt, course.body, doubtful))
+                ticket = await self._service.submit(Attempt(job_run.key, job_run.attempt, job_run.body, doubtful))
             except HeldBack as error:
                 if not doubtful:
-                    await self._not_sent(course, str(error))
+                    await self._not_sent(job_run, str(error))
                 continue
             except CallFailed as error:
                 verdict = judge_submit(error.trouble, self._policy.idempotency, repeated=doubtful, now=self._now())
                 doubtful = doubtful or verdict.action in _DOUBTS
                 if doubtful:
-                    await self._doubt(course, error.trouble, verdict, tries)
+                    await self._doubt(job_run, error.trouble, verdict, tries)
                 else:
-                    await self._turned_away(course, error.trouble, verdict)
+                    await self._submit_refused(job_run, error.trouble, verdict)
                 continue
-            self._gate.accepted()
-            course.accepted_at, course.stay.position = self._now(), ticket.position
-            await self._accept(course, ticket)
-            course.ticket, course.state = ticket, State.ACCEPTED
-            self._observer.happened("accepted", job=course.key, request_id=ticket.request_id)
+            self._admission.accepted()
+            job_run.accepted_at, job_run.timings.position = self._now(), ticket.position
+            await self._accept(job_run, ticket)
+            job_run.ticket, job_run.state = ticket, State.ACCEPTED
+            self._observer.happened("accepted", job=job_run.key, request_id=ticket.request_id)
             return ticket
 
-    async def _intend(self, course: JobRun) -> None:
-        if not course.repeats:
-            course.intended_at = self._now()
+    async def _intend(self, job_run: JobRun) -> None:
+        if not job_run.repeats:
+            job_run.intended_at = self._now()
         timeout = self._policy.start_timeout
         await self._journal.record(
-            Intended(course.key, course.intended_at, course.attempt, course.body, course.reserved_usd, timeout)
+            Intended(job_run.key, job_run.intended_at, job_run.attempt, job_run.body, job_run.reserved_usd, timeout)
         )
-        course.state = State.INTENDED
+        job_run.state = State.INTENDED
 
-    async def _accept(self, course: JobRun, ticket: Ticket) -> None:
+    async def _accept(self, job_run: JobRun, ticket: Ticket) -> None:
         """Write down which request it is.
 
         Raises:
             Held: the request id is another job's. Whose result it shows is not known, so neither job gets the other's.
         """
         try:
-            await self._journal.record(Accepted(course.key, course.accepted_at, ticket))
+            await self._journal.record(Accepted(job_run.key, job_run.accepted_at, ticket))
         except RequestIdTaken as error:
-            await self._journal.record(Lost(course.key, self._now(), str(error)))
-            self._hold(course, str(error))
+            await self._journal.record(Lost(job_run.key, self._now(), str(error)))
+            self._hold(job_run, str(error))
             raise OutcomeUnknown from error
 
-    async def _take_back(self, course: JobRun, *, doubtful: bool) -> NoReturn:
+    async def _take_back(self, job_run: JobRun, *, doubtful: bool) -> NoReturn:
         """Withdraw an intent whose submit was not sent: the job is again what it was before."""
         reason = "the run stopped before it was sent"
         if doubtful:
-            await self._journal.record(Lost(course.key, self._now(), reason))
+            await self._journal.record(Lost(job_run.key, self._now(), reason))
         else:
-            await self._not_sent(course, reason)
+            await self._not_sent(job_run, reason)
         raise RunStopping
 
     @property
     def _ends_soon(self) -> bool:
         """Whether the run stops and waits only `Policy.drain` for what is in flight."""
-        return self._gate.ends_soon
+        return self._admission.ends_soon
 
     async def _pause(self, seconds: float) -> None:
         """Wait; a run that ends soon does not."""
         with anyio.move_on_after(seconds):
-            await self._gate.stopped()
+            await self._admission.stopped()
             if not self._ends_soon:
                 await anyio.sleep_forever()
 
-    async def _not_sent(self, course: JobRun, reason: str) -> None:
+    async def _not_sent(self, job_run: JobRun, reason: str) -> None:
         """Take the intent back: the same attempt is to be sent later, or in another run."""
-        await self._journal.record(Refused(course.key, self._now(), reason))
-        course.state = State.PENDING
-        self._gate.settle(course, 0.0)
+        await self._journal.record(Refused(job_run.key, self._now(), reason))
+        job_run.state = State.PENDING
+        self._admission.settle(job_run, 0.0)
 
-    async def _turned_away(self, course: JobRun, trouble: Trouble, verdict: Verdict) -> None:
+    async def _submit_refused(self, job_run: JobRun, trouble: Trouble, verdict: Verdict) -> None:
         """A submit that was certainly not accepted: the job failed, the run stops, or it is sent again later."""
         if verdict.action is Action.JOB_FAILED:
             raise JobFailed(failure_of(trouble, verdict), new_attempt=verdict.new_attempt)
         if verdict.action is Action.SUBMIT_AGAIN:  # before anything is waited for: others are about to be sent
             self._pause_submits(trouble, verdict)
-        await self._not_sent(course, verdict.reason)
+        await self._not_sent(job_run, verdict.reason)
         if self._ends_soon:
             raise RunStopping
         if verdict.action is Action.SUBMIT_AGAIN:
             return
         words = failure_of(trouble, verdict).message
-        self._gate.stop(StopCause.ACCOUNT if verdict.action is Action.STOP_ACCOUNT else StopCause.TARGET, words)
+        self._admission.stop(StopCause.ACCOUNT if verdict.action is Action.STOP_ACCOUNT else StopCause.TARGET, words)
         raise RunStopping
 
     def _pause_submits(self, trouble: Trouble, verdict: Verdict) -> None:
         throttled = trouble.reply is not None and trouble.reply.status == 429
-        self._gate.turned_away(verdict, trouble.detail, throttled=throttled, now=self._now())
+        self._admission.throttled(verdict, trouble.detail, throttled=throttled, now=self._now())
 
-    async def _doubt(self, course: JobRun, trouble: Trouble, verdict: Verdict, tries: int) -> None:
+    async def _doubt(self, job_run: JobRun, trouble: Trouble, verdict: Verdict, tries: int) -> None:
         """A submit of unknown outcome: repeat it under the same key where that is safe, else hold it."""
         forever = self._policy.idempotency is Idempotency.REPLAY
         first = judge(trouble, now=self._now())
         if first.action is Action.SUBMIT_AGAIN or first.retry_after is not None:
             self._pause_submits(trouble, first)
-        if verdict.action is Action.REPEAT and (forever or self._may_repeat(course)):
-            self._gate.notice("unreachable", f"{verdict.reason}; asking again under the same idempotency key")
+        if verdict.action is Action.REPEAT and (forever or self._may_repeat(job_run)):
+            self._admission.notice("unreachable", f"{verdict.reason}; asking again under the same idempotency key")
             await self._pause(backoff(tries, self._rng))
             return
         if verdict.action is Action.STOP_ACCOUNT:
-            self._gate.stop(StopCause.ACCOUNT, verdict.reason)
-        await self._journal.record(Lost(course.key, self._now(), verdict.reason))
-        self._hold(course, verdict.reason)
+            self._admission.stop(StopCause.ACCOUNT, verdict.reason)
+        await self._journal.record(Lost(job_run.key, self._now(), verdict.reason))
+        self._hold(job_run, verdict.reason)
         raise OutcomeUnknown
 
-    def _hold(self, course: JobRun, reason: str) -> None:
-        self._observer.happened("held", job=course.key, reason=reason)
+    def _hold(self, job_run: JobRun, reason: str) -> None:
+        self._observer.happened("held", job=job_run.key, reason=reason)
 
-    async def _body_of(self, course: JobRun) -> bytes:
+    async def _body_of(self, job_run: JobRun) -> bytes:
         """The bytes to submit: the job's input, with the uploaded URL where its image is local."""
-        job = course.job
+        job = job_run.job
         assert job is not None, "a job from the journal brings its body"
         url = job.input["image_url"] if job.image is None else await self._transfers.uploaded(job)
         return orjson.dumps({**job.input, "image_url": url}, option=orjson.OPT_SORT_KEYS)
 
-    async def _answered(self, course: JobRun, ticket: Ticket) -> Answer:
+    async def _answered(self, job_run: JobRun, ticket: Ticket) -> Answer:
         """Wait for the request to end and fetch its output; durable when this returns."""
-        if course.answer is not None:
-            return await self._renewed(course, ticket, course.answer)
-        answer = await self._follower.answer(course, ticket)
-        await self._keep(course, answer)
+        if job_run.answer is not None:
+            return await self._renewed(job_run, ticket, job_run.answer)
+        answer = await self._poller.answer(job_run, ticket)
+        await self._keep(job_run, answer)
         return answer
 
-    async def _keep(self, course: JobRun, answer: Answer) -> None:
+    async def _keep(self, job_run: JobRun, answer: Answer) -> None:
         """Write the answer down, and what it cost."""
-        now, stay = self._now(), course.stay
-        age = now - course.accepted_at
-        at = course.ended_at = course.ended_at or now
-        waited = 0.0 if course.resumed else age - (stay.unfinished or 0.0)
-        self._warn(self._retention.collected(waited, len(answer.raw or b"")))
-        total = at - course.intended_at
-        queued = None if stay.executed is None else max(0.0, total - stay.executed)
+        now, timings = self._now(), job_run.timings
+        age = now - job_run.accepted_at
+        at = job_run.ended_at = job_run.ended_at or now
+        waited = 0.0 if job_run.resumed else age - (timings.unfinished or 0.0)
+        self._warn(self._expiry.collected(waited, len(answer.raw or b"")))
+        total = at - job_run.intended_at
+        queued = None if timings.executed is None else max(0.0, total - timings.executed)
         # Of a request that ended before, what it cost is settled.
-        cost = None if course.state is State.COLLECTABLE else self._gate.settle(course, answer.billable_units)
-        answered = Answered(course.key, at, answer, cost, queued, total)
+        cost = None if job_run.state is State.COLLECTABLE else self._admission.settle(job_run, answer.billable_units)
+        answered = Answered(job_run.key, at, answer, cost, queued, total)
         if self._policy.download:
             await self._journal.record(answered)
-            course.state = State.ANSWERED
+            job_run.state = State.ANSWERED
         else:  # with nothing to store there is nothing between the two
-            course.images = tuple(images_of(answer.output))
-            await self._journal.record(answered, Finished(course.key, now, course.images, None))
-            course.state = State.DONE
-        course.answer = answer
-        self._gate.answered(course, self._follower.queued(stay))
+            job_run.images = tuple(images_of(answer.output))
+            await self._journal.record(answered, Finished(job_run.key, now, job_run.images, None))
+            job_run.state = State.DONE
+        job_run.answer = answer
+        self._admission.answered(job_run, self._poller.queued(timings))
 
-    async def _renewed(self, course: JobRun, ticket: Ticket, kept: Answer) -> Answer:
+    async def _renewed(self, job_run: JobRun, ticket: Ticket, kept: Answer) -> Answer:
         """A kept answer whose images were not stored: fresh URLs where the target still has them."""
-        self._gate.answered(course)
-        self.waits.put(course.key, Stage.DOWNLOADING, self._now())
+        self._admission.answered(job_run)
+        self.waits.put(job_run.key, Stage.DOWNLOADING, self._now())
         try:
             return await self._service.result(ticket)
         except CallFailed:
             return kept
 
-    async def _finished(self, course: JobRun, answer: Answer) -> None:
+    async def _finished(self, job_run: JobRun, answer: Answer) -> None:
         """Store every image, then call the job done."""
-        if course.state is not State.DONE:
+        if job_run.state is not State.DONE:
             started, images = anyio.current_time(), images_of(answer.output)
             if self._policy.download:
                 images = await self._stored(images)
             seconds = anyio.current_time() - started if self._policy.download else None
-            course.images = tuple(images)
-            await self._journal.record(Finished(course.key, self._now(), course.images, seconds))
+            job_run.images = tuple(images)
+            await self._journal.record(Finished(job_run.key, self._now(), job_run.images, seconds))
         self._done += 1
-        self._observer.happened("done", job=course.key, attempt=course.attempt, images=[i.path for i in course.images])
+        self._observer.happened(
+            "done", job=job_run.key, attempt=job_run.attempt, images=[i.path for i in job_run.images]
+        )
 
     async def _stored(self, said: list[StoredImage]) -> list[StoredImage]:
         """Every image, downloaded and stored. One that cannot be had does not keep the others from being stored.
@@ -570,54 +572,54 @@ class Runner:
 
     # --- the ends ----------------------------------------------------------------------------------------
 
-    async def _another_attempt(self, course: JobRun, error: JobFailed) -> bool:
+    async def _another_attempt(self, job_run: JobRun, error: JobFailed) -> bool:
         """Write the failure down; whether a new attempt follows, and its pause is over."""
-        failure, was = error.failure, course.state
-        if error.collectable and await self._collected_later(course, error):
+        failure, was = error.failure, job_run.state
+        if error.collectable and await self._collected_later(job_run, error):
             return False
         # What was never accepted costs nothing; what was, costs what the service says or was reserved.
-        units = failure.billable_units if course.state is State.ACCEPTED else 0.0
-        cost = self._gate.settle(course, units)
-        await self._journal.record(FailedForGood(course.key, self._now(), failure, cost))
-        said = {"job": course.key, "error_type": failure.error_type, "message": failure.message}
+        units = failure.billable_units if job_run.state is State.ACCEPTED else 0.0
+        cost = self._admission.settle(job_run, units)
+        await self._journal.record(FailedForGood(job_run.key, self._now(), failure, cost))
+        said = {"job": job_run.key, "error_type": failure.error_type, "message": failure.message}
         # What was taken up to be collected, free, is not paid for again in the same breath.
         may_retry = error.new_attempt and was is not State.COLLECTABLE
-        if may_retry and course.attempt < self._policy.attempts:  # where the run stops: in the next one
-            await self._take_up_again(course)
-            self._observer.happened("retried", attempt=course.attempt, **said)
-            await anyio.sleep(backoff(course.attempt, self._rng, base=1.0))
+        if may_retry and job_run.attempt < self._policy.attempts:  # where the run stops: in the next one
+            await self._take_up_again(job_run)
+            self._observer.happened("retried", attempt=job_run.attempt, **said)
+            await anyio.sleep(backoff(job_run.attempt, self._rng, base=1.0))
             return True
-        self._count_failure(course, failure)
+        self._count_failure(job_run, failure)
         return False
 
-    async def _collected_later(self, course: JobRun, error: JobFailed) -> bool:
+    async def _collected_later(self, job_run: JobRun, error: JobFailed) -> bool:
         """Write down that what is paid for can be asked for again; False where that is over."""
-        at, was = self._now(), course.state
-        ended_at = course.ended_at or at
+        at, was = self._now(), job_run.state
+        ended_at = job_run.ended_at or at
         if at - ended_at > self._policy.collect_for:
-            self._lost.add(course.key)
+            self._lost.add(job_run.key)
             return False
         cost = None
         if was is State.ACCEPTED:
-            cost = self._gate.settle(course, None if error.answer is None else error.answer.billable_units)
+            cost = self._admission.settle(job_run, None if error.answer is None else error.answer.billable_units)
         await self._journal.record(
-            Uncollected(course.key, at, error.failure, ended_at, cost, error.answer, error.images)
+            Uncollected(job_run.key, at, error.failure, ended_at, cost, error.answer, error.images)
         )
-        self._count_failure(course, error.failure, collectable=True)
+        self._count_failure(job_run, error.failure, collectable=True)
         return True
 
-    def _count_failure(self, course: JobRun, failure: Failed, *, collectable: bool = False) -> None:
+    def _count_failure(self, job_run: JobRun, failure: Failed, *, collectable: bool = False) -> None:
         said: JsonObject = {"error_type": failure.error_type, "message": failure.message}
         if collectable:
             said["collectable"] = True
         self._failed += 1
         self._errors[failure.error_type] += 1
-        self._observer.happened("failed", job=course.key, attempt=course.attempt, **said)
+        self._observer.happened("failed", job=job_run.key, attempt=job_run.attempt, **said)
         self._stop_if_all_fails()
 
-    async def _take_up_again(self, course: JobRun) -> None:
-        await self._journal.record(Retried(course.key, self._now()))
-        course.renew()
+    async def _take_up_again(self, job_run: JobRun) -> None:
+        await self._journal.record(Retried(job_run.key, self._now()))
+        job_run.renew()
 
     def _stop_if_all_fails(self) -> None:
         ended = self._done + self._failed
@@ -626,14 +628,14 @@ class Runner:
         too_large = share is not None and ended >= _JUDGE_FAILURES_FROM and self._failed > share * ended
         if too_many or too_large:
             commonest = ", ".join(f"{count} {name}" for name, count in self._errors.most_common(_REASONS_SHOWN))
-            self._gate.stop(StopCause.FAILURES, f"{self._failed} of {ended} jobs failed: {commonest}")
+            self._admission.stop(StopCause.FAILURES, f"{self._failed} of {ended} jobs failed: {commonest}")
 
     def _warn(self, sentence: str | None) -> None:
         if sentence is not None:
             self._observer.happened("warning", reason=sentence)
 
     def _unanswered(self, verdict: Verdict) -> None:
-        self._gate.notice("unreachable", f"{verdict.reason}; it is tried again")
+        self._admission.notice("unreachable", f"{verdict.reason}; it is tried again")
 
 
 def _words(errors: BaseExceptionGroup[StorageError]) -> str:

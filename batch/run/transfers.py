@@ -52,7 +52,7 @@ class Transfers:
         journal: Journal,
         images: Images,
         target: str,
-        retention: Expiry,
+        expiry: Expiry,
         now: Callable[[], float],
         rng: Random,
         notice: Callable[[Verdict], None],
@@ -62,7 +62,7 @@ class Transfers:
     ) -> None:
         """`notice` hears of faults that are read again, `warn` of files that may expire first; `stop` is the run's."""
         self._service, self._journal, self._images, self._target = service, journal, images, target
-        self._retention, self._now, self._rng, self._notice, self._warn = retention, now, rng, notice, warn
+        self._expiry, self._now, self._rng, self._notice, self._warn = expiry, now, rng, notice, warn
         self._stop, self._stopped = stop, stopped
         self._uploads: dict[str, anyio.Event] = {}
         self._downloads = anyio.Semaphore(_DOWNLOADS_AT_ONCE)
@@ -146,7 +146,7 @@ class Transfers:
 
         def notice(verdict: Verdict) -> None:
             self._notice(verdict)
-            self._warn(self._retention.undownloaded(since, self._now()))
+            self._warn(self._expiry.undownloaded(since, self._now()))
 
         async def once_more() -> StoredImage:
             return await self._fetched(said, self._late_downloads)

@@ -96,7 +96,7 @@ class MemoryJournal:
         for event in events:
             if not isinstance(event, Uploaded):
                 state = states.get(event.job_key, self.state(event.job_key))
-                states[event.job_key] = advance(state, event.happening)
+                states[event.job_key] = advance(state, event.kind)
         for event in events:
             if isinstance(event, Accepted):
                 owner = self._owners.setdefault(event.ticket.request_id, event.job_key)
@@ -163,7 +163,7 @@ class MemoryJournal:
             self._uploads[event.sha256] = event
             return
         job = self._jobs.setdefault(event.job_key, _MemoryJob())
-        was, job.state, job.session = job.state, advance(job.state, event.happening), self.session
+        was, job.state, job.session = job.state, advance(job.state, event.kind), self.session
         match event:
             case Intended():
                 if was is State.UNKNOWN and event.attempt > job.attempt:

@@ -246,7 +246,7 @@ class FakeService:
         self._honours_keys, self._faults, self._round_trip = honours_keys, list(faults), round_trip
         self._rejects_repeats, self._start_timeout = rejects_repeats, start_timeout
         self.lists = listing or FakeListing()
-        self.leave: Callable[[Attempt], Awaitable[None]] | None = None
+        self.before_send: Callable[[Attempt], Awaitable[None]] | None = None
         self._by_key: dict[str, RequestId] = {}
         self._counts: Counter[str] = Counter()
         self.requests: dict[RequestId, FakeRequest] = {}
@@ -270,8 +270,8 @@ class FakeService:
 
     async def submit(self, attempt: Attempt) -> Ticket:
         """Accept, or commit a fault."""
-        if self.leave is not None:
-            await self.leave(attempt)
+        if self.before_send is not None:
+            await self.before_send(attempt)
         n = await self._arrive("submit")
         self.bodies.append(orjson.loads(attempt.body))
         for fault in self._faults:

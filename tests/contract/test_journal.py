@@ -423,8 +423,8 @@ _KEYS = [A, B, C]
 _MONEY = st.sampled_from([None, 0.0, 0.03, 0.06])
 
 
-def _event(draw, happening, key, at, attempt):
-    match happening:
+def _event(draw, kind, key, at, attempt):
+    match kind:
         case EventKind.INTEND:
             return Intended(key, at, attempt, b'{"n": %d}' % attempt, draw(st.sampled_from([0.0, 0.03, 0.25])))
         case EventKind.ACCEPT:
@@ -454,12 +454,12 @@ def histories(draw):
     calls = [[]]
     for step in range(draw(st.integers(1, 25))):
         key = draw(st.sampled_from(_KEYS))
-        legal = [happening for state, happening in TABLE if state is states[key]]
+        legal = [kind for state, kind in TABLE if state is states[key]]
         if legal:
-            happening = draw(st.sampled_from(legal))
-            attempts[key] += happening is EventKind.INTEND
-            calls[-1].append(_event(draw, happening, key, float(step), attempts[key]))
-            states[key] = TABLE[states[key], happening]
+            kind = draw(st.sampled_from(legal))
+            attempts[key] += kind is EventKind.INTEND
+            calls[-1].append(_event(draw, kind, key, float(step), attempts[key]))
+            states[key] = TABLE[states[key], kind]
         if draw(st.booleans()):
             calls.append([])
     return calls

@@ -193,13 +193,13 @@ async def test_a_submit_asks_whether_it_may_leave_once_its_connection_is_free():
         await release.wait()
         return json_answer({"request_id": "r"})
 
-    async def leave(attempt):
+    async def before_send(attempt):
         asked.append(attempt)
         if release.is_set():
             raise HeldBack("submits pause")
 
     async with answering(slow, connections=1) as (client, received):
-        client.leave = leave
+        client.before_send = before_send
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(client.submit, ATTEMPT)
             while not received:

@@ -23,7 +23,7 @@ from batch.errors import ManifestError
 from batch.manifest.formats.base import Dialect
 from batch.manifest.images import SourceImages
 from batch.manifest.reader import Manifest
-from tests.edges.test_read import HALVES, KINDS, PACKERS, lines_of, rows_of
+from tests.edges.test_reader import HALVES, KINDS, PACKERS, lines_of, rows_of
 
 
 def refusal(source: Path | str, dialect: Dialect | None = None) -> str:

@@ -46,7 +46,7 @@ from batch.server.queue.webhooks import (
     webhook_of,
 )
 from tests.edges.serving import INPUT, SUBMIT, ScriptedEngine, call, read, result, serving
-from tests.edges.test_keys import HEADERS, some_keys
+from tests.edges.test_auth import HEADERS, some_keys
 
 
 class Receiver:

@@ -31,8 +31,8 @@ def transitions(journal: JournalDatabase, calls: Sequence[Sequence[Event]]) -> I
     states = {key: job.state for key, job in known.items()}
     for event in events:
         state = states.get(event.job_key, State.PENDING)
-        yield str(state), str(event.happening)
-        states[event.job_key] = advance(state, event.happening)
+        yield str(state), str(event.kind)
+        states[event.job_key] = advance(state, event.kind)
 
 
 def watch(before: Callable[[Counter], None], after: Callable[[Counter], None]) -> None:

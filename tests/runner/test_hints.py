@@ -8,7 +8,7 @@ import pytest
 from batch.journal.states import State
 from batch.run.pacing import TokenBucket
 from batch.testing.service import AnswersReadsWith, CompletesWith, FakeService, RefusesConnection
-from tests.runner.test_polling import log_normal, noticed
+from tests.runner.test_poller import log_normal, noticed
 from tests.runner.world import World, jobs
 
 pytestmark = pytest.mark.anyio

@@ -326,7 +326,7 @@ def test_in_no_window_of_time_more_submits_leave_than_the_rate_allows(arrivals, 
     """Over random pauses and random delays between turn and leaving; and none leaves in a pause."""
     left: list[float] = []
     spans: list[tuple[float, float]] = []
-    gate = Admission(
+    admission = Admission(
         window=Window(1000),
         budget=Budget(None),
         price=None,
@@ -337,13 +337,13 @@ def test_in_no_window_of_time_more_submits_leave_than_the_rate_allows(arrivals, 
 
     async def one(number: int, at: float, delay: float) -> None:
         key = JobKey(f"{number:032d}")
-        course = JobRun(key, Job(key, {}, megapixels=1.0))
+        job_run = JobRun(key, Job(key, {}, megapixels=1.0))
         await anyio.sleep(at)
         while True:
-            await gate.turn(course)
+            await admission.acquire_submit(job_run)
             await anyio.sleep(delay)
             try:
-                await gate.leave(Attempt(key, 1, b""))
+                await admission.before_send(Attempt(key, 1, b""))
             except HeldBack:
                 continue
             left.append(anyio.current_time())
@@ -352,7 +352,7 @@ def test_in_no_window_of_time_more_submits_leave_than_the_rate_allows(arrivals, 
     async def pause(at: float, wait: float | None) -> None:
         await anyio.sleep(at)
         headers = {} if wait is None else {"retry-after": f"{wait}"}
-        gate.turned_away(judge(Trouble("submit", reply=Reply(429, b"", headers))), "", throttled=True)
+        admission.throttled(judge(Trouble("submit", reply=Reply(429, b"", headers))), "", throttled=True)
         spans.append((anyio.current_time(), anyio.current_time() + (wait or 0.0)))
 
     async def main() -> None:
@@ -396,26 +396,26 @@ async def test_a_disk_that_stood_still_is_not_made_up_for_at_once():
 
 async def test_the_connection_that_a_submit_waited_for_is_not_used_in_a_pause():
     """The service asks before the first byte; what it is told then holds."""
-    gate = Admission(
+    admission = Admission(
         window=Window(10), budget=Budget(None), price=None, submits=None, observer=RecordingObserver(), rng=Random(1)
     )
-    await gate.leave(Attempt(JobKey("1"), 1, b""))
-    gate.turned_away(judge(Trouble("submit", reply=Reply(429, b"", {"retry-after": "9"}))), "", throttled=True)
+    await admission.before_send(Attempt(JobKey("1"), 1, b""))
+    admission.throttled(judge(Trouble("submit", reply=Reply(429, b"", {"retry-after": "9"}))), "", throttled=True)
     for repeat in (False, True):
         with pytest.raises(HeldBack):
-            await gate.leave(Attempt(JobKey("1"), 1, b"", repeat=repeat))
+            await admission.before_send(Attempt(JobKey("1"), 1, b"", repeat=repeat))
     await anyio.sleep(10.0)
-    gate.stop(StopCause.BUDGET, "used up")
+    admission.stop(StopCause.BUDGET, "used up")
     with pytest.raises(HeldBack):
-        await gate.leave(Attempt(JobKey("1"), 1, b""))
-    await gate.leave(Attempt(JobKey("1"), 1, b"", repeat=True))  # it may have arrived: that is found out
-    gate.hurried = True
+        await admission.before_send(Attempt(JobKey("1"), 1, b""))
+    await admission.before_send(Attempt(JobKey("1"), 1, b"", repeat=True))  # it may have arrived: that is found out
+    admission.hurried = True
     with pytest.raises(HeldBack):  # by the next run
-        await gate.leave(Attempt(JobKey("1"), 1, b"", repeat=True))
+        await admission.before_send(Attempt(JobKey("1"), 1, b"", repeat=True))
 
 
 async def test_a_service_that_asks_nobody_is_refused_nothing():
-    """`leave` is optional: a service without a runner submits as it is told."""
+    """`before_send` is optional: a service without a runner submits as it is told."""
     service = FakeService()
     ticket = await service.submit(Attempt(JobKey("1"), 1, b'{"prompt": "a", "seed": 1}'))
     assert ticket.request_id

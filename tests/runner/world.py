@@ -62,7 +62,7 @@ class World:
         counts = await self.journal.counts()
         rng = Random(self.seed)
         window = self.window if isinstance(self.window, Window) else Window(self.window)
-        gate = Admission(
+        admission = Admission(
             window=window,
             budget=Budget(self.limit, spent=counts.spent_usd, reserved=counts.reserved_usd),
             price=self.price,
@@ -77,7 +77,7 @@ class World:
         )
         self.runner = Runner(
             service=self.service, journal=self.journal, images=self.images, observer=self.observer,
-            gate=gate, policy=decided, now=anyio.current_time, rng=rng,
+            admission=admission, policy=decided, now=anyio.current_time, rng=rng,
             reconciler=reconciler if self.reconciles else None, polls=self.polls, hints=self.hints,
         )  # fmt: skip
         with anyio.fail_after(7 * 86400):

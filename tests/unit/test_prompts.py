@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from batch.errors import ConfigError, ManifestError
 from batch.manifest.prompts import parse_template
 from batch.manifest.sweep import cells
-from tests.unit.test_plan import inputs, items, planner, problems
+from tests.unit.test_planner import inputs, items, planner, problems
 
 PLACES = {
     "manifest.prompt": lambda text: {"manifest": {"prompt": text}},

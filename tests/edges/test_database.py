@@ -518,7 +518,7 @@ _WRITER = """
     from pathlib import Path
     from batch.types import Answer, JobKey, RequestId, Ticket
     from batch.journal.writer import open_journal
-    from batch.run.interfaces import Accepted, Answered, Intended
+    from batch.journal.events import Accepted, Answered, Intended
 
     async def main():
         async with open_journal(Path(sys.argv[1])) as journal:

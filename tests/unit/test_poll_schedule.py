@@ -17,15 +17,15 @@ seconds = st.floats(0, 1e4)
 
 def polled(times: PollSchedule, duration: float, *, tells: bool = True, queued: float = 0.0) -> tuple[int, float]:
     """Reads of one job that takes so long, and how late its end was noticed. `tells`: the service's inference time."""
-    stay, reads = JobTimings(), 0
+    timings, reads = JobTimings(), 0
     while True:
-        age = times.due(stay)
+        age = times.due(timings)
         reads += 1
         if age >= duration:
-            stay.inference = stay.executed = duration - queued if tells else None
-            times.took(stay, age)
+            timings.inference = timings.executed = duration - queued if tells else None
+            times.took(timings, age)
             return reads, age - duration
-        times.pending(stay, age, queued=age < queued, position=None)
+        times.pending(timings, age, queued=age < queued, position=None)
 
 
 def means(pairs) -> tuple[float, float]:
@@ -41,19 +41,19 @@ def test_a_poll_time_is_within_its_bounds(finished, read):
     """Never more than ten seconds after the last read unless its turn is far off, never a busy loop."""
     times = PollSchedule()
     for unfinished, noticed, inference in finished:
-        stay = JobTimings()
+        timings = JobTimings()
         if unfinished is not None:
-            times.pending(stay, min(unfinished, noticed), queued=False, position=None)
-        stay.inference = stay.executed = inference
-        times.took(stay, noticed)
-    stay = JobTimings(10**6)
+            times.pending(timings, min(unfinished, noticed), queued=False, position=None)
+        timings.inference = timings.executed = inference
+        times.took(timings, noticed)
+    timings = JobTimings(10**6)
     last = 0.0
     if read is not None:
         last, queued, position = read
-        times.pending(stay, last, queued=queued, position=position)
-    delay = times.due(stay) - last
-    turn = min(PollSchedule.LONGEST_QUEUED, ((stay.turn or 0.0) - last) / 2) if finished else 0.0
-    longest = max(PollSchedule.LONGEST, turn)
+        times.pending(timings, last, queued=queued, position=position)
+    delay = times.due(timings) - last
+    starts_at = min(PollSchedule.LONGEST_QUEUED, ((timings.starts_at or 0.0) - last) / 2) if finished else 0.0
+    longest = max(PollSchedule.LONGEST, starts_at)
     tolerance = 1e-9 * (1 + last + longest)
     assert (
         min(longest, max(PollSchedule.FINEST, last * PollSchedule.CLOSEST)) - tolerance <= delay <= longest + tolerance
@@ -132,11 +132,11 @@ def test_what_is_queued_is_not_read_before_it_can_have_ended():
     times = PollSchedule()
     for _ in range(50):
         polled(times, 5.0)
-    stay = JobTimings()
-    times.pending(stay, 5.0, queued=True, position=None)
-    assert times.due(stay) == pytest.approx(10.0)
-    times.pending(stay, 5.5, queued=False, position=None)
-    assert times.due(stay) < 6.0
+    timings = JobTimings()
+    times.pending(timings, 5.0, queued=True, position=None)
+    assert times.due(timings) == pytest.approx(10.0)
+    times.pending(timings, 5.5, queued=False, position=None)
+    assert times.due(timings) < 6.0
 
 
 def test_a_job_is_overdue_after_ten_times_the_usual_duration_and_ten_minutes_at_least():
@@ -155,10 +155,10 @@ def test_a_job_is_overdue_after_ten_times_the_usual_duration_and_ten_minutes_at_
 
 def test_an_overdue_job_is_looked_at_later_and_later():
     """Half as much later as it is old, half an hour at most; counted again from when its status cannot be read."""
-    times, stay, ages = PollSchedule(), JobTimings(), []
+    times, timings, ages = PollSchedule(), JobTimings(), []
     for _ in range(9):
-        ages.append(times.overdue(stay))
-        times.overdue_read(stay, ages[-1])
+        ages.append(times.overdue(timings))
+        times.overdue_read(timings, ages[-1])
     assert ages[:4] == [600.0, 900.0, 1350.0, 2025.0]
     assert ages[-1] - ages[-2] == 1800.0
     resumed = JobTimings(resumed=True)
@@ -173,9 +173,9 @@ def test_an_implausibly_large_place_is_looked_at_every_ten_minutes():
     times = PollSchedule()
     for _ in range(50):
         polled(times, 5.0)
-    stay = JobTimings(10**15)
-    times.pending(stay, 10.0, queued=True, position=10**15 - 1)
-    assert times.due(stay) == 10.0 + PollSchedule.LONGEST_QUEUED
+    timings = JobTimings(10**15)
+    times.pending(timings, 10.0, queued=True, position=10**15 - 1)
+    assert times.due(timings) == 10.0 + PollSchedule.LONGEST_QUEUED
 
 
 def test_a_place_in_a_long_queue_foretells_the_turn():
@@ -183,12 +183,12 @@ def test_a_place_in_a_long_queue_foretells_the_turn():
     times = PollSchedule()
     for _ in range(50):
         polled(times, 5.0)
-    stay = JobTimings(300)
-    times.pending(stay, 10.0, queued=True, position=290)
-    assert stay.turn == pytest.approx(300.0)
-    assert times.due(stay) == pytest.approx(155.0)
-    times.pending(stay, 155.0, queued=True, position=290)  # it stands still: what was foretold no longer holds long
-    assert times.due(stay) <= 155.0 + 72.5
+    timings = JobTimings(300)
+    times.pending(timings, 10.0, queued=True, position=290)
+    assert timings.starts_at == pytest.approx(300.0)
+    assert times.due(timings) == pytest.approx(155.0)
+    times.pending(timings, 155.0, queued=True, position=290)  # it stands still: what was foretold no longer holds long
+    assert times.due(timings) <= 155.0 + 72.5
 
 
 def test_a_place_that_grows_foretells_nothing():
@@ -196,10 +196,10 @@ def test_a_place_that_grows_foretells_nothing():
     times = PollSchedule()
     for _ in range(50):
         polled(times, 5.0)
-    stay = JobTimings(3)
-    times.pending(stay, 5.0, queued=True, position=7)
-    assert stay.turn is None
-    assert times.due(stay) == pytest.approx(10.0)
+    timings = JobTimings(3)
+    times.pending(timings, 5.0, queued=True, position=7)
+    assert timings.starts_at is None
+    assert times.due(timings) == pytest.approx(10.0)
 
 
 def test_knowing_nothing_all_jobs_together_feel_for_the_first_end():
@@ -208,20 +208,20 @@ def test_knowing_nothing_all_jobs_together_feel_for_the_first_end():
     ages = [times.due(JobTimings()) for _ in range(100)]
     assert ages[0] == PollSchedule.FIRST
     assert all(later / earlier == pytest.approx(1.03) for earlier, later in itertools.pairwise(ages))
-    alone, stay, age = PollSchedule(), JobTimings(), 0.0
+    alone, timings, age = PollSchedule(), JobTimings(), 0.0
     reads = 0
     while age < 5.0:
-        age = alone.due(stay)
-        alone.pending(stay, age, queued=False, position=None)
+        age = alone.due(timings)
+        alone.pending(timings, age, queued=False, position=None)
         reads += 1
     assert reads <= 2 + math.log(5.0 / PollSchedule.FIRST) / math.log(1 + PollSchedule.SHARE)
 
 
 def test_knowing_nothing_a_queued_job_leaves_the_feeling_to_those_that_run():
     """It will not be the first to end."""
-    times, stay = PollSchedule(), JobTimings()
-    times.pending(stay, times.due(stay), queued=True, position=3)
-    assert times.due(stay) == pytest.approx(PollSchedule.FIRST + PollSchedule.LONGEST)
+    times, timings = PollSchedule(), JobTimings()
+    times.pending(timings, times.due(timings), queued=True, position=3)
+    assert times.due(timings) == pytest.approx(PollSchedule.FIRST + PollSchedule.LONGEST)
 
 
 def test_jobs_of_an_earlier_run_do_not_take_part_in_the_feeling():
@@ -253,9 +253,9 @@ def test_the_memory_is_bounded():
     """A run of a million jobs remembers the last few hundred."""
     times = PollSchedule()
     for n in range(5000):
-        stay = JobTimings()
-        stay.inference = n % 5 + 0.5
-        times.took(stay, n % 7 + 0.5)
+        timings = JobTimings()
+        timings.inference = n % 5 + 0.5
+        times.took(timings, n % 7 + 0.5)
     for recent in (times._ends, times._inference):
         assert len(recent._values) == len(recent.sorted) == PollSchedule.MEMORY
         assert recent.sorted == sorted(recent._values)

@@ -31,7 +31,7 @@ def anyio_backend():
     return "trio", {"clock": trio.testing.MockClock(autojump_threshold=0)}
 
 
-def gate(*, window=100, limit=None, price=None, submits=None) -> Admission:
+def admission(*, window=100, limit=None, price=None, submits=None) -> Admission:
     observer = RecordingObserver()
     made = Admission(
         window=Window(window), budget=Budget(limit), price=price, submits=submits, observer=observer, rng=Random(1)
@@ -40,40 +40,40 @@ def gate(*, window=100, limit=None, price=None, submits=None) -> Admission:
     return made
 
 
-def course(number: int, images: int = 1, **options) -> JobRun:
+def job_run(number: int, images: int = 1, **options) -> JobRun:
     key = JobKey(f"{number:032d}")
     return JobRun(key, Job(key, {"num_images": images}, megapixels=1.0), **options)
 
 
-async def times_of(gate: Admission, courses: list[JobRun], end=None) -> list[float]:
+async def times_of(admission: Admission, courses: list[JobRun], end=None) -> list[float]:
     """When each was let through, in the order in which that happened."""
     times: list[float] = []
 
-    async def one(course: JobRun) -> None:
-        await gate.turn(course)
+    async def one(job_run: JobRun) -> None:
+        await admission.acquire_submit(job_run)
         times.append(anyio.current_time() - began)
         if end is not None:
-            await end(course)
+            await end(job_run)
 
     began = anyio.current_time()
     async with anyio.create_task_group() as tasks:
-        for course in courses:
-            tasks.start_soon(one, course)
+        for job_run in courses:
+            tasks.start_soon(one, job_run)
     return times
 
 
 async def test_a_window_lets_so_many_in_and_the_next_when_one_leaves():
     """Never more at once; the one that waited is let in by the one that leaves."""
-    made, inside, most = gate(window=3), 0, 0
+    made, inside, most = admission(window=3), 0, 0
 
     async def job(number: int) -> None:
         nonlocal inside, most
-        one = course(number)
+        one = job_run(number)
         assert await made.enter(one)
         inside, most = inside + 1, max(most, inside + 1)
         await anyio.sleep(1.0)
         inside -= 1
-        made.left(one)
+        made.leave(one)
 
     began = anyio.current_time()
     async with anyio.create_task_group() as tasks:
@@ -85,17 +85,17 @@ async def test_a_window_lets_so_many_in_and_the_next_when_one_leaves():
 
 async def test_a_rate_is_kept_by_all_together():
     """Ten submits at two a second take four and a half seconds."""
-    times = await times_of(gate(submits=TokenBucket(2.0)), [course(n) for n in range(10)])
+    times = await times_of(admission(submits=TokenBucket(2.0)), [job_run(n) for n in range(10)])
     assert times == pytest.approx([n / 2 for n in range(10)])
 
 
 async def test_a_refused_submit_pauses_all_of_them():
     """For as long as the service asks, and a little longer; said once."""
-    made = gate()
+    made = admission()
     trouble = Trouble("submit", reply=Reply(429, headers={"retry-after": "20"}))
     for _ in range(50):
-        made.turned_away(judge(trouble), "HTTP 429", throttled=True)
-    times = await times_of(made, [course(n) for n in range(3)])
+        made.throttled(judge(trouble), "HTTP 429", throttled=True)
+    times = await times_of(made, [job_run(n) for n in range(3)])
     assert all(20.0 < time <= 20.5 for time in times)
     (said,) = made.observer.actions("paused")
     assert "HTTP 429" in said["reason"]
@@ -103,12 +103,12 @@ async def test_a_refused_submit_pauses_all_of_them():
 
 async def test_money_is_waited_for_while_something_can_free_it():
     """Reserved is more than billed: the budget of three reservations pays for five jobs at half the price."""
-    made, through = gate(limit=0.0901, price=PRICE), []
+    made, through = admission(limit=0.0901, price=PRICE), []
 
     async def job(number: int) -> None:
-        one = course(number)
+        one = job_run(number)
         try:
-            await made.turn(one)
+            await made.acquire_submit(one)
         except RunStopping:
             return
         through.append(number)
@@ -127,25 +127,25 @@ async def test_money_is_waited_for_while_something_can_free_it():
 
 async def test_a_budget_that_is_too_small_stops_at_the_first_job():
     """Nothing is under way that could free any."""
-    made = gate(limit=0.05, price=PRICE)
+    made = admission(limit=0.05, price=PRICE)
     with pytest.raises(RunStopping):
-        await made.turn(course(1, images=4))
+        await made.acquire_submit(job_run(1, images=4))
     assert made.stopping is not None
     assert made.stopping.why is StopCause.BUDGET
 
 
 async def test_without_a_price_nothing_is_reserved():
     """A budget is about money; where there is none it lets everybody through."""
-    made, one = gate(limit=0.0), course(1)
-    await made.turn(one)
+    made, one = admission(limit=0.0), job_run(1)
+    await made.acquire_submit(one)
     assert one.reserved_usd == 0.0
     assert made.settle(one, 3.0) is None
 
 
 async def test_an_unbilled_end_costs_the_reservation():
     """The service did not say: then what was set aside is taken for spent."""
-    made, one = gate(limit=1.0, price=PRICE), course(1, images=2)
-    await made.turn(one)
+    made, one = admission(limit=1.0, price=PRICE), job_run(1, images=2)
+    await made.acquire_submit(one)
     assert one.reserved_usd == pytest.approx(0.06)
     assert made.settle(one, None) == pytest.approx(0.06)
     assert one.reserved_usd == 0.0
@@ -154,20 +154,20 @@ async def test_an_unbilled_end_costs_the_reservation():
 @pytest.mark.parametrize("waits_for", ["rate", "pause", "money", "window"])
 async def test_a_stop_reaches_whoever_waits(waits_for):
     """At once, whatever he waits for; what was never submitted is turned back."""
-    made = gate(window=1, limit=0.03, price=PRICE, submits=TokenBucket(0.001) if waits_for == "rate" else None)
-    first = course(0)
+    made = admission(window=1, limit=0.03, price=PRICE, submits=TokenBucket(0.001) if waits_for == "rate" else None)
+    first = job_run(0)
     assert await made.enter(first)
-    await made.turn(first)
+    await made.acquire_submit(first)
     if waits_for == "pause":
-        made.turned_away(judge(Trouble("submit", reply=Reply(429, headers={"retry-after": "900"}))), "", throttled=True)
+        made.throttled(judge(Trouble("submit", reply=Reply(429, headers={"retry-after": "900"}))), "", throttled=True)
     ended = []
 
     async def waiting() -> None:
         if waits_for == "window":
-            assert not await made.enter(course(1))
+            assert not await made.enter(job_run(1))
         else:
             with pytest.raises(RunStopping):
-                await made.turn(course(1))
+                await made.acquire_submit(job_run(1))
         ended.append(anyio.current_time())
 
     async with anyio.create_task_group() as tasks:
@@ -181,15 +181,15 @@ async def test_a_stop_reaches_whoever_waits(waits_for):
 
 async def test_what_was_submitted_before_is_let_in_while_the_run_stops():
     """A stop submits nothing new; what is paid for is still collected."""
-    made = gate()
+    made = admission()
     made.stop(StopCause.SIGNAL, "SIGINT")
-    assert not await made.enter(course(1))
-    assert await made.enter(course(2, resumed=True, state=State.ACCEPTED))
+    assert not await made.enter(job_run(1))
+    assert await made.enter(job_run(2, resumed=True, state=State.ACCEPTED))
 
 
 async def test_the_first_stop_is_the_reason():
     """A budget that ends while the deadline nears is a budget that ended."""
-    made = gate()
+    made = admission()
     made.stop(StopCause.BUDGET, "the budget is gone")
     made.stop(StopCause.DEADLINE, "the deadline is near")
     assert made.stopping.why is StopCause.BUDGET
@@ -200,7 +200,7 @@ async def test_the_first_stop_is_the_reason():
 
 async def test_a_notice_of_one_kind_comes_every_thirty_seconds():
     """One dead network is a thousand equal faults."""
-    made = gate()
+    made = admission()
     for _ in range(100):
         made.notice("unreachable", "connect")
         made.notice("other", "x")
@@ -210,14 +210,14 @@ async def test_a_notice_of_one_kind_comes_every_thirty_seconds():
 
 async def test_who_is_turned_back_gives_its_money_back():
     """It had it before its permit; what an earlier run set aside for an unknown submit stays set aside."""
-    made = gate(limit=1.0, price=PRICE, submits=TokenBucket(0.01))
-    await made.turn(course(0))
-    fresh, unknown = course(1), course(2, reserved_usd=0.03)
+    made = admission(limit=1.0, price=PRICE, submits=TokenBucket(0.01))
+    await made.acquire_submit(job_run(0))
+    fresh, unknown = job_run(1), job_run(2, reserved_usd=0.03)
     async with anyio.create_task_group() as tasks:
 
         async def waiting(one: JobRun) -> None:
             with pytest.raises(RunStopping):
-                await made.turn(one)
+                await made.acquire_submit(one)
 
         tasks.start_soon(waiting, fresh)
         tasks.start_soon(waiting, unknown)
@@ -230,27 +230,27 @@ async def test_who_is_turned_back_gives_its_money_back():
 
 async def test_a_display_hears_of_a_long_pause_again_and_again():
     """Every thirty seconds, from however many wait; and once that it is over."""
-    made = gate()
-    made.turned_away(judge(Trouble("submit", reply=Reply(429, headers={"retry-after": "300"}))), "", throttled=True)
-    await times_of(made, [course(n) for n in range(50)])
+    made = admission()
+    made.throttled(judge(Trouble("submit", reply=Reply(429, headers={"retry-after": "300"}))), "", throttled=True)
+    await times_of(made, [job_run(n) for n in range(50)])
     assert 10 <= len(made.observer.actions("pausing")) <= 11
     assert len(made.observer.actions("resumed")) == 1
 
 
 async def test_leaving_frees_a_reservation_that_others_wait_for():
     """A job that was turned back holds nothing up."""
-    made = gate(limit=0.03, price=PRICE)
-    first, second = course(1), course(2)
+    made = admission(limit=0.03, price=PRICE)
+    first, second = job_run(1), job_run(2)
     await made.enter(first)
-    await made.turn(first)
+    await made.acquire_submit(first)
     async with anyio.create_task_group() as tasks:
 
         async def wait() -> None:
-            await made.turn(second)
+            await made.acquire_submit(second)
 
         tasks.start_soon(wait)
         await checkpoint()
         assert second.reserved_usd == 0.0
         made.settle(first, 0.0)
-        made.left(first)
+        made.leave(first)
     assert second.reserved_usd == pytest.approx(0.03)

@@ -32,20 +32,20 @@ LEGAL = [
     (S.COLLECTABLE, H.FINISH, S.DONE),
     (S.COLLECTABLE, H.FAIL, S.FAILED),
 ]
-ILLEGAL = sorted(set(itertools.product(S, H)) - {(state, happening) for state, happening, _ in LEGAL})
+ILLEGAL = sorted(set(itertools.product(S, H)) - {(state, kind) for state, kind, _ in LEGAL})
 
 
-@pytest.mark.parametrize(("state", "happening", "after"), LEGAL)
-def test_a_legal_happening_leads_on(state, happening, after):
+@pytest.mark.parametrize(("state", "kind", "after"), LEGAL)
+def test_a_legal_event_leads_on(state, kind, after):
     """Each row of the table."""
-    assert advance(state, happening) is after
+    assert advance(state, kind) is after
 
 
-@pytest.mark.parametrize(("state", "happening"), ILLEGAL)
-def test_an_illegal_happening_raises_and_names_both(state, happening):
+@pytest.mark.parametrize(("state", "kind"), ILLEGAL)
+def test_an_illegal_event_raises_and_names_both(state, kind):
     """A defect of ours is loud: state and event stand in the message."""
-    with pytest.raises(IllegalTransition, match=rf"\b{state}\b.*\b{happening}\b"):
-        advance(state, happening)
+    with pytest.raises(IllegalTransition, match=rf"\b{state}\b.*\b{kind}\b"):
+        advance(state, kind)
 
 
 def test_the_table_has_no_other_rows():

@@ -52,7 +52,7 @@ def log_normal(median: float, sigma: float, seed: int = 1):
 async def test_a_log_normal_service_is_followed_with_five_reads_a_job():
     """Median 4 s, sigma 0.6, 40 slots, 2,000 jobs: five reads a job are not enough for more than this.
 
-    `tests/unit/test_polling.py` shows that no schedule of reads does much better; `--updates stream` does.
+    `tests/unit/test_poll_schedule.py` shows that no schedule of reads does much better; `--updates stream` does.
     """
     service = FakeService(service_time=log_normal(4.0, 0.6), slots=40)
     await World(service, window=Window(32, floor=2, ceiling=1024)).run(jobs(2000))
