@@ -35,12 +35,13 @@ from batch.money import Budget
 from batch.results.export import Export, identity_of, loading_sink
 from batch.results.totals import Totals
 from batch.run.admission import Admission, StopCause, StopRequest
+from batch.run.context import Policy, RunContext
 from batch.run.images import ImageFolder
 from batch.run.interfaces import Observer
 from batch.run.observers import JsonLog, ObserverGroup, ProgressCounter
 from batch.run.pacing import TokenBucket
 from batch.run.reconcile import Reconciler
-from batch.run.runner import Policy, Report, Runner
+from batch.run.runner import Report, Runner
 from batch.run.verdicts import REPEAT_SECONDS, Idempotency
 from batch.run.window import Window
 from batch.session_signals import SessionSignals, in_order
@@ -341,7 +342,7 @@ async def _carried_out(
             )
             megapixels = settings.limits.max_image_megapixels
             images = ImageFolder(directory.root, limit_megapixels=megapixels, threads=share.files)
-            runner = Runner(
+            context = RunContext(
                 service=target.client,
                 journal=journal,
                 images=images,
@@ -350,6 +351,9 @@ async def _carried_out(
                 policy=_policy(request, target),
                 now=time.time,
                 rng=rng,
+            )
+            runner = Runner(
+                context,
                 polls=_bucket(plan.profile.polls_per_second),
                 hints=hints,
                 reconciler=_reconciler(target, journal, observer, rng),

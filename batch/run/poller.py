@@ -11,16 +11,13 @@ in either case.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from random import Random
-
 import anyio
 
 from batch.fal.answer import inference_of
 from batch.fal.errors import CallFailed, Trouble
-from batch.run.admission import Admission, StopCause
-from batch.run.expiry import Expiry
-from batch.run.interfaces import CompletionHints, Service
+from batch.run.admission import StopCause
+from batch.run.context import RunContext
+from batch.run.interfaces import CompletionHints
 from batch.run.job import JobFailed, JobRun
 from batch.run.pacing import TokenBucket
 from batch.run.poll_schedule import JobTimings, PollSchedule
@@ -38,7 +35,7 @@ from batch.run.verdicts import (
     pause_after,
     retry_after_of,
 )
-from batch.run.waits import Stage, Waits, duration, stage_of
+from batch.run.waits import Stage, duration, stage_of
 from batch.run.window import queued_share
 from batch.types import Answer, JobKey, QueueState, Ticket, TicketStatus
 
@@ -78,40 +75,18 @@ class Poller:
     """One for a run: it learns from each job for all others."""
 
     def __init__(
-        self,
-        *,
-        service: Service,
-        admission: Admission,
-        expiry: Expiry,
-        polls: TokenBucket | None,
-        hints: CompletionHints | None,
-        patience: float,
-        now: Callable[[], float],
-        rng: Random,
-        notice: Callable[[Verdict], None],
-        warn: Callable[[str | None], None],
-        waits: Waits,
+        self, context: RunContext, *, polls: TokenBucket | None, hints: CompletionHints | None, patience: float
     ) -> None:
-        """Plug it together.
+        """Make the one of a run.
 
         Args:
-            service: asked for statuses and results.
-            admission: stops the run where the account stays refused.
-            expiry: told of reads, so that somebody is warned in time.
+            context: what the parts of the run share.
             polls: bounds reads over all jobs, in their order, results that are known to be there excepted; None: no
                 bound.
-            hints: who may know earlier; None: nobody.
+            hints: may know of a completion earlier; None: only reads tell.
             patience: seconds for which an account may be refused at every read until the run gives up for now.
-            now: wall time in Unix seconds; waits use anyio's clock.
-            rng: for the pauses between reads that failed.
-            notice: told of each read that is read again.
-            warn: told a sentence, or nothing.
-            waits: told what each job waits for.
         """
-        self._service, self._admission, self._expiry = service, admission, expiry
-        self._polls, self._hints, self._patience = polls, hints, patience
-        self._now, self._rng, self._notice, self._warn = now, rng, notice, warn
-        self._waits = waits
+        self._context, self._polls, self._hints, self._patience = context, polls, hints, patience
         self._times = PollSchedule()
         self._unknown_words: set[str] = set()
         self._last_fault: dict[JobKey, Trouble] = {}
@@ -142,17 +117,17 @@ class Poller:
             JobFailed: it ended without one.
         """
         stage = Stage.UNKNOWN if job_run.resumed else Stage.IN_QUEUE
-        self._waits.put(job_run.key, stage, job_run.accepted_at, ticket.position)
+        self._context.waits.put(job_run.key, stage, job_run.accepted_at, ticket.position)
         try:
             answer = await self._followed(job_run, ticket)
         except BaseException:
-            self._waits.drop(job_run.key)
+            self._context.waits.drop(job_run.key)
             raise
         finally:
             self._last_fault.pop(job_run.key, None)
             if self._hints is not None:
                 self._hints.forget(ticket)
-        self._waits.put(job_run.key, Stage.DOWNLOADING, self._now())
+        self._context.waits.put(job_run.key, Stage.DOWNLOADING, self._context.now())
         return answer
 
     async def _followed(self, job_run: JobRun, ticket: Ticket) -> Answer:
@@ -179,7 +154,7 @@ class Poller:
                     continue
                 await self._permitted()
             try:
-                answer = await self._service.result(ticket)
+                answer = await self._context.service.result(ticket)
             except CallFailed as error:
                 # Read again means: after a fresh status, for a gateway's 503 and a job's own look alike.
                 if status is not None and status.failed:
@@ -201,17 +176,17 @@ class Poller:
         """
         await self._permitted()
         try:
-            answer = await self._service.result(ticket)
+            answer = await self._context.service.result(ticket)
         except CallFailed as error:
             self._times.came(in_time=False)
             # A refusal says "not yet". Silence, or something else than an output, says that it is not to be asked so.
             self._in_two_steps = self._in_two_steps or error.trouble.reply is None
             if error.trouble.reply is not None:  # "not yet" may come with a wish for how long
-                await anyio.sleep(retry_after_of(error.trouble.reply, self._now()) or 0.0)
+                await anyio.sleep(retry_after_of(error.trouble.reply, self._context.now()) or 0.0)
             return None
         self._times.came(in_time=True)
         self._was_read()
-        job_run.timings.noticed = self._now() - job_run.accepted_at
+        job_run.timings.noticed = self._context.now() - job_run.accepted_at
         job_run.timings.executed = inference_of(answer.output)
         self._learn(job_run)
         return answer
@@ -232,7 +207,7 @@ class Poller:
             await self._sleep(job_run, ticket, self._due(job_run))
 
     def _due(self, job_run: JobRun) -> float:
-        return self._times.due(job_run.timings) - (self._now() - job_run.accepted_at)
+        return self._times.due(job_run.timings) - (self._context.now() - job_run.accepted_at)
 
     async def _sleep(self, job_run: JobRun, ticket: Ticket, seconds: float) -> None:
         if self._hints is None or job_run.resumed:  # of an earlier run: what was asked to call us then is gone
@@ -253,11 +228,13 @@ class Poller:
                 if timings.unreadable is None:
                     timings.unreadable = age
                 scope.deadline = anyio.current_time() + max(0.0, self._times.overdue(timings) - age)
-                self._waits.put(job_run.key, Stage.UNKNOWN, job_run.accepted_at)
+                self._context.waits.put(job_run.key, Stage.UNKNOWN, job_run.accepted_at)
                 self._unread(verdict)
 
             try:
-                status = await reading(lambda: self._read(job_run, ticket), self._rng, notice=unread, now=self._now)
+                status = await reading(
+                    lambda: self._read(job_run, ticket), self._context.rng, notice=unread, now=self._context.now
+                )
             except CallFailed as error:
                 verdict = final(error.trouble)
                 raise JobFailed(failure_of(error.trouble, verdict), collectable=verdict.collectable) from error
@@ -266,7 +243,7 @@ class Poller:
         self._was_read()
         timings.unreadable = None
         age = self._age(job_run)
-        self._waits.put(job_run.key, stage_of(status), job_run.accepted_at, status.position)
+        self._context.waits.put(job_run.key, stage_of(status), job_run.accepted_at, status.position)
         if status.state is None:
             self._tell_unknown(ticket, status.word)
         if status.state is not QueueState.COMPLETED:
@@ -280,13 +257,13 @@ class Poller:
     async def _read(self, job_run: JobRun, ticket: Ticket) -> TicketStatus:
         await self._permitted()
         try:
-            return await self._service.status(ticket)
+            return await self._context.service.status(ticket)
         except CallFailed as error:
             self._last_fault[job_run.key] = error.trouble
             raise
 
     def _age(self, job_run: JobRun) -> float:
-        return self._now() - job_run.accepted_at
+        return self._context.now() - job_run.accepted_at
 
     def _tell_unknown(self, ticket: Ticket, word: str) -> None:
         if word in self._unknown_words or len(self._unknown_words) >= _WORDS_TOLD:
@@ -294,7 +271,9 @@ class Poller:
         self._unknown_words.add(word)
         said = f"unknown status {word!r}" if word else "a status answer without a status"
         after = duration(self._times.patience)
-        self._warn(f"request {ticket.request_id}: {said}; it counts as running, its result is read after {after}")
+        self._context.warn(
+            f"request {ticket.request_id}: {said}; it counts as running, its result is read after {after}"
+        )
 
     async def _permitted(self) -> None:
         if self._polls is not None and (wait := self._polls.reserve(anyio.current_time())):
@@ -303,7 +282,7 @@ class Poller:
     def _was_read(self) -> None:
         self.reads += 1
         self._refused_since = None
-        self._expiry.read()
+        self._context.expiry.read()
 
     def _learn(self, job_run: JobRun) -> None:
         """What a job of this run took teaches when to read the others."""
@@ -318,7 +297,7 @@ class Poller:
         """Seconds until the result of an ended job is asked for again; raises where the fault is the job's own."""
         seen, verdict = self._judged(job_run, trouble, faults)
         self._unread(verdict)
-        return (verdict.retry_after or 0.0) + pause_after(trouble, seen, self._rng)
+        return (verdict.retry_after or 0.0) + pause_after(trouble, seen, self._context.rng)
 
     def _failed(self, job_run: JobRun, status: TicketStatus, trouble: Trouble, faults: _FaultCounter) -> float:
         """The same after a status that says that the work failed: seconds only where nothing was answered."""
@@ -327,7 +306,7 @@ class Poller:
         if verdict.action is not Action.READ_AGAIN:
             raise JobFailed(failure, new_attempt=verdict.new_attempt)
         self._unread(verdict)
-        return min(verdict.retry_after or 0.0, _LONGEST_WISH) + backoff(faults.total, self._rng, cap=1.0)
+        return min(verdict.retry_after or 0.0, _LONGEST_WISH) + backoff(faults.total, self._context.rng, cap=1.0)
 
     def _not_there(
         self, job_run: JobRun, status: TicketStatus | None, trouble: Trouble, faults: _FaultCounter
@@ -341,8 +320,8 @@ class Poller:
         unread = self._last_fault.get(job_run.key) if status is None else None
         if (status is not None and status.state is None) or (unread is not None and concerns_request(unread)):
             self._judged(job_run, trouble, faults, overdue=unread is not None)
-        wish = retry_after_of(trouble.reply, self._now()) if trouble.reply is not None else None
-        return wish if unread is None else (wish or 0.0) + backoff(faults.total, self._rng)
+        wish = retry_after_of(trouble.reply, self._context.now()) if trouble.reply is not None else None
+        return wish if unread is None else (wish or 0.0) + backoff(faults.total, self._context.rng)
 
     def _judged(
         self, job_run: JobRun, trouble: Trouble, faults: _FaultCounter, *, overdue: bool = False
@@ -353,7 +332,7 @@ class Poller:
             JobFailed: the fault is the job's own.
         """
         seen, lasted = faults.add(kind_of(trouble), self._age(job_run))
-        verdict = judge(trouble, seen=seen, overdue=overdue or lasted >= self._times.patience, now=self._now())
+        verdict = judge(trouble, seen=seen, overdue=overdue or lasted >= self._times.patience, now=self._context.now())
         if verdict.action is not Action.READ_AGAIN:
             raise JobFailed(
                 failure_of(trouble, verdict),
@@ -364,10 +343,10 @@ class Poller:
         return seen, verdict
 
     def _unread(self, verdict: Verdict) -> None:
-        self._notice(verdict)
-        self._warn(self._expiry.unread(self._now()))
+        self._context.read_failed(verdict)
+        self._context.warn(self._context.expiry.unread(self._context.now()))
         if verdict.account:
             since = self._refused_since = self._refused_since or anyio.current_time()
             if anyio.current_time() - since >= self._patience:
                 words = f"reads have been refused for {self._patience:g} s ({verdict.reason}): is the key still good?"
-                self._admission.stop(StopCause.ACCOUNT, words)
+                self._context.admission.stop(StopCause.ACCOUNT, words)

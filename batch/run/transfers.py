@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from random import Random
 from typing import TypeVar
 
 import anyio
@@ -18,8 +17,8 @@ from batch.fal.errors import CallFailed
 from batch.journal.answers import shorten_data_uri
 from batch.journal.events import Uploaded
 from batch.run.admission import StopCause
-from batch.run.expiry import Expiry
-from batch.run.interfaces import ImageError, Images, Journal, Service
+from batch.run.context import RunContext
+from batch.run.interfaces import ImageError
 from batch.run.job import JobFailed, RunStopping
 from batch.run.retrying import reading
 from batch.run.verdicts import Action, Verdict, backoff, failure_of, final
@@ -45,25 +44,8 @@ _UPLOADS_AT_ONCE = 16
 class Transfers:
     """The images of one run."""
 
-    def __init__(
-        self,
-        *,
-        service: Service,
-        journal: Journal,
-        images: Images,
-        target: str,
-        expiry: Expiry,
-        now: Callable[[], float],
-        rng: Random,
-        notice: Callable[[Verdict], None],
-        warn: Callable[[str | None], None],
-        stop: Callable[[StopCause, str], None],
-        stopped: Callable[[], Awaitable[None]],
-    ) -> None:
-        """`notice` hears of faults that are read again, `warn` of files that may expire first; `stop` is the run's."""
-        self._service, self._journal, self._images, self._target = service, journal, images, target
-        self._expiry, self._now, self._rng, self._notice, self._warn = expiry, now, rng, notice, warn
-        self._stop, self._stopped = stop, stopped
+    def __init__(self, context: RunContext) -> None:
+        self._context = context
         self._uploads: dict[str, anyio.Event] = {}
         self._downloads = anyio.Semaphore(_DOWNLOADS_AT_ONCE)
         self._late_downloads = anyio.Semaphore(_DOWNLOADS_AT_ONCE)
@@ -75,23 +57,23 @@ class Transfers:
         """The image's URL at the target; uploaded once, however many jobs wait for it."""
         image = job.image
         assert image is not None, "only a local image is uploaded"
-        name = f"{self._target} {image.sha256}"
+        name = f"{self._context.policy.target} {image.sha256}"
         while (other := self._uploads.get(image.sha256)) is not None:
             await other.wait()
         ready = self._uploads[image.sha256] = anyio.Event()
         try:
-            known = await self._journal.uploaded(name, self._now() - _UPLOAD_VALID)
+            known = await self._context.journal.uploaded(name, self._context.now() - _UPLOAD_VALID)
             if known is not None:
                 return known
             url = await self._sent(image)
-            await self._journal.record(Uploaded(name, self._now(), url))
+            await self._context.journal.record(Uploaded(name, self._context.now(), url))
         except ImageError as error:
             raise JobFailed(Failed(error.type, str(error))) from error
         except CallFailed as error:
             verdict = final(error.trouble)
             failure = failure_of(error.trouble, verdict)
             if verdict.action is Action.STOP_ACCOUNT:
-                self._stop(StopCause.ACCOUNT, failure.message)
+                self._context.admission.stop(StopCause.ACCOUNT, failure.message)
                 raise RunStopping from error
             raise JobFailed(failure) from error
         finally:
@@ -100,14 +82,16 @@ class Transfers:
         return url
 
     async def _sent(self, image: LocalImage) -> str:
-        """Its URL. A loaded that is refused is let go, and leaves its place to others, until it is tried again."""
+        """Its URL. An image that is refused is let go, and leaves its place to others, until it is tried again."""
 
         async def once() -> str:
             async with self._uploading:
-                loaded = await self._with_descriptor(lambda: self._images.load(image))
-                return await self._service.upload(loaded.data, loaded.content_type, image.name)
+                loaded = await self._with_descriptor(lambda: self._context.images.load(image))
+                return await self._context.service.upload(loaded.data, loaded.content_type, image.name)
 
-        return await self._unless_stopped(lambda: reading(once, self._rng, notice=self._notice, now=self._now))
+        return await self._unless_stopped(
+            lambda: reading(once, self._context.rng, notice=self._context.read_failed, now=self._context.now)
+        )
 
     async def _unless_stopped(self, call: Callable[[], Awaitable[str]]) -> str:
         """A stop does not wait for an upload: its job was never submitted.
@@ -120,7 +104,7 @@ class Transfers:
         async with anyio.create_task_group() as tasks:
 
             async def watch() -> None:
-                await self._stopped()
+                await self._context.admission.stopped()
                 tasks.cancel_scope.cancel()
 
             tasks.start_soon(watch)
@@ -142,20 +126,20 @@ class Transfers:
         """
         with suppress(CallFailed, ImageError):
             return await self._fetched(said, self._downloads)
-        tries, since = 1, self._now()
+        tries, since = 1, self._context.now()
 
         def notice(verdict: Verdict) -> None:
-            self._notice(verdict)
-            self._warn(self._expiry.undownloaded(since, self._now()))
+            self._context.read_failed(verdict)
+            self._context.warn(self._context.expiry.undownloaded(since, self._context.now()))
 
         async def once_more() -> StoredImage:
             return await self._fetched(said, self._late_downloads)
 
         while True:
-            await anyio.sleep(backoff(tries, self._rng, cap=_DOWNLOAD_PAUSE))
+            await anyio.sleep(backoff(tries, self._context.rng, cap=_DOWNLOAD_PAUSE))
             tries += 1
             try:
-                return await reading(once_more, self._rng, notice=notice, now=self._now)
+                return await reading(once_more, self._context.rng, notice=notice, now=self._context.now)
             except CallFailed as error:
                 is_large = error.trouble.transport == "oversize"
                 word = "result_file_too_large" if is_large else "result_file_gone"
@@ -169,9 +153,9 @@ class Transfers:
 
     async def _fetched(self, said: StoredImage, line: anyio.Semaphore) -> StoredImage:
         async with line:
-            data = await self._service.download(said.url)
+            data = await self._context.service.download(said.url)
             self.fetched += 1
-            return _joined(said, await self._with_descriptor(lambda: self._images.store(data)))
+            return _joined(said, await self._with_descriptor(lambda: self._context.images.store(data)))
 
     async def _with_descriptor(self, work: Callable[[], Awaitable[Gain]]) -> Gain:
         """Read or write a file, as often as it takes: where no descriptor is free neither job nor disk is at fault."""
@@ -183,8 +167,8 @@ class Transfers:
                 if not lacks_descriptor(error):
                     raise
             tries += 1
-            self._notice(Verdict(Action.READ_AGAIN, "too many open files (raise `ulimit -n`)"))
-            await anyio.sleep(backoff(tries, self._rng, cap=_DESCRIPTOR_PAUSE))
+            self._context.read_failed(Verdict(Action.READ_AGAIN, "too many open files (raise `ulimit -n`)"))
+            await anyio.sleep(backoff(tries, self._context.rng, cap=_DESCRIPTOR_PAUSE))
 
 
 def _joined(said: StoredImage, kept: StoredImage) -> StoredImage:

@@ -12,8 +12,8 @@ from batch.journal.events import Answered, FailedForGood, Intended, Lost
 from batch.journal.states import State
 from batch.money import Price
 from batch.run.admission import StopCause
+from batch.run.context import Policy
 from batch.run.observers import ProgressCounter
-from batch.run.runner import Policy
 from batch.testing.journal import MemoryJournal
 from batch.testing.service import (
     AnswersReadsWith,

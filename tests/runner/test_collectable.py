@@ -14,7 +14,7 @@ from batch.fal.errors import CallFailed, Trouble
 from batch.fal.protocol import Reply, request_error_reply
 from batch.journal.states import State
 from batch.money import Price
-from batch.run.runner import Policy
+from batch.run.context import Policy
 from batch.testing.service import FakeService, Fault
 from batch.types import Answer
 from tests.runner.world import World, jobs

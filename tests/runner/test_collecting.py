@@ -13,8 +13,8 @@ from batch.fal.errors import CallFailed, Trouble
 from batch.fal.protocol import Reply
 from batch.journal.states import State
 from batch.run.admission import StopCause
+from batch.run.context import Policy
 from batch.run.pacing import TokenBucket
-from batch.run.runner import Policy
 from batch.testing.service import CompletesWith, FakeService, Fault
 from tests.runner.world import World, jobs
 

@@ -15,7 +15,7 @@ from batch.journal.events import Intended
 from batch.journal.states import State
 from batch.money import Price
 from batch.run.admission import StopCause
-from batch.run.runner import Policy
+from batch.run.context import Policy
 from batch.run.verdicts import REPEAT_SECONDS, Idempotency
 from batch.testing.service import (
     CompletesWith,

@@ -45,7 +45,8 @@ from batch.journal.records import JobOutcome, OpenJob
 from batch.journal.states import TERMINAL, State
 from batch.journal.transitions import decode_images
 from batch.money import Price
-from batch.run.runner import Policy, Report
+from batch.run.context import Policy
+from batch.run.runner import Report
 from batch.run.verdicts import Idempotency
 from batch.testing.images import MemoryImages
 from batch.testing.journal import MemoryJournal

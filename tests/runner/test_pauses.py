@@ -19,10 +19,10 @@ from batch.journal.events import Intended, Refused
 from batch.journal.states import State
 from batch.money import Budget, Price
 from batch.run.admission import Admission, StopCause
+from batch.run.context import Policy
 from batch.run.interfaces import HeldBack
 from batch.run.job import JobRun
 from batch.run.pacing import TokenBucket
-from batch.run.runner import Policy
 from batch.run.verdicts import Idempotency, judge
 from batch.run.window import Window
 from batch.session import _bucket

@@ -17,8 +17,8 @@ from batch.journal.events import Accepted, Intended
 from batch.journal.states import State
 from batch.money import Price
 from batch.run.admission import StopCause
+from batch.run.context import Policy
 from batch.run.reconcile import LATE_SECONDS, OVER_SECONDS
-from batch.run.runner import Policy
 from batch.testing.service import (
     CompletesWith,
     DropsAfterAccept,

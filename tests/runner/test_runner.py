@@ -19,9 +19,9 @@ from batch.journal.events import Intended
 from batch.journal.states import State
 from batch.money import Price
 from batch.run.admission import StopCause, StopRequest
+from batch.run.context import Policy
 from batch.run.interfaces import ImageError
 from batch.run.pacing import TokenBucket
-from batch.run.runner import Policy
 from batch.run.verdicts import Idempotency
 from batch.run.window import Window
 from batch.testing.images import MemoryImages

@@ -11,8 +11,9 @@ from batch.fal.endpoint import APP_ID
 from batch.manifest.hashing import job_key
 from batch.money import Budget
 from batch.run.admission import Admission
+from batch.run.context import Policy, RunContext
 from batch.run.reconcile import Reconciler
-from batch.run.runner import Policy, Runner
+from batch.run.runner import Runner
 from batch.run.verdicts import REPEAT_SECONDS, Idempotency
 from batch.run.window import Window
 from batch.testing.images import MemoryImages
@@ -75,11 +76,16 @@ class World:
         reconciler = Reconciler(
             self.service, self.journal, self.observer, anyio.current_time, rng, repeated_for=repeated_for
         )
-        self.runner = Runner(
+        context = RunContext(
             service=self.service, journal=self.journal, images=self.images, observer=self.observer,
             admission=admission, policy=decided, now=anyio.current_time, rng=rng,
-            reconciler=reconciler if self.reconciles else None, polls=self.polls, hints=self.hints,
         )  # fmt: skip
+        self.runner = Runner(
+            context,
+            reconciler=reconciler if self.reconciles else None,
+            polls=self.polls,
+            hints=self.hints,
+        )
         with anyio.fail_after(7 * 86400):
             async with aclosing(batches(made)) as source:
                 return await self.runner.run(source)
