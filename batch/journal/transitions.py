@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import orjson
 
@@ -31,7 +31,7 @@ from batch.journal.records import RequestIdTaken
 from batch.journal.states import IllegalTransition, State, advance
 from batch.types import Answer, JobKey, Json, StoredImage
 
-__all__ = ["JobRow", "JobTransitions", "decode_images", "encode_images", "slim_body", "taken"]
+__all__ = ["JobRow", "JobTransitions", "OutcomeRow", "decode_images", "encode_images", "slim_body", "taken"]
 
 Value: TypeAlias = str | bytes | int | float | None
 """What SQLite stores in one field."""
@@ -99,6 +99,28 @@ class JobRow:
         )  # fmt: skip
 
 
+class OutcomeRow(NamedTuple):
+    """A new row of `outcomes`, in the order of the statement `put_outcomes`."""
+
+    id: int
+    job_id: int
+    kind: str
+    session: int
+    attempt: int
+    at: float
+    request_id: str | None
+    output: bytes | None = None
+    engine: str | None = None
+    billable_units: float | None = None
+    cost_usd: float | None = None
+    queue_seconds: float | None = None
+    total_seconds: float | None = None
+    images: bytes | None = None
+    download_seconds: float | None = None
+    error_type: str | None = None
+    error_message: str | None = None
+
+
 class JobTransitions:
     """The rows that one group of events touches, and the new rows that it adds.
 
@@ -119,36 +141,38 @@ class JobTransitions:
         self._owners = dict(owners)
         self.session, self.last_job, self.last_outcome = session, last_job, last_outcome
         self.touched: dict[str, JobRow] = {}
-        self.bodies: list[tuple[Value, ...]] = []
-        self.start_timeouts: list[tuple[Value, ...]] = []
+        self.bodies: list[tuple[int, bytes]] = []
+        self.start_timeouts: list[tuple[int, float, float]] = []
         self.slimmed: list[int] = []
         """Jobs that ended: their bodies are needed whole only to be sent again."""
         self.stored_answers: list[int] = []
         """Outcomes whose answers carried images themselves, which are files now."""
-        self.outcomes: list[tuple[Value, ...]] = []
-        self.uploads: list[tuple[Value, ...]] = []
+        self.outcomes: list[OutcomeRow] = []
+        self.uploads: list[tuple[str, float, str]] = []
         self.spent_usd = 0.0
         self.finished = 0
         self.last_finished_at: float | None = None
 
     def take(self, events: Sequence[Event]) -> IllegalTransition | RequestIdTaken | None:
-        """Enter the events of one call; the error, with nothing entered, where one of them is illegal."""
+        """Apply the events of one call; the error, with nothing applied, where one of them is illegal."""
         states: dict[JobKey, State] = {}
-        try:
-            for event in events:
-                if not isinstance(event, Uploaded):
-                    key = event.job_key
-                    state = states.get(key)
-                    if state is None:
-                        state = self.jobs[key].state if key in self.jobs else State.PENDING
-                    states[key] = advance(state, event.kind)
-        except IllegalTransition as error:
-            return error
+        steps: list[tuple[Event, State, State]] = []
+        for event in events:
+            if isinstance(event, Uploaded):
+                continue
+            key = event.job_key
+            before = states.get(key) or (self.jobs[key].state if key in self.jobs else State.PENDING)
+            try:
+                states[key] = advance(before, event.kind)
+            except IllegalTransition as error:
+                return error
+            steps.append((event, before, states[key]))
         for event in events:
             if isinstance(event, Accepted) and (owner := self._other_owner(event)):
                 return taken(event.ticket.request_id, owner)
-        for event in events:
-            self._enter(event)
+        for step in steps:
+            self._apply(*step)
+        self.uploads += [(one.sha256, one.at, _storable(one.url)) for one in events if isinstance(one, Uploaded)]
         return None
 
     def _other_owner(self, event: Accepted) -> str | None:
@@ -156,15 +180,14 @@ class JobTransitions:
         owner = self._owners.setdefault(event.ticket.request_id, event.job_key)
         return None if owner == event.job_key else owner
 
-    def _enter(self, event: Event) -> None:
+    def _apply(self, event: Event, before: State, after: State) -> None:
         if isinstance(event, Uploaded):
-            self.uploads.append((event.sha256, event.at, _storable(event.url)))
             return
         job = self._job(event.job_key)
-        was, job.state, job.session = job.state, advance(job.state, event.kind), self.session
+        job.state, job.session = after, self.session
         match event:
             case Intended():
-                if was is State.UNKNOWN and event.attempt > job.attempt:
+                if before is State.UNKNOWN and event.attempt > job.attempt:
                     self._spend(job, job.reserved_usd)  # the submit that it replaces may have been accepted
                 job.forget()
                 job.attempt, job.intended_at, job.reserved_usd = event.attempt, event.at, event.reserved_usd
@@ -191,7 +214,7 @@ class JobTransitions:
                 self.finished, self.last_finished_at = self.finished + 1, event.at
             case FailedForGood():
                 job.reserved_usd = 0.0
-                if was is not State.ANSWERED:  # else its answer has settled the cost
+                if before is not State.ANSWERED:  # else its answer has settled the cost
                     self._spend(job, event.cost_usd)
                 job.end_id = self._fail(job, event)
                 self.slimmed.append(job.id)
@@ -221,39 +244,51 @@ class JobTransitions:
     def _answer(self, job: JobRow, event: Answered) -> int:
         answer = event.answer
         return self._outcome(
-            job, event, pack(answer), answer.engine, answer.billable_units, event.cost_usd,
-            event.queue_seconds, event.total_seconds, None, None, None, None,
-        )  # fmt: skip
+            job,
+            event,
+            output=pack(answer),
+            engine=answer.engine,
+            billable_units=answer.billable_units,
+            cost_usd=event.cost_usd,
+            queue_seconds=event.queue_seconds,
+            total_seconds=event.total_seconds,
+        )
 
     def _finish(self, job: JobRow, event: Finished) -> int:
-        images = encode_images(event.images)
-        return self._outcome(
-            job, event, None, None, None, None, None, None, images, event.download_seconds, None, None
-        )  # fmt: skip
+        return self._outcome(job, event, images=encode_images(event.images), download_seconds=event.download_seconds)
 
     def _fail(self, job: JobRow, event: FailedForGood) -> int:
-        failure = event.failure
         return self._outcome(
-            job, event, None, None, failure.billable_units, event.cost_usd, None, None, None, None,
-            _storable(failure.error_type), _storable(failure.message),
-        )  # fmt: skip
+            job,
+            event,
+            billable_units=event.failure.billable_units,
+            cost_usd=event.cost_usd,
+            error_type=_storable(event.failure.error_type),
+            error_message=_storable(event.failure.message),
+        )
 
     def _uncollected(self, job: JobRow, event: Uncollected) -> int:
         answer, failure = event.answer or Answer({}), event.failure
-        output = None if event.answer is None else pack(answer)
-        images = encode_images(event.images) if event.images else None
         return self._outcome(
-            job, event, output, answer.engine, answer.billable_units, event.cost_usd, None, None, images, None,
-            _storable(failure.error_type), _storable(failure.message),
-        )  # fmt: skip
+            job,
+            event,
+            output=None if event.answer is None else pack(answer),
+            engine=answer.engine,
+            billable_units=answer.billable_units,
+            cost_usd=event.cost_usd,
+            images=encode_images(event.images) if event.images else None,
+            error_type=_storable(failure.error_type),
+            error_message=_storable(failure.message),
+        )
 
-    def _outcome(self, job: JobRow, event: Answered | Finished | FailedForGood | Uncollected, *columns: Value) -> int:
+    def _outcome(self, job: JobRow, event: Answered | Finished | FailedForGood | Uncollected, **columns: Any) -> int:
         at = event.ended_at if isinstance(event, Uncollected) else event.at
         self.last_outcome += 1
-        self.outcomes.append((
-            self.last_outcome, job.id, event.kind.value, self.session, job.attempt, at, job.request_id,
-            *columns,
-        ))  # fmt: skip
+        self.outcomes.append(
+            OutcomeRow(
+                self.last_outcome, job.id, event.kind.value, self.session, job.attempt, at, job.request_id, **columns
+            )
+        )
         return self.last_outcome
 
 

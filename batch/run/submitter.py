@@ -92,7 +92,7 @@ class Submitter:
         """Write down which request it is.
 
         Raises:
-            OutcomeUnknown: the request id is another job's. Whose result it shows is not known, so neither job gets the other's.
+            OutcomeUnknown: the request id is another job's: whose result it shows is not known.
         """
         try:
             await self._context.journal.record(Accepted(job_run.key, job_run.accepted_at, ticket))

@@ -1,134 +1,110 @@
 """A journal in memory, for tests in virtual time: no threads, no file, every event kept for assertions.
 
-Held to the same contract as `batch.journal.writer` by `tests/contract/test_journal.py`. Nothing survives it.
+It runs the same transitions as `batch.journal.writer`, and is held to the same contract by
+`tests/contract/test_journal.py`. Nothing survives it.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from collections.abc import AsyncGenerator, Collection, Sequence
-from dataclasses import dataclass, replace
-from typing import TypeGuard
 
 import anyio.lowlevel
 
-from batch.journal.answers import answer_of, pack
-from batch.journal.events import (
-    Accepted,
-    Answered,
-    Event,
-    FailedForGood,
-    Finished,
-    Intended,
-    Lost,
-    Refused,
-    Retried,
-    Uncollected,
-    Uploaded,
-)
+from batch.journal.answers import answer_of, without_data_uris
+from batch.journal.events import Accepted, Event
 from batch.journal.records import Counts, JobOutcome, KnownJob, OpenJob
-from batch.journal.states import OPEN, State, advance
-from batch.journal.transitions import encode_images, slim_body, taken
-from batch.types import Answer, JobKey, Ticket
+from batch.journal.states import OPEN, State
+from batch.journal.transitions import JobRow, JobTransitions, OutcomeRow, slim_body
+from batch.types import JobKey, RequestId, Ticket
 
 __all__ = ["MemoryJournal"]
-
-
-@dataclass(slots=True)
-class _MemoryJob:
-    """What is known of one job."""
-
-    state: State = State.PENDING
-    session: int = 0
-    attempt: int = 0
-    intended_at: float | None = None
-    body: bytes = b""
-    accepted_at: float | None = None
-    ticket: Ticket | None = None
-    reserved_usd: float = 0.0
-    start_timeout: float | None = None
-    cost_usd: float | None = None
-    reason: str | None = None
-    answered: Answered | None = None
-    ended: Finished | FailedForGood | Uncollected | None = None
-
-    def forget(self) -> None:
-        """Leave the last attempt behind; what it cost stays."""
-        self.accepted_at = self.ticket = self.reason = self.answered = self.ended = None
 
 
 class MemoryJournal:
     """Implements `batch.run.interfaces.Journal`. `events` holds everything that was recorded, in order.
 
-    `reopened` plays the next run of the same command.
+    `reopened` is the journal of the next run of the same command.
     """
 
     def __init__(self, session: int = 1) -> None:
-        self.session = session
         self.events: list[Event] = []
-        self._jobs: dict[JobKey, _MemoryJob] = {}
-        self._uploads: dict[str, Uploaded] = {}
-        self._owners: dict[str, JobKey] = {}
-        self._spent_usd = 0.0
+        self._rows = JobTransitions([], session=session, last_job=0, last_outcome=0)
+        self._bodies: dict[int, bytes] = {}
+        self._outcomes: dict[int | None, OutcomeRow] = {}
+        self._uploads: dict[str, tuple[float, str]] = {}
 
     def __repr__(self) -> str:
-        return f"<MemoryJournal session={self.session} jobs={len(self._jobs)} events={len(self.events)}>"
+        return f"<MemoryJournal session={self.session} jobs={len(self._rows.jobs)} events={len(self.events)}>"
+
+    @property
+    def session(self) -> int:
+        """Number of the run that records now, from 1 on."""
+        return self._rows.session
+
+    @session.setter
+    def session(self, number: int) -> None:
+        self._rows.session = number
 
     def reopened(self) -> MemoryJournal:
-        """The same content in the next session, as after a crash: what still holds the old one changes nothing here."""
-        journal = MemoryJournal(self.session + 1)
-        journal.events = list(self.events)
-        journal._jobs = {key: replace(job) for key, job in self._jobs.items()}
-        journal._uploads = dict(self._uploads)
-        journal._owners = dict(self._owners)
-        journal._spent_usd = self._spent_usd
+        """The same content in the next session, as after a crash; the old journal no longer changes it."""
+        journal = copy.deepcopy(self)
+        journal.session += 1
         return journal
 
     async def record(self, *events: Event) -> None:
         """Keep events in this order, all of them or none.
 
         Raises:
-            IllegalTransition: an event that the lifecycle does not allow.
+            IllegalTransition: an event that the states do not allow.
             RequestIdTaken: an acceptance under a request id that is another job's.
         """
-        states: dict[JobKey, State] = {}
-        for event in events:
-            if not isinstance(event, Uploaded):
-                state = states.get(event.job_key, self.state(event.job_key))
-                states[event.job_key] = advance(state, event.kind)
-        for event in events:
-            if isinstance(event, Accepted):
-                owner = self._owners.setdefault(event.ticket.request_id, event.job_key)
-                if owner != event.job_key:
-                    raise taken(event.ticket.request_id, owner)
-        for event in events:
-            self._apply(event)
-            self.events.append(event)
+        if (refusal := self._rows.take(events)) is not None:
+            raise refusal
+        self._store()
+        self.events += events
         await anyio.lowlevel.checkpoint()
+
+    def _store(self) -> None:
+        """Do with new rows what the database does."""
+        rows = self._rows
+        self._bodies.update(rows.bodies)
+        self._outcomes.update({row.id: row for row in rows.outcomes})
+        self._uploads.update({sha256: (at, url) for sha256, at, url in rows.uploads})
+        for job_id in rows.slimmed:
+            self._bodies[job_id] = slim_body(self._bodies.get(job_id, b""))
+        for outcome_id in rows.stored_answers:
+            row = self._outcomes[outcome_id]
+            if row.output is not None:
+                self._outcomes[outcome_id] = row._replace(output=without_data_uris(row.output))
+        for batch in (rows.bodies, rows.outcomes, rows.uploads, rows.slimmed, rows.stored_answers):
+            batch.clear()
 
     async def find(self, keys: Sequence[JobKey]) -> dict[JobKey, KnownJob]:
         """Those of the keys that the journal knows."""
         await anyio.lowlevel.checkpoint()
-        jobs = {key: self._jobs[key] for key in keys if key in self._jobs}
+        jobs = {key: self._rows.jobs[key] for key in keys if key in self._rows.jobs}
         return {
-            key: KnownJob(job.state, job.session, job.attempt, _collectable_since(job)) for key, job in jobs.items()
+            key: KnownJob(job.state, job.session, job.attempt, self._collectable_since(job))
+            for key, job in jobs.items()
         }
 
     async def entries(self, states: Collection[State]) -> AsyncGenerator[OpenJob, None]:
         """Jobs in these states, the one intended first coming first."""
-        wanted = [key for key, job in self._jobs.items() if job.state in states]
-        wanted.sort(key=lambda key: _age_order(self._jobs[key]))
-        for key in wanted:
+        wanted = [job for job in self._rows.jobs.values() if job.state in states]
+        wanted.sort(key=lambda job: -math.inf if job.intended_at is None else job.intended_at)
+        for job in wanted:
             await anyio.lowlevel.checkpoint()
-            if self._jobs[key].state in states:
-                yield _entry(key, self._jobs[key])
+            if job.state in states:
+                yield self._open_job(job)
 
     async def uploaded(self, sha256: str, since: float) -> str | None:
         """URL of an image uploaded at or after `since`, or None."""
         await anyio.lowlevel.checkpoint()
-        upload = self._uploads.get(sha256)
-        return None if upload is None or upload.at < since else upload.url
+        at, url = self._uploads.get(sha256, (-math.inf, None))
+        return None if at < since else url
 
     async def requests(self, ids: Sequence[str]) -> set[str]:
         """Those of the request ids that belong to a job, or to one of its ended attempts."""
@@ -136,137 +112,79 @@ class MemoryJournal:
         return {request_id for request_id in ids if request_id in given}
 
     async def settled(self) -> None:
-        """At once: what is recorded here is kept."""
+        """Return at once: what is recorded here is kept."""
         await anyio.lowlevel.checkpoint()
 
     async def counts(self) -> Counts:
         """Totals over all sessions."""
         await anyio.lowlevel.checkpoint()
-        is_open = [job for job in self._jobs.values() if job.state in OPEN]
+        jobs = self._rows.jobs.values()
+        is_open = [job for job in jobs if job.state in OPEN]
         return Counts(
-            by_state=dict(Counter(job.state for job in self._jobs.values())),
-            spent_usd=self._spent_usd,
+            by_state=dict(Counter(job.state for job in jobs)),
+            spent_usd=self._rows.spent_usd,
             reserved_usd=sum(job.reserved_usd for job in is_open),
             oldest_open_at=min((job.intended_at or 0.0 for job in is_open), default=None),
         )
 
     def state(self, key: JobKey) -> State:
-        """Of one job; PENDING where it was never heard of."""
-        return self._jobs[key].state if key in self._jobs else State.PENDING
+        """The state of one job; PENDING where the journal does not know it."""
+        return self._rows.jobs[key].state if key in self._rows.jobs else State.PENDING
 
     def outcomes(self, keys: Sequence[JobKey]) -> dict[JobKey, JobOutcome]:
         """What the results table shows of those of the keys that the journal knows."""
-        return {key: _outcome(key, self._jobs[key]) for key in keys if key in self._jobs}
+        return {key: self._outcome(key, self._rows.jobs[key]) for key in keys if key in self._rows.jobs}
 
-    def _apply(self, event: Event) -> None:
-        if isinstance(event, Uploaded):
-            self._uploads[event.sha256] = event
-            return
-        job = self._jobs.setdefault(event.job_key, _MemoryJob())
-        was, job.state, job.session = job.state, advance(job.state, event.kind), self.session
-        match event:
-            case Intended():
-                if was is State.UNKNOWN and event.attempt > job.attempt:
-                    self._spend(job, job.reserved_usd)
-                job.forget()
-                job.attempt, job.intended_at, job.reserved_usd = event.attempt, event.at, event.reserved_usd
-                job.body, job.start_timeout = event.body, event.start_timeout
-            case Accepted():
-                job.accepted_at, job.ticket, job.reason = event.at, event.ticket, None
-            case Refused():
-                job.reserved_usd, job.reason = 0.0, event.reason
-            case Lost():
-                job.reason = event.reason
-            case Answered():
-                job.reserved_usd, job.answered = 0.0, event
-                self._spend(job, event.cost_usd)
-            case Finished():
-                job.ended, job.body = event, slim_body(job.body)
-            case FailedForGood():
-                job.reserved_usd, job.ended, job.body = 0.0, event, slim_body(job.body)
-                self._spend(job, None if was is State.ANSWERED else event.cost_usd)
-            case Uncollected(answer=answer):
-                job.reserved_usd, job.ended = 0.0, event
-                self._spend(job, event.cost_usd)
-                if answer is not None:
-                    job.answered = Answered(event.job_key, event.ended_at, answer)
-            case Retried():
-                job.forget()
-                job.attempt += 1
+    def _collectable_since(self, job: JobRow) -> float | None:
+        end = self._outcomes.get(job.end_id)
+        return end.at if end is not None and job.state is State.COLLECTABLE else None
 
-    def _spend(self, job: _MemoryJob, usd: float | None) -> None:
-        if usd is not None:
-            job.cost_usd = (job.cost_usd or 0.0) + usd
-            self._spent_usd += usd
+    def _ended_at(self, job: JobRow) -> float | None:
+        row = self._outcomes.get(job.answer_id) or self._outcomes.get(job.end_id)
+        return None if row is None else row.at
 
+    def _open_job(self, job: JobRow) -> OpenJob:
+        answer = self._outcomes.get(job.answer_id)
+        ticket = None if job.request_id is None else _ticket(RequestId(job.request_id), *job.urls)
+        timeouts = {(job_id, at): seconds for job_id, at, seconds in self._rows.start_timeouts}
+        return OpenJob(
+            job_key=JobKey(job.key),
+            state=job.state,
+            attempt=job.attempt,
+            intended_at=job.intended_at or 0.0,
+            body=self._bodies.get(job.id, b""),
+            accepted_at=job.accepted_at,
+            ticket=ticket,
+            answer=None
+            if answer is None or answer.output is None
+            else answer_of(answer.output, answer.billable_units, answer.engine),
+            reserved_usd=job.reserved_usd,
+            ended_at=self._ended_at(job),
+            start_timeout=timeouts.get((job.id, job.intended_at or 0.0)),
+        )
 
-def _collectable_since(job: _MemoryJob) -> float | None:
-    return job.ended.ended_at if job.state is State.COLLECTABLE and isinstance(job.ended, Uncollected) else None
-
-
-def _ended_at(job: _MemoryJob) -> float | None:
-    if job.answered is not None:
-        return job.answered.at
-    return job.ended.ended_at if isinstance(job.ended, Uncollected) else None if job.ended is None else job.ended.at
-
-
-def _has_images(ended: Finished | FailedForGood | Uncollected) -> TypeGuard[Finished | Uncollected]:
-    return isinstance(ended, Finished) or (isinstance(ended, Uncollected) and bool(ended.images))
+    def _outcome(self, key: JobKey, job: JobRow) -> JobOutcome:
+        answer, end = self._outcomes.get(job.answer_id), self._outcomes.get(job.end_id)
+        is_unknown = job.state is State.UNKNOWN
+        return JobOutcome(
+            job_key=key,
+            state=job.state,
+            attempts=job.attempt,
+            request_id=None if job.request_id is None else RequestId(job.request_id),
+            submitted_at=job.intended_at,
+            completed_at=self._ended_at(job),
+            output=None if answer is None else answer.output,
+            images=None if end is None else end.images,
+            queue_seconds=None if answer is None else answer.queue_seconds,
+            total_seconds=None if answer is None else answer.total_seconds,
+            download_seconds=None if end is None else end.download_seconds,
+            billable_units=answer.billable_units if answer is not None else None if end is None else end.billable_units,
+            cost_usd=job.cost_usd,
+            engine=None if answer is None else answer.engine,
+            error_type="unknown" if is_unknown else None if end is None else end.error_type,
+            error_message=job.reason if is_unknown else None if end is None else end.error_message,
+        )
 
 
-def _as_stored(answer: Answer) -> Answer:
-    return answer_of(pack(answer), answer.billable_units, answer.engine)
-
-
-def _units(answered: Answered | None, ended: Finished | FailedForGood | Uncollected | None) -> float | None:
-    if answered is not None:
-        return answered.answer.billable_units
-    return ended.failure.billable_units if isinstance(ended, FailedForGood) else None
-
-
-def _age_order(job: _MemoryJob) -> float:
-    return -math.inf if job.intended_at is None else job.intended_at
-
-
-def _entry(key: JobKey, job: _MemoryJob) -> OpenJob:
-    return OpenJob(
-        job_key=key,
-        state=job.state,
-        attempt=job.attempt,
-        intended_at=job.intended_at or 0.0,
-        body=job.body,
-        accepted_at=job.accepted_at,
-        ticket=job.ticket,
-        answer=None if job.answered is None else _as_stored(job.answered.answer),
-        reserved_usd=job.reserved_usd,
-        ended_at=_ended_at(job),
-        start_timeout=job.start_timeout,
-    )
-
-
-def _outcome(key: JobKey, job: _MemoryJob) -> JobOutcome:
-    answered, ended = job.answered, job.ended
-    failure = ended.failure if isinstance(ended, FailedForGood | Uncollected) else None
-    error: tuple[str | None, str | None] = (None, None)
-    if failure is not None:
-        error = (failure.error_type, failure.message)
-    elif job.state is State.UNKNOWN:
-        error = ("unknown", job.reason)
-    return JobOutcome(
-        job_key=key,
-        state=job.state,
-        attempts=job.attempt,
-        request_id=None if job.ticket is None else job.ticket.request_id,
-        submitted_at=job.intended_at,
-        completed_at=_ended_at(job),
-        output=None if answered is None else pack(answered.answer),
-        images=encode_images(ended.images) if ended is not None and _has_images(ended) else None,
-        queue_seconds=None if answered is None else answered.queue_seconds,
-        total_seconds=None if answered is None else answered.total_seconds,
-        download_seconds=ended.download_seconds if isinstance(ended, Finished) else None,
-        billable_units=_units(answered, ended),
-        cost_usd=job.cost_usd,
-        engine=None if answered is None else answered.answer.engine,
-        error_type=error[0],
-        error_message=error[1],
-    )
+def _ticket(request_id: RequestId, status: str | None, response: str | None, cancel: str | None) -> Ticket:
+    return Ticket(request_id, status or "", response or "", cancel or "")

@@ -268,7 +268,7 @@ def test_the_command_prints_a_table_or_json_and_exits_with_three(run, finished):
     assert [check["name"] for check in said["checks"] if check["adds_up"] is None] == ["charges"]
     text = command(run)
     assert text.returncode == 3
-    assert "images      does not add up" in text.stdout
+    assert "images        does not add up" in text.stdout
 
 
 # --- bills ------------------------------------------------------------------------------------------------

@@ -42,9 +42,10 @@ class Watched(MemoryJournal):
 
     async def record(self, *events):
         await super().record(*events)
-        reserved = sum(job.reserved_usd for job in self._jobs.values())
-        assert self._spent_usd + reserved <= self.limit + FUZZ, events
-        assert self.service.billable() <= self._spent_usd + reserved + FUZZ, events
+        counts = await self.counts()
+        held = counts.spent_usd + counts.reserved_usd
+        assert held <= self.limit + FUZZ, events
+        assert self.service.billable() <= held + FUZZ, events
         self.looked += 1
 
 
@@ -239,7 +240,8 @@ async def test_spent_and_reserved_never_pass_the_limit(seed):
     spent, _ = await money(world)
     assert sum(by_session) == pytest.approx(spent)
     assert spent == pytest.approx(spent_by_events(world.journal.events))
-    assert sum(job.cost_usd or 0.0 for job in world.journal._jobs.values()) == pytest.approx(spent)
+    outcomes = world.journal.outcomes([job.key for job in made])
+    assert sum(outcome.cost_usd or 0.0 for outcome in outcomes.values()) == pytest.approx(spent)
 
 
 # --- seen while it runs -----------------------------------------------------------------------------------
