@@ -99,7 +99,7 @@ class Estimate:
 
 
 def render_note(note: str) -> str:
-    """A note on how the manifest is read, aligned with a estimate."""
+    """A note on how the manifest is read, aligned with an estimate."""
     return f"{'manifest':<12}{note}"
 
 
