@@ -1,0 +1,78 @@
+"""Count how often one row passes from module to module, from its admission to the results table.
+
+`python -m tests.benchmarks.hops` runs two manifests, of 4 and of 24 rows, with the embedded echo engine and prints the
+difference per row: calls that cross from one module of `batch` to another, and the modules that take part. Resumed
+coroutines do not count as calls. It knows no module by name, so that versions with another layout can be compared.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import tempfile
+import threading
+from collections import Counter
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from batch.api import run_sync
+
+FEW, MANY = 4, 24
+_RESUMABLE = inspect.CO_COROUTINE | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
+
+
+class Tracer:
+    """Counts calls between modules of the package, in all threads."""
+
+    def __init__(self) -> None:
+        self.calls: Counter[tuple[str, str]] = Counter()
+
+    def __call__(self, frame: FrameType, event: str, _: Any) -> None:
+        if event != "call" or frame.f_back is None:
+            return
+        callee = str(frame.f_globals.get("__name__", ""))
+        if not callee.startswith("batch.") or (frame.f_code.co_flags & _RESUMABLE and frame.f_lasti > 10):
+            return
+        back: FrameType | None = frame.f_back
+        while back is not None and not str(back.f_globals.get("__name__", "")).startswith("batch."):
+            back = back.f_back  # a library between two modules of ours does not hide the hop
+        if back is not None and back.f_globals["__name__"] != callee:
+            self.calls[back.f_globals["__name__"], callee] += 1
+
+
+def traced(rows: int) -> Counter[tuple[str, str]]:
+    """The calls of one run over so many rows."""
+    tracer = Tracer()
+    with tempfile.TemporaryDirectory() as folder:
+        manifest = Path(folder, "manifest.csv")
+        lines = [f"https://images.example/{number}.jpg,as a watercolor {number}" for number in range(rows)]
+        manifest.write_text("\n".join(["image_url,prompt", *lines]) + "\n", "utf-8")
+        threading.setprofile(tracer)
+        sys.setprofile(tracer)
+        try:
+            run_sync(
+                manifest,
+                Path(folder, "run"),
+                settings={"target": {"engine": "echo"}, "limits": {"max_in_flight": 1}},
+            )
+        finally:
+            sys.setprofile(None)
+            threading.setprofile(None)  # type: ignore[arg-type]  # what the documentation says to give
+    return tracer.calls
+
+
+def main() -> None:
+    """Print hops and modules of one row, and the busiest pairs."""
+    traced(1)  # imports
+    few, many = traced(FEW), traced(MANY)
+    each = {pair: (count - few[pair]) / (MANY - FEW) for pair, count in many.items()}
+    each = {pair: count for pair, count in each.items() if count >= 0.5}
+    modules = {module for pair in each for module in pair}
+    print(f"{sum(each.values()):.0f} hops over {len(modules)} modules for one row")
+    for (caller, callee), count in sorted(each.items(), key=lambda item: -item[1])[:20]:
+        print(f"{count:8.1f}  {caller} -> {callee}")
+
+
+if __name__ == "__main__":
+    main()
