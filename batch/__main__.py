@@ -1,7 +1,7 @@
 """The `restyle` command, and `python -m batch`: from the first import to the end of the process.
 
-A cron job pays for both ends every time, so both are short: the collector does not look through what is being
-imported, none of which is garbage, and the process ends without taking a thousand modules apart once more.
+A cron job pays for startup and exit every time, so both are short: no garbage collection during imports, and no
+interpreter shutdown, which would tear down a thousand modules.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from batch.system.signals import postpone
 
 
 def entry() -> NoReturn:
-    """Carry out the command line of this process and end it; everything is written and closed by then."""
-    gc.disable()  # until `batch.cli.process` has loaded what its command needs
+    """Run the command line, then exit without interpreter shutdown: everything is written and closed."""
+    gc.disable()  # until `batch.cli.process.begin`
     postpone()  # until then, too
     fill_closed()
     try:
         from batch.cli.main import main
 
         code = main()
-    except KeyboardInterrupt:  # so late that nobody else takes it
+    except KeyboardInterrupt:  # too late for another handler
         sys.stderr.write("restyle: interrupted\n")
         code = ExitCode.STOPPED_EARLY
     os._exit(code)

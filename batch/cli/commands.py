@@ -1,7 +1,6 @@
-"""The `restyle` command: parse, call one function of `batch.api`, print, exit code. Decides nothing else.
+"""The commands of `restyle`: each parses its flags, calls one function of `batch.api` and prints the result.
 
-Results go to standard output, progress and errors to standard error. A foreseeable fault is one sentence;
-anything else is a defect of ours, exit code 1, and says how to report it.
+Results go to standard output, progress and errors to standard error.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ T = TypeVar("T")
 
 app = App(
     name="restyle",
-    help="Restyle whole datasets of images through FLUX.1 [dev] image-to-image. Pay once, lose nothing, know the"
-    " cost first, get the same result again.",
+    help="Restyle whole datasets of images with FLUX.1 [dev] image-to-image: pay once, lose nothing, know the cost"
+    " first, reproduce every result.",
     help_format="plaintext",
     version=tool_version,
     suppress_keyboard_interrupt=False,  # it would end with 130 and say nothing
-    help_epilogue="Exit codes: 0 complete, 1 unexpected error, 2 wrong input, 3 some rows failed, 4 stopped early and"
+    help_epilogue="Exit codes: 0 complete, 1 unexpected error, 2 invalid input, 3 some rows failed, 4 stopped early and"
     " resumable, 5 another run holds the lock, 6 the account was refused.",
 )
 
@@ -45,9 +44,9 @@ STDIN = "/dev/stdin"
 Manifest = Annotated[str, Parameter(help=_MANIFEST)]
 Config = Annotated[Path | None, Parameter(["--config", "-c"], help="TOML file; examples in configs/", group=JOBS)]
 _NO_FLAGS = JobFlags()
-RunDir = Annotated[Path, Parameter(help="the folder that `restyle run -o` named")]
-Quiet = Annotated[bool, Parameter(["--quiet", "-q"], negative="", help="one line at the end", group=DISPLAY)]
-Json = Annotated[bool, Parameter(negative="", help="as JSON", group=DISPLAY)]
+RunDir = Annotated[Path, Parameter(help="run directory, as given to `restyle run -o`")]
+Quiet = Annotated[bool, Parameter(["--quiet", "-q"], negative="", help="print one line at the end", group=DISPLAY)]
+Json = Annotated[bool, Parameter(negative="", help="print JSON", group=DISPLAY)]
 
 
 @app.command
@@ -56,19 +55,19 @@ def plan(
     /,
     *,
     out: Annotated[
-        Path | None, Parameter(["--out", "-o"], help="run directory: count what is done there", group=JOBS)
+        Path | None, Parameter(["--out", "-o"], help="run directory: count finished jobs there", group=JOBS)
     ] = None,
     config: Config = None,
     jobs: JobFlags = _NO_FLAGS,
     live_price: Annotated[
-        bool, Parameter(negative="", help="ask the target for its present price; else nothing is sent", group=JOBS)
+        bool, Parameter(negative="", help="fetch the current price from the target", group=JOBS)
     ] = False,
     retry_failed: Annotated[
-        bool, Parameter(negative="", help="count failed rows of -o as to do again", group=JOBS)
+        bool, Parameter(negative="", help="count failed rows of -o as jobs to do", group=JOBS)
     ] = False,
     json: Json = False,
 ) -> int:
-    """Show what a run would do and cost. Spends nothing, and sends nothing but for --live-price."""
+    """Show what a run would do and cost. Sends nothing (except with --live-price) and costs nothing."""
     from batch import api
     from batch.estimate import render_note, render_problems
 
@@ -98,7 +97,7 @@ def plan(
     if found.estimate.problem_count:
         print_result(render_problems(_name_of(found, manifest), found.estimate.problems, found.estimate.problem_count))
     if found.refusal:
-        print_result(f"`restyle run` would refuse this: {found.refusal}")
+        print_result(f"`restyle run` refuses this: {found.refusal}")
     return ExitCode.COMPLETE
 
 
@@ -107,18 +106,20 @@ def run(
     manifest: Manifest,
     /,
     *,
-    out: Annotated[Path, Parameter(["--out", "-o"], help="run directory; the same one goes on", group=JOBS)],
+    out: Annotated[Path, Parameter(["--out", "-o"], help="run directory; an existing one is resumed", group=JOBS)],
     config: Config = None,
     jobs: JobFlags = _NO_FLAGS,
-    retry_failed: Annotated[bool, Parameter(negative="", help="take failed rows up again", group=JOBS)] = False,
+    retry_failed: Annotated[bool, Parameter(negative="", help="retry failed rows", group=JOBS)] = False,
     new_config: Annotated[
-        bool, Parameter(negative="", help="go on although the configuration has changed", group=JOBS)
+        bool, Parameter(negative="", help="resume although the configuration has changed", group=JOBS)
     ] = False,
-    yes: Annotated[bool, Parameter(["--yes", "-y"], negative="", help="agree to the cost", group=JOBS)] = False,
+    yes: Annotated[
+        bool, Parameter(["--yes", "-y"], negative="", help="accept the cost without asking", group=JOBS)
+    ] = False,
     quiet: Quiet = False,
-    log_format: Annotated[Literal["text", "json"], Parameter(help="of progress lines", group=DISPLAY)] = "text",
+    log_format: Annotated[Literal["text", "json"], Parameter(help="format of progress lines", group=DISPLAY)] = "text",
 ) -> int:
-    """Do it, or go on with it: the same command again never pays twice."""
+    """Run a manifest, or resume a run. Re-running never pays twice."""
     from batch import api
     from batch.cli import output as screen
     from batch.run.observers import ProgressCounter
@@ -159,7 +160,7 @@ def run(
 
 @app.command
 def status(run_dir: RunDir, /, *, json: Json = False) -> int:
-    """Show counts by state, spend, rate, the oldest open request and what open jobs wait for."""
+    """Show job counts by state, cost, rate, the oldest open request and what open jobs wait for."""
     from batch import api
     from batch.cli import output as screen
     from batch.run.waits import duration
@@ -169,7 +170,7 @@ def status(run_dir: RunDir, /, *, json: Json = False) -> int:
     if json:
         print_result(orjson.dumps(facts, option=orjson.OPT_INDENT_2).decode())
         return ExitCode.COMPLETE
-    print_result(f"{run_dir}: {'a run works here' if found.running else 'no run works here'}, target {found.target}")
+    print_result(f"{run_dir}: {'running' if found.running else 'not running'} (target {found.target})")
     counts = found.counts
     for state, count in counts.by_state.items():
         if count:
@@ -178,9 +179,9 @@ def status(run_dir: RunDir, /, *, json: Json = False) -> int:
         print_result(f"{'spent':<12}{'$' + format(counts.spent_usd, ',.2f'):>12}")
         print_result(f"{'reserved':<12}{'$' + format(counts.reserved_usd, ',.2f'):>12}")
     if found.done_per_minute is not None:
-        print_result(f"{'rate':<12}{found.done_per_minute:>12,.1f} jobs a minute")
+        print_result(f"{'rate':<12}{found.done_per_minute:>12,.1f} jobs per minute")
     if found.paused_until is not None:
-        print_result(f"submits pause {screen.ahead(found.paused_until)}")
+        print_result(f"submits are paused {screen.ahead(found.paused_until)}")
     if counts.oldest_open_at is not None:
         print_result(f"{'oldest open':<12}{screen.age(counts.oldest_open_at):>12}")
     if found.waits is not None:
@@ -196,11 +197,12 @@ def export(
     /,
     *,
     out: Annotated[
-        Path | None, Parameter(["--out", "-o"], help="write this .parquet file instead of results.parquet")
+        Path | None,
+        Parameter(["--out", "-o"], help="output file (.parquet); default: results.parquet in the run directory"),
     ] = None,
-    manifest: Annotated[str | None, Parameter(help="where the manifest is now, if it has moved")] = None,
+    manifest: Annotated[str | None, Parameter(help="new location of the manifest, if it has moved")] = None,
 ) -> int:
-    """Rebuild the results from the journal and the manifest; free, as often as you like."""
+    """Rebuild the results table from the journal and the manifest. Free."""
     from batch import api
     from batch.estimate import counted
 
@@ -215,12 +217,10 @@ def audit(
     run_dir: RunDir,
     /,
     *,
-    repair: Annotated[
-        bool, Parameter(negative="", help="fetch images that are missing or damaged on disk again, free")
-    ] = False,
+    repair: Annotated[bool, Parameter(negative="", help="download missing or damaged images again, free")] = False,
     json: Json = False,
 ) -> int:
-    """Show whether journal, results, images and bills add up; exit code 3 where they do not."""
+    """Check that journal, results, images and bills agree; exit code 3 if they do not."""
     from batch import api
 
     books = run_call(lambda: api.audit(run_dir, repair=repair))
@@ -234,7 +234,7 @@ def audit(
 
 @app.command
 def cancel(run_dir: RunDir, /) -> int:
-    """Ask the target to cancel what is still open; the next run reads how each request ended."""
+    """Ask the target to cancel open requests. The next run reads how each one ended."""
     from batch import api
     from batch.cli import output as screen
 
@@ -260,10 +260,10 @@ def reconcile(
     run_dir: RunDir,
     /,
     *,
-    manifest: Annotated[str | None, Parameter(help="where the manifest is now, if it has moved")] = None,
+    manifest: Annotated[str | None, Parameter(help="new location of the manifest, if it has moved")] = None,
     quiet: Quiet = False,
 ) -> int:
-    """Settle submits whose outcome is unknown and collect what is open; submits nothing."""
+    """Look up submits of unknown outcome and collect open results. Submits nothing."""
     from batch import api
     from batch.cli import output as screen
 
@@ -273,5 +273,5 @@ def reconcile(
 
 
 def _name_of(found: Plan, manifest: str) -> str:
-    """What the lines of problems are counted in."""
+    """Return the name of the file whose lines the problems count."""
     return str(found.manifest.place or ("standard input" if manifest == STDIN else manifest))

@@ -20,8 +20,8 @@ _COMMANDS = frozenset({"plan", "run", "status", "export", "audit", "reconcile", 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Carry out one command line and say how it went; its exit code."""
-    # Imports and jobs make few circles: the collector need not look for them after every 700 objects.
+    """Run one command line and return its exit code."""
+    # Imports and jobs create few cycles: the default of one collection per 700 objects costs time for nothing.
     gc.set_threshold(50_000, 20, 100)
     with redirect_stdout(safe_stream(sys.stdout)), redirect_stderr(safe_stream(sys.stderr)):
         code = _code_of(arguments)
@@ -33,16 +33,16 @@ def main(arguments: list[str] | None = None) -> int:
 def _code_of(arguments: list[str] | None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     try:
-        # Cyclopts takes a single hyphen for an option.
+        # Cyclopts reads a single hyphen as an option.
         words = [STDIN if word == "-" else word for word in words]
         return int(app(words, exit_on_error=False, print_error=False, result_action="return_value") or 0)
     except CycloptsError as error:
         text = " ".join(str(error).split())
-        return fail(f"{text} (restyle {_command(arguments)}--help shows what there is)", ExitCode.BAD_INPUT)
+        return fail(f"{text} (restyle {_command(arguments)}--help lists all options)", ExitCode.BAD_INPUT)
     except RestyleError as error:
         return fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        return fail("interrupted; nothing that was durable is lost, the same command goes on", ExitCode.STOPPED_EARLY)
+        return fail("interrupted; nothing durable is lost, run the same command to resume", ExitCode.STOPPED_EARLY)
     except Exception as error:
         if lacks_descriptor(error):
             return fail(
@@ -52,8 +52,8 @@ def _code_of(arguments: list[str] | None) -> int:
         if os.environ.get("RESTYLE_DEBUG"):
             raise
         return fail(
-            f"unexpected {type(error).__name__}: {_first_of(error)}. This is a defect of restyle; what was durable is"
-            " safe. RESTYLE_DEBUG=1 shows the trace for a report",
+            f"unexpected {type(error).__name__}: {_first_of(error)}. This is a bug in restyle; durable data is safe."
+            " Set RESTYLE_DEBUG=1 to get a stack trace for a report",
             ExitCode.UNEXPECTED,
         )
 

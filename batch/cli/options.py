@@ -1,6 +1,6 @@
-"""The flags that stand for settings, the same for `plan` and `run`. Knows the command line, no more.
+"""The flags that set settings, the same for `plan` and `run`.
 
-A flag that is not given is None, so that the environment and the config file may speak.
+A flag that is not given is None, so that the environment and the config file apply.
 """
 
 from __future__ import annotations
@@ -40,44 +40,48 @@ PLACES = {
 @Parameter(name="*")
 @dataclass(frozen=True, slots=True)
 class JobFlags:
-    """What is to be done, and how much of it at once."""
+    """The flags of `plan` and `run` that set a setting."""
 
-    prompt: Annotated[str | None, Parameter(help="for all rows without one; may use {columns}", group=JOBS)] = None
+    prompt: Annotated[str | None, Parameter(help="prompt of rows that have none; may use {columns}", group=JOBS)] = None
     format: Annotated[
         Literal["csv", "tsv", "jsonl", "json", "parquet", "arrow", "images"] | None,
-        Parameter(help="format of the manifest; default: by its name, CSV for standard input", group=JOBS),
+        Parameter(help="manifest format; default: by file name, CSV for standard input", group=JOBS),
     ] = None
-    target: Annotated[str | None, Parameter(help="local (default, costs nothing), fal, or a URL", group=JOBS)] = None
-    engine: Annotated[Literal["preview", "echo"] | None, Parameter(help="of the embedded endpoint", group=JOBS)] = None
+    target: Annotated[str | None, Parameter(help="local (default, free), fal, or a URL", group=JOBS)] = None
+    engine: Annotated[
+        Literal["preview", "echo"] | None, Parameter(help="engine of the embedded endpoint", group=JOBS)
+    ] = None
     service_time: Annotated[
-        str | None, Parameter(help="of the embedded echo engine, for rehearsals: 2s", group=JOBS)
+        str | None, Parameter(help="simulated time per job (echo engine), for example 2s", group=JOBS)
     ] = None
-    slots: Annotated[int | None, Parameter(help="what the embedded endpoint does at once", group=JOBS)] = None
+    slots: Annotated[int | None, Parameter(help="jobs that the embedded endpoint executes at once", group=JOBS)] = None
     faults: Annotated[
-        str | None, Parameter(help="rehearse failures: a faults file for the embedded endpoint", group=JOBS)
+        str | None, Parameter(help="inject faults: a faults file for the embedded endpoint", group=JOBS)
     ] = None
     max_in_flight: Annotated[
-        str | None, Parameter(help="jobs at once: auto (default), auto:16-512, or a number", group=LIMITS)
+        str | None, Parameter(help="jobs in flight: auto (default), auto:16-512, or a number", group=LIMITS)
     ] = None
-    rate: Annotated[str | None, Parameter(help="submits a second, for instance 5/s", group=LIMITS)] = None
+    rate: Annotated[str | None, Parameter(help="submits per second, for example 5/s", group=LIMITS)] = None
     updates: Annotated[
         Literal["poll", "stream", "webhook"] | None,
-        Parameter(help="how ends are noticed: by reading (default), or told by a stream or webhooks", group=LIMITS),
+        Parameter(help="how completions are detected: polling (default), status stream or webhooks", group=LIMITS),
     ] = None
-    budget: Annotated[float | None, Parameter(help="US dollars that may be spent in all", group=LIMITS)] = None
-    deadline: Annotated[str | None, Parameter(help="stop in time to be over after so long: 50m", group=LIMITS)] = None
+    budget: Annotated[
+        float | None, Parameter(help="most US dollars to spend, over all runs of this directory", group=LIMITS)
+    ] = None
+    deadline: Annotated[str | None, Parameter(help="finish within this time, for example 50m", group=LIMITS)] = None
     max_failures: Annotated[
-        str | None, Parameter(help="stop when more fail: a number or a percentage", group=LIMITS)
+        str | None, Parameter(help="stop when more jobs fail: a number or a percentage", group=LIMITS)
     ] = None
-    limit: Annotated[int | None, Parameter(help="only the first N rows of the manifest", group=LIMITS)] = None
-    download: Annotated[bool | None, Parameter(help="keep the result images (default: yes)", group=JOBS)] = None
+    limit: Annotated[int | None, Parameter(help="use only the first N rows", group=LIMITS)] = None
+    download: Annotated[bool | None, Parameter(help="download result images (default: yes)", group=JOBS)] = None
     on_bad_row: Annotated[
         Literal["fail", "skip"] | None,
-        Parameter(help="what a row that cannot work becomes: a failed row (default) or a skipped one", group=JOBS),
+        Parameter(help="mark an invalid row as failed (default) or skipped", group=JOBS),
     ] = None
 
     def settings(self) -> dict[str, dict[str, Any]]:
-        """The flags that were given, nested like the config file."""
+        """Return the flags that were given, nested like the config file."""
         nested: dict[str, dict[str, Any]] = {}
         for field in fields(self):
             value = getattr(self, field.name)

@@ -1,4 +1,4 @@
-"""What a person sees of a run: the plan before it, a display during it, the conclusion after it. Edge: terminal.
+"""The display of a run: its plan, its progress and its summary.
 
 Results go to standard output, progress to standard error; with `--log-format json` both are JSON lines.
 """
@@ -17,7 +17,7 @@ from batch.errors import ConfigError
 from batch.estimate import Estimate, counted, render_note, render_problems
 from batch.run.interfaces import Observer
 from batch.run.observers import CountBar, PlainLines, ProgressBar, ProgressCounter
-from batch.system import signals as interrupts
+from batch.system import signals
 
 __all__ = ["CancelDisplay", "age", "ahead", "announce", "cancelled", "conclude", "confirmed", "display_for"]
 
@@ -25,11 +25,11 @@ _MESSAGE_SHOWN = 160
 """Characters of an example's message."""
 _LINE_SECONDS = 30.0
 _KINDS_SHOWN = 5
-"""Of errors, at the end of a run; `summary.json` has all of them."""
+"""Error types shown at the end of a run; `summary.json` has all of them."""
 
 
 def display_for(tally: ProgressCounter, *, quiet: bool, log_format: str) -> tuple[Observer, Callable[[], None]]:
-    """The observer that shows a run as it goes, and what to call at its end."""
+    """Return the observer that displays a run, and a function to call at the end."""
     if log_format == "json":
         return PlainLines(tally, sys.stderr, as_json=True), lambda: None
     if quiet:
@@ -41,7 +41,7 @@ def display_for(tally: ProgressCounter, *, quiet: bool, log_format: str) -> tupl
 
 
 def announce(found: Plan, manifest: str, *, quiet: bool, log_format: str) -> None:
-    """Say what is about to happen: to a person on standard output, to a machine as the first of its log lines."""
+    """Print the plan: as text on standard output, or as the first JSON line on standard error."""
     estimate = found.estimate
     if log_format == "json":
         line = {
@@ -62,18 +62,18 @@ def announce(found: Plan, manifest: str, *, quiet: bool, log_format: str) -> Non
 
 
 def confirmed(found: Plan, *, yes: bool, budget: float | None, is_piped: bool = False) -> bool:
-    """Ask where it costs money and nobody agreed yet; where the manifest is piped in, there is nobody to ask."""
+    """Ask whether a paid run may start, unless `yes` or a budget answers; with a piped manifest, refuse."""
     estimate = found.estimate
     if not found.profile.paid or yes or not estimate.to_do or budget is not None:
         return True
     bounds = f"about ${estimate.dollars:,.2f} (at most ${estimate.dollars_at_most:,.2f})"
     cost = f"{bounds} for {counted(estimate.to_do, 'job')}"
     if not sys.stdin.isatty():
-        reason = "; standard input holds the manifest, so no question can be asked" if is_piped else ""
-        raise ConfigError(f"this run would cost {cost}; say --yes, or set --budget USD{reason}")
+        reason = " (standard input is the manifest, so restyle cannot ask)" if is_piped else ""
+        raise ConfigError(f"this run would cost {cost}; add --yes or --budget USD{reason}")
     try:
-        with interrupts.at_once():
-            answer = input(f"This costs {cost}. Go on? [y/N] ")
+        with signals.at_once():
+            answer = input(f"This costs {cost}. Continue? [y/N] ")
     except EOFError:  # Ctrl-D
         return False
     return answer.strip().lower() in {"y", "yes"}
@@ -87,12 +87,12 @@ def _short(estimate: Estimate) -> str:
     parts += [f"{estimate.collectable:,} paid for and collected again, free"] if estimate.collectable else []
     parts += [f"{estimate.in_flight:,} sent before"] if estimate.in_flight else []
     parts += [counted(estimate.duplicates, "duplicate")] if estimate.duplicates else []
-    parts += [f"{estimate.cells:,} cells a row"] if estimate.cells > 1 else []
+    parts += [f"{estimate.cells:,} cells per row"] if estimate.cells > 1 else []
     return ", ".join(parts)
 
 
 def conclude(summary: Summary, *, quiet: bool, log_format: str) -> None:
-    """Say how it ended, and where everything is."""
+    """Print how the run ended and where its files are."""
     facts = summary.to_json()
     if log_format == "json":
         print(orjson.dumps(facts).decode())
@@ -111,17 +111,17 @@ def conclude(summary: Summary, *, quiet: bool, log_format: str) -> None:
     if summary.errors:
         _explain_failures(summary)
     if summary.stopped:
-        print(f"stopped early ({summary.stopped}): {summary.reason}; the same command goes on")
+        print(f"stopped early ({summary.stopped}): {summary.reason}; run the same command to resume")
     if summary.unknown:
-        open_too = " (with what is open)" if summary.pending else ""
+        open_too = " (open requests included)" if summary.pending else ""
         cost = f", ${summary.reserved_usd:,.2f} at most{open_too}" if summary.reserved_usd else ""
         print(
             f"{counted(summary.unknown, 'submit')} of unknown outcome, not repeated: each may have been paid for{cost};"
-            f" `restyle reconcile {summary.results.parent}` or the next run settles what it can"
+            f" `restyle reconcile {summary.results.parent}` or the next run looks them up"
         )
     print(f"results   {summary.results}")
     if summary.images is not None:
-        print(f"images  {summary.images}")
+        print(f"images    {summary.images}")
 
 
 def _explain_failures(summary: Summary) -> None:
@@ -130,8 +130,8 @@ def _explain_failures(summary: Summary) -> None:
         print(f"  {name}, for example row {row}: {_in_one_line(message)}")
     if summary.collectable:
         print(
-            f"paid for: {counted(summary.collectable, 'failed job')}; the same command asks for the answers and images"
-            " again, free"
+            f"paid for: {counted(summary.collectable, 'failed job')}; run the same command to fetch their results and"
+            " images again, free"
         )
     if summary.failed > summary.collectable:
         print("--retry-failed submits failed jobs again; fix invalid rows in the manifest")
@@ -143,21 +143,19 @@ def _in_one_line(message: str) -> str:
 
 
 def cancelled(found: Cancelled) -> str:
-    """What the target said to the cancels, by outcome, and what happens next."""
+    """Return the outcome of a cancel by kind, and what happens next."""
     asked = f"{counted(found.open, 'open request')}: {counted(found.requested, 'cancellation')} requested"
     lines = [
         f"{asked}, {found.too_late:,} too late, {found.not_found:,} not found, {found.unanswered:,} without an answer"
     ]
     if found.not_found:
-        lines.append(
-            "not found: the target does not know these requests, or not any more; the next run notes them as failed"
-        )
+        lines.append("not found: the target does not know these requests (any more); the next run marks them as failed")
     if found.left:
-        lines.append(f"{counted(found.left, 'request')} without an answer; run the same command again to ask for them")
+        lines.append(f"{counted(found.left, 'request')} without an answer; run the same command again to retry them")
     if found.open:
         lines.append(
-            "`restyle run` collects how they ended: what was cancelled is a failed row then (client_cancelled), and is"
-            " done again only with --retry-failed"
+            "`restyle run` reads how they ended: a cancelled request becomes a failed row (client_cancelled), which"
+            " only --retry-failed submits again"
         )
     return "\n".join(lines)
 
@@ -167,7 +165,7 @@ class CancelDisplay:
 
     def __init__(self) -> None:
         self.last = Cancelled()
-        """The counts as they were last told."""
+        """The most recent counts."""
         self._bar: CountBar | None = None
         self._next = time.monotonic() + _LINE_SECONDS
 
@@ -182,13 +180,13 @@ class CancelDisplay:
             print(f"{found.asked:,} of {counted(found.open, 'open request')} asked", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Leave the last state standing."""
+        """Close the bar and leave its last state on screen."""
         if self._bar is not None:
             self._bar.close()
 
 
 def _commonest(errors: Mapping[str, int]) -> str:
-    """The first five kinds with their numbers, and how much is left out."""
+    """Return the five most common error types with their counts, and how many more there are."""
     named = list(errors.items())[:_KINDS_SHOWN]
     words = ", ".join(f"{count:,} {name}" for name, count in named)
     kinds, rows = len(errors) - len(named), sum(errors.values()) - sum(count for _, count in named)
@@ -196,12 +194,12 @@ def _commonest(errors: Mapping[str, int]) -> str:
 
 
 def ahead(at: float) -> str:
-    """Until when something lasts."""
+    """Return the time until which a pause lasts, and the remaining minutes."""
     minutes, seconds = divmod(max(0, round(at - time.time())), 60)
     return f"until {datetime.fromtimestamp(at, UTC):%H:%M:%S} UTC, for another {minutes} min {seconds} s"
 
 
 def age(at: float) -> str:
-    """How long ago an instant was."""
+    """Return how long ago an instant was."""
     seconds = max(0.0, time.time() - at)
     return f"{seconds / 3600:.1f} h ago" if seconds >= 3600 else f"{seconds:.0f} s ago"

@@ -1,4 +1,4 @@
-"""What every command does between parsing its flags and printing its result."""
+"""The steps of every command between parsing its flags and printing its result."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import anyio
 
 from batch.errors import RestyleError
-from batch.system import signals as interrupts
+from batch.system import signals
 from batch.system.descriptors import require
 from batch.system.open_files import allowance
 
@@ -17,7 +17,7 @@ __all__ = ["begin", "run_call"]
 
 T = TypeVar("T")
 _LEAST_FILES = 12
-"""Descriptors of an event loop and of a file or two; without them it fails in ways that say nothing."""
+"""Descriptors for an event loop and a few files. With fewer, failures have no useful message."""
 
 
 def run_call(call: Callable[[], Coroutine[Any, Any, T]]) -> T:
@@ -32,20 +32,20 @@ def run_call(call: Callable[[], Coroutine[Any, Any, T]]) -> T:
 
 
 def begin() -> None:
-    """All modules are here: the collector works again, but not through them, and signals are taken again.
+    """Turn on the garbage collector and signals, now that all modules are loaded.
 
     Raises:
-        InputError: too few files may be open for any command.
+        InputError: the limit of open files is too low for any command.
     """
     require(allowance(), _LEAST_FILES)
-    # Else a quarter of a large plan would go into walking through what was imported again and again.
+    # Without this, a quarter of a large plan is spent on collecting imported modules again and again.
     gc.freeze()
-    gc.enable()  # `batch.__main__` has both wait until here
-    interrupts.take()
+    gc.enable()  # `batch.__main__` turned it off
+    signals.take()
 
 
 def _single(error: BaseException) -> BaseException:
-    """The first of our own errors in a group, else its first error."""
+    """Return the first of our own errors in a group, else its first error."""
     leaves = list(_leaves(error))
     ours = [leaf for leaf in leaves if isinstance(leaf, RestyleError)]
     return (ours or leaves)[0]

@@ -24,25 +24,25 @@ FLUX = Group("Engine flux", sort_key=4)
 @Parameter(name="*")
 @dataclass(frozen=True, slots=True)
 class FluxFlags:
-    """What the engine `flux` runs, and where; `batch.server.engines.flux.options` checks them."""
+    """The flags of the engine `flux`; `batch.server.engines.flux.options` checks them."""
 
-    model: Annotated[str | None, Parameter(help="folder with FLUX.1 [dev], or its hub id", group=FLUX)] = None
+    model: Annotated[str | None, Parameter(help="folder with FLUX.1 [dev], or its Hugging Face id", group=FLUX)] = None
     devices: Annotated[
         str | None,
-        Parameter(help="a worker with the whole model each: cuda:0,cuda:1 (default cuda:0) or cpu", group=FLUX),
+        Parameter(help="one worker per device: cuda:0,cuda:1 (default cuda:0) or cpu", group=FLUX),
     ] = None
     safety_checker: Annotated[
-        str | None, Parameter(help="folder or hub id; without one nothing is checked", group=FLUX)
+        str | None, Parameter(help="folder or Hugging Face id of a safety checker; default: no check", group=FLUX)
     ] = None
     quantize: Annotated[
         Literal["fp8"] | None, Parameter(help="compute in 8 bits: faster, half the memory", group=FLUX)
     ] = None
     offload: Annotated[
         Literal["none", "model", "sequential"] | None,
-        Parameter(help="keep what does not work just now in main memory, for small cards", group=FLUX),
+        Parameter(help="keep idle parts of the model in main memory, for small GPUs", group=FLUX),
     ] = None
     warm_up: Annotated[
-        str | None, Parameter(help="sizes rendered at the start: 1024x1024,768x1344 or none", group=FLUX)
+        str | None, Parameter(help="image sizes to render at startup: 1024x1024,768x1344 or none", group=FLUX)
     ] = None
 
 
@@ -51,25 +51,27 @@ _NO_FLUX = FluxFlags()
 
 def serve(
     *,
-    host: Annotated[str, Parameter(help="address to listen at")] = "127.0.0.1",
-    port: Annotated[int, Parameter(help="0 takes any free one")] = 8787,
-    engine: Annotated[Literal["preview", "echo", "flux"], Parameter(help="what executes requests")] = "preview",
+    host: Annotated[str, Parameter(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, Parameter(help="port; 0 picks a free one")] = 8787,
+    engine: Annotated[Literal["preview", "echo", "flux"], Parameter(help="engine that executes requests")] = "preview",
     flux: FluxFlags = _NO_FLUX,
-    data_dir: Annotated[Path, Parameter(help="queue and files live here")] = Path("restyle-data"),
+    data_dir: Annotated[Path, Parameter(help="folder for the queue and its files")] = Path("restyle-data"),
     slots: Annotated[int | None, Parameter(help="requests executed at once")] = None,
-    service_time: Annotated[str, Parameter(help="of the echo engine: 2s")] = "0",
-    price: Annotated[float, Parameter(help="US dollars a megapixel, as its platform API tells it")] = 0.0,
-    faults: Annotated[Path | None, Parameter(help="commit the faults of this file on purpose")] = None,
-    keys: Annotated[Path | None, Parameter(help="file with the keys of those who may ask")] = None,
-    retention: Annotated[str, Parameter(help="how long finished results and files stay: 30d")] = "30d",
-    tls_cert: Annotated[Path | None, Parameter(help="PEM file of a certificate: https instead of http")] = None,
-    tls_key: Annotated[Path | None, Parameter(help="PEM file of its key")] = None,
-    new_key: Annotated[str | None, Parameter(help="add a key of that name to the keys file, show it and end")] = None,
+    service_time: Annotated[str, Parameter(help="simulated time per request (echo engine), for example 2s")] = "0",
+    price: Annotated[float, Parameter(help="US dollars per megapixel that the platform API reports")] = 0.0,
+    faults: Annotated[Path | None, Parameter(help="faults file: failures to inject")] = None,
+    keys: Annotated[Path | None, Parameter(help="API key file")] = None,
+    retention: Annotated[str, Parameter(help="how long to keep results and files, for example 30d")] = "30d",
+    tls_cert: Annotated[Path | None, Parameter(help="TLS certificate (PEM): serve https")] = None,
+    tls_key: Annotated[Path | None, Parameter(help="TLS private key (PEM)")] = None,
+    new_key: Annotated[
+        str | None, Parameter(help="create a key with this name in the key file, print it and exit")
+    ] = None,
     allow_private: Annotated[
-        bool, Parameter(negative="", help="fetch from, and call, loopback and private addresses too")
+        bool, Parameter(negative="", help="allow loopback and private addresses for sources and webhooks")
     ] = False,
 ) -> int:
-    """Run the endpoint on this machine: the same API as fal's, nothing to pay."""
+    """Serve the endpoint on this machine: fal's API, free."""
     from batch.server.engines.flux.options import FluxOptions
     from batch.server.http.auth import load_keys
     from batch.server.serve import ServeOptions, run_server
@@ -91,23 +93,23 @@ def serve(
 
 
 def _new_key(path: Path | None, name: str) -> int:
-    """The key alone goes to standard output, for a script to catch; it is shown this once."""
+    """Print the key alone to standard output, for scripts. It is shown once."""
     import secrets
 
     from batch.server.http.auth import add_key
 
     if path is None:
-        return fail(f"--new-key {name} needs --keys FILE, where its hash is kept", ExitCode.BAD_INPUT)
+        return fail(f"--new-key {name} needs --keys FILE to store the key's hash", ExitCode.BAD_INPUT)
     print_result(add_key(path, name, secrets.token_urlsafe(32)))
-    print(f"kept as a hash in {path}; give the key to {name} as FAL_KEY, it cannot be shown again", file=sys.stderr)
+    print(f"stored as a hash in {path}; give the key to {name} as FAL_KEY, it cannot be shown again", file=sys.stderr)
     return ExitCode.COMPLETE
 
 
 def _seconds(flag: str, text: str) -> float:
-    """A duration of `serve`, which has no settings that would name its place.
+    """Parse a duration flag of `serve`.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: the text is not a duration.
     """
     from batch.config import parse_duration
 

@@ -1,6 +1,6 @@
-"""Standard output and standard error of the command. Edge: terminal; knows no library.
+"""Standard output and standard error of the command.
 
-A reader that has gone (`| head`), a full disk behind a redirection or a closed stream costs the text, never the run.
+A reader that has gone (`| head`), a full disk behind a redirection or a closed stream loses text, never the run.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ __all__ = ["SafeStream", "fail", "fill_closed", "print_result", "safe_stream", "
 
 
 class SafeStream:
-    """A text stream whose writes never fail; from the first refused one on it is silent, and `lost` says why."""
+    """A text stream whose writes never fail. After the first failed write it is silent, and `lost` has the error."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self.lost: OSError | None = None
 
     def write(self, text: str) -> int:
-        """Its length, also where nothing is written any more."""
+        """Write the text; return its length, also after a failure."""
         if self.lost is None:
             try:
                 self._stream.write(text)
-            except UnicodeEncodeError:  # a terminal, or a log, that knows fewer characters than a file name has
+            except UnicodeEncodeError:  # the terminal's or log's encoding lacks a character of a file name
                 encoding = self._stream.encoding
                 self.write(text.encode(encoding, "backslashreplace").decode(encoding))
             except OSError as error:
@@ -35,7 +35,7 @@ class SafeStream:
         return len(text)
 
     def flush(self) -> None:
-        """What the stream still holds is given up where it is refused."""
+        """Flush the stream; drop its buffer if the write fails."""
         if self.lost is None:
             try:
                 self._stream.flush()
@@ -47,9 +47,9 @@ class SafeStream:
 
 
 def fill_closed() -> None:
-    """Put nowhere in the place of each standard stream that is closed.
+    """Open /dev/null for each closed standard stream.
 
-    Else the next file gets its number, and a loop that takes such a number for a stream aborts the process.
+    Otherwise the next file gets its number, and an event loop that takes it for a stream aborts the process.
     """
     for descriptor in range(3):
         try:
@@ -59,12 +59,12 @@ def fill_closed() -> None:
 
 
 def safe_stream(stream: TextIO | None) -> TextIO:
-    """Wrap `sys.stdout` or `sys.stderr`; None, which is what Python has for a closed one, becomes nowhere."""
+    """Wrap `sys.stdout` or `sys.stderr`; None (a closed stream) becomes /dev/null."""
     return cast(TextIO, SafeStream(stream if stream is not None else Path(os.devnull).open("w", encoding="utf-8")))
 
 
 def why_lost(stream: TextIO | None) -> str | None:
-    """What became of text that somebody still waits for; None where all went out, or where its reader left."""
+    """Return why text was lost; None if all of it was written or its reader has gone."""
     lost = getattr(stream, "lost", None)
     return None if lost is None or isinstance(lost, BrokenPipeError) else str(lost.strerror or lost)
 
@@ -73,11 +73,11 @@ def print_result(text: str) -> None:
     """Print the result of a command to standard output.
 
     Raises:
-        StorageError: it goes into a file, and the disk is full.
+        StorageError: standard output is a file and the disk is full.
     """
     print(text, flush=True)
     if reason := why_lost(sys.stdout):
-        raise StorageError(f"standard output cannot be written ({reason}); what it shows is incomplete")
+        raise StorageError(f"cannot write to standard output ({reason}); the output is incomplete")
 
 
 def fail(message: str, code: ExitCode) -> ExitCode:

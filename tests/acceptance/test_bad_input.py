@@ -338,7 +338,7 @@ def test_another_config_is_refused_until_it_is_accepted(tmp_path, manifest):
     planned = restyle("plan", *command[1:], "-c", tmp_path / "c.toml")
     assert planned.code == 0, planned.text
     assert "to do       3" in planned.out, "it says all the same what would be done with --new-config"
-    assert planned.out.splitlines()[-1] == sentence.replace("restyle: ", "`restyle run` would refuse this: ")
+    assert planned.out.splitlines()[-1] == sentence.replace("restyle: ", "`restyle run` refuses this: ")
     assert "would refuse" not in restyle("plan", *command[1:]).out
     assert "input.strength was None, is 0.5" in sentence
     assert "--new-config" in sentence
@@ -587,7 +587,7 @@ def test_fal_off_a_terminal_asks_for_a_yes_and_sends_nothing(tmp_path, manifest)
     assert ended.code == 2
     assert ended.out.startswith("target: fal (fal-ai/flux/dev/image-to-image), $0.03 a megapixel")
     assert "cost" in ended.out
-    assert "this run would cost about $0.19 (at most $0.27) for 3 jobs; say --yes, or set --budget USD" in ended.err
+    assert "this run would cost about $0.19 (at most $0.27) for 3 jobs; add --yes or --budget USD" in ended.err
     assert "secret" not in ended.text
     assert jobs_in(tmp_path / "run") == 0
 

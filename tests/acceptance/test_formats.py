@@ -248,7 +248,7 @@ def test_a_paid_run_with_its_manifest_from_standard_input_cannot_ask(tmp_path):
         "run", "-", "-o", tmp_path / "run", "--target", "fal", env={"FAL_KEY": "a:b"}, **piped(tmp_path / "in")
     )
     assert ended.code == 2
-    assert "say --yes, or set --budget USD; standard input holds the manifest, so no question can be asked" in ended.err
+    assert "add --yes or --budget USD (standard input is the manifest, so restyle cannot ask)" in ended.err
 
 
 def test_ctrl_c_while_standard_input_is_awaited_ends_the_command(tmp_path):

@@ -105,5 +105,5 @@ def test_a_stop_with_nothing_in_flight_ends_at_once(tmp_path, number):
     assert line.endswith("; it is tried again\n")
     name = signal.Signals(number).name
     assert f"stopping: {name}: collecting what is in flight; once more stops at once" in ended.err
-    assert f"stopped early (signal): {name}; the same command goes on" in ended.out
+    assert f"stopped early (signal): {name}; run the same command to resume" in ended.out
     assert summary(directory)["reason"] == name

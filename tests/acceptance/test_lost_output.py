@@ -90,6 +90,6 @@ def test_a_command_that_only_tells_says_that_it_could_not(tmp_path, command, nam
     asked = (name, command[1] if name == "plan" else tmp_path / "run")
     ended = told(asked, full())
     assert ended.code == 4
-    assert ended.err.startswith("restyle: standard output cannot be written (No space left on device)")
+    assert ended.err.startswith("restyle: cannot write to standard output (No space left on device)")
     ended = told(asked, gone())
     assert (ended.code, ended.err) == (0, "")

@@ -455,7 +455,7 @@ def test_status_counts_by_state(finished_run):
     """For a person and for a machine."""
     text = restyle("status", finished_run.directory)
     assert text.code == 0
-    assert "no run works here, target local" in text.out
+    assert "not running (target local)" in text.out
     assert any(line.split() == ["done", "40"] for line in text.out.splitlines())
     found = json.loads(restyle("status", finished_run.directory, "--json").out)
     assert found["jobs"] == {"pending": 0, "intended": 0, "accepted": 0, "answered": 0, "done": 40, "failed": 0, "unknown": 0, "collectable": 0}  # fmt: skip # noqa: E501
@@ -501,7 +501,7 @@ def test_cancel_empties_the_queue_and_the_next_run_reads_how_each_ended(tmp_path
     ended = restyle("cancel", directory)
     assert ended.code == 0, ended.text
     assert ended.out.startswith("6 open requests: 6 cancellations requested, 0 too late")
-    assert "a failed row then (client_cancelled), and is done again only with --retry-failed" in ended.out
+    assert "a failed row (client_cancelled), which only --retry-failed submits again" in ended.out
     again = restyle(*command)
     assert again.code == 3, again.text
     rows = results(directory).to_pylist()
