@@ -17,8 +17,10 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 
 PATTERNS = {
-    "no X": (r"(?<![Tt]here )\b(?:is|are|was|were) no (?!longer\b|more than\b|later\b|earlier\b|less than\b|fewer than\b)[a-z]",
-             "say what it is, or 'not a'"),
+    "no X": (
+        r"(?<![Tt]here )\b(?:is|are|was|were) no (?!(?:longer|more|later|earlier|less|fewer)\b)[a-z]",
+        "say what it is, or 'not a'",
+    ),
     "is none": (r"\b(?:is|are|was|were|that's) none\b", "say 'is missing', 'there is no X'"),
     "Of/What": (r'^(?:[rR]?""")(?:Of|What|Whose|Whoever) ', "begin with a verb or a noun"),
     "whoever": (r"\b[Ww]ho(?:so)?ever\b|\bwhosoever\b", "name the actor"),
@@ -34,7 +36,10 @@ PATTERNS = {
     "he": (r"\b(?:[Hh]e|[Hh]im|[Hh]is)\b", "a user is 'they', a process is 'it'"),
     "tells": (r"\b(?:tells?|told)\b", "say 'reports', 'says', 'shows'"),
     "beside": (r"\b[Bb]eside\b", "say 'next to', 'besides'"),
-    "half character": (r"\bhalf (?:a )?characters?\b|\btwins?\b|\bstrangers?\b", "lone surrogate, duplicate key, unknown"),
+    "half character": (
+        r"\bhalf (?:a )?characters?\b|\btwins?\b|\bstrangers?\b",
+        "say 'lone surrogate', 'duplicate key', 'unknown'",
+    ),
     "picture": (r"[Pp]icture", "say 'image'"),
     "shall": (r"\b[Ss]hall\b", "say 'must' or 'should'"),
 }  # fmt: skip
