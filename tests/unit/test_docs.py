@@ -124,10 +124,9 @@ def test_every_flag_beside_a_key_sets_that_key():
     assert said == true | {"--no-download": "output.download"}
 
 
-def test_every_exit_code_is_in_the_readme_and_in_recovery():
+def test_every_exit_code_is_in_recovery():
     """Code by code, no other."""
     codes = {str(int(code)) for code in ExitCode}
-    assert set(table(README, "Exit codes")) == codes
     assert set(table(PAGES["recovery.md"], "Exit codes")) == codes
 
 
@@ -143,7 +142,7 @@ def test_every_reason_to_stop_has_an_exit_code_in_recovery(stop):
 
 
 def test_every_column_is_in_the_results_table_with_its_type():
-    """docs/results.md lists the schema in its order; the README names each column."""
+    """docs/results.md lists the schema in its order."""
     rows = table(PAGES["results.md"], "Columns of `results.parquet`")
     assert list(rows) == OWN_SCHEMA.names
     kinds = {"list<": "list of", "struct": "struct", "map": "map", "timestamp": "timestamp, UTC"}
@@ -151,7 +150,6 @@ def test_every_column_is_in_the_results_table_with_its_type():
         true = str(OWN_SCHEMA.field(name).type)
         assert kind.startswith(next((word for prefix, word in kinds.items() if true.startswith(prefix)), true)), name
         assert meaning
-        assert f"`{name}`" in README
     assert all(f"`{field.name}`" in rows["images"][1] for field in IMAGE)
 
 
