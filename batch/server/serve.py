@@ -52,6 +52,7 @@ from batch.server.queue.service import QueueService, queue_service
 from batch.server.queue.store import Store
 from batch.system.acceptor import Acceptor, bound
 from batch.system.descriptors import Allowance, ServerShare, described, lacks_descriptor, require, server_share
+from batch.system.durable import make_folders
 from batch.system.open_files import allowance
 
 __all__ = ["ServeOptions", "run_server", "serve"]
@@ -132,7 +133,7 @@ async def serve(
     tls = _tls(options.tls_cert, options.tls_key)
     async with contextlib.AsyncExitStack() as stack:
         with _usable(options.data_dir):
-            options.data_dir.mkdir(parents=True, exist_ok=True)
+            make_folders(options.data_dir)
             await stack.enter_async_context(_locked(options.data_dir / "lock"))
             listener = stack.enter_context(contextlib.closing(_listen(options)))
             _check_exposure(options, listener)
