@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from batch.config import Settings
 from batch.errors import RunDirectoryError, RunLocked, StorageError
 from batch.fal import protocol
+from batch.system.durable import make_folders, write_file
 from batch.types import Json, JsonObject
 
 __all__ = ["RunDirectory", "write_whole"]
@@ -77,7 +78,7 @@ class RunDirectory:
         """
         self.check_place()
         try:
-            _make_durably(self.root)
+            make_folders(self.root)
             with tempfile.TemporaryFile(dir=self.root):
                 pass
         except OSError as error:
@@ -241,42 +242,15 @@ def config_of(settings: Settings) -> dict[str, Any]:
     return settings.model_dump(mode="json")
 
 
-def _make_durably(folder: Path) -> None:
-    """Make a folder and those above it; a power cut does not take back a folder that a journal was written in."""
-    if folder.is_dir():
-        return
-    _make_durably(folder.absolute().parent)
-    folder.mkdir(exist_ok=True)
-    _sync_folder(folder.absolute().parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable. Windows cannot, and need not."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_whole(path: Path, data: bytes) -> None:
-    """Replace a small file: temporary name, fsync, rename.
+    """Replace a small file; after a power cut it is the old one or the new one, never half of one.
 
     Raises:
         StorageError: the disk refused.
     """
-    temporary = path.with_name(f".{path.name}.part")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_file(path, data, sync_name=False)
     except OSError as error:
-        with suppress(OSError):  # what stood in the way is already being raised
-            temporary.unlink(missing_ok=True)
         raise StorageError(
             f"{path} cannot be written ({error.strerror}); make room or unlock it, and run again"
         ) from error

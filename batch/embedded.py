@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import IO
 
 import anyio
+import anyio.to_thread
 from anyio.abc import Process
 
 from batch.errors import ExitCode, InputError, RestyleError, StoppedEarly, StorageError
 from batch.system.descriptors import lacks_descriptor
+from batch.system.durable import make_folders
 
 __all__ = ["Endpoint", "embedded_endpoint"]
 
@@ -94,7 +96,7 @@ async def embedded_endpoint(
         StorageError: it could not write to its disk any more.
         StoppedEarly: it died more than `RESTARTS` times a minute.
     """
-    await anyio.Path(data_dir).mkdir(parents=True, exist_ok=True)
+    await anyio.to_thread.run_sync(make_folders, data_dir)
     command = _Command(data_dir, engine, slots, service_time, log_path or data_dir / "server.log", faults)
     with command.log_path.open("ab") as log:
         child, endpoint = await _start(command, 0, log)

@@ -1,6 +1,6 @@
 """What an audit has seen: a temporary database on disk, so that a million jobs need no more memory than a hundred.
 
-Owns `scratch.sql` and nothing that lasts: SQLite deletes the file by itself, also after a kill. An edge; knows nothing
+Owns `tables.sql` and nothing that lasts: SQLite deletes the file by itself, also after a kill. An edge; knows nothing
 of journals, results and bills but the few fields that are compared.
 """
 
@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
-from importlib import resources
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import orjson
 
 from batch.errors import StorageError
+from batch.system.sql import load_statements
 
 __all__ = ["AuditRequest", "AuditTables"]
 
 _CACHE_KIB = 8_000
+_SQL = load_statements(__file__)
 
 
 class AuditRequest(NamedTuple):
@@ -40,9 +40,8 @@ class AuditTables:
         self._connection = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         for pragma in (f"cache_size = -{_CACHE_KIB}", "journal_mode = OFF", "synchronous = OFF"):
             self._connection.execute(f"PRAGMA {pragma}")
-        for name in _sql():
-            if name.startswith("create_"):
-                self.rows(name)
+        for statement in _SQL.begin_with("create_"):
+            self._connection.execute(statement)
 
     def __enter__(self) -> Self:
         return self
@@ -78,16 +77,16 @@ class AuditTables:
         return {path for (path,) in self.rows("find_files", [orjson.dumps(paths).decode()])}
 
     def rows(self, statement: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[tuple[Any, ...]]:
-        """All rows of a statement of `scratch.sql`; those that can be many have a limit."""
+        """All rows of a statement of `tables.sql`; those that can be many have a limit."""
         try:
-            return self._connection.execute(_sql()[statement], parameters).fetchall()
+            return self._connection.execute(_SQL[statement], parameters).fetchall()
         except sqlite3.OperationalError as error:
             raise _refused(error) from error
 
     def _many(self, statement: str, parameters: Sequence[Any]) -> None:
         try:
             self._connection.execute("BEGIN")
-            self._connection.executemany(_sql()[statement], parameters)
+            self._connection.executemany(_SQL[statement], parameters)
             self._connection.execute("COMMIT")
         except sqlite3.OperationalError as error:
             raise _refused(error) from error
@@ -97,10 +96,3 @@ def _refused(error: sqlite3.Error) -> StorageError:
     return StorageError(
         f"the folder for temporary files was refused ({error}); make room there, or name another in SQLITE_TMPDIR"
     )
-
-
-@cache
-def _sql() -> Mapping[str, str]:
-    text = resources.files("batch.audit").joinpath("tables.sql").read_text("utf-8")
-    named = (part.partition("\n") for part in text.split("-- name: ")[1:])
-    return {name.strip(): body.strip() for name, _, body in named}

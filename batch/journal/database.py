@@ -1,6 +1,6 @@
 """The journal's SQLite file: opening, one transaction for a group of events, and reading. Synchronous.
 
-Owns the schema (`journal.sql`), durability (WAL, synchronous=FULL: what is committed survives a power cut)
+Owns the schema (`database.sql`), durability (WAL, synchronous=FULL: what is committed survives a power cut)
 and the translation of SQLite's errors. What events mean is decided in `ledger`; the awaitable skin is
 `journal`. An edge: imported by the composition root only.
 """
@@ -17,7 +17,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
-from importlib import resources
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +32,7 @@ from batch.journal.states import OPEN, State
 from batch.journal.transitions import JobRow, JobTransitions, decode_images, slim_body
 from batch.manifest.types import FileFact, FileKey
 from batch.system.descriptors import patiently
+from batch.system.sql import load_statements
 from batch.types import JobKey, RequestId, StoredImage, Ticket
 
 __all__ = [
@@ -55,6 +55,7 @@ _ROWS_AT_ONCE = 32
 """Rows of one statement; 17 values each stay under SQLite's oldest limit, 999."""
 _READ_AHEAD = 16_384
 """Outcomes that were read before they were asked for."""
+_SQL = load_statements(__file__)
 _STATES = {str(state): state for state in State}
 _INDEXED = OPEN | {State.COLLECTABLE}
 _UNDER_WAY = frozenset({State.INTENDED, State.ACCEPTED, State.ANSWERED})
@@ -390,7 +391,7 @@ class JournalDatabase:
     # --- the statements ---------------------------------------------------------------------------------------
 
     def _execute(self, statement: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> sqlite3.Cursor:
-        return self._patiently(_sql()[statement], parameters)
+        return self._patiently(_SQL[statement], parameters)
 
     def _patiently(self, statement: str, parameters: Sequence[Any] | Mapping[str, Any]) -> sqlite3.Cursor:
         """Execute it, and again while SQLite has no descriptor for a temporary file."""
@@ -406,16 +407,9 @@ class JournalDatabase:
 
 
 @cache
-def _sql() -> Mapping[str, str]:
-    text = resources.files("batch.journal").joinpath("database.sql").read_text("utf-8")
-    named = (part.partition("\n") for part in text.split("-- name: ")[1:])
-    return {name.strip(): body.strip() for name, _, body in named}
-
-
-@cache
 def _statement_for(name: str, rows: int) -> str:
     """A statement that takes one row of values, for so many."""
-    head, values, tail = re.split(r"VALUES (\([?, ]+\))", _sql()[name])
+    head, values, tail = re.split(r"VALUES (\([?, ]+\))", _SQL[name])
     return f"{head}VALUES {', '.join([values] * rows)}{tail}"
 
 
@@ -515,9 +509,8 @@ def _check_ours(connection: sqlite3.Connection, path: Path, *, empty: str | None
 
 
 def _create(connection: sqlite3.Connection) -> None:
-    for name, statement in _sql().items():
-        if name.startswith("create_"):
-            connection.execute(statement)
+    for statement in _SQL.begin_with("create_"):
+        connection.execute(statement)
     connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
     connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
@@ -527,11 +520,10 @@ def _upgrade(connection: sqlite3.Connection) -> None:
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if version == SCHEMA_VERSION:
         return
-    for name, statement in _sql().items():
-        if name.startswith("upgrade_1"):
-            connection.execute(statement)
+    for statement in _SQL.begin_with("upgrade_1"):
+        connection.execute(statement)
     for name in ("create_start_timeouts", "create_open_jobs", "create_request_ids", "create_failed_request_ids"):
-        connection.execute(_sql()[name])
+        connection.execute(_SQL[name])
     connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
 

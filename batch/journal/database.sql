@@ -1,11 +1,11 @@
--- The journal's statements, by name. `journal_file` parses this file once and runs nothing else.
+-- The statements of database.py, by name. It executes no others.
 -- Instants are Unix seconds, durations seconds, money US dollars.
 
 -- name: create_meta
 CREATE TABLE meta (
     name TEXT PRIMARY KEY,
     value TEXT NOT NULL
-) STRICT, WITHOUT ROWID
+) STRICT, WITHOUT ROWID;
 
 -- name: create_sessions
 -- One row for each time that the journal was opened for writing. `spent_usd` is what was settled in it,
@@ -18,7 +18,7 @@ CREATE TABLE sessions (
     spent_usd REAL NOT NULL DEFAULT 0,
     finished INTEGER NOT NULL DEFAULT 0,
     last_finished_at REAL
-) STRICT
+) STRICT;
 
 -- name: create_jobs
 -- Narrow on purpose: it is written at every step of a job. `id` counts up in the order of first mention;
@@ -41,23 +41,23 @@ CREATE TABLE jobs (
     reason TEXT,
     answer_id INTEGER,
     end_id INTEGER
-) STRICT
+) STRICT;
 
 -- name: create_open_jobs
 -- Small whatever the size of the run: it holds only what was sent and has not ended, or can still be collected.
 CREATE INDEX IF NOT EXISTS open_jobs ON jobs (intended_at, id)
-WHERE state IN ('intended', 'accepted', 'answered', 'unknown', 'collectable')
+WHERE state IN ('intended', 'accepted', 'answered', 'unknown', 'collectable');
 
 -- name: create_request_ids
 -- Two jobs never share a request id. Ids rise with time, so that new ones lie next to each other.
-CREATE INDEX IF NOT EXISTS request_ids ON jobs (request_id) WHERE request_id IS NOT NULL
+CREATE INDEX IF NOT EXISTS request_ids ON jobs (request_id) WHERE request_id IS NOT NULL;
 
 -- name: create_bodies
 -- What was intended last, for each job. Read only when a job is taken up again.
 CREATE TABLE bodies (
     job_id INTEGER PRIMARY KEY,
     body BLOB NOT NULL
-) STRICT
+) STRICT;
 
 -- name: create_start_timeouts
 -- Of submits with a start timeout, until they have ended. Versions without this table pass it over and may intend a job
@@ -66,7 +66,7 @@ CREATE TABLE IF NOT EXISTS start_timeouts (
     job_id INTEGER PRIMARY KEY,
     intended_at REAL NOT NULL,
     seconds REAL NOT NULL
-) STRICT
+) STRICT;
 
 -- name: create_outcomes
 -- Append-only: one row for each answer, each finish, each failure, and each time that an answer or its images could not
@@ -90,19 +90,19 @@ CREATE TABLE outcomes (
     download_seconds REAL,
     error_type TEXT,
     error_message TEXT
-) STRICT
+) STRICT;
 
 -- name: create_failed_request_ids
 -- Those of attempts that failed; the job may have another one since.
 CREATE INDEX IF NOT EXISTS failed_request_ids ON outcomes (request_id)
-WHERE happening = 'fail' AND request_id IS NOT NULL
+WHERE happening = 'fail' AND request_id IS NOT NULL;
 
 -- name: create_uploads
 CREATE TABLE uploads (
     sha256 TEXT PRIMARY KEY,
     at REAL NOT NULL,
     url TEXT NOT NULL
-) STRICT, WITHOUT ROWID
+) STRICT, WITHOUT ROWID;
 
 -- name: create_files
 -- What is known of local images, good as long as size and time of change stay the same.
@@ -112,43 +112,43 @@ CREATE TABLE files (
     mtime_ns INTEGER NOT NULL,
     sha256 TEXT NOT NULL,
     megapixels REAL NOT NULL
-) STRICT, WITHOUT ROWID
+) STRICT, WITHOUT ROWID;
 
 -- name: upgrade_1
 -- Version 1 had no state `collectable`: it called such jobs failed.
-DROP INDEX IF EXISTS open_jobs
+DROP INDEX IF EXISTS open_jobs;
 
 -- name: upgrade_1_outcomes
 UPDATE outcomes SET happening = 'uncollected'
 WHERE happening = 'fail' AND error_type IN (
     'malformed_output', 'result_file_gone', 'result_file_damaged', 'result_file_too_large', 'http_404', 'not_found'
-) AND id IN (SELECT end_id FROM jobs WHERE state = 'failed' AND request_id IS NOT NULL)
+) AND id IN (SELECT end_id FROM jobs WHERE state = 'failed' AND request_id IS NOT NULL);
 
 -- name: upgrade_1_jobs
 UPDATE jobs SET state = 'collectable'
-WHERE state = 'failed' AND end_id IN (SELECT id FROM outcomes WHERE happening = 'uncollected')
+WHERE state = 'failed' AND end_id IN (SELECT id FROM outcomes WHERE happening = 'uncollected');
 
 -- name: begin_session
-INSERT INTO sessions (started_at, version) VALUES (:at, :version) RETURNING number
+INSERT INTO sessions (started_at, version) VALUES (:at, :version) RETURNING number;
 
 -- name: end_session
-UPDATE sessions SET ended_at = :at WHERE number = :session
+UPDATE sessions SET ended_at = :at WHERE number = :session;
 
 -- name: sum_up
 UPDATE sessions
 SET spent_usd = spent_usd + :usd, finished = finished + :finished,
     last_finished_at = coalesce(:last_finished_at, last_finished_at)
-WHERE number = :session
+WHERE number = :session;
 
 -- name: last_ids
 SELECT (SELECT coalesce(max(number), 0) FROM sessions),
        (SELECT coalesce(max(id), 0) FROM jobs),
-       (SELECT coalesce(max(id), 0) FROM outcomes)
+       (SELECT coalesce(max(id), 0) FROM outcomes);
 
 -- name: load_jobs
 SELECT id, key, state, session, attempt, intended_at, accepted_at, request_id, status_url, response_url,
        cancel_url, reserved_usd, cost_usd, reason, answer_id, end_id
-FROM jobs WHERE key IN (SELECT value FROM json_each(?))
+FROM jobs WHERE key IN (SELECT value FROM json_each(?));
 
 -- name: put_jobs
 INSERT INTO jobs (id, key, state, session, attempt, intended_at, accepted_at, request_id, status_url, response_url,
@@ -159,59 +159,59 @@ ON CONFLICT (id) DO UPDATE SET
     intended_at = excluded.intended_at, accepted_at = excluded.accepted_at, request_id = excluded.request_id,
     status_url = excluded.status_url, response_url = excluded.response_url, cancel_url = excluded.cancel_url,
     reserved_usd = excluded.reserved_usd, cost_usd = excluded.cost_usd, reason = excluded.reason,
-    answer_id = excluded.answer_id, end_id = excluded.end_id
+    answer_id = excluded.answer_id, end_id = excluded.end_id;
 
 -- name: put_bodies
-INSERT OR REPLACE INTO bodies (job_id, body) VALUES (?, ?)
+INSERT OR REPLACE INTO bodies (job_id, body) VALUES (?, ?);
 
 -- name: put_start_timeouts
-INSERT OR REPLACE INTO start_timeouts (job_id, intended_at, seconds) VALUES (?, ?, ?)
+INSERT OR REPLACE INTO start_timeouts (job_id, intended_at, seconds) VALUES (?, ?, ?);
 
 -- name: drop_start_timeouts
-DELETE FROM start_timeouts WHERE job_id IN (SELECT value FROM json_each(?))
+DELETE FROM start_timeouts WHERE job_id IN (SELECT value FROM json_each(?));
 
 -- name: slim_bodies
 UPDATE bodies SET body = slim_body(body)
-WHERE job_id IN (SELECT value FROM json_each(?)) AND length(body) > 4096
+WHERE job_id IN (SELECT value FROM json_each(?)) AND length(body) > 4096;
 
 -- name: slim_answers
-UPDATE outcomes SET output = slim_answer(output) WHERE id IN (SELECT value FROM json_each(?)) AND output IS NOT NULL
+UPDATE outcomes SET output = slim_answer(output) WHERE id IN (SELECT value FROM json_each(?)) AND output IS NOT NULL;
 
 -- name: put_outcomes
 INSERT INTO outcomes (id, job_id, happening, session, attempt, at, request_id, output, engine, billable_units,
                       cost_usd, queue_seconds, total_seconds, images, download_seconds, error_type, error_message)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?);
 
 -- name: put_uploads
-INSERT OR REPLACE INTO uploads (sha256, at, url) VALUES (?, ?, ?)
+INSERT OR REPLACE INTO uploads (sha256, at, url) VALUES (?, ?, ?);
 
 -- name: find_upload
-SELECT url FROM uploads WHERE sha256 = ? AND at >= ?
+SELECT url FROM uploads WHERE sha256 = ? AND at >= ?;
 
 -- name: find_jobs
 SELECT j.key, j.state, j.session, j.attempt, e.at
 FROM jobs AS j LEFT JOIN outcomes AS e ON e.id = j.end_id AND j.state = 'collectable'
-WHERE j.key IN (SELECT value FROM json_each(?))
+WHERE j.key IN (SELECT value FROM json_each(?));
 
 -- name: find_requests
 SELECT request_id FROM jobs WHERE request_id IN (SELECT value FROM json_each(?))
-UNION SELECT request_id FROM outcomes WHERE request_id IN (SELECT value FROM json_each(?))
+UNION SELECT request_id FROM outcomes WHERE request_id IN (SELECT value FROM json_each(?));
 
 -- name: find_owners
 -- Jobs that a request id belongs to, or belonged to in an attempt that failed.
 SELECT request_id, key FROM jobs WHERE request_id IN (SELECT value FROM json_each(:ids)) AND request_id IS NOT NULL
 UNION ALL
 SELECT o.request_id, j.key FROM outcomes AS o JOIN jobs AS j ON j.id = o.job_id
-WHERE o.happening = 'fail' AND o.request_id IS NOT NULL AND o.request_id IN (SELECT value FROM json_each(:ids))
+WHERE o.happening = 'fail' AND o.request_id IS NOT NULL AND o.request_id IN (SELECT value FROM json_each(:ids));
 
 -- name: open_ids
 SELECT id FROM jobs
 WHERE state IN ('intended', 'accepted', 'answered', 'unknown', 'collectable')
   AND state IN (SELECT value FROM json_each(?))
-ORDER BY intended_at, id
+ORDER BY intended_at, id;
 
 -- name: all_ids
-SELECT id FROM jobs WHERE state IN (SELECT value FROM json_each(?)) ORDER BY intended_at, id
+SELECT id FROM jobs WHERE state IN (SELECT value FROM json_each(?)) ORDER BY intended_at, id;
 
 -- name: read_entries
 SELECT j.key, j.state, j.attempt, j.intended_at, b.body, j.accepted_at, j.request_id, j.status_url,
@@ -223,7 +223,7 @@ LEFT JOIN outcomes AS a ON a.id = j.answer_id
 LEFT JOIN outcomes AS e ON e.id = j.end_id
 LEFT JOIN start_timeouts AS t ON t.job_id = j.id AND t.intended_at = j.intended_at
 WHERE j.state IN (SELECT value FROM json_each(:states))
-ORDER BY wanted.key
+ORDER BY wanted.key;
 
 -- name: read_outcomes
 -- In the order of `batch.journal.records.JobOutcome`: of jobs by their keys, and of those of a range of ids.
@@ -240,51 +240,51 @@ SELECT j.key, j.state, j.attempt, j.request_id, j.intended_at, coalesce(a.at, e.
 FROM wanted
 CROSS JOIN jobs AS j ON j.id = wanted.id
 LEFT JOIN outcomes AS a ON a.id = j.answer_id
-LEFT JOIN outcomes AS e ON e.id = j.end_id
+LEFT JOIN outcomes AS e ON e.id = j.end_id;
 
 -- name: jobs_after
 SELECT j.id, j.key, j.state, j.request_id, j.reserved_usd, j.cost_usd, a.output, e.images
 FROM jobs AS j
 LEFT JOIN outcomes AS a ON a.id = j.answer_id
 LEFT JOIN outcomes AS e ON e.id = j.end_id
-WHERE j.id > ? ORDER BY j.id LIMIT ?
+WHERE j.id > ? ORDER BY j.id LIMIT ?;
 
 -- name: jobs_of
 SELECT j.id, j.key, j.state, j.request_id, j.reserved_usd, j.cost_usd, a.output, e.images
 FROM json_each(?) AS wanted
 CROSS JOIN jobs AS j ON j.key = wanted.value
 LEFT JOIN outcomes AS a ON a.id = j.answer_id
-LEFT JOIN outcomes AS e ON e.id = j.end_id
+LEFT JOIN outcomes AS e ON e.id = j.end_id;
 
 -- name: ended_after
 SELECT o.id, j.key, o.request_id, o.at, o.happening = 'fail', o.billable_units, o.cost_usd
 FROM outcomes AS o JOIN jobs AS j ON j.id = o.job_id
-WHERE o.id > ? AND o.happening <> 'finish' ORDER BY o.id LIMIT ?
+WHERE o.id > ? AND o.happening <> 'finish' ORDER BY o.id LIMIT ?;
 
 -- name: count_states
-SELECT state, count(*) FROM jobs GROUP BY state
+SELECT state, count(*) FROM jobs GROUP BY state;
 
 -- name: sum_spent
-SELECT coalesce(sum(spent_usd), 0.0) FROM sessions
+SELECT coalesce(sum(spent_usd), 0.0) FROM sessions;
 
 -- name: sum_open
 SELECT coalesce(sum(reserved_usd), 0.0), min(intended_at) FROM jobs
-WHERE state IN ('intended', 'accepted', 'answered', 'unknown', 'collectable') AND state <> 'collectable'
+WHERE state IN ('intended', 'accepted', 'answered', 'unknown', 'collectable') AND state <> 'collectable';
 
 -- name: read_sessions
-SELECT number, started_at, ended_at, version, spent_usd, finished, last_finished_at FROM sessions ORDER BY number
+SELECT number, started_at, ended_at, version, spent_usd, finished, last_finished_at FROM sessions ORDER BY number;
 
 -- name: finished_since
-SELECT coalesce(sum(finished), 0), max(last_finished_at) FROM sessions WHERE started_at >= ?
+SELECT coalesce(sum(finished), 0), max(last_finished_at) FROM sessions WHERE started_at >= ?;
 
 -- name: find_file
-SELECT sha256, megapixels FROM files WHERE path = ? AND size_bytes = ? AND mtime_ns = ?
+SELECT sha256, megapixels FROM files WHERE path = ? AND size_bytes = ? AND mtime_ns = ?;
 
 -- name: put_files
-INSERT OR REPLACE INTO files (path, size_bytes, mtime_ns, sha256, megapixels) VALUES (?, ?, ?, ?, ?)
+INSERT OR REPLACE INTO files (path, size_bytes, mtime_ns, sha256, megapixels) VALUES (?, ?, ?, ?, ?);
 
 -- name: get_meta
-SELECT value FROM meta WHERE name = ?
+SELECT value FROM meta WHERE name = ?;
 
 -- name: put_meta
-INSERT OR REPLACE INTO meta (name, value) VALUES (?, ?)
+INSERT OR REPLACE INTO meta (name, value) VALUES (?, ?);

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import filecmp
-import os
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -19,6 +18,7 @@ from batch.errors import ManifestError, StorageError
 from batch.manifest.planner import dialect_of
 from batch.manifest.reader import Manifest
 from batch.manifest.stdin import spool
+from batch.system.durable import replacing
 
 __all__ = ["STDIN", "ManifestSource", "keep", "located", "open_manifest", "with_columns"]
 
@@ -74,14 +74,11 @@ def keep(source: ManifestSource, root: Path) -> ManifestSource:
         StorageError: the disk refused.
     """
     path = Path(source.path)
-    kept, part = root / path.name, root / f".{path.name}.part"
+    kept = root / path.name
     try:
         if not (kept.exists() and filecmp.cmp(path, kept, shallow=False)):
-            with path.open("rb") as original, part.open("wb") as copy:
+            with path.open("rb") as original, replacing(kept, sync_name=False) as copy:
                 shutil.copyfileobj(original, copy)
-                copy.flush()
-                os.fsync(copy.fileno())
-            part.replace(kept)
     except OSError as error:
         raise StorageError(f"{kept} cannot be written ({error.strerror}); make room, and run again") from error
     return ManifestSource(kept, source.folder)

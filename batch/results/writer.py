@@ -12,9 +12,8 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -25,6 +24,7 @@ from batch.journal.records import JobOutcome
 from batch.manifest.planner import PlannedBatch
 from batch.results.schema import OnBadRow, record_batch, results_schema
 from batch.results.totals import Totals
+from batch.system.durable import replacing
 from batch.types import JobKey
 
 __all__ = ["write_results"]
@@ -171,47 +171,26 @@ def _add_examples(examples: dict[str, tuple[int, str]], failed: pa.Table) -> Non
 @contextmanager
 def _appearing(path: Path, schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
     """Write row groups under a temporary name beside `path`; it takes that place on success, else it is removed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")  # `restyle export` may write it at the same time
+    with ExitStack() as stack:
         with _refusals(path):
-            file = temporary.open("wb")
-        with _closing(file, path):
+            file = stack.enter_context(replacing(path, temporary))
+            writer = pq.ParquetWriter(file, schema, compression="zstd")
+
+        def write(table: pa.Table) -> None:
             with _refusals(path):
-                writer = pq.ParquetWriter(file, schema, compression="zstd")
+                writer.write_table(table, row_group_size=len(table))
 
-            def write(table: pa.Table) -> None:
-                with _refusals(path):
-                    writer.write_table(table, row_group_size=len(table))
-
-            try:
-                yield write
-                with _refusals(path):
-                    writer.close()
-                    file.flush()
-                    os.fsync(file.fileno())
-            except BaseException:
-                with suppress(OSError):
-                    writer.close()
-                raise
+        try:
+            yield write
+            with _refusals(path):
+                writer.close()
+        except BaseException:
+            with suppress(OSError):
+                writer.close()
+            raise
         with _refusals(path):
-            temporary.replace(path)
-            _sync_folder(path.parent)
-    finally:
-        with suppress(OSError):  # what stood in the way is already being raised
-            temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def _closing(file: IO[bytes], path: Path) -> Iterator[None]:
-    """Close it. Closing writes what is still buffered: a disk that refused it once does so again."""
-    try:
-        yield
-    except BaseException:
-        with suppress(OSError):
-            file.close()
-        raise
-    with _refusals(path):
-        file.close()
+            stack.close()
 
 
 @contextmanager
@@ -221,14 +200,6 @@ def _refusals(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise _storage_error(path, error) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 _ADVICE = {

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
-import os
 import shutil
 import threading
 import warnings
@@ -25,6 +24,7 @@ from PIL import Image, UnidentifiedImageError
 from batch.errors import StorageError
 from batch.image_formats import READABLE, format_named
 from batch.run.interfaces import ImageError, LoadedImage
+from batch.system.durable import NameSync, write_file
 from batch.types import LocalImage, StoredImage
 
 __all__ = ["ImageFolder", "decode", "sum_of"]
@@ -106,7 +106,7 @@ class ImageFolder:
         self._limit_pixels = min(_HARD_LIMIT_PIXELS, int(limit_megapixels * 1e6))
         self._threads = anyio.CapacityLimiter(threads)
         self._alone = threading.Lock()  # protects memory: one large image is decoded at a time
-        self._synced: set[Path] = set()
+        self._names = NameSync(run_directory)
         self._numbers = itertools.count()
         # Beside the images, so that a rename moves it there; what a killed run left in it is of no use.
         self._parts = run_directory / "images" / ".part"
@@ -141,7 +141,7 @@ class ImageFolder:
         try:
             if not (target.exists() and target.stat().st_size == len(data)):
                 self._write(target, data)
-            self._sync_folders(target.parent)  # also of an equal image: its writer may not have come so far yet
+            self._names.sync(target.parent)  # also for an equal image: its writer may not have come so far yet
         except OSError as error:
             raise StorageError(
                 f"{target.parent} cannot be written: {error.strerror}; what is finished is kept,"
@@ -161,23 +161,7 @@ class ImageFolder:
         target.parent.mkdir(parents=True, exist_ok=True)
         self._parts.mkdir(exist_ok=True)
         temporary = self._parts / f"{next(self._numbers)}-{target.name}"  # equal images may come at once
-        try:
-            with temporary.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-
-    def _sync_folders(self, folder: Path) -> None:
-        """Make the names durable: that of the image, and once for each folder those that lead to it."""
-        _sync_folder(folder)
-        if folder not in self._synced:  # who made it may have been killed before he came to this
-            _sync_folder(folder.parent)
-            _sync_folder(self._root)
-            self._synced.add(folder)
+        write_file(target, data, temporary, sync_name=False)
 
 
 def sum_of(path: Path) -> tuple[int, str] | None:
@@ -191,14 +175,3 @@ def sum_of(path: Path) -> tuple[int, str] | None:
     except OSError:
         return None
     return size, digest.hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    """A renamed file survives a power cut only when its folder is synced too. Windows cannot, and need not."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

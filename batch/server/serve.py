@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import fcntl
 import gc
 import ipaddress
 import logging
@@ -29,6 +28,7 @@ from pathlib import Path
 
 from aiohttp import web
 from aiohttp.http_exceptions import BadHttpMessage
+from filelock import AsyncFileLock, Timeout
 
 from batch.errors import ConfigError, InputError, StorageError
 from batch.fal.endpoint import APP_ID
@@ -52,6 +52,7 @@ from batch.server.queue.service import QueueService, queue_service
 from batch.server.queue.store import Store
 from batch.system.acceptor import Acceptor, bound
 from batch.system.descriptors import Allowance, ServerShare, described, lacks_descriptor, require, server_share
+from batch.system.durable import make_folders
 from batch.system.open_files import allowance
 
 __all__ = ["ServeOptions", "run_server", "serve"]
@@ -132,8 +133,8 @@ async def serve(
     tls = _tls(options.tls_cert, options.tls_key)
     async with contextlib.AsyncExitStack() as stack:
         with _usable(options.data_dir):
-            options.data_dir.mkdir(parents=True, exist_ok=True)
-            await stack.enter_async_context(_locked(options.data_dir / "lock"))
+            make_folders(options.data_dir)
+            await stack.enter_async_context(_locked(options.data_dir))
             listener = stack.enter_context(contextlib.closing(_listen(options)))
             _check_exposure(options, listener)
             store = await stack.enter_async_context(await Store.open(options.data_dir / "server.db", options.retention))
@@ -375,21 +376,22 @@ def _usable(data_dir: Path) -> Iterator[None]:
 
 
 @contextlib.asynccontextmanager
-async def _locked(path: Path) -> AsyncIterator[None]:
-    """Two servers on one data dir would each execute everything. The kernel frees the lock of a killed one."""
-    with path.open("a") as file:
-        deadline = time.monotonic() + LOCK_SECONDS
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if time.monotonic() > deadline:
-                    raise InputError(
-                        f"{path.parent} is in use by another server; stop it or choose another data dir"
-                    ) from error
-                await asyncio.sleep(0.05)
+async def _locked(data_dir: Path) -> AsyncIterator[None]:
+    """Hold the data dir: two servers would each execute every request. The kernel frees the lock of a dead process.
+
+    Raises:
+        InputError: another server still holds it after `LOCK_SECONDS`.
+    """
+    # Without threads: an attempt does not block, and the number of threads is not decided yet.
+    lock = AsyncFileLock(data_dir / "lock", timeout=LOCK_SECONDS, run_in_executor=False)
+    try:
+        await lock.acquire()
+    except Timeout as error:
+        raise InputError(f"{data_dir} is in use by another server; stop it or choose another data dir") from error
+    try:
         yield
+    finally:
+        await lock.release()
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import anyio
 import pytest
 
 from batch.errors import RestyleError, RunDirectoryError, StorageError
-from batch.journal.database import APPLICATION_ID, SCHEMA_VERSION, JournalDatabase, _sql
+from batch.journal.database import _SQL, APPLICATION_ID, SCHEMA_VERSION, JournalDatabase
 from batch.journal.events import Accepted, Answered, FailedForGood, Finished, Intended, Lost, Retried
 from batch.journal.states import State
 from batch.journal.writer import open_journal
@@ -144,7 +144,7 @@ def test_open_jobs_are_found_without_reading_the_others(path):
     file = opened(path)
     for name in ("open_ids", "sum_open"):
         parameters = ['["accepted"]'] if name == "open_ids" else []
-        plan = file._connection.execute("EXPLAIN QUERY PLAN " + _sql()[name], parameters).fetchall()
+        plan = file._connection.execute("EXPLAIN QUERY PLAN " + _SQL[name], parameters).fetchall()
         assert any("open_jobs" in row[3] for row in plan), plan
     file.close()
 

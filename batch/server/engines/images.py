@@ -13,7 +13,7 @@ import warnings
 from typing import Literal, NamedTuple
 
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 
 from batch.image_formats import READABLE
 from batch.server.engines.base import EngineFailure, EngineImage
@@ -29,15 +29,8 @@ MIN_SOURCE_SIDE_PX = 16
 
 _GRID_PX = 16  # FLUX packs 8 px latents two by two
 _MIN_SIDE_PX = 256
-_ROTATIONS = {  # EXIF orientation, tag 0x0112
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_TURNED = range(5, 9)
+"""EXIF orientations that exchange width and height."""
 
 
 class Size(NamedTuple):
@@ -72,30 +65,18 @@ def read_source(data: bytes, max_pixels: int = MAX_SOURCE_PX) -> Image.Image:
     """
     image = _open(data, max_pixels)
     try:
-        rotation = _ROTATIONS.get(_orientation(image))
+        orientation = _orientation(image)
         width, height = image.size
         # A JPEG may decode itself at 1/2, 1/4 or 1/8 where that is still enough: less memory, less time.
         image.draft(None, output_size(width, height))
-        rgb = _to_rgb(image)
-        if rotation is not None:
-            rgb = rgb.transpose(rotation)
-            width, height = (height, width) if rotation in _TURNED else (width, height)
+        rgb = _upright(_to_rgb(image), orientation)
+        width, height = (height, width) if orientation in _TURNED else (width, height)
         size = output_size(width, height)
         return rgb if rgb.size == size else rgb.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
     except MemoryError:
         raise
     except Exception as error:  # decoders of foreign bytes raise anything, from OSError to IndexError
         raise _unreadable(f"cannot be decoded ({_reason(error)})") from error
-
-
-_TURNED = frozenset(
-    {
-        Image.Transpose.ROTATE_90,
-        Image.Transpose.ROTATE_270,
-        Image.Transpose.TRANSPOSE,
-        Image.Transpose.TRANSVERSE,
-    }
-)
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:
@@ -152,9 +133,18 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation, 1 (upright) where there is none or it cannot be read: an image is worth more."""
     try:
-        return int(image.getexif().get(0x0112, 1))
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # foreign bytes
         return 1
+
+
+def _upright(rgb: Image.Image, orientation: int) -> Image.Image:
+    # Pillow rewrites all EXIF and XMP of an image that it turns, which fails where some of it is damaged.
+    for name in ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"):
+        rgb.info.pop(name, None)
+    rgb.getexif()[ExifTags.Base.Orientation] = orientation
+    ImageOps.exif_transpose(rgb, in_place=True)
+    return rgb
 
 
 def encode(image: Image.Image, output_format: Literal["jpeg", "png"], note: str) -> EngineImage:

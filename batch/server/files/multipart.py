@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
 import re
 import secrets
 import shutil
@@ -22,6 +21,7 @@ from typing import NamedTuple
 
 from batch.errors import StorageError
 from batch.system.descriptors import patiently
+from batch.system.durable import make_folders, sync
 
 __all__ = [
     "FILE_LIMIT_BYTES",
@@ -62,7 +62,7 @@ class Parts:
     """Unfinished uploads below `root`, each under a name."""
 
     def __init__(self, root: Path) -> None:
-        root.mkdir(parents=True, exist_ok=True)
+        make_folders(root)
         self._root = root
         for leftover in root.glob("*/*.new"):
             leftover.unlink()
@@ -101,10 +101,12 @@ class Parts:
             await asyncio.to_thread(folder.mkdir, exist_ok=True)
             spooled = await spool(chunks, temporary, room)
             tag = spooled.sha256.hex()[:32]
-            await asyncio.to_thread(patiently, partial(_sync, temporary), time.sleep)
+            await asyncio.to_thread(patiently, partial(sync, temporary), time.sleep)
             keep = partial(_keep, temporary, folder, f"{number:04}-{tag}", spooled.size_bytes)
             async with self._naming:
                 used = await asyncio.to_thread(patiently, keep, time.sleep)
+            for named in (folder, self._root):
+                await asyncio.to_thread(patiently, partial(sync, named), time.sleep)
         except ConnectionError:  # the sender's, not the disk's
             raise
         except OSError as error:
@@ -160,11 +162,6 @@ def _keep(temporary: Path, folder: Path, name: str, size: int) -> int:
     for part in earlier.keys() - {name}:
         (folder / part).unlink(missing_ok=True)
     return grown
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _unwritable(place: Path, error: OSError) -> StorageError:

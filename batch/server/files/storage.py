@@ -31,6 +31,7 @@ from batch.image_formats import FORMATS, format_of_type
 from batch.server.files.multipart import Part, Parts, Spooled, UploadTooLarge, spool
 from batch.server.files.small_files import SMALL_BYTES, SmallFile, SmallFiles
 from batch.system.descriptors import patiently
+from batch.system.durable import NameSync, make_folders, sync, write_file
 
 __all__ = ["Reservation", "Storage", "UploadTooLarge", "content_type_of"]
 
@@ -62,7 +63,8 @@ class Storage:
         self._files = root / "files"
         self._incoming = root / "incoming"
         for folder in (self._files, self._incoming):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folders(folder)
+        self._names = NameSync(self._files)
         for leftover in self._incoming.iterdir():
             leftover.unlink()
         self._secret = _secret(root / "secret")
@@ -99,7 +101,7 @@ class Storage:
         elif not _renewed(place := self._place(path), now):
             if expires_at is not None:
                 await self._small.expire(path, expires_at)
-            await asyncio.to_thread(_write, self._incoming / secrets.token_hex(16), data, place, now)
+            await asyncio.to_thread(self._write, data, place, now)
         return path
 
     async def receive(
@@ -131,7 +133,7 @@ class Storage:
                 path = self.reserve(content_type).path if own else self._path_of(spooled.sha256, content_type)
             if life is not None:
                 await self.limit_life(path, life)
-            await asyncio.to_thread(_complete, temporary, self._place(path), self._clock())
+            await asyncio.to_thread(self._complete, temporary, self._place(path), self._clock())
         finally:
             with suppress(OSError):
                 temporary.unlink()
@@ -184,7 +186,7 @@ class Storage:
             temporary = self._incoming / secrets.token_hex(16)
             try:
                 await self._parts.join(name, parts, temporary)
-                await asyncio.to_thread(_complete, temporary, place, self._clock())
+                await asyncio.to_thread(self._complete, temporary, place, self._clock())
             finally:
                 temporary.unlink(missing_ok=True)
             await self._parts.drop(name)
@@ -274,6 +276,30 @@ class Storage:
             return found
         return await asyncio.to_thread(patiently, found.read_bytes, time.sleep)
 
+    def _write(self, data: bytes, place: Path, now: float) -> None:
+        temporary = self._incoming / secrets.token_hex(16)
+        try:
+            patiently(partial(temporary.write_bytes, data), time.sleep)
+        except OSError as error:
+            with suppress(OSError):
+                temporary.unlink()
+            raise _unwritable(place, error) from error
+        self._complete(temporary, place, now)
+
+    def _complete(self, temporary: Path, place: Path, now: float) -> None:
+        """Put a complete temporary file in its place, durably."""
+        try:
+            patiently(partial(sync, temporary), time.sleep)
+            os.utime(temporary, (now, now))
+            try:
+                temporary.replace(place)
+            except FileNotFoundError:  # the first file on its shelf
+                place.parent.mkdir(exist_ok=True)
+                temporary.replace(place)
+            patiently(partial(self._names.sync, place.parent), time.sleep)
+        except OSError as error:
+            raise _unwritable(place, error) from error
+
     def _path_of(self, sha256: bytes, content_type: str | None) -> str:
         name = hashlib.blake2b(sha256, key=self._secret, digest_size=16).hexdigest()
         return f"/files/{name[:2]}/{name}{_suffix(content_type)}"
@@ -304,14 +330,7 @@ def _suffix(content_type: str | None) -> str:
 def _secret(path: Path) -> bytes:
     """32 random bytes that make this data dir's names unguessable; made once."""
     if not path.exists():
-        temporary = path.with_suffix(".new")
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with open(descriptor, "wb") as file:  # noqa: PTH123 - a descriptor with its rights set
-            file.write(secrets.token_bytes(32))
-            file.flush()
-            os.fsync(descriptor)
-        temporary.replace(path)
-        _sync_folder(path.parent)
+        write_file(path, secrets.token_bytes(32), path.with_suffix(".new"), mode=0o600)
     return path.read_bytes()
 
 
@@ -350,43 +369,5 @@ def _removed(place: Path, aside: Path, before: float) -> bool:
     return True
 
 
-def _write(temporary: Path, data: bytes, place: Path, now: float) -> None:
-    try:
-        patiently(partial(temporary.write_bytes, data), time.sleep)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise _unwritable(place, error) from error
-    _complete(temporary, place, now)
-
-
-def _complete(temporary: Path, place: Path, now: float) -> None:
-    try:
-        with patiently(lambda: temporary.open("rb"), time.sleep) as file:
-            os.fsync(file.fileno())
-        os.utime(temporary, (now, now))
-        _appear(temporary, place)
-        _sync_folder(place.parent)
-    except OSError as error:
-        raise _unwritable(place, error) from error
-
-
 def _unwritable(place: Path, error: OSError) -> StorageError:
     return StorageError(f"{place} cannot be written: {error}; free space or check its rights")
-
-
-def _appear(temporary: Path, place: Path) -> None:
-    try:
-        temporary.replace(place)
-    except FileNotFoundError:
-        place.parent.mkdir(exist_ok=True)
-        _sync_folder(place.parent.parent)
-        temporary.replace(place)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = patiently(lambda: os.open(folder, os.O_RDONLY), time.sleep)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

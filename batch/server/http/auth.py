@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from aiohttp import web
 
 from batch.errors import ConfigError, InputError
+from batch.system.durable import sync
 
 __all__ = [
     "ENVIRONMENT",
@@ -268,8 +269,7 @@ def add_key(path: Path, name: str, secret: str) -> str:
             file.seek(0)
             separator = "" if file.read()[-1:] in {b"", b"\n"} else "\n"
             file.write(f"{separator}{key.line}\n".encode())
-            file.flush()
-            os.fsync(file.fileno())
+        sync(path)
     except OSError as error:
         raise InputError(f"the keys file {path} cannot be written: {error}; choose another with --keys") from error
     return f"{name}:{secret}"

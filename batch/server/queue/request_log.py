@@ -7,7 +7,6 @@ writer. What a page looks like on the wire is `batch.fal.platform`'s.
 from __future__ import annotations
 
 import asyncio
-import re
 import sqlite3
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ import orjson
 from batch.fal.platform_queries import BillingQuery, ListingQuery, RequestOutcome, SortBy
 from batch.server.queue.records import ListingRules, ListingWindow
 from batch.system.group_commit import in_open_database
+from batch.system.sql import load_statements
 from batch.types import AppId, RequestId
 
 __all__ = ["LoggedCharge", "LoggedRequest", "RequestLog"]
@@ -37,14 +37,7 @@ _STATUSES = {
 
 Value = TypeVar("Value")
 
-_SQL = {
-    name: statement.strip()
-    for name, statement in re.findall(
-        r"^-- name: (\w+)\n(.*?)(?=^-- name: |\Z)",
-        Path(__file__).with_suffix(".sql").read_text("utf-8"),
-        re.MULTILINE | re.DOTALL,
-    )
-}
+_SQL = load_statements(__file__)
 
 
 class LoggedRequest(NamedTuple):

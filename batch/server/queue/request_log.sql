@@ -1,4 +1,4 @@
--- The statements of history.py, by name. They only read; the table is store.sql's.
+-- The statements of request_log.py, by name. They only read; the table is store.sql's.
 -- `known` is the instant up to which the listing knows of events.
 
 -- name: by_end

@@ -7,7 +7,6 @@ fsync each, and are durable when the awaited call returns. Knows nothing of queu
 from __future__ import annotations
 
 import math
-import re
 import sqlite3
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -35,6 +34,7 @@ from batch.server.queue.records import (
     Webhook,
 )
 from batch.system.group_commit import Grouped
+from batch.system.sql import load_statements
 from batch.types import AppId, RequestId
 
 __all__ = ["Store"]
@@ -52,14 +52,7 @@ REMEMBERED = 8192
 KEY_SECONDS = 86400.0
 """How long an idempotency key outlives the acceptance of a request that has ended; its answer may expire sooner."""
 
-_SQL = {
-    name: statement.strip()
-    for name, statement in re.findall(
-        r"^-- name: (\w+)\n(.*?)(?=^-- name: |\Z)",
-        Path(__file__).with_suffix(".sql").read_text("utf-8"),
-        re.MULTILINE | re.DOTALL,
-    )
-}
+_SQL = load_statements(__file__)
 
 
 class Store:

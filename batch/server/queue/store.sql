@@ -36,7 +36,7 @@ INSERT INTO counter VALUES ('accepted', 0);
 
 -- name: schema_2
 CREATE INDEX request_of ON request (owner, seq) WHERE owner != '';  -- costs nothing on a server without keys
-CREATE INDEX request_ended ON request (ended_at, accepted_at, owner, status) WHERE ended_at IS NOT NULL;  -- history.py's
+CREATE INDEX request_ended ON request (ended_at, accepted_at, owner, status) WHERE ended_at IS NOT NULL;  -- for request_log.py
 CREATE INDEX request_brief ON request (ended_at) WHERE kept_for IS NOT NULL;
 CREATE INDEX request_source ON request (source) WHERE source IS NOT NULL;
 CREATE TABLE webhook (

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -38,6 +37,7 @@ from batch.server.queue.records import CompletedRequest, Delivery, DeliveryOutco
 from batch.server.queue.service import QueueService
 from batch.server.queue.store import Store
 from batch.system.descriptors import lacks_descriptor
+from batch.system.durable import write_file
 from batch.types import RequestId
 
 __all__ = [
@@ -147,13 +147,7 @@ def signing_key(path: Path) -> Ed25519PrivateKey:
     """
     if not path.exists():
         pem = Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-        temporary = path.with_suffix(".new")
-        temporary.unlink(missing_ok=True)
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:  # noqa: PTH123 - mode
-            file.write(pem)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_file(path, pem, path.with_suffix(".new"), mode=0o600)
     with suppress(ValueError, TypeError):
         key = load_pem_private_key(path.read_bytes(), None)
         if isinstance(key, Ed25519PrivateKey):

@@ -1,9 +1,9 @@
-"""From a hub id to a folder: the hub's cache on this machine, else a download by a process of its own.
+"""From a hub id to a folder: the hub's cache on this machine, else a download. Both in a process of their own.
 
-    python -m batch.server.engines.flux.hub ID PATTERN...
+    python -m batch.server.engines.flux.hub find|download ID PATTERN...
 
-Owns where the cache lies and what of a repository is fetched. The server looks into the cache itself and leaves the
-download to that child, so that the hub's client library never reaches its process.
+Owns what of a repository is fetched. Where the cache is, and which snapshot in it is the newest, the hub's client
+library knows; only the child imports it, so that it never reaches the process of the server.
 """
 
 from __future__ import annotations
@@ -12,18 +12,20 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Literal, TypeAlias, cast
 
 from batch.errors import InputError
 from batch.server.engines.flux.folder import CheckedFolder
 
-__all__ = ["CHECKER_FILES", "MODEL_FILES", "located", "main"]
+__all__ = ["CHECKER_FILES", "MODEL_FILES", "Task", "located", "main"]
 
 MODEL_FILES = ("model_index.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model")
 """Of a model's repository; its root also has the same weights once more, in one file of 24 GB."""
 CHECKER_FILES = ("*.json", "model.safetensors")
+Task: TypeAlias = Literal["find", "download"]
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -43,18 +45,24 @@ def located(given: str, patterns: tuple[str, ...], check: Callable[[Path], Check
     folder = Path(given).expanduser()
     if folder.exists() or not _ID.fullmatch(given):
         return check(folder)
-    if (snapshot := _cached(given)) is not None:
-        with suppress(InputError):
-            return check(snapshot)
-    return check(_downloaded(given, patterns))
+    with suppress(InputError):
+        # `check` decides whether a snapshot is complete: another program may have fetched less than all patterns.
+        return check(_asked("find", given, patterns[:1]))
+    return check(_asked("download", given, patterns))
 
 
-def main(repository: str, patterns: list[str]) -> int:
-    """Download a repository's newest snapshot and print its folder, or one sentence and fail."""
+def main(task: Task, repository: str, patterns: list[str]) -> int:
+    """Print the folder of a repository's newest snapshot, or one sentence and fail.
+
+    Args:
+        task: `find` only looks into the cache of this machine; `download` asks the hub and fetches what is missing.
+        repository: a hub id.
+        patterns: files that the snapshot has to have.
+    """
     try:
         from huggingface_hub import snapshot_download
 
-        folder = snapshot_download(repository, allow_patterns=patterns)
+        folder = snapshot_download(repository, allow_patterns=patterns, local_files_only=task == "find")
     except Exception as error:  # the boundary to the hub's client: every fault is told to a person
         sys.stdout.write(_sentence(repository, error) + "\n")
         return 1
@@ -62,33 +70,20 @@ def main(repository: str, patterns: list[str]) -> int:
     return 0
 
 
-def _downloaded(repository: str, patterns: tuple[str, ...]) -> Path:
+def _asked(task: Task, repository: str, patterns: Sequence[str]) -> Path:
+    """What a child prints that does the task.
+
+    Raises:
+        InputError: it failed; the message is its sentence.
+    """
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)  # noqa: PTH109 - the import system's own ""
     environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_DISABLE_TELEMETRY": "1"}
-    command = [sys.executable, "-P", "-m", "batch.server.engines.flux.hub", repository, *patterns]
+    command = [sys.executable, "-P", "-m", "batch.server.engines.flux.hub", task, repository, *patterns]
     ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environment)
     said = ended.stdout.strip().rpartition("\n")[2]
     if ended.returncode:
         raise InputError(said or f"{repository} could not be downloaded; the lines above say why")
     return Path(said)
-
-
-def _cached(repository: str) -> Path | None:
-    """The snapshot that `main` meant at the last download, as the hub's client finds it.
-
-    Source: https://huggingface.co/docs/huggingface_hub/guides/manage-cache
-    """
-    home = os.environ.get("HF_HOME") or str(
-        Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface"
-    )
-    cache = Path(os.environ.get("HF_HUB_CACHE") or str(Path(home) / "hub")).expanduser()
-    place = cache / f"models--{repository.replace('/', '--')}"
-    try:
-        commit = (place / "refs/main").read_text("ascii").strip()
-    except (OSError, ValueError):
-        return None
-    snapshot = place / "snapshots" / commit
-    return snapshot if snapshot.is_dir() else None
 
 
 def _sentence(repository: str, error: Exception) -> str:
@@ -109,4 +104,4 @@ def _sentence(repository: str, error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], sys.argv[2:]))
+    sys.exit(main(cast(Task, sys.argv[1]), sys.argv[2], sys.argv[3:]))

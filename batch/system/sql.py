@@ -1,0 +1,43 @@
+"""Named SQL statements, read from a `.sql` file beside the module that executes them. Edge: disk, once at import.
+
+The file is plain SQL, so that editors and linters understand it:
+
+    -- name: find_job
+    -- Comments may stand anywhere.
+    SELECT state FROM jobs WHERE key = ?;
+
+A name is followed by one statement or several; each ends with a semicolon.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+__all__ = ["Statements", "load_statements"]
+
+_NAMED = re.compile(r"^-- name: (\w+)\n(.*?)(?=^-- name: |\Z)", re.MULTILINE | re.DOTALL)
+
+
+class Statements(dict[str, str]):
+    """SQL by name, in the order of the file."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+        for name, statement in _NAMED.findall(path.read_text("utf-8")):
+            if name in self:
+                raise ValueError(f"{path} has two statements named {name!r}; rename one of them")
+            self[name] = statement.strip()
+
+    def __missing__(self, name: str) -> str:
+        raise LookupError(f"{self._path} has no statement named {name!r}; add it, or correct the name")
+
+    def begin_with(self, prefix: str) -> list[str]:
+        """The statements whose names begin with `prefix`, in the order of the file."""
+        return [statement for name, statement in self.items() if name.startswith(prefix)]
+
+
+def load_statements(module_file: str) -> Statements:
+    """Read the statements of a module, whose `__file__` this is: they are in `NAME.sql` beside `NAME.py`."""
+    return Statements(Path(module_file).with_suffix(".sql"))

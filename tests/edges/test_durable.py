@@ -1,0 +1,88 @@
+"""Files that survive a power cut: the order of the calls, and what is left when one of them fails."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from batch.system.durable import NameSync, make_folders, replacing, write_file
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What is synced and renamed, in order: names of files and folders."""
+    made = []
+
+    def noted(real, path_of):
+        def call(*arguments):
+            made.append((real.__name__, path_of(arguments)))
+            return real(*arguments)
+
+        return call
+
+    opened = lambda arguments: Path(os.readlink(f"/proc/self/fd/{arguments[0]}")).name  # noqa: E731, PTH115
+    monkeypatch.setattr(os, "fsync", noted(os.fsync, opened))
+    monkeypatch.setattr(os, "replace", noted(os.replace, lambda arguments: Path(arguments[1]).name))
+    return made
+
+
+def test_a_file_is_synced_renamed_and_its_name_synced(tmp_path, calls):
+    """In this order; without the last step where the caller does it for many files at once."""
+    write_file(tmp_path / "a", b"1")
+    assert calls == [("fsync", ".a.part"), ("replace", "a"), ("fsync", tmp_path.name)]
+    calls.clear()
+    write_file(tmp_path / "a", b"2", tmp_path / "t", mode=0o600, sync_name=False)
+    assert calls == [("fsync", "t"), ("replace", "a")]
+    assert (tmp_path / "a").read_bytes() == b"2"
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o600
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_leftover_gives_neither_bytes_nor_permissions(tmp_path):
+    """A killed process may have left a longer file that everybody can read."""
+    (tmp_path / ".a.part").write_bytes(b"a longer one")
+    write_file(tmp_path / "a", b"1", mode=0o600)
+    assert (tmp_path / "a").read_bytes() == b"1"
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_failure_keeps_the_old_file_and_leaves_no_other(tmp_path, monkeypatch, step):
+    """Whether the disk fails or the block."""
+    write_file(tmp_path / "a", b"old")
+
+    def break_off():
+        with replacing(tmp_path / "a") as file:
+            file.write(b"half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        break_off()
+
+    def refuse(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, step, refuse)
+    with pytest.raises(OSError, match="Input/output"):
+        write_file(tmp_path / "a", b"new")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a", b"old")]
+
+
+def test_folders_are_created_with_their_names_synced(tmp_path, calls):
+    """Each missing one, from the top; none for those that are there."""
+    make_folders(tmp_path / "a" / "b")
+    assert calls == [("fsync", tmp_path.name), ("fsync", "a")]
+    make_folders(tmp_path / "a" / "b")
+    assert len(calls) == 2
+
+
+def test_the_way_to_a_folder_is_synced_once(tmp_path, calls):
+    """The folder itself each time."""
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    names = NameSync(tmp_path)
+    names.sync(tmp_path / "a" / "b")
+    names.sync(tmp_path / "a" / "b")
+    assert [name for _, name in calls] == ["b", "a", tmp_path.name, "b"]
