@@ -14,7 +14,7 @@ from pydantic.json_schema import models_json_schema
 from batch.fal import protocol
 from batch.fal.endpoint import APP_ID, ImageToImageInput, ImageToImageOutput
 from batch.fal.platform import BILLING_LIMIT, PAGE_LIMIT, PlatformError
-from batch.fal.platform_queries import ID_LIMIT, ChargeSource, EstimateKind, RequestOutcome, SortBy
+from batch.fal.platform_queries import _ID_LIMIT as ID_LIMIT, ChargeSource, EstimateKind, RequestOutcome, SortBy
 from batch.types import AppId, Json, JsonObject
 
 __all__ = ["document"]
