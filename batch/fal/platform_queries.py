@@ -140,7 +140,7 @@ _Instant = Annotated[float, BeforeValidator(_instant), WithJsonSchema({"type": "
 _Uuid = Annotated[RequestId, BeforeValidator(_uuid), WithJsonSchema({"type": "string", "format": "uuid"})]
 _Item = TypeVar("_Item", bound=str)
 _Ids = Annotated[tuple[Annotated[_Item, Field(min_length=1)], ...], Field(min_length=1, max_length=_ID_LIMIT)]
-_Limit = Annotated[int, BeforeValidator(_digits), Field(ge=1)]
+_Limit = Annotated[int, Field(ge=1), BeforeValidator(_digits)]
 _Cursor = Annotated[int, BeforeValidator(_page_of), WithJsonSchema({"type": "string"})]
 _Payloads = Annotated[
     bool, BeforeValidator(lambda values: "payloads" in values), WithJsonSchema({"enum": ["payloads"]})
@@ -165,7 +165,9 @@ class _Window(BaseModel):
     """The default window depends on it."""
     end: _Instant = Field(default_factory=lambda given: given["now"], description="Exclusive end. Default: now.")
     limit: int
-    page: _Cursor = Field(1, alias="cursor", description="The `next_cursor` of the previous page.")
+    page: _Cursor = Field(
+        default_factory=lambda: 1, alias="cursor", description="The `next_cursor` of the previous page."
+    )
 
     @property
     def offset(self) -> int:
@@ -183,7 +185,7 @@ class ListingQuery(_Window):
         description="Default: 24 hours ago.",
     )
     outcome: RequestOutcome | None = Field(None, alias="status", description="Only requests with this outcome.")
-    payloads: _Payloads = Field(default=False, alias="expand", description="Include inputs and outputs.")
+    payloads: _Payloads = Field(default_factory=bool, alias="expand", description="Include inputs and outputs.")
     sort_by: SortBy = Field(SortBy.ENDED_AT, description="Sort key; the largest value comes first.")
     limit: _Limit = Field(PAGE_LIMIT // 2, le=PAGE_LIMIT, description="Requests per page.")
 
@@ -191,16 +193,18 @@ class ListingQuery(_Window):
 class BillingQuery(_Window):
     """The query of the billing events."""
 
-    apps: _Ids[AppId] = Field((), alias="endpoint_id", description="Only these endpoints.")
+    apps: _Ids[AppId] = Field(default_factory=tuple, alias="endpoint_id", description="Only these endpoints.")
     """Empty: all."""
     request_ids: _Ids[Annotated[RequestId, AfterValidator(_plain_id)]] = Field(
-        (), alias="request_id", description="Only these requests."
+        default_factory=tuple, alias="request_id", description="Only these requests."
     )
     """Empty: all."""
     start: _Instant = Field(default_factory=lambda given: given["now"] - DAY, description="Default: 24 hours ago.")
     source: ChargeSource = Field(ChargeSource.BILLED, description="`tagged-billed` adds the tags of each request.")
     tags: _Tags = Field(
-        {}, alias="tag", description="`key=value` or `key=(untagged)`; requires `source=tagged-billed`."
+        default_factory=dict,
+        alias="tag",
+        description="`key=value` or `key=(untagged)`; requires `source=tagged-billed`.",
     )
     """A request matches if it has, for each key, one of the values; `(untagged)` matches a request without the key."""
     limit: _Limit = Field(BILLING_LIMIT, le=BILLING_LIMIT, description="Events per page.")
@@ -273,26 +277,33 @@ class EstimateKind(StrEnum):
     """Calls, each at the average cost of earlier calls."""
 
 
-class _Units(BaseModel):
+class UnitQuantity(BaseModel):
+    """A number of billing units."""
+
     quantity: Annotated[float, Field(alias="unit_quantity", strict=True, ge=1e-6, le=1e15)]
 
 
-class _Calls(BaseModel):
-    quantity: Annotated[float, Field(alias="call_quantity", strict=True, ge=1, le=1e15, multiple_of=1)]
+class CallQuantity(BaseModel):
+    """A number of calls."""
+
+    quantity: Annotated[
+        float,
+        Field(alias="call_quantity", strict=True, ge=1, le=1e15, multiple_of=1, json_schema_extra={"type": "integer"}),
+    ]
 
 
 class UnitEstimate(BaseModel):
     """Ask for the cost of billing units."""
 
     estimate_type: Literal["unit_price"]
-    endpoints: dict[AppId, _Units]
+    endpoints: dict[AppId, UnitQuantity]
 
 
 class CallEstimate(BaseModel):
     """Ask for the cost of calls."""
 
     estimate_type: Literal["historical_api_price"]
-    endpoints: dict[AppId, _Calls]
+    endpoints: dict[AppId, CallQuantity]
 
 
 _ESTIMATE: TypeAdapter[UnitEstimate | CallEstimate] = TypeAdapter(
