@@ -21,7 +21,7 @@ from aiohttp.typedefs import Handler, Middleware
 
 from batch.fal import protocol
 from batch.fal.platform import PlatformError, platform_error_reply
-from batch.fal.protocol import Operation, Reply
+from batch.fal.protocol import Operation
 from batch.server.engines.base import (
     Cancelled,
     Engine,
@@ -36,6 +36,7 @@ from batch.server.engines.base import (
 from batch.server.faults.plan import Body, FaultAction, FaultPlan, FaultPoint, FaultRule, FaultSequence
 from batch.server.files.storage import content_type_of
 from batch.server.http import fal_proxy as proxy
+from batch.server.http.routing import response
 from batch.server.queue import responses as answers
 from batch.server.queue.records import CompletedRequest, ListingRules
 from batch.server.queue.service import QueueService
@@ -126,7 +127,7 @@ class FaultInjection:
             if moment is None or (moment is FaultPoint.SUBMIT and proxy.is_direct(request.host)):
                 return await handler(request)
             if moment is FaultPoint.RESULT and await self._has_expired(service, path):
-                return _response(answers.not_found_reply(service.new_id()))
+                return response(answers.not_found_reply(service.new_id()))
             if moment is FaultPoint.FILE and (refusal := self._refusal(path)) is not None:
                 return _error(refusal, service)
             fault = self._faults.decide(moment)
@@ -348,10 +349,6 @@ def _changed(handler: Handler, change: Callable[[JsonObject], JsonObject]) -> Ha
 def _kept(answer: web.StreamResponse) -> dict[str, str]:
     """Its headers without the length, for another body."""
     return {name: value for name, value in answer.headers.items() if name.lower() != "content-length"}
-
-
-def _response(reply: Reply) -> web.Response:
-    return web.Response(status=reply.status, body=reply.body, headers=reply.headers)
 
 
 def _phrase(status: int) -> str:

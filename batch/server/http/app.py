@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable
-from typing import TypeAlias
+from collections.abc import Iterable
 
 import orjson
 from aiohttp import HttpVersion11, web
@@ -21,14 +20,16 @@ from batch.errors import StorageError
 from batch.fal import protocol
 from batch.fal.endpoint import APP_ID
 from batch.fal.platform import PlatformError, platform_error_reply
-from batch.fal.protocol import Address, Malformed, Operation, Reply
+from batch.fal.protocol import Address, Malformed, Operation
 from batch.server.egress.ssrf import AddressRefused, AddressRule
 from batch.server.http import fal_proxy as proxy
 from batch.server.http import files as uploads
 from batch.server.http import metrics, openapi
 from batch.server.http.auth import Access, Authenticator, Denied, access_of, owner_of, set_owner
+from batch.server.http.bodies import HealthBody
 from batch.server.http.cors import CorsPolicy
 from batch.server.http.page import routes as page
+from batch.server.http.routing import Handler, Route, base_of, read_routes, response
 from batch.server.queue import responses as answers
 from batch.server.queue.records import CompletedRequest, Priority, RetentionOptions
 from batch.server.queue.service import QueueFull, QueueService, RequestState, SubmitOptions
@@ -37,7 +38,7 @@ from batch.system.descriptors import ServerShare, lacks_descriptor
 from batch.types import AppId, RequestId
 from batch.version import tool_version
 
-__all__ = ["BODY_LIMIT_BYTES", "Handler", "application", "response"]
+__all__ = ["BODY_LIMIT_BYTES", "application"]
 
 _log = logging.getLogger(__name__)
 
@@ -54,15 +55,13 @@ _RETRY_SECONDS = "1"
 _TRUE = frozenset({"1", "true", "yes"})
 _READS = frozenset({"GET", "HEAD"})
 
-Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
 
 def application(
     service: QueueService,
     authenticator: Authenticator,
     permitted: AddressRule,
     app_id: AppId = APP_ID,
-    more: Iterable[tuple[str, str, Handler]] = (),
+    more: Iterable[Route] = (),
     *,
     idempotency: bool = True,
     middleware: Middleware | None = None,
@@ -90,8 +89,8 @@ def application(
     )
     app = web.Application(client_max_size=BODY_LIMIT_BYTES)
     known = (
-        *((method, "/health", face.health) for method in ("GET", "HEAD")),
-        *((method, "/openapi.json", face.schema) for method in ("GET", "HEAD")),
+        *read_routes("/health", face.health),
+        *read_routes("/openapi.json", face.schema),
         ("POST", "/run/{app:.+}", face.run),
         *proxy.routes(),
         *uploads.routes(service, authenticator, None if share is None else share.downloads),
@@ -106,11 +105,6 @@ def application(
     if middleware is not None:
         app.middlewares.append(middleware)
     return app
-
-
-def response(reply: Reply) -> web.Response:
-    """A protocol reply as aiohttp sends it."""
-    return web.Response(status=reply.status, body=reply.body, headers=reply.headers)
 
 
 class _QueueApi:
@@ -188,22 +182,22 @@ class _QueueApi:
     async def health(self, _: web.Request) -> web.Response:
         """What runs here and how much of it."""
         info, counts = self._service.engine, self._service.statistics()
-        body = {
-            "engine": info.name,
-            "model": info.model,
-            "revision": info.revision,
-            "safety_checker": info.safety_checker or "not checked",
-            "safety_checked": info.safety_checker is not None,
-            "slots": info.slots,
-            "honours_idempotency_key": self._idempotency,
-            "honours_start_timeout": True,
-            "queue_depth": counts.waiting,
-            "running": counts.running,
-            "accepted": counts.accepted,
-            "submit_posts": self._service.submit_posts,
-            "disk": "ok" if self._service.disk_refuses is None else "refuses",
-        }
-        return web.Response(body=orjson.dumps(body), content_type=protocol.CONTENT_JSON)
+        body = HealthBody(
+            engine=info.name,
+            model=info.model,
+            revision=info.revision,
+            safety_checker=info.safety_checker or "not checked",
+            safety_checked=info.safety_checker is not None,
+            slots=info.slots,
+            honours_idempotency_key=self._idempotency,
+            honours_start_timeout=True,
+            queue_depth=counts.waiting,
+            running=counts.running,
+            accepted=counts.accepted,
+            submit_posts=self._service.submit_posts,
+            disk="ok" if self._service.disk_refuses is None else "refuses",
+        )
+        return web.Response(body=body.model_dump_json().encode(), content_type=protocol.CONTENT_JSON)
 
     async def schema(self, _: web.Request) -> web.Response:
         """The API in OpenAPI, made when first asked for."""
@@ -259,7 +253,7 @@ class _QueueApi:
         accepted = await self._accept(request, app)
         if isinstance(accepted, web.Response):
             return accepted
-        return response(protocol.accepted_reply(_base(request), app, accepted, self._service.position(accepted)))
+        return response(protocol.accepted_reply(base_of(request), app, accepted, self._service.position(accepted)))
 
     async def _accept(self, request: web.Request, app: AppId) -> RequestId | web.Response:
         """The id of the accepted request, or the answer that refuses it."""
@@ -275,18 +269,15 @@ class _QueueApi:
             limit = BODY_LIMIT_BYTES // 2**20
             return self._refuse(413, f"The body is larger than {limit} MiB; upload the image and send its URL")
         except Malformed as error:
-            errors = [answers.model_error("json_invalid", str(error), ("body",), {}, None)]
-            return response(protocol.model_error_reply(422, errors, self._service.new_id()))
+            return self._invalid("json_invalid", str(error), "body")
         except AddressRefused as refusal:
             message = f"This webhook cannot be called: {refusal} (serve --allow-private permits loopback and private)"
-            errors = [answers.model_error("url_error", message, ("query", "fal_webhook"), {}, None)]
-            return response(protocol.model_error_reply(422, errors, self._service.new_id()))
+            return self._invalid("url_error", message, "query", "fal_webhook")
         except QueueFull as full:
             return self._refuse(429, f"Not accepted: {full}")
         if not admission.same_input:
             message = "This Idempotency-Key was used before with another input; use a new key for a new request"
-            errors = [answers.model_error("idempotency_key_reused", message, ("header", "idempotency-key"), {}, None)]
-            return response(protocol.model_error_reply(422, errors, self._service.new_id()))
+            return self._invalid("idempotency_key_reused", message, "header", "idempotency-key")
         return admission.request_id
 
     def _unknown_app(self, app: AppId) -> web.Response:
@@ -329,13 +320,13 @@ class _QueueApi:
 
     def _status(self, request: web.Request, request_id: RequestId, known: RequestState) -> web.Response:
         logs = _wants_logs(request)
-        return response(answers.status_reply(_base(request), known.app, request_id, known.state, logs=logs))
+        return response(answers.status_reply(base_of(request), known.app, request_id, known.state, logs=logs))
 
     async def _result(self, request: web.Request, request_id: RequestId, known: RequestState) -> web.Response:
         if not isinstance(known.state, CompletedRequest):
             return response(answers.still_running_reply(request_id))
         inlined = await self._service.inlined(known.state) if known.state.inline else None
-        return response(answers.result_reply(_base(request), known.state, inlined))
+        return response(answers.result_reply(base_of(request), known.state, inlined))
 
     async def _stream(
         self, request: web.Request, request_id: RequestId, known: RequestState | None
@@ -349,7 +340,7 @@ class _QueueApi:
             }
         )
         await self._crossed(request, stream).prepare(request)
-        logs, base, last = _wants_logs(request), _base(request), b""
+        logs, base, last = _wants_logs(request), base_of(request), b""
         while known is not None:
             body = answers.status_reply(base, known.app, request_id, known.state, logs=logs).body
             await stream.write(b"data: " + body + b"\n\n" if body != last else b": still here\n\n")
@@ -389,6 +380,10 @@ class _QueueApi:
             return response(reply)
         return self._refuse(denied.status, denied.detail, **{"www-authenticate": "Key"})
 
+    def _invalid(self, kind: str, message: str, *place: str) -> web.Response:
+        errors = [answers.model_error(kind, message, place, {}, None)]
+        return response(protocol.model_error_reply(422, errors, self._service.new_id()))
+
     def _refuse(self, status: int, detail: str, error_type: str | None = None, **headers: str) -> web.Response:
         new_id = self._service.new_id()
         return response(protocol.request_error_reply(status, error_type, detail, new_id, **headers))
@@ -398,11 +393,6 @@ def _authorization(request: web.Request) -> str | None:
     """The header, if it was sent; several of them are one list, as HTTP has it."""
     given = request.headers.getall("authorization", ())
     return ", ".join(given) if given else None
-
-
-def _base(request: web.Request) -> str:
-    """Scheme and host as the caller sees them: the URLs that he gets work for him."""
-    return f"{request.scheme}://{request.host}"
 
 
 async def _body(request: web.Request) -> bytes:
@@ -428,7 +418,7 @@ def _wishes(request: web.Request, permitted: AddressRule) -> SubmitOptions:
         priority=Priority.LOW if options.low_priority else Priority.NORMAL,
         start_timeout=options.start_timeout,
         queue_limit=int(limit) if limit.isdecimal() and len(limit) < 20 else None,
-        webhook=webhook_of(webhook, _base(request), permitted) if webhook else None,
+        webhook=webhook_of(webhook, base_of(request), permitted) if webhook else None,
         keeping=RetentionOptions(headers.get("x-fal-store-io") == "0", options.file_seconds),
         tags=options.tags,
     )

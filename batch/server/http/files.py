@@ -10,12 +10,12 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import orjson
 from aiohttp import web
@@ -25,6 +25,17 @@ from batch.fal import protocol
 from batch.server.files.multipart import PARTS, BadParts, Part, UploadTooLarge
 from batch.server.files.storage import Reservation, content_type_of
 from batch.server.http.auth import Authenticator, owner_of
+from batch.server.http.bodies import (
+    Body,
+    EmptyBody,
+    JoinedBody,
+    MultipartBody,
+    PartBody,
+    ReservedBody,
+    StoredBody,
+    TokenBody,
+)
+from batch.server.http.routing import Route, base_of, read_routes, response
 from batch.server.queue.service import QueueService
 from batch.system.descriptors import patiently
 from batch.types import JsonObject
@@ -45,12 +56,8 @@ _FILE_HEADERS = {
 
 _PATH = "{path:/files/[^/]+/[^/]+}"
 
-_Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-
-def routes(
-    service: QueueService, authenticator: Authenticator, downloads: int | None = None
-) -> list[tuple[str, str, _Handler]]:
+def routes(service: QueueService, authenticator: Authenticator, downloads: int | None = None) -> list[Route]:
     """Method, path and handler of each route; `downloads` large files are sent at once, others wait."""
     files = _Files(service, authenticator, downloads)
     return [
@@ -65,8 +72,7 @@ def routes(
         ("POST", "/files/upload/multipart", files.begin),
         ("PUT", "/files/{prefix}/{name}/multipart/{token}/{number}", files.put_part),
         ("POST", "/files/{prefix}/{name}/multipart/{token}/complete", files.complete),
-        ("GET", "/files/{prefix}/{name}", files.get),
-        ("HEAD", "/files/{prefix}/{name}", files.get),
+        *read_routes("/files/{prefix}/{name}", files.get),
     ]
 
 
@@ -82,14 +88,10 @@ class _Files:
     async def token(self, request: web.Request) -> web.Response:
         """A CDN token, as Python's client wants one before it uploads: it stands in for the caller's key."""
         token = self._authenticator.token(owner_of(request))
-        answer: JsonObject = {
-            "token": token.text,
-            "token_type": "Bearer",
-            "base_url": _base(request),
-            # With an offset, not with Z: older Pythons cannot read that.
-            "expires_at": datetime.fromtimestamp(token.expires_at, UTC).isoformat(),
-        }
-        return self._json(answer)
+        # With an offset, because older Pythons cannot read Z.
+        expires_at = datetime.fromtimestamp(token.expires_at, UTC).isoformat()
+        base, kind = base_of(request), "Bearer"
+        return self._json(TokenBody(token=token.text, token_type=kind, base_url=base, expires_at=expires_at))
 
     async def realtime_token(self, request: web.Request) -> web.Response:
         """A short-lived token as a JSON string. Nothing here is reached with it yet: there is no websocket."""
@@ -101,24 +103,20 @@ class _Files:
         """Announce an upload: where to put the bytes and where they will be found (the JavaScript client's way)."""
         content_type = (await _object_in(request)).get("content_type")
         reserved = await self._reserve(request, content_type if isinstance(content_type, str) else None)
-        base = _base(request)
-        return self._json(
-            {
-                "upload_url": f"{base}/storage/upload/{reserved.token}{reserved.path}",
-                "file_url": base + reserved.path,
-            }
-        )
+        base = base_of(request)
+        upload_url = f"{base}/storage/upload/{reserved.token}{reserved.path}"
+        return self._json(ReservedBody(upload_url=upload_url, file_url=base + reserved.path))
 
     async def begin(self, request: web.Request) -> web.Response:
         """Announce an upload in parts (Python's way)."""
         reserved = await self._reserve(request, request.headers.get("content-type"))
-        return self._json({"access_url": _base(request) + reserved.path, "uploadId": reserved.token})
+        return self._json(MultipartBody(access_url=base_of(request) + reserved.path, uploadId=reserved.token))
 
     async def put(self, request: web.Request) -> web.Response:
         """The bytes of an announced upload; the token in the path is the permission."""
         path = self._announced(request)
         await self._receive(request, path)
-        return self._json({}, etag=f'"{path.rpartition("/")[2]}"')
+        return self._json(EmptyBody(), etag=f'"{path.rpartition("/")[2]}"')
 
     async def put_part(self, request: web.Request) -> web.Response:
         """One part of an announced upload. Python reads the `etag` header, JavaScript the body."""
@@ -131,7 +129,7 @@ class _Files:
         except UploadTooLarge as error:
             raise web.HTTPRequestEntityTooLarge(0, text=f"This upload is too large: {error}") from error
         etag = f'"{tag}"'
-        return self._json({"partNumber": int(number), "etag": etag}, etag=etag)
+        return self._json(PartBody(partNumber=int(number), etag=etag), etag=etag)
 
     async def complete(self, request: web.Request) -> web.Response:
         """All parts of an announced upload have come: they become the file."""
@@ -140,13 +138,13 @@ class _Files:
             await self._storage.join_parts(path, _parts_in(await _object_in(request)))
         except BadParts as error:
             raise web.HTTPBadRequest(text=f"The upload cannot be completed: {error}") from error
-        url = _base(request) + path
-        return self._json({"access_url": url, "file_url": url}, etag=f'"{path.rpartition("/")[2]}"')
+        url = base_of(request) + path
+        return self._json(JoinedBody(access_url=url, file_url=url), etag=f'"{path.rpartition("/")[2]}"')
 
     async def upload(self, request: web.Request) -> web.Response:
         """Raw bytes in, URL out (Python's way)."""
         path = await self._receive(request, None)
-        return self._json({"access_url": _base(request) + path}, etag=f'"{path.rpartition("/")[2]}"')
+        return self._json(StoredBody(access_url=base_of(request) + path), etag=f'"{path.rpartition("/")[2]}"')
 
     async def get(self, request: web.Request) -> web.StreamResponse:
         """A file: with type, length, ETag, ranges and HEAD."""
@@ -188,9 +186,8 @@ class _Files:
         except UploadTooLarge as error:
             raise web.HTTPRequestEntityTooLarge(UPLOAD_LIMIT_BYTES, text=too_large) from error
 
-    def _json(self, value: JsonObject, **headers: str) -> web.Response:
-        own = {"content-type": protocol.CONTENT_JSON, protocol.REQUEST_ID: self._service.new_id()}
-        return web.Response(body=orjson.dumps(value), headers=own | headers)
+    def _json(self, body: Body, **headers: str) -> web.Response:
+        return response(protocol.json_reply(200, body.model_dump(), self._service.new_id(), headers))
 
 
 class _FileResponse(web.FileResponse):
@@ -252,7 +249,3 @@ def _parts_in(body: JsonObject) -> list[Part]:
             raise BadParts('name each as {"partNumber": 1, "etag": "..."}')
         found.append(Part(number, tag.removeprefix("W/").strip('"')))
     return found
-
-
-def _base(request: web.Request) -> str:
-    return f"{request.scheme}://{request.host}"

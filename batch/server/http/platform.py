@@ -16,7 +16,6 @@ import ipaddress
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import TypeAlias
 
 import orjson
 from aiohttp import web
@@ -28,6 +27,7 @@ from batch.fal.platform_queries import EstimateKind
 from batch.fal.protocol import Malformed, Reply
 from batch.server.files.storage import content_type_of
 from batch.server.http.auth import owner_of
+from batch.server.http.routing import Handler, Route, base_of, response
 from batch.server.queue import responses as answers
 from batch.server.queue.request_log import LoggedCharge, LoggedRequest, RequestLog
 from batch.server.queue.service import QueueService
@@ -41,8 +41,6 @@ _UNITS_OF_NOBODY = 1.0
 """Megapixels of a call where none was made yet."""
 _IMAGE = b'"image_url":"/files/'
 
-_Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
 
 def routes(
     service: QueueService,
@@ -50,7 +48,7 @@ def routes(
     history: RequestLog,
     price_usd: float = 0.0,
     clock: Callable[[], float] = time.time,
-) -> list[tuple[str, str, _Handler]]:
+) -> list[Route]:
     """Method, path and handler of each route.
 
     Args:
@@ -88,7 +86,7 @@ class _Platform:
         self._price_usd = price_usd
         self._clock = clock
 
-    def guarded(self, handler: Callable[[web.Request], Awaitable[Reply]]) -> _Handler:
+    def guarded(self, handler: Callable[[web.Request], Awaitable[Reply]]) -> Handler:
         """A handler of replies as one of aiohttp's, its errors in the platform's shape."""
 
         async def handle(request: web.Request) -> web.StreamResponse:
@@ -98,7 +96,7 @@ class _Platform:
                 reply = self._refuse(400, PlatformError.VALIDATION, str(error))
             except web.HTTPException as error:
                 reply = self._refuse(error.status, PlatformError.VALIDATION, error.text or error.reason)
-            return web.Response(status=reply.status, body=reply.body, headers=reply.headers)
+            return response(reply)
 
         return handle
 
@@ -109,7 +107,7 @@ class _Platform:
         more = False
         if self._app_id in query.apps:
             found, more = await self._history.page(query, _owner(request))
-        base = f"{request.scheme}://{request.host}"
+        base = base_of(request)
         images = await self._images(found)
         make = partial(_listed, base, found, images)
         # Decoding a page of inputs, images among them, would hold up everybody.
