@@ -156,10 +156,13 @@ _Tags = Annotated[
 # --- query strings ----------------------------------------------------------------------------------------
 
 
-class _Window(BaseModel):
-    """A page of a window of time. Instants in Unix seconds."""
+class _Model(BaseModel):
+    # A server that starts does not wait for models that the first call of the platform API needs.
+    model_config = ConfigDict(frozen=True, defer_build=True)
 
-    model_config = ConfigDict(frozen=True)
+
+class _Window(_Model):
+    """A page of a window of time. Instants in Unix seconds."""
 
     now: SkipJsonSchema[float]
     """The default window depends on it."""
@@ -223,7 +226,7 @@ class BillingQuery(_Window):
         return self
 
 
-class PricingQuery(BaseModel):
+class PricingQuery(_Model):
     """The query of the prices."""
 
     apps: _Ids[AppId] = Field(alias="endpoint_id", description="Only these endpoints.")
@@ -277,13 +280,13 @@ class EstimateKind(StrEnum):
     """Calls, each at the average cost of earlier calls."""
 
 
-class UnitQuantity(BaseModel):
+class UnitQuantity(_Model):
     """A number of billing units."""
 
     quantity: Annotated[float, Field(alias="unit_quantity", strict=True, ge=1e-6, le=1e15)]
 
 
-class CallQuantity(BaseModel):
+class CallQuantity(_Model):
     """A number of calls."""
 
     quantity: Annotated[
@@ -292,14 +295,14 @@ class CallQuantity(BaseModel):
     ]
 
 
-class UnitEstimate(BaseModel):
+class UnitEstimate(_Model):
     """Ask for the cost of billing units."""
 
     estimate_type: Literal["unit_price"]
     endpoints: dict[AppId, UnitQuantity]
 
 
-class CallEstimate(BaseModel):
+class CallEstimate(_Model):
     """Ask for the cost of calls."""
 
     estimate_type: Literal["historical_api_price"]
@@ -307,7 +310,7 @@ class CallEstimate(BaseModel):
 
 
 _ESTIMATE: TypeAdapter[UnitEstimate | CallEstimate] = TypeAdapter(
-    Annotated[UnitEstimate | CallEstimate, Field(discriminator="estimate_type")]
+    Annotated[UnitEstimate | CallEstimate, Field(discriminator="estimate_type")], config=ConfigDict(defer_build=True)
 )
 
 

@@ -39,6 +39,7 @@ from batch.fal.platform_queries import (
     read_pricing_query,
 )
 from batch.fal.protocol import FAL, Malformed, Reply, json_reply, read_object
+from batch.server.http import bodies
 from batch.server.queue.records import uuid7
 
 NOW = 1_790_000_000.0
@@ -284,6 +285,30 @@ def test_an_estimate_without_the_documented_shape_is_malformed(body, words):
     """It says what is missing."""
     with pytest.raises(Malformed, match=words):
         read_estimate(body.encode())
+
+
+@pytest.mark.parametrize(
+    ("model", "reply"),
+    [
+        (
+            bodies.RequestPageBody,
+            listing_reply([Listed(ID, APP_ID, NOW, None, None, None, None)], "Mg==", payloads=True),
+        ),
+        (
+            bodies.RequestPageBody,
+            listing_reply([Listed(ID, APP_ID, NOW, NOW + 1, NOW + 3, 200, {"a": None}, {"b": 1})], None, payloads=True),
+        ),
+        (bodies.BillingPageBody, billing_reply([Charge(ID, APP_ID, NOW, 1.5, 0.03, {"team": "a"})], None)),
+        (bodies.PricePageBody, pricing_reply({APP_ID: 0.03})),
+        (bodies.EstimateBody, estimate_reply(EstimateKind.UNIT_PRICE, 0.045)),
+        (bodies.MetaBody, meta_reply(["127.0.0.1/32"])),
+        (bodies.PlatformErrorBody, platform_error_reply(400, PlatformError.VALIDATION, "limit", ID)),
+    ],
+)
+def test_the_documented_models_describe_the_replies(model, reply):
+    """A reply has every required field and no other field than those of its model."""
+    body = read_object(reply.body)
+    assert model.model_validate(body).model_dump(exclude_unset=True) == body
 
 
 def test_an_error_has_the_platform_s_own_shape():

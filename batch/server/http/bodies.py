@@ -60,7 +60,7 @@ def without_nulls(schema: dict[str, Any]) -> None:
 class Body(BaseModel):
     """A JSON object that the server sends or receives."""
 
-    model_config = ConfigDict(frozen=True, json_schema_extra=without_nulls)
+    model_config = ConfigDict(frozen=True, json_schema_extra=without_nulls, defer_build=True)
 
 
 # --- the queue --------------------------------------------------------------------------------------------
