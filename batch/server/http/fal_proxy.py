@@ -35,7 +35,7 @@ _DIRECT = ("fal.run", "falrun.com")
 
 
 def routes() -> list[Route]:
-    """Method, path and handler of each route."""
+    """Build the route table."""
     return [(method, PATH, _forward) for method in ("GET", "POST", "PUT", "DELETE")]
 
 

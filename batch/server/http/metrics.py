@@ -26,7 +26,7 @@ __all__ = ["routes"]
 
 
 def routes(service: QueueService) -> list[Route]:
-    """Method, path and handler of each route."""
+    """Build the route table."""
     return read_routes("/metrics", _Metrics(service).get)
 
 

@@ -59,7 +59,7 @@ _SAME_SITE = frozenset({"same-origin", "none"})
 
 
 def routes(service: QueueService, app_id: AppId) -> list[Route]:
-    """Method, path and handler of each route."""
+    """Build the route table."""
     page = _PageRoutes(service, app_id)
     paths = {"/": page.show, "/page/state": page.state, "/static/{name}": page.static}
     return [route for path, handler in paths.items() for route in read_routes(path, handler)]
