@@ -57,17 +57,17 @@ _LISTS = frozenset({"endpoint_id", "expand", "tag"})
 
 
 class RequestOutcome(StrEnum):
-    """How a request ended, in the listing's words."""
+    """Outcome of a request in the listing."""
 
     SUCCESS = "success"
     ERROR = "error"
-    """The service's fault: 5xx."""
+    """The service failed: 5xx."""
     USER_ERROR = "user_error"
-    """The caller's: 4xx."""
+    """The caller made an error: 4xx."""
 
 
 class ChargeSource(StrEnum):
-    """Which feed of billing events is read."""
+    """Feed of billing events."""
 
     BILLED = "billed"
     TAGGED = "tagged-billed"
@@ -75,7 +75,7 @@ class ChargeSource(StrEnum):
 
 
 class SortBy(StrEnum):
-    """Order of the listing, the greatest first: fal does not say, and its search gives the newest first."""
+    """Sort key of the listing, descending; fal does not document the direction, but its search is newest-first."""
 
     ENDED_AT = "ended_at"
     DURATION = "duration"
