@@ -1,8 +1,8 @@
-"""The platform API's request listing, prices and charges without I/O, for both roles. Pure.
+"""Reads and writes the platform API's request listing, prices and charges, as client and as server. Pure.
 
-It is the only way to learn whether a submit without an answer was accepted: list the endpoint's requests in a
-window of time and compare inputs. Shapes: fal's platform OpenAPI document, August 2026. Whether a request that
-still waits is listed is not documented, so absence proves nothing.
+Only the listing tells whether a submit without an answer was accepted: list the endpoint's requests in a window of time
+and compare inputs. Shapes: fal's platform OpenAPI document, August 2026. The document does not say whether a waiting
+request is listed, so absence proves nothing.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ __all__ = [
 ]
 
 _VALUES_LIMIT = 1_000_000
-"""In one page: ten thousand billing events have some ninety thousand values."""
+"""Values of one page; ten thousand billing events have about ninety thousand."""
 PAGE_LIMIT = 100
-"""The most that one page of the listing may hold; half of it where a caller names no limit."""
+"""Largest page of the listing; the default is half of it."""
 BILLING_LIMIT = 10_000
-"""The most that one page of billing events may hold."""
+"""Largest page of billing events."""
 BILLING_SPAN = 90 * 86400.0
-"""The longest window that one call for billing events may name."""
+"""Longest window of one call for billing events."""
 _NANO = 1_000_000_000
 
 
@@ -66,7 +66,7 @@ class Listed:
     ended_at: float | None
     status_code: int | None
     input: JsonObject | None
-    """None where payloads were not asked for, or not kept."""
+    """None if payloads were not requested, or are not stored."""
     output: JsonObject | None = None
 
 
@@ -98,26 +98,31 @@ def listing_call(
 
 
 def read_listing(reply: Reply) -> ListingPage:
-    """One page.
+    """Read one page.
 
     Raises:
-        Malformed: it has not the documented shape: then nothing may be concluded from it.
+        Malformed: the page does not have the documented shape, so it proves nothing.
     """
+    items, cursor = _page_in(reply, "items")
+    return ListingPage(tuple(_listed(item) for item in items), cursor)
+
+
+def _page_in(reply: Reply, name: str) -> tuple[list[Json], str | None]:
+    """Read the rows under a name, and the cursor of the next page; None on the last page."""
     answer = read_object(reply.body, values=_VALUES_LIMIT)
-    items = answer.get("items")
-    if not isinstance(items, list):
-        raise Malformed("the request listing has no items")
-    cursor, more = answer.get("next_cursor"), answer.get("has_more")
-    if more is True and not isinstance(cursor, str):
-        raise Malformed("the request listing says that there is more, and not where")
-    return ListingPage(
-        tuple(_listed(item) for item in items), cursor if more is True and isinstance(cursor, str) else None
-    )
+    rows, cursor = answer.get(name), answer.get("next_cursor")
+    if not isinstance(rows, list):
+        raise Malformed(f"the page has no list {name}")
+    if answer.get("has_more") is not True:
+        return rows, None
+    if not isinstance(cursor, str):
+        raise Malformed(f"the page of {name} has has_more = true but no next_cursor")
+    return rows, cursor
 
 
 def _listed(item: Json) -> Listed:
     if not isinstance(item, dict) or not is_plain_id(item.get("request_id")):
-        raise Malformed("the request listing has an item without a usable request_id")
+        raise Malformed(f"the request listing has an item without a valid request_id: {item!r:.60}")
     code, sent, output = item.get("status_code"), item.get("json_input"), item.get("json_output")
     return Listed(
         RequestId(str(item["request_id"])),
@@ -140,7 +145,7 @@ class Bill:
     """Unix seconds."""
     units: float
     usd: float
-    """What it cost, discounts taken off."""
+    """The cost after discounts."""
 
 
 class BillPage(NamedTuple):
@@ -159,19 +164,13 @@ def billing_call(origins: Origins, app: AppId, *, start: float, end: float, curs
 
 
 def read_billing(reply: Reply) -> BillPage:
-    """One page.
+    """Read one page.
 
     Raises:
-        Malformed: it has not the documented shape: then nothing may be concluded from it.
+        Malformed: the page does not have the documented shape, so it proves nothing.
     """
-    answer = read_object(reply.body, values=_VALUES_LIMIT)
-    events, cursor, more = answer.get("billing_events"), answer.get("next_cursor"), answer.get("has_more")
-    if not isinstance(events, list):
-        raise Malformed("the answer has no billing_events")
-    if more is True and not isinstance(cursor, str):
-        raise Malformed("the billing events say that there is more, and not where")
-    following = cursor if more is True and isinstance(cursor, str) else None
-    return BillPage(tuple(_bill(event) for event in events), following)
+    events, cursor = _page_in(reply, "billing_events")
+    return BillPage(tuple(_bill(event) for event in events), cursor)
 
 
 def _bill(event: Json) -> Bill:
@@ -187,20 +186,20 @@ def _bill(event: Json) -> Bill:
 
 
 def _is_amount(value: Json) -> TypeGuard[int | float]:
-    """A number from 0 on; orjson reads no NaN."""
+    """Whether this is a number of at least 0; orjson reads no NaN."""
     return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
 
 
 def pricing_call(origins: Origins, app: AppId) -> Call:
-    """Ask for the endpoint's present price."""
+    """Ask for the endpoint's current price."""
     return Call("GET", f"{origins.platform}/models/pricing?{urlencode({'endpoint_id': app})}")
 
 
 def read_price(reply: Reply, app: AppId) -> tuple[float, str]:
-    """The unit price in US dollars and its unit.
+    """Read the unit price in US dollars and its unit.
 
     Raises:
-        Malformed: the app is not in the answer, or its price is no number of dollars.
+        Malformed: the answer has no price in US dollars for the app.
     """
     prices = read_object(reply.body).get("prices")
     for entry in prices if isinstance(prices, list) else []:
@@ -215,7 +214,7 @@ def read_price(reply: Reply, app: AppId) -> tuple[float, str]:
 
 
 class PlatformError(StrEnum):
-    """The platform API's words for what went wrong."""
+    """Type of an error of the platform API."""
 
     AUTHORIZATION = "authorization_error"
     VALIDATION = "validation_error"
@@ -235,15 +234,15 @@ class Charge:
     units: float
     unit_price_usd: float
     tags: Mapping[str, str] | None = None
-    """`X-Fal-Tags` of the request. None where they were not asked for."""
+    """`X-Fal-Tags` of the request; None if they were not requested."""
 
 
 def listing_reply(
     items: Sequence[Listed], next_cursor: str | None, *, payloads: bool, request_id: RequestId | None = None
 ) -> Reply:
-    """One page of the listing.
+    """Write one page of the listing.
 
-    `started_at` is required there: a request that never started shows when it ended, one that waits when it was sent.
+    `started_at` is required there: without a start, it is the end of the request, or the submit of a waiting one.
     """
     listed: list[Json] = [_item(item, payloads=payloads) for item in items]
     return _page_reply("items", listed, next_cursor, request_id)
@@ -271,7 +270,7 @@ def _item(item: Listed, *, payloads: bool) -> JsonObject:
 
 
 def billing_reply(charges: Sequence[Charge], next_cursor: str | None, request_id: RequestId | None = None) -> Reply:
-    """One page of billing events."""
+    """Write one page of billing events."""
     events: list[Json] = [_event(charge) for charge in charges]
     return _page_reply("billing_events", events, next_cursor, request_id)
 
@@ -295,7 +294,7 @@ def _event(charge: Charge) -> JsonObject:
 
 
 def pricing_reply(prices: dict[AppId, float], unit: str = "megapixels", request_id: RequestId | None = None) -> Reply:
-    """Prices by endpoint."""
+    """Write the prices of endpoints."""
     rows: list[Json] = [
         {"endpoint_id": app, "unit_price": price, "unit": unit, "currency": "USD"} for app, price in prices.items()
     ]
@@ -303,17 +302,17 @@ def pricing_reply(prices: dict[AppId, float], unit: str = "megapixels", request_
 
 
 def estimate_reply(kind: str, total_usd: float, request_id: RequestId | None = None) -> Reply:
-    """A cost estimate; `kind` as it was asked for."""
+    """Write a cost estimate; `kind` is the requested one."""
     return json_reply(200, {"estimate_type": kind, "total_cost": total_usd, "currency": "USD"}, request_id)
 
 
 def meta_reply(webhook_ranges: Sequence[str], request_id: RequestId | None = None) -> Reply:
-    """Where webhooks come from, in CIDR notation."""
+    """Write the address ranges of webhooks, in CIDR notation."""
     return json_reply(200, {"webhook_ip_ranges": list(webhook_ranges)}, request_id)
 
 
 def platform_error_reply(status: int, kind: PlatformError, message: str, request_id: RequestId | None = None) -> Reply:
-    """`{"error": {type, message, request_id}}`: the platform API's own shape of an error."""
+    """Write an error in the platform API's own shape: `{"error": {type, message, request_id}}`."""
     error: JsonObject = {"type": kind, "message": message}
     if request_id is not None:
         error["request_id"] = request_id
@@ -329,7 +328,7 @@ def _page_reply(name: str, rows: list[Json], next_cursor: str | None, request_id
 
 
 def minted_at(request_id: str) -> float | None:
-    """When a version-7 UUID was made; None for any other id. A second witness, not a proof."""
+    """Read the creation time of a version-7 UUID; None for any other id. The time is evidence, not proof."""
     try:
         value = UUID(request_id)
     except ValueError:
@@ -342,7 +341,7 @@ def _iso(at: float) -> str:
 
 
 def instant_of(value: Json) -> float | None:
-    """Unix seconds of an ISO 8601 date or time, UTC where it names no zone; None for anything else."""
+    """Parse an ISO 8601 date or time to Unix seconds, UTC without a zone; None for anything else."""
     if not isinstance(value, str):
         return None
     try:

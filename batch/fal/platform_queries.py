@@ -1,32 +1,46 @@
-"""What is asked of the platform API, as a server reads it: query strings and bodies into values. Pure.
+"""Reads the queries of the platform API as a server: query strings and bodies into checked values. Pure.
 
-The answers, and the same calls in the client's role, are `platform`'s. Shapes: fal's platform OpenAPI document, August
-2026. Parameters that it does not name are passed over.
+The models also describe the parameters in the OpenAPI document. `platform` writes the answers and makes the same calls
+as a client. Shapes: fal's platform OpenAPI document, August 2026. Unknown parameters are ignored.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
-from typing import NamedTuple, TypeVar
-from uuid import UUID
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic.json_schema import SkipJsonSchema
 
 from batch.fal.platform import BILLING_LIMIT, BILLING_SPAN, PAGE_LIMIT, instant_of
 from batch.fal.protocol import TAG_PAIRS, Malformed, is_plain_id, read_object
-from batch.types import AppId, Json, RequestId
+from batch.types import AppId, RequestId
 
 __all__ = [
-    "ID_LIMIT",
     "BillingQuery",
+    "CallEstimate",
     "ChargeSource",
     "EstimateKind",
     "EstimateQuery",
     "ListingQuery",
+    "PricingQuery",
     "RequestOutcome",
     "SortBy",
+    "UnitEstimate",
     "cursor_of",
     "read_billing_query",
     "read_estimate",
@@ -34,26 +48,26 @@ __all__ = [
     "read_pricing_query",
 ]
 
-ID_LIMIT = 50
+_ID_LIMIT = 50
 """The most ids that one call may name."""
 DAY = 86400.0
 _LAST_PAGE = 10**9
-"""Beyond it no cursor was ever given out; an offset has to fit an SQLite integer."""
-_QUANTITY_LIMIT = 1e15
+"""No cursor is larger; an offset has to fit an SQLite integer."""
+_LISTS = frozenset({"endpoint_id", "expand", "tag"})
 
 
 class RequestOutcome(StrEnum):
-    """How a request ended, in the listing's words."""
+    """Outcome of a request in the listing."""
 
     SUCCESS = "success"
     ERROR = "error"
-    """The service's fault: 5xx."""
+    """The service failed: 5xx."""
     USER_ERROR = "user_error"
-    """The caller's: 4xx."""
+    """The caller made an error: 4xx."""
 
 
 class ChargeSource(StrEnum):
-    """Which feed of billing events is read."""
+    """Feed of billing events."""
 
     BILLED = "billed"
     TAGGED = "tagged-billed"
@@ -61,227 +75,26 @@ class ChargeSource(StrEnum):
 
 
 class SortBy(StrEnum):
-    """Order of the listing, the greatest first: fal does not say, and its search gives the newest first."""
+    """Sort key of the listing, descending; fal does not document the direction, but its search is newest-first."""
 
     ENDED_AT = "ended_at"
     DURATION = "duration"
 
 
-@dataclass(frozen=True, slots=True)
-class ListingQuery:
-    """A question to the listing. Instants in Unix seconds."""
-
-    apps: tuple[AppId, ...]
-    start: float
-    end: float
-    """Exclusive."""
-    outcome: RequestOutcome | None = None
-    request_id: RequestId | None = None
-    payloads: bool = False
-    sort_by: SortBy = SortBy.ENDED_AT
-    limit: int = PAGE_LIMIT // 2
-    page: int = 1
-
-    @property
-    def offset(self) -> int:
-        """Requests before this page."""
-        return (self.page - 1) * self.limit
+# --- values -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class BillingQuery:
-    """A question to the billing events. Instants in Unix seconds; `end` is exclusive."""
-
-    start: float
-    end: float
-    apps: tuple[AppId, ...] = ()
-    """Empty: all."""
-    request_ids: tuple[RequestId, ...] = ()
-    """Empty: all."""
-    tagged: bool = False
-    """Whether each event shows its request's tags."""
-    tags: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """Only requests that have, for each of these keys, one of its values; `(untagged)`: that lack the key."""
-    limit: int = BILLING_LIMIT
-    page: int = 1
-
-    @property
-    def offset(self) -> int:
-        """Charges before this page."""
-        return (self.page - 1) * self.limit
+def _instant(value: float | str) -> float:
+    at = instant_of(value) if isinstance(value, str) else value
+    if at is None:
+        raise ValueError("should be an ISO 8601 date or time")
+    return at
 
 
-class EstimateKind(StrEnum):
-    """What an estimate counts."""
-
-    UNIT_PRICE = "unit_price"
-    """Billing units, each at its price."""
-    HISTORICAL = "historical_api_price"
-    """Calls, each at what calls have cost so far."""
-
-
-class EstimateQuery(NamedTuple):
-    """What an estimate is asked for."""
-
-    kind: EstimateKind
-    quantities: dict[AppId, float]
-
-
-def read_listing_query(query: Sequence[tuple[str, str]], now: float) -> ListingQuery:
-    """Read the query string of the request listing; parameters that it does not have are passed over.
-
-    Raises:
-        Malformed: a required one is missing, or a value is not one of its kind.
-    """
-    given = _Given(query)
-    request_id = given.one("request_id")
-    if request_id is not None and not _is_uuid(request_id):
-        raise Malformed(f"request_id is not a UUID: {request_id[:60]!r}")
-    return ListingQuery(
-        apps=tuple(AppId(app) for app in given.ids("endpoint_id", required=True)),
-        start=given.instant("start", now - (BILLING_SPAN if request_id else DAY)),
-        end=given.instant("end", now),
-        outcome=given.word("status", RequestOutcome, None),
-        request_id=RequestId(request_id.lower()) if request_id else None,
-        payloads="payloads" in given.every("expand"),
-        sort_by=given.word("sort_by", SortBy, SortBy.ENDED_AT) or SortBy.ENDED_AT,
-        limit=given.limit(PAGE_LIMIT, PAGE_LIMIT // 2),
-        page=given.page(),
-    )
-
-
-def read_billing_query(query: Sequence[tuple[str, str]], now: float) -> BillingQuery:
-    """Read the query string of the billing events.
-
-    Raises:
-        Malformed: a value is not one of its kind, or the window is longer than 90 days.
-    """
-    given = _Given(query)
-    start, end = given.instant("start", now - DAY), given.instant("end", now)
-    request_ids = given.ids("request_id")
-    if strange := [one for one in request_ids if not is_plain_id(one)]:
-        raise Malformed(f"request_id is none: {strange[0][:60]!r}")
-    if end - start > BILLING_SPAN:
-        raise Malformed(f"start and end lie {(end - start) / DAY:.0f} days apart; 90 are the most")
-    tagged = given.word("source", ChargeSource, ChargeSource.BILLED) is ChargeSource.TAGGED
-    return BillingQuery(
-        start,
-        end,
-        apps=tuple(AppId(app) for app in given.ids("endpoint_id")),
-        request_ids=tuple(RequestId(one) for one in request_ids),
-        tagged=tagged,
-        tags=_tags(given.every("tag"), tagged=tagged),
-        limit=given.limit(BILLING_LIMIT, BILLING_LIMIT),
-        page=given.page(),
-    )
-
-
-def _tags(filters: Sequence[str], *, tagged: bool) -> dict[str, list[str]]:
-    """`key=value` filters: the values that are wanted of each key."""
-    if filters and not tagged:
-        raise Malformed(f"tag needs source={ChargeSource.TAGGED}")
-    if len(filters) > TAG_PAIRS:
-        raise Malformed(f"tag takes 1 to {TAG_PAIRS} filters, {len(filters)} were given")
-    wanted: dict[str, list[str]] = {}
-    for one in filters:
-        key, found, value = one.partition("=")
-        if not key or not found:
-            raise Malformed(f"invalid tag filter {one[:60]!r}: use key=value")
-        wanted.setdefault(key.strip().lower(), []).append(value.strip())
-    return wanted
-
-
-def read_pricing_query(query: Sequence[tuple[str, str]]) -> tuple[AppId, ...]:
-    """The endpoints whose prices are asked for.
-
-    Raises:
-        Malformed: none, or too many.
-    """
-    return tuple(AppId(app) for app in _Given(query).ids("endpoint_id", required=True))
-
-
-def read_estimate(body: bytes) -> EstimateQuery:
-    """Read the body of an estimate.
-
-    Raises:
-        Malformed: it has not the documented shape.
-    """
-    asked = read_object(body)
-    try:
-        kind = EstimateKind(str(asked.get("estimate_type")))
-    except ValueError:
-        raise Malformed(f"estimate_type is one of {', '.join(EstimateKind)}") from None
-    endpoints = asked.get("endpoints")
-    if not isinstance(endpoints, dict):
-        raise Malformed("endpoints has to be an object: endpoint ids and their quantities")
-    name = "unit_quantity" if kind is EstimateKind.UNIT_PRICE else "call_quantity"
-    return EstimateQuery(kind, {AppId(app): _quantity(app, entry, name) for app, entry in endpoints.items()})
-
-
-def _quantity(app: str, entry: Json, name: str) -> float:
-    value = entry.get(name) if isinstance(entry, dict) else None
-    whole = name == "call_quantity"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise Malformed(f"endpoints.{app[:100]}.{name} has to be a number")
-    least = 1 if whole else 1e-6
-    if not least <= value <= _QUANTITY_LIMIT or (whole and value != int(value)):
-        words = f"{'a whole number' if whole else 'a number'} from {least:g} to {_QUANTITY_LIMIT:g}"
-        raise Malformed(f"endpoints.{app[:100]}.{name} = {value} has to be {words}")
-    return float(value)
-
-
-_Word = TypeVar("_Word", bound=StrEnum)
-
-
-class _Given:
-    """The parameters of a query string, read with their bounds."""
-
-    def __init__(self, query: Sequence[tuple[str, str]]) -> None:
-        self._query = query
-
-    def one(self, name: str) -> str | None:
-        """The last value of a parameter that counts once; None where it is missing or empty."""
-        found = [value.strip() for key, value in self._query if key == name]
-        return (found[-1] or None) if found else None
-
-    def every(self, name: str) -> list[str]:
-        """All values of a parameter, repeated or with commas between them."""
-        values = [part.strip() for key, value in self._query if key == name for part in value.split(",")]
-        return [value for value in dict.fromkeys(values) if value]
-
-    def ids(self, name: str, *, required: bool = False) -> list[str]:
-        found = self.every(name)
-        if (required and not found) or len(found) > ID_LIMIT:
-            raise Malformed(f"{name} takes 1 to {ID_LIMIT} ids, {len(found)} were given")
-        return found
-
-    def instant(self, name: str, default: float) -> float:
-        text = self.one(name)
-        if text is None:
-            return default
-        at = instant_of(text)
-        if at is None:
-            raise Malformed(f"{name} is no ISO 8601 date or time: {text[:60]!r}")
-        return at
-
-    def word(self, name: str, kind: type[_Word], default: _Word | None) -> _Word | None:
-        text = self.one(name)
-        try:
-            return default if text is None else kind(text)
-        except ValueError:
-            raise Malformed(f"{name} is one of {', '.join(kind)}, not {text!r:.60}") from None
-
-    def limit(self, most: int, default: int) -> int:
-        text = self.one("limit")
-        if text is None:
-            return default
-        if not (text.isascii() and text.isdecimal() and 1 <= int(text[:12]) <= most):
-            raise Malformed(f"limit is a number from 1 to {most}, not {text[:60]!r}")
-        return int(text)
-
-    def page(self) -> int:
-        text = self.one("cursor")
-        return 1 if text is None else _page_of(text)
+def _digits(text: str) -> str:
+    if not (text.isascii() and text.isdecimal()):
+        raise ValueError("should be a number in decimal digits")
+    return text
 
 
 def cursor_of(page: int) -> str:
@@ -295,12 +108,248 @@ def _page_of(cursor: str) -> int:
     except (binascii.Error, ValueError):
         text = ""
     if not (text.isdecimal() and len(text) <= 10 and 1 <= int(text) <= _LAST_PAGE):
-        raise Malformed(f"cursor is none that this listing gave out: {cursor[:60]!r}")
+        raise ValueError("should be the next_cursor of an earlier page")
     return int(text)
 
 
-def _is_uuid(text: str) -> bool:
+def _uuid(text: str) -> str:
+    if not re.fullmatch("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", text.lower()):
+        raise ValueError("should be a UUID")
+    return text.lower()
+
+
+def _plain_id(text: str) -> str:
+    if not is_plain_id(text):
+        raise ValueError("should be a request id: letters, digits, dashes and underscores")
+    return text
+
+
+def _tags(filters: Sequence[str]) -> dict[str, list[str]]:
+    """`key=value` filters: the wanted values of each key."""
+    wanted: dict[str, list[str]] = {}
+    for key, found, value in (one.partition("=") for one in filters):
+        if not key or not found:
+            raise ValueError("should be filters of the form key=value")
+        wanted.setdefault(key.strip().lower(), []).append(value.strip())
+    if len(filters) > TAG_PAIRS:
+        raise ValueError(f"should be at most {TAG_PAIRS} filters, not {len(filters)}")
+    return wanted
+
+
+_Instant = Annotated[float, BeforeValidator(_instant), WithJsonSchema({"type": "string", "format": "date-time"})]
+_Uuid = Annotated[RequestId, BeforeValidator(_uuid), WithJsonSchema({"type": "string", "format": "uuid"})]
+_Item = TypeVar("_Item", bound=str)
+_Ids = Annotated[tuple[Annotated[_Item, Field(min_length=1)], ...], Field(min_length=1, max_length=_ID_LIMIT)]
+_Limit = Annotated[int, Field(ge=1), BeforeValidator(_digits)]
+_Cursor = Annotated[int, BeforeValidator(_page_of), WithJsonSchema({"type": "string"})]
+_Payloads = Annotated[
+    bool, BeforeValidator(lambda values: "payloads" in values), WithJsonSchema({"enum": ["payloads"]})
+]
+_FILTER = {"type": "string", "pattern": "^[^=,]+=[^,]*$"}
+_Tags = Annotated[
+    Mapping[str, Sequence[str]],
+    BeforeValidator(_tags),
+    WithJsonSchema({"type": "array", "items": _FILTER, "minItems": 1, "maxItems": TAG_PAIRS}),
+]
+
+
+# --- query strings ----------------------------------------------------------------------------------------
+
+
+class _Model(BaseModel):
+    # A server that starts does not wait for models that the first call of the platform API needs.
+    model_config = ConfigDict(frozen=True, defer_build=True)
+
+
+class _Window(_Model):
+    """A page of a window of time. Instants in Unix seconds."""
+
+    now: SkipJsonSchema[float]
+    """The default window depends on it."""
+    end: _Instant = Field(default_factory=lambda given: given["now"], description="Exclusive end. Default: now.")
+    limit: int
+    page: _Cursor = Field(
+        default_factory=lambda: 1, alias="cursor", description="The `next_cursor` of the previous page."
+    )
+
+    @property
+    def offset(self) -> int:
+        """Number of rows before this page."""
+        return (self.page - 1) * self.limit
+
+
+class ListingQuery(_Window):
+    """The query of the request listing."""
+
+    apps: _Ids[AppId] = Field(alias="endpoint_id", description="Only these endpoints.")
+    request_id: _Uuid | None = Field(None, description="Only this request; `start` is then 90 days ago by default.")
+    start: _Instant = Field(
+        default_factory=lambda given: given["now"] - (BILLING_SPAN if given.get("request_id") else DAY),
+        description="Default: 24 hours ago.",
+    )
+    outcome: RequestOutcome | None = Field(None, alias="status", description="Only requests with this outcome.")
+    payloads: _Payloads = Field(default_factory=bool, alias="expand", description="Include inputs and outputs.")
+    sort_by: SortBy = Field(SortBy.ENDED_AT, description="Sort key; the largest value comes first.")
+    limit: _Limit = Field(PAGE_LIMIT // 2, le=PAGE_LIMIT, description="Requests per page.")
+
+
+class BillingQuery(_Window):
+    """The query of the billing events."""
+
+    apps: _Ids[AppId] = Field(default_factory=tuple, alias="endpoint_id", description="Only these endpoints.")
+    """Empty: all."""
+    request_ids: _Ids[Annotated[RequestId, AfterValidator(_plain_id)]] = Field(
+        default_factory=tuple, alias="request_id", description="Only these requests."
+    )
+    """Empty: all."""
+    start: _Instant = Field(default_factory=lambda given: given["now"] - DAY, description="Default: 24 hours ago.")
+    source: ChargeSource = Field(ChargeSource.BILLED, description="`tagged-billed` adds the tags of each request.")
+    tags: _Tags = Field(
+        default_factory=dict,
+        alias="tag",
+        description="`key=value` or `key=(untagged)`; requires `source=tagged-billed`.",
+    )
+    """A request matches if it has, for each key, one of the values; `(untagged)` matches a request without the key."""
+    limit: _Limit = Field(BILLING_LIMIT, le=BILLING_LIMIT, description="Events per page.")
+
+    @property
+    def tagged(self) -> bool:
+        """Whether each event shows the tags of its request."""
+        return self.source is ChargeSource.TAGGED
+
+    @model_validator(mode="after")
+    def _fields_fit(self) -> Self:
+        if self.end - self.start > BILLING_SPAN:
+            raise ValueError(f"start and end are {(self.end - self.start) / DAY:.0f} days apart; use at most 90")
+        if self.tags and not self.tagged:
+            raise ValueError(f"tag requires source={ChargeSource.TAGGED}, not source={self.source}")
+        return self
+
+
+class PricingQuery(_Model):
+    """The query of the prices."""
+
+    apps: _Ids[AppId] = Field(alias="endpoint_id", description="Only these endpoints.")
+
+
+def read_listing_query(query: Sequence[tuple[str, str]], now: float) -> ListingQuery:
+    """Read the query string of the request listing.
+
+    Raises:
+        Malformed: a required parameter is missing, or a value is not allowed.
+    """
+    return _checked(ListingQuery.model_validate, {**_given(query, _LISTS), "now": now})
+
+
+def read_billing_query(query: Sequence[tuple[str, str]], now: float) -> BillingQuery:
+    """Read the query string of the billing events.
+
+    Raises:
+        Malformed: a value is not allowed, or the window is longer than 90 days.
+    """
+    return _checked(BillingQuery.model_validate, {**_given(query, _LISTS | {"request_id"}), "now": now})
+
+
+def read_pricing_query(query: Sequence[tuple[str, str]]) -> tuple[AppId, ...]:
+    """Read the endpoints whose prices are wanted.
+
+    Raises:
+        Malformed: the query names no endpoint, or too many.
+    """
+    return _checked(PricingQuery.model_validate, _given(query, _LISTS)).apps
+
+
+def _given(query: Sequence[tuple[str, str]], lists: frozenset[str]) -> dict[str, Any]:
+    """The parameters that have a value. A list is repeated or comma-separated; otherwise the last value counts."""
+    given: dict[str, Any] = {}
+    for name, value in query:
+        parts = [part.strip() for part in value.split(",")]
+        given[name] = [*filter(None, dict.fromkeys([*given.get(name, ()), *parts]))] if name in lists else value.strip()
+    return {name: value for name, value in given.items() if value}
+
+
+# --- estimates --------------------------------------------------------------------------------------------
+
+
+class EstimateKind(StrEnum):
+    """What an estimate counts."""
+
+    UNIT_PRICE = "unit_price"
+    """Billing units, each at its price."""
+    HISTORICAL = "historical_api_price"
+    """Calls, each at the average cost of earlier calls."""
+
+
+class UnitQuantity(_Model):
+    """A number of billing units."""
+
+    quantity: Annotated[float, Field(alias="unit_quantity", strict=True, ge=1e-6, le=1e15)]
+
+
+class CallQuantity(_Model):
+    """A number of calls."""
+
+    quantity: Annotated[
+        float,
+        Field(alias="call_quantity", strict=True, ge=1, le=1e15, multiple_of=1, json_schema_extra={"type": "integer"}),
+    ]
+
+
+class UnitEstimate(_Model):
+    """Ask for the cost of billing units."""
+
+    estimate_type: Literal["unit_price"]
+    endpoints: dict[AppId, UnitQuantity]
+
+
+class CallEstimate(_Model):
+    """Ask for the cost of calls."""
+
+    estimate_type: Literal["historical_api_price"]
+    endpoints: dict[AppId, CallQuantity]
+
+
+_ESTIMATE: TypeAdapter[UnitEstimate | CallEstimate] = TypeAdapter(
+    Annotated[UnitEstimate | CallEstimate, Field(discriminator="estimate_type")], config=ConfigDict(defer_build=True)
+)
+
+
+class EstimateQuery(NamedTuple):
+    """What an estimate covers."""
+
+    kind: EstimateKind
+    quantities: dict[AppId, float]
+
+
+def read_estimate(body: bytes) -> EstimateQuery:
+    """Read the body of an estimate.
+
+    Raises:
+        Malformed: it does not have the documented shape.
+    """
+    asked = _checked(_ESTIMATE.validate_python, {"estimate_type": None, **read_object(body)})
+    return EstimateQuery(EstimateKind(asked.estimate_type), {app: one.quantity for app, one in asked.endpoints.items()})
+
+
+# --- errors -----------------------------------------------------------------------------------------------
+
+_Value = TypeVar("_Value")
+
+
+def _checked(validate: Callable[[Any], _Value], given: Mapping[str, Any]) -> _Value:
+    """The value, or one sentence about the first parameter that is wrong.
+
+    Raises:
+        Malformed: a parameter is wrong.
+    """
     try:
-        return str(UUID(text)) == text.lower()
-    except ValueError:
-        return False
+        return validate(given)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in problem["loc"] if part not in list(EstimateKind))[:150]
+    if problem["type"] == "missing":
+        raise Malformed(f"{place} is missing")
+    said = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if problem["type"] in {"model_type", "dict_type"}:
+        said = "should be a JSON object"
+    raise Malformed(f"{place} = {problem['input']!r:.60}: {said}" if place else said)

@@ -556,7 +556,7 @@ def test_the_example_file_shows_every_fault():
     plan, text = read_faults(path), path.read_text("utf-8")
     assert {one.do for one in plan.faults} == set(FaultAction)
     assert {one.at for one in plan.faults} == set(FaultPoint)
-    assert [key for key in FaultRule.__dataclass_fields__ if f"{key} = " not in text] == []
+    assert [key for key in FaultRule.model_fields if f"{key} = " not in text] == []
     assert [key for key in ListingRules.__dataclass_fields__ if f"{key} = " not in text] == []
 
 

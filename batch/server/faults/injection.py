@@ -1,8 +1,7 @@
-"""Commits the faults that `faults` decides on: an aiohttp middleware for the calls, a wrapper around the engine.
+"""Injects the faults that `plan` decides on: an aiohttp middleware for the calls, a wrapper around the engine.
 
-Owns what each fault looks like on the wire. Is only there where a faults file was named: a server without one has
-neither middleware nor wrapper. What it knows of single requests and files (which results expire or are odd, which files
-are refused) is forgotten with the process.
+Owns what each fault looks like on the wire. A server without a faults file has neither middleware nor wrapper. State of
+single requests and files (expiring or odd results, refused files) is lost with the process.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from aiohttp.typedefs import Handler, Middleware
 
 from batch.fal import protocol
 from batch.fal.platform import PlatformError, platform_error_reply
-from batch.fal.protocol import Operation, Reply
+from batch.fal.protocol import Operation
 from batch.server.engines.base import (
     Cancelled,
     Engine,
@@ -36,6 +35,7 @@ from batch.server.engines.base import (
 from batch.server.faults.plan import Body, FaultAction, FaultPlan, FaultPoint, FaultRule, FaultSequence
 from batch.server.files.storage import content_type_of
 from batch.server.http import fal_proxy as proxy
+from batch.server.http.routing import response
 from batch.server.queue import responses as answers
 from batch.server.queue.records import CompletedRequest, ListingRules
 from batch.server.queue.service import QueueService
@@ -48,7 +48,7 @@ _log = logging.getLogger(__name__)
 _LOOK_SECONDS = 0.1
 """Between two looks at whether a request that is made to wait was cancelled."""
 _PIECES = 20
-"""Of a slow body."""
+"""Number of pieces of a slow body."""
 _MOMENTS = {
     Operation.SUBMIT: FaultPoint.SUBMIT,
     Operation.STATUS: FaultPoint.STATUS,
@@ -78,7 +78,7 @@ _PLATFORM_ERRORS = {
 
 
 def fault_point_of(method: str, path: str, app_id: AppId) -> FaultPoint | None:
-    """The moment that a call belongs to; None for one that no fault can befall."""
+    """Find the point of a call; None if no fault applies to it."""
     if path.startswith(("/files/", "/storage/")):
         return FaultPoint.FILE if method == "GET" else FaultPoint.UPLOAD if method in {"POST", "PUT"} else None
     if path == _LISTING_PATH:
@@ -104,20 +104,20 @@ class FaultInjection:
         self._faults = FaultSequence(plan)
         self._clock = clock
         self._expiring: dict[str, float] = {}
-        """Seconds that results live, by request id."""
+        """Lifetime of results in seconds, by request id."""
         self._odd: dict[str, float] = {}
-        """How results are odd, by request id; see `_made_odd`."""
+        """Random draw that selects the odd fields, by request id; see `_made_odd`."""
         self._refused: dict[str, _LastingFault] = {}
         """By path."""
         self._without_images: dict[str, _LastingFault] = {}
         """By request id."""
 
     def engine(self, engine: Engine) -> Engine:
-        """The same engine, with the faults of the moment `execute`."""
+        """Wrap an engine with the faults of the point `execute`."""
         return _FaultyEngine(engine, self._faults, self._expiring)
 
     def middleware(self, service: QueueService, app_id: AppId) -> Middleware:
-        """What commits the faults of all other moments."""
+        """Build the middleware that injects the faults of all other points."""
 
         @web.middleware
         async def rehearse(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -126,7 +126,7 @@ class FaultInjection:
             if moment is None or (moment is FaultPoint.SUBMIT and proxy.is_direct(request.host)):
                 return await handler(request)
             if moment is FaultPoint.RESULT and await self._has_expired(service, path):
-                return _response(answers.not_found_reply(service.new_id()))
+                return response(answers.not_found_reply(service.new_id()))
             if moment is FaultPoint.FILE and (refusal := self._refusal(path)) is not None:
                 return _error(refusal, service)
             fault = self._faults.decide(moment)
@@ -144,7 +144,7 @@ class FaultInjection:
         return rehearse
 
     def _begin(self, fault: FaultRule, path: str) -> bool:
-        """Remember a fault that outlasts its call; False where it happens once a file or result, and did."""
+        """Remember a fault that lasts beyond its call; False if the file or result already had this fault."""
         if fault.do is FaultAction.ODD_FIELDS:
             self._odd.setdefault(_request_id_in(path), self._faults.draw(fault))
         if fault.do is FaultAction.REFUSE:
@@ -159,14 +159,14 @@ class FaultInjection:
         return True
 
     def _emptied(self, output: JsonObject, refused: _LastingFault) -> JsonObject:
-        """The output without its images, for as long as that lasts."""
+        """Remove the images from an output while the fault lasts."""
         if refused.is_over(self._clock()):
             return output
         refused.reads += 1
         return output | {"images": []}
 
     def _refusal(self, path: str) -> FaultRule | None:
-        """The fault by which a file is refused at this moment, if it is."""
+        """Find the fault that refuses a file now, if any."""
         refused = self._refused.get(path)
         if refused is None or refused.is_over(self._clock()):
             return None
@@ -188,26 +188,26 @@ class FaultInjection:
 
 @dataclass(slots=True)
 class _LastingFault:
-    """A file that is refused or was, or a result without its images."""
+    """A fault of one file or result that lasts for some time or some reads."""
 
     fault: FaultRule
     until: float
     """Unix seconds."""
     reads: int
-    """That were refused."""
+    """Number of affected reads so far."""
 
     def is_over(self, now: float) -> bool:
         return now >= self.until if self.fault.reads is None else self.reads >= self.fault.reads
 
 
 def _request_id_in(path: str) -> str:
-    """Of the request that a path names; empty where it names none."""
+    """The request id in a path; empty without one."""
     address = protocol.parse_path(path)
     return "" if address is None else address.request_id or ""
 
 
 def _path_of(request: web.Request) -> str:
-    """Of the call itself, or of the one that a browser's proxy route stands for."""
+    """The path of a call, or of the inner call of the proxy route."""
     target = request.headers.get(proxy.TARGET) if request.path == proxy.PATH else None
     found = proxy.own_path(target) if target is not None else None
     return request.path if found is None else found.path
@@ -314,7 +314,7 @@ _ODD: Mapping[str, tuple[Json, ...]] = {
     "timings": (True, "fast", 0.5, [], [0.5], {"inference": None}, {"inference": "0.5"}, {"inference": {"s": 1}}),
     "prompt": (7, [], {"text": "a cat"}),
 }
-"""Values that are not of the endpoint's types. A seed is none that could be taken for another one."""
+"""Values of wrong types. No seed among them can be mistaken for a real one."""
 
 
 def _made_odd(output: JsonObject, way: float) -> JsonObject:
@@ -332,7 +332,7 @@ def _made_odd(output: JsonObject, way: float) -> JsonObject:
 
 
 def _changed(handler: Handler, change: Callable[[JsonObject], JsonObject]) -> Handler:
-    """The handler, with its results changed; an error stays what it is."""
+    """Wrap a handler so that its results change; errors stay as they are."""
 
     async def handle(request: web.Request) -> web.StreamResponse:
         answer = await handler(request)
@@ -346,12 +346,8 @@ def _changed(handler: Handler, change: Callable[[JsonObject], JsonObject]) -> Ha
 
 
 def _kept(answer: web.StreamResponse) -> dict[str, str]:
-    """Its headers without the length, for another body."""
+    """The headers of an answer without its length."""
     return {name: value for name, value in answer.headers.items() if name.lower() != "content-length"}
-
-
-def _response(reply: Reply) -> web.Response:
-    return web.Response(status=reply.status, body=reply.body, headers=reply.headers)
 
 
 def _phrase(status: int) -> str:
@@ -365,7 +361,7 @@ def _phrase(status: int) -> str:
 
 
 class _SentBack(WorkerCrashed):
-    """The request goes back to its queue for a while."""
+    """The request returns to its queue for some time."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__("its runner was taken away")

@@ -1,29 +1,31 @@
-"""Faults on purpose: which call or request a fault befalls, and which one. Pure; chance is seeded.
+"""Decides which call or request meets which injected fault. Pure; chance is seeded.
 
-Owns the format of a faults file and the decisions. What a fault looks like on the wire is `rehearsal`'s. A file:
+Owns the format of a faults file and the decisions. `injection` owns what a fault looks like on the wire. A file:
 
     seed = 7
     idempotency = false            # the server does not honour Idempotency-Key, as fal; left out: it does
     [[fault]]
-    at = "submit"                  # the moment: submit, status, result, cancel, upload, file, listing, execute
-    do = "drop-after-accept"       # the fault; each moment has its own
-    every = 20                     # which calls of that moment: every n-th, a `share` of them, or the `first` n
+    at = "submit"                  # the point: submit, status, result, cancel, upload, file, listing, execute
+    do = "drop-after-accept"       # the action; each point has its own
+    every = 20                     # which calls at that point: every n-th, a `share` of them, or the `first` n
 
-Each moment counts its calls from 1. A call meets one fault at most: the first in the file that chooses it.
+Each point counts its calls from 1. A call meets at most one fault: the first rule in the file that chooses it.
 """
 
 from __future__ import annotations
 
 import difflib
-import math
 import tomllib
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import chain
 from pathlib import Path
 from random import Random
-from typing import Any, TypeVar
+from typing import Annotated, Any, Self, cast
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from batch.errors import ConfigError
 from batch.server.queue.records import ListingRules, ListingWindow
@@ -108,7 +110,7 @@ class Body(StrEnum):
 
 _ANSWERS = frozenset({FaultAction.DROP, FaultAction.ANSWER, FaultAction.LATE})
 _BODIES = frozenset({FaultAction.SLOW, FaultAction.CUT, FaultAction.SHORT})
-_DEEDS: Mapping[FaultPoint, frozenset[FaultAction]] = {
+_ACTIONS: Mapping[FaultPoint, frozenset[FaultAction]] = {
     FaultPoint.SUBMIT: _ANSWERS | {FaultAction.DROP_AFTER_ACCEPT, FaultAction.ANSWER_AFTER_ACCEPT},
     FaultPoint.STATUS: _ANSWERS | _BODIES,
     FaultPoint.RESULT: _ANSWERS | _BODIES | {FaultAction.ODD_FIELDS, FaultAction.NO_IMAGES},
@@ -120,54 +122,89 @@ _DEEDS: Mapping[FaultPoint, frozenset[FaultAction]] = {
         {FaultAction.FAIL, FaultAction.CONTENT_POLICY, FaultAction.EXPIRE, FaultAction.REQUEUE, FaultAction.CRASH}
     ),
 }
-_CHOICES = ("every", "share", "first")
-_OPTIONS: Mapping[FaultAction, frozenset[str]] = {
-    FaultAction.ANSWER: frozenset({"status", "retry_after", "body"}),
-    FaultAction.ANSWER_AFTER_ACCEPT: frozenset({"status", "retry_after", "body"}),
-    FaultAction.LATE: frozenset({"seconds"}),
-    FaultAction.SLOW: frozenset({"seconds"}),
-    FaultAction.FAIL: frozenset({"status", "retryable"}),
-    FaultAction.EXPIRE: frozenset({"seconds"}),
-    FaultAction.REQUEUE: frozenset({"seconds"}),
-    FaultAction.NO_IMAGES: frozenset({"seconds", "reads"}),
-    FaultAction.REFUSE: frozenset({"status", "seconds", "reads", "retry_after", "body"}),
+_NEEDS: Mapping[FaultAction, tuple[tuple[str, ...], ...]] = {
+    FaultAction.ANSWER: (("status",),),
+    FaultAction.ANSWER_AFTER_ACCEPT: (("status",),),
+    FaultAction.LATE: (("seconds",),),
+    FaultAction.SLOW: (("seconds",),),
+    FaultAction.FAIL: (("status",),),
+    FaultAction.EXPIRE: (("seconds",),),
+    FaultAction.REQUEUE: (("seconds",),),
+    FaultAction.NO_IMAGES: (("seconds", "reads"),),
+    FaultAction.REFUSE: (("status",), ("seconds", "reads")),
 }
-"""Keys beside `at`, `do`, `after`, `times` and the choice."""
-_REQUIRED = frozenset({"status", "seconds"})
-_EITHER: Mapping[FaultAction, tuple[str, ...]] = dict.fromkeys(
-    (FaultAction.REFUSE, FaultAction.NO_IMAGES), ("seconds", "reads")
-)
-"""Of which exactly one is there."""
+"""Keys that an action requires: exactly one of each group."""
+_TAKES: Mapping[FaultAction, tuple[str, ...]] = {
+    FaultAction.ANSWER: ("retry_after", "body"),
+    FaultAction.ANSWER_AFTER_ACCEPT: ("retry_after", "body"),
+    FaultAction.REFUSE: ("retry_after", "body"),
+    FaultAction.FAIL: ("retryable",),
+}
+"""Keys that an action accepts in addition."""
 _GATEWAY = frozenset({502, 503, 504})
 
+_Seconds = Annotated[float, Field(ge=0)]
+_Count = Annotated[int, Field(ge=1)]
+_WORD = Field(strict=False)
+"""An enum's value comes as text, which strict mode does not convert."""
 
-@dataclass(frozen=True, slots=True)
-class FaultRule:
-    """One entry of a faults file. Durations in seconds."""
 
-    at: FaultPoint
-    do: FaultAction
-    every: int | None = None
+class _Table(BaseModel):
+    """A table of the file. Strict: `every = true` and `seed = "7"` are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class FaultRule(_Table):
+    """One `[[fault]]` table. Durations in seconds."""
+
+    at: Annotated[FaultPoint, _WORD]
+    do: Annotated[FaultAction, _WORD]
+    every: _Count | None = None
     """Every n-th call."""
-    share: float | None = None
-    """Each call with this chance, 0 to 1."""
-    first: int | None = None
+    share: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Each call with this probability."""
+    first: _Count | None = None
     """The first n calls."""
-    after: int = 0
-    """The first so many calls are spared; counting starts behind them."""
-    times: int | None = None
-    """Happens so often at most."""
-    seconds: float = 0.0
-    reads: int | None = None
-    """So many of each file; None: `seconds` says how long."""
-    status: int = 0
-    retry_after: float | None = None
-    """As the `Retry-After` header of the answer; None: it has none."""
-    body: Body = Body.FAL
+    after: Annotated[int, Field(ge=0)] = 0
+    """Number of calls to skip; counting starts after them."""
+    times: _Count | None = None
+    """The fault happens at most this often."""
+    seconds: _Seconds = 0.0
+    reads: _Count | None = None
+    """Number of affected reads of each file or result; None: `seconds` limits the fault."""
+    status: Annotated[int, Field(ge=400, le=599)] = 0
+    retry_after: _Seconds | None = None
+    """The `Retry-After` header of the answer; None: no header."""
+    body: Annotated[Body, _WORD] = Field(
+        default_factory=lambda given: Body.HTML if given.get("status") in _GATEWAY else Body.FAL
+    )
     retryable: bool = True
 
+    @field_validator("do", mode="before")
+    @classmethod
+    def _action_fits_the_point(cls, value: Any, info: ValidationInfo) -> Any:
+        at = info.data.get("at")
+        known = [action for action in FaultAction if at is None or action in _ACTIONS[at]]
+        if value not in known:
+            raise ValueError(f"unknown do {value!r} at {at}{_nearest(str(value), known)}")
+        return value
+
+    @model_validator(mode="after")
+    def _keys_fit_the_action(self) -> Self:
+        needs = (("at",), ("do",), ("every", "share", "first"), *_NEEDS.get(self.do, ()))
+        keys = [*chain(*needs), "after", "times", *_TAKES.get(self.do, ())]
+        if unknown := sorted(self.model_fields_set.difference(keys)):
+            raise ValueError(f"{self.do} does not take the key {unknown[0]}{_nearest(unknown[0], keys)}")
+        for group in needs:
+            if len(self.model_fields_set.intersection(group)) != 1:
+                raise ValueError(f"{self.do} needs {'exactly one of ' * (len(group) > 1)}{', '.join(group)}")
+        if self.do is FaultAction.FAIL and self.status < 500:
+            raise ValueError(f"status = {self.status} of {self.do} should be from 500 to 599")
+        return self
+
     def chooses(self, number: int, rng: Random) -> bool:
-        """Whether it wants the moment's call of this number, from 1. Draws from `rng` once a call at most."""
+        """Whether this rule applies to the call with this number, from 1. Draws from `rng` at most once a call."""
         number -= self.after
         if number < 1:
             return False
@@ -228,6 +265,19 @@ class FaultSequence:
 # --- reading a faults file --------------------------------------------------------------------------------
 
 
+class _ListingTable(_Table):
+    show_waiting: bool = False
+    lag: _Seconds = 0.0
+    window: Annotated[ListingWindow, _WORD] = ListingWindow.SENT_AT
+
+
+class _FaultsFile(_Table):
+    seed: Annotated[int, Field(ge=0)] = 0
+    idempotency: bool = True
+    fault: list[FaultRule] = []
+    listing: _ListingTable = _ListingTable()
+
+
 def parse_faults(text: str, source: str) -> FaultPlan:
     """Read a faults file.
 
@@ -236,131 +286,42 @@ def parse_faults(text: str, source: str) -> FaultPlan:
         source: the file's name, for messages.
 
     Raises:
-        ConfigError: no TOML, an unknown key or word (the known ones are named), a value out of bounds.
+        ConfigError: the text is not TOML, a key is unknown, or a value is not allowed. The message lists what is.
     """
     try:
-        given = tomllib.loads(text)
+        file = _FaultsFile.model_validate(tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{source} is not TOML: {error}") from error
-    table = _Table(source, given)
-    table.only("seed", "idempotency", "fault", "listing")
-    entries, listing = given.get("fault", []), given.get("listing", {})
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise ConfigError(f"{source}: faults are written as [[fault]] tables, with two brackets")
-    if not isinstance(listing, dict):
-        raise ConfigError(f"{source}: listing is written as a [listing] table")
-    return FaultPlan(
-        tuple(_fault(_Table(f"{source}: fault {number}", entry)) for number, entry in enumerate(entries, 1)),
-        table.whole("seed", 0, least=0) or 0,
-        _listing(_Table(f"{source}: listing", listing)),
-        table.flag("idempotency", default=True),
-    )
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_sentence(error)}") from error
+    return FaultPlan(tuple(file.fault), file.seed, ListingRules(**dict(file.listing)), file.idempotency)
 
 
-def _listing(table: _Table) -> ListingRules:
-    table.only("show_waiting", "lag", "window")
-    return ListingRules(
-        table.flag("show_waiting", default=False),
-        table.number("lag", 0.0) or 0.0,
-        table.word("window", ListingWindow, ListingWindow.SENT_AT),
-    )
+def _sentence(error: ValidationError) -> str:
+    """The first problem: its table, key and value, and what is allowed."""
+    problem = error.errors()[0]
+    kind, value, message = problem["type"], problem["input"], problem["msg"]
+    place, table, path = "", cast(type[_Table], _FaultsFile), list(problem["loc"])
+    match path:
+        case ["fault", int(index), *path]:
+            place, table = f"fault {index + 1}: ", FaultRule
+        case ["listing", key, *path]:
+            place, table, path = "listing: ", _ListingTable, [key]
+    if kind == "value_error":
+        return place + message.removeprefix("Value error, ")
+    key = str(path[0]) if path else "fault"
+    if kind in {"list_type", "model_type"}:
+        return f"{key} = {value!r:.60} is not a [[fault]] table (two brackets) or a [listing] table"
+    if kind == "extra_forbidden":
+        return f"{place}unknown key {key}{_nearest(key, table.model_fields)}"
+    if kind in {"missing", "enum"}:
+        words: Any = table.model_fields[key].annotation  # an enum: no other key is required
+        said = f"{key} is missing" if kind == "missing" else f"unknown {key} {value!r}"
+        return f"{place}{said}{_nearest(str(value), words)}"
+    return f"{place}{key} = {value!r} {message.removeprefix('Input ')}"
 
 
-def _fault(table: _Table) -> FaultRule:
-    at = table.word("at", FaultPoint)
-    do = table.word("do", FaultAction, among=_DEEDS[at], where=f" at {at}")
-    options = _OPTIONS.get(do, frozenset())
-    table.only("at", "do", *_CHOICES, "after", "times", *sorted(options))
-    table.exactly_one("say which calls with", _CHOICES)
-    either = _EITHER.get(do, ())
-    if either:
-        table.exactly_one(f"{do} needs", either)
-    table.demand(options & _REQUIRED - {*either})
-    status = table.whole("status", None, least=500 if do is FaultAction.FAIL else 400, most=599) or 0
-    return FaultRule(
-        at,
-        do,
-        every=table.whole("every", None, least=1),
-        share=table.number("share", None, most=1.0),
-        first=table.whole("first", None, least=1),
-        after=table.whole("after", 0, least=0) or 0,
-        times=table.whole("times", None, least=1),
-        seconds=table.number("seconds", 0.0) or 0.0,
-        reads=table.whole("reads", None, least=1),
-        status=status,
-        retry_after=table.number("retry_after", None),
-        body=table.word("body", Body, Body.HTML if status in _GATEWAY else Body.FAL),
-        retryable=table.flag("retryable", default=True),
-    )
-
-
-_Word = TypeVar("_Word", bound=StrEnum)
-
-
-class _Table:
-    """A table of the file, read key by key; every complaint names the place."""
-
-    def __init__(self, place: str, given: Mapping[str, Any]) -> None:
-        self._place = place
-        self._given = given
-
-    def only(self, *known: str) -> None:
-        for key in self._given:
-            if key not in known:
-                raise ConfigError(f"{self._place}: unknown key {key}{_nearest(key, known)}")
-
-    def exactly_one(self, words: str, names: Collection[str]) -> None:
-        if sum(name in self._given for name in names) != 1:
-            raise ConfigError(f"{self._place}: {words} exactly one of {', '.join(names)}")
-
-    def demand(self, names: Collection[str]) -> None:
-        for name in sorted(names):
-            if name not in self._given:
-                raise ConfigError(f"{self._place}: {self._given['do']} needs {name}")
-
-    def word(
-        self,
-        name: str,
-        kind: type[_Word],
-        default: _Word | None = None,
-        among: Collection[_Word] | None = None,
-        where: str = "",
-    ) -> _Word:
-        known = [word for word in kind if among is None or word in among]
-        value = self._given.get(name, default)
-        if value is None:
-            raise ConfigError(f"{self._place}: {name} is missing; it is one of {', '.join(known)}")
-        if value not in known:
-            raise ConfigError(f"{self._place}: unknown {name} {value!r}{where}{_nearest(str(value), known)}")
-        return kind(value)
-
-    def whole(self, name: str, default: int | None, *, least: int, most: int = 2**53) -> int | None:
-        value = self._given.get(name, default)
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            bounds = f"from {least} to {most}" if most < 2**53 else f"from {least} on"
-            raise ConfigError(f"{self._place}: {name} = {value!r} has to be a whole number {bounds}")
-        return value
-
-    def number(self, name: str, default: float | None, *, most: float = math.inf) -> float | None:
-        value = self._given.get(name, default)
-        if value is None:
-            return None
-        fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not fits or not 0 <= value <= most:
-            bounds = f"from 0 to {most:g}" if most < math.inf else "from 0 on"
-            raise ConfigError(f"{self._place}: {name} = {value!r} has to be a number {bounds}")
-        return float(value)
-
-    def flag(self, name: str, *, default: bool) -> bool:
-        value = self._given.get(name, default)
-        if not isinstance(value, bool):
-            raise ConfigError(f"{self._place}: {name} = {value!r} has to be true or false")
-        return value
-
-
-def _nearest(word: str, known: Collection[str]) -> str:
+def _nearest(word: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(word, sorted(known), 1)
     return (f"; did you mean {near[0]}?" if near else "") + f" (known: {', '.join(known)})"
 
@@ -369,11 +330,13 @@ def read_faults(path: Path) -> FaultPlan:
     """Read a faults file.
 
     Raises:
-        ConfigError: there is none, or it is not one; the message says where.
+        ConfigError: the file cannot be read, or `parse_faults` refuses its text.
     """
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"the faults file {path} cannot be read: {reason}; configs/faults.toml is one") from error
+        raise ConfigError(
+            f"the faults file {path} cannot be read: {reason}; configs/faults.toml is an example"
+        ) from error
     return parse_faults(text, str(path))

@@ -1,8 +1,7 @@
-"""The HTTP face of the queue: parse a request, ask the service, answer. Owns routes, limits and error answers.
+"""Serves the queue over HTTP: parses a request, asks the service, answers. Owns routes, limits and error answers.
 
-Decides nothing about requests (that is the broker) and knows no wire shapes (they are `batch.fal.protocol`'s and
-`answers`'). Every error answer is JSON with an `x-fal-request-id`, which stops the official Python client from
-taking it for a proxy's.
+The service decides about requests; `batch.fal.protocol` and `responses` own the wire shapes. Every error answer is JSON
+with an `x-fal-request-id`: without it, the official Python client treats the error as a proxy's.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable
-from typing import TypeAlias
+from functools import partial
 
 import orjson
 from aiohttp import HttpVersion11, web
@@ -21,14 +20,16 @@ from batch.errors import StorageError
 from batch.fal import protocol
 from batch.fal.endpoint import APP_ID
 from batch.fal.platform import PlatformError, platform_error_reply
-from batch.fal.protocol import Address, Malformed, Operation, Reply
+from batch.fal.protocol import Address, Malformed, Operation
 from batch.server.egress.ssrf import AddressRefused, AddressRule
 from batch.server.http import fal_proxy as proxy
 from batch.server.http import files as uploads
 from batch.server.http import metrics, openapi
 from batch.server.http.auth import Access, Authenticator, Denied, access_of, owner_of, set_owner
+from batch.server.http.bodies import HealthBody
 from batch.server.http.cors import CorsPolicy
 from batch.server.http.page import routes as page
+from batch.server.http.routing import Handler, Route, base_of, read_routes, response
 from batch.server.queue import responses as answers
 from batch.server.queue.records import CompletedRequest, Priority, RetentionOptions
 from batch.server.queue.service import QueueFull, QueueService, RequestState, SubmitOptions
@@ -37,24 +38,22 @@ from batch.system.descriptors import ServerShare, lacks_descriptor
 from batch.types import AppId, RequestId
 from batch.version import tool_version
 
-__all__ = ["BODY_LIMIT_BYTES", "Handler", "application", "response"]
+__all__ = ["BODY_LIMIT_BYTES", "application"]
 
 _log = logging.getLogger(__name__)
 
 BODY_LIMIT_BYTES = 72 * 2**20
-"""Of a submit: a source image of 50 MiB as a data URI, and the rest."""
+"""Largest body of a submit: a source image of 50 MiB as a data URI, plus the other fields."""
 BODY_SECONDS = 300.0
-"""How long a submit's body may take to arrive."""
+"""Time limit for the body of a submit."""
 KEEP_ALIVE_SECONDS = 5.0
-"""Of a status stream: clients want a sign of life every 10 s."""
+"""Interval of comments in a status stream; clients expect data every 10 s."""
 _HELD_SHARE = 0.75
-"""Of all connections, those that may wait for an end (streams, direct calls): the others are for short calls."""
+"""Share of connections that may wait for the end of a request (streams, direct calls); the rest serve short calls."""
 _RETRY_SECONDS = "1"
-"""When a call that found no room may come again."""
+"""The `Retry-After` of a call that found no free connection."""
 _TRUE = frozenset({"1", "true", "yes"})
 _READS = frozenset({"GET", "HEAD"})
-
-Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def application(
@@ -62,23 +61,23 @@ def application(
     authenticator: Authenticator,
     permitted: AddressRule,
     app_id: AppId = APP_ID,
-    more: Iterable[tuple[str, str, Handler]] = (),
+    more: Iterable[Route] = (),
     *,
     idempotency: bool = True,
     middleware: Middleware | None = None,
     share: ServerShare | None = None,
 ) -> web.Application:
-    """The server's routes. Paths that have none of their own belong to the queue.
+    """Build the server's application. The queue handles every path that has no route of its own.
 
     Args:
         service: the queue.
-        authenticator: says whose a call is.
-        permitted: which addresses webhooks may go to.
-        app_id: the one endpoint that is served.
-        more: method, path and handler of routes beside the queue's and the files'.
-        idempotency: whether a repeated `Idempotency-Key` is honoured.
-        middleware: called around every handler; fault injection is one.
-        share: what may be open at once; None: as much as comes.
+        authenticator: finds the owner of a call.
+        permitted: the addresses that webhooks may use.
+        app_id: the served endpoint.
+        more: further routes.
+        idempotency: whether the server honours a repeated `Idempotency-Key`.
+        middleware: wraps every handler; fault injection is one.
+        share: limits of open connections and files; None: no limits.
     """
     face = _QueueApi(
         service,
@@ -90,8 +89,8 @@ def application(
     )
     app = web.Application(client_max_size=BODY_LIMIT_BYTES)
     known = (
-        *((method, "/health", face.health) for method in ("GET", "HEAD")),
-        *((method, "/openapi.json", face.schema) for method in ("GET", "HEAD")),
+        *read_routes("/health", face.health),
+        *read_routes("/openapi.json", face.schema),
         ("POST", "/run/{app:.+}", face.run),
         *proxy.routes(),
         *uploads.routes(service, authenticator, None if share is None else share.downloads),
@@ -108,13 +107,8 @@ def application(
     return app
 
 
-def response(reply: Reply) -> web.Response:
-    """A protocol reply as aiohttp sends it."""
-    return web.Response(status=reply.status, body=reply.body, headers=reply.headers)
-
-
 class _QueueApi:
-    """The handlers, with what they need."""
+    """The handlers and their dependencies."""
 
     def __init__(
         self,
@@ -132,18 +126,18 @@ class _QueueApi:
         self._app_id = app_id
         self._idempotency = idempotency
         self._held, self._held_limit = 0, held
-        """Connections that wait for an end."""
+        """Connections that wait for the end of a request."""
         self._crossing = CorsPolicy(keyed=authenticator.keyed)
         self._owner, self._alias, _ = protocol.split_app(app_id)
         self._schema = b""
 
     def guarded(self, handler: Handler, access: Access = Access.KEY) -> Handler:
-        """Find out whose the call is (`owner_of` tells handlers), and turn what a handler raises into an answer."""
+        """Wrap a handler: set the owner of the call (see `owner_of`), and convert exceptions to answers."""
 
         async def handle(request: web.Request) -> web.StreamResponse:
             answer: web.StreamResponse
             try:
-                if request.method == "OPTIONS":  # a browser asks, without a key, whether it may ask with one
+                if request.method == "OPTIONS":  # a browser's preflight, which has no key
                     return self._crossed(request, web.Response(status=204))
                 self._crossing.check(request.host)
                 set_owner(request, self._authenticator.owner(_authorization(request), access))
@@ -152,7 +146,7 @@ class _QueueApi:
                 answer = self._deny(request, denied)
             except StorageError as error:
                 if lacks_descriptor(error):
-                    answer = self._no_room(error)
+                    answer = self._no_descriptor(error)
                 else:
                     self._service.disk_refused(error)
                     answer = self._refuse(503, str(error), "internal_error")
@@ -164,9 +158,9 @@ class _QueueApi:
                 answer = self._refuse(499, "The caller hung up", "client_disconnected")  # nobody reads it
             except Exception as error:  # the boundary between one call and the server
                 if lacks_descriptor(error):
-                    answer = self._no_room(error)
+                    answer = self._no_descriptor(error)
                 else:
-                    _log.exception("%s %s failed in a way that nobody foresaw", request.method, request.path)
+                    _log.exception("%s %s failed unexpectedly", request.method, request.path)
                     answer = self._refuse(500, "Internal Server Error", "internal_error")
             self._crossed(request, answer)
             self._service.tally.answered(request.method, request.path, answer.status)
@@ -175,7 +169,7 @@ class _QueueApi:
         return handle
 
     async def expect(self, request: web.Request) -> web.Response | None:
-        """Answer an `Expect` header, which is read before the handlers: aiohttp's own answer repeats it as it came."""
+        """Answer an `Expect` header before the handlers run; aiohttp's own answer echoes the header unescaped."""
         expected = request.headers.get("expect", "")
         if request.version < HttpVersion11:
             return None
@@ -186,34 +180,34 @@ class _QueueApi:
         return None
 
     async def health(self, _: web.Request) -> web.Response:
-        """What runs here and how much of it."""
+        """Return the engine and the load of the server."""
         info, counts = self._service.engine, self._service.statistics()
-        body = {
-            "engine": info.name,
-            "model": info.model,
-            "revision": info.revision,
-            "safety_checker": info.safety_checker or "not checked",
-            "safety_checked": info.safety_checker is not None,
-            "slots": info.slots,
-            "honours_idempotency_key": self._idempotency,
-            "honours_start_timeout": True,
-            "queue_depth": counts.waiting,
-            "running": counts.running,
-            "accepted": counts.accepted,
-            "submit_posts": self._service.submit_posts,
-            "disk": "ok" if self._service.disk_refuses is None else "refuses",
-        }
-        return web.Response(body=orjson.dumps(body), content_type=protocol.CONTENT_JSON)
+        body = HealthBody(
+            engine=info.name,
+            model=info.model,
+            revision=info.revision,
+            safety_checker=info.safety_checker or "not checked",
+            safety_checked=info.safety_checker is not None,
+            slots=info.slots,
+            honours_idempotency_key=self._idempotency,
+            honours_start_timeout=True,
+            queue_depth=counts.waiting,
+            running=counts.running,
+            accepted=counts.accepted,
+            submit_posts=self._service.submit_posts,
+            disk="ok" if self._service.disk_refuses is None else "refuses",
+        )
+        return web.Response(body=body.model_dump_json().encode(), content_type=protocol.CONTENT_JSON)
 
     async def schema(self, _: web.Request) -> web.Response:
-        """The API in OpenAPI, made when first asked for."""
+        """Return the OpenAPI document, built on the first call."""
         if not self._schema:
             self._schema = orjson.dumps(openapi.document(self._app_id, tool_version()))
         headers = {"content-type": protocol.CONTENT_JSON, protocol.REQUEST_ID: self._service.new_id()}
         return web.Response(body=self._schema, headers=headers)
 
     async def queue(self, request: web.Request) -> web.StreamResponse:
-        """Everything below an app id."""
+        """Handle all calls below an app id."""
         address = protocol.parse_path(request.path)
         if address is None:
             return self._refuse(404, f"Path {request.path} not found", **{protocol.BILLABLE_UNITS: "0"})
@@ -226,18 +220,12 @@ class _QueueApi:
         return await self._read(request, address)
 
     async def run(self, request: web.Request) -> web.StreamResponse:
-        """The direct call, by its path."""
+        """Handle a direct call by its path."""
         return await self._run(request, AppId(request.match_info["app"].strip("/")))
 
     async def _run(self, request: web.Request, app: AppId) -> web.StreamResponse:
-        """The output on the same connection. A lost connection does not cancel the work."""
-        if self._is_full:
-            return self._too_many()
-        self._held += 1
-        try:
-            return await self._run_held(request, app)
-        finally:
-            self._held -= 1
+        """Answer with the output on the same connection. A lost connection does not cancel the work."""
+        return await self._hold(partial(self._run_held, request, app))
 
     async def _run_held(self, request: web.Request, app: AppId) -> web.StreamResponse:
         accepted = await self._accept(request, app)
@@ -249,7 +237,7 @@ class _QueueApi:
                 return self._refuse(503, "The server goes down; the request stays queued", "runner_disconnected")
             await self._service.changed(accepted, KEEP_ALIVE_SECONDS)
             known = await self._service.find(accepted, expired=True)
-        if known is None:  # it ended and was forgotten between two looks
+        if known is None:  # it ended and expired between two reads
             return response(answers.not_found_reply(accepted))
         return await self._result(request, accepted, known)
 
@@ -259,10 +247,10 @@ class _QueueApi:
         accepted = await self._accept(request, app)
         if isinstance(accepted, web.Response):
             return accepted
-        return response(protocol.accepted_reply(_base(request), app, accepted, self._service.position(accepted)))
+        return response(protocol.accepted_reply(base_of(request), app, accepted, self._service.position(accepted)))
 
     async def _accept(self, request: web.Request, app: AppId) -> RequestId | web.Response:
-        """The id of the accepted request, or the answer that refuses it."""
+        """Accept a request: return its id, or the answer that refuses it."""
         self._service.submit_posts += 1
         if app != self._app_id:
             return self._unknown_app(app)
@@ -275,18 +263,15 @@ class _QueueApi:
             limit = BODY_LIMIT_BYTES // 2**20
             return self._refuse(413, f"The body is larger than {limit} MiB; upload the image and send its URL")
         except Malformed as error:
-            errors = [answers.model_error("json_invalid", str(error), ("body",), {}, None)]
-            return response(protocol.model_error_reply(422, errors, self._service.new_id()))
+            return self._invalid("json_invalid", str(error), "body")
         except AddressRefused as refusal:
             message = f"This webhook cannot be called: {refusal} (serve --allow-private permits loopback and private)"
-            errors = [answers.model_error("url_error", message, ("query", "fal_webhook"), {}, None)]
-            return response(protocol.model_error_reply(422, errors, self._service.new_id()))
+            return self._invalid("url_error", message, "query", "fal_webhook")
         except QueueFull as full:
             return self._refuse(429, f"Not accepted: {full}")
         if not admission.same_input:
             message = "This Idempotency-Key was used before with another input; use a new key for a new request"
-            errors = [answers.model_error("idempotency_key_reused", message, ("header", "idempotency-key"), {}, None)]
-            return response(protocol.model_error_reply(422, errors, self._service.new_id()))
+            return self._invalid("idempotency_key_reused", message, "header", "idempotency-key")
         return admission.request_id
 
     def _unknown_app(self, app: AppId) -> web.Response:
@@ -304,7 +289,7 @@ class _QueueApi:
         request_id = address.request_id
         assert request_id is not None, "only a submit has none"
         known = await self._service.find(request_id) if len(request_id) == 36 else None
-        # Another owner's request is no request: whoever asks does not learn that it is there.
+        # For another owner, a request does not exist: the answer must not reveal it.
         owner = owner_of(request)
         if known is None or (owner and known.owner != owner):
             return response(answers.not_found_reply(self._service.new_id()))
@@ -314,13 +299,7 @@ class _QueueApi:
             case Operation.STATUS:
                 return self._status(request, request_id, known)
             case Operation.STREAM:
-                if self._is_full:
-                    return self._too_many()
-                self._held += 1
-                try:
-                    return await self._stream(request, request_id, known)
-                finally:
-                    self._held -= 1
+                return await self._hold(partial(self._stream, request, request_id, known))
             case Operation.CANCEL:
                 outcome = await self._service.cancel(request_id)
                 return response(protocol.cancel_reply(outcome, request_id))
@@ -329,18 +308,18 @@ class _QueueApi:
 
     def _status(self, request: web.Request, request_id: RequestId, known: RequestState) -> web.Response:
         logs = _wants_logs(request)
-        return response(answers.status_reply(_base(request), known.app, request_id, known.state, logs=logs))
+        return response(answers.status_reply(base_of(request), known.app, request_id, known.state, logs=logs))
 
     async def _result(self, request: web.Request, request_id: RequestId, known: RequestState) -> web.Response:
         if not isinstance(known.state, CompletedRequest):
             return response(answers.still_running_reply(request_id))
         inlined = await self._service.inlined(known.state) if known.state.inline else None
-        return response(answers.result_reply(_base(request), known.state, inlined))
+        return response(answers.result_reply(base_of(request), known.state, inlined))
 
     async def _stream(
         self, request: web.Request, request_id: RequestId, known: RequestState | None
     ) -> web.StreamResponse:
-        """Server-sent events: one at each change, a comment in silence, the end after COMPLETED."""
+        """Send server-sent events: one per change, a comment in each interval without one, the end after COMPLETED."""
         stream = web.StreamResponse(
             headers={
                 "content-type": "text/event-stream",
@@ -349,7 +328,7 @@ class _QueueApi:
             }
         )
         await self._crossed(request, stream).prepare(request)
-        logs, base, last = _wants_logs(request), _base(request), b""
+        logs, base, last = _wants_logs(request), base_of(request), b""
         while known is not None:
             body = answers.status_reply(base, known.app, request_id, known.state, logs=logs).body
             await stream.write(b"data: " + body + b"\n\n" if body != last else b": still here\n\n")
@@ -361,22 +340,28 @@ class _QueueApi:
         await stream.write_eof()
         return stream
 
-    @property
-    def _is_full(self) -> bool:
-        return self._held_limit is not None and self._held >= self._held_limit
+    async def _hold(self, work: Callable[[], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
+        """Count a connection that waits for the end of a request, or refuse it."""
+        if self._held_limit is not None and self._held >= self._held_limit:
+            return self._refuse_for_now(
+                f"{self._held} connections wait for the end of a request, and no more may; submit and read its status"
+            )
+        self._held += 1
+        try:
+            return await work()
+        finally:
+            self._held -= 1
 
-    def _too_many(self) -> web.Response:
-        message = f"{self._held} connections wait for the end of a request, and no more may; submit and read its status"
-        return self._refuse(429, message, **{"retry-after": _RETRY_SECONDS})
-
-    def _no_room(self, error: Exception) -> web.Response:
-        """Nothing was accepted, and nothing is wrong with the call."""
+    def _no_descriptor(self, error: Exception) -> web.Response:
         self._service.lacked_descriptor(error)
-        message = "The server has too many files open; try again"
+        return self._refuse_for_now("The server has too many files open; try again")
+
+    def _refuse_for_now(self, message: str) -> web.Response:
+        """Refuse a correct call before the server accepts anything."""
         return self._refuse(429, message, **{"retry-after": _RETRY_SECONDS})
 
     def _crossed(self, request: web.Request, answer: web.StreamResponse) -> web.StreamResponse:
-        """The answer, with what the browser of another origin's page has to know."""
+        """Add the CORS headers for a page of another origin."""
         if (origin := request.headers.get("origin")) is not None:
             self._crossing.allow(origin, answer)
         return answer
@@ -389,20 +374,19 @@ class _QueueApi:
             return response(reply)
         return self._refuse(denied.status, denied.detail, **{"www-authenticate": "Key"})
 
+    def _invalid(self, kind: str, message: str, *place: str) -> web.Response:
+        errors = [answers.model_error(kind, message, place, {}, None)]
+        return response(protocol.model_error_reply(422, errors, self._service.new_id()))
+
     def _refuse(self, status: int, detail: str, error_type: str | None = None, **headers: str) -> web.Response:
         new_id = self._service.new_id()
         return response(protocol.request_error_reply(status, error_type, detail, new_id, **headers))
 
 
 def _authorization(request: web.Request) -> str | None:
-    """The header, if it was sent; several of them are one list, as HTTP has it."""
+    """The header, if present; several headers form one list, as in HTTP."""
     given = request.headers.getall("authorization", ())
     return ", ".join(given) if given else None
-
-
-def _base(request: web.Request) -> str:
-    """Scheme and host as the caller sees them: the URLs that he gets work for him."""
-    return f"{request.scheme}://{request.host}"
 
 
 async def _body(request: web.Request) -> bytes:
@@ -428,15 +412,15 @@ def _wishes(request: web.Request, permitted: AddressRule) -> SubmitOptions:
         priority=Priority.LOW if options.low_priority else Priority.NORMAL,
         start_timeout=options.start_timeout,
         queue_limit=int(limit) if limit.isdecimal() and len(limit) < 20 else None,
-        webhook=webhook_of(webhook, _base(request), permitted) if webhook else None,
+        webhook=webhook_of(webhook, base_of(request), permitted) if webhook else None,
         keeping=RetentionOptions(headers.get("x-fal-store-io") == "0", options.file_seconds),
         tags=options.tags,
     )
 
 
 def _text(header: str | None) -> str | None:
-    """A header whose meaning is the caller's own.
+    """A header with an arbitrary value.
 
-    Bytes that are no UTF-8 arrive as halves of surrogates; their numbers stand in for them, so that two stay two.
+    Bytes that are not UTF-8 arrive as lone surrogates; escapes replace them, so that different values stay different.
     """
     return header if header is None or header.isascii() else header.encode("utf-8", "backslashreplace").decode()

@@ -7,14 +7,13 @@ had been asked for directly. Nothing is ever sent anywhere.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from functools import lru_cache
-from typing import TypeAlias
 
 from aiohttp import web
 from yarl import URL
 
 from batch.server.http.cors import host_of
+from batch.server.http.routing import Route
 
 __all__ = ["PATH", "TARGET", "is_direct", "own_path", "routes"]
 
@@ -35,11 +34,8 @@ _DIRECT = ("fal.run", "falrun.com")
 """Hosts that run at once what is posted to them, and so does every host below them but those of the queue."""
 
 
-_Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-def routes() -> list[tuple[str, str, _Handler]]:
-    """Method, path and handler of each route."""
+def routes() -> list[Route]:
+    """Build the route table."""
     return [(method, PATH, _forward) for method in ("GET", "POST", "PUT", "DELETE")]
 
 

@@ -1,8 +1,8 @@
-"""Files over HTTP: both official upload mechanisms, whole and in parts, and the files themselves.
+"""Uploads and downloads files over HTTP, by both official upload mechanisms, whole and in parts.
 
-Owns the routes below `/storage`, `/files` and `/tokens`. Files are public to whoever knows their name, as on fal;
-names cannot be guessed. The path of an announced upload holds its permission: JavaScript's client sends no key with
-the bytes. An upload id is the same signature of the path, so that nothing has to be remembered of an announcement.
+Owns the routes below `/storage`, `/files` and `/tokens`. Files are public, as on fal, but their names
+cannot be guessed. The path of an announced upload contains its permission, because JavaScript's client sends no key
+with the bytes. An upload id is the same signature of the path, so the server stores nothing about an announcement.
 """
 
 from __future__ import annotations
@@ -10,21 +10,34 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import orjson
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
+from pydantic import ValidationError
 
 from batch.fal import protocol
 from batch.server.files.multipart import PARTS, BadParts, Part, UploadTooLarge
 from batch.server.files.storage import Reservation, content_type_of
 from batch.server.http.auth import Authenticator, owner_of
+from batch.server.http.bodies import (
+    Body,
+    EmptyBody,
+    JoinedBody,
+    MultipartBody,
+    PartBody,
+    PartListBody,
+    ReservedBody,
+    StoredBody,
+    TokenBody,
+)
+from batch.server.http.routing import Route, base_of, read_routes, response
 from batch.server.queue.service import QueueService
 from batch.system.descriptors import patiently
 from batch.types import JsonObject
@@ -34,9 +47,9 @@ __all__ = ["UPLOAD_LIMIT_BYTES", "routes"]
 UPLOAD_LIMIT_BYTES = 100 * 2**20
 """The official clients send anything larger in parts."""
 SILENCE_SECONDS = 60.0
-"""How long a sender may say nothing in the middle of a file."""
+"""Longest pause in the middle of an upload."""
 _FILE_HEADERS = {
-    # Somebody else's bytes under our origin: a browser must neither guess what they are nor run them.
+    # Uploads share our origin: a browser must neither guess their type nor run them.
     "x-content-type-options": "nosniff",
     "content-security-policy": "default-src 'none'; sandbox",
     "cache-control": "public, max-age=31536000, immutable",
@@ -45,13 +58,9 @@ _FILE_HEADERS = {
 
 _PATH = "{path:/files/[^/]+/[^/]+}"
 
-_Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-
-def routes(
-    service: QueueService, authenticator: Authenticator, downloads: int | None = None
-) -> list[tuple[str, str, _Handler]]:
-    """Method, path and handler of each route; `downloads` large files are sent at once, others wait."""
+def routes(service: QueueService, authenticator: Authenticator, downloads: int | None = None) -> list[Route]:
+    """Build the route table; at most `downloads` large files are sent at once, others wait."""
     files = _Files(service, authenticator, downloads)
     return [
         ("POST", "/storage/auth/token", files.token),
@@ -65,13 +74,12 @@ def routes(
         ("POST", "/files/upload/multipart", files.begin),
         ("PUT", "/files/{prefix}/{name}/multipart/{token}/{number}", files.put_part),
         ("POST", "/files/{prefix}/{name}/multipart/{token}/complete", files.complete),
-        ("GET", "/files/{prefix}/{name}", files.get),
-        ("HEAD", "/files/{prefix}/{name}", files.get),
+        *read_routes("/files/{prefix}/{name}", files.get),
     ]
 
 
 class _Files:
-    """The handlers, with what they need."""
+    """The handlers and their dependencies."""
 
     def __init__(self, service: QueueService, authenticator: Authenticator, downloads: int | None) -> None:
         self._sending = nullcontext() if downloads is None else asyncio.Semaphore(downloads)
@@ -80,48 +88,40 @@ class _Files:
         self._storage = service.storage
 
     async def token(self, request: web.Request) -> web.Response:
-        """A CDN token, as Python's client wants one before it uploads: it stands in for the caller's key."""
+        """Return a CDN token, which Python's client requests before an upload; it replaces the caller's key."""
         token = self._authenticator.token(owner_of(request))
-        answer: JsonObject = {
-            "token": token.text,
-            "token_type": "Bearer",
-            "base_url": _base(request),
-            # With an offset, not with Z: older Pythons cannot read that.
-            "expires_at": datetime.fromtimestamp(token.expires_at, UTC).isoformat(),
-        }
-        return self._json(answer)
+        # With an offset, because older Pythons cannot read Z.
+        expires_at = datetime.fromtimestamp(token.expires_at, UTC).isoformat()
+        base, kind = base_of(request), "Bearer"
+        return self._json(TokenBody(token=token.text, token_type=kind, base_url=base, expires_at=expires_at))
 
     async def realtime_token(self, request: web.Request) -> web.Response:
-        """A short-lived token as a JSON string. Nothing here is reached with it yet: there is no websocket."""
+        """Return a short-lived token as a JSON string. The server has no websocket that accepts it."""
         text = self._authenticator.token(owner_of(request)).text
         own = {"content-type": protocol.CONTENT_JSON, protocol.REQUEST_ID: self._service.new_id()}
         return web.Response(body=orjson.dumps(text), headers=own)
 
     async def initiate(self, request: web.Request) -> web.Response:
-        """Announce an upload: where to put the bytes and where they will be found (the JavaScript client's way)."""
+        """Announce an upload: return the URL for the bytes and the URL of the file (JavaScript's client)."""
         content_type = (await _object_in(request)).get("content_type")
         reserved = await self._reserve(request, content_type if isinstance(content_type, str) else None)
-        base = _base(request)
-        return self._json(
-            {
-                "upload_url": f"{base}/storage/upload/{reserved.token}{reserved.path}",
-                "file_url": base + reserved.path,
-            }
-        )
+        base = base_of(request)
+        upload_url = f"{base}/storage/upload/{reserved.token}{reserved.path}"
+        return self._json(ReservedBody(upload_url=upload_url, file_url=base + reserved.path))
 
     async def begin(self, request: web.Request) -> web.Response:
-        """Announce an upload in parts (Python's way)."""
+        """Announce an upload in parts (Python's client)."""
         reserved = await self._reserve(request, request.headers.get("content-type"))
-        return self._json({"access_url": _base(request) + reserved.path, "uploadId": reserved.token})
+        return self._json(MultipartBody(access_url=base_of(request) + reserved.path, uploadId=reserved.token))
 
     async def put(self, request: web.Request) -> web.Response:
-        """The bytes of an announced upload; the token in the path is the permission."""
+        """Store the bytes of an announced upload; the token in the path is the permission."""
         path = self._announced(request)
         await self._receive(request, path)
-        return self._json({}, etag=f'"{path.rpartition("/")[2]}"')
+        return self._json(EmptyBody(), etag=f'"{path.rpartition("/")[2]}"')
 
     async def put_part(self, request: web.Request) -> web.Response:
-        """One part of an announced upload. Python reads the `etag` header, JavaScript the body."""
+        """Store one part of an announced upload. Python reads the `etag` header, JavaScript the body."""
         path, number = self._announced(request), request.match_info["number"]
         if re.fullmatch("[1-9][0-9]{0,3}", number) is None or int(number) > PARTS:
             raise web.HTTPBadRequest(text=f"A part's number is from 1 to {PARTS}, not {number[:20]}")
@@ -131,25 +131,25 @@ class _Files:
         except UploadTooLarge as error:
             raise web.HTTPRequestEntityTooLarge(0, text=f"This upload is too large: {error}") from error
         etag = f'"{tag}"'
-        return self._json({"partNumber": int(number), "etag": etag}, etag=etag)
+        return self._json(PartBody(partNumber=int(number), etag=etag), etag=etag)
 
     async def complete(self, request: web.Request) -> web.Response:
-        """All parts of an announced upload have come: they become the file."""
+        """Join all parts of an announced upload into the file."""
         path = self._announced(request)
         try:
             await self._storage.join_parts(path, _parts_in(await _object_in(request)))
         except BadParts as error:
             raise web.HTTPBadRequest(text=f"The upload cannot be completed: {error}") from error
-        url = _base(request) + path
-        return self._json({"access_url": url, "file_url": url}, etag=f'"{path.rpartition("/")[2]}"')
+        url = base_of(request) + path
+        return self._json(JoinedBody(access_url=url, file_url=url), etag=f'"{path.rpartition("/")[2]}"')
 
     async def upload(self, request: web.Request) -> web.Response:
-        """Raw bytes in, URL out (Python's way)."""
+        """Store a file and return its URL (Python's client)."""
         path = await self._receive(request, None)
-        return self._json({"access_url": _base(request) + path}, etag=f'"{path.rpartition("/")[2]}"')
+        return self._json(StoredBody(access_url=base_of(request) + path), etag=f'"{path.rpartition("/")[2]}"')
 
     async def get(self, request: web.Request) -> web.StreamResponse:
-        """A file: with type, length, ETag, ranges and HEAD."""
+        """Send a file, with type, length, ETag, ranges and HEAD."""
         path = request.path
         found = await self._storage.find(path)
         if found is None:
@@ -170,7 +170,7 @@ class _Files:
         return reserved
 
     def _announced(self, request: web.Request) -> str:
-        """The path that an upload was announced for."""
+        """Return the announced path of an upload."""
         known = request.match_info
         path = known["path"] if "path" in known else f"/files/{known['prefix']}/{known['name']}"
         if self._storage.path_in(path) != path or not self._storage.may_write(path, known["token"]):
@@ -188,13 +188,12 @@ class _Files:
         except UploadTooLarge as error:
             raise web.HTTPRequestEntityTooLarge(UPLOAD_LIMIT_BYTES, text=too_large) from error
 
-    def _json(self, value: JsonObject, **headers: str) -> web.Response:
-        own = {"content-type": protocol.CONTENT_JSON, protocol.REQUEST_ID: self._service.new_id()}
-        return web.Response(body=orjson.dumps(value), headers=own | headers)
+    def _json(self, body: Body, **headers: str) -> web.Response:
+        return response(protocol.json_reply(200, body.model_dump(), self._service.new_id(), headers))
 
 
 class _FileResponse(web.FileResponse):
-    """A file on disk, which is open while it is sent."""
+    """A file on disk that stays open during the transfer."""
 
     def __init__(self, path: Path, headers: dict[str, str], turn: AbstractAsyncContextManager[object]) -> None:
         super().__init__(path, headers=headers)
@@ -205,12 +204,12 @@ class _FileResponse(web.FileResponse):
             return await super().prepare(request)
 
     def _make_response(self, *arguments: Any) -> Any:
-        """Open it, in a thread. aiohttp would answer 404 where it cannot be opened for want of a descriptor."""
+        """Open the file, in a thread. Without retries, aiohttp answers 404 if no descriptor is free."""
         return patiently(partial(super()._make_response, *arguments), time.sleep)
 
 
 async def _chunks(request: web.Request) -> AsyncIterator[bytes]:
-    """The body as it comes."""
+    """Yield the body in chunks as they arrive."""
     while True:
         try:
             async with asyncio.timeout(SILENCE_SECONDS):
@@ -227,7 +226,7 @@ def _silent() -> web.HTTPRequestTimeout:
 
 
 async def _object_in(request: web.Request) -> JsonObject:
-    """The JSON object that was sent; an empty one where nothing was."""
+    """Read the JSON object in the body; an empty body is an empty object."""
     try:
         async with asyncio.timeout(SILENCE_SECONDS):
             body = await request.read()
@@ -239,20 +238,13 @@ async def _object_in(request: web.Request) -> JsonObject:
 
 
 def _parts_in(body: JsonObject) -> list[Part]:
-    """Which parts make the file, as its sender says.
+    """Read the list of parts that form the file.
 
     Raises:
-        BadParts: it does not say so.
+        BadParts: the list is missing, empty or malformed.
     """
-    listed = body.get("parts")
-    found: list[Part] = []
-    for one in listed if isinstance(listed, list) else []:
-        number, tag = (one.get("partNumber"), one.get("etag")) if isinstance(one, dict) else (None, None)
-        if not isinstance(number, int) or not isinstance(tag, str):
-            raise BadParts('name each as {"partNumber": 1, "etag": "..."}')
-        found.append(Part(number, tag.removeprefix("W/").strip('"')))
-    return found
-
-
-def _base(request: web.Request) -> str:
-    return f"{request.scheme}://{request.host}"
+    try:
+        listed = PartListBody.model_validate(body, strict=True)
+    except ValidationError as error:
+        raise BadParts('name each as {"partNumber": 1, "etag": "..."}') from error
+    return [Part(part.partNumber, part.etag.removeprefix("W/").strip('"')) for part in listed.parts]

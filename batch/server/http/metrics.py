@@ -7,12 +7,13 @@ no path, no id, no prompt.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from itertools import accumulate
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 from aiohttp import web
 
+from batch.server.http.routing import Route, read_routes
 from batch.server.queue.service import QueueService
 from batch.server.queue.stats import SECONDS_BOUNDS, EndKind
 from batch.version import tool_version
@@ -23,13 +24,10 @@ if TYPE_CHECKING:
 
 __all__ = ["routes"]
 
-_Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-
-def routes(service: QueueService) -> list[tuple[str, str, _Handler]]:
-    """Method, path and handler of each route."""
-    metrics = _Metrics(service)
-    return [("GET", "/metrics", metrics.get), ("HEAD", "/metrics", metrics.get)]
+def routes(service: QueueService) -> list[Route]:
+    """Build the route table."""
+    return read_routes("/metrics", _Metrics(service).get)
 
 
 class _Metrics:

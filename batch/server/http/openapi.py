@@ -1,583 +1,362 @@
-"""The server's API described in OpenAPI 3.1: what `GET /openapi.json` answers. Pure.
+"""The server's API as an OpenAPI 3.1 document: what `GET /openapi.json` answers. Pure.
 
-Input and output are generated from the types of `batch.fal.endpoint`; everything around them, calls, answers and error
-bodies, is written here once and held against the running server by a test. Refuses to know how anything is done.
+Pydantic models describe the bodies and the queries: `bodies`, `batch.fal.endpoint` and `batch.fal.platform_queries`.
+This module adds paths, headers and status codes; a test compares the document with a running server.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias
 
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from batch.fal import protocol
 from batch.fal.endpoint import APP_ID, ImageToImageInput, ImageToImageOutput
-from batch.fal.platform import BILLING_LIMIT, PAGE_LIMIT, PlatformError
-from batch.fal.platform_queries import ID_LIMIT, ChargeSource, EstimateKind, RequestOutcome, SortBy
-from batch.types import AppId, Json, JsonObject
+from batch.fal.platform_queries import BillingQuery, CallEstimate, ListingQuery, PricingQuery, UnitEstimate
+from batch.server.http import bodies
+from batch.types import AppId, JsonObject
 
 __all__ = ["document"]
 
-_JSON = protocol.CONTENT_JSON
-_TEXT: JsonObject = {"type": "string"}
-_URL: JsonObject = {"type": "string", "format": "uri"}
-_INSTANT: JsonObject = {"type": "string", "format": "date-time"}
-_NUMBER: JsonObject = {"type": "number"}
-_TAG_FILTERS: JsonObject = {
-    "type": "array",
-    "items": {"type": "string", "pattern": "^[^=,]+=[^,]*$"},
-    "minItems": 1,
-    "maxItems": protocol.TAG_PAIRS,
-}
-_AMOUNT: JsonObject = {"type": "number", "minimum": 0}
-_CURSOR: JsonObject = {"type": ["string", "null"], "description": "of the next page; null on the last one"}
-_NAME: JsonObject = {"type": "string", "pattern": "^[0-9a-f]{32}$"}
-_BYTES: JsonObject = {"required": True, "content": {"application/octet-stream": {"schema": _TEXT}}}
-_UUID: JsonObject = {"type": "string", "format": "uuid"}
+_Object: TypeAlias = dict[str, Any]
+"""A part of the document. A model may stand for its schema; `document` replaces it with a reference."""
+_Schema: TypeAlias = type[BaseModel] | _Object
+
+_REFERENCE = "#/components/schemas/{model}"
+_TEXT = {"type": "string"}
+_UUID = {"type": "string", "format": "uuid"}
+_BYTES = {"required": True, "content": {"application/octet-stream": {"schema": _TEXT}}}
 
 
 def document(app_id: AppId = APP_ID, version: str = "0") -> JsonObject:
-    """The whole description.
+    """Describe the whole API.
 
     Args:
-        app_id: the one endpoint that is served.
+        app_id: the served endpoint.
         version: of restyle.
     """
+    models: set[type[BaseModel]] = set()
+    paths = _with_references({**_queue(app_id), **_files(), **_platform(), **_server()}, models)
+    _, schemas = models_json_schema(
+        [(model, "validation") for model in sorted(models, key=lambda model: model.__name__)],
+        ref_template=_REFERENCE,
+    )
     return {
         "openapi": "3.1.0",
         "info": {
             "title": f"restyle serve: {app_id}",
             "version": version,
             "description": (
-                "FLUX.1 [dev] image-to-image behind fal's queue protocol, on a machine of your own. Without keys the"
-                " server listens on loopback only and asks nobody for one."
+                "FLUX.1 [dev] image-to-image behind fal's queue protocol, on your own machine. Without keys, the server"
+                " listens on loopback only and requires no key."
             ),
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "servers": [{"url": "/"}],
         "security": [{}, {"key": []}],
         "tags": [{"name": name} for name in ("queue", "files", "platform", "server")],
-        "paths": {**_queue(app_id), **_files(), **_platform(), **_server()},
+        "paths": paths,
         "components": {
             "securitySchemes": {
                 "key": {
                     "type": "apiKey",
                     "in": "header",
                     "name": "Authorization",
-                    "description": "`Key NAME:SECRET`, as the official clients send FAL_KEY",
+                    "description": "`Key NAME:SECRET`, as the official clients send FAL_KEY.",
                 }
             },
-            "schemas": _schemas(),
+            "schemas": schemas["$defs"],
         },
     }
+
+
+def _with_references(value: Any, models: set[type[BaseModel]]) -> Any:
+    """The value with a reference in place of each model; adds the models to `models`."""
+    if isinstance(value, type):
+        models.add(value)
+        return {"$ref": _REFERENCE.format(model=value.__name__)}
+    if isinstance(value, dict):
+        return {str(key): _with_references(one, models) for key, one in value.items()}
+    return [_with_references(one, models) for one in value] if isinstance(value, list) else value
 
 
 # --- the paths --------------------------------------------------------------------------------------------
 
 
-def _queue(app_id: AppId) -> JsonObject:
+def _queue(app_id: AppId) -> _Object:
     owner, alias, _ = protocol.split_app(app_id)
     requests = f"/{owner}/{alias}/requests/{{request_id}}"
-    request_id = _parameter("request_id", "path", _UUID, "as the submit answered it", required=True)
-    logs = _parameter("logs", "query", {"enum": ["0", "1", "false", "true"]}, "whether log lines are answered too")
+    shared = {"parameters": [_parameter("request_id", "path", _UUID, "The id from the submit response.")]}
+    logs = _parameter("logs", "query", {"enum": ["0", "1", "false", "true"]}, "Whether to include log lines.")
+    wishes = _request_headers()
+    output = _response(ImageToImageOutput, text="The output.", headers=_RESULT_HEADERS)
+    outcomes = {
+        422: _response(bodies.ModelErrorBody, text="The input is invalid.", headers=_RESULT_HEADERS),
+        499: _response(bodies.RequestErrorBody, text="The request was cancelled.", headers=_RESULT_HEADERS),
+        500: _response(*_EITHER_ERROR, text="The engine failed.", headers=_RESULT_HEADERS),
+        504: _response(*_EITHER_ERROR, text="The request did not start in time.", headers=_RESULT_HEADERS),
+    }
     submit = _operation(
-        "submit",
         "queue",
-        "Accept a request; it is durable when this answers. Its input is judged when it is executed.",
-        {200: _answer("accepted", "Ticket"), **_refusals(401, 403, 404, 413, 422, 429, 503)},
-        [
-            *_wishes(),
-            _parameter("fal_webhook", "query", _URL, "told of the end"),
-            _parameter("fal_max_queue_length", "query", {"type": "integer", "minimum": 0}, "else 429"),
-            _parameter("Idempotency-Key", "header", {"type": "string", "maxLength": 255}, "same key, same request"),
-        ],
-        _body("ImageToImageInput"),
+        "submit",
+        "Submit a request. The response confirms that it is stored; the input is validated on execution.",
+        {200: _response(bodies.TicketBody), **_errors(401, 403, 404, 413, 422, 429, 503)},
+        *wishes,
+        _parameter("fal_webhook", "query", {**_TEXT, "format": "uri"}, "URL that receives the result."),
+        _parameter("fal_max_queue_length", "query", {"type": "integer", "minimum": 0}, "Limit for 429."),
+        _parameter(
+            "Idempotency-Key", "header", {**_TEXT, "maxLength": 255}, "A repeated key returns the same request."
+        ),
+        body=ImageToImageInput,
     )
     run = _operation(
-        "run",
         "queue",
-        "Execute a request and answer with its output on the same connection.",
-        {200: _answer("the output", "ImageToImageOutput", _RESULT_HEADERS), **_outcomes(401, 403, 404, 413, 503)},
-        _wishes(),
-        _body("ImageToImageInput"),
+        "run",
+        "Execute a request and return its output on the same connection.",
+        {200: output, **_errors(401, 403, 404, 413, 503), **outcomes},
+        *wishes,
+        body=ImageToImageInput,
     )
     result = _operation(
-        "result",
         "queue",
-        "The output of a request that has ended, or its error with the status that the model gave.",
+        "result",
+        "Get the output of a finished request, or its error with the status from the model.",
         {
-            200: _answer("the output", "ImageToImageOutput", _RESULT_HEADERS),
-            400: _answer("it has not ended", "RequestError"),
-            **_outcomes(401, 403, 404),
+            200: output,
+            400: _response(bodies.RequestErrorBody, text="The request is not finished."),
+            **_errors(401, 403, 404),
+            **outcomes,
+        },
+    )
+    status = _operation(
+        "queue",
+        "status",
+        "Get the status of a request. COMPLETED includes failures; the result tells them apart.",
+        {
+            202: _response(
+                bodies.InQueueBody, bodies.InProgressBody, text="The status of a waiting or running request."
+            ),
+            200: _response(bodies.CompletedBody),
+            **_errors(401, 403, 404),
+        },
+        logs,
+    )
+    stream = _operation(
+        "queue",
+        "stream",
+        "Stream the status as server-sent events: one event per change, COMPLETED is the last.",
+        {200: _content("The events.", "text/event-stream", _TEXT), **_errors(401, 403, 404)},
+        logs,
+    )
+    cancel = _operation(
+        "queue",
+        "cancel",
+        "Remove a request from the queue, or ask the engine to stop it. The request may still finish.",
+        {
+            202: _response(bodies.CancellationBody),
+            400: _response(bodies.AlreadyCompletedBody),
+            **_errors(401, 403, 404),
         },
     )
     return {
         f"/{app_id}": {"post": submit},
         f"/run/{app_id}": {"post": run},
-        requests: {"parameters": [request_id], "get": result},
-        f"{requests}/status": {
-            "parameters": [request_id],
-            "get": _operation(
-                "status",
-                "queue",
-                "Where a request stands. COMPLETED may be a failure: the result says.",
-                {
-                    202: _answer("it waits or runs", "InQueue", others=("InProgress",)),
-                    200: _answer("it has ended", "Completed"),
-                    **_refusals(401, 403, 404),
-                },
-                [logs],
-            ),
-        },
-        f"{requests}/status/stream": {
-            "parameters": [request_id],
-            "get": _operation(
-                "stream",
-                "queue",
-                "The same as server-sent events: one at each change, the last one COMPLETED.",
-                {
-                    200: {"description": "events", "content": {"text/event-stream": {"schema": _TEXT}}},
-                    **_refusals(401, 403, 404),
-                },
-                [logs],
-            ),
-        },
-        f"{requests}/cancel": {
-            "parameters": [request_id],
-            "put": _operation(
-                "cancel",
-                "queue",
-                "Take a request out of the queue, or ask its engine to stop; it may finish all the same.",
-                {
-                    202: _answer("asked", "CancellationRequested"),
-                    400: _answer("too late", "AlreadyCompleted"),
-                    **_refusals(401, 403, 404),
-                },
-            ),
-        },
+        requests: {**shared, "get": result},
+        f"{requests}/status": {**shared, "get": status},
+        f"{requests}/status/stream": {**shared, "get": stream},
+        f"{requests}/cancel": {**shared, "put": cancel},
     }
 
 
-def _wishes() -> list[JsonObject]:
+def _request_headers() -> list[_Object]:
     seconds = {"type": "number", "exclusiveMinimum": 0.1}
+    life = 'Lifetime of the result files: `{"expiration_duration_seconds": 604800}`.'
     return [
-        _parameter("X-Fal-Request-Start-Timeout", "header", seconds, "not started within so many seconds: 504"),
-        _parameter("X-Fal-Request-Timeout", "header", seconds, "the older name of it"),
-        _parameter("X-Fal-Queue-Priority", "header", {"enum": ["normal", "low"]}, "low waits behind every normal one"),
-        _parameter(
-            "X-Fal-Object-Lifecycle-Preference",
-            "header",
-            _TEXT,
-            'lifetime of the result files: `{"expiration_duration_seconds": 604800}`',
-        ),
-        _parameter("X-Fal-Tags", "header", _TEXT, "up to 10 labels, `team=design,env=prod`; billing events show them"),
+        _parameter("X-Fal-Request-Start-Timeout", "header", seconds, "Seconds to wait for the start; then 504."),
+        _parameter("X-Fal-Request-Timeout", "header", seconds, "Older name of X-Fal-Request-Start-Timeout."),
+        _parameter("X-Fal-Queue-Priority", "header", {"enum": ["normal", "low"]}, "A low request runs last."),
+        _parameter("X-Fal-Object-Lifecycle-Preference", "header", _TEXT, life),
+        _parameter("X-Fal-Tags", "header", _TEXT, "Up to 10 labels for billing events: `team=design,env=prod`."),
     ]
 
 
-def _files() -> JsonObject:
-    announced, part, joined = "/storage/upload/{token}/files/{prefix}/{name}", "/{number}", "/complete"
-    in_parts = "/files/{prefix}/{name}/multipart/{token}"
-    refused = _refusals(401, 403)
+def _files() -> _Object:
+    announced, in_parts = "/storage/upload/{token}/files/{prefix}/{name}", "/files/{prefix}/{name}/multipart/{token}"
+    file = [
+        _parameter("prefix", "path", {**_TEXT, "pattern": "^[0-9a-f]{2}$"}, "First part of the file's name."),
+        _parameter("name", "path", {**_TEXT, "pattern": "^[0-9a-f]{32}([.][a-z0-9]{1,8})?$"}, "The file's name."),
+    ]
+    token = _parameter("token", "path", {**_TEXT, "pattern": "^[0-9a-f]{32}$"}, "Token of the announced upload.")
+    number = _parameter("number", "path", {"type": "integer", "minimum": 1, "maximum": 1000}, "Number of the part.")
+    invalid = {
+        400: _response(bodies.RequestErrorBody, text="A part is invalid or missing."),
+        422: _response(bodies.RequestErrorBody, text="The body is not a JSON object."),
+    }
+
+    def post(name: str, summary: str, answer: _Object, *errors: int, **more: Any) -> _Object:
+        return {"post": _operation("files", name, summary, {200: answer, **_errors(401, 403, *errors)}, **more)}
+
+    def announce(name: str, summary: str) -> _Object:
+        responses = {200: _response(bodies.ReservedBody), **_errors(401, 403, 413, 422, 503)}
+        storage = _parameter("storage_type", "query", _TEXT, "Ignored.")
+        return {"post": _operation("files", name, summary, responses, storage, body=bodies.AnnouncementBody)}
+
+    def part(name: str, *errors: int) -> _Object:
+        responses = {200: _response(bodies.PartBody), **_errors(403, 413, 503, *errors), **invalid}
+        operation = _operation("files", name, "Upload one part of an announced file.", responses, body=_BYTES)
+        return {"parameters": [*file, token, number], "put": operation}
+
+    def complete(name: str, *errors: int) -> _Object:
+        responses = {200: _response(bodies.JoinedBody), **_errors(403, 413, 503, *errors), **invalid}
+        operation = _operation("files", name, "Join the uploaded parts.", responses, body=bodies.PartListBody)
+        return {"parameters": [*file, token], "post": operation}
+
+    put = _operation(
+        "files",
+        "put",
+        "Upload the bytes of an announced file.",
+        {200: _response(bodies.EmptyBody, text="The file is stored."), **_errors(403, 413, 503)},
+        body=_BYTES,
+    )
+    get = _operation(
+        "files",
+        "file",
+        "Download a file. The unguessable name is the permission.",
+        {
+            200: _content("The file.", "*/*", {}),
+            206: _content("The requested range.", "*/*", {}),
+            304: {"description": "The file has not changed."},
+            416: {"description": "The file does not have the requested range."},
+            **_errors(404),
+        },
+        public=True,
+    )
     return {
-        "/storage/auth/token": {
-            "post": _operation("token", "files", "A token for uploads.", {200: _answer("it", "Token"), **refused})
-        },
-        "/tokens/": {
-            "post": _operation(
-                "realtimeToken", "files", "A short-lived token.", {200: _answer("it", "TokenText"), **refused}
-            )
-        },
-        "/storage/upload/initiate": {"post": _announcing("initiate", "Announce an upload.")},
-        "/storage/upload/initiate-multipart": {"post": _announcing("initiateParts", "Announce an upload in parts.")},
-        announced: _uploading("put", "put", "The bytes of an announced upload.", "Put"),
-        announced + part: _uploading("putPart", "put", "One part of an announced upload.", "PartPut"),
-        announced + joined: _uploading("complete", "post", "All parts have come: make them one file.", "Joined"),
-        "/files/upload": {
-            "post": _operation(
-                "upload",
-                "files",
-                "Bytes in, URL out.",
-                {200: _answer("the URL", "Stored"), **_refusals(401, 403, 413, 503)},
-                body=_BYTES,
-            )
-        },
-        "/files/upload/multipart": {
-            "post": _operation(
-                "begin",
-                "files",
-                "Announce an upload in parts.",
-                {200: _answer("it", "Begun"), **_refusals(401, 403, 503)},
-            )
-        },
-        in_parts + part: _uploading("filePart", "put", "One part of an announced upload.", "PartPut", 401),
-        in_parts + joined: _uploading("fileComplete", "post", "All parts have come.", "Joined", 401),
-        "/files/{prefix}/{name}": {
-            "parameters": _named(),
-            "get": _operation(
-                "file",
-                "files",
-                "A stored file, for whoever knows its name.",
-                {
-                    200: {"description": "its bytes", "content": {"*/*": {"schema": {}}}},
-                    206: {"description": "the range that was asked for", "content": {"*/*": {"schema": {}}}},
-                    304: {"description": "it has not changed"},
-                    416: {"description": "it has no such range"},
-                    **_refusals(404),
-                },
-                security=[],
-            ),
-        },
+        "/storage/auth/token": post("token", "Get a token for uploads.", _response(bodies.TokenBody)),
+        "/tokens/": post("realtimeToken", "Get a short-lived token.", _response(_TEXT, text="The token.")),
+        "/storage/upload/initiate": announce("initiate", "Announce an upload."),
+        "/storage/upload/initiate-multipart": announce("initiateParts", "Announce an upload in parts."),
+        announced: {"parameters": [*file, token], "put": put},
+        f"{announced}/{{number}}": part("putPart"),
+        f"{announced}/complete": complete("complete"),
+        "/files/upload": post("upload", "Upload a file.", _response(bodies.StoredBody), 413, 503, body=_BYTES),
+        "/files/upload/multipart": post("begin", "Announce an upload in parts.", _response(bodies.MultipartBody), 503),
+        f"{in_parts}/{{number}}": part("filePart", 401),
+        f"{in_parts}/complete": complete("fileComplete", 401),
+        "/files/{prefix}/{name}": {"parameters": file, "get": get},
     }
 
 
-def _announcing(name: str, summary: str) -> JsonObject:
-    responses = {200: _answer("both URLs", "Reserved"), **_refusals(401, 403, 413, 422, 503)}
-    kind = _parameter("storage_type", "query", _TEXT, "passed over")
-    return _operation(name, "files", summary, responses, [kind], _body("Announcement"))
+def _platform() -> _Object:
+    def operation(name: str, summary: str, model: type[BaseModel], *errors: int, **more: Any) -> _Object:
+        responses = {status: _response(bodies.PlatformErrorBody, text=_ERRORS[status]) for status in errors}
+        query = _query(more.pop("query")) if "query" in more else []
+        return _operation("platform", name, summary, {200: _response(model), **responses}, *query, **more)
 
-
-def _uploading(name: str, method: str, summary: str, answer: str, *more: int) -> JsonObject:
-    """A path below an announced upload: whoever knows the token in it may write there."""
-    parameters = [*_named(), _parameter("token", "path", _NAME, "as it was announced", required=True)]
-    responses = {200: _answer("it is durable", answer), **_refusals(403, 413, 503, *more)}
-    body = _body("PartList") if method == "post" else _BYTES
-    if answer != "Put":
-        responses[400] = _answer("a part is wrong or missing", "RequestError")
-        responses[422] = _answer("the body is no JSON object", "RequestError")
-    if answer == "PartPut":
-        number = {"type": "integer", "minimum": 1, "maximum": 1000}
-        parameters.append(_parameter("number", "path", number, "of the part", required=True))
-    return {"parameters": parameters, method: _operation(name, "files", summary, responses, body=body)}
-
-
-def _named() -> list[Json]:
-    prefix = {"type": "string", "pattern": "^[0-9a-f]{2}$"}
-    name = {"type": "string", "pattern": "^[0-9a-f]{32}([.][a-z0-9]{1,8})?$"}
-    return [
-        _parameter("prefix", "path", prefix, "of the name", required=True),
-        _parameter("name", "path", name, "of the file", required=True),
-    ]
-
-
-def _platform() -> JsonObject:
-    apps = _ids("endpoint_id", "the endpoints")
-    span = [
-        _parameter("start", "query", _INSTANT, "default: 24 hours ago"),
-        _parameter("end", "query", _INSTANT, "exclusive; default: now"),
-    ]
-    listing = [
-        {**apps, "required": True},
-        *span,
-        _parameter("status", "query", {"enum": [str(one) for one in RequestOutcome]}, "how they ended"),
-        _parameter("request_id", "query", _UUID, "only this one; then `start` is 90 days ago by default"),
-        _parameter("expand", "query", {"enum": ["payloads"]}, "inputs and outputs too"),
-        _parameter("sort_by", "query", {"enum": [str(one) for one in SortBy]}, "the greatest first"),
-        *_paging(PAGE_LIMIT),
-    ]
-    sources = {"enum": [str(one) for one in ChargeSource]}
-    charges = [
-        apps,
-        _ids("request_id", "only these"),
-        *span,
-        _parameter("source", "query", sources, "tagged-billed: with the tags of each request"),
-        _parameter("tag", "query", _TAG_FILTERS, "key=value, with source=tagged-billed; `(untagged)` as the value"),
-        *_paging(BILLING_LIMIT),
-    ]
+    refused, estimate = (400, 401, 403), {"oneOf": [UnitEstimate, CallEstimate]}
+    listing = operation(
+        "listRequestsByEndpoint", "List requests.", bodies.RequestPageBody, *refused, query=ListingQuery
+    )
+    charges = operation("getBillingEvents", "List charges.", bodies.BillingPageBody, *refused, query=BillingQuery)
+    prices = operation("getPricing", "List prices.", bodies.PricePageBody, *refused, 404, query=PricingQuery)
+    total = operation("estimatePricing", "Estimate a cost.", bodies.EstimateBody, *refused, 404, 413, body=estimate)
     return {
-        "/v1/models/requests/by-endpoint": {
-            "get": _asked("listRequestsByEndpoint", "Requests of the endpoint, page by page.", "RequestPage", listing)
-        },
-        "/v1/models/billing-events": {
-            "get": _asked("getBillingEvents", "What requests cost, the newest first.", "BillingPage", charges)
-        },
-        "/v1/models/pricing": {
-            "get": _asked("getPricing", "What a unit costs.", "PricePage", [{**apps, "required": True}], 404)
-        },
-        "/v1/models/pricing/estimate": {
-            "post": _asked("estimatePricing", "What so much would cost.", "Estimate", [], 404, 413, body="EstimateOf")
-        },
-        "/v1/meta": {"get": _asked("getMeta", "Where webhooks come from.", "Meta", [])},
+        "/v1/models/requests/by-endpoint": {"get": listing},
+        "/v1/models/billing-events": {"get": charges},
+        "/v1/models/pricing": {"get": prices},
+        "/v1/models/pricing/estimate": {"post": total},
+        "/v1/meta": {"get": operation("getMeta", "Get the source addresses of webhooks.", bodies.MetaBody)},
     }
 
 
-def _server() -> JsonObject:
+def _server() -> _Object:
+    def get(name: str, summary: str, text: str, schema: _Schema) -> _Object:
+        answer = _content(text, protocol.CONTENT_JSON, schema)
+        return {"get": _operation("server", name, summary, {200: answer}, public=True)}
+
     return {
-        "/health": {"get": _open("health", "What runs here, and how much of it.", _ref("Health"))},
-        "/openapi.json": {"get": _open("openapi", "This description.", {"type": "object"})},
-        "/.well-known/jwks.json": {"get": _open("keys", "What webhooks are signed with.", _ref("KeySet"))},
+        "/health": get("health", "Get the state of the server.", "The engine and its load.", bodies.HealthBody),
+        "/openapi.json": get("openapi", "Get this document.", "The OpenAPI document.", {"type": "object"}),
+        "/.well-known/jwks.json": get("keys", "Get the webhook keys.", "The public keys.", bodies.KeySetBody),
     }
-
-
-def _open(name: str, summary: str, schema: JsonObject) -> JsonObject:
-    """What anybody may read."""
-    answer: JsonObject = {"description": "it", "content": {_JSON: {"schema": schema}}}
-    return _operation(name, "server", summary, {200: answer}, security=[])
 
 
 # --- their parts ------------------------------------------------------------------------------------------
 
-_RESULT_HEADERS: JsonObject = {
-    "x-fal-billable-units": {"schema": _TEXT, "description": "megapixels"},
-    "x-restyle-engine": {"schema": _TEXT, "description": "what executed it"},
+_REQUEST_ID = {"schema": _TEXT, "required": True, "description": "Id of the request, or of the call."}
+_RESULT_HEADERS: _Object = {
+    protocol.BILLABLE_UNITS: {"schema": _TEXT, "description": "Billed megapixels."},
+    protocol.ENGINE: {"schema": _TEXT, "description": "The engine that executed the request."},
 }
-_WORDS = {
-    401: "no key, or none of this server",
-    403: "the key's owner is locked",
-    404: "there is none",
-    413: "the body is too large",
-    422: "the body is no JSON object, or the Idempotency-Key was used with another one",
-    429: "more requests wait than the caller allows",
-    503: "the disk refuses",
+_ERRORS = {
+    400: "A parameter is invalid.",
+    401: "The key is missing or unknown.",
+    403: "The key or the token does not permit the call.",
+    404: "The request, file or endpoint does not exist.",
+    413: "The body is too large.",
+    422: "The body is not a JSON object, or the Idempotency-Key was used with another input.",
+    429: "The queue is longer than the caller allows, or the server has no free connection.",
+    503: "The server cannot write to its disk.",
+}
+_EITHER_ERROR = (bodies.RequestErrorBody, bodies.ModelErrorBody)
+_ERROR_BODIES: Mapping[int, tuple[_Schema, ...]] = {
+    404: (bodies.RequestErrorBody, bodies.NotFoundBody),
+    422: _EITHER_ERROR,
 }
 
 
 def _operation(
-    name: str,
     tag: str,
+    name: str,
     summary: str,
-    responses: Mapping[int, Any],
-    parameters: Sequence[JsonObject] = (),
-    body: JsonObject | None = None,
-    security: list[Any] | None = None,
-) -> JsonObject:
-    operation: JsonObject = {"operationId": name, "tags": [tag], "summary": summary}
+    responses: Mapping[int, _Object],
+    *parameters: _Object,
+    body: _Schema | None = None,
+    public: bool = False,
+) -> _Object:
+    """One operation. `body` is a schema, or a whole request body; a public operation needs no key."""
+    operation: _Object = {"operationId": name, "tags": [tag], "summary": summary}
     if parameters:
         operation["parameters"] = list(parameters)
     if body is not None:
-        operation["requestBody"] = body
-    if security is not None:
-        operation["security"] = security
-    operation["responses"] = {str(status): responses[status] for status in sorted(responses)}
-    return operation
+        whole = isinstance(body, dict) and "content" in body
+        operation["requestBody"] = body if whole else {**_content("", protocol.CONTENT_JSON, body), "required": True}
+    if public:
+        operation["security"] = []
+    return {**operation, "responses": dict(sorted(responses.items()))}
 
 
-def _asked(name: str, summary: str, answer: str, parameters: list[Any], *more: int, body: str = "") -> JsonObject:
-    """An operation of the platform API, whose errors have its own shape."""
-    words = {400: "a parameter is wrong", **_WORDS}
-    responses = {status: _answer(words[status], "PlatformError") for status in (400, 401, 403, *more)}
-    if name == "getMeta":
-        responses = {}
-    responses[200] = _answer("it", answer)
-    return _operation(name, "platform", summary, responses, parameters, _body(body) if body else None)
+def _parameter(name: str, place: str, schema: _Object, text: str) -> _Object:
+    return {"name": name, "in": place, "required": place == "path", "schema": schema, "description": text}
 
 
-def _parameter(name: str, place: str, schema: Mapping[str, Any], words: str, *, required: bool = False) -> JsonObject:
-    parameter: JsonObject = {"name": name, "in": place, "required": required, "schema": dict(schema)}
-    if words:
-        parameter["description"] = words
-    return parameter
+def _query(model: type[BaseModel]) -> Iterable[_Object]:
+    """The fields of a model as query parameters."""
+    schema = model.model_json_schema()
+    bodies.without_nulls(schema)
+    for name, field in schema["properties"].items():
+        reference = field.pop("$ref", "").rpartition("/")[2]
+        described = {**schema["$defs"][reference], **field} if reference else field
+        described.pop("title", None)
+        parameter = _parameter(name, "query", described, described.pop("description"))
+        if described.get("type") == "array":
+            parameter |= {"style": "form", "explode": True}
+        yield {**parameter, "required": name in schema.get("required", ())}
 
 
-def _ids(name: str, words: str) -> JsonObject:
-    schema = {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1, "maxItems": ID_LIMIT}
-    return {**_parameter(name, "query", schema, words + ", repeated or with commas"), "style": "form", "explode": True}
+def _content(text: str, media_type: str, schema: _Schema) -> _Object:
+    return {"description": text, "content": {media_type: {"schema": schema}}}
 
 
-def _paging(most: int) -> list[JsonObject]:
-    return [
-        _parameter("limit", "query", {"type": "integer", "minimum": 1, "maximum": most}, "of one page"),
-        _parameter("cursor", "query", _TEXT, "as the page before gave it"),
-    ]
+def _response(*either: _Schema, text: str = "", headers: _Object | None = None) -> _Object:
+    """A JSON response; without a text, the docstring of its model describes it."""
+    schema = either[0] if len(either) == 1 else {"oneOf": list(either)}
+    own = {protocol.REQUEST_ID: _REQUEST_ID, **(headers or {})}
+    return {**_content(text or str(either[0].__doc__), protocol.CONTENT_JSON, schema), "headers": own}
 
 
-def _body(schema: str) -> JsonObject:
-    return {"required": True, "content": {_JSON: {"schema": _ref(schema)}}}
-
-
-def _answer(words: str, schema: str, headers: JsonObject | None = None, others: Sequence[str] = ()) -> JsonObject:
-    own: JsonObject = {
-        protocol.REQUEST_ID: {"schema": _TEXT, "required": True, "description": "of the request or call"}
-    }
-    either: list[Json] = [_ref(schema), *map(_ref, others)]
-    shape: JsonObject = {"oneOf": either} if others else _ref(schema)
-    return {"description": words, "headers": {**own, **(headers or {})}, "content": {_JSON: {"schema": shape}}}
-
-
-def _refusals(*statuses: int) -> dict[int, JsonObject]:
-    """Error answers of the queue and the files, in fal's two shapes."""
-    shapes = {404: ("RequestError", ("NotFound",)), 422: ("RequestError", ("ModelError",))}
-    return {status: _refusal(status, *shapes.get(status, ("RequestError", ()))) for status in statuses}
-
-
-def _refusal(status: int, schema: str, others: Sequence[str]) -> JsonObject:
-    return _answer(_WORDS[status], schema, others=others)
-
-
-def _outcomes(*statuses: int) -> dict[int, JsonObject]:
-    """Error answers of a request that was executed, and these refusals of the call."""
-    return {
-        **_refusals(*statuses),
-        422: _answer("the input cannot work", "ModelError", _RESULT_HEADERS),
-        499: _answer("it was cancelled", "RequestError", _RESULT_HEADERS),
-        500: _answer("the engine failed", "RequestError", _RESULT_HEADERS, ("ModelError",)),
-        504: _answer("it was not started in time", "RequestError", _RESULT_HEADERS, ("ModelError",)),
-    }
-
-
-def _ref(name: str) -> JsonObject:
-    return {"$ref": f"#/components/schemas/{name}"}
-
-
-# --- the schemas ------------------------------------------------------------------------------------------
-
-
-def _schemas() -> JsonObject:
-    _, models = models_json_schema(
-        [(ImageToImageInput, "validation"), (ImageToImageOutput, "validation")],
-        ref_template="#/components/schemas/{model}",
-    )
-    return {**models["$defs"], **_queue_schemas(), **_error_schemas(), **_file_schemas(), **_platform_schemas()}
-
-
-def _queue_schemas() -> JsonObject:
-    urls = {"request_id": _UUID, "response_url": _URL, "status_url": _URL, "cancel_url": _URL}
-    logs = {"type": "array", "items": _ref("LogLine")}
-    position = {"type": "integer", "minimum": 0}
-    metrics = _object({}, inference_time=_AMOUNT)
-    return {
-        "Ticket": _object(
-            {
-                "status": _word("IN_QUEUE"),
-                **urls,
-                "logs": {"type": "null"},
-                "metrics": metrics,
-                "queue_position": position,
-            }
-        ),
-        "InQueue": _object({"status": _word("IN_QUEUE"), **urls, "queue_position": position}),
-        "InProgress": _object({"status": _word("IN_PROGRESS"), **urls, "logs": logs}),
-        "Completed": _object(
-            {"status": _word("COMPLETED"), **urls, "logs": logs, "metrics": metrics}, error=_TEXT, error_type=_TEXT
-        ),
-        "LogLine": _object(
-            {
-                "message": _TEXT,
-                "timestamp": _INSTANT,
-                "level": {"enum": ["STDERR", "STDOUT", "ERROR", "INFO", "WARN", "DEBUG"]},
-                "source": _word("USER"),
-                "labels": {"type": "object"},
-            }
-        ),
-        "CancellationRequested": _object({"status": _word("CANCELLATION_REQUESTED")}),
-        "AlreadyCompleted": _object({"status": _word("ALREADY_COMPLETED")}),
-        "Health": _object(
-            {
-                "engine": _TEXT,
-                "model": _TEXT,
-                "revision": _TEXT,
-                "safety_checker": _TEXT,
-                "safety_checked": {"type": "boolean"},
-                "slots": {"type": "integer", "minimum": 1},
-                "honours_idempotency_key": {"type": "boolean"},
-                "honours_start_timeout": {"type": "boolean"},
-                **dict.fromkeys(("queue_depth", "running", "accepted", "submit_posts"), position),
-                "disk": {"enum": ["ok", "refuses"]},
-            }
-        ),
-    }
-
-
-def _error_schemas() -> JsonObject:
-    place = {"type": "array", "items": {"type": ["string", "integer"]}}
-    entry = _object({"loc": place, "msg": _TEXT, "type": _TEXT, "url": _URL}, ctx={"type": "object"}, input={})
-    return {
-        "RequestError": _object({"detail": _TEXT}, error_type=_TEXT),
-        "ModelError": _object({"detail": {"type": "array", "items": entry, "minItems": 1}}),
-        "NotFound": _object({"status": _word("NOT_FOUND")}),
-        "PlatformError": _object(
-            {
-                "error": _object(
-                    {"type": {"enum": [str(one) for one in PlatformError]}, "message": _TEXT}, request_id=_TEXT
-                )
-            }
-        ),
-    }
-
-
-def _file_schemas() -> JsonObject:
-    return {
-        "Token": _object({"token": _TEXT, "token_type": _TEXT, "base_url": _URL, "expires_at": _INSTANT}),
-        "TokenText": _TEXT,
-        "Announcement": _object({}, content_type=_TEXT, file_name=_TEXT),
-        "Reserved": _object({"upload_url": _URL, "file_url": _URL}),
-        "Stored": _object({"access_url": _URL}),
-        "Begun": _object({"access_url": _URL, "uploadId": _TEXT}),
-        "Put": _object({}),
-        "PartPut": _part(),
-        "PartList": _object({"parts": {"type": "array", "minItems": 1, "items": _part()}}),
-        "Joined": _object({"access_url": _URL, "file_url": _URL}),
-        "KeySet": _object({"keys": {"type": "array", "items": _object({"kty": _word("OKP"), "x": _TEXT})}}),
-    }
-
-
-def _part() -> JsonObject:
-    return _object({"partNumber": {"type": "integer", "minimum": 1}, "etag": _TEXT})
-
-
-def _platform_schemas() -> JsonObject:
-    one = {"request_id": _TEXT, "endpoint_id": _TEXT}
-    money = ("output_units", "unit_price", "cost_subtotal", "cost_discount", "cost_total", "cost_estimate_nano_usd")
-    quantities = {
-        EstimateKind.UNIT_PRICE: ("unit_quantity", {"type": "number", "minimum": 1e-6, "maximum": 1e15}),
-        EstimateKind.HISTORICAL: ("call_quantity", {"type": "integer", "minimum": 1, "maximum": 10**15}),
-    }
-    return {
-        "RequestPage": _page(
-            "items",
-            _object(
-                {**one, "sent_at": _INSTANT, "started_at": _INSTANT},
-                ended_at=_INSTANT,
-                duration=_AMOUNT,
-                status_code={"type": "integer"},
-                json_input={"type": "object"},
-                json_output={"type": "object"},
-            ),
-        ),
-        "BillingPage": _page(
-            "billing_events",
-            _object(
-                {**one, "timestamp": _INSTANT, "percent_discount": {"type": "null"}, **dict.fromkeys(money, _AMOUNT)},
-                tags={"type": "object", "additionalProperties": _TEXT},
-            ),
-        ),
-        "PricePage": _page(
-            "prices",
-            _object({"endpoint_id": _TEXT, "unit_price": _AMOUNT, "unit": _TEXT, "currency": _word("USD")}),
-        ),
-        "EstimateOf": {
-            "oneOf": [
-                _object(
-                    {
-                        "estimate_type": _word(kind),
-                        "endpoints": {"type": "object", "additionalProperties": _object({name: quantity})},
-                    }
-                )
-                for kind, (name, quantity) in quantities.items()
-            ]
-        },
-        "Estimate": _object(
-            {
-                "estimate_type": {"enum": [str(kind) for kind in EstimateKind]},
-                "total_cost": _AMOUNT,
-                "currency": _word("USD"),
-            }
-        ),
-        "Meta": _object({"webhook_ip_ranges": {"type": "array", "items": _TEXT}}),
-    }
-
-
-def _page(name: str, item: JsonObject) -> JsonObject:
-    rows = {"type": "array", "items": item}
-    return _object({name: rows, "next_cursor": _CURSOR, "has_more": {"type": "boolean"}})
-
-
-def _object(required: Mapping[str, Any], **optional: Any) -> JsonObject:
-    schema: JsonObject = {"type": "object", "properties": {**required, **optional}}
-    if required:
-        schema["required"] = list(required)
-    return schema
-
-
-def _word(word: str) -> JsonObject:
-    return {"type": "string", "const": str(word)}
+def _errors(*statuses: int) -> dict[int, _Object]:
+    """The error responses of the queue and the files."""
+    return {one: _response(*_ERROR_BODIES.get(one, (bodies.RequestErrorBody,)), text=_ERRORS[one]) for one in statuses}

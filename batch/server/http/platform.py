@@ -1,11 +1,11 @@
-"""The platform API's subset below `/v1`: requests by endpoint, billing events, prices, an estimate, `meta`.
+"""Serves a subset of the platform API below `/v1`: requests, billing events, prices, estimates and `meta`.
 
-Owns the routes. Every error has the platform's own shape, `{"error": {type, message, request_id}}`. What is listed:
+Owns the routes. Every error has the platform's own shape, `{"error": {type, message, request_id}}`. The listing:
 
-- `json_input` is the body as it was submitted. An image that came inside it is put back in as a data URI, up to
-  `IMAGES_BYTES` a page; beyond that its URL stands in its place. Bodies above 1 MiB are left out.
-- `json_output` is the result with URLs, an error's body too; left out for `sync_mode`, whose results are not kept.
-- Requests that have not ended are not listed, nor does the listing lag, unless a faults file says so.
+- `json_input` is the submitted body. An inline image appears as a data URI, up to `IMAGES_BYTES` per page; further
+  images appear as URLs. Bodies above 1 MiB are omitted.
+- `json_output` is the result with URLs, or the body of an error; `sync_mode` results are not stored and are omitted.
+- Unfinished requests are not listed, and the listing does not lag, unless a faults file changes that.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import ipaddress
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import TypeAlias
 
 import orjson
 from aiohttp import web
@@ -28,6 +27,7 @@ from batch.fal.platform_queries import EstimateKind
 from batch.fal.protocol import Malformed, Reply
 from batch.server.files.storage import content_type_of
 from batch.server.http.auth import owner_of
+from batch.server.http.routing import Handler, Route, base_of, response
 from batch.server.queue import responses as answers
 from batch.server.queue.request_log import LoggedCharge, LoggedRequest, RequestLog
 from batch.server.queue.service import QueueService
@@ -36,12 +36,10 @@ from batch.types import AppId, JsonObject
 __all__ = ["IMAGES_BYTES", "routes"]
 
 IMAGES_BYTES = 32 * 2**20
-"""Of the images that a page shows as data URIs."""
-_UNITS_OF_NOBODY = 1.0
-"""Megapixels of a call where none was made yet."""
+"""Total size of the images that one page shows as data URIs."""
+_DEFAULT_UNITS = 1.0
+"""Megapixels per call before the first call."""
 _IMAGE = b'"image_url":"/files/'
-
-_Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def routes(
@@ -50,13 +48,13 @@ def routes(
     history: RequestLog,
     price_usd: float = 0.0,
     clock: Callable[[], float] = time.time,
-) -> list[tuple[str, str, _Handler]]:
-    """Method, path and handler of each route.
+) -> list[Route]:
+    """Build the route table.
 
     Args:
         service: the queue.
-        app_id: the one endpoint that is served.
-        history: where the requests are looked up.
+        app_id: the served endpoint.
+        history: the log of requests.
         price_usd: of a megapixel.
         clock: Unix seconds.
     """
@@ -72,7 +70,7 @@ def routes(
 
 
 class _Platform:
-    """The handlers, with what they need."""
+    """The handlers and their dependencies."""
 
     def __init__(
         self,
@@ -88,8 +86,8 @@ class _Platform:
         self._price_usd = price_usd
         self._clock = clock
 
-    def guarded(self, handler: Callable[[web.Request], Awaitable[Reply]]) -> _Handler:
-        """A handler of replies as one of aiohttp's, its errors in the platform's shape."""
+    def guarded(self, handler: Callable[[web.Request], Awaitable[Reply]]) -> Handler:
+        """Adapt a handler of replies to aiohttp, with errors in the platform's shape."""
 
         async def handle(request: web.Request) -> web.StreamResponse:
             try:
@@ -98,21 +96,21 @@ class _Platform:
                 reply = self._refuse(400, PlatformError.VALIDATION, str(error))
             except web.HTTPException as error:
                 reply = self._refuse(error.status, PlatformError.VALIDATION, error.text or error.reason)
-            return web.Response(status=reply.status, body=reply.body, headers=reply.headers)
+            return response(reply)
 
         return handle
 
     async def requests(self, request: web.Request) -> Reply:
-        """A page of the endpoint's requests."""
+        """Return one page of the endpoint's requests."""
         query = queries.read_listing_query(list(request.query.items()), self._clock())
         found: list[LoggedRequest] = []
         more = False
         if self._app_id in query.apps:
             found, more = await self._history.page(query, _owner(request))
-        base = f"{request.scheme}://{request.host}"
+        base = base_of(request)
         images = await self._images(found)
         make = partial(_listed, base, found, images)
-        # Decoding a page of inputs, images among them, would hold up everybody.
+        # Decoding a page of inputs with images takes long enough to block the event loop.
         items = await asyncio.to_thread(make) if query.payloads else make()
         cursor = queries.cursor_of(query.page + 1) if more else None
         answer = partial(
@@ -121,7 +119,7 @@ class _Platform:
         return await asyncio.to_thread(answer) if query.payloads else answer()
 
     async def charges(self, request: web.Request) -> Reply:
-        """A page of what requests cost: their true units, at the price that this server was started with."""
+        """Return one page of charges: the actual units at the configured price."""
         query = queries.read_billing_query(list(request.query.items()), self._clock())
         found: list[LoggedCharge] = []
         more = False
@@ -132,31 +130,31 @@ class _Platform:
         return platform.billing_reply(charges, cursor, self._service.new_id())
 
     async def prices(self, request: web.Request) -> Reply:
-        """The price of the one endpoint."""
+        """Return the price of the endpoint."""
         apps = queries.read_pricing_query(list(request.query.items()))
         if missing := self._missing(apps):
             return missing
         return platform.pricing_reply({self._app_id: self._price_usd}, request_id=self._service.new_id())
 
     async def estimate(self, request: web.Request) -> Reply:
-        """What so many units cost, or so many calls as they were on average."""
+        """Estimate the cost of units, or of calls at their average size."""
         kind, quantities = queries.read_estimate(await request.read())
         if missing := self._missing(tuple(quantities)):
             return missing
         units = 1.0
         if kind is EstimateKind.HISTORICAL:
-            units = await self._history.units_a_call(_owner(request)) or _UNITS_OF_NOBODY
+            units = await self._history.units_a_call(_owner(request)) or _DEFAULT_UNITS
         total = sum(quantities.values()) * units * self._price_usd
         return platform.estimate_reply(kind, round(total, 9), self._service.new_id())
 
     async def meta(self, request: web.Request) -> Reply:
-        """Where this server's webhooks come from: the address at which it was asked."""
+        """Return the source of this server's webhooks: the local address of the connection."""
         name = request.transport.get_extra_info("sockname") if request.transport is not None else None
         ranges = [str(ipaddress.ip_network(name[0].partition("%")[0]))] if isinstance(name, tuple) else []
         return platform.meta_reply(ranges, self._service.new_id())
 
     async def nothing(self, request: web.Request) -> Reply:
-        """Every other call of the platform API."""
+        """Refuse every other call of the platform API."""
         words = f"This server has no {request.method} {request.path}; /openapi.json lists what it has"
         return self._refuse(404, PlatformError.NOT_FOUND, words)
 
@@ -169,7 +167,7 @@ class _Platform:
         return platform.platform_error_reply(status, kind, message, self._service.new_id())
 
     async def _images(self, found: Sequence[LoggedRequest]) -> dict[str, bytes]:
-        """The images that came inside inputs, by stored path, as many as a page may show."""
+        """Read the inline images of the inputs, by stored path, up to the limit of a page."""
         images: dict[str, bytes] = {}
         left = IMAGES_BYTES
         for past in found:
@@ -200,7 +198,7 @@ def _listed(base: str, found: Sequence[LoggedRequest], images: dict[str, bytes])
 
 
 def _input(base: str, body: bytes, images: dict[str, bytes]) -> JsonObject:
-    """The input as it was submitted."""
+    """Restore the submitted input."""
     given: JsonObject = orjson.loads(body)
     path = given.get("image_url")
     if _IMAGE in body and isinstance(path, str):
@@ -211,5 +209,5 @@ def _input(base: str, body: bytes, images: dict[str, bytes]) -> JsonObject:
 
 
 def _owner(request: web.Request) -> str | None:
-    """Whose requests may be shown; None on a server without keys: everybody's."""
+    """The owner whose requests are visible; None on a server without keys, where all are."""
     return owner_of(request) or None

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Awaitable, Callable
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import orjson
 from aiohttp import web
@@ -21,6 +20,7 @@ from batch.fal import protocol
 from batch.fal.endpoint import ImageToImageInput
 from batch.server.http.auth import owner_of
 from batch.server.http.page.state import numbers, request_card
+from batch.server.http.routing import Route, read_routes
 from batch.server.queue.service import QueueService
 from batch.types import AppId
 
@@ -57,14 +57,12 @@ _HEADERS = {
 }
 _SAME_SITE = frozenset({"same-origin", "none"})
 
-_Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-
-def routes(service: QueueService, app_id: AppId) -> list[tuple[str, str, _Handler]]:
-    """Method, path and handler of each route."""
+def routes(service: QueueService, app_id: AppId) -> list[Route]:
+    """Build the route table."""
     page = _PageRoutes(service, app_id)
     paths = {"/": page.show, "/page/state": page.state, "/static/{name}": page.static}
-    return [(method, path, handler) for path, handler in paths.items() for method in ("GET", "HEAD")]
+    return [route for path, handler in paths.items() for route in read_routes(path, handler)]
 
 
 class _StaticFile(NamedTuple):
