@@ -3,7 +3,7 @@
 `python manifests/draw_images.py [FOLDER]` writes images/, demo.csv, demo.parquet and sweep.jsonl into FOLDER
 (default: the folder of this script). Every number is fixed: drawing again gives the same images.
 """
-# ruff: noqa: INP001 - a folder of data with one script, no package
+
 
 from __future__ import annotations
 
