@@ -49,7 +49,7 @@ _LOOK_SECONDS = 0.1
 """Between two looks at whether a request that is made to wait was cancelled."""
 _PIECES = 20
 """Number of pieces of a slow body."""
-_MOMENTS = {
+_POINTS = {
     Operation.SUBMIT: FaultPoint.SUBMIT,
     Operation.STATUS: FaultPoint.STATUS,
     Operation.RESULT: FaultPoint.RESULT,
@@ -84,10 +84,10 @@ def fault_point_of(method: str, path: str, app_id: AppId) -> FaultPoint | None:
     if path == _LISTING_PATH:
         return FaultPoint.LISTING
     address = protocol.parse_path(path)
-    moment = None if address is None else _MOMENTS.get(address.operation)
-    if address is None or moment is None or method not in _METHODS.get(moment, {"GET"}):
+    point = None if address is None else _POINTS.get(address.operation)
+    if address is None or point is None or method not in _METHODS.get(point, {"GET"}):
         return None
-    return moment if moment is not FaultPoint.SUBMIT or address.app == app_id else None
+    return point if point is not FaultPoint.SUBMIT or address.app == app_id else None
 
 
 class FaultInjection:
@@ -122,19 +122,19 @@ class FaultInjection:
         @web.middleware
         async def rehearse(request: web.Request, handler: Handler) -> web.StreamResponse:
             path = _path_of(request)
-            moment = fault_point_of(request.method, path, app_id)
-            if moment is None or (moment is FaultPoint.SUBMIT and proxy.is_direct(request.host)):
+            point = fault_point_of(request.method, path, app_id)
+            if point is None or (point is FaultPoint.SUBMIT and proxy.is_direct(request.host)):
                 return await handler(request)
-            if moment is FaultPoint.RESULT and await self._has_expired(service, path):
+            if point is FaultPoint.RESULT and await self._has_expired(service, path):
                 return response(answers.not_found_reply(service.new_id()))
-            if moment is FaultPoint.FILE and (refusal := self._refusal(path)) is not None:
+            if point is FaultPoint.FILE and (refusal := self._refusal(path)) is not None:
                 return _error(refusal, service)
-            fault = self._faults.decide(moment)
+            fault = self._faults.decide(point)
             if fault is not None and not self._begin(fault, path):
                 fault = None
-            if moment is FaultPoint.RESULT and (way := self._odd.get(_request_id_in(path))) is not None:
+            if point is FaultPoint.RESULT and (way := self._odd.get(_request_id_in(path))) is not None:
                 handler = _changed(handler, lambda output: _made_odd(output, way))
-            if moment is FaultPoint.RESULT and (refused := self._without_images.get(_request_id_in(path))) is not None:
+            if point is FaultPoint.RESULT and (refused := self._without_images.get(_request_id_in(path))) is not None:
                 handler = _changed(handler, lambda output: self._emptied(output, refused))
             if fault is None:
                 return await handler(request)

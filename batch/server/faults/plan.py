@@ -23,7 +23,7 @@ from enum import StrEnum
 from itertools import chain
 from pathlib import Path
 from random import Random
-from typing import Annotated, Any, Self, cast
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
@@ -51,60 +51,58 @@ class FaultPoint(StrEnum):
     CANCEL = "cancel"
     UPLOAD = "upload"
     FILE = "file"
-    """A result image, or an uploaded one, is fetched."""
+    """A client downloads a result image or an uploaded one."""
     LISTING = "listing"
     """The platform's list of requests."""
     EXECUTE = "execute"
-    """The engine gets a request; one that is executed again is counted again."""
+    """The engine executes a request; a repeated execution counts again."""
 
 
 class FaultAction(StrEnum):
-    """What can be done to it."""
+    """What happens to a call or an execution."""
 
     DROP = "drop"
-    """The call is read and the connection closed without an answer. Nothing was done."""
+    """The server reads the call and closes the connection without an answer. The call has no effect."""
     DROP_AFTER_ACCEPT = "drop-after-accept"
-    """The request is accepted, durably, and the connection closed without an answer."""
+    """The server stores the request and closes the connection without an answer."""
     ANSWER = "answer"
-    """An error answer. Nothing was done."""
+    """The server answers with an error. The call has no effect."""
     ANSWER_AFTER_ACCEPT = "answer-after-accept"
-    """The request is accepted, durably, and the answer is an error all the same."""
+    """The server stores the request and answers with an error."""
     LATE = "late"
-    """The right answer, `seconds` after it was ready."""
+    """The server sends the correct answer `seconds` late."""
     SLOW = "slow"
-    """The right answer, its body spread over `seconds`."""
+    """The body of the correct answer takes `seconds`."""
     CUT = "cut"
-    """Half of the body under the whole body's Content-Length, then the connection is closed."""
+    """The server sends half of the body with the full Content-Length, then closes the connection."""
     SHORT = "short"
-    """Half of the body under a Content-Length that fits the half."""
+    """The server sends half of the body with a matching Content-Length."""
     FAIL = "fail"
-    """The model fails with a 5xx; `retryable` says what its header says of another try."""
+    """The model fails with a 5xx; `retryable` sets the header of that name."""
     CONTENT_POLICY = "content-policy"
-    """COMPLETED without `error`, and the result is 422 content_policy_violation."""
+    """The status is COMPLETED without `error`, and the result is 422 content_policy_violation."""
     EXPIRE = "expire"
-    """It works, and its result answers 404 from `seconds` after its end on."""
+    """The request succeeds, but its result answers 404 once `seconds` have passed since the end."""
     REQUEUE = "requeue"
-    """IN_PROGRESS for `seconds`, then back to IN_QUEUE for as long (or until a slot is free), then executed."""
+    """The request is IN_PROGRESS for `seconds`, IN_QUEUE for as long (or until a slot is free), then executes."""
     ODD_FIELDS = "odd-fields"
-    """The right images, and `seed`, `has_nsfw_concepts`, `timings` or `prompt` absent, null or of another type; so at
-    every later read of that result too. The file's seed chooses which and how."""
+    """The images are correct; `seed`, `has_nsfw_concepts`, `timings` or `prompt` is absent, null or of a wrong type,
+    in every later read of that result too. The file's seed selects the fields and values."""
     NO_IMAGES = "no-images"
-    """An empty list of images in place of the right ones, for `seconds` from then on or at its first `reads` reads.
-    Once a result at most."""
+    """The list of images is empty for `seconds`, or in the first `reads` reads. At most once per result."""
     REFUSE = "refuse"
-    """The file answers an error for `seconds` from then on, or for its first `reads` reads; then it is served. Once a
-    file at most."""
+    """The file answers with an error for `seconds`, or in its first `reads` reads. At most once per file."""
     CRASH = "crash"
-    """The engine's worker dies under it. Once: executed again. Twice: it failed."""
+    """The engine's worker dies. The request executes again after the first time and fails after the second."""
 
 
 class Body(StrEnum):
-    """What an error answer consists of."""
+    """Body of an error answer."""
 
     FAL = "fal"
-    """fal's own JSON with a request id. As the result of a job it cannot be told from the job's own failure."""
+    """fal's JSON with a request id. As a result, it looks the same as a failure of the request."""
     HTML = "html"
-    """The page of an nginx that stands before the service; no request id."""
+    """The page of an nginx in front of the service; no request id."""
     EMPTY = "empty"
 
 
@@ -217,7 +215,7 @@ class FaultRule(_Table):
 
 @dataclass(frozen=True, slots=True)
 class FaultPlan:
-    """A faults file, checked."""
+    """A validated faults file."""
 
     faults: tuple[FaultRule, ...] = ()
     seed: int = 0
@@ -227,25 +225,25 @@ class FaultPlan:
 
 
 class FaultSequence:
-    """The decisions of one server's life: the n-th call of a moment meets the same fault in every one."""
+    """The decisions for one server process: the n-th call at a point meets the same fault in every process."""
 
     def __init__(self, plan: FaultPlan) -> None:
-        # Each fault has dice of its own: what happens at one moment does not depend on the calls of another.
+        # Each fault has its own random source: decisions at one point do not depend on the calls at another.
         self._faults = [(fault, Random(f"{plan.seed}/{number}")) for number, fault in enumerate(plan.faults)]
         self._ways = [Random(f"{plan.seed}/{number}/way") for number in range(len(plan.faults))]
         self._calls: Counter[FaultPoint] = Counter()
         self._happened: Counter[int] = Counter()
-        self._moments = frozenset(fault.at for fault in plan.faults)
+        self._points = frozenset(fault.at for fault in plan.faults)
 
-    def decide(self, moment: FaultPoint) -> FaultRule | None:
-        """The fault that the moment's next call meets, if any."""
-        if moment not in self._moments:
+    def decide(self, point: FaultPoint) -> FaultRule | None:
+        """Find the fault of the next call at a point, if any."""
+        if point not in self._points:
             return None
-        self._calls[moment] += 1
-        number, chosen = self._calls[moment], None
+        self._calls[point] += 1
+        number, chosen = self._calls[point], None
         for index, (fault, rng) in enumerate(self._faults):
-            # Every die is thrown at every call, so that one fault more in the file leaves the others as they were.
-            if fault.at is moment and fault.chooses(number, rng) and chosen is None and not self._used_up(index):
+            # Every rule draws at every call, so that a new rule in the file does not change the others.
+            if fault.at is point and fault.chooses(number, rng) and chosen is None and not self._used_up(index):
                 chosen = index
         if chosen is None:
             return None
@@ -253,7 +251,7 @@ class FaultSequence:
         return self._faults[chosen][0]
 
     def draw(self, fault: FaultRule) -> float:
-        """A number from 0 to 1 that says how a fault that was decided on happens, where there are several ways."""
+        """Draw a number from 0 to 1 that selects among the variants of a fault."""
         index = next(index for index, (known, _) in enumerate(self._faults) if known is fault)
         return self._ways[index].random()
 
@@ -298,10 +296,11 @@ def parse_faults(text: str, source: str) -> FaultPlan:
 
 
 def _sentence(error: ValidationError) -> str:
-    """The first problem: its table, key and value, and what is allowed."""
+    """Describe the first problem: its table, key and value, and what is allowed."""
     problem = error.errors()[0]
     kind, value, message = problem["type"], problem["input"], problem["msg"]
-    place, table, path = "", cast(type[_Table], _FaultsFile), list(problem["loc"])
+    table: type[_Table] = _FaultsFile
+    place, path = "", list(problem["loc"])
     match path:
         case ["fault", int(index), *path]:
             place, table = f"fault {index + 1}: ", FaultRule

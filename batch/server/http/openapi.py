@@ -73,7 +73,7 @@ def document(app_id: AppId = APP_ID, version: str = "0") -> JsonObject:
 
 
 def _with_references(value: Any, models: set[type[BaseModel]]) -> Any:
-    """The value with a reference in place of each model; adds the models to `models`."""
+    """Replace each model with a reference to its schema, and collect it in `models`."""
     if isinstance(value, type):
         models.add(value)
         return {"$ref": _REFERENCE.format(model=value.__name__)}
@@ -90,7 +90,7 @@ def _queue(app_id: AppId) -> _Object:
     requests = f"/{owner}/{alias}/requests/{{request_id}}"
     shared = {"parameters": [_parameter("request_id", "path", _UUID, "The id from the submit response.")]}
     logs = _parameter("logs", "query", {"enum": ["0", "1", "false", "true"]}, "Whether to include log lines.")
-    wishes = _request_headers()
+    options = _request_headers()
     output = _response(ImageToImageOutput, text="The output.", headers=_RESULT_HEADERS)
     outcomes = {
         422: _response(bodies.ModelErrorBody, text="The input is invalid.", headers=_RESULT_HEADERS),
@@ -103,9 +103,9 @@ def _queue(app_id: AppId) -> _Object:
         "submit",
         "Submit a request. The response confirms that it is stored; the input is validated on execution.",
         {200: _response(bodies.TicketBody), **_errors(401, 403, 404, 413, 422, 429, 503)},
-        *wishes,
+        *options,
         _parameter("fal_webhook", "query", {**_TEXT, "format": "uri"}, "URL that receives the result."),
-        _parameter("fal_max_queue_length", "query", {"type": "integer", "minimum": 0}, "Limit for 429."),
+        _parameter("fal_max_queue_length", "query", {"type": "integer", "minimum": 0}, "A longer queue answers 429."),
         _parameter(
             "Idempotency-Key", "header", {**_TEXT, "maxLength": 255}, "A repeated key returns the same request."
         ),
@@ -116,7 +116,7 @@ def _queue(app_id: AppId) -> _Object:
         "run",
         "Execute a request and return its output on the same connection.",
         {200: output, **_errors(401, 403, 404, 413, 503), **outcomes},
-        *wishes,
+        *options,
         body=ImageToImageInput,
     )
     result = _operation(
@@ -316,13 +316,14 @@ def _operation(
     body: _Schema | None = None,
     public: bool = False,
 ) -> _Object:
-    """One operation. `body` is a schema, or a whole request body; a public operation needs no key."""
+    """Build an operation. `body` is a schema or a complete request body; a public operation needs no key."""
     operation: _Object = {"operationId": name, "tags": [tag], "summary": summary}
     if parameters:
         operation["parameters"] = list(parameters)
     if body is not None:
         whole = isinstance(body, dict) and "content" in body
-        operation["requestBody"] = body if whole else {**_content("", protocol.CONTENT_JSON, body), "required": True}
+        json = {"required": True, "content": {protocol.CONTENT_JSON: {"schema": body}}}
+        operation["requestBody"] = body if whole else json
     if public:
         operation["security"] = []
     return {**operation, "responses": dict(sorted(responses.items()))}
@@ -333,7 +334,7 @@ def _parameter(name: str, place: str, schema: _Object, text: str) -> _Object:
 
 
 def _query(model: type[BaseModel]) -> Iterable[_Object]:
-    """The fields of a model as query parameters."""
+    """Convert the fields of a model to query parameters."""
     schema = model.model_json_schema()
     bodies.without_nulls(schema)
     for name, field in schema["properties"].items():
@@ -351,12 +352,12 @@ def _content(text: str, media_type: str, schema: _Schema) -> _Object:
 
 
 def _response(*either: _Schema, text: str = "", headers: _Object | None = None) -> _Object:
-    """A JSON response; without a text, the docstring of its model describes it."""
+    """Build a JSON response; without a text, the docstring of the model describes it."""
     schema = either[0] if len(either) == 1 else {"oneOf": list(either)}
     own = {protocol.REQUEST_ID: _REQUEST_ID, **(headers or {})}
     return {**_content(text or str(either[0].__doc__), protocol.CONTENT_JSON, schema), "headers": own}
 
 
 def _errors(*statuses: int) -> dict[int, _Object]:
-    """The error responses of the queue and the files."""
+    """Build the error responses of the queue and the files."""
     return {one: _response(*_ERROR_BODIES.get(one, (bodies.RequestErrorBody,)), text=_ERRORS[one]) for one in statuses}
