@@ -23,7 +23,7 @@ from batch.errors import ManifestError
 from batch.manifest.formats.base import Dialect
 from batch.manifest.images import SourceImages
 from batch.manifest.reader import Manifest
-from tests.edges.test_reader import HALVES, KINDS, PACKERS, lines_of, rows_of
+from tests.edges.test_reader import SURROGATES, KINDS, PACKERS, lines_of, rows_of
 
 
 def refusal(source: Path | str, dialect: Dialect | None = None) -> str:
@@ -81,15 +81,15 @@ def test_values_in_a_json_list_are_judged_as_in_lines(tmp_path, values, read) ->
     assert list(map(type, found)) == list(map(type, read))
 
 
-@pytest.mark.parametrize(("written", "shown", "half"), HALVES, ids=[row[0].decode() for row in HALVES])
-def test_unpaired_surrogates_in_a_json_list_are_bad_rows(tmp_path, written, shown, half) -> None:
+@pytest.mark.parametrize(("written", "shown", "surrogate"), SURROGATES, ids=[row[0].decode() for row in SURROGATES])
+def test_unpaired_surrogates_in_a_json_list_are_bad_rows(tmp_path, written, shown, surrogate) -> None:
     """As in lines."""
     path = tmp_path / "m.json"
     path.write_bytes(b'[{"p":"good"},{"p":' + written + b"}]")
     manifest = Manifest.open(path)
     assert [row["p"] for row in rows_of(manifest)] == ["good", shown]
     (batch,) = manifest.batches()
-    assert {index: tuple(found) for index, found in batch.halves.items()} == ({} if half is None else {1: ("p", half)})
+    assert {index: tuple(found) for index, found in batch.surrogates.items()} == ({} if surrogate is None else {1: ("p", surrogate)})
 
 
 def test_lines_of_json_in_a_json_file_are_read_as_lines(tmp_path) -> None:
@@ -541,7 +541,7 @@ def test_a_file_name_that_is_not_utf8_is_a_bad_row(photos) -> None:
     """No table can hold it."""
     (photos / os.fsdecode(b"caf\xe9.png")).write_bytes(png())
     batches = list(Manifest.open(photos).batches(2))
-    found = {batch.first_row + index: half for batch in batches for index, half in batch.halves.items()}
+    found = {batch.first_row + index: surrogate for batch in batches for index, surrogate in batch.surrogates.items()}
     assert found == {4: ("image_url", "caf\udce9.png")}
     assert [row["image_url"] for batch in batches for row in batch.frame.to_dicts()][4] == "caf\ufffd.png"
 

@@ -261,7 +261,7 @@ def test_a_bad_line_far_down_is_found_by_opening(write) -> None:
         Manifest.open(write("m.jsonl", good + b'{"a":\n'))
 
 
-HALVES = [
+SURROGATES = [
     # the value as JSON, what the frame shows of it, and the value where half a character is missing
     (rb'"\ud83d half"', "\ufffd half", "\ud83d half"),
     (rb'"a \uDC00"', "a \ufffd", "a \udc00"),
@@ -272,21 +272,21 @@ HALVES = [
 ]
 
 
-@pytest.mark.parametrize(("written", "shown", "half"), HALVES, ids=[row[0].decode() for row in HALVES])
+@pytest.mark.parametrize(("written", "shown", "surrogate"), SURROGATES, ids=[row[0].decode() for row in SURROGATES])
 @pytest.mark.parametrize("size", [1, 4096])
-def test_half_a_character_is_told_and_never_made_into_another(write, written, shown, half, size) -> None:
+def test_half_a_character_is_told_and_never_made_into_another(write, written, shown, surrogate, size) -> None:
     """Polars reads a NUL in its place; a row beside it is as it was."""
     manifest = Manifest.open(write("m.jsonl", b'{"p":"good"}\n\n{"p":' + written + b"}\n"))
     assert [row["p"] for row in rows_of(manifest, size)] == ["good", shown]
-    halves = {batch.lines[index]: half for batch in manifest.batches(size) for index, half in batch.halves.items()}
-    assert halves == ({} if half is None else {3: ("p", half)})
+    surrogates = {batch.lines[index]: surrogate for batch in manifest.batches(size) for index, surrogate in batch.surrogates.items()}
+    assert surrogates == ({} if surrogate is None else {3: ("p", surrogate)})
 
 
 def test_half_a_character_deep_inside_is_told_by_its_column(write) -> None:
     """An image's struct, for instance."""
     manifest = Manifest.open(write("m.jsonl", rb'{"n":1,"image":{"path":"\udc00.png"}}'))
     (batch,) = manifest.batches()
-    assert batch.halves[0].column == "image"
+    assert batch.surrogates[0].column == "image"
     assert batch.frame["image"].to_list() == [{"path": "\ufffd.png"}]
 
 
