@@ -227,7 +227,7 @@ def _notes(contents: _Contents, taken: str, kind: str) -> tuple[str, ...]:
     """Describe the files read, and the ignored files that the user may have meant."""
     left = []
     if kind != IMAGES and contents.images:
-        left.append(f"{_images(contents)} , possibly referenced by its rows (--format images reads them as rows)")
+        left.append(f"{_images(contents)}, possibly referenced by its rows (--format images reads them as rows)")
     if kind != "arrow" and contents.parts["arrow"]:
         left.append(_count(contents.parts["arrow"], "Arrow file"))
     if kind == IMAGES:

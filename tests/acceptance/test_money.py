@@ -299,7 +299,7 @@ def test_wishes_that_would_lose_results_are_refused_with_a_reason(tmp_path, conf
     manifest = write_manifest(tmp_path / "m.csv", [1])
     ended = restyle("run", manifest, "-o", tmp_path / "run", "-c", tmp_path / "c.toml")
     assert ended.code == 2
-assert "is not supported" in ended.err
+    assert "is not supported" in ended.err
     assert reason in ended.err
     assert not (tmp_path / "run").exists()
 

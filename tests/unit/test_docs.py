@@ -33,7 +33,7 @@ FLAGS = {flag for command in COMMANDS for flag in flags_of(command)} | {"--help"
 
 
 def table(page: str, heading: str) -> dict[str, list[str]]:
-    """Return the rows of the first table under a heading by each word in backticks (else the text) of the first cell."""
+    """Return the rows of the first table under a heading, by each word in backticks (or the text) of the first cell."""
     part = re.split(rf"^#+ {re.escape(heading)}.*$", page, maxsplit=1, flags=re.MULTILINE)[1]
     lines = re.search(r"(?:^\|.*\n)+", part, re.MULTILINE)
     assert lines is not None, heading
