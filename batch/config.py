@@ -1,8 +1,8 @@
-"""Settings: flags over environment over TOML over defaults. Every default of the tool stands here.
+"""Settings: flags override environment variables, which override TOML, which overrides the defaults defined here.
 
-Environment names are `RESTYLE_<SECTION>__<KEY>`, for instance `RESTYLE_LIMITS__BUDGET_USD=25`. The API key is
-no setting: it comes from `FAL_KEY` alone and is never written anywhere. Durations are float seconds and may
-be written `"90s"`, `"50m"`, `"2h"`.
+Environment variables are named `RESTYLE_<SECTION>__<KEY>`, for example `RESTYLE_LIMITS__BUDGET_USD=25`. The API key is
+not a setting: it comes only from the environment (`FAL_KEY`) and is never written anywhere. Durations are float
+seconds; text such as `"90s"`, `"50m"` and `"2h"` is accepted.
 """
 
 from __future__ import annotations
@@ -62,59 +62,59 @@ _UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(ms|s|m|h|d)?\s*")
 _TABS = {"tab": "\t", "\\t": "\t"}
 _PASSWORD = re.compile(r"(?<=//)[^\s'\"]*@")
-"""The part of a URL that may hold one."""
-_NO_WINDOW = "{!r} is no window; it is auto, auto:LOW-HIGH like auto:16-512, or a number from 1 on"
+"""The part of a URL that may contain a password."""
+_INVALID_MAX_IN_FLIGHT = "invalid max_in_flight {!r}: use auto, auto:LOW-HIGH such as auto:16-512, or an integer >= 1"
 _ENVIRONMENT_PREFIX = "RESTYLE_"
 _REFUSED = {
-    "sync_mode": "its results are data URIs, kept for about six minutes and in no history; leave it out, restyle"
-    " downloads the images",
-    "store_io": "without stored payloads a result is kept for an hour at most, and a submit whose answer is lost cannot"
-    " be found again; leave it out",
+    "sync_mode": "its results are data URIs, which are kept for about six minutes and do not appear in the history;"
+    " remove it, restyle downloads the images",
+    "store_io": "without stored payloads a result is kept for at most one hour, and a submit whose response was lost"
+    " cannot be found again; remove it",
 }
-"""Wishes that would lose what is paid for, each with the reason."""
+"""Options that could lose paid results, with the reason."""
 RUN_NAME_LIMIT = 128
-"""Characters of a run's name in the tag `run`."""
+"""Maximum length of a run's name in the tag `run`."""
 _OWN_TAGS = {"run": RUN_NAME_LIMIT, "job": 32}
-"""Tags that each submit gets, and how long their values may be."""
+"""Tags of every submit, with the maximum length of their values."""
 _ROW_INPUTS = frozenset(ImageToImageInput.model_fields) - {"image_url", "sync_mode"}
 
 
 def parse_duration(value: object) -> object:
-    """`"50m"` to 3000.0; numbers pass through as seconds.
+    """Convert a duration to seconds: `"50m"` becomes 3000.0, other types pass unchanged.
 
     Raises:
-        ValueError: text that is no duration.
+        ValueError: the text is not a duration.
     """
     if not isinstance(value, str):
         return value
     match = _DURATION.fullmatch(value)
     if match is None:
-        raise ValueError(f"{value!r} is not a duration; write for instance 90s, 50m or 2h")
+        raise ValueError(f"{value!r} is not a duration; use for example 90s, 50m or 2h")
     return float(match[1]) * _UNITS[match[2] or ""]
 
 
 def window_bounds(value: str) -> tuple[int, int] | None:
-    """`"auto:16-512"` to (16, 512); None for `"auto"`, which leaves both to the target.
+    """Parse `limits.max_in_flight`: `"auto:16-512"` gives (16, 512), `"auto"` gives None (the target's default bounds).
 
     Raises:
-        ValueError: neither of them, or bounds that no window fits in.
+        ValueError: the value is neither form, or its bounds are invalid.
     """
     if value == "auto":
         return None
     match = re.fullmatch(r"auto:(\d{1,6})-(\d{1,6})", value, re.ASCII)
     if match is None:
-        raise ValueError(_NO_WINDOW.format(value))
+        raise ValueError(_INVALID_MAX_IN_FLIGHT.format(value))
     low, high = int(match[1]), int(match[2])
     if not 1 <= low <= high:
-        raise ValueError(f"{value!r} leaves no room: LOW is at least 1, and HIGH at least LOW")
+        raise ValueError(f"invalid max_in_flight {value!r}: LOW must be >= 1 and HIGH >= LOW")
     return low, high
 
 
 def _tags(value: object) -> dict[str, str]:
-    """Tags from a table `{team = "design"}` or a list `["team=design"]`.
+    """Parse tags from a table `{team = "design"}` or a list `["team=design"]`.
 
     Raises:
-        ValueError: a tag that the target would drop, one that is given twice, or more than fit into one header.
+        ValueError: a tag is invalid (the target would drop it) or duplicate, or the tags do not fit into one header.
     """
     match value:
         case dict():
@@ -142,7 +142,7 @@ def _tags(value: object) -> dict[str, str]:
 def _decodes_text(encoding: str) -> bool:
     try:
         return isinstance(codecs.lookup(encoding).incrementaldecoder().decode(b"", True), str)
-    except (LookupError, ValueError, TypeError):  # a NUL in the name, a codec that decodes nothing, or not in pieces
+    except (LookupError, ValueError, TypeError):  # a NUL in the name, or not an incremental text decoder
         return False
 
 
@@ -156,20 +156,20 @@ class _Section(BaseModel):
 
 
 class ManifestSettings(_Section):
-    """Which columns mean what."""
+    """Columns and format of the manifest."""
 
     image: str = "image_url"
     """Column with the source image."""
     prompt: str = "prompt"
-    """Column name, or a template over columns: `a {animal} as a wizard`."""
+    """Column name, or a template over columns such as `a {animal} as a wizard`."""
     id: str | None = None
-    """Column that identifies a row, for derived seeds; without it image and prompt do."""
+    """Column that identifies a row for its derived seed; None: image and prompt identify it."""
     format: Literal["csv", "tsv", "jsonl", "json", "parquet", "arrow", "images"] | None = None
-    """None: what the name says; CSV for standard input."""
+    """None: detected from the name; CSV for standard input."""
     separator: str | None = None
-    """Between the columns of a CSV: one character, or `tab`. None: found in the header."""
+    """Column separator of a CSV: one character, or `tab`. None: detected from the header."""
     encoding: str | None = None
-    """Of CSV and JSONL: a text encoding that Python knows. None: UTF-8, or what a byte order mark says."""
+    """Encoding of CSV and JSONL: a Python text encoding. None: UTF-8, or that of the byte order mark."""
     on_bad_row: Literal["fail", "skip"] = "fail"
 
     @field_validator("separator")
@@ -191,7 +191,7 @@ class ManifestSettings(_Section):
 
 
 class InputSettings(_Section):
-    """Endpoint inputs for every row; a manifest column of the same name wins. Unset means the endpoint's default."""
+    """Endpoint inputs for every row; a manifest column of the same name wins. Unset: the endpoint's default."""
 
     prompt: str | None = None
     strength: Annotated[float | None, Field(ge=0.01, le=1, allow_inf_nan=False)] = None
@@ -205,40 +205,40 @@ class InputSettings(_Section):
 
 
 class TargetSettings(_Section):
-    """Where the endpoint is reached."""
+    """The target that executes the jobs."""
 
     name: str = "local"
-    """`local` (embedded, costs nothing), `fal`, or the URL of a server that speaks the same protocol."""
+    """`local` (embedded, free), `fal`, or the URL of a server with the same protocol."""
     app: AppId = APP_ID
     engine: Literal["preview", "echo"] = "preview"
-    """What the embedded endpoint executes."""
+    """Engine of the embedded endpoint."""
     service_time: Annotated[float, BeforeValidator(parse_duration), Field(ge=0)] = 0.0
-    """Of the embedded `echo` engine."""
+    """Simulated time per job of the embedded `echo` engine."""
     slots: Annotated[int | None, Field(ge=1)] = None
-    """Requests that the embedded endpoint executes at once; default: one a core, 32 for `echo`."""
+    """Concurrent requests of the embedded endpoint; None: one per core, 32 for `echo`."""
     faults: str | None = None
-    """Rehearse failures: a faults file for the embedded endpoint."""
+    """A faults file for the embedded endpoint, to rehearse failures."""
     idempotency: Literal["auto", "replay", "reject", "none"] = "auto"
-    """What the target does with a repeated `Idempotency-Key`: see `batch.run.verdicts.Idempotency`. `auto`: the
-    embedded endpoint replays, fal ignores keys, other servers say it at /health."""
+    """The target's behaviour on a repeated `Idempotency-Key`, see `batch.run.verdicts.Idempotency`. `auto`: the
+    embedded endpoint replays, fal ignores keys, other servers report it at /health."""
     priority: Literal["normal", "low"] = "normal"
-    """`low` waits behind all requests of normal priority."""
+    """`low` requests wait behind all requests of normal priority."""
     keep_files: Lifetime | None = None
     """Lifetime of result files at the target; None: its default."""
     tags: Annotated[dict[str, str], BeforeValidator(_tags)] = {}
-    """Labels for bills. Each submit also has `run`, the run directory's name, and `job`, the job's key, unless they are
-    given here; an empty value leaves a tag out."""
+    """Labels for usage reports. Each submit also has `run`, the run directory's name, and `job`, the job's key, unless
+    they are set here; an empty value omits a tag."""
 
     @field_validator("idempotency")
     @classmethod
     def _possible(cls, value: str, info: ValidationInfo) -> str:
         if info.data.get("name") == "fal" and value in {"replay", "reject"}:
-            raise ValueError("fal ignores Idempotency-Key: a repeated submit is paid for twice; use auto")
+            raise ValueError("fal ignores Idempotency-Key, so a repeated submit would be paid for twice; use auto")
         return value
 
     @field_validator("faults")
     @classmethod
-    def _at_home(cls, value: str | None) -> str | None:
+    def _expand_home(cls, value: str | None) -> str | None:
         return None if value is None else os.path.expanduser(value)  # noqa: PTH111 - no error for an unknown user
 
     @field_validator("name")
@@ -249,48 +249,48 @@ class TargetSettings(_Section):
         if protocol.names_fal(value):
             raise ValueError(
                 "this is one of fal's own hosts; use --target fal (target.name = 'fal'), which knows the price and asks"
-                " before money is spent"
+                " before it spends money"
             )
         if not re.match(r"https?://[^/]", value):
-            raise ValueError(f"{value!r} is no target; it is local, fal, or a URL like http://gpu-box:8787")
+            raise ValueError(f"invalid target {value!r}: use local, fal, or a URL such as http://gpu-box:8787")
         if protocol.origin_of(value) == ("", "", 0):
             raise ValueError(
-                "not an unambiguous URL: remove user name, spaces and backslashes, like http://gpu-box:8787"
+                "not an unambiguous URL: remove user name, spaces and backslashes, as in http://gpu-box:8787"
                 " (the key comes from FAL_KEY)"
             )
         return value.rstrip("/")
 
 
 class LimitSettings(_Section):
-    """How much at once, how fast, how long, how dear."""
+    """Concurrency, rate, time and cost limits."""
 
     max_in_flight: int | str = "auto"
-    """A number, `auto`, or `auto:LOW-HIGH`; see `window_bounds`."""
+    """An integer, `auto`, or `auto:LOW-HIGH`; see `window_bounds`."""
     submits_per_second: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """None: 20 for fal, unlimited elsewhere."""
     polls_per_second: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """Status reads over all jobs. None: 200 for fal, unlimited elsewhere."""
+    """Rate limit of status reads over all jobs. None: 200 for fal, unlimited elsewhere."""
     updates: Literal["poll", "stream", "webhook"] = "poll"
-    """Who says that a job has ended: reads alone, or a stream or callbacks with reads as the net below."""
+    """How the run notices that a job has ended: status reads, or streams or webhooks with reads as a fallback."""
     budget_usd: Annotated[float | None, Field(ge=0, allow_inf_nan=False)] = None
     deadline: Duration | None = None
     drain: Duration = 60.0
-    """How long a stopping run collects what is in flight."""
+    """How long a stopping run collects jobs in flight."""
     collect_for: Annotated[float, BeforeValidator(parse_duration), Field(ge=0, allow_inf_nan=False)] = 7 * 86400.0
-    """Within this time after its end a paid request whose answer or images could not be read is asked for again, free;
-    after it, `--retry-failed` submits a new attempt."""
+    """For this long after the end of a paid request whose result could not be read, the result is fetched again for
+    free; later, `--retry-failed` submits a new attempt."""
     max_failures: str | None = None
-    """`50` jobs, or `10%` of those that ended (judged from 20 jobs on)."""
+    """Stop after more failures than this: `50` jobs, or `10%` of ended jobs (applied from 20 ended jobs)."""
     attempts: Annotated[int, Field(ge=1, le=20)] = 3
-    """Of a job whose failure the service calls retryable."""
+    """Maximum attempts for a job whose failure the service calls retryable."""
     rows: Annotated[int | None, Field(ge=1)] = None
-    """Only the first rows of the manifest."""
+    """Use only the first rows of the manifest; None: all."""
     start_timeout: StartTimeout | None = None
-    """Sent with each submit: a request that has not started so long after its acceptance ends, and costs nothing."""
+    """Sent with each submit: a request that does not start within this time after acceptance fails at no cost."""
     on_unknown: str = "hold"
-    """`hold`, or `resubmit-after=30m`: what to do with a submit whose outcome nobody knows."""
+    """Handling of a submit with unknown outcome: `hold`, or for example `resubmit-after=30m`."""
     max_image_megapixels: Annotated[float, Field(gt=0)] = 100.0
-    """A local image above this is a bad row: it would be refused after its upload."""
+    """A larger local image is a bad row: the target would refuse it after the upload."""
     max_download_bytes: Annotated[int, Field(gt=0)] = 64 * 2**20
 
     @field_validator("max_in_flight", mode="before")
@@ -300,7 +300,7 @@ class LimitSettings(_Section):
         if isinstance(number, int) and not isinstance(number, bool) and number >= 1:
             return number
         if not isinstance(value, str):
-            raise ValueError(_NO_WINDOW.format(value))  # noqa: TRY004 - pydantic makes a sentence of a ValueError only
+            raise ValueError(_INVALID_MAX_IN_FLIGHT.format(value))  # noqa: TRY004 - pydantic reports only ValueErrors
         window_bounds(value)
         return value
 
@@ -309,7 +309,7 @@ class LimitSettings(_Section):
     def _failures(cls, value: object) -> object:
         text = str(value) if isinstance(value, int) else value
         if text is not None and not re.fullmatch(r"\d+%?", str(text)):
-            raise ValueError(f"{value!r} is neither a number of jobs nor a percentage like 10%")
+            raise ValueError(f"invalid max_failures {value!r}: use a number of jobs or a percentage such as 10%")
         return text
 
     @field_validator("on_unknown")
@@ -318,47 +318,47 @@ class LimitSettings(_Section):
         if value != "hold":
             kind, _, span = value.partition("=")
             if kind != "resubmit-after":
-                raise ValueError(f"{value!r} is neither hold nor resubmit-after=DURATION")
+                raise ValueError(f"invalid on_unknown {value!r}: use hold or resubmit-after=DURATION")
             after, timeout = parse_duration(span), info.data.get("start_timeout")
             if timeout is not None and isinstance(after, float) and after < timeout:
                 raise ValueError(
-                    f"it is shorter than limits.start_timeout = {timeout:g}s, in which the first submit may still start"
-                    f" and be billed; use resubmit-after={timeout:g}s or longer"
+                    f"it is shorter than limits.start_timeout = {timeout:g}s, during which the first submit may still"
+                    f" start and be billed; use resubmit-after={timeout:g}s or longer"
                 )
         return value
 
 
 class WebhookSettings(_Section):
-    """Where callbacks are received, with `limits.updates = "webhook"`."""
+    """The receiver of callbacks with `limits.updates = "webhook"`."""
 
     bind: str = "127.0.0.1:0"
-    """Address and port to listen on; port 0: any that is free."""
+    """Address and port to listen on; port 0: any free port."""
     public_url: str | None = None
-    """Under which the target reaches it. None: the bound address itself, for a target on this machine."""
+    """URL at which the target reaches the receiver. None: the bound address, for a target on this machine."""
 
     @field_validator("bind")
     @classmethod
     def _address(cls, value: str) -> str:
         if re.fullmatch(r"(\[[0-9A-Fa-f:]+\]|[^\s:/\[\]]+):\d{1,5}", value, re.ASCII):
             return value
-        raise ValueError(f"{value!r} is no address; it is HOST:PORT like 0.0.0.0:8080 or [::1]:8080")
+        raise ValueError(f"invalid address {value!r}: use HOST:PORT such as 0.0.0.0:8080 or [::1]:8080")
 
     @field_validator("public_url")
     @classmethod
     def _url(cls, value: str | None) -> str | None:
         if value is None or re.fullmatch(r"https?://[^/\s?#]+[^\s?#]*", value):
             return value
-        raise ValueError(f"{value!r} is no URL for callbacks; it is like https://box.example/hook, without ? and #")
+        raise ValueError(f"invalid callback URL {value!r}: use a URL such as https://box.example/hook, without ? and #")
 
 
 class OutputSettings(_Section):
-    """What is kept."""
+    """Settings of the output."""
 
     download: bool = True
 
 
 class PriceSettings(_Section):
-    """What the target charges; unset: the built-in, dated price for fal, nothing for any other target."""
+    """The target's price; unset: the built-in, dated price for fal, free for any other target."""
 
     usd_per_megapixel: Annotated[float | None, Field(ge=0, allow_inf_nan=False)] = None
     as_of: date | None = None
@@ -380,7 +380,7 @@ class Settings(BaseSettings):
     output: OutputSettings = OutputSettings()
     price: PriceSettings = PriceSettings()
     run_seed: Annotated[int, Field(ge=0)] = 0
-    """Derived seeds come from it: another run seed, other images."""
+    """Input of all derived seeds: another run seed gives other images."""
 
     @field_validator("sweep")
     @classmethod
@@ -398,11 +398,11 @@ class Settings(BaseSettings):
 
 
 def load_settings(path: Path | None = None, flags: dict[str, dict[str, Any]] | None = None) -> Settings:
-    """Resolve the configuration; `flags` are nested like the file and win.
+    """Resolve the configuration; `flags` are nested like the file and take precedence.
 
     Raises:
-        ConfigError: the file is missing or no TOML, a key is unknown (the nearest known one is named), a
-            value is out of its bounds. All problems are in one message.
+        ConfigError: the file is missing or not TOML, a key is unknown (the message names the nearest one), or a value
+            is out of bounds. One message lists all problems.
     """
     path = None if path is None else Path(os.path.expanduser(path))  # noqa: PTH111 - no error for an unknown user
     if path is not None:
@@ -434,7 +434,7 @@ def load_settings(path: Path | None = None, flags: dict[str, dict[str, Any]] | N
 
 
 def api_key() -> SecretStr | None:
-    """The key from `FAL_KEY` (or `FAL_KEY_ID` and `FAL_KEY_SECRET`), as the official clients read it."""
+    """Return the key from `FAL_KEY`, or `FAL_KEY_ID` and `FAL_KEY_SECRET`, like the official clients; None if unset."""
     key = os.environ.get("FAL_KEY", "")
     pair = os.environ.get("FAL_KEY_ID", ""), os.environ.get("FAL_KEY_SECRET", "")
     key = key or (":".join(pair) if all(pair) else "")
@@ -453,27 +453,27 @@ def _check_toml(path: Path) -> None:
 
 
 def _check_environment(environment: Mapping[str, str]) -> None:
-    """pydantic-settings passes over variables that it does not know; a misspelt limit must not be passed over."""
+    """Refuse unknown `RESTYLE_*` variables: pydantic-settings ignores them, but a misspelt limit must be an error."""
     known = {
         f"{_ENVIRONMENT_PREFIX}{section}__{key}".upper()
         for section, field in Settings.model_fields.items()
         for key in getattr(field.annotation, "model_fields", {})
     } | {f"{_ENVIRONMENT_PREFIX}{name}".upper() for name in Settings.model_fields}
-    known |= {"RESTYLE_DEBUG"}  # of the command, no setting: see `batch.cli.commands`
+    known |= {"RESTYLE_DEBUG"}  # a switch of the command line, not a setting: see `batch.cli.commands`
     for name in environment:
         upper = name.upper()
         is_table = upper.startswith((f"{_ENVIRONMENT_PREFIX}SWEEP__", f"{_ENVIRONMENT_PREFIX}TARGET__TAGS__"))
         if upper.startswith(_ENVIRONMENT_PREFIX) and upper not in known and not is_table:
-            raise ConfigError(_refusal(name) or f"the environment variable {name} is not known{_nearest(upper, known)}")
+            raise ConfigError(_refusal(name) or f"unknown environment variable {name}{_nearest(upper, known)}")
 
 
 def _explain(error: ValidationError, source: str, flags: Mapping[str, Any], environment: Mapping[str, str]) -> str:
-    """Every problem in one message, under where it comes from: a variable of the environment, the file, or neither."""
+    """Return one message with all problems, grouped by source: an environment variable, the file, or a flag."""
     lines: dict[str, list[str]] = {}
     for problem in error.errors():
         place = [str(part) for part in problem["loc"]]
         key = ".".join(place)
-        given = _holds(flags, place)  # and a flag wins over the environment
+        given = _holds(flags, place)  # a flag overrides the environment
         variable = None if given else _variable(place, environment)
         if problem["type"] == "extra_forbidden":
             within = problem["input"] if isinstance(problem["input"], dict) else ()
@@ -490,21 +490,21 @@ def _explain(error: ValidationError, source: str, flags: Mapping[str, Any], envi
 
 
 def _said(kind: str, place: list[str], message: str) -> str:
-    """What pydantic says, but for sections, which it calls by the names of our classes."""
+    """Return pydantic's message, except for sections, for which it would name our classes."""
     if kind in {"model_type", "dict_type"}:
         keys = sorted(key.partition(".")[2] for key in _known_keys() if key.startswith(f"{place[0]}."))
-        return f"it is a section, with the keys {', '.join(keys or sorted(_ROW_INPUTS))}"
+        return f"expected a section with the keys {', '.join(keys or sorted(_ROW_INPUTS))}"
     if kind == "list_type":
-        return "it is a list of values, like [1, 2]"
+        return "expected a list of values such as [1, 2]"
     message = message.removeprefix("Value error, ")
     return f"{message[0].lower()}{message[1:]}"
 
 
 def _holds(values: Any, place: list[str]) -> bool:
-    """Whether nested values have one at a place."""
+    """Return whether nested values contain one at a place."""
     for part in place:
         if not isinstance(values, Mapping):
-            return True  # a place within a value, of a list say
+            return True  # the place is inside a value, such as a list
         if part not in values:
             return False
         values = values[part]
@@ -512,7 +512,7 @@ def _holds(values: Any, place: list[str]) -> bool:
 
 
 def _variable(place: list[str], environment: Mapping[str, str]) -> str | None:
-    """The environment variable that the value at a place came from: its own, or its section's with JSON in it."""
+    """Return the environment variable of the value at a place: the key's own, or its section's, which holds JSON."""
     names = {name.upper(): name for name in environment}
     own = names.get((_ENVIRONMENT_PREFIX + "__".join(place[:2])).upper())
     section = names.get((_ENVIRONMENT_PREFIX + place[0]).upper())
@@ -525,24 +525,26 @@ def _variable(place: list[str], environment: Mapping[str, str]) -> str | None:
 
 
 def _explain_environment(error: SettingsError, environment: Mapping[str, str]) -> str:
-    """Which variable is neither plain nor JSON."""
+    """Return the message for a variable that is neither plain text nor JSON."""
     named = re.search(r'field "(\w+)"', str(error))
     variable = None if named is None else _variable([named[1]], environment) or _tables_of(named[1], environment)
     if variable is None:
-        return f"the environment cannot be read: {error}; RESTYLE_* values are plain or JSON"
+        return f"the environment cannot be read: {error}; RESTYLE_* values must be plain text or JSON"
     said = f"{variable} = {environment[variable]!r} is not JSON"
-    return f"the environment cannot be read: {said}; write it so, or set single keys: {variable}__KEY=VALUE"
+    return f"the environment cannot be read: {said}; use JSON, or set single keys: {variable}__KEY=VALUE"
 
 
 def _tables_of(section: str, environment: Mapping[str, str]) -> str | None:
-    """The environment variable with the value of a table inside a section; there is one such key."""
+    """Return the environment variable of a table inside a section; the only such key is `target.tags`."""
     return next((name for name in environment if name.upper() == f"{_ENVIRONMENT_PREFIX}{section}__TAGS".upper()), None)
 
 
 def _refusal(name: str) -> str | None:
-    """Why a key is refused, however it is spelled: `input.sync_mode`, `target.headers.X-Fal-Store-IO`, ..."""
+    """Return why a key is refused, in any spelling: `input.sync_mode`, `target.headers.X-Fal-Store-IO`, ..."""
     plain = name.lower().replace("-", "_")
-    return next((f"{name} is refused: {reason}" for word, reason in _REFUSED.items() if plain.endswith(word)), None)
+    return next(
+        (f"{name} is not supported: {reason}" for word, reason in _REFUSED.items() if plain.endswith(word)), None
+    )
 
 
 def _known_keys() -> set[str]:
@@ -553,10 +555,10 @@ def _known_keys() -> set[str]:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?`, judged by the last part first, so that a key in the wrong section is found too."""
+    """Return `; did you mean x?`, comparing the whole name, then its last part, to find keys in the wrong section."""
     candidates = sorted(known)
     near = difflib.get_close_matches(name, candidates, 1, 0.6)
     if not near:
         last = {candidate.rsplit(".", 1)[-1]: candidate for candidate in candidates}
         near = [last[hit] for hit in difflib.get_close_matches(name.rsplit(".", 1)[-1], sorted(last), 1, 0.6)]
-    return f"; did you mean {near[0]}?" if near else f"; known are {', '.join(candidates)}"
+    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(candidates)}"

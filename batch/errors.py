@@ -1,17 +1,17 @@
-"""The errors that reach a user. Pure; every module may import it.
+"""Errors that reach the user. Pure; every module may import it.
 
     RestyleError
-    ├── InputError             fix what you gave us, nothing was submitted         exit 2
+    ├── InputError             invalid user input, nothing was submitted            exit 2
     │   ├── ConfigError        the configuration or a flag
     │   ├── ManifestError      the manifest as a whole (a bad row is data, not an error)
-    │   └── RunDirectoryError  the run directory: another config, a newer journal, unwritable
-    ├── StoppedEarly           not finished, resumable: run the same command again  exit 4
-    │   └── StorageError       a disk is full or refuses to be written
+    │   └── RunDirectoryError  the run directory: another config, a newer journal, not writable
+    ├── StoppedEarly           incomplete, resumable: run the same command again    exit 4
+    │   └── StorageError       a write failed, for example on a full disk
     ├── RunLocked              another run holds the lock                           exit 5
     └── AccountRefused         the target refused the account (key, balance)        exit 6
 
-Every message says what happened, the value, and what to do next, in that order. Anything else that escapes
-is a defect of ours: exit 1.
+Every message states what happened, the value, and what to do next, in that order. Any other exception that reaches the
+user is a bug: exit 1.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = [
 
 
 class ExitCode(IntEnum):
-    """The same for every command; documented in the README."""
+    """Exit codes of all commands, documented in the README."""
 
     COMPLETE = 0
     UNEXPECTED = 1
@@ -46,23 +46,23 @@ class ExitCode(IntEnum):
 
 
 class RestyleError(Exception):
-    """Base of everything that we raise on purpose."""
+    """Base class of all errors that are raised on purpose."""
 
     exit_code: ClassVar[ExitCode] = ExitCode.UNEXPECTED
 
 
 class InputError(RestyleError):
-    """The user's input is wrong; nothing was submitted."""
+    """The user's input is invalid; nothing was submitted."""
 
     exit_code = ExitCode.BAD_INPUT
 
 
 class ConfigError(InputError):
-    """A configuration file, an environment variable or a flag is wrong."""
+    """A configuration file, an environment variable or a flag is invalid."""
 
 
 class ManifestError(InputError):
-    """The manifest cannot be used at all (missing, empty, a column missing, not parseable)."""
+    """The manifest as a whole cannot be used (missing, empty, without a needed column, not parseable)."""
 
 
 class RunDirectoryError(InputError):
@@ -70,17 +70,17 @@ class RunDirectoryError(InputError):
 
 
 class StoppedEarly(RestyleError):
-    """The run stopped before it was complete; the same command goes on with it."""
+    """The run stopped before it was complete; the same command resumes it."""
 
     exit_code = ExitCode.STOPPED_EARLY
 
 
 class StorageError(StoppedEarly):
-    """Something could not be written; what was durable before is still there."""
+    """A write failed; earlier durable data is intact."""
 
 
 class RunLocked(RestyleError):
-    """Another process works in the same run directory."""
+    """Another process is using the same run directory."""
 
     exit_code = ExitCode.LOCKED
 

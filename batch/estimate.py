@@ -1,4 +1,4 @@
-"""What a plan adds up to, before any money moves: jobs, duplicates, problems, megapixels, dollars, hours. Pure."""
+"""Estimate a plan before anything is spent: jobs, duplicates, problems, megapixels, dollars, hours. Pure."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from batch.types import JobKey, JsonObject, Problem
 __all__ = ["Estimate", "Find", "counted", "estimate", "render_note", "render_problems"]
 
 Find: TypeAlias = Callable[[Sequence[JobKey]], Mapping[JobKey, KnownJob]]
-"""Those of the keys that the journal knows; asked for a few thousand at a time."""
+"""Returns the journal's records of the given keys that it knows; called with a few thousand keys at a time."""
 
 SHOWN_PROBLEMS = 20
 _MERGE_JOBS = 65_536
@@ -29,50 +29,50 @@ _HOUR = 3600.0
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """The sum of a plan. Megapixels, dollars and hours are those of the jobs that are still to do."""
+    """The totals of a plan. Megapixels, dollars and hours cover only the jobs that are still to do."""
 
     rows: int
     bad_rows: int
-    """Rows that cannot become a job, or not in every cell."""
+    """Rows that cannot become a job in every cell."""
     cells: int
     jobs: int
-    """Distinct ones, finished ones included."""
+    """Distinct jobs, including finished ones."""
     duplicates: int
-    """Rows x cells that are the same job as an earlier one: asked twice, paid once."""
+    """Rows x cells that give the same job as an earlier one; it runs and is paid for once."""
     done: int
     failed: int
-    """Failed in an earlier run, and not taken up again."""
+    """Jobs that failed in an earlier run and will not be retried."""
     collectable: int
-    """Failed in an earlier run, but paid for: their answers or images are asked for again, free."""
+    """Jobs that failed in an earlier run after they were paid for: their results are fetched again for free."""
     in_flight: int
-    """Sent in an earlier run, their end not known: paid already, or held."""
+    """Jobs submitted in an earlier run whose outcome is unknown: already paid for, or held."""
     to_do: int
     retried: int
-    """Those to do that failed in an earlier run: none, unless it is asked for."""
+    """Jobs to do that failed in an earlier run; 0 unless retries are requested."""
     megapixels: float
-    """Where the size of the source is known; every image of `num_images` counts."""
+    """Total for sources of known size; each of `num_images` counts."""
     unknown_sizes: int
-    """Images whose size is not known; each is counted as `UNKNOWN_MEGAPIXELS`."""
+    """Number of images of unknown size; each counts as `UNKNOWN_MEGAPIXELS`."""
     price_per_megapixel: float
     dollars: float
-    """By the megapixels as they are."""
+    """Cost by exact megapixels."""
     dollars_at_most: float
-    """What a budget has to hold: each image rounded up to whole megapixels, as reservations are."""
+    """Cost with each image rounded up to whole megapixels, as in reservations: the budget must cover this."""
     max_in_flight: int
     at_once: int
-    """Jobs that are executed at once: no more than are in flight, nor than the target has slots."""
+    """Jobs that execute concurrently: limited by `max_in_flight` and by the target's slots."""
     service_seconds: float
     hours: float
     problem_count: int
     problems: tuple[Problem, ...]
-    """The first of them."""
+    """The first `SHOWN_PROBLEMS` problems."""
 
     def to_json(self) -> JsonObject:
-        """All fields as plain JSON values."""
+        """Return all fields as plain JSON values."""
         return asdict(self) | {"problems": [asdict(problem) for problem in self.problems]}
 
     def render(self) -> str:
-        """The estimate as aligned plain text; problems are listed by `render_problems`."""
+        """Return the estimate as aligned plain text, without the list of problems (see `render_problems`)."""
         dollars = f"${self.dollars:,.2f} at ${self.price_per_megapixel:g} a megapixel"
         if self.dollars_at_most:
             dollars += f", at most ${self.dollars_at_most:,.2f} if every image is rounded up"
@@ -80,7 +80,7 @@ class Estimate:
             dollars += (
                 f"; {counted(self.unknown_sizes, 'unknown size')} taken as {UNKNOWN_MEGAPIXELS:g} megapixels each"
             )
-        collect = ("collect", f"{self.collectable:,} failed before and paid for: asked for again, free")
+        collect = ("collect", f"{self.collectable:,} failed but paid for: results are fetched again for free")
         lines = [
             ("rows", f"{self.rows:,}" + (f", {self.bad_rows:,} of them bad" if self.bad_rows else "")),
             ("cells", f"{self.cells:,} a row"),
@@ -99,7 +99,7 @@ class Estimate:
 
 
 def render_note(note: str) -> str:
-    """A note on how the manifest is read, aligned with an estimate."""
+    """Return a note about the manifest, aligned with a rendered estimate."""
     return f"{'manifest':<12}{note}"
 
 
@@ -114,22 +114,22 @@ def estimate(
     retry_failed: bool = False,
     lost_before: float = -math.inf,
 ) -> Estimate:
-    """Run through the whole plan once and add it up.
+    """Iterate over the plan once and compute its totals.
 
-    Memory is 8 bytes a distinct job (three times that for a moment while they are merged): jobs are told apart by
-    the first 64 bits of their keys. The odds that any two of n jobs are taken for one are n**2 / 2**65, one in
-    400,000 for ten million; the run itself compares whole keys.
+    Jobs are identified by the first 64 bits of their keys, which takes 8 bytes of memory per distinct job (24 bytes
+    briefly during a merge). The probability that any two of n jobs collide is n**2 / 2**65, about 1 in 400,000 for ten
+    million jobs. The run itself compares whole keys.
 
     Args:
-        planner: what is planned.
-        find: what the journal knows; None where there is none yet.
-        price: what the target charges; None where nothing costs anything.
-        max_in_flight: jobs at once, at least 1.
-        service_seconds: how long one job takes.
-        slots: how many the target executes at once, where that is known.
-        retry_failed: whether what failed in an earlier run is to do again, and costs again.
-        lost_before: instant in Unix seconds. A request that ended before it and could not be collected counts as
-            failed: the target may not keep it any more.
+        planner: the plan.
+        find: lookup in the journal; None without a journal.
+        price: the target's price; None if the target is free.
+        max_in_flight: maximum jobs in flight, at least 1.
+        service_seconds: duration of one job.
+        slots: jobs that the target executes concurrently; None if unknown.
+        retry_failed: count jobs that failed in an earlier run as to do, at full cost.
+        lost_before: Unix time in seconds. A request that ended earlier and was not collected counts as failed: the
+            target may have deleted its result.
 
     Raises:
         ManifestError: the manifest can no longer be read.
@@ -169,18 +169,18 @@ def estimate(
 
 
 class _JobCounts:
-    """Running sums; a job counts when its key is seen for the first time."""
+    """Running totals; a job counts when its key first occurs."""
 
     def __init__(self, find: Find | None, price: Price | None, *, retry_failed: bool, lost_before: float) -> None:
         self._find, self._price, self._retry_failed = find, price, retry_failed
         self._lost_before = lost_before
         self.reserved = 0.0
-        # Of the jobs that were not merged yet; the jobs themselves may carry images and are let go.
+        # Facts of jobs that are not merged yet. The jobs themselves are not kept: they may contain images.
         self._keys: list[JobKey] = []
         self._images: list[int] = []
         self._sizes: list[float | None] = []
-        self.seen = pl.DataFrame(schema={"half": pl.UInt64})
-        """First halves of the keys, sorted."""
+        self.seen = pl.DataFrame(schema={"prefix": pl.UInt64})
+        """First 64 bits of the keys, sorted."""
         self.rows = self.bad_rows = self.planned = self.retried = self.unknown_sizes = self.problem_count = 0
         self.megapixels = 0.0
         self.states = dict.fromkeys(State, 0)
@@ -200,16 +200,16 @@ class _JobCounts:
             self.merge()
 
     def merge(self) -> None:
-        halves = pl.Series("half", [int(key[:16], 16) for key in self._keys], pl.UInt64)
-        distinct = halves.to_frame().with_row_index("place").unique("half", keep="first").sort("half")
-        new = distinct.filter(~_among(distinct["half"], self.seen["half"]))
+        prefixes = pl.Series("prefix", [int(key[:16], 16) for key in self._keys], pl.UInt64)
+        distinct = prefixes.to_frame().with_row_index("place").unique("prefix", keep="first").sort("prefix")
+        new = distinct.filter(~_among(distinct["prefix"], self.seen["prefix"]))
         self._count(new["place"].to_list())
-        self.seen = self.seen.merge_sorted(new.select("half"), "half")
+        self.seen = self.seen.merge_sorted(new.select("prefix"), "prefix")
         self._keys, self._images, self._sizes = [], [], []
 
     def _count(self, new: list[int]) -> None:
-        """Add up the jobs at these places: their states, and the images of those to do."""
-        to_do = new if self._find is None else list(self._unheard(new, self._find))
+        """Count the states of the jobs at these places, and the images of those to do."""
+        to_do = new if self._find is None else list(self._to_do(new, self._find))
         self.states[State.PENDING] += len(to_do)
         alike = Counter((self._sizes[place], self._images[place]) for place in to_do)
         for (size, images), count in alike.items():
@@ -220,8 +220,8 @@ class _JobCounts:
             if self._price is not None:
                 self.reserved += self._price.reservation(size, images) * count
 
-    def _unheard(self, new: list[int], find: Find) -> Iterator[int]:
-        """Those whose job is still to do; the states of the others are counted."""
+    def _to_do(self, new: list[int], find: Find) -> Iterator[int]:
+        """Yield the places of jobs that are still to do; count the states of the others."""
         for start in range(0, len(new), _FIND_JOBS):
             places = new[start : start + _FIND_JOBS]
             known = find([self._keys[place] for place in places])
@@ -241,7 +241,7 @@ class _JobCounts:
 
 
 def _among(values: pl.Series, ordered: pl.Series) -> pl.Series:
-    """For each value whether it is one of those that lie in order."""
+    """Return for each value whether the sorted series contains it."""
     if ordered.is_empty():
         return pl.repeat(False, len(values), eager=True)
     places = ordered.search_sorted(values).clip(0, len(ordered) - 1)
@@ -257,14 +257,14 @@ def _duration(hours: float) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """`1 row`, `0 rows`, `2,000 rows`."""
+    """Return a number with its noun: `1 row`, `0 rows`, `2,000 rows`."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def render_problems(name: str, problems: Iterable[Problem], total: int) -> str:
-    """`file:line column: message`, one a line, at most 20, and always how many there are in all.
+    """Return at most 20 problems as lines `file:line column: message`, then the total number.
 
-    A manifest without lines shows the row, counted from 0. Empty text where there are none.
+    A manifest without lines shows the row, counted from 0. The text is empty if `total` is 0.
     """
     lines = []
     for problem in list(problems)[:SHOWN_PROBLEMS]:

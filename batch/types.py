@@ -1,7 +1,7 @@
-"""The values that travel through the house: jobs, tickets, statuses, answers. Pure, knows no library.
+"""Shared value types: jobs, tickets, statuses, answers. Pure; imports no library.
 
-All durations are float seconds, all instants are float Unix seconds (UTC). What a run makes a million of is a named
-tuple: a frozen dataclass takes four times as long to make.
+All durations are float seconds, all instants are float Unix seconds (UTC). Types with millions of instances per run are
+named tuples: constructing a frozen dataclass takes four times as long.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | Non
 JsonObject: TypeAlias = dict[str, Json]
 
 AppId = NewType("AppId", str)
-"""`owner/alias[/path]`, for instance `fal-ai/flux/dev/image-to-image`."""
+"""`owner/alias[/path]`, for example `fal-ai/flux/dev/image-to-image`."""
 JobKey = NewType("JobKey", str)
 """32 hex digits: BLAKE2b-128 of the app id and the canonical JSON of the complete input."""
 RequestId = NewType("RequestId", str)
-"""The id that a server gave to one accepted submission."""
+"""The server's id of an accepted request."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Why one manifest row cannot become a job. `type` is a stable word, `message` a sentence for a person."""
+    """The reason why a manifest row cannot become a job. `type` is stable, `message` is for the user."""
 
     row: int
     """0-based position in the manifest."""
     line: int | None
-    """1-based line of a text manifest; None where the format has no lines (Parquet)."""
+    """1-based line of a text manifest; None if the format has no lines (Parquet)."""
     column: str
     value: str
     type: str
@@ -57,30 +57,30 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class LocalImage:
-    """An image that has to be uploaded before its job can be submitted."""
+    """An image that must be uploaded before its job can be submitted."""
 
     sha256: str
     size_bytes: int
     path: Path | None = None
-    """Where its bytes are; None where the manifest itself carried them."""
+    """The image file; None if the manifest contains the bytes."""
     data: bytes | None = field(default=None, repr=False)
     name: str = "image"
 
 
 class Job(NamedTuple):
-    """One image-to-image call that has to happen, with every input resolved."""
+    """One image-to-image call with every input resolved."""
 
     key: JobKey
     input: JsonObject
-    """The complete input, defaults filled in and seed included. For a local image `image_url` holds the
-    token `sha256:<hex>`; the runner puts the uploaded URL in its place when it submits."""
+    """The complete input, including defaults and seed. For a local image `image_url` is the token
+    `sha256:<hex>`, which the runner replaces by the uploaded URL on submit."""
     image: LocalImage | None = None
     megapixels: float | None = None
-    """Of the source image, where it is known without a download."""
+    """Size of the source image; None if unknown without a download."""
 
 
 class QueueState(StrEnum):
-    """The three states that the queue protocol knows. There is no FAILED and no CANCELLED."""
+    """The three states of the queue protocol, which has no FAILED or CANCELLED."""
 
     IN_QUEUE = "IN_QUEUE"
     IN_PROGRESS = "IN_PROGRESS"
@@ -89,48 +89,48 @@ class QueueState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """What an accepted submit gives: the request id, and the URLs that the server wants to be asked at."""
+    """The response to an accepted submit: the request id and the server's URLs for the request."""
 
     request_id: RequestId
     status_url: str = ""
     response_url: str = ""
     cancel_url: str = ""
     position: int | None = field(default=None, compare=False)
-    """0-based place in the queue when it was accepted; nothing is kept of it."""
+    """0-based queue position on acceptance; not stored."""
 
 
 @dataclass(frozen=True, slots=True)
 class TicketStatus:
-    """One status answer. COMPLETED says that the work ended, not that it went well."""
+    """One status response. COMPLETED means that the request ended, not that it succeeded."""
 
     state: QueueState | None
-    """None where the service's word is unknown, or missing: the request counts as running, but not without limit."""
+    """None if the service's word is unknown or missing: the request counts as running, for a limited time."""
     position: int | None = None
-    """0-based place in the queue while IN_QUEUE."""
+    """0-based queue position while IN_QUEUE."""
     inference_time: float | None = None
     error: str | None = None
     error_type: str | None = None
     logs: tuple[JsonObject, ...] = ()
     word: str = ""
-    """The service's own word, at most 100 characters; empty where its answer has no text there."""
+    """The service's own word, at most 100 characters; empty if the response has no text there."""
     failed: bool = False
-    """With COMPLETED: the word itself says that the work failed (FAILED, CANCELLED, ...). fal has no such word."""
+    """With COMPLETED: the service's word means failure (FAILED, CANCELLED, ...). fal has no such word."""
 
 
 class Answer(NamedTuple):
-    """A finished request: the endpoint's output as it came, and what the headers said."""
+    """The result of a finished request: the endpoint's unchanged output and facts from the headers."""
 
     output: JsonObject
-    """{} where the answer is not a JSON object."""
+    """{} if the body is not a JSON object."""
     billable_units: float | None = None
     engine: str | None = None
-    """What our own server says executed it (`preview`, `flux`, `echo`); None from fal."""
+    """The engine that executed the request, reported by our own server (`preview`, `flux`, `echo`); None from fal."""
     raw: bytes | None = None
-    """The body as it came; None where only the output is known."""
+    """The unchanged body; None if only the output is known."""
 
 
 class StoredImage(NamedTuple):
-    """One result image: what the endpoint said of it, and where our copy lies."""
+    """One result image: the endpoint's metadata and the path of our copy."""
 
     url: str
     width: int | None = None
@@ -139,34 +139,34 @@ class StoredImage(NamedTuple):
     file_name: str | None = None
     file_size: int | None = None
     path: str | None = None
-    """Relative to the run directory; None when downloads are off."""
+    """Relative to the run directory; None if downloads are off."""
     sha256: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One try at a job, as it is about to be sent."""
+    """One attempt at a job, ready to be sent."""
 
     job_key: JobKey
     number: int
-    """From 1. A repeat of a submit whose outcome is unknown keeps its number, hence its idempotency key."""
+    """Counted from 1. A repeat of a submit with unknown outcome keeps its number, and so its idempotency key."""
     body: bytes = field(repr=False)
     repeat: bool = field(default=False, compare=False)
-    """Whether an earlier POST of it may have arrived."""
+    """Whether an earlier POST of the attempt may have arrived."""
 
     @property
     def idempotency_key(self) -> str:
-        """Same job, attempt and bytes, same key: our server then answers with the same request id.
+        """The key of this job, attempt and body: our server answers a repeated key with the same request id.
 
-        The bytes count because a local image is at another URL after each upload: another run directory, at the
-        same server, sends the same job with another body.
+        The key includes the body because each upload of a local image has a new URL: another run directory sends the
+        same job to the same server with another body.
         """
         return f"{self.job_key}-{self.number}-{blake2b(self.body, digest_size=4).hexdigest()}"
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """Why a job has no result. `error_type` is the service's machine word where it gave one."""
+    """The failure of a job. `error_type` is the service's machine-readable word if it gave one."""
 
     error_type: str
     message: str

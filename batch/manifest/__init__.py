@@ -1,1 +1,1 @@
-"""What is asked for: reading a manifest, crossing it with a sweep, planning its jobs."""
+"""Read a manifest, cross it with a sweep and plan its jobs."""

@@ -1,4 +1,4 @@
-"""From what a user names to files: one file, a glob, or a folder with tables, a saved dataset or images in it. Edge."""
+"""Find the files of a manifest: one file, a glob, or a folder of tables, a saved dataset or images. Edge."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ __all__ = ["FoundManifest", "find", "head_of", "local"]
 
 _METADATA = {"metadata.csv", "metadata.jsonl", "metadata.parquet"}
 _PARTED = ("parquet", "arrow")
-"""Formats whose files in a folder are one manifest."""
+"""Formats in which a folder of files is one manifest."""
 _SHOWN = 3
-# Two letters at least: C:\m.csv is a path. One slash is enough: pathlib makes one of two.
+# At least two letters: C:\m.csv is a path. One slash is enough: pathlib collapses two into one.
 _REMOTE = re.compile(r"([a-z][a-z0-9+.-]+):/+", re.IGNORECASE)
 _DOWNLOADS = {
     "s3": "aws s3 cp {} .",
@@ -38,30 +38,30 @@ _DOWNLOADS = {
 
 
 class FoundManifest(NamedTuple):
-    """What to read."""
+    """The files of a manifest and their format."""
 
     kind: Kind
     paths: tuple[Path, ...]
-    """Its files in order; none where the rows are images."""
+    """The files in order; empty if the rows are the images of a folder."""
     folder: Path
-    """Where relative paths of images start."""
+    """Base folder of relative image paths."""
     notes: tuple[str, ...] = ()
-    """What was taken, where that was a choice."""
+    """Choices made during discovery, for the user: the files read and the files ignored."""
     has_images: bool = False
-    """Whether the file is the metadata of the images of the folder that was named."""
+    """Whether the file is the metadata of a folder of images."""
 
 
 def local(source: str | Path) -> Path:
-    """The path that a source names, or a `file://` URL.
+    """Return the local path of a source, which may be a `file://` URL.
 
     Raises:
-        ManifestError: it is empty, or lies in an object store or on the web.
+        ManifestError: the source is empty, or in an object store or on the web.
     """
     text = str(source)
     if not text.strip():
-        raise ManifestError("the manifest's name is empty; name a file (is a variable of the shell not set?)")
+        raise ManifestError("the manifest name is empty; name a file (is a shell variable unset?)")
     remote = _REMOTE.match(text)
-    if remote is None or os.path.exists(text):  # noqa: PTH110 - for any text, also one that is too long for a name
+    if remote is None or os.path.exists(text):  # noqa: PTH110 - for any text, even one too long for a file name
         return Path(text)
     scheme = remote[1].lower()
     if scheme == "file":
@@ -73,18 +73,18 @@ def local(source: str | Path) -> Path:
 
 
 def find(source: Path, named: str | None) -> FoundManifest:
-    """The files of a source, and their format.
+    """Find the files of a source and their format.
 
     Args:
-        source: a file, a folder, or a glob.
-        named: the format that the settings name; None: by the names of the files.
+        source: a file, a folder or a glob.
+        named: the format from the settings; None: the file names decide.
 
     Raises:
-        ManifestError: nothing is there that can be read.
+        ManifestError: nothing readable was found.
     """
     try:
         is_folder, is_file, exists = source.is_dir(), source.is_file(), source.exists()
-    except OSError as error:  # a name that is too long, a folder that may not be entered
+    except OSError as error:  # the name is too long, or a folder may not be entered
         raise ManifestError(f"{shorten(source)} cannot be read ({error.strerror}); check the name") from error
     if is_folder:
         return _in_folder(source, named)
@@ -98,7 +98,11 @@ def find(source: Path, named: str | None) -> FoundManifest:
 
 
 def head_of(path: Path) -> bytes:
-    """The first bytes of a file."""
+    """Return the first `HEAD_BYTES` bytes of a file.
+
+    Raises:
+        ManifestError: the file cannot be read.
+    """
     try:
         with path.open("rb") as file:
             return file.read(HEAD_BYTES)
@@ -108,10 +112,10 @@ def head_of(path: Path) -> bytes:
 
 def _near(missing: Path) -> str:
     if not missing.parent.is_dir():
-        return f"; the folder {missing.parent} is not there either"
+        return f"; the folder {missing.parent} does not exist either"
     names = [path.name for path in islice(missing.parent.iterdir(), 10_000)]
     near = difflib.get_close_matches(missing.name, names, 3)
-    return f"; did you mean {' or '.join(near)}?" if near else f"; look at what is in {missing.parent.absolute()}"
+    return f"; did you mean {' or '.join(near)}?" if near else f"; check the contents of {missing.parent.absolute()}"
 
 
 # --- globs ------------------------------------------------------------------------------------------------
@@ -121,7 +125,7 @@ def _matching(source: Path, named: str | None) -> FoundManifest:
     fixed = next(parent for parent in source.parents if not any(c in str(parent) for c in "*?["))
     kinds = (named,) if named in _PARTED else _PARTED
     matches = sorted(path for path in fixed.glob(str(source.relative_to(fixed))) if path.is_file())
-    # Results are rows where the pattern names them, `runs/*/results.parquet`, and not where it takes all there is.
+    # Results count as rows if the pattern names them (`runs/*/results.parquet`), but not if it ends in a wildcard.
     parts = [path for path in matches if _is_part(path, fixed, of_runs=not any(c in source.name for c in "*?["))]
     for kind in kinds:
         found = [path for path in parts if named == kind or path.suffix.lower() in suffixes_of(kind)]
@@ -132,7 +136,7 @@ def _matching(source: Path, named: str | None) -> FoundManifest:
 
 
 def _is_part(path: Path, fixed: Path, *, of_runs: bool) -> bool:
-    """Whether a file belongs to a table in several files: not hidden, not another program's, not a result."""
+    """Return whether a file is part of a table: not hidden, not another program's, not a result of a run."""
     inside = path.relative_to(fixed)
     if any(part.startswith(".") or _is_private(part) for part in inside.parts):
         return False
@@ -140,7 +144,7 @@ def _is_part(path: Path, fixed: Path, *, of_runs: bool) -> bool:
 
 
 def _is_private(part: str) -> bool:
-    """As for Spark: `_temporary/` and `_metadata` are not the table's, but `_key=value/` is."""
+    """Apply Spark's rule: `_temporary/` and `_metadata` are not part of a table, but `_key=value/` is."""
     return part.startswith("_") and "=" not in part
 
 
@@ -149,22 +153,22 @@ def _is_private(part: str) -> bool:
 
 @dataclass(slots=True)
 class _Contents:
-    """What is below a folder, as far as it matters here."""
+    """The relevant contents of a folder and its subfolders."""
 
     parts: dict[str, list[str]] = field(default_factory=lambda: {kind: [] for kind in _PARTED})
     images: int = 0
     metadata: list[str] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)
-    """Tables that are given as one file."""
+    """Tables in formats that are always a single file."""
     others: Counter[str] = field(default_factory=Counter)
-    """All other files, by their endings."""
+    """Number of all other files by suffix."""
     skipped: list[str] = field(default_factory=list)
     """Run directories and linked folders."""
 
 
 def _in_folder(folder: Path, named: str | None) -> FoundManifest:
     if named not in {None, IMAGES, *_PARTED}:
-        raise ManifestError(f"{folder} is a folder, and {named} is read from one file; name the file")
+        raise ManifestError(f"{folder} is a folder, but a {named} manifest is a single file; name the file")
     saved = saved_files(folder) if named in {None, "arrow"} else None
     if saved is not None:
         return FoundManifest(Kind("arrow"), saved, folder)
@@ -198,7 +202,7 @@ def _look(folder: Path) -> _Contents:
             contents.images += 1
         elif kind is not None and not any(map(_is_private, path.parts)):
             if kind == "arrow" and is_cache and path.name.startswith(("cache-", "tmp")):
-                continue  # what `map` and `filter` of datasets leave beside the rows
+                continue  # cache files of `map` and `filter` of datasets
             contents.parts[kind].append(name)
         elif suffix in {*suffixes_of("csv"), *suffixes_of("tsv"), *suffixes_of("jsonl")}:
             contents.tables.append(name)
@@ -220,10 +224,10 @@ def _with_metadata(folder: Path, contents: _Contents) -> FoundManifest:
 
 
 def _notes(contents: _Contents, taken: str, kind: str) -> tuple[str, ...]:
-    """What was taken, and what of the rest may have been meant."""
+    """Describe the files read, and the ignored files that the user may have meant."""
     left = []
     if kind != IMAGES and contents.images:
-        left.append(f"{_images(contents)} that may lie there for its rows (--format images takes them as rows)")
+        left.append(f"{_images(contents)}, possibly referenced by its rows (--format images reads them as rows)")
     if kind != "arrow" and contents.parts["arrow"]:
         left.append(_count(contents.parts["arrow"], "Arrow file"))
     if kind == IMAGES:

@@ -1,4 +1,4 @@
-"""Formats of manifests by the names and first bytes of files. Pure."""
+"""Detect manifest formats from the names and first bytes of files. Pure."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SUPPORTED = (
 )
 
 IMAGES = "images"
-"""The format of a folder whose rows are its images."""
+"""Format of a folder of images: one row per image."""
 _IMAGES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".avif", ".tif", ".tiff", ".bmp", ".dib"}
 )
@@ -38,7 +38,7 @@ _ADVICE = {
 }
 
 HEAD_BYTES = 8
-"""Of a file, for `looks_like` and for the packing of a file whose format was named."""
+"""Bytes at the start of a file that `looks_like` and `kind_of` need."""
 _PACKINGS = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"BZh": ".bz2", b"\xfd7zXZ": ".xz"}
 _BINARY = {b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff\xff": "arrow", b"FEA1": "arrow"}
 
@@ -48,29 +48,34 @@ class Kind(NamedTuple):
 
     name: str
     packing: str = ""
-    """`.gz` and the like; empty where the file is not packed."""
+    """Suffix of the compression, such as `.gz`; empty if the file is not compressed."""
 
     @property
     def has_lines(self) -> bool:
-        """Whether it is text."""
+        """Whether the format is text."""
         return self.name in _TEXT
 
 
 def suffixes_of(name: str) -> tuple[str, ...]:
-    """Endings of the files of a format."""
+    """Return the file suffixes of a format; empty for an unknown one."""
     return _SUFFIXES.get(name, ())
 
 
 def is_image(name: str) -> bool:
-    """Whether a file is an image, by its ending."""
+    """Return whether a file is an image, judged by its suffix."""
     return _suffix(name) in _IMAGES
 
 
 def kind_of(path: Path, named: str | None = None, head: bytes = b"") -> Kind:
-    """The format of a file by its name; where it is `named`, the packing by the first bytes.
+    """Return the format and compression of a file.
+
+    Args:
+        path: its name decides, unless `named` is given.
+        named: the format from the settings; the compression then comes from `head`.
+        head: the first `HEAD_BYTES` bytes of the file.
 
     Raises:
-        ManifestError: its ending is unknown.
+        ManifestError: the suffix is unknown.
     """
     if named is not None:
         packing = next((packing for magic, packing in _PACKINGS.items() if head.startswith(magic)), "")
@@ -85,7 +90,7 @@ def kind_of(path: Path, named: str | None = None, head: bytes = b"") -> Kind:
 
 
 def looks_like(head: bytes) -> str | None:
-    """The format that the first bytes of a file show; None where they are of CSV, or of nothing known."""
+    """Return the format that the first bytes of a file indicate; None for CSV and unknown contents."""
     for magic, name in _BINARY.items():
         if head.startswith(magic):
             return name
@@ -99,6 +104,6 @@ def _suffix(name: str) -> str:
 
 def _unsupported(path: Path, suffix: str, *, is_packed: bool) -> str:
     if not suffix:
-        return f"unsupported manifest format: {path} has no ending; supported: {_SUPPORTED}. --format names another"
+        return f"unsupported manifest format: {path} has no suffix; supported: {_SUPPORTED}. Use --format to name one"
     advice = "unpack it" if is_packed else next((text for text, known in _ADVICE.items() if suffix in known), "")
     return f"unsupported manifest format {suffix!r} of {path}{advice and '; ' + advice}; supported: {_SUPPORTED}"

@@ -1,4 +1,4 @@
-"""The files below a folder, in order, without hidden ones and without run directories. Edge."""
+"""List the files below a folder in order, without hidden files and run directories. Edge."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _RUN_FILES = ("journal.db", ".lock")
 
 
 def is_run_directory(folder: Path) -> bool:
-    """Whether results lie there: reading them as a manifest would restyle what was restyled, and pay for it."""
+    """Return whether a folder is a run directory: as a manifest, its results would be restyled and paid for again."""
     return (folder / _RUN_FILES[0]).exists() and (folder / "run.json").exists()
 
 
 def files_below(root: Path, skipped: Callable[[str], object] = lambda _: None) -> Iterator[str]:
-    """Paths relative to `root`, with slashes, in the order of their parts. Linked folders are not entered.
+    """Yield paths relative to `root`, with slashes, sorted part by part. Symlinked folders are not entered.
 
-    Memory holds the names of one folder at each level.
+    Memory holds the names of one folder per level.
 
     Args:
-        root: a folder.
-        skipped: is told of each run directory and each linked folder that is left out.
+        root: the folder to list.
+        skipped: called with a description of each run directory and each symlinked folder that is left out.
 
     Raises:
         ManifestError: a folder cannot be read.
@@ -43,7 +43,7 @@ def files_below(root: Path, skipped: Callable[[str], object] = lambda _: None) -
 
 
 def _entries(root: Path, prefix: str, skipped: Callable[[str], object]) -> Iterator[str]:
-    """One folder's files, and its folders with a slash at the end."""
+    """Yield the files of one folder, and its subfolders with a trailing slash."""
     folder = root / prefix
     if prefix and is_run_directory(folder):
         skipped(f"the run directory {prefix[:-1]}")

@@ -1,6 +1,6 @@
-"""Image references of a manifest: URLs and data URIs pass, local images get their content hash and size. Edge.
+"""Resolve image references of a manifest: URLs and data URIs pass, local images get a content hash and size. Edge.
 
-Owns reading image files and headers; refuses to know the network, and never decodes an image.
+This module reads image files and their headers. It never uses the network and never decodes an image.
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ from batch.types import LocalImage
 __all__ = ["MemoryFacts", "SourceImages"]
 
 _WEB = re.compile(r"https?://[^\s/?#\0][^\0]*\Z", re.IGNORECASE)
-# Two letters at least before the colon: C:\cat.jpg is a path.
+# At least two letters before the colon: C:\cat.jpg is a path.
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 _DATA = re.compile(r"data:(image/[\w.+-]+)(?:;[\w.+-]+=[^;,]*)*;base64,", re.IGNORECASE)
-# What Pillow's plugins raise on bytes that are not what they began as (`Image.open` treats the first four alike).
+# Raised by Pillow's plugins for damaged images (`Image.open` treats the first four alike).
 _BROKEN = (SyntaxError, IndexError, TypeError, struct.error, KeyError, ValueError, EOFError, OSError)
-_PIXELS = 1_000_000  # of a megapixel, as the price counts them
+_PIXELS = 1_000_000  # in a megapixel, as in the price
 _READERS = 8
 
 
 class MemoryFacts:
-    """File facts for as long as the process lives; the oldest are forgotten beyond `limit`."""
+    """A cache of file facts in memory; beyond `limit` entries the oldest are dropped."""
 
     def __init__(self, limit: int = 200_000) -> None:
         self._limit = limit
         self._facts: dict[FileKey, FileFact] = {}
 
     def get_many(self, keys: Sequence[FileKey]) -> Mapping[FileKey, FileFact]:
-        """Those that are known."""
+        """Return the known facts of the given keys."""
         return {key: self._facts[key] for key in keys if key in self._facts}
 
     def put_many(self, facts: Mapping[FileKey, FileFact]) -> None:
-        """Remember these."""
+        """Store facts."""
         self._facts.update(facts)
         for key in list(self._facts)[: max(0, len(self._facts) - self._limit)]:
             del self._facts[key]
@@ -65,9 +65,9 @@ class SourceImages:
     """Resolves the image column of one manifest.
 
     Args:
-        folder: what relative paths start from: the manifest's own folder.
-        max_megapixels: a local image or data URI above this is a fault.
-        facts: what is already known of files; by default a cache in memory.
+        folder: base folder of relative paths: the folder of the manifest.
+        max_megapixels: a larger local image or data URI is an error of its row.
+        facts: cache of file facts; default: a cache in memory.
     """
 
     def __init__(self, folder: Path, max_megapixels: float, facts: FileFacts | None = None) -> None:
@@ -76,7 +76,7 @@ class SourceImages:
         self._facts: FileFacts = MemoryFacts() if facts is None else facts
 
     def __repr__(self) -> str:
-        return f"Images({str(self._folder)!r}, max_megapixels={self._max_megapixels})"
+        return f"SourceImages({str(self._folder)!r}, max_megapixels={self._max_megapixels})"
 
     def resolve(self, references: Sequence[object]) -> list[Resolved | CellError]:
         """One answer for each cell, in order; never raises for what a cell holds.
@@ -108,7 +108,7 @@ class SourceImages:
         return resolved
 
     def _one(self, reference: object) -> Resolved | CellError | Path:
-        """What needs no file is answered here; a local path comes back as one."""
+        """Resolve one reference, except a local path, which is returned for `_files`."""
         name = "image"
         if isinstance(reference, Mapping):
             name = Path(str(reference.get("path") or name)).name
@@ -133,18 +133,16 @@ class SourceImages:
     def _data_uri(self, uri: str) -> Resolved | CellError:
         head = _DATA.match(uri)
         if head is None:
-            return CellError(
-                "data_uri", f"{shorten(uri, 40)!r} is not of the form data:image/...;base64,...; correct it"
-            )
+            return CellError("data_uri", f"invalid data URI {shorten(uri, 40)!r}: use data:image/...;base64,...")
         try:
             data = base64.b64decode(uri[head.end() :], validate=True)
         except (binascii.Error, ValueError) as error:
-            return CellError("data_uri", f"{shorten(uri, 40)!r} is not base64 ({error}); write it again")
+            return CellError("data_uri", f"{shorten(uri, 40)!r} is not valid base64 ({error}); encode the image again")
         megapixels = self._measure(io.BytesIO(data), shorten(uri, 40))
         return megapixels if isinstance(megapixels, CellError) else Resolved(uri, None, megapixels)
 
     def _files(self, paths: list[Path]) -> dict[Path, Resolved | CellError]:
-        """Look at each file once; read only those about which nothing is known."""
+        """Stat each file once; read only files without known facts."""
         answers: dict[Path, Resolved | CellError] = {}
         keys: dict[Path, FileKey] = {}
         for path in paths:
@@ -165,7 +163,7 @@ class SourceImages:
         return answers
 
     def _local(self, path: Path, key: FileKey, fact: FileFact) -> Resolved | CellError:
-        # Judged again: a fact may have been learned under a higher limit.
+        # Checked again: the fact may come from a run with a higher limit.
         fault = self._too_large(fact.megapixels, str(path))
         image = LocalImage(fact.sha256, key.size_bytes, path=path, name=path.name)
         return fault or Resolved(f"sha256:{fact.sha256}", image, fact.megapixels)
@@ -173,10 +171,10 @@ class SourceImages:
     def _read_all(self, paths: list[Path]) -> list[FileFact | CellError]:
         if len(paths) < _READERS:
             return [self._read(path) for path in paths]
-        with ThreadPoolExecutor(_READERS, "images") as readers:  # hashing and disk waits both free the GIL
+        with ThreadPoolExecutor(_READERS, "images") as readers:  # hashing and disk reads release the GIL
             try:
                 found = readers.map(self._read, paths)
-            except RuntimeError:  # the main thread has ended: executors take nothing more, other threads go on
+            except RuntimeError:  # the main thread has ended, so executors accept no work
                 return [self._read(path) for path in paths]
             return list(found)
 
@@ -195,7 +193,7 @@ class SourceImages:
         size = _header_size(file)
         if size is None:
             known = "JPEG, PNG, WebP, GIF, AVIF, TIFF or BMP"
-            return CellError("image_load_error", f"{name!r} is not an image that can be read; it must be {known}")
+            return CellError("image_load_error", f"{name!r} is not a supported image; use {known}")
         megapixels = size[0] * size[1] / _PIXELS
         return self._too_large(megapixels, name) or megapixels
 
@@ -213,7 +211,7 @@ def _path_of(reference: str, folder: Path) -> Path | CellError:
         host = "" if parts.netloc.lower() == "localhost" else parts.netloc
         reference = url2pathname(host + parts.path)
     elif scheme is not None:
-        what = "is nothing that we can fetch"
+        what = "has an unsupported scheme"
         if scheme[1].lower() in {"http", "https"}:
             what = "contains a NUL character" if "\0" in reference else "has no host"
         return CellError(
@@ -225,17 +223,13 @@ def _path_of(reference: str, folder: Path) -> Path | CellError:
 
 
 def _at_home(reference: str, folder: Path) -> Path | CellError:
-    """A path with `~` or `~name` at its start, as a shell expands it."""
+    """Expand `~` or `~name` at the start of a path, as a shell does."""
     expanded = os.path.expanduser(reference)  # noqa: PTH111 - Path.expanduser raises for an unknown user
     first, slash, _ = reference.partition("/")
     if expanded == reference and first == "~":
-        return CellError(
-            "file_not_found", f"{shorten(reference)!r}: the home folder is not known; write the whole path"
-        )
+        return CellError("file_not_found", f"{shorten(reference)!r}: the home folder is unknown; use the full path")
     if expanded == reference and slash and not (folder / first).exists():
-        return CellError(
-            "file_not_found", f"{shorten(reference)!r}: there is no user {first[1:]!r}; write the whole path"
-        )
+        return CellError("file_not_found", f"{shorten(reference)!r}: there is no user {first[1:]!r}; use the full path")
     return Path(os.path.abspath(folder / expanded))  # noqa: PTH100
 
 
@@ -261,10 +255,10 @@ def _unreadable(path: Path, error: Exception) -> CellError:
 
 
 def _header_size(file: BinaryIO) -> tuple[int, int] | None:
-    """Width and height as the header states them, or None where it is no image.
+    """Return width and height from the header of an image; None if the file is not a supported image.
 
-    The plugins are asked directly: `Image.open` would warn of, or refuse, large images by a process-wide
-    limit of Pillow's, and whether an image is too large is decided here by the user's own limit.
+    The plugins are called directly: `Image.open` warns about or refuses large images by a process-wide limit, but here
+    the user's limit decides.
     """
     Image.init()
     prefix = file.read(16)

@@ -1,6 +1,6 @@
-"""Endpoint inputs as columns: defaults, types and bounds for many values at once. Pure.
+"""Endpoint inputs as columns: defaults, types and bounds, checked for many values at once. Pure.
 
-Everything is taken from the fields of `ImageToImageInput`; no bound and no default stands here a second time.
+All bounds and defaults come from the fields of `ImageToImageInput`; none is repeated here.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from batch.fal.endpoint import ImageToImageInput
 from batch.manifest.types import CellError
 from batch.types import Json, JsonObject
 
-__all__ = ["DEFAULTS", "INPUTS", "PROMPT_LIMIT", "allowed", "check_column", "check_value", "half_fault", "shorten"]
+__all__ = ["DEFAULTS", "INPUTS", "PROMPT_LIMIT", "allowed", "check_column", "check_value", "shorten", "surrogate_fault"]
 
 PROMPT_LIMIT = 1_000_000
-"""Characters of a prompt; the model reads 512 tokens of it."""
+"""Maximum length of a prompt in characters; the model reads 512 tokens of it."""
 _FIELDS = ImageToImageInput.model_fields
 INPUTS: frozenset[str] = frozenset(_FIELDS)
 """Names of all inputs of the endpoint."""
 DEFAULTS: JsonObject = {name: field.default for name, field in _FIELDS.items() if not field.is_required()}
-"""Every input that has a default, `seed: None` among them."""
+"""Every input with a default, including `seed: None`."""
 
 
 def _column_adapter(field: FieldInfo) -> TypeAdapter[list[Any]]:
@@ -39,10 +39,16 @@ _COLUMNS = {name: _column_adapter(field) for name, field in _FIELDS.items()}
 def check_column(
     name: str, values: Sequence[object], column: str | None = None
 ) -> tuple[list[Any], dict[int, CellError]]:
-    """Validate many values of the input `name`, as the endpoint itself would each.
+    """Validate many values of the input `name` by the endpoint's rules.
 
-    Returns the values in the endpoint's types (None where one is wrong), and a fault for each wrong index whose
-    `type` is pydantic's word (`less_than_equal`, `int_parsing`, ...). `column` is what the message calls it.
+    Args:
+        name: an input of the endpoint.
+        values: the values to check.
+        column: the column's name in messages; default: `name`.
+
+    Returns:
+        The values in the endpoint's types (None if invalid), and the errors by index. The `type` of an error is
+        pydantic's word (`less_than_equal`, `int_parsing`, ...).
     """
     adapter = _COLUMNS[name]
     try:
@@ -65,9 +71,9 @@ def check_column(
 
 
 def _without_unusable(prompts: list[Any], column: str) -> tuple[list[Any], dict[int, CellError]]:
-    """The endpoint states no bound, but no service takes a NUL, and a text of megabytes is a mistake."""
+    """Reject prompts that the endpoint's schema allows but no service takes: with a NUL, or megabytes long."""
     if max(map(len, filter(None, prompts)), default=0) <= PROMPT_LIMIT and "\0" not in "".join(filter(None, prompts)):
-        return prompts, {}  # the usual case, without a look at each of a million
+        return prompts, {}  # the usual case, without a check of each of a million prompts
     faults: dict[int, CellError] = {}
     for index, text in enumerate(prompts):
         if text and ("\0" in text or len(text) > PROMPT_LIMIT):
@@ -77,36 +83,37 @@ def _without_unusable(prompts: list[Any], column: str) -> tuple[list[Any], dict[
 
 def _unusable(text: str, column: str) -> CellError:
     if "\0" in text:
-        return CellError("string_nul", f"{column} is {shorten(text)!r}; it contains a NUL character, remove it")
+        return CellError("string_nul", f"{column} is {shorten(text)!r}; remove the NUL character")
     length = f"{column} has {len(text):,} characters ({shorten(text, 20)!r})"
-    return CellError("string_too_long", f"{length}; at most {PROMPT_LIMIT:,} are sent, shorten it")
+    return CellError("string_too_long", f"{length}; the limit is {PROMPT_LIMIT:,}; shorten it")
 
 
 def check_value(name: str, value: object) -> Json | CellError:
-    """One value of the input `name` in the endpoint's type, or what is wrong with it."""
+    """Return one value of the input `name` in the endpoint's type, or the error."""
     try:
         str(value).encode()
     except UnicodeEncodeError:
-        return half_fault(name, str(value))
+        return surrogate_fault(name, str(value))
     checked, faults = check_column(name, [value])
     return faults[0] if faults else checked[0]
 
 
-def half_fault(name: str, text: str) -> CellError:
-    """What to say of text that holds half a character; it is shown as it would be escaped."""
-    return CellError("string_unicode", f"{name} is {shorten(text)!r}; it holds half a character, write it again")
+def surrogate_fault(name: str, text: str) -> CellError:
+    """Return the error for text with an unpaired surrogate."""
+    what = "it contains an unpaired surrogate (invalid Unicode)"
+    return CellError("string_unicode", f"{name} is {shorten(text)!r}; {what}")
 
 
 def allowed(name: str) -> str:
-    """What the endpoint takes for an input, in words: `a number from 0.01 to 1`."""
+    """Return the allowed values of an input in words, such as `a number from 0.01 to 1`."""
     field = _FIELDS[name]
     kind: Any = field.annotation
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(map(str, get_args(kind)))
     kinds = [part for part in get_args(kind) or (kind,) if part is not type(None)]
-    noun = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}[kinds[0]]
+    noun = {float: "a number", int: "an integer", bool: "true or false", str: "text"}[kinds[0]]
     if _bound(field, "min_length"):
-        noun += " that is not empty"
+        noun = f"non-empty {noun}"
     low, high = _bound(field, "ge"), _bound(field, "le")
     return noun if low is None or high is None else f"{noun} from {low} to {high}"
 
@@ -116,7 +123,7 @@ def _bound(field: FieldInfo, word: str) -> object:
 
 
 def shorten(value: object, limit: int = 80) -> str:
-    """A value as text for a message, at most `limit` characters."""
+    """Return a value as text for a message, with at most `limit` characters."""
     if isinstance(value, bytes):
         return f"{len(value)} bytes"
     if isinstance(value, dict):

@@ -1,6 +1,6 @@
-"""From rows and cells to jobs: every input resolved, every key known, nothing sent. Pure but for polars types.
+"""Plan the jobs of a manifest: resolve every input, compute every key, send nothing. Pure except for polars types.
 
-Owns what a column means and which value wins; refuses to know where rows and images come from.
+This module defines the meaning of columns and the precedence of values. It does not know the source of rows and images.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from batch.config import Settings
 from batch.errors import ConfigError, ManifestError
 from batch.manifest.formats.base import Dialect
 from batch.manifest.hashing import derived_seed, job_key
-from batch.manifest.inputs import DEFAULTS, check_column, check_value, half_fault, shorten
+from batch.manifest.inputs import DEFAULTS, check_column, check_value, shorten, surrogate_fault
 from batch.manifest.prompts import Prompts, kind_of, placeholders, require_plain
 from batch.manifest.sweep import Cell, cells
 from batch.manifest.types import CellError, ImageResolver, Resolved, RowBatch, Rows
@@ -25,60 +25,60 @@ __all__ = ["Checked", "Planned", "PlannedBatch", "Planner", "dialect_of"]
 
 _BATCH_JOBS = 4096
 _BATCH_CHARACTERS = 2**24
-"""Of the prompts of a batch, as templates are written: one of 10,000 placeholders makes short batches."""
+"""Maximum total length of a batch's prompt templates: long templates make short batches."""
 _NOTHING: JsonObject = {}
-_NO_SYNC = CellError("sync_mode", "sync_mode is refused: results are not kept; leave the cell empty")
+_NO_SYNC = CellError("sync_mode", "sync_mode is not supported: its results are not kept; leave the cell empty")
 
 
 class Planned(NamedTuple):
-    """One manifest row x cell: either a job, or the problem that keeps it from being one."""
+    """One manifest row x cell: either a job, or the problem that prevents it."""
 
     row: int
     cell: str
     job: Job | None
     problem: Problem | None
-    """The first one of its row; the message is that of all of them."""
+    """The row's first problem, with the messages of all its problems."""
     known: JsonObject = _NOTHING
-    """Of a row that is no job: every input that could be read, as it would have been sent; the others are None."""
+    """Inputs of a bad row: readable ones as they would have been sent, the others None."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedBatch:
-    """Some consecutive manifest rows with everything that is planned for them."""
+    """Consecutive manifest rows and their planned items."""
 
     first_row: int
     frame: pl.DataFrame
-    """The manifest's own columns, unchanged, one line a row."""
+    """The manifest's own columns, unchanged."""
     items: list[Planned]
-    """Row by row, within a row cell by cell: `len(frame) * cells` of them."""
+    """`len(frame) * cells` items, ordered by row, then by cell."""
 
 
 class Checked(NamedTuple):
-    """A planned batch with all that is wrong in it, one problem for each bad cell of the manifest."""
+    """A planned batch and its problems, one for each bad cell of the manifest."""
 
     batch: PlannedBatch
     problems: list[Problem]
 
 
 class Planner:
-    """Plans the jobs of one manifest; it can be run through any number of times and always plans the same.
+    """Plans the jobs of one manifest. It can be iterated any number of times, always with the same result.
 
-    An input's value comes from, the last that there is winning: the endpoint's default, `[input]`, the manifest
-    column of the same name (an empty cell falls back), the sweep. So where an input is swept, a column of its
-    name is not even looked at. The prompt's column is what `manifest.prompt` names, or a template over columns
-    (`a {animal} as a wizard`, literal braces doubled). `[input] prompt` and swept prompts are templates too. Where a
-    part is missing, a row or a cell falls back to `[input] prompt` as a whole. In formats with types an empty text is a
-    prompt like any other; only null is missing.
+    Sources of an input's value, from lowest to highest precedence: the endpoint's default, `[input]`, the manifest
+    column of the same name (unless the cell is empty), the sweep. A column of a swept input is therefore ignored.
+    `manifest.prompt` is a column or a template over columns (`a {animal} as a wizard`, with literal braces doubled).
+    `[input] prompt` and swept prompts are templates too. If a part of a template is missing, the row or cell uses
+    `[input] prompt` instead. In typed formats an empty text is a valid prompt; only null is missing.
 
     Args:
-        manifest: its rows.
-        settings: resolved configuration; `manifest`, `input`, `sweep`, `target.app` and `run_seed` are used.
-        images: turns the cells of the image column into tokens.
+        manifest: the rows.
+        settings: resolved configuration; uses `manifest`, `input`, `sweep`, `target.app` and `run_seed`.
+        images: resolves the cells of the image column.
 
     Raises:
-        ManifestError: a column that the settings need is not there (the nearest is named), or of no use.
-        ConfigError: a template that is none; one of `[input]` or `[sweep]` that names no column (the nearest is named);
-            a value there out of its bounds.
+        ManifestError: a column that the settings need is missing (the message names the nearest one) or has an
+            unsuitable type.
+        ConfigError: a template is malformed; a template of `[input]` or `[sweep]` names an unknown column (the message
+            names the nearest one); a value there is out of bounds.
     """
 
     def __init__(self, manifest: Rows, settings: Settings, images: ImageResolver) -> None:
@@ -108,7 +108,7 @@ class Planner:
         return f"Planner({self._manifest!r}, cells={len(self.cells)})"
 
     def batches(self) -> Iterator[PlannedBatch]:
-        """Everything planned, in manifest order, a few thousand jobs at a time.
+        """Yield the plan in manifest order, a few thousand jobs at a time.
 
         Raises:
             ManifestError: the manifest can no longer be read.
@@ -117,7 +117,7 @@ class Planner:
             yield checked.batch
 
     def checked(self) -> Iterator[Checked]:
-        """The same with each problem by itself; a row's `Planned` carry all of them in one.
+        """Yield the same batches with each problem separately (a `Planned` combines those of its row).
 
         Raises:
             ManifestError: the manifest can no longer be read.
@@ -128,9 +128,9 @@ class Planner:
 
     def _batch(self, rows: RowBatch) -> Checked:
         first_row, frame, found = rows.first_row, rows.frame, _Problems(rows)
-        for index, (column, text) in rows.halves.items():
-            found.add(index, column, text, half_fault(column, text))
-        halved = {index for index, half in rows.halves.items() if half.column in self._prompts.columns}
+        for index, (column, text) in rows.surrogates.items():
+            found.add(index, column, text, surrogate_fault(column, text))
+        broken = {index for index, surrogate in rows.surrogates.items() if surrogate.column in self._prompts.columns}
         images = self._resolved(frame, found)
         inputs: dict[str, list[Any]] = {"image_url": [image and image.token for image in images]}
         gaps: set[int] = set()
@@ -142,7 +142,7 @@ class Planner:
         prompts = self._prompts.of_rows(frame, note)
         if prompts is not None:
             checked = self._checked("prompt", self._prompt_name, prompts, found)
-            missing = gaps | halved
+            missing = gaps | broken
             inputs["prompt"] = [None if i in missing else p for i, p in enumerate(checked)] if missing else checked
         for name in self._columns:
             inputs[name] = self._values(name, _cells_of(frame[name], name), found)
@@ -153,7 +153,7 @@ class Planner:
         swept, unswept = self._swept_prompts(frame, found), (None,) * len(self.cells)
         by_row = zip(*inputs.values(), strict=True)
         for row, (image, identity, values) in enumerate(zip(images, identities, by_row, strict=True), first_row):
-            given = {**self._base, **dict(zip(inputs, values, strict=False))}  # as many as each other, a million times
+            given = {**self._base, **dict(zip(inputs, values, strict=False))}  # equal lengths; strict costs time
             own = unswept if swept is None else [prompts[row - first_row] for prompts in swept]
             if image is None or row in bad:
                 items += self._bad(row, bad[row], given, identity, image, own)
@@ -166,7 +166,7 @@ class Planner:
         return Checked(PlannedBatch(first_row, frame, items), found.ordered())
 
     def _job(self, given: JsonObject, cell: Cell, prompt: str | None, identity: str | None, image: Resolved) -> Job:
-        """The row's job in a cell; `prompt` is the cell's own, where prompts are swept."""
+        """Return the row's job in a cell; `prompt` is the cell's prompt if prompts are swept, else None."""
         complete = given | cell.values if cell.values else given
         if prompt is not None:
             complete["prompt"] = prompt
@@ -175,7 +175,7 @@ class Planner:
         return Job(job_key(self._app, complete), complete, image.image, image.megapixels)
 
     def _derived(self, cell: Cell, identity: str | None, token: str, prompt: Json) -> int:
-        """A seed for a row that was given none. Without an id a row is its image and what is asked of it."""
+        """Return the seed of a row without one. Without an id, image and prompt identify the row."""
         who = f"id\n{identity}" if identity is not None else f"row\n{token}\n{prompt}"
         return derived_seed(self._run_seed, who, cell.id)
 
@@ -189,8 +189,8 @@ class Planner:
         prompts: Sequence[str | Problem | None],
         cells: Sequence[Cell] | None = None,
     ) -> Iterator[Planned]:
-        """What is known of a row that cannot work, in each cell; `prompts` are the cells' own, where they are swept."""
-        problem, columns = _together(problems), {problem.column for problem in problems}
+        """Yield a bad row's items, one per cell, with the readable inputs; `prompts` has one value per cell."""
+        problem, columns = _combined(problems), {problem.column for problem in problems}
         for cell, prompt in zip(self.cells if cells is None else cells, prompts, strict=True):
             known = given | cell.values
             if "prompt" in cell.values:
@@ -202,7 +202,7 @@ class Planner:
             yield Planned(row, cell.id, None, problem, known)
 
     def _swept_prompts(self, frame: pl.DataFrame, found: _Problems) -> list[list[str | Problem]] | None:
-        """For each cell the prompt of each row, or what is wrong with it; None where prompts are not swept."""
+        """Return each cell's prompts or problems, one per row; None if prompts are not swept."""
         cells_prompts = self._prompts.of_cells(frame, found.add)
         if cells_prompts is None:
             return None
@@ -213,7 +213,7 @@ class Planner:
                 prompts[index] = found.add(index, self._prompt_name, texts[index], fault)
         return cells_prompts
 
-    # --- columns: each gives one value a row, None where it noted a problem ---
+    # --- columns: one value per row, None where a problem was added ---
 
     def _resolved(self, frame: pl.DataFrame, found: _Problems) -> list[Resolved | None]:
         references = frame[self._image].to_list()
@@ -243,12 +243,12 @@ class Planner:
             return [None] * len(frame)
         identities: list[str | None] = frame[self._id].cast(pl.String).to_list()
         for index in (index for index, identity in enumerate(identities) if not identity):
-            found.add(index, self._id, None, CellError("missing", "the cell is empty; a row's id has to be filled"))
+            found.add(index, self._id, None, CellError("missing", "the cell is empty; every row needs an id"))
         return identities
 
 
 class _Problems:
-    """What is wrong in one batch."""
+    """The problems of one batch."""
 
     def __init__(self, rows: RowBatch) -> None:
         self._rows = rows
@@ -256,37 +256,37 @@ class _Problems:
 
     def add(self, index: int, column: str, value: object, fault: CellError) -> Problem:
         line = self._rows.lines[index] if self._rows.lines is not None else None
-        shown = shorten(value).encode("utf-8", "backslashreplace").decode()  # half a character cannot be printed
+        shown = shorten(value).encode("utf-8", "backslashreplace").decode()  # a lone surrogate cannot be printed
         problem = Problem(self._rows.first_row + index, line, column, shown, fault.type, fault.message)
         self._found.setdefault(index, []).append(problem)
         return problem
 
     def by_row(self) -> dict[int, list[Problem]]:
-        """Those of each bad row."""
+        """Return the problems of each bad row by row number."""
         return {problems[0].row: problems for problems in self._found.values()}
 
     def ordered(self) -> list[Problem]:
         return [problem for index in sorted(self._found) for problem in self._found[index]]
 
 
-def _together(problems: list[Problem]) -> Problem:
-    """All that is wrong with one row as one problem, under the first one's type; each column once."""
+def _combined(problems: list[Problem]) -> Problem:
+    """Combine the problems of one row under the type of the first; each column appears once."""
     first_of = {problem.column: problem.message for problem in reversed(problems)}
     messages = [first_of[column] for column in dict.fromkeys(problem.column for problem in problems)]
     return replace(problems[0], message=". ".join(messages)) if len(messages) > 1 else problems[0]
 
 
 def _cells_of(column: pl.Series, name: str) -> list[Any]:
-    """The values of an input's column; `true` where a number belongs is text: pydantic would read a 1 in it."""
+    """Return the values of an input's column; booleans become text where a number belongs: pydantic reads true as 1."""
     is_number = column.dtype == pl.Boolean and not isinstance(DEFAULTS[name], bool)
     return (column.cast(pl.String) if is_number else column).to_list()
 
 
-# --- what the settings ask of the columns -----------------------------------------------------------------
+# --- columns that the settings name -----------------------------------------------------------------------
 
 
 def dialect_of(settings: Settings) -> Dialect:
-    """What the settings say about the text of a manifest; its header has to name the columns that they need."""
+    """Return how the settings describe the manifest's format, and the columns that they need."""
     mapped = settings.manifest
     parts = placeholders(mapped.prompt)
     named = {mapped.image, mapped.prompt, *parts} | ({mapped.id} if mapped.id else set())

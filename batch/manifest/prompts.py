@@ -1,7 +1,7 @@
-"""Prompts of rows and cells: from a column, or from a template such as `a {animal} as a wizard`. Pure.
+"""Prompts of rows and cells, from a column or from a template such as `a {animal} as a wizard`. Pure.
 
-The one reading of templates, whether `[manifest]`, `[input]` or `[sweep]` holds them. A placeholder is the exact name
-of a column; nothing in it is evaluated. `{{` and `}}` are literal braces.
+All templates, in `[manifest]`, `[input]` and `[sweep]`, follow the same rules. A placeholder is the exact name of a
+column and is not evaluated. `{{` and `}}` are literal braces.
 """
 
 from __future__ import annotations
@@ -22,70 +22,70 @@ from batch.types import Problem
 __all__ = ["Column", "Prompts", "Template", "kind_of", "no_column", "parse_template", "placeholders", "require_plain"]
 
 Note: TypeAlias = Callable[[int, str, object, CellError], Problem]
-"""Takes down what is wrong with a cell: the row's index in the batch, the column, the value."""
+"""Records the error of a cell: the row's index in the batch, the column, the value, the error."""
 
 _DEFAULT_COLUMN = "prompt"
 _TOKEN = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 _EVALUATED = re.compile(r"[.\[!:]")
-"""What `str.format` would act on: attributes, indexes, conversions, format specs."""
+"""Syntax that `str.format` evaluates: attributes, indexes, conversions, format specs."""
 _ESCAPES = "write {{ and }} for literal braces"
 
 
 class Column(NamedTuple):
-    """A column of the manifest, by its name."""
+    """A column of the manifest."""
 
     name: str
 
     def texts(self, frame: pl.DataFrame) -> list[Any]:
-        """Its values, one a row."""
+        """Return the values, one per row."""
         return frame[self.name].to_list()
 
-    def empty_in(self, frame: pl.DataFrame, index: int) -> str:  # noqa: ARG002 - as a template has it
-        """The column that leaves a row without a prompt."""
+    def empty_in(self, frame: pl.DataFrame, index: int) -> str:  # noqa: ARG002 - same signature as Template
+        """Return the column whose empty cell leaves a row without a prompt."""
         return self.name
 
 
 class Template(NamedTuple):
-    """A template in its parts."""
+    """A parsed template."""
 
     text: str
-    """As it was written."""
+    """The template as written."""
     parts: tuple[str | Column, ...]
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns that it takes parts from, each once."""
+        """The columns of the placeholders, each once."""
         return tuple(dict.fromkeys(part.name for part in self.parts if isinstance(part, Column)))
 
     @property
     def literal(self) -> str | None:
-        """Its text where that is the same for every row."""
+        """The text if it is the same for every row, else None."""
         return None if self.columns else "".join(part for part in self.parts if isinstance(part, str))
 
     def texts(self, frame: pl.DataFrame) -> list[Any]:
-        """One text a row; None where one of its parts is missing."""
+        """Return the filled template, one text per row; None where a part is missing."""
         if (literal := self.literal) is not None:
             return [literal] * len(frame)
-        # `pl.concat_str` takes a second for each 5,000 parts.
+        # Not `pl.concat_str`: it takes a second per 5,000 parts.
         columns = {name: frame[name].cast(pl.String).to_list() for name in self.columns}
         parts = [repeat(part) if isinstance(part, str) else columns[part.name] for part in self.parts]
         return [_concatenated(row) for row in zip(*parts, strict=False)]
 
     def empty_in(self, frame: pl.DataFrame, index: int) -> str:
-        """The first column whose missing part leaves a row without a prompt."""
+        """Return the first column whose missing part leaves a row without a prompt."""
         return next(name for name in self.columns if frame[name][index] is None)
 
 
 def parse_template(text: str, key: str, columns: Sequence[str]) -> Template:
-    """Take a template apart, in time linear in its length.
+    """Parse a template in time linear in its length.
 
     Args:
-        text: as written.
+        text: the template.
         key: the setting that holds it, for messages.
-        columns: what placeholders may name. Another plain name is kept: the caller refuses it.
+        columns: valid placeholder names. Other plain names are kept, for the caller to refuse.
 
     Raises:
-        ConfigError: a brace without its partner; a placeholder that is empty, or asks for more than a column.
+        ConfigError: a brace is unmatched; a placeholder is empty or contains format syntax.
     """
     known = frozenset(columns)
     parts: list[str | Column] = []
@@ -108,13 +108,13 @@ def parse_template(text: str, key: str, columns: Sequence[str]) -> Template:
 
 
 def placeholders(text: str) -> set[str]:
-    """The names in a template's braces, whatever else may be wrong with it."""
+    """Return the names in a template's braces, even if the template is malformed."""
     return {token[1] for token in _TOKEN.finditer(text) if token[1]}
 
 
 def _concatenated(parts: Sequence[str | None]) -> str | None:
-    """The text of a row, None where a part is missing."""
-    return None if None in parts else "".join(parts)  # type: ignore[arg-type]  # just looked
+    """Return the text of a row; None if a part is missing."""
+    return None if None in parts else "".join(parts)  # type: ignore[arg-type]  # None was excluded
 
 
 def _joined(literal: list[str]) -> list[str]:
@@ -123,14 +123,14 @@ def _joined(literal: list[str]) -> list[str]:
 
 
 def _unbalanced(text: str, key: str, at: int) -> ConfigError:
-    fault = "is not closed" if text[at] == "{" else "closes nothing"
+    fault = "is not closed" if text[at] == "{" else "is unmatched"
     place = f"{text[at]!r} at character {at + 1} {fault}"
     return ConfigError(f"{key} = {shorten(text)!r} is not a template: {place}; {_ESCAPES}")
 
 
 def _check_name(text: str, key: str, name: str, columns: Sequence[str]) -> None:
-    """Refuse what can only be meant for `str.format`."""
-    said = f"{key} = {shorten(text)!r}: the braces of {shorten(f'{{{name}}}')!r} must hold a column's name"
+    """Refuse an empty placeholder and `str.format` syntax."""
+    said = f"{key} = {shorten(text)!r}: the placeholder {shorten(f'{{{name}}}')!r} must be a column name in braces"
     if not name:
         raise ConfigError(f"{said}; {_ESCAPES}")
     if _EVALUATED.search(name):
@@ -140,27 +140,27 @@ def _check_name(text: str, key: str, name: str, columns: Sequence[str]) -> None:
 
 
 class Prompts:
-    """Where the prompts of one manifest come from."""
+    """The sources of the prompts of one manifest."""
 
     def __init__(self, schema: pl.Schema, *, setting: str, default: str | None, swept: Sequence[str] | None) -> None:
-        """Read the templates.
+        """Parse the templates.
 
         Args:
             schema: the manifest's columns.
-            setting: `manifest.prompt`, the name of a column or a template.
-            default: `input.prompt`, for rows and cells without another one.
-            swept: the prompt of each cell as it was written; None where prompts are not swept.
+            setting: `manifest.prompt`, a column name or a template.
+            default: `input.prompt`, for rows and cells without another prompt.
+            swept: the prompt of each cell as written; None if prompts are not swept.
 
         Raises:
-            ConfigError: a template that is none; or one of `[input]` or `[sweep]` that names no column.
-            ManifestError: `manifest.prompt` names no column, or one that holds no text.
+            ConfigError: a template is malformed, or one of `[input]` or `[sweep]` names an unknown column.
+            ManifestError: `manifest.prompt` names an unknown column, or one without text or numbers.
         """
         self._default = None if default is None else _template(schema, default, "input.prompt")
         self._swept = None if swept is None else [_template(schema, text, "sweep.prompt") for text in swept]
         self._source = None if self._swept is not None else _source(schema, setting, default)
         sources = (self._source, self._default, *(self._swept or ()))
         self.longest = max((len(one.text) for one in sources if isinstance(one, Template)), default=0)
-        """Characters of the longest template."""
+        """Length of the longest template in characters."""
 
     @property
     def columns(self) -> frozenset[str]:
@@ -171,18 +171,18 @@ class Prompts:
 
     @property
     def for_all(self) -> str | None:
-        """The prompt of every row, where it is the same for all of them."""
+        """The prompt of every row if it is the same for all, else None."""
         return None if self._source is not None or self._default is None else self._default.literal
 
     def of_rows(self, frame: pl.DataFrame, note: Note) -> list[Any] | None:
-        """The prompt of each row, any value from a column; None where there is one for all, or prompts are swept.
+        """Return the prompt of each row, unchecked; None if all rows share one, or prompts are swept.
 
-        A row without one is noted, and its prompt empty.
+        A row without a prompt is passed to `note` and gets an empty prompt.
         """
         if self._swept is not None or self.for_all is not None:
             return None
         first = self._source or self._default
-        assert first is not None, "without a default there has to be a source"
+        assert first is not None, "a source or a default exists"
         texts = self._filled(frame, first)
         for index in (index for index, text in enumerate(texts) if text is None):
             note(index, *self._gap(frame, index, first))
@@ -190,7 +190,7 @@ class Prompts:
         return texts
 
     def of_cells(self, frame: pl.DataFrame, note: Note) -> list[list[str | Problem]] | None:
-        """For each cell the prompt of each row, or the problem of a row without one; None where none are swept."""
+        """Return each cell's prompts or problems, one per row; None if prompts are not swept."""
         if self._swept is None:
             return None
         known: dict[tuple[int, str], Problem] = {}
@@ -207,7 +207,7 @@ class Prompts:
         return [filled[template.text] for template in self._swept]
 
     def _filled(self, frame: pl.DataFrame, source: Column | Template) -> list[Any]:
-        """One text a row, from `input.prompt` where the source gives none; None where neither does."""
+        """Return one text per row: from the source, else from `input.prompt`, else None."""
         texts = source.texts(frame)
         if self._default is None or None not in texts:
             return texts
@@ -215,7 +215,7 @@ class Prompts:
         return [other if text is None else text for text, other in zip(texts, others, strict=True)]
 
     def _gap(self, frame: pl.DataFrame, index: int, source: Column | Template) -> tuple[str, None, CellError]:
-        """The empty column that leaves a row without a prompt, and what to say of it."""
+        """Return the empty column that leaves a row without a prompt, its value and the error."""
         needs = "" if isinstance(source, Column) else f", and the prompt {shorten(source.text)!r} needs it"
         advice = ", or set input.prompt for all rows"
         if self._default is not None and self._default is not source:
@@ -226,13 +226,13 @@ class Prompts:
 
 
 def _source(schema: pl.Schema, setting: str, default: str | None) -> Column | Template | None:
-    """Where a row's own prompt comes from; None where only `input.prompt` gives one."""
+    """Return the source of the rows' own prompts; None if only `input.prompt` gives one."""
     if setting in schema:
         return Column(setting)
     template = parse_template(setting, "manifest.prompt", schema.names())
     if template.columns:
         return _checked(schema, template, "manifest.prompt")
-    # A default that nobody wrote may be absent; a column that somebody named may not.
+    # The default column name may be absent from the manifest; an explicitly configured one may not.
     if setting == _DEFAULT_COLUMN and default is not None:
         return None
     missing = no_column(schema, setting, "manifest.prompt")
@@ -240,10 +240,10 @@ def _source(schema: pl.Schema, setting: str, default: str | None) -> Column | Te
 
 
 def _template(schema: pl.Schema, text: str, key: str) -> Template:
-    """A template of the configuration, which may have no placeholder.
+    """Parse a template of the configuration, with or without placeholders.
 
     Raises:
-        ConfigError: it is none, or names no column.
+        ConfigError: the template is malformed or names an unknown column.
     """
     template = parse_template(text, key, schema.names())
     try:
@@ -265,7 +265,7 @@ def require_plain(schema: pl.Schema, name: str, key: str) -> None:
     """Check that a column holds text or numbers.
 
     Raises:
-        ManifestError: it does not, or is not there.
+        ManifestError: it does not, or is missing.
     """
     kind = kind_of(schema, name, key)
     if kind.is_nested() or kind == pl.Binary:
@@ -273,10 +273,10 @@ def require_plain(schema: pl.Schema, name: str, key: str) -> None:
 
 
 def kind_of(schema: pl.Schema, name: str, key: str) -> pl.DataType:
-    """The type of a column that the setting `key` names.
+    """Return the type of a column that the setting `key` names.
 
     Raises:
-        ManifestError: it is not there; the nearest one is named.
+        ManifestError: the column is missing; the message names the nearest one.
     """
     if name not in schema:
         raise ManifestError(no_column(schema, name, key))
@@ -284,7 +284,7 @@ def kind_of(schema: pl.Schema, name: str, key: str) -> pl.DataType:
 
 
 def no_column(schema: pl.Schema, name: str, key: str) -> str:
-    """What to say of a column that is not there, with the nearest one and all others."""
+    """Return the message for a missing column, with the nearest one and all others."""
     hint = _near(name, schema.names()) or "."
     return f"the manifest has no column {shorten(name)!r} ({key}){hint} Its columns are: {', '.join(schema.names())}"
 

@@ -1,7 +1,7 @@
-"""Reading manifests of every format, plain or compressed, in batches of bounded size. Edge.
+"""Read manifests of every format, plain or compressed, in batches of bounded size. Edge.
 
-Owns files, their formats and the numbers of their lines; refuses to know what a column means. A text manifest is
-read once from end to end when it is opened, so that a bad line is known before anything is paid for.
+This module handles files, formats and line numbers, but not the meaning of columns. Opening a text manifest reads all
+of it, so a bad line is found before anything is paid for.
 """
 
 from __future__ import annotations
@@ -25,7 +25,15 @@ import polars as pl
 
 from batch.errors import ManifestError
 from batch.manifest.discovery import FoundManifest, find, local
-from batch.manifest.formats.base import BATCH_BYTES, BATCH_ROWS, Chunk, Dialect, Format, refuse_nul, refuse_twins
+from batch.manifest.formats.base import (
+    BATCH_BYTES,
+    BATCH_ROWS,
+    Chunk,
+    Dialect,
+    Format,
+    refuse_duplicate_columns,
+    refuse_nul,
+)
 from batch.manifest.formats.csv_text import (
     Encoding,
     Separator,
@@ -45,7 +53,7 @@ from batch.manifest.types import RowBatch
 
 __all__ = ["Manifest", "RowBatch"]
 
-_STEP_ROWS = 16  # between two looks at how long rows are
+_STEP_ROWS = 16  # rows between two checks of the batch size
 _LINE_BREAK = re.compile(r"\r\n|\r|\n")
 _FIELD_CHARACTERS = 64 * 2**20
 _ANY = Dialect()
@@ -62,24 +70,24 @@ _UNPACK: dict[str, Unpack] = {
     "": lambda path: path.open("rb"),
     ".gz": lambda path: io.BufferedReader(gzip.GzipFile(path)),
     ".bz2": lambda path: io.BufferedReader(bz2.BZ2File(path)),
-    ".xz": lambda path: io.BufferedReader(lzma.LZMAFile(path)),  # noqa: SIM115 - the reader around it closes it
+    ".xz": lambda path: io.BufferedReader(lzma.LZMAFile(path)),  # noqa: SIM115 - closed by the BufferedReader
     ".zst": _unpack_zstd,
 }
 
 
 class Manifest:
-    """An opened manifest. Columns of CSV and TSV are text, so that `007` stays `007`; an empty field is null.
+    """An opened manifest. CSV and TSV columns are text, so `007` stays `007`; an empty field is null.
 
     Attributes:
-        source: as it was given.
-        folder: where relative image paths start: the manifest's own folder.
-        columns: their names, in order.
-        schema: their types, the same in every batch.
-        rows: how many rows `batches` gives.
+        source: the source as given.
+        folder: base folder of relative image paths; default: the manifest's folder.
+        columns: column names in order.
+        schema: column types, the same in every batch.
+        rows: number of rows in `batches`.
         has_lines: whether rows have line numbers.
-        notes: what was found out about how to read it, for a person: `separator ';', found in the header`.
-        place: the file in which the lines of rows are counted, where it is not the source.
-        has_images: whether it is a folder of images.
+        notes: detected properties for the user, such as `separator ';' (found in the header)`.
+        place: the file that line numbers refer to, if not the source; else None.
+        has_images: whether the manifest is a folder of images.
     """
 
     def __init__(
@@ -113,17 +121,17 @@ class Manifest:
     def open(
         cls, source: str | Path, rows: int | None = None, dialect: Dialect = _ANY, folder: Path | None = None
     ) -> Manifest:
-        """Open one file, a folder or a glob, or only its first `rows` rows.
+        """Open a file, a folder or a glob.
 
         Args:
-            source: what to open.
-            rows: how many rows at most.
-            dialect: what the settings say about it.
-            folder: where relative paths of images start; None: where it lies.
+            source: the file, folder or glob.
+            rows: read only the first rows; None: all.
+            dialect: the settings for reading it.
+            folder: base folder of relative image paths; None: the manifest's folder.
 
         Raises:
-            ManifestError: nothing is there, it is empty or unreadable, its format is unknown, its encoding is another
-                one, a line or a header is wrong. The message names the line where there is one.
+            ManifestError: the manifest is missing, empty or unreadable; its format is unknown; its encoding is wrong; a
+                line or the header is invalid. The message names the line if there is one.
         """
         path = local(source)
         found = find(path, dialect.format)
@@ -138,23 +146,23 @@ class Manifest:
         return cls(path, found.folder if folder is None else folder, found, content, dialect, notes)
 
     def batches(self, size: int = BATCH_ROWS) -> Iterator[RowBatch]:
-        """All rows in order, at most `size` at a time; fewer where they are long or carry images.
+        """Yield all rows in order, at most `size` at a time; fewer if they are long or contain images.
 
         Raises:
             ManifestError: the file has changed or can no longer be read.
         """
         first_row = 0
         with _explained(self.source, self.files, self._unpack, self._dialect):
-            for frame, lines, halves in self._content.chunks(size):
-                yield RowBatch(first_row, frame, lines, halves)
+            for frame, lines, surrogates in self._content.chunks(size):
+                yield RowBatch(first_row, frame, lines, surrogates)
                 first_row += len(frame)
         if first_row != self.rows:
             raise ManifestError(f"{self.source} had {self.rows} rows and now has {first_row}; run the command again")
 
     def fingerprint(self) -> str:
-        """Hash of the files' bytes, the whole of them, and of the columns that folders give them.
+        """Return a hash of the complete contents of the files and of their partition columns.
 
-        Equal for a copy under another name. Of a folder of images it is the hash of their names.
+        A copy under another name has the same hash. For a folder of images it is the hash of their names.
         """
         if isinstance(self._content, ImageFiles):
             return self._content.fingerprint()
@@ -168,10 +176,10 @@ class Manifest:
 
 
 def _content(found: FoundManifest, rows: int | None, dialect: Dialect) -> tuple[Format, tuple[str, ...]]:
-    """The reader of what was found, and how it reads."""
+    """Return the reader of the files, and notes on how it reads them."""
     name, unpack = found.kind.name, _UNPACK[found.kind.packing]
     if name == "parquet":
-        from batch.manifest.formats.parquet import Parquet  # with pyarrow, which text does not wait for
+        from batch.manifest.formats.parquet import Parquet  # imports pyarrow, which text formats do not need
 
         table = Parquet(found.paths, rows, _partitions(found.paths, found.folder))
         return table, table.notes
@@ -192,10 +200,10 @@ def _content(found: FoundManifest, rows: int | None, dialect: Dialect) -> tuple[
 
 
 def _partitions(paths: Sequence[Path], folder: Path) -> list[Mapping[str, str | None]]:
-    """The columns that each file has by the folders between it and the table's own.
+    """Return each file's partition columns, from the folders between the table's folder and the file.
 
     Raises:
-        ManifestError: a folder's name that cannot be read as a column.
+        ManifestError: a folder name cannot be parsed.
     """
     found: list[Mapping[str, str | None]] = []
     for path in paths:
@@ -216,20 +224,22 @@ def _noted(encoding: Encoding) -> tuple[str, ...]:
 
 @contextmanager
 def _explained(source: Path, paths: Sequence[Path], unpack: Unpack, dialect: Dialect) -> Iterator[None]:
-    """The one place where what the libraries raise becomes a sentence."""
+    """Convert exceptions of the libraries to `ManifestError`."""
     try:
         yield
-    except GeneratorExit:  # closed early, by a run that stops: nothing to explain, and no library to load for it
+    except GeneratorExit:  # closed early: do not load pyarrow just for the check below
         raise
     except UnicodeError as error:
         raise ManifestError(undecodable(paths[0], unpack, encoding_of(paths[0], unpack, dialect.encoding))) from error
     except _unreadable() as error:
-        raise ManifestError(f"{source} cannot be read: {error}; is it complete, and what its suffix says?") from error
+        raise ManifestError(
+            f"{source} cannot be read: {error}; is it complete, and does its suffix match its format?"
+        ) from error
 
 
 def _unreadable() -> tuple[type[Exception], ...]:
-    """What the libraries raise about a file that is not what its suffix says."""
-    import pyarrow as pa  # asked for only when something was raised
+    """Return the exceptions that libraries raise for damaged or mislabelled files."""
+    import pyarrow as pa  # imported only after an exception
 
     return OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, pl.exceptions.PolarsError
 
@@ -238,13 +248,13 @@ def _unreadable() -> tuple[type[Exception], ...]:
 
 
 class _Csv:
-    """Delimited text by the standard library's reader: it alone tells on which line a record starts."""
+    """Delimited text, parsed by the standard library: only its reader reports the line of each record."""
 
     def __init__(
         self, path: Path, unpack: Unpack, usual: str, rows: int | None, encoding: Encoding, dialect: Dialect
     ) -> None:
         self._path, self._unpack, self._encoding, self._limit = path, unpack, encoding, rows
-        # Process-wide, as the csv module has it; its default of 128 KiB is less than a small data URI.
+        # The limit is process-wide; the default of 128 KiB is too small for data URIs.
         csv.field_size_limit(max(csv.field_size_limit(), _FIELD_CHARACTERS))
         found = separator_of(self._text, usual, dialect)
         self._delimiter, self._above = found.character, found.lines_above
@@ -252,7 +262,7 @@ class _Csv:
         self._joined: list[int] = []
         self.rows = sum(len(lines) for lines, _ in self._blocks(BATCH_ROWS))
         if not self._names:
-            raise ManifestError(f"{path} is empty; its first line has to name the columns")
+            raise ManifestError(f"{path} is empty; the first line must name the columns")
         if not self.rows:
             raise ManifestError(f"{path} has a header and no rows; give at least one")
         self.schema = pl.Schema(dict.fromkeys(self._names, pl.String()))
@@ -261,7 +271,7 @@ class _Csv:
     def chunks(self, size: int) -> Iterator[Chunk]:
         for lines, records in self._blocks(size):
             columns = dict(zip(self._names, map(list, zip(*records, strict=True)), strict=True))
-            records.clear()  # let go of thousands of lists before anything is made of them
+            records.clear()  # free thousands of lists before building the frame
             frame = pl.DataFrame(columns, schema=self.schema)
             yield Chunk(frame.with_columns(pl.when(pl.all() != "").then(pl.all())), lines)
 
@@ -271,7 +281,7 @@ class _Csv:
             yield text
 
     def _blocks(self, size: int) -> Iterator[tuple[list[int], list[list[str]]]]:
-        """Records with the lines on which they start. Empty lines are passed over."""
+        """Yield records with the lines on which they start. Empty lines are skipped."""
         with self._text() as text:
             above = sum(1 for _ in islice(text, self._above))
             reader = csv.reader(text, delimiter=self._delimiter, strict=True)
@@ -280,7 +290,7 @@ class _Csv:
             except csv.Error as error:
                 raise self._broken(above + 1, error) from error
             refuse_nul(self._path, self._names)
-            refuse_twins(self._path, self._names)
+            refuse_duplicate_columns(self._path, self._names)
             line, left = above + reader.line_num + 1, sys.maxsize if self._limit is None else self._limit
             while left > 0:
                 records, error_after = _take(reader, min(size, left))
@@ -311,10 +321,10 @@ class _Csv:
             self._joined.append(line)
 
     def _join(self, record: list[str]) -> list[str]:
-        """The fields of a line in which a separator is a part of the text: `a.jpg;a cat; with a hat`.
+        """Join fields that an unquoted separator split: `a.jpg;a cat; with a hat`.
 
-        A field that begins with a space goes on the one before. Exports with `;` often quote nothing; in files with
-        commas, where quotes are usual, a line with too many fields stays an error.
+        A field that begins with a space continues the previous one. Exports with `;` often lack quotes; in files with
+        commas, which usually have quotes, a line with too many fields remains an error.
         """
         if self._delimiter == ",":
             return record
@@ -337,22 +347,22 @@ class _Csv:
         separator = "" if self._delimiter == "," else f" (separator {named(self._delimiter)})"
         return ManifestError(
             f"{self._path}, line {line}: {_fields(len(record))} where the header has {len(self._names)}{separator}; "
-            f"quote fields that hold {self._delimiter!r} ({shorten(self._delimiter.join(record))})"
+            f"quote fields that contain {self._delimiter!r} ({shorten(self._delimiter.join(record))})"
         )
 
     def _broken(self, line: int, error: csv.Error) -> ManifestError:
-        hint = "is a quote opened and not closed?"
+        hint = "check for an unclosed quote"
         return ManifestError(f"{self._path}, line {line}: not parseable ({error}); {hint}")
 
 
 def _take(records: Iterable[list[str]], count: int) -> tuple[list[list[str]], csv.Error | None]:
-    """At most `count` records, fewer where they are long, and the error that came after them."""
+    """Return at most `count` records, fewer if they are long, and the error after them, if any."""
     taken: list[list[str]] = []
     characters = 0
     try:
         while len(taken) < count and characters < BATCH_BYTES:
             before = len(taken)
-            taken.extend(islice(records, min(_STEP_ROWS, count - before)))  # keeps what came before an error
+            taken.extend(islice(records, min(_STEP_ROWS, count - before)))  # keeps the records before an error
             if len(taken) == before:
                 break
             characters += sum(map(len, chain.from_iterable(taken[before:])))
@@ -362,7 +372,7 @@ def _take(records: Iterable[list[str]], count: int) -> tuple[list[list[str]], cs
 
 
 def _starts(records: list[list[str]], first: int, last: int) -> list[int]:
-    """The line on which each record starts, and at the end the one after them; they fill `first` to `last`."""
+    """Return the line on which each record starts, then the line after them; they cover lines `first` to `last`."""
     if last - first + 1 == len(records):
         return list(range(first, last + 2))
     lines = [first]

@@ -1,4 +1,4 @@
-"""Folders that `save_to_disk` of Hugging Face datasets wrote: which files hold the rows. Edge."""
+"""Find the Arrow files of a Hugging Face dataset that `save_to_disk` wrote. Edge."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from batch.errors import ManifestError
 __all__ = ["saved_files"]
 
 _INDICES = ("_indices_files", "_indices_data_files")
-"""Rows chosen or shuffled without copying them: versions of datasets before 2.0 saved them apart."""
+"""Keys of separately saved row indices (a selection or shuffle), written by datasets before 2.0."""
 
 
 def saved_files(folder: Path) -> tuple[Path, ...] | None:
-    """The Arrow files of a saved Dataset, in their order; None where the folder is something else.
+    """Return the Arrow files of a saved dataset in order; None if the folder is not one.
 
     Raises:
-        ManifestError: it holds several splits, an index over its rows, or not all that it should.
+        ManifestError: the folder has several splits, a row index, or missing or unreadable files.
     """
     state = folder / "state.json"
     if not state.is_file():
@@ -41,7 +41,7 @@ def saved_files(folder: Path) -> tuple[Path, ...] | None:
         raise ManifestError(f"{state} lists no Arrow files (_data_files); give a dataset with at least one row")
     missing = next((path for path in paths if not path.is_file()), None)
     if missing is not None:
-        raise ManifestError(f"{missing} is missing, which {state.name} lists; is the copy of the dataset complete?")
+        raise ManifestError(f"{missing} is missing, but {state.name} lists it; is the copy of the dataset complete?")
     return paths
 
 

@@ -1,4 +1,4 @@
-"""A manifest from standard input: its bytes in a file, since a manifest is read more than once. Edge."""
+"""Copy a manifest from standard input to a file, because a manifest is read more than once. Edge."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _EXAMPLE = "cat m.csv | restyle run - -o out/run"
 
 
 def spool(folder: Path, named: str | None) -> Path:
-    """Copy standard input to its end into a new file of `folder`; its name says the format, `named` or CSV.
+    """Copy standard input to a new file in `folder`, whose suffix is that of the format `named`, or CSV.
 
     Raises:
-        ManifestError: it is a terminal, closed, empty, or visibly of another format.
+        ManifestError: standard input is a terminal, closed, empty, or recognizably in another format.
         StorageError: the disk is full.
     """
     stream = _standard_input()
@@ -31,7 +31,7 @@ def spool(folder: Path, named: str | None) -> Path:
         raise ManifestError(f"standard input is empty; pipe a manifest in, for example: {_EXAMPLE}")
     seen = looks_like(head)
     if named is None and seen is not None:
-        raise ManifestError(f"standard input is read as CSV and looks like {seen}; say --format {seen}")
+        raise ManifestError(f"standard input is read as CSV but looks like {seen}; use --format {seen}")
     kind = kind_of(Path("-"), named or _USUAL, head)
     path = folder / f"stdin{suffixes_of(kind.name)[0]}{kind.packing}"
     try:
@@ -39,8 +39,8 @@ def spool(folder: Path, named: str | None) -> Path:
             file.write(head)
             shutil.copyfileobj(stream, file)
     except OSError as error:
-        advice = "make room, or name a folder with more room in TMPDIR"
-        raise StorageError(f"standard input cannot be kept in {path} ({error.strerror}); {advice}") from error
+        advice = "free disk space, or set TMPDIR to a folder on a larger disk"
+        raise StorageError(f"standard input cannot be written to {path} ({error.strerror}); {advice}") from error
     return path
 
 

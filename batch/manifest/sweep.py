@@ -1,4 +1,4 @@
-"""The sweep: axes of input values crossed into cells, each with an id that stays. Pure."""
+"""The sweep: axes of input values crossed into cells with stable ids. Pure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from batch.types import Json, JsonObject
 __all__ = ["BASE", "Cell", "cells"]
 
 BASE = "base"
-"""Id of the only cell where nothing is swept."""
+"""Id of the only cell if nothing is swept."""
 _PLAIN = re.compile(r"[A-Za-z0-9_.+-]{1,32}")
 _ODD = re.compile(r"[^A-Za-z0-9_.+-]+")
 _PREFIX = 24
@@ -29,18 +29,18 @@ class Cell(NamedTuple):
     """One point of the sweep."""
 
     id: str
-    """`guidance_scale=3.5,strength=0.75`: axes by name, values in the endpoint's types."""
+    """For example `guidance_scale=3.5,strength=0.75`: axes sorted by name, values in the endpoint's types."""
     values: JsonObject
 
 
 def cells(axes: Mapping[str, Sequence[Json]]) -> tuple[Cell, ...]:
-    """Cross the axes, in their order, the last varying fastest; no axes give the one cell `base`.
+    """Cross the axes in order, the last varying fastest; without axes, return the single cell `base`.
 
-    A cell's id changes neither when an axis grows nor when axes or values change places. Values are brought
-    into the endpoint's types first, so `0.75` and `"0.75"` are one; one that an axis repeats counts once.
+    A cell's id does not change when an axis grows, or when axes or values are reordered. Values are first converted to
+    the endpoint's types, so `0.75` and `"0.75"` are equal; duplicate values of an axis count once.
 
     Raises:
-        ConfigError: an axis that is no input of the endpoint or has no values, a value out of its bounds.
+        ConfigError: an axis is not an input of the endpoint or has no values, or a value is out of bounds.
     """
     if not axes:
         return (Cell(BASE, {}),)
@@ -50,9 +50,9 @@ def cells(axes: Mapping[str, Sequence[Json]]) -> tuple[Cell, ...]:
 
 def _points(name: str, values: Sequence[Json]) -> list[Json]:
     if name not in INPUTS - _NEVER_SWEPT:
-        raise ConfigError(f"sweep.{name}: the endpoint has no such input; axes are {_axes()}")
+        raise ConfigError(f"sweep.{name}: not an input that can be swept; axes: {_axes()}")
     if isinstance(values, str) or not values:
-        raise ConfigError(f"sweep.{name} = {values!r}: an axis is a list with at least one value")
+        raise ConfigError(f"sweep.{name} = {values!r}: an axis must be a list with at least one value")
     points: dict[str, Json] = {}
     for value in values:
         checked = check_value(name, value)
@@ -71,7 +71,7 @@ def _cell(values: JsonObject) -> Cell:
 
 
 def _spell(value: Json) -> str:
-    """A value in an id: as JSON; short plain text as it is, any other as readable prefix, `~`, hash."""
+    """Format a value for an id: JSON; short plain text unchanged; other text as readable prefix, `~` and hash."""
     text = orjson.dumps(value).decode()
     if not isinstance(value, str):
         return text

@@ -1,4 +1,4 @@
-"""What a user can get wrong: one sentence with what, the value and what to do; no trace, nothing lost, nothing paid."""
+"""User errors: one message with the error, the value and the fix; no trace, no lost data, no cost."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CAT = REPOSITORY / "manifests" / "images" / "cat.jpg"
 
 
 def refused(*arguments, code: int = 2, **options) -> str:
-    """The one sentence of a command that is refused."""
+    """Run a command that must fail; return its single error message."""
     ended = restyle(*arguments, **options)
     assert ended.code == code, ended.text
     (line,) = [line for line in ended.err.splitlines() if line.startswith("restyle: ")]
@@ -56,20 +56,20 @@ MANIFESTS = [
     ),
     ("m.csv", "image_url,text\na.jpg,x\n", ["no column 'prompt'", "Its columns are: image_url, text", "input.prompt"]),
     ("m.csv", "image_url,prompt\na.jpg,x,y\n", ["line 2", "3 fields where the header has 2"]),
-    ("m.csv", 'image_url,prompt\na.jpg,"x\n', ["line 2", "is a quote opened and not closed?"]),
+    ("m.csv", 'image_url,prompt\na.jpg,"x\n', ["line 2", "unclosed quote"]),
     ("m.csv", b"image_url,prompt\na.jpg,caf\xe9\n", ["line 2", "not UTF-8", "save it as UTF-8", "manifest.encoding"]),
     ("m.csv", "image_url;prompt\na.jpg;x;y\n", ["line 2", "3 fields where the header has 2 (separator ';')"]),
     ("m.csv", "bild;prompt\na.jpg;x\n", ["no column 'image_url'", "Its columns are: bild, prompt"]),
     ("m.csv", "image_url;prompt;prompt\na.jpg;x;y\n", ["more than one column 'prompt'"]),
     ("m.csv", b"image_url,pro\0mpt\na.jpg,x\n", ["m.csv", "NUL"]),
     ("m.csv", "image_url,prompt\na.jpg,x\n".encode("utf-16-le"), ["NUL", 'manifest.encoding = "utf-16-le"']),
-    ("m.parquet", "image_url,prompt\n", ["m.parquet", "what its suffix says"]),
+    ("m.parquet", "image_url,prompt\n", ["m.parquet", "does its suffix match"]),
 ]
 
 
 @pytest.mark.parametrize(("name", "content", "words"), MANIFESTS, ids=lambda value: str(value)[:30])
-def test_a_manifest_that_cannot_be_used(tmp_path, name, content, words):
-    """The file, the line where there is one, and what to do about it."""
+def test_an_invalid_manifest_is_refused(tmp_path, name, content, words):
+    """The message has the file, the line if there is one, and the fix."""
     if content is None:
         (tmp_path / "m.cvs").write_text("image_url,prompt\na,b\n")
     else:
@@ -82,16 +82,16 @@ def test_a_manifest_that_cannot_be_used(tmp_path, name, content, words):
 @pytest.mark.parametrize("name", ["", " "])
 @pytest.mark.parametrize("command", ["plan", "run"])
 def test_a_manifest_without_a_name(tmp_path, command, name):
-    """What an unset variable of a shell comes to; it is not the folder where one stands."""
+    """An unset shell variable gives an empty name, which must not mean the working directory."""
     flags = ("-o", tmp_path / "run") if command == "run" else ()
-    assert "the manifest's name is empty; name a file" in refused(command, name, *flags)
+    assert "the manifest name is empty; name a file" in refused(command, name, *flags)
 
 
 # --- rows -------------------------------------------------------------------------------------------------
 
 
 def png_of(side: int) -> bytes:
-    """A whole one-bit PNG of so many pixels square; it packs to a few kilobytes."""
+    """Return a valid one-bit PNG of `side` x `side` pixels in a few kilobytes."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -106,7 +106,7 @@ ROWS = [
     ("cat.jpg", "high", "", "", "float_parsing", ["strength is 'high'", "a number from 0.01 to 1"]),
     ("cat.jpg", "1.5", "", "", "less_than_equal", ["strength is '1.5'", "a number from 0.01 to 1"]),
     ("cat.jpg", "", "9", "", "greater_than_equal", ["num_inference_steps is '9'", "from 10 to 50"]),
-    ("cat.jpg", "", "10.5", "", "int_parsing", ["num_inference_steps is '10.5'", "a whole number"]),
+    ("cat.jpg", "", "10.5", "", "int_parsing", ["num_inference_steps is '10.5'", "an integer"]),
     ("cat.jpg", "", "", "-1", "greater_than_equal", ["seed is '-1'"]),
     ("cat.jpg", "nan", "", "", "finite_number", ["strength is 'nan'"]),
     ("nowhere.jpg", "", "", "", "file_not_found", ["nowhere.jpg", "relative paths start at the manifest's folder"]),
@@ -116,12 +116,12 @@ ROWS = [
     ("notes.txt", "", "", "", "image_load_error", ["notes.txt", "JPEG, PNG, WebP"]),
     ("huge.png", "", "", "", "image_too_large", ["huge.png", "400.0 megapixels", "max_image_megapixels is 100"]),
     ("cut.jpg", "", "", "", "image_load_error", ["damaged or incomplete"]),
-    ("data:image/png;base64,@@@", "", "", "", "data_uri", ["is not base64", "write it again"]),
+    ("data:image/png;base64,@@@", "", "", "", "data_uri", ["is not valid base64"]),
 ]
 
 
 def test_bad_rows_are_data_and_the_good_ones_are_done(tmp_path):
-    """Each bad row is a failed row with an error type and a sentence; the rest of the run goes on."""
+    """Each bad row is a failed row with an error type and a message; the other rows run."""
     (tmp_path / "cat.jpg").write_bytes(CAT.read_bytes())
     (tmp_path / "cut.jpg").write_bytes(CAT.read_bytes()[:5000])
     (tmp_path / "notes.txt").write_text("no image")
@@ -156,7 +156,7 @@ def test_bad_rows_are_data_and_the_good_ones_are_done(tmp_path):
 
 
 def test_failed_rows_keep_every_input_that_could_be_read(tmp_path):
-    """Whatever was wrong with them, failed or skipped; the message names everything that was."""
+    """This holds for failed and skipped rows; the message has all problems of the row."""
     (tmp_path / "cat.jpg").write_bytes(CAT.read_bytes())
     (tmp_path / "m.csv").write_text(
         "image_url,prompt,strength,guidance_scale,seed,note\n"
@@ -180,7 +180,7 @@ def test_failed_rows_keep_every_input_that_could_be_read(tmp_path):
 
 
 def test_text_that_no_service_takes_is_a_bad_row(tmp_path):
-    """Ten megabytes in a prompt, NUL characters in a prompt, a URL or a path; nothing is submitted for them."""
+    """The rows have a prompt of ten megabytes, or a NUL in a prompt, URL or path; none is submitted."""
     (tmp_path / "cat.jpg").write_bytes(CAT.read_bytes())
     rows = [
         ("https://images.example/1.jpg", "x" * 10_000_000, "string_too_long", "10,000,000 characters"),
@@ -206,10 +206,10 @@ def test_text_that_no_service_takes_is_a_bad_row(tmp_path):
 
 
 JSON_ROWS = [
-    # further keys, error type, words of the message
-    (r'"prompt":"\ud83d half"', "string_unicode", [r"prompt is '\ud83d half'", "half a character"]),
+    # other keys of the object, error type, words of the message
+    (r'"prompt":"\ud83d half"', "string_unicode", [r"prompt is '\ud83d half'", "unpaired surrogate"]),
     (r'"prompt":"a","note":"\udc00"', "string_unicode", [r"note is '\udc00'"]),
-    ('"prompt":"a","seed":[1]', "int_parsing", ["seed is '[1]'", "a whole number"]),
+    ('"prompt":"a","seed":[1]', "int_parsing", ["seed is '[1]'", "an integer"]),
     ('"prompt":"a","seed":true', "int_parsing", ["seed is 'true'"]),
     ('"prompt":"a","seed":9223372036854775808', "less_than_equal", ["seed is '9223372036854775808'"]),
     (f'"prompt":"a","seed":{"1" * 41}', "less_than_equal", ["seed is '11111"]),
@@ -219,7 +219,7 @@ JSON_ROWS = [
 
 
 def test_bad_values_of_json_are_bad_rows_and_change_no_good_one(tmp_path):
-    """What a column cannot hold is told by its line; a seed beyond 2^53 beside it is the seed that is used."""
+    """Invalid values are reported with their lines; a seed beyond 2^53 in another row keeps its exact value."""
     (tmp_path / "cat.jpg").write_bytes(CAT.read_bytes())
     good = '"prompt":"a good cat \\ud83d\\ude00","seed":9007199254740993,"meta":{}'
     lines = ['{"image_url":"cat.jpg",' + keys + "}" for keys in [*(keys for keys, _, _ in JSON_ROWS), good]]
@@ -241,15 +241,15 @@ def test_bad_values_of_json_are_bad_rows_and_change_no_good_one(tmp_path):
     assert accepted(directory) == 1
 
 
-def test_true_is_no_seed(tmp_path):
-    """Not even where it is all that the column holds: pydantic would read a 1 in it."""
+def test_true_is_not_a_seed(tmp_path):
+    """This holds even if the whole column is boolean: pydantic would convert true to 1."""
     (tmp_path / "cat.jpg").write_bytes(CAT.read_bytes())
     (tmp_path / "m.jsonl").write_text('{"image_url":"cat.jpg","prompt":"a","seed":true,"enable_safety_checker":true}')
-    assert "m.jsonl:1 seed: seed is 'true'; it must be a whole number" in restyle("plan", tmp_path / "m.jsonl").out
+    assert "m.jsonl:1 seed: seed is 'true'; it must be an integer" in restyle("plan", tmp_path / "m.jsonl").out
 
 
 def test_bad_rows_can_be_skipped(tmp_path, manifest):
-    """`--on-bad-row skip`: no failure, exit 0, and still in the table."""
+    """With `--on-bad-row skip` a bad row does not affect the exit code and is `skipped` in the results."""
     manifest.write_text(manifest.read_text() + "x,no-such-file.jpg,y\n")
     ended = restyle("run", manifest, "-o", tmp_path / "run", *ECHO, "--on-bad-row", "skip")
     assert ended.code == 0, ended.text
@@ -263,13 +263,13 @@ CONFIGS = [
     ("[limits\n", ["c.toml is not TOML", "line 1"]),
     ("[input]\nstrength = 2.0\n", ["input.strength = 2.0", "less than or equal to 1"]),
     ("[sweep]\nstrenght = [0.5]\n", ["'strenght' cannot be swept", "did you mean 'strength'?"]),
-    ('[target]\nname = "falai"\n', ["'falai' is no target", "local, fal, or a URL"]),
+    ('[target]\nname = "falai"\n', ["invalid target 'falai'", "local, fal, or a URL"]),
 ]
 
 
 @pytest.mark.parametrize(("text", "words"), CONFIGS, ids=lambda value: str(value)[:20])
-def test_a_config_that_is_wrong(tmp_path, manifest, text, words):
-    """The file, the key, the nearest known one; nothing is made."""
+def test_an_invalid_config_is_refused(tmp_path, manifest, text, words):
+    """The message has the file, the key and the nearest known key; no run directory is created."""
     (tmp_path / "c.toml").write_text(text)
     sentence = refused("run", manifest, "-c", tmp_path / "c.toml", "-o", tmp_path / "run")
     for word in ["c.toml", *words]:
@@ -287,22 +287,22 @@ FLAGS = [
 
 
 @pytest.mark.parametrize(("flags", "words"), FLAGS, ids=lambda value: str(value)[:20])
-def test_a_flag_that_is_wrong(tmp_path, manifest, flags, words):
-    """The flag, its value, and where to look."""
+def test_an_invalid_flag_is_refused(tmp_path, manifest, flags, words):
+    """The message has the flag, its value and the fix."""
     sentence = refused("run", manifest, "-o", tmp_path / "run", *flags)
     for word in words:
         assert word in sentence
 
 
-def test_a_variable_that_is_misspelt_is_not_passed_over(tmp_path, manifest):
-    """A limit that nobody reads is no limit."""
+def test_a_misspelt_variable_is_refused(tmp_path, manifest):
+    """Otherwise a misspelt limit would silently have no effect."""
     sentence = refused("run", manifest, "-o", tmp_path / "run", env={"RESTYLE_LIMITS__BUDGET": "5"})
-    assert "RESTYLE_LIMITS__BUDGET is not known; did you mean RESTYLE_LIMITS__BUDGET_USD?" in sentence
+    assert "unknown environment variable RESTYLE_LIMITS__BUDGET; did you mean RESTYLE_LIMITS__BUDGET_USD?" in sentence
 
 
 @pytest.mark.parametrize("text", [None, '[[fault]]\nat = "sbumit"\n'], ids=["none", "wrong"])
 def test_a_faults_file_that_cannot_be_used_is_refused_by_plan_and_run(tmp_path, manifest, text):
-    """The same sentence, before a folder is made."""
+    """Both give the same message before the run directory is created."""
     if text is not None:
         (tmp_path / "f.toml").write_text(text)
     faults = ("--faults", tmp_path / "f.toml", *ECHO)
@@ -312,13 +312,13 @@ def test_a_faults_file_that_cannot_be_used_is_refused_by_plan_and_run(tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_without_a_run_directory_is_told_so(manifest):
-    """`-o` has no default: results go where somebody said."""
+def test_a_run_needs_a_run_directory(manifest):
+    """`-o` has no default."""
     assert "--out" in refused("run", manifest)
 
 
-def test_a_command_that_does_not_exist_names_those_that_do():
-    """With help at hand."""
+def test_the_message_about_an_unknown_command_lists_the_commands():
+    """It also mentions `--help`."""
     sentence = refused("rum")
     assert '"rum"' in sentence
     assert "run" in sentence
@@ -329,7 +329,7 @@ def test_a_command_that_does_not_exist_names_those_that_do():
 
 
 def test_another_config_is_refused_until_it_is_accepted(tmp_path, manifest):
-    """It says what differs; `--new-config` goes on and keeps what was done before."""
+    """The message names the difference; `--new-config` continues and keeps finished jobs."""
     directory, command = tmp_path / "run", ("run", manifest, "-o", tmp_path / "run", *ECHO)
     assert restyle(*command).code == 0
     before = results(directory)
@@ -337,8 +337,13 @@ def test_another_config_is_refused_until_it_is_accepted(tmp_path, manifest):
     sentence = refused(*command, "-c", tmp_path / "c.toml")
     planned = restyle("plan", *command[1:], "-c", tmp_path / "c.toml")
     assert planned.code == 0, planned.text
+<<<<<<< HEAD
     assert "to do       3" in planned.out, "it says all the same what would be done with --new-config"
     assert planned.out.splitlines()[-1] == sentence.replace("restyle: ", "`restyle run` refuses this: ")
+=======
+    assert "to do       3" in planned.out, "it still shows what --new-config would do"
+    assert planned.out.splitlines()[-1] == sentence.replace("restyle: ", "`restyle run` would refuse this: ")
+>>>>>>> help-d
     assert "would refuse" not in restyle("plan", *command[1:]).out
     assert "input.strength was None, is 0.5" in sentence
     assert "--new-config" in sentence
@@ -352,8 +357,8 @@ def test_another_config_is_refused_until_it_is_accepted(tmp_path, manifest):
     assert accepted(directory) == 6
 
 
-def test_another_kind_of_target_is_refused_for_good(tmp_path, manifest):
-    """Results of different services do not mix, whatever is said."""
+def test_another_kind_of_target_is_always_refused(tmp_path, manifest):
+    """Results of different services are never mixed, even with `--new-config`."""
     command = ("run", manifest, "-o", tmp_path / "run", *ECHO)
     assert restyle(*command).code == 0
     for more in ((), ("--new-config",)):
@@ -363,7 +368,7 @@ def test_another_kind_of_target_is_refused_for_good(tmp_path, manifest):
 
 
 def test_a_file_or_a_strange_folder_as_run_directory(tmp_path, manifest):
-    """Nothing of somebody else's is written to."""
+    """Files of other programs are not modified."""
     (tmp_path / "file").write_text("mine")
     for command in ("run", "plan"):
         sentence = refused(command, manifest, "-o", tmp_path / "file", *ECHO)
@@ -372,15 +377,15 @@ def test_a_file_or_a_strange_folder_as_run_directory(tmp_path, manifest):
         assert "holds other files and no run" in refused(command, manifest, "-o", tmp_path, *ECHO)
 
 
-def test_a_place_that_cannot_be_written(manifest):
-    """The kernel's own folder refuses everybody, root too."""
+def test_an_unwritable_run_directory_is_refused(manifest):
+    """In `/proc`, no user can create files, not even root."""
     sentence = refused("run", manifest, "-o", "/proc/restyle/run", *ECHO)
     assert "/proc/restyle/run cannot be written" in sentence
     assert "name another folder with -o" in sentence
 
 
 def test_a_journal_of_a_newer_version_is_left_alone(tmp_path, manifest):
-    """An old tool must not write into what it does not understand."""
+    """An older version must not write to a newer journal."""
     directory, command = tmp_path / "run", ("run", manifest, "-o", tmp_path / "run", *ECHO)
     assert restyle(*command).code == 0
     connection = sqlite3.connect(directory / "journal.db")
@@ -395,9 +400,9 @@ def test_a_journal_of_a_newer_version_is_left_alone(tmp_path, manifest):
     assert (directory / "journal.db").read_bytes() == before
 
 
-@pytest.mark.parametrize("content", [b"no database at all" * 500, None], ids=["no SQLite", "another program's"])
-def test_a_journal_that_is_none_is_left_alone(tmp_path, manifest, content):
-    """A file of that name may be anybody's."""
+@pytest.mark.parametrize("content", [b"no database at all" * 500, None], ids=["not SQLite", "another program's"])
+def test_a_foreign_file_named_like_the_journal_is_left_alone(tmp_path, manifest, content):
+    """Another program may have created the file."""
     directory = tmp_path / "run"
     directory.mkdir()
     if content is None:
@@ -416,9 +421,9 @@ def test_a_journal_that_is_none_is_left_alone(tmp_path, manifest, content):
 
 SERVED = [
     (["--slots", "0"], ["0 slots", "--slots is 1 or more"]),
-    (["--port", "99999"], ["99999 is no port", "from 0", "to 65535"]),
-    (["--port", "-1"], ["-1 is no port"]),
-    (["--host", "\u00fc..b"], ["'\u00fc..b' is no name of a host", "check --host"]),
+    (["--port", "99999"], ["99999", "from 0", "to 65535"]),
+    (["--port", "-1"], ["-1", "from 0", "to 65535"]),
+    (["--host", "\u00fc..b"], ["'\u00fc..b'", "--host"]),
     (["--host", ""], ["--host is empty"]),
     (["--retention", "soon"], ["--retention: 'soon' is not a duration"]),
     (["--engine", "echo", "--service-time", "-1"], ["--service-time: '-1' is not a duration"]),
@@ -431,7 +436,7 @@ SERVED = [
 
 @pytest.mark.parametrize(("flags", "words"), SERVED, ids=lambda value: " ".join(value)[:40])
 def test_a_server_that_cannot_work_says_why_and_does_not_start(tmp_path, flags, words):
-    """A number out of its range, a host that is none, a data dir that cannot be one: the value, and what to do."""
+    """Numbers out of range, invalid hosts, unusable data folders: the message has the value and the fix."""
     (tmp_path / "file").write_text("mine")
     (tmp_path / "strange").mkdir()
     (tmp_path / "strange" / "files").write_text("mine")
@@ -442,7 +447,7 @@ def test_a_server_that_cannot_work_says_why_and_does_not_start(tmp_path, flags, 
 
 
 def test_a_server_without_room_says_so(tmp_path):
-    """Exit 4, as a run whose disk is full: nothing it was given is wrong."""
+    """The exit code is 4, as for a run with a full disk: the input is valid."""
     with small_disk(tmp_path, "16k") as disk:
         (disk / "ballast").write_bytes(bytes(8192))
         sentence = refused("serve", "--port", "0", "--data-dir", disk / "data", code=4, timeout=20)
@@ -461,8 +466,8 @@ PLACES = [
 ]
 
 
-def test_a_place_that_is_none_for_an_export(tmp_path):
-    """The user's slip, not a run that was stopped: exit 2, and nothing is written or overwritten."""
+def test_an_invalid_destination_of_an_export_is_refused(tmp_path):
+    """This is a user error, not a stopped run: exit 2, and no file changes."""
     manifest = tmp_path / "m.parquet"
     pl.read_csv(write_manifest(tmp_path / "m.csv", range(3))).write_parquet(manifest)
     assert restyle("run", manifest, "-o", tmp_path / "run", *ECHO).code == 0
@@ -477,7 +482,7 @@ def test_a_place_that_is_none_for_an_export(tmp_path):
 
 
 def test_an_export_among_the_files_of_its_manifest(tmp_path):
-    """A folder of Parquet files: neither over one of them, nor beside them, where it would be one the next time."""
+    """In a folder of Parquet files an export may not replace a file, nor add one, which would become a part."""
     folder = tmp_path / "manifest"
     folder.mkdir()
     pl.read_csv(write_manifest(tmp_path / "m.csv", range(3))).write_parquet(folder / "a.parquet")
@@ -493,7 +498,7 @@ def test_an_export_among_the_files_of_its_manifest(tmp_path):
 
 
 def test_a_column_that_no_table_can_hold_is_carried_as_text(tmp_path):
-    """Two hundred lists in one another: the results could never be written, and the jobs would be paid for."""
+    """With two hundred nested lists the results could not be written after the jobs were paid for."""
     manifest = tmp_path / "m.jsonl"
     deep = "[" * 200 + "1" + "]" * 200
     manifest.write_text(f'{{"image_url": "https://images.example/1.jpg", "prompt": "one", "x": {deep}}}\n')
@@ -502,8 +507,8 @@ def test_a_column_that_no_table_can_hold_is_carried_as_text(tmp_path):
     assert results(tmp_path / "run").to_pylist()[0]["x"] == deep
 
 
-def test_a_plan_into_a_first_start_that_was_cut_off(tmp_path, manifest):
-    """An empty journal and nothing else: a run begins there, so a plan does not refuse it."""
+def test_a_plan_accepts_the_directory_of_an_interrupted_first_start(tmp_path, manifest):
+    """It has only an empty journal; a run would start there."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").touch()
     (tmp_path / "run" / "journal.db").touch()
@@ -512,7 +517,7 @@ def test_a_plan_into_a_first_start_that_was_cut_off(tmp_path, manifest):
 
 
 def test_the_advice_for_another_format_works(tmp_path, manifest):
-    """The line of Python that the sentence gives, as it stands."""
+    """The message contains a working line of Python."""
     assert restyle("run", manifest, "-o", tmp_path / "run", *ECHO).code == 0
     sentence = refused("export", tmp_path / "run", "-o", tmp_path / "x.csv")
     assert restyle("export", tmp_path / "run", "-o", tmp_path / "x.parquet").code == 0
@@ -528,7 +533,7 @@ def test_the_advice_for_another_format_works(tmp_path, manifest):
 
 @contextmanager
 def small_disk(tmp_path, size):
-    """A tmpfs of so many bytes, where this user may mount one."""
+    """Mount a tmpfs of the given size; skip the test without the permission."""
     place = tmp_path / "disk"
     place.mkdir()
     mounted = subprocess.run(
@@ -545,7 +550,7 @@ def small_disk(tmp_path, size):
 @pytest.mark.skipif(os.name == "nt", reason="no tmpfs on Windows")
 @pytest.mark.parametrize("size", ["1m", "3m"])
 def test_a_full_disk_stops_the_run_and_loses_nothing(tmp_path, size):
-    """Exit 4 with a sentence; with room again the same command completes, and nothing is paid for twice."""
+    """Exit 4 with a message; after space is freed, the same command completes and pays for nothing twice."""
     manifest = write_manifest(tmp_path / "m.csv", range(300))
     with small_disk(tmp_path, size) as disk:
         command = ("run", manifest, "-o", disk / "run", *ECHO)
@@ -557,8 +562,8 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(tmp_path, size):
         assert accepted(disk / "run") == jobs_in(disk / "run", "done") == 300
 
 
-def test_a_disk_that_is_read_only_is_said(tmp_path, manifest):
-    """Nothing is started."""
+def test_a_read_only_disk_is_reported(tmp_path, manifest):
+    """The run does not start."""
     with small_disk(tmp_path, "1m") as disk:
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         sentence = refused("run", manifest, "-o", disk / "run", *ECHO)
@@ -568,11 +573,12 @@ def test_a_disk_that_is_read_only_is_said(tmp_path, manifest):
 @pytest.mark.skipif(os.name == "nt", reason="no ulimit on Windows")
 @pytest.mark.parametrize("blocks", [200, 1200])
 def test_a_disk_that_fails_in_the_middle_stops_the_run_and_loses_nothing(tmp_path, blocks):
-    """No file may grow beyond so many blocks: a stand-in for a quota, which works without being root."""
+    """A limit on the file size simulates a quota without root permissions."""
     manifest = write_manifest(tmp_path / "m.csv", range(300))
     command = ("run", manifest, "-o", tmp_path / "run", *ECHO)
     sentence = refused(*command, code=4, through=("sh", "-c", f'ulimit -f {blocks}; exec "$0" "$@"'))
-    assert "journal.db was refused" in sentence or "endpoint could not be written" in sentence  # whoever was first
+    # Either the journal or the embedded endpoint is the first to fail.
+    assert "journal.db was refused" in sentence or "endpoint could not be written" in sentence
     assert "What was durable before is still there" in sentence
     assert restyle(*command).code == 0
     assert accepted(tmp_path / "run") == jobs_in(tmp_path / "run", "done") == 300
@@ -582,7 +588,7 @@ def test_a_disk_that_fails_in_the_middle_stops_the_run_and_loses_nothing(tmp_pat
 
 
 def test_fal_off_a_terminal_asks_for_a_yes_and_sends_nothing(tmp_path, manifest):
-    """The plan's cost is shown first; without `--yes` or a budget nobody is asked for money."""
+    """The plan's cost is shown; without `--yes` or a budget nothing is submitted."""
     ended = restyle("run", manifest, "-o", tmp_path / "run", "--target", "fal", env={"FAL_KEY": "id:secret"})
     assert ended.code == 2
     assert ended.out.startswith("target: fal (fal-ai/flux/dev/image-to-image), $0.03 a megapixel")
@@ -593,8 +599,8 @@ def test_fal_off_a_terminal_asks_for_a_yes_and_sends_nothing(tmp_path, manifest)
 
 
 @pytest.mark.parametrize("agreed", [("--yes",), ("--budget", "1")])
-def test_fal_without_a_key_is_told_how_to_set_one(tmp_path, manifest, agreed):
-    """Before anything is sent."""
+def test_the_message_about_a_missing_key_explains_how_to_set_it(tmp_path, manifest, agreed):
+    """Nothing is sent."""
     sentence = refused("run", manifest, "-o", tmp_path / "run", "--target", "fal", *agreed)
     assert "FAL_KEY is not set" in sentence
     assert "--target local" in sentence
@@ -603,7 +609,7 @@ def test_fal_without_a_key_is_told_how_to_set_one(tmp_path, manifest, agreed):
 
 @pytest.mark.parametrize("key", ["id:sec\nret", "id:s\u00e9cret"])
 def test_a_key_that_no_header_can_carry_is_refused(tmp_path, manifest, key):
-    """A slip of the clipboard, found before the first submit; it is not shown."""
+    """A mangled key is detected before the first submit and is not shown."""
     ended = restyle("run", manifest, "-o", tmp_path / "run", "--target", "fal", "--yes", env={"FAL_KEY": key})
     assert ended.code == 2, ended.text
     assert "FAL_KEY holds a line break or a letter that no key has" in ended.err
@@ -611,8 +617,8 @@ def test_a_key_that_no_header_can_carry_is_refused(tmp_path, manifest, key):
     assert jobs_in(tmp_path / "run") == 0
 
 
-def test_a_target_that_nobody_serves_is_waited_for_until_the_deadline(tmp_path, manifest):
-    """Nothing was sent: every job is pending, and the reason is said."""
+def test_a_run_waits_for_an_unreachable_target_until_the_deadline(tmp_path, manifest):
+    """Nothing was sent, so every job is pending; the message has the reason."""
     ended = restyle("run", manifest, "-o", tmp_path / "run", "--target", "http://127.0.0.1:9", "--deadline", "1s")
     assert ended.code == 4, ended.text
     assert "connect" in ended.err

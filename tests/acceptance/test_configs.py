@@ -1,4 +1,4 @@
-"""The files in `configs/`: each is complete, and the commands in its comments do what they say."""
+"""The files in `configs/`: each is valid, and the commands in its comments work."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ CONFIGS = REPOSITORY / "configs"
 
 
 def commands(name: str) -> list[list[str]]:
-    """The words after `restyle` in each command that a file's comments give."""
+    """Return the words after `restyle` of each command in a file's comments."""
     text = (CONFIGS / name).read_text("utf-8")
     lines = re.findall(r"^#.*?\brestyle ((?:run|plan) [^>\n]*)", text, re.MULTILINE)
-    return [shlex.split(line.partition("    ")[0]) for line in lines]  # a remark may stand beside it
+    return [shlex.split(line.partition("    ")[0]) for line in lines]  # a remark may follow
 
 
 @pytest.fixture
@@ -33,14 +33,14 @@ def checkout(tmp_path) -> Path:
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.name)
 def test_every_config_is_valid_and_says_how_to_use_it(path):
-    """A config loads without a problem, and its comments hold a command that names it."""
+    """A config loads without errors, and a command in its comments uses it."""
     (read_faults if path.name == "faults.toml" else load_settings)(path)
     assert commands(path.name)
     assert all(f"configs/{path.name}" in words for words in commands(path.name))
 
 
 def test_the_demo_restyles_all_its_images(checkout):
-    """`make demo` is the command in demo.toml, and every row ends with an image."""
+    """`make demo` runs the command in demo.toml, and every row gets an image."""
     (words,) = commands("demo.toml")
     recipe = re.search(r"^demo:.*\n\t.*?/restyle (.*)$", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
     assert recipe is not None
@@ -54,7 +54,7 @@ def test_the_demo_restyles_all_its_images(checkout):
 
 
 def test_the_sweep_makes_every_combination(checkout):
-    """Three rows by two strengths, two guidances and two seeds are 24 records, prompts filled in."""
+    """Three rows, two strengths, two guidance scales and two seeds give 24 records with filled prompts."""
     (words,) = commands("sweep.toml")
     ended = restyle(*words, cwd=checkout, env={"RESTYLE_TARGET__ENGINE": "echo"})
     assert ended.code == 0, ended.text
@@ -65,7 +65,7 @@ def test_the_sweep_makes_every_combination(checkout):
 
 
 def test_cron_does_only_what_is_new(checkout):
-    """The same command on a grown manifest submits the new row alone; a bad row is skipped and is no failure."""
+    """On a longer manifest the same command submits only the new row; a bad row is skipped without a failure."""
     crontab, unit = commands("cron.toml")
     assert crontab == unit
     manifest = checkout / "manifests/demo.csv"
@@ -79,8 +79,8 @@ def test_cron_does_only_what_is_new(checkout):
     assert accepted(checkout / "out/cron") == 13
 
 
-def test_cron_ends_within_what_cron_and_systemd_give_it():
-    """The run is over before the next begins, and a stop is over before systemd kills it."""
+def test_cron_ends_within_the_limits_of_cron_and_systemd():
+    """The run ends before the next one starts, and a stop ends before systemd kills the process."""
     limits = load_settings(CONFIGS / "cron.toml").limits
     stop = re.search(r"TimeoutStopSec=(\w+)", (CONFIGS / "cron.toml").read_text())
     assert stop is not None
@@ -92,7 +92,7 @@ def test_cron_ends_within_what_cron_and_systemd_give_it():
 
 
 def test_fal_plans_without_a_key_and_sends_nothing(checkout):
-    """The plan of fal.toml needs no key; its run without one stops with a sentence before anything is sent."""
+    """The plan of fal.toml needs no key; without one the run stops with a message before anything is sent."""
     plan, run = commands("fal.toml")
     planned = restyle(*plan, cwd=checkout)
     assert planned.code == 0, planned.text
@@ -103,7 +103,7 @@ def test_fal_plans_without_a_key_and_sends_nothing(checkout):
 
 
 def test_the_service_unit_starts_an_endpoint_that_runs_can_use(checkout):
-    """ExecStart of the unit, on a free port, serves a run with `--target URL`."""
+    """The unit's ExecStart, on a free port, serves a run with `--target URL`."""
     unit = configparser.ConfigParser(interpolation=None)
     unit.optionxform = str  # the names in a unit have capitals
     unit.read(CONFIGS / "restyle-serve.service")

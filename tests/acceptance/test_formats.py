@@ -1,4 +1,4 @@
-"""Manifests of every kind through the command: JSON lists, Arrow, saved datasets, folders of images, standard input."""
+"""Manifests of every format in the command: JSON lists, Arrow, saved datasets, folders of images, standard input."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ FILES = {
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_of_each_kind_is_planned_run_and_taken_up_again(tmp_path, name):
-    """Bad rows are data with their place, columns pass through with their types, nothing is paid for twice."""
+    """Bad rows are reported with their place, columns keep their types, and nothing is paid for twice."""
     FILES[name](tmp_path / name)
     place = {"m.json": 12, "lines.json": 3}.get(name, "row 2")
     planned = restyle("plan", tmp_path / name)
@@ -67,7 +67,7 @@ def test_a_file_of_each_kind_is_planned_run_and_taken_up_again(tmp_path, name):
 
 
 def test_a_dataset_saved_to_disk_is_run_with_its_images(tmp_path):
-    """Images that it carries are uploaded; of several splits one has to be named."""
+    """Embedded images are uploaded; a dataset with several splits is refused."""
     import datasets
 
     cat, dog = (str(IMAGES / name) for name in ("cat.jpg", "tree.jpg"))
@@ -101,7 +101,7 @@ def photos(tmp_path):
 
 
 def test_a_folder_of_images_with_one_prompt_for_all(photos):
-    """Also with the run directory inside of it: results are not restyled again."""
+    """The run directory may be inside the folder: results are not restyled again."""
     command = ("run", photos, "-o", photos / "out", *ECHO)
     refused = restyle(*command)
     assert refused.code == 2
@@ -122,7 +122,7 @@ def test_a_folder_of_images_with_one_prompt_for_all(photos):
 
 
 def test_images_with_metadata_have_their_own_prompts(photos, tmp_path):
-    """From the column `text` where there is no `prompt`; places are those of the metadata file."""
+    """Without a column `prompt`, `text` is used; line numbers are those of the metadata file."""
     metadata = photos / "metadata.csv"
     metadata.write_text("file_name,text,license\nb.jpg,a cat,cc0\nmore/a.jpg,,by\ngone.jpg,a ghost,\n")
     planned = restyle("plan", photos, "--json")
@@ -145,7 +145,7 @@ def test_images_with_metadata_have_their_own_prompts(photos, tmp_path):
 
 
 def test_the_prompt_of_the_command_is_for_rows_without_one(tmp_path):
-    """As `input.prompt`: the row's own prompt wins, a manifest without the column needs none."""
+    """`--prompt` sets `input.prompt`: a row's own prompt takes precedence, and the column may be missing."""
     (tmp_path / "m.csv").write_text("image_url,prompt\nhttps://a.example/1.jpg,own\nhttps://a.example/2.jpg,\n")
     (tmp_path / "bare.csv").write_text("image_url\nhttps://a.example/1.jpg\n")
     assert restyle("run", tmp_path / "m.csv", "-o", tmp_path / "a", "--prompt", "all", *ECHO).code == 0
@@ -161,7 +161,7 @@ def test_the_prompt_of_the_command_is_for_rows_without_one(tmp_path):
 
 
 def piped(path) -> dict:
-    """Options of `restyle` by which it has a file as its standard input."""
+    """Return options of `restyle()` that redirect standard input from a file."""
     return {"through": ("sh", "-c", f'exec "$@" < "{path}"', "sh")}
 
 
@@ -169,7 +169,7 @@ CSV = "image_url,prompt\nhttps://images.example/1.jpg,one\nb.jpg,two\n"
 
 
 def test_a_manifest_from_standard_input_is_kept_and_taken_up_again(photos, tmp_path):
-    """The same bytes are the same run; export and reconcile need them no more, also where the run has moved."""
+    """The same bytes resume the run; export and reconcile use the copy, even after the run directory moved."""
     (tmp_path / "in").write_text(CSV)
     run = tmp_path / "run"
     for _ in range(2):
@@ -187,7 +187,7 @@ def test_a_manifest_from_standard_input_is_kept_and_taken_up_again(photos, tmp_p
 
 
 def test_other_bytes_from_standard_input_are_a_manifest_that_has_changed(tmp_path):
-    """Rows that are the same jobs stay done; bytes that cannot be used change nothing that is kept."""
+    """Unchanged rows stay done; an invalid manifest does not replace the kept one."""
     source, run = tmp_path / "in", tmp_path / "run"
     command = ("run", "-", "-o", run, *ECHO)
     source.write_text("image_url,prompt\nhttps://images.example/1.jpg,one\n")
@@ -204,12 +204,12 @@ def test_other_bytes_from_standard_input_are_a_manifest_that_has_changed(tmp_pat
     assert (run / "stdin.csv").read_text() == kept
 
 
-def test_standard_input_of_another_format_is_named(tmp_path):
-    """By `--format`; what it visibly is, is said; problems are shown with their lines."""
+def test_standard_input_in_another_format_needs_the_format_flag(tmp_path):
+    """The message names the detected format; problems are shown with their lines."""
     (tmp_path / "in").write_text('{"image_url":"https://images.example/1.jpg","prompt":"x"}\n{"image_url":null}\n')
     refused = restyle("plan", "-", **piped(tmp_path / "in"))
     assert refused.code == 2
-    assert "standard input is read as CSV and looks like jsonl; say --format jsonl" in refused.err
+    assert "standard input is read as CSV but looks like jsonl; use --format jsonl" in refused.err
     planned = restyle("plan", "-", "--format", "jsonl", **piped(tmp_path / "in"))
     assert planned.code == 0, planned.text
     assert "standard input:2 image_url: " in planned.out
@@ -222,8 +222,8 @@ def test_standard_input_of_another_format_is_named(tmp_path):
     assert (tmp_path / "run" / "stdin.parquet").exists()
 
 
-def test_standard_input_without_a_manifest_is_one_sentence(tmp_path):
-    """Empty, closed, or a terminal, which would wait for someone to type a table."""
+def test_standard_input_without_a_manifest_is_refused(tmp_path):
+    """It may be empty, closed, or a terminal, on which the command would wait for input."""
     run = ("run", "-", "-o", tmp_path / "run", *ECHO)
     empty = restyle(*run)
     assert (empty.code, empty.err.count("\n")) == (2, 1)
@@ -252,7 +252,7 @@ def test_a_paid_run_with_its_manifest_from_standard_input_cannot_ask(tmp_path):
 
 
 def test_ctrl_c_while_standard_input_is_awaited_ends_the_command(tmp_path):
-    """Whoever writes to the pipe may take hours."""
+    """The writer of the pipe may take hours."""
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "tmp").mkdir()
     environment = {"TMPDIR": str(tmp_path / "tmp")}
@@ -271,7 +271,7 @@ def test_ctrl_c_while_standard_input_is_awaited_ends_the_command(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-# --- formats by name, and what is refused ---
+# --- formats by name, and invalid sources ---
 
 
 def test_a_file_with_an_odd_name_is_read_as_its_format_is_named(tmp_path):
@@ -302,8 +302,8 @@ def test_the_help_says_what_a_manifest_may_be():
             assert word in shown
 
 
-def test_standard_input_by_the_library_is_a_sentence_where_there_is_none():
-    """A notebook has no bytes there."""
+def test_the_library_refuses_a_closed_standard_input():
+    """A notebook has no standard input."""
     code = """
 import sys
 sys.stdin = None

@@ -1,4 +1,4 @@
-"""`results.parquet` as other people's tools load it: Hugging Face datasets, DuckDB, pandas, polars; case 15."""
+"""`results.parquet` loaded by Hugging Face datasets, DuckDB, pandas and polars; case 15."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ LOADERS = {
         rows = polars.read_parquet(path).to_dicts()
     """,
 }
-"""Each makes `rows` of the file at `path`, in a process of its own: they bring threads and warnings."""
+"""Code that reads `rows` from the file at `path`, run in separate processes because of threads and warnings."""
 
 
 def loaded(loader, path, cache):
-    """Statuses, seeds, and names of other timings, as the loader sees them."""
+    """Return statuses, seeds and names of extra timings as the loader reads them."""
     lines = [line.strip() for line in LOADERS[loader].strip().splitlines()]
     code = "\n".join(
         [
@@ -59,7 +59,7 @@ def loaded(loader, path, cache):
 
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory):
-    """Results in which our columns are all null, mixed, and of a sweep."""
+    """Results with all-null columns, with mixed columns, and of a sweep."""
     folder = tmp_path_factory.mktemp("tables")
     (folder / "m.csv").write_text("image_url,prompt\nhttps://x/a.jpg,good\nhttps://x/b.jpg,bad\nhttps://x/c.jpg,odd\n")
     (folder / "sweep.toml").write_text("[sweep]\nseed = [1, 2]\nstrength = [0.5, 0.9]\n")
@@ -87,7 +87,7 @@ def tables(tmp_path_factory):
 
 @pytest.mark.parametrize("loader", LOADERS)
 def test_case_15_every_loader_reads_every_table(tables, loader, tmp_path):
-    """All null, mixed, swept: the same rows in each of them."""
+    """All loaders read the same rows."""
     for path, expected in tables.values():
         extra = [[one["name"] for one in row or []] for row in expected["timings_extra"].to_list()]
         found = loaded(loader, path, tmp_path)

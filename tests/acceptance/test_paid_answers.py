@@ -86,7 +86,7 @@ def test_case_4_an_answer_without_images_is_kept_and_not_paid_for_again_without_
         assert (row["status"], row["error_type"], row["images"]) == ("failed", "no_images", None)
         assert (row["has_nsfw_concepts"], row["timings"]["inference"], row["request_id"]) == ([False], 0.5, "request-1")
         planned = restyle("plan", tmp_path / "m.csv", "-o", tmp_path / "out", "--target", service.url, "--retry-failed")
-        assert "1 failed before and paid for: asked for again, free" in planned.out
+        assert "1 failed but paid for: results are fetched again for free" in planned.out
         assert "to do       0" in planned.out
         run(tmp_path, service, "--retry-failed", code=3)
         assert service.posts == 1

@@ -1,4 +1,4 @@
-"""Swept and configured prompts over the real command: filled from the row before they are sent, or refused."""
+"""Swept and configured prompt templates in the real command: filled before they are sent, or refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def manifest(tmp_path):
 
 
 def test_a_swept_prompt_is_filled_from_the_row_before_it_is_sent(tmp_path, manifest):
-    """Each row x cell with its own prompt; the id of the cell is that of the template."""
+    """Each row x cell has its own prompt; the cell's id comes from the template."""
     config = tmp_path / "c.toml"
     config.write_text('[sweep]\nprompt = ["a {animal}", "{{b}}"]\n')
     directory = tmp_path / "run"
@@ -41,7 +41,7 @@ def test_a_swept_prompt_is_filled_from_the_row_before_it_is_sent(tmp_path, manif
     ids=["swept", "configured", "environment", "swept by environment"],
 )
 def test_an_unknown_name_is_refused_before_anything_is_sent(tmp_path, manifest, command, given):
-    """Exit 2 with the nearest column; no connection, no run directory."""
+    """Exit 2 with the nearest column; there is no connection and no run directory."""
     text, env = given
     config = tmp_path / "c.toml"
     config.write_text(text)

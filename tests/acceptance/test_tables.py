@@ -1,4 +1,4 @@
-"""Tables as other programs write them, through the real command: what is read, and what is said about it."""
+"""Tables of other programs, read by the real command, and the notes about them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CAT = REPOSITORY / "manifests" / "images" / "cat.jpg"
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder for a manifest, with an image in it."""
+    """A folder for a manifest, with an image."""
     (tmp_path / "images").mkdir()
     shutil.copy(CAT, tmp_path / "images" / "cat.jpg")
     return tmp_path
@@ -39,7 +39,7 @@ TEXTS = [
 
 @pytest.mark.parametrize(("data", "prompt", "notes"), TEXTS, ids=["semicolons", "tabs", "excel", "utf-16"])
 def test_a_csv_of_another_program_is_read_and_how_is_said(folder, data, prompt, notes):
-    """In the first lines of plan and run, and in the JSON of both; `export` reads it alike."""
+    """The first lines of plan and run have the notes, as has the JSON of plan; `export` reads the same rows."""
     manifest, directory = folder / "m.csv", folder / "run"
     manifest.write_bytes(data)
     planned = restyle("plan", manifest)
@@ -57,7 +57,7 @@ def test_a_csv_of_another_program_is_read_and_how_is_said(folder, data, prompt, 
 
 
 def test_another_encoding_and_separator_are_named_by_settings(folder):
-    """The sentence without them says what to set; with them the row is what was written."""
+    """Without the settings, the message names them; with them, the row is read correctly."""
     manifest, directory = folder / "m.csv", folder / "run"
     manifest.write_bytes("image_url~prompt\nimages/cat.jpg~a café\n".encode("cp1252"))
     refused = restyle("plan", manifest)
@@ -78,7 +78,7 @@ def test_another_encoding_and_separator_are_named_by_settings(folder):
 
 
 def test_columns_of_folders_and_of_some_files_are_used_like_any_other(folder):
-    """The prompt takes a part from a folder's name, an input is a column that one file lacks; `export` reads alike."""
+    """The prompt uses a partition column, an input is a column missing in one file; `export` reads the same rows."""
     table, directory = folder / "table", folder / "run"
     for animal, columns in (("cat", {"strength": [0.5]}), ("big%20dog", {})):
         (table / f"animal={animal}").mkdir(parents=True)
@@ -97,11 +97,11 @@ def test_columns_of_folders_and_of_some_files_are_used_like_any_other(folder):
             ("big dog", "a big dog", None, 0.95),
             ("cat", "a cat", 0.5, 0.5),
         ]
-    assert accepted(directory) == 2, "the glob is the same jobs"
+    assert accepted(directory) == 2, "the glob gives the same jobs"
 
 
-def test_a_file_of_ten_thousand_that_is_empty_or_no_parquet_is_named(folder):
-    """Exit code 2, and nothing is made."""
+def test_invalid_files_among_ten_thousand_are_named(folder):
+    """One is empty, one is not Parquet: exit code 2, and no run directory is created."""
     table = folder / "table"
     table.mkdir()
     pl.DataFrame({"image_url": ["https://a.example/1.jpg"], "prompt": ["x"]}).write_parquet(table / "0.parquet")
@@ -122,7 +122,7 @@ def test_a_file_of_ten_thousand_that_is_empty_or_no_parquet_is_named(folder):
 
 
 def test_a_tilde_is_the_home_folder_wherever_a_path_is_given(folder):
-    """A shell expands none of these: in `--out=~/run`, in quotes, in a cell, in a config."""
+    """A shell does not expand these: `--out=~/run`, quoted paths, cells and config values."""
     env, home = {"HOME": str(folder)}, folder
     (folder / "elsewhere").mkdir()
     (folder / "c.toml").write_text("[target]\nfaults = '~/f.toml'\n")

@@ -1,4 +1,4 @@
-"""Text manifests as other programs write them: separators, encodings, byte order marks, and what cannot be decoded."""
+"""Text manifests of other programs: separators, encodings, byte order marks, and undecodable bytes."""
 
 import bz2
 import codecs
@@ -42,7 +42,7 @@ def lines_of(manifest: Manifest) -> list[int]:
 
 
 def delimited(separator: str, rows: list[list[str]], end: str = "\r\n", *, quoted: bool = False) -> str:
-    """As Excel writes it: a field is quoted where it has to be."""
+    """Return rows as Excel writes them: a field is quoted only if necessary."""
 
     def field(value: str) -> str:
         needs = quoted or any(character in value for character in (separator, '"', "\r", "\n"))
@@ -68,7 +68,7 @@ def write(tmp_path):
 @pytest.mark.parametrize("name", ["m.csv", "m.tsv", "m.tab"])
 @pytest.mark.parametrize("separator", SEPARATORS)
 def test_the_separator_is_the_one_that_the_header_shows(write, separator, name, quoted) -> None:
-    """Whatever the suffix says and the prompts hold; where it is not the usual one, a note says so."""
+    """Suffix and prompts have no influence; a note reports a separator other than the format's default."""
     manifest = Manifest.open(write(name, delimited(separator, [HEADER, *ROWS], quoted=quoted)), None, NEEDED)
     assert list(manifest.columns) == HEADER
     assert rows_of(manifest) == ROWS
@@ -82,8 +82,8 @@ TEXTS = st.text(alphabet='a;,|\t" \n', max_size=6).filter(lambda text: text != "
 
 @settings(deadline=None, max_examples=100)
 @given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=4), st.sampled_from(SEPARATORS))
-def test_no_text_in_the_rows_makes_it_another_separator(tmp_path_factory, rows, separator) -> None:
-    """It is read from the header alone."""
+def test_text_in_the_rows_does_not_change_the_separator(tmp_path_factory, rows, separator) -> None:
+    """Only the header decides."""
     path = tmp_path_factory.mktemp("csv") / "m.csv"
     records = [list(row) for row in rows]
     path.write_bytes(delimited(separator, [["image_url", "prompt"], *records]).encode())
@@ -93,52 +93,52 @@ def test_no_text_in_the_rows_makes_it_another_separator(tmp_path_factory, rows, 
 @pytest.mark.parametrize(
     ("header", "columns"),
     [
-        # a name with a separator in it, in quotes
+        # a quoted name that contains a separator
         ('"image_url","size; in cm",prompt', ("image_url", "size; in cm", "prompt")),
         ('image_url;"size, in cm";prompt', ("image_url", "size, in cm", "prompt")),
         ('"image_url"|"a,b;c"|"prompt"', ("image_url", "a,b;c", "prompt")),
-        # and without
+        # an unquoted name that contains a separator
         ("image_url,prompt;de,prompt", ("image_url", "prompt;de", "prompt")),
         ("a,b,c;image_url;prompt", ("a,b,c", "image_url", "prompt")),
-        # inputs decide where the mapped columns do not
+        # endpoint inputs decide if the mapped columns do not
         ("bild,x;strength;seed", ("bild,x", "strength", "seed")),
         # a header of two lines
         ('"image_url";"two\r\nlines";"prompt"', ("image_url", "two\r\nlines", "prompt")),
-        # spaces around the names do not hide them
+        # spaces around the names are ignored
         ("image_url ; prompt", ("image_url ", " prompt")),
-        # one column, and one with a separator after it
+        # one column, and one followed by a separator
         ("image_url", ("image_url",)),
         ("image_url;", ("image_url", "")),
     ],
 )
-def test_the_columns_that_are_needed_decide(write, header, columns) -> None:
-    """The most of them win; the usual separator only where two find as many."""
+def test_the_needed_columns_decide(write, header, columns) -> None:
+    """The separator that yields most of them wins; in a tie, the format's default."""
     width = len(columns)
     rows = ["x" if width == 1 else separator.join("x" * width) for separator in ",;|"]
     found = []
-    for row in rows:  # only with the right separator has the row as many fields as the header
+    for row in rows:  # other separators give a row of another length
         with suppress(ManifestError):
             found.append(Manifest.open(write("m.csv", f"{header}\r\n{row}\r\n"), None, NEEDED).columns)
     assert set(found) == {columns}
 
 
 def test_other_mapped_names_decide_too(write) -> None:
-    """Those of the settings, the columns of a template among them."""
+    """These are the columns of the settings, including those of templates."""
     mapped = Settings(manifest={"image": "foto", "prompt": "a {tier} in {ort}", "id": "nr"})
     manifest = Manifest.open(write("m.csv", "nr;foto,klein;tier;ort;foto\n1;2;3;4;5\n"), None, dialect_of(mapped))
     assert manifest.columns == ("nr", "foto,klein", "tier", "ort", "foto")
 
 
-def test_without_a_column_that_is_needed_the_header_is_still_told_apart(write) -> None:
-    """So that the message about the missing column names the columns."""
+def test_the_header_is_split_even_without_a_needed_column(write) -> None:
+    """The message about the missing column can then name the columns."""
     assert Manifest.open(write("m.csv", "bild;text\na;b\n"), None, NEEDED).columns == ("bild", "text")
     assert Manifest.open(write("n.csv", "bild,text;de\na,b\n"), None, NEEDED).columns == ("bild", "text;de")
 
 
 @pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8], ids=["plain", "marked"])
 @pytest.mark.parametrize("line", ["sep=;", "SEP=;", '"sep=;"'])
-def test_the_first_line_that_excel_understands_names_the_separator(write, line, mark) -> None:
-    """It is no row, and counts as a line."""
+def test_excels_first_line_sets_the_separator(write, line, mark) -> None:
+    """It is not a row, but counts as a line."""
     text = f"{line}\r\n" + delimited(";", [HEADER, ["a.jpg", "two\r\nlines", "0.5"], ["b.jpg", "x", "0.6"]])
     manifest = Manifest.open(write("m.csv", mark + text.encode()), None, NEEDED)
     assert rows_of(manifest) == [["a.jpg", "two\r\nlines", "0.5"], ["b.jpg", "x", "0.6"]]
@@ -149,8 +149,8 @@ def test_the_first_line_that_excel_understands_names_the_separator(write, line, 
         Manifest.open(broken, None, NEEDED)
 
 
-def test_the_setting_decides_before_the_header_and_the_first_line(write) -> None:
-    """Also for a separator that is never looked for."""
+def test_the_setting_overrides_the_header_and_the_first_line(write) -> None:
+    """The setting may also be a separator that is never detected."""
     path = write("m.csv", "sep=;\nimage_url^prompt;x\na.jpg^b;c\n")
     manifest = Manifest.open(path, None, NEEDED._replace(separator="^"))
     assert manifest.columns == ("image_url", "prompt;x")
@@ -170,7 +170,7 @@ def test_the_setting_decides_before_the_header_and_the_first_line(write) -> None
     ],
 )
 def test_an_unquoted_separator_before_a_space_is_text(write, text, rows, note) -> None:
-    """Where that makes the line as long as the header, it can be read in one way only; it is said."""
+    """If the line then has as many fields as the header, the reading is unambiguous; a note reports it."""
     manifest = Manifest.open(write("m.csv", text), None, NEEDED)
     assert rows_of(manifest) == rows_of(manifest, 1) == rows
     assert note in manifest.notes[1]
@@ -187,8 +187,8 @@ def test_an_unquoted_separator_before_a_space_is_text(write, text, rows, note) -
         "image_url,prompt\na.jpg,a cat, with a hat\n",
     ],
 )
-def test_a_line_that_can_be_read_in_several_ways_is_refused(write, text) -> None:
-    """A guess would be paid for. In files with commas quotes are usual, and a field too many is an error."""
+def test_an_ambiguous_line_is_refused(write, text) -> None:
+    """A guess could cost money. In files with commas, quotes are usual, so an extra field is an error."""
     with pytest.raises(ManifestError, match=r"line 2: \d fields where the header has"):
         Manifest.open(write("m.csv", text), None, NEEDED)
 
@@ -210,7 +210,7 @@ MARKED = {
 @pytest.mark.parametrize("codec", MARKED)
 @pytest.mark.parametrize(("kind", "text"), [("csv", TABLE), ("jsonl", LINES)])
 def test_a_byte_order_mark_says_the_encoding(write, kind, text, codec, packing) -> None:
-    """What Excel saves as Unicode text, in every packing; a setting does not change it."""
+    """This is Excel's "Unicode text"; it works with every compression, and overrides the setting."""
     plain = Manifest.open(write(f"plain.{kind}", text), None, NEEDED)
     path = write(f"m.{kind}{packing}", PACKERS[packing](MARKED[codec] + text.encode(codec)))
     for dialect in (NEEDED, NEEDED._replace(encoding="latin-1")):
@@ -225,8 +225,8 @@ def test_a_byte_order_mark_says_the_encoding(write, kind, text, codec, packing) 
 
 @pytest.mark.parametrize("codec", ["latin-1", "cp1252", "cp850", "utf-16-le", "utf-16-be", "mac-roman", "utf-8"])
 @pytest.mark.parametrize(("kind", "text"), [("csv", TABLE.replace("猫", "x")), ("jsonl", LINES)])
-def test_the_setting_says_any_other_encoding(write, kind, text, codec) -> None:
-    """Of one byte or of several; what was decoded is what was written."""
+def test_the_setting_selects_any_other_encoding(write, kind, text, codec) -> None:
+    """Encodings of one or more bytes per character are decoded correctly."""
     plain = Manifest.open(write(f"plain.{kind}", text), None, NEEDED)
     manifest = Manifest.open(write(f"m.{kind}", text.encode(codec)), None, NEEDED._replace(encoding=codec))
     assert rows_of(manifest) == rows_of(plain)
@@ -234,8 +234,8 @@ def test_the_setting_says_any_other_encoding(write, kind, text, codec) -> None:
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
-def test_text_longer_than_a_piece_is_decoded_whole(write, kind) -> None:
-    """Characters of several bytes lie across the borders of what is read at a time."""
+def test_multibyte_characters_across_chunks_are_decoded(write, kind) -> None:
+    """The texts are longer than the chunks in which files are read."""
     prompts = ["猫" * count + "é" for count in (1, 70_000, 65_535)]
     text = "image_url,prompt\n" + "".join(f"a.jpg,{prompt}\n" for prompt in prompts)
     if kind == "jsonl":
@@ -268,8 +268,8 @@ def test_text_longer_than_a_piece_is_decoded_whole(write, kind) -> None:
     ],
 )
 @pytest.mark.parametrize("packing", ["", ".gz"])
-def test_what_cannot_be_decoded_is_named_by_line_and_byte(write, name, data, encoding, words, packing) -> None:
-    """With what to set or to save; before anything is planned."""
+def test_the_message_about_undecodable_bytes_names_line_and_byte(write, name, data, encoding, words, packing) -> None:
+    """The message has the fix. Opening raises it, before anything is planned."""
     path = write(name + packing, PACKERS[packing](data))
     with pytest.raises(ManifestError) as raised:
         Manifest.open(path, None, Dialect(encoding=encoding))
@@ -277,8 +277,8 @@ def test_what_cannot_be_decoded_is_named_by_line_and_byte(write, name, data, enc
         assert word.replace("m.csv", f"m.csv{packing}").replace("m.jsonl", f"m.jsonl{packing}") in str(raised.value)
 
 
-def test_decoding_is_looked_at_where_a_later_pass_fails(write) -> None:
-    """The file was changed since it was opened."""
+def test_a_decoding_error_in_a_later_pass_is_explained(write) -> None:
+    """The file has changed since it was opened."""
     path = write("m.csv", b"a,b\n1,2\n")
     manifest = Manifest.open(path)
     path.write_bytes(b"a,b\n1,\xe9\n")
@@ -298,7 +298,7 @@ for source in sys.argv[1:3]:
 
 @pytest.mark.parametrize(("kind", "codec"), [("csv", "utf-16"), ("jsonl", "utf-16"), ("jsonl", "latin-1")])
 def test_memory_does_not_grow_with_a_manifest_of_another_encoding(tmp_path, kind, codec) -> None:
-    """It is decoded a piece at a time, also out of a packed file."""
+    """Text is decoded in chunks, also from a compressed file."""
     for name, count in (("small", 2_000), ("large", 100_000)):
         prompt = "é" * 150
         rows = (f"https://a.example/{i},{prompt}\n" for i in range(count))

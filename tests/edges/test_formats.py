@@ -1,4 +1,4 @@
-"""JSON lists, Arrow, saved datasets, folders of images, formats by name, and what is refused."""
+"""JSON lists, Arrow, saved datasets, folders of images, formats by name, and invalid manifests."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from batch.errors import ManifestError
 from batch.manifest.formats.base import Dialect
 from batch.manifest.images import SourceImages
 from batch.manifest.reader import Manifest
-from tests.edges.test_reader import HALVES, KINDS, PACKERS, lines_of, rows_of
+from tests.edges.test_reader import KINDS, PACKERS, SURROGATES, lines_of, rows_of
 
 
 def refusal(source: Path | str, dialect: Dialect | None = None) -> str:
@@ -47,7 +47,7 @@ RECORDS = [{"image_url": "https://a/1.png", "n": 1}, {"image_url": "https://a/2.
 @pytest.mark.parametrize("indent", [None, 2])
 @pytest.mark.parametrize("packing", ["", *PACKERS])
 def test_a_json_list_reads_like_its_objects_as_lines(tmp_path, indent, packing) -> None:
-    """Pretty or not, packed or not."""
+    """This holds for indented and compact, compressed and plain files."""
     pack = PACKERS.get(packing, bytes)
     path = tmp_path / ("m.json." + packing).rstrip(".")
     path.write_bytes(pack(json.dumps(RECORDS, indent=indent).encode()))
@@ -58,8 +58,8 @@ def test_a_json_list_reads_like_its_objects_as_lines(tmp_path, indent, packing) 
     assert rows_of(found, 1) == rows_of(expected)
 
 
-def test_rows_of_a_json_list_have_lines_where_they_share_none(tmp_path) -> None:
-    """In a list on one line all rows would be on line 1: they are counted instead."""
+def test_rows_of_a_json_list_have_lines_if_no_two_share_one(tmp_path) -> None:
+    """In a list on one line all rows would be on line 1, so they are numbered instead."""
     path = tmp_path / "m.json"
     path.write_text('[{"a":1},\n\n {\n"a":2},\r\n{"a":3}]')
     manifest = Manifest.open(path)
@@ -72,8 +72,8 @@ def test_rows_of_a_json_list_have_lines_where_they_share_none(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(("values", "read"), KINDS, ids=[" and ".join(row[0])[:40] for row in KINDS])
-def test_values_in_a_json_list_are_judged_as_in_lines(tmp_path, values, read) -> None:
-    """Columns of several kinds are text, long numbers keep their digits."""
+def test_values_in_a_json_list_are_read_as_in_jsonl(tmp_path, values, read) -> None:
+    """Columns of mixed types are text; long numbers keep their digits."""
     path = tmp_path / "m.json"
     path.write_text("[" + ",\n".join(f'{{"n":{i},"a":{value}}}' for i, value in enumerate(values)) + "]")
     found = [row["a"] for row in rows_of(Manifest.open(path))]
@@ -81,19 +81,20 @@ def test_values_in_a_json_list_are_judged_as_in_lines(tmp_path, values, read) ->
     assert list(map(type, found)) == list(map(type, read))
 
 
-@pytest.mark.parametrize(("written", "shown", "half"), HALVES, ids=[row[0].decode() for row in HALVES])
-def test_unpaired_surrogates_in_a_json_list_are_bad_rows(tmp_path, written, shown, half) -> None:
-    """As in lines."""
+@pytest.mark.parametrize(("written", "shown", "surrogate"), SURROGATES, ids=[row[0].decode() for row in SURROGATES])
+def test_unpaired_surrogates_in_a_json_list_are_bad_rows(tmp_path, written, shown, surrogate) -> None:
+    """The rule is that of JSONL."""
     path = tmp_path / "m.json"
     path.write_bytes(b'[{"p":"good"},{"p":' + written + b"}]")
     manifest = Manifest.open(path)
     assert [row["p"] for row in rows_of(manifest)] == ["good", shown]
     (batch,) = manifest.batches()
-    assert {index: tuple(found) for index, found in batch.halves.items()} == ({} if half is None else {1: ("p", half)})
+    expected = {} if surrogate is None else {1: ("p", surrogate)}
+    assert {index: tuple(found) for index, found in batch.surrogates.items()} == expected
 
 
 def test_lines_of_json_in_a_json_file_are_read_as_lines(tmp_path) -> None:
-    """Also where they are written over several lines each, as jq does; and as UTF-16."""
+    """The objects may also span several lines each, as in the output of jq, and be UTF-16."""
     path = tmp_path / "m.json"
     path.write_text('\n{"a":1}\n\n{"a":2}')
     assert (rows_of(Manifest.open(path)), lines_of(Manifest.open(path))) == ([{"a": 1}, {"a": 2}], [2, 4])
@@ -105,7 +106,7 @@ def test_lines_of_json_in_a_json_file_are_read_as_lines(tmp_path) -> None:
     assert manifest.notes == ("encoding UTF-16 (byte order mark)",)
 
 
-def test_only_the_first_rows_of_a_json_list_are_read_where_that_is_asked(tmp_path) -> None:
+def test_only_the_first_rows_of_a_json_list_are_read_on_request(tmp_path) -> None:
     path = tmp_path / "m.json"
     path.write_text('[{"a":1},{"a":2},nonsense')
     assert rows_of(Manifest.open(path, rows=2)) == [{"a": 1}, {"a": 2}]
@@ -118,11 +119,11 @@ def test_only_the_first_rows_of_a_json_list_are_read_where_that_is_asked(tmp_pat
         (b"[]", ["has no rows"]),
         (b" [ ] ", ["has no rows"]),
         (b"[{},{}]", ["names no columns"]),
-        (b'[\n{"a":1},\n{"a":1,"a":2}]', ["line 3, row 1", "the key 'a' stands twice"]),
-        (b'[{"a":1},{"b":{"c":1,"c":2}}]', ["line 1, row 1", "the key 'c' stands twice"]),
+        (b'[\n{"a":1},\n{"a":1,"a":2}]', ["line 3, row 1", "duplicate key 'a'"]),
+        (b'[{"a":1},{"b":{"c":1,"c":2}}]', ["line 1, row 1", "duplicate key 'c'"]),
         (b'[\n{"a":1},\n\n{"a":NaN}]', ["line 4, row 1", "JSON has no NaN"]),
         (b'[{"a":1},{"a":01}]', ["line 1, row 1", "not parseable"]),
-        (b'[{"a":1},{"a" 2}]', ["line 1, row 1", "not parseable", "each item of the list is one object"]),
+        (b'[{"a":1},{"a" 2}]', ["line 1, row 1", "not parseable", "each item of the list must be one object"]),
         (b'[{"a":1},\n{"\\ud83d":1}]', ["line 2, row 1", "the key '\\ud83d'"]),
         (b'[{"a":1},\n3]', ["line 2, row 1", "'3' is not a JSON object"]),
         (b'[["a"],[1]]', ["line 1, row 0", "is not a JSON object"]),
@@ -139,8 +140,8 @@ def test_only_the_first_rows_of_a_json_list_are_read_where_that_is_asked(tmp_pat
         ('[{"a":1}]'.encode("utf-16-le"), ["line 1, row 0", 'manifest.encoding = "utf-16-le"']),
     ],
 )
-def test_a_json_file_that_cannot_be_used_is_one_clear_sentence(tmp_path, data, words) -> None:
-    """With the file and the place."""
+def test_an_invalid_json_file_is_refused_with_a_clear_message(tmp_path, data, words) -> None:
+    """The message names the file and the place."""
     path = tmp_path / "m.json"
     path.write_bytes(data)
     said = refusal(path)
@@ -148,11 +149,11 @@ def test_a_json_file_that_cannot_be_used_is_one_clear_sentence(tmp_path, data, w
         assert word in said
 
 
-def test_a_list_in_a_file_of_lines_is_told_how_to_be_read(tmp_path) -> None:
+def test_the_message_about_a_list_in_a_jsonl_file_names_the_format(tmp_path) -> None:
     path = tmp_path / "m.jsonl"
     for text in ('[{"a":1}]\n', '[\n{"a":1}\n]'):
         path.write_text(text)
-        assert "the ending .json, or with --format json" in refusal(path)
+        assert "needs the suffix .json or --format json" in refusal(path)
     path.write_text('[\n{"a":1}\n]')
     assert rows_of(Manifest.open(path, None, Dialect(format="json"))) == [{"a": 1}]
 
@@ -185,7 +186,7 @@ def _write(opened, path, table, rows: int = 2) -> None:
 @pytest.mark.parametrize("form", WRITERS)
 @pytest.mark.parametrize("suffix", [".arrow", ".feather", ".ipc", ".arrows"])
 def test_arrow_files_of_every_form_read_like_parquet(tmp_path, form, suffix) -> None:
-    """File and stream, compressed or not, nested columns and dictionaries."""
+    """Forms are file and stream, compressed or not; columns may be nested or dictionaries."""
     path, parquet = tmp_path / f"m{suffix}", tmp_path / "m.parquet"
     WRITERS[form](path, TABLE)
     pq.write_table(TABLE, parquet)
@@ -197,7 +198,7 @@ def test_arrow_files_of_every_form_read_like_parquet(tmp_path, form, suffix) -> 
 
 
 def test_folders_and_globs_of_arrow_files_are_one_manifest(tmp_path) -> None:
-    """A column that one lacks is null in its rows; numbers of two types go together; hidden files are left out."""
+    """Missing columns are null; numbers of two types are joined; hidden files are ignored."""
     folder = tmp_path / "data"
     (folder / "b").mkdir(parents=True)
     _write(pa.ipc.new_file, folder / "a.arrow", pa.table({"u": ["1"], "n": [1]}))
@@ -215,7 +216,7 @@ def test_folders_and_globs_of_arrow_files_are_one_manifest(tmp_path) -> None:
 
 
 def test_dictionaries_may_differ_from_file_to_file(tmp_path) -> None:
-    """Each has its own values."""
+    """Each file has its own values."""
     for name, values in (("a", ["x", "y"]), ("b", ["z", "x"])):
         _write(pa.ipc.new_file, tmp_path / f"{name}.arrow", pa.table({"k": pa.array(values).dictionary_encode()}))
     manifest = Manifest.open(tmp_path)
@@ -223,8 +224,8 @@ def test_dictionaries_may_differ_from_file_to_file(tmp_path) -> None:
     assert all(batch.frame.schema == manifest.schema for batch in manifest.batches(1))
 
 
-def test_a_piece_carries_the_values_of_its_own_rows_only(tmp_path) -> None:
-    """A dictionary of a million prompts would come with each of them."""
+def test_a_batch_has_only_the_dictionary_values_of_its_rows(tmp_path) -> None:
+    """Otherwise each batch would contain a dictionary of a million prompts."""
     prompts = [f"prompt {i}" for i in range(5000)]
     _write(pa.ipc.new_file, tmp_path / "m.arrow", pa.table({"p": pa.array(prompts).dictionary_encode()}), 5000)
     batches = list(Manifest.open(tmp_path / "m.arrow").batches(10))
@@ -279,7 +280,7 @@ UNSUPPORTED = {
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_arrow_types_that_polars_does_not_have_are_refused(tmp_path, name, capfd) -> None:
-    """Polars would panic over some, with a trace on standard error."""
+    """For some of them, polars would panic with a trace on standard error."""
     _write(pa.ipc.new_stream, tmp_path / "m.arrow", pa.table({"image_url": ["x"], "c": UNSUPPORTED[name]}))
     said = refusal(tmp_path / "m.arrow")
     assert "m.arrow: unsupported type" in said
@@ -299,7 +300,7 @@ def whole(form: str = "file") -> bytes:
     ("data", "words"),
     [
         (b"", ["is empty"]),
-        (b"image_url,prompt\n1,2\n", ["cannot be read", "what its suffix says"]),
+        (b"image_url,prompt\n1,2\n", ["cannot be read", "does its suffix match"]),
         (b"FEA1" + b"\0" * 40, ["Feather version 1", "version 2"]),
         (b"ARROW1\0\0", ["cannot be read"]),
         (whole()[:-20], ["cannot be read", "complete"]),
@@ -308,7 +309,7 @@ def whole(form: str = "file") -> bytes:
         (b"PAR1" + b"\0" * 40, ["cannot be read"]),
     ],
 )
-def test_an_arrow_file_that_cannot_be_read_is_named(tmp_path, data, words) -> None:
+def test_an_unreadable_arrow_file_is_named(tmp_path, data, words) -> None:
     path = tmp_path / "m.arrow"
     path.write_bytes(data)
     said = refusal(path)
@@ -316,8 +317,8 @@ def test_an_arrow_file_that_cannot_be_read_is_named(tmp_path, data, words) -> No
         assert word in said
 
 
-def test_arrow_tables_that_are_wrong_are_refused(tmp_path) -> None:
-    """No rows, a column twice, text that is not UTF-8."""
+def test_invalid_arrow_tables_are_refused(tmp_path) -> None:
+    """The tables have no rows, a duplicate column, or text that is not UTF-8."""
     path = tmp_path / "m.arrow"
     _write(pa.ipc.new_file, path, pa.table({"a": pa.array([], pa.string())}))
     assert "has no rows" in refusal(path)
@@ -325,12 +326,12 @@ def test_arrow_tables_that_are_wrong_are_refused(tmp_path) -> None:
     assert "more than one column 'a'" in refusal(path)
     text = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"a\xff")])
     _write(pa.ipc.new_file, path, pa.table({"n": [1], "prompt": text}))
-    with pytest.raises(ManifestError, match=r"m\.arrow: the column 'prompt' holds .* write it again, text as UTF-8"):
+    with pytest.raises(ManifestError, match=r"m\.arrow: the column 'prompt' has invalid values .* text as UTF-8"):
         list(Manifest.open(path).batches())
 
 
-def test_a_name_deep_in_an_arrow_schema_that_is_not_utf8_is_refused(tmp_path, capfd) -> None:
-    """Polars would panic over it."""
+def test_a_nested_name_that_is_not_utf8_is_refused(tmp_path, capfd) -> None:
+    """Such a name would make polars panic."""
     path = tmp_path / "m.arrow"
     path.write_bytes(whole().replace(b"item", b"it\xffm"))
     assert "m.arrow: a name in the column 'tags' is not UTF-8" in refusal(path)
@@ -338,18 +339,18 @@ def test_a_name_deep_in_an_arrow_schema_that_is_not_utf8_is_refused(tmp_path, ca
 
 
 def test_an_arrow_file_that_is_overwritten_while_it_is_read_is_an_error(tmp_path) -> None:
-    """It is mapped into memory: a page that is gone would end the process."""
+    """The file is mapped into memory: access beyond its new end would kill the process."""
     path = tmp_path / "m.arrow"
     _write(pa.ipc.new_file, path, pa.table({"a": list(range(1000))}), 1000)
     batches = Manifest.open(path).batches(10)
     next(batches)
     path.write_bytes(b"ARROW1")
-    with pytest.raises(ManifestError, match="has changed while it was read"):
+    with pytest.raises(ManifestError, match="changed while being read"):
         next(batches)
 
 
 def test_embedded_images_in_arrow_come_a_few_at_a_time(tmp_path) -> None:
-    """As in Parquet."""
+    """The limits are those of Parquet."""
     image = pa.array([{"bytes": b"x" * 100, "path": f"{i}.png"} for i in range(200)])
     _write(pa.ipc.new_file, tmp_path / "m.arrow", pa.table({"image": image}), 200)
     sizes = [len(batch.frame) for batch in Manifest.open(tmp_path / "m.arrow").batches(4096)]
@@ -363,7 +364,7 @@ def test_embedded_images_in_arrow_come_a_few_at_a_time(tmp_path) -> None:
 
 @pytest.fixture
 def dataset(tmp_path):
-    """Three rows with images, the first two in files."""
+    """A dataset of three rows with images; that of the first is in a file."""
     datasets = pytest.importorskip("datasets")
     (tmp_path / "files").mkdir()
     for name in ("a", "b"):
@@ -387,7 +388,7 @@ def resolved(manifest: Manifest, column: str = "image") -> list[object]:
 
 @pytest.mark.parametrize("shards", [1, 3])
 def test_a_saved_dataset_is_read_with_its_images(tmp_path, dataset, shards) -> None:
-    """In the order of its list of files; files that the list does not name are not its own."""
+    """Files are read in the order of the dataset's list; other files are ignored."""
     saved = tmp_path / "saved"
     dataset.save_to_disk(saved, num_shards=shards)
     _write(pa.ipc.new_stream, saved / "cache-0123.arrow", TABLE)
@@ -402,15 +403,15 @@ def test_a_saved_dataset_is_read_with_its_images(tmp_path, dataset, shards) -> N
         assert [row["text"] for row in rows_of(Manifest.open(saved))] == [None, "two"]
 
 
-def test_rows_that_were_selected_or_shuffled_are_read_as_they_were_saved(tmp_path, dataset) -> None:
-    """Saving writes them out."""
+def test_selected_rows_are_read_as_saved(tmp_path, dataset) -> None:
+    """Saving materializes a selection."""
     dataset.select([2, 0]).save_to_disk(tmp_path / "saved")
     assert [row["text"] for row in rows_of(Manifest.open(tmp_path / "saved"))] == [None, "one"]
 
 
 @pytest.mark.parametrize("key", ["_indices_files", "_indices_data_files"])
-def test_an_index_over_saved_rows_is_refused_and_not_ignored(tmp_path, dataset, key) -> None:
-    """Old versions saved one."""
+def test_a_row_index_of_a_saved_dataset_is_refused(tmp_path, dataset, key) -> None:
+    """Old versions of datasets saved one; ignoring it would give other rows."""
     dataset.save_to_disk(tmp_path / "saved")
     state = json.loads((tmp_path / "saved" / "state.json").read_text())
     (tmp_path / "saved" / "state.json").write_text(json.dumps(state | {key: [{"filename": "indices.arrow"}]}))
@@ -419,7 +420,7 @@ def test_an_index_over_saved_rows_is_refused_and_not_ignored(tmp_path, dataset, 
     assert "flatten_indices" in said
 
 
-def test_a_saved_dataset_with_splits_asks_for_one(tmp_path, dataset) -> None:
+def test_the_message_about_a_dataset_with_splits_names_them(tmp_path, dataset) -> None:
     import datasets
 
     saved = tmp_path / "saved"
@@ -431,11 +432,11 @@ def test_a_saved_dataset_with_splits_asks_for_one(tmp_path, dataset) -> None:
     assert "the split train; name one split" in refusal(tmp_path / "one")
 
 
-def test_a_saved_dataset_that_is_incomplete_is_refused(tmp_path, dataset) -> None:
+def test_an_incomplete_saved_dataset_is_refused(tmp_path, dataset) -> None:
     saved = tmp_path / "saved"
     dataset.save_to_disk(saved, num_shards=3)
     (saved / "data-00001-of-00003.arrow").unlink()
-    assert "data-00001-of-00003.arrow is missing, which state.json lists" in refusal(saved)
+    assert "data-00001-of-00003.arrow is missing, but state.json lists it" in refusal(saved)
     for state, words in [
         ("{", "cannot be read"),
         ("{}", "does not list the files"),
@@ -447,8 +448,8 @@ def test_a_saved_dataset_that_is_incomplete_is_refused(tmp_path, dataset) -> Non
         assert words in refusal(saved)
 
 
-def test_a_dataset_as_the_library_caches_it_is_read_without_its_derived_files(tmp_path) -> None:
-    """`map` and `filter` leave files beside the rows."""
+def test_a_cached_dataset_is_read_without_derived_files(tmp_path) -> None:
+    """`map` and `filter` write cache files to the same folder."""
     (tmp_path / "dataset_info.json").write_text("{}")
     _write(pa.ipc.new_stream, tmp_path / "x-train.arrow", pa.table({"a": [1]}))
     _write(pa.ipc.new_stream, tmp_path / "cache-abc.arrow", pa.table({"indices": [0]}))
@@ -460,7 +461,7 @@ def test_a_dataset_as_the_library_caches_it_is_read_without_its_derived_files(tm
 
 @pytest.fixture
 def photos(tmp_path):
-    """A folder with images at several depths, and with what is none."""
+    """A folder with images at several depths, and with other files."""
     folder = tmp_path / "photos"
     for name in ("b.png", "a/2.PNG", "a/1.jpeg", "a.jpg", "é/ü ß.webp"):
         path = folder / name
@@ -473,8 +474,8 @@ def photos(tmp_path):
     return folder
 
 
-def test_a_folder_of_images_is_a_manifest_of_them_all(photos) -> None:
-    """In the order of their paths, hidden ones left out; what else is there is said."""
+def test_a_folder_of_images_is_a_manifest_of_all_images(photos) -> None:
+    """Images are sorted by path, hidden files are ignored, and a note reports other files."""
     manifest = Manifest.open(photos)
     expected = ["a/1.jpeg", "a/2.PNG", "a.jpg", "b.png", "é/ü ß.webp"]
     assert [tuple(row.values()) for row in rows_of(manifest)] == [(name, Path(name).name) for name in expected]
@@ -485,7 +486,7 @@ def test_a_folder_of_images_is_a_manifest_of_them_all(photos) -> None:
     assert [row["image_url"] for row in rows_of(Manifest.open(photos, rows=2))] == expected[:2]
 
 
-def test_the_column_of_the_images_is_the_one_that_the_settings_name(photos) -> None:
+def test_the_settings_name_the_image_column(photos) -> None:
     manifest = Manifest.open(photos, None, Dialect(image="photo"))
     assert manifest.columns == ("photo", "file_name")
     manifest = Manifest.open(photos, None, Dialect(image="file_name"))
@@ -493,8 +494,8 @@ def test_the_column_of_the_images_is_the_one_that_the_settings_name(photos) -> N
     assert rows_of(manifest)[0] == {"file_name": "a/1.jpeg"}
 
 
-def test_a_manifest_of_images_stays_what_it_was_when_it_was_opened(photos) -> None:
-    """New images while a run works belong to the next one; the fingerprint is of the names."""
+def test_a_folder_of_images_is_listed_once(photos) -> None:
+    """Images added during a run belong to the next run; the fingerprint is that of the names."""
     manifest = Manifest.open(photos)
     before = rows_of(manifest)
     same = Manifest.open(photos).fingerprint()
@@ -505,7 +506,7 @@ def test_a_manifest_of_images_stays_what_it_was_when_it_was_opened(photos) -> No
 
 
 def test_links_to_images_are_rows_and_linked_folders_are_named(photos, tmp_path) -> None:
-    """A folder that links to itself would not end."""
+    """Following a folder that links to itself would never end."""
     (photos / "link.png").symlink_to(photos / "b.png")
     (photos / "gone.png").symlink_to(tmp_path / "nowhere.png")
     (photos / "loop").symlink_to(photos)
@@ -518,7 +519,7 @@ def test_links_to_images_are_rows_and_linked_folders_are_named(photos, tmp_path)
 
 
 def test_results_inside_the_folder_are_not_restyled_again(photos) -> None:
-    """`restyle run photos -o photos/out`, for the second time; the same for a folder of Parquet files."""
+    """This is the second `restyle run photos -o photos/out`; the same holds for a folder of Parquet files."""
     for name in ("journal.db", "run.json"):
         (photos / "out").mkdir(exist_ok=True)
         (photos / "out" / name).write_bytes(b"")
@@ -536,18 +537,18 @@ def test_results_inside_the_folder_are_not_restyled_again(photos) -> None:
     assert "for other formats name the folder of the images" in refusal(photos / "*.png")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes there only")
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are arbitrary bytes only on Linux")
 def test_a_file_name_that_is_not_utf8_is_a_bad_row(photos) -> None:
-    """No table can hold it."""
+    """A table cannot hold such a name."""
     (photos / os.fsdecode(b"caf\xe9.png")).write_bytes(png())
     batches = list(Manifest.open(photos).batches(2))
-    found = {batch.first_row + index: half for batch in batches for index, half in batch.halves.items()}
+    found = {batch.first_row + index: surrogate for batch in batches for index, surrogate in batch.surrogates.items()}
     assert found == {4: ("image_url", "caf\udce9.png")}
     assert [row["image_url"] for batch in batches for row in batch.frame.to_dicts()][4] == "caf\ufffd.png"
 
 
-def test_a_folder_that_cannot_be_entered_stops_the_command(photos, monkeypatch) -> None:
-    """Its images would be missing in silence."""
+def test_an_unreadable_folder_stops_the_command(photos, monkeypatch) -> None:
+    """Otherwise its images would silently be missing."""
     scan = os.scandir
 
     def refuse(path):
@@ -559,8 +560,8 @@ def test_a_folder_that_cannot_be_entered_stops_the_command(photos, monkeypatch) 
     assert f"{photos / 'a'} cannot be read (Permission denied); check its permissions" in refusal(photos)
 
 
-def test_a_table_in_a_folder_of_images_is_said(photos) -> None:
-    """Parquet is the manifest and images are what it names; other tables are one file, and named as such."""
+def test_a_table_in_a_folder_of_images_is_reported(photos) -> None:
+    """A Parquet file is the manifest, and the images are its references; other tables are mentioned in a note."""
     (photos / "prompts.csv").write_text("a,b\n1,2\n")
     manifest = Manifest.open(photos)
     assert manifest.rows == 5
@@ -569,7 +570,7 @@ def test_a_table_in_a_folder_of_images_is_said(photos) -> None:
     manifest = Manifest.open(photos)
     assert rows_of(manifest) == [{"image_url": "a.jpg"}]
     assert manifest.notes[0].startswith(
-        f"1 Parquet file of {photos}; not read: 5 images that may lie there for its rows"
+        f"1 Parquet file of {photos}; not read: 5 images, possibly referenced by its rows"
     )
     manifest = Manifest.open(photos, None, Dialect(format="images"))
     assert manifest.rows == 5
@@ -591,7 +592,7 @@ METADATA = {
 
 @pytest.mark.parametrize("name", [*METADATA, "metadata.parquet"])
 def test_metadata_gives_the_rows_of_a_folder_of_images(photos, name) -> None:
-    """`file_name` is the image, the other columns pass through; lines are those of the metadata file."""
+    """`file_name` names the image, other columns pass through; line numbers are those of the metadata file."""
     if name in METADATA:
         (photos / name).write_text(METADATA[name])
     else:
@@ -608,7 +609,7 @@ def test_metadata_gives_the_rows_of_a_folder_of_images(photos, name) -> None:
 
 
 def test_images_without_metadata_are_an_error(photos) -> None:
-    """As datasets has it: a caption that is missing is most often a mistake. Only the first rows are not checked."""
+    """As in datasets: a missing caption is usually a mistake. With a row limit there is no check."""
     (photos / "metadata.csv").write_text("file_name,text\na.jpg,one\nb.png,\n,nothing\n")
     said = refusal(photos)
     assert f"3 images have no row in {photos / 'metadata.csv'}: a/1.jpeg, a/2.PNG, é/ü ß.webp; add rows" in said
@@ -621,7 +622,7 @@ def test_metadata_with_semicolons_is_read(photos) -> None:
 
 
 def test_metadata_of_one_folder_below_is_found(photos) -> None:
-    """Its names start there; images elsewhere have none."""
+    """Its names are relative to that folder; images elsewhere have no row."""
     (photos / "a" / "metadata.csv").write_text("file_name,text\n1.jpeg,one\n2.PNG,two\n")
     assert "a.jpg" not in str(Manifest.open(photos / "a").notes)
     assert Manifest.open(photos / "a").rows == 2
@@ -643,24 +644,24 @@ def test_metadata_of_one_folder_below_is_found(photos) -> None:
         ("file_name,text\na.jpg,x,y\n", ["line 2"]),
     ],
 )
-def test_metadata_that_cannot_be_used_is_one_clear_sentence(photos, text, words) -> None:
+def test_invalid_metadata_is_refused_with_a_clear_message(photos, text, words) -> None:
     (photos / "metadata.csv").write_text(text)
     said = refusal(photos)
     for word in (str(photos / "metadata.csv"), *words):
         assert word in said
 
 
-def test_a_column_of_metadata_with_the_images_name_is_used_where_the_settings_say_so(photos) -> None:
+def test_a_metadata_column_with_the_image_columns_name_passes_through_on_request(photos) -> None:
     (photos / "metadata.csv").write_text(METADATA["metadata.csv"].replace("text", "image_url"))
     manifest = Manifest.open(photos, None, Dialect(image="file_name"))
     assert manifest.columns == ("file_name", "image_url", "n")
 
 
-# --- formats by name, and what is refused ---
+# --- formats by name, and invalid sources ---
 
 
-def test_a_named_format_wins_over_the_name_of_the_file(tmp_path) -> None:
-    """Packed files are recognized by their first bytes then."""
+def test_a_named_format_overrides_the_file_name(tmp_path) -> None:
+    """Compression is then detected from the first bytes."""
     csv, pack = b"image_url,prompt\na,b\n", gzip.compress
     lines = b'{"image_url":"a","prompt":"b"}\n'
     parquet, arrow = io.BytesIO(), io.BytesIO()
@@ -693,11 +694,11 @@ def test_a_named_format_wins_over_the_name_of_the_file(tmp_path) -> None:
         ("m.xlsx", ["'.xlsx'", "save it as CSV or Parquet"]),
         ("m.JPG", ["'.jpg'", "name the folder of the image"]),
         ("m.zip", ["'.zip'", "unpack it"]),
-        ("manifest", ["has no ending", "--format names another"]),
-        (".csv", ["has no ending"]),
+        ("manifest", ["has no suffix", "Use --format"]),
+        (".csv", ["has no suffix"]),
     ],
 )
-def test_an_unknown_ending_is_named_with_the_known_ones(tmp_path, name, words) -> None:
+def test_the_message_about_an_unknown_suffix_lists_the_known_ones(tmp_path, name, words) -> None:
     (tmp_path / name).write_bytes(b"a,b\n1,2\n")
     said = refusal(tmp_path / name)
     for word in words:
@@ -720,7 +721,7 @@ REMOTE = [
 
 
 @pytest.mark.parametrize(("source", "command"), REMOTE, ids=[str(row[0]) for row in REMOTE])
-def test_places_that_are_not_read_yet_are_said_to_be_so(source, command) -> None:
+def test_remote_manifests_are_refused_with_a_download_command(source, command) -> None:
     said = refusal(source)
     assert "manifests in object stores and on the web are not supported yet" in said
     assert command in said
@@ -732,22 +733,22 @@ def test_a_file_url_is_a_path(tmp_path) -> None:
     assert Manifest.open((tmp_path / "m x.csv").as_uri()).rows == 1
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with names")
-def test_a_pipe_with_a_name_is_refused(tmp_path) -> None:
-    """It could be read once only; opening it would wait."""
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_a_named_pipe_is_refused(tmp_path) -> None:
+    """It can be read only once, and opening it would block."""
     os.mkfifo(tmp_path / "m.csv")
     assert "is not a regular file" in refusal(tmp_path / "m.csv")
     assert "pipe it in with -" in refusal(tmp_path / "m.csv")
 
 
-def test_names_that_no_file_can_have_are_a_sentence(tmp_path) -> None:
+def test_impossible_file_names_are_refused(tmp_path) -> None:
     assert "cannot be read (File name too long)" in refusal("x" * 5000)
     assert "there is no manifest" in refusal("a\0b.csv")
 
 
-def test_a_folder_is_refused_for_formats_of_one_file(tmp_path) -> None:
+def test_a_folder_is_refused_for_single_file_formats(tmp_path) -> None:
     (tmp_path / "m.csv").write_text("a\n1\n")
-    assert "is a folder, and csv is read from one file" in refusal(tmp_path, Dialect(format="csv"))
+    assert "is a folder, but a csv manifest is a single file" in refusal(tmp_path, Dialect(format="csv"))
     assert "has no image in it" in refusal(tmp_path, Dialect(format="images"))
     assert "has no parquet file in it" in refusal(tmp_path, Dialect(format="parquet"))
 
@@ -784,13 +785,13 @@ def _arrow(opened):
     return write
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 @pytest.mark.parametrize(
     ("name", "write"),
     [("m.json", _json), ("file.arrow", _arrow(pa.ipc.new_file)), ("stream.arrow", _arrow(pa.ipc.new_stream))],
 )
 def test_memory_does_not_grow_with_the_manifest(tmp_path, name, write) -> None:
-    """Fifty times as many rows, a JSON list on one line or an Arrow file of one record batch: less than 40 MiB more."""
+    """Fifty times as many rows, in a one-line JSON list or in one Arrow record batch, take less than 40 MiB more."""
     sources = []
     for folder, count in (("small", 5_000), ("large", 250_000)):
         (tmp_path / folder).mkdir()
@@ -803,9 +804,9 @@ def test_memory_does_not_grow_with_the_manifest(tmp_path, name, write) -> None:
     assert after - before < 40
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_a_folder_with_many_images_needs_little_memory(tmp_path) -> None:
-    """Names of one folder at a time, 8 bytes each for what metadata names."""
+    """Memory holds the names of one folder at a time, and 8 bytes per name in the metadata."""
     for folder in range(30):
         (tmp_path / f"{folder:02}").mkdir()
         for i in range(1000):

@@ -1,4 +1,4 @@
-"""Image references: real files of every kind, what passes, what is refused, and what is read again."""
+"""Image references: real files of every format, valid and invalid references, and the cache of facts."""
 
 import base64
 import hashlib
@@ -26,7 +26,7 @@ def image_bytes(kind: str = "PNG", size: tuple[int, int] = (40, 25)) -> bytes:
 
 
 def huge_png(width: int, height: int) -> bytes:
-    """A PNG that states a size and has hardly any pixels: decoding it would take gigabytes."""
+    """Return a tiny PNG with a large size in its header: decoding it would take gigabytes."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -45,24 +45,24 @@ def one(images: SourceImages, reference: object) -> Resolved | CellError:
     return answer
 
 
-# --- what passes ---
+# --- valid references ---
 
 
 @pytest.mark.parametrize("url", ["https://a.example/1.png?x=y", "http://localhost:8000/a b.jpg", "HTTPS://A.EXAMPLE"])
 def test_web_urls_pass_through_unknown_in_size(images, url) -> None:
-    """Nothing is downloaded to plan."""
+    """Planning downloads nothing."""
     assert one(images, url) == Resolved(url, None, None)
 
 
 def test_a_data_uri_passes_through_with_its_size(images) -> None:
-    """It is checked to be an image, as far as that is free."""
+    """Its header is checked."""
     uri = "data:image/png;base64," + base64.b64encode(image_bytes()).decode()
     assert one(images, uri) == Resolved(uri, None, 0.001)
 
 
 @pytest.mark.parametrize("kind", [*READABLE, "MPO"])
-def test_a_local_image_is_its_content_hash_and_size(tmp_path, images, kind) -> None:
-    """Every kind that the endpoint is given; the size comes from the header."""
+def test_a_local_image_resolves_to_its_content_hash_and_size(tmp_path, images, kind) -> None:
+    """This holds for every supported format; the size comes from the header."""
     data = image_bytes(kind)
     path = tmp_path / "a cat.bin"
     path.write_bytes(data)
@@ -72,7 +72,7 @@ def test_a_local_image_is_its_content_hash_and_size(tmp_path, images, kind) -> N
 
 
 def test_paths_and_file_urls_name_the_same_file(tmp_path, images) -> None:
-    """Relative ones start at the manifest's folder, wherever the command is run; `%20` in a URL is a space."""
+    """Relative paths start at the manifest's folder, not the working directory; `%20` in a URL is a space."""
     (tmp_path / "sub").mkdir()
     path = tmp_path / "sub" / "a cat.png"
     path.write_bytes(image_bytes())
@@ -84,7 +84,7 @@ def test_paths_and_file_urls_name_the_same_file(tmp_path, images) -> None:
 
 
 def test_a_struct_gives_its_bytes_or_else_its_path(tmp_path, images) -> None:
-    """As Hugging Face datasets write images; a bytes cell works alike."""
+    """This is the format of Hugging Face datasets; a cell of bytes works too."""
     data = image_bytes()
     (tmp_path / "cat.png").write_bytes(data)
     digest = hashlib.sha256(data).hexdigest()
@@ -97,7 +97,7 @@ def test_a_struct_gives_its_bytes_or_else_its_path(tmp_path, images) -> None:
 
 
 def test_answers_keep_the_order_of_the_references(tmp_path, images) -> None:
-    """Also where files are read by several threads, and one is named more than once."""
+    """This holds although threads read the files, and with repeated references."""
     names = [f"{index}.png" for index in range(40)]
     for index, name in enumerate(names):
         (tmp_path / name).write_bytes(image_bytes(size=(index + 1, 10)))
@@ -109,7 +109,7 @@ def test_answers_keep_the_order_of_the_references(tmp_path, images) -> None:
     assert answers[81].type == "missing"
 
 
-# --- what is refused ---
+# --- invalid references ---
 
 
 @pytest.mark.parametrize(
@@ -136,14 +136,14 @@ def test_answers_keep_the_order_of_the_references(tmp_path, images) -> None:
         ("https:///cat.png", "unsupported_scheme", ["has no host"]),
         ("data:text/plain;base64,aGk=", "data_uri", ["data:text/plain", "data:image/"]),
         ("data:image/png,raw", "data_uri", ["base64"]),
-        ("data:image/png;base64,!!!", "data_uri", ["not base64"]),
+        ("data:image/png;base64,!!!", "data_uri", ["not valid base64"]),
         ("data:image/png;base64,aGVsbG8=", "image_load_error", ["data:image/png"]),
     ],
 )
-def test_what_cannot_be_a_image_says_so(tmp_path, images, reference, type, words) -> None:  # noqa: A002
-    """A stable word, and a sentence with the value and what to do; nothing is raised."""
+def test_an_invalid_reference_is_an_error_of_its_cell(tmp_path, images, reference, type, words) -> None:  # noqa: A002
+    """The error has a stable type and a message with the value and the fix; nothing is raised."""
     (tmp_path / "folder").mkdir()
-    (tmp_path / "text.png").write_bytes(b"I am no image, whatever my name")
+    (tmp_path / "text.png").write_bytes(b"text in a file with the suffix of an image")
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "cut.png").write_bytes(image_bytes()[:20])
     os.mkfifo(tmp_path / "pipe")
@@ -155,8 +155,8 @@ def test_what_cannot_be_a_image_says_so(tmp_path, images, reference, type, words
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_that_may_not_be_read_says_so(tmp_path, images) -> None:
-    """Permissions are a fault of the row, not of the run."""
+def test_missing_permissions_are_an_error_of_the_cell(tmp_path, images) -> None:
+    """The run itself continues."""
     path = tmp_path / "secret.png"
     path.write_bytes(image_bytes())
     path.chmod(0)
@@ -164,8 +164,8 @@ def test_a_file_that_may_not_be_read_says_so(tmp_path, images) -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), [(20_000, 20_000), (12_000, 9_000)])
-def test_a_image_above_the_limit_is_refused_by_its_header(tmp_path, images, width, height) -> None:
-    """Pillow's own limits, the one that warns and the one that raises, do not get a say; nothing is decoded."""
+def test_an_image_above_the_limit_is_refused_by_its_header(tmp_path, images, width, height) -> None:
+    """Pillow's own limits, which warn or raise, do not apply; nothing is decoded."""
     data = huge_png(width, height)
     (tmp_path / "huge.png").write_bytes(data)
     uri = "data:image/png;base64," + base64.b64encode(data).decode()
@@ -184,7 +184,7 @@ def test_a_image_above_the_limit_is_refused_by_its_header(tmp_path, images, widt
 
 
 class RecordingFacts(MemoryFacts):
-    """Facts that remember what was put."""
+    """A cache that records the stored facts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -196,7 +196,7 @@ class RecordingFacts(MemoryFacts):
 
 
 def test_a_file_is_read_once_until_it_changes(tmp_path) -> None:
-    """A resumed run looks at names, sizes and times only; a changed file is another image."""
+    """A resumed run checks only names, sizes and times; a changed file is another image."""
     path = tmp_path / "cat.png"
     path.write_bytes(image_bytes())
     facts = RecordingFacts()
@@ -209,8 +209,8 @@ def test_a_file_is_read_once_until_it_changes(tmp_path) -> None:
     assert len(facts.put) == 2
 
 
-def test_known_facts_are_believed_without_reading_and_judged_by_todays_limit(tmp_path) -> None:
-    """The facts say what a file holds; whether it is too large is asked anew."""
+def test_known_facts_are_used_without_reading_and_checked_against_the_current_limit(tmp_path) -> None:
+    """The facts contain the size; the limit is applied each time."""
     path = tmp_path / "cat.png"
     path.write_bytes(b"never read")
     facts = MemoryFacts()
@@ -219,8 +219,8 @@ def test_known_facts_are_believed_without_reading_and_judged_by_todays_limit(tmp
     assert one(SourceImages(tmp_path, 10, facts), "cat.png").type == "image_too_large"
 
 
-def test_what_is_no_image_leaves_no_fact(tmp_path) -> None:
-    """A file that is repaired is looked at again."""
+def test_an_invalid_image_leaves_no_fact(tmp_path) -> None:
+    """The file is read again, because it may have been repaired."""
     (tmp_path / "cat.png").write_bytes(b"broken")
     facts = RecordingFacts()
     one(SourceImages(tmp_path, 100, facts), "cat.png")
@@ -228,7 +228,7 @@ def test_what_is_no_image_leaves_no_fact(tmp_path) -> None:
 
 
 def test_facts_in_memory_are_bounded() -> None:
-    """A manifest of millions of files does not fill the memory; the newest stay."""
+    """Millions of files do not fill the memory; the newest facts are kept."""
     facts = MemoryFacts(limit=10)
     keys = [FileKey(f"/{index}", 1, 1) for index in range(25)]
     for key in keys:
@@ -237,7 +237,7 @@ def test_facts_in_memory_are_bounded() -> None:
 
 
 def test_the_folder_may_be_relative(tmp_path, monkeypatch) -> None:
-    """Facts and images carry absolute paths all the same."""
+    """Facts and images still have absolute paths."""
     (tmp_path / "cat.png").write_bytes(image_bytes())
     monkeypatch.chdir(tmp_path)
     assert one(SourceImages(Path(), 100), "cat.png").image.path == tmp_path / "cat.png"
@@ -248,7 +248,7 @@ def test_the_folder_may_be_relative(tmp_path, monkeypatch) -> None:
 
 @pytest.mark.parametrize("reference", ["~/sub/cat.png", "~/sub/../sub/cat.png", "file://~/sub/cat.png"])
 def test_a_tilde_is_the_users_home(tmp_path, images, monkeypatch, reference) -> None:
-    """As a shell expands it; also inside of a struct, and where the manifest's folder has one of that name."""
+    """The expansion is that of a shell, also in a struct, and even if the manifest's folder contains a folder `~`."""
     home = tmp_path / "home"
     (home / "sub").mkdir(parents=True)
     (home / "sub" / "cat.png").write_bytes(image_bytes())
@@ -260,7 +260,7 @@ def test_a_tilde_is_the_users_home(tmp_path, images, monkeypatch, reference) -> 
 
 
 def test_a_tilde_with_a_name_is_that_users_home(images, monkeypatch) -> None:
-    """As the system knows it, whatever HOME says."""
+    """The system's user database decides, not HOME."""
     monkeypatch.setenv("HOME", "/nowhere")
     user = pwd.getpwuid(os.geteuid())
     answer = one(images, f"~{user.pw_name}/no such file.png")
@@ -268,11 +268,11 @@ def test_a_tilde_with_a_name_is_that_users_home(images, monkeypatch) -> None:
     assert f"{Path(user.pw_dir) / 'no such file.png'}" in answer.message
 
 
-def test_an_unknown_user_is_a_bad_row_that_says_so(tmp_path, images) -> None:
-    """A name with a tilde that is there is that file, as it is for a shell."""
+def test_an_unknown_user_is_an_error_of_the_cell(tmp_path, images) -> None:
+    """An existing file or folder whose name begins with a tilde is used, as in a shell."""
     answer = one(images, "~no-such-user/cat.png")
     assert answer.type == "file_not_found"
-    assert "'~no-such-user/cat.png': there is no user 'no-such-user'; write the whole path" in answer.message
+    assert "'~no-such-user/cat.png': there is no user 'no-such-user'; use the full path" in answer.message
     (tmp_path / "~no-such-user").mkdir()
     for name in ("~no-such-user/cat.png", "~cat.png", "cat~.png"):
         (tmp_path / name).write_bytes(image_bytes())
@@ -280,9 +280,9 @@ def test_an_unknown_user_is_a_bad_row_that_says_so(tmp_path, images) -> None:
     assert "manifest's folder" in one(images, "~dog.png").message
 
 
-def test_a_home_that_is_not_known_is_a_bad_row(images, monkeypatch) -> None:
-    """A container's user without an entry and without HOME."""
+def test_an_unknown_home_is_an_error_of_the_cell(images, monkeypatch) -> None:
+    """This is a container's user without a passwd entry and HOME."""
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr(pwd, "getpwuid", lambda _: {}["none"])
     answer = one(images, "~/cat.png")
-    assert (answer.type, "the home folder is not known" in answer.message) == ("file_not_found", True)
+    assert (answer.type, "the home folder is unknown" in answer.message) == ("file_not_found", True)

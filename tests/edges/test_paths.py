@@ -1,4 +1,4 @@
-"""Paths that begin with a tilde: what a shell leaves as it is, in `--out=~/run` and in quotes."""
+"""Paths that begin with a tilde that the shell does not expand: `--out=~/run`, or in quotes."""
 
 import os
 import pwd
@@ -12,7 +12,7 @@ from batch.system.paths import at_home
 
 @pytest.mark.parametrize("kind", [str, Path])
 def test_a_tilde_at_the_start_is_the_home_folder(tmp_path, monkeypatch, kind) -> None:
-    """Text stays text, a path a path; anywhere else a tilde is a character."""
+    """The type of the argument is kept; a tilde elsewhere is an ordinary character."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     user = pwd.getpwuid(os.geteuid())
@@ -31,13 +31,13 @@ def test_a_tilde_at_the_start_is_the_home_folder(tmp_path, monkeypatch, kind) ->
 
 
 def test_addresses_and_the_dash_stay_as_they_are() -> None:
-    """They are no paths."""
+    """URLs and `-` are not paths."""
     assert at_home("-") == "-"
     assert at_home("https://host/~user/m.csv") == "https://host/~user/m.csv"
 
 
 def test_an_unknown_user_is_refused_unless_there_is_such_a_folder(tmp_path, monkeypatch) -> None:
-    """Else a run would make a folder of that name without a word."""
+    """Otherwise a run would silently create a folder of that name."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="~no-such-user/run: there is no user 'no-such-user'; write the whole path"):
         at_home("~no-such-user/run")
@@ -45,8 +45,8 @@ def test_an_unknown_user_is_refused_unless_there_is_such_a_folder(tmp_path, monk
     assert at_home("~no-such-user/run") == "~no-such-user/run"
 
 
-def test_a_home_that_is_not_known_is_refused(monkeypatch) -> None:
-    """A container's user without an entry and without HOME."""
+def test_an_unknown_home_is_refused(monkeypatch) -> None:
+    """This is a container's user without a passwd entry and HOME."""
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr(pwd, "getpwuid", lambda _: {}["none"])
     for given in ("~", "~/run"):

@@ -1,4 +1,4 @@
-"""Reading manifests: real files of every format, their lines, and every way in which they can be wrong."""
+"""Reading manifests: real files of every format, line numbers, and malformed files."""
 
 import bz2
 import gzip
@@ -44,11 +44,11 @@ def write(tmp_path):
     return _write
 
 
-# --- what comes out ---
+# --- rows ---
 
 
 def test_csv_columns_are_text_and_empty_fields_are_null(write) -> None:
-    """`007` stays `007`, so that columns which pass through come out unchanged."""
+    """`007` stays `007`, so the results contain the manifest's columns unchanged."""
     manifest = Manifest.open(write("m.csv", CSV))
     assert manifest.columns == ("image_url", "prompt", "id")
     assert set(manifest.schema.dtypes()) == {pl.String()}
@@ -72,14 +72,14 @@ def test_csv_columns_are_text_and_empty_fields_are_null(write) -> None:
     ],
 )
 def test_dialects_of_one_table_read_alike(write, name, data) -> None:
-    """A byte order mark, Windows line ends, quotes, tabs and a missing last newline change nothing."""
+    """A byte order mark, Windows line ends, quotes, tabs and a missing final newline change nothing."""
     assert rows_of(Manifest.open(write(name, data))) == rows_of(Manifest.open(write("plain.csv", CSV)))
 
 
 @pytest.mark.parametrize("packing", PACKERS)
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "ndjson"])
 def test_packed_text_reads_like_plain_text(write, packing, kind) -> None:
-    """gz, bz2, xz and zst are unpacked on the way, whatever the format inside; line numbers are those inside."""
+    """gz, bz2, xz and zst work with every text format; line numbers are those of the decompressed text."""
     data = {"csv": CSV, "tsv": CSV.replace(b",", b"\t")}.get(kind, b'{"a":1,"b":"x"}\n{"a":2}\n')
     plain = Manifest.open(write(f"m.{kind}", data))
     packed = Manifest.open(write(f"m.{kind}.{packing}", PACKERS[packing](data)))
@@ -87,15 +87,15 @@ def test_packed_text_reads_like_plain_text(write, packing, kind) -> None:
     assert lines_of(packed) == lines_of(plain)
 
 
-def test_a_packed_file_of_several_parts_is_read_to_its_end(write) -> None:
-    """`cat a.gz b.gz` is a valid file, for gzip as for zstd."""
+def test_a_packed_file_of_several_members_is_read_to_its_end(write) -> None:
+    """`cat a.gz b.gz` is a valid file; the same holds for the other formats."""
     for packing, pack in PACKERS.items():
         data = pack(CSV) + pack(b"https://a/3.png,dog,009\n")
         assert Manifest.open(write(f"m.csv.{packing}", data)).rows == 3, packing
 
 
 def test_jsonl_keeps_types_and_finds_columns_that_come_late(write) -> None:
-    """A column's type fits all its values; a key that a line lacks is null; empty lines are passed over."""
+    """A column has the common type of its values; missing keys are null; empty lines are skipped."""
     lines = [b'{"a":1,"s":{"x":1}}'] * 5000 + [
         b"",
         b'{"a":2.5,"late":"v","t":[1,2],"n":null}',
@@ -118,7 +118,7 @@ def test_a_jsonl_with_a_byte_order_mark_reads(write) -> None:
 
 
 def test_parquet_keeps_its_types_and_has_no_lines(tmp_path) -> None:
-    """Columns come out as they went in."""
+    """Columns are unchanged."""
     frame = pl.DataFrame({"image_url": ["a", None], "n": [1, 2], "when": [0, 1]}).with_columns(
         pl.col("when").cast(pl.Datetime("us", "UTC"))
     )
@@ -131,7 +131,7 @@ def test_parquet_keeps_its_types_and_has_no_lines(tmp_path) -> None:
 
 
 def test_a_folder_and_a_glob_of_parquet_are_one_manifest_in_order_of_names(tmp_path) -> None:
-    """Datasets come in shards; their columns may be in another order, an all-null shard may lack the type."""
+    """Shards may order columns differently, and an all-null column may have another type."""
     folder = tmp_path / "data"
     (folder / "train").mkdir(parents=True)
     pl.DataFrame({"a": ["x", "y"], "n": [1, 2]}).write_parquet(folder / "train" / "part-0.parquet")
@@ -147,7 +147,7 @@ def test_a_folder_and_a_glob_of_parquet_are_one_manifest_in_order_of_names(tmp_p
 
 
 def test_batches_are_no_larger_than_asked_and_continue_each_other(write) -> None:
-    """`first_row` is the position in the whole manifest."""
+    """`first_row` is the position in the manifest."""
     data = b"a\n" + b"".join(b"%d\n" % i for i in range(1000))
     manifest = Manifest.open(write("m.csv", data))
     batches = list(manifest.batches(300))
@@ -155,8 +155,8 @@ def test_batches_are_no_larger_than_asked_and_continue_each_other(write) -> None
     assert [row["a"] for row in rows_of(manifest, 7)] == [str(i) for i in range(1000)]
 
 
-def test_only_the_first_rows_are_read_where_that_is_asked(write, tmp_path) -> None:
-    """What stands after them may be broken: it is not looked at."""
+def test_only_the_first_rows_are_read_on_request(write, tmp_path) -> None:
+    """Later rows may be malformed: they are not read."""
     csv = Manifest.open(write("m.csv", CSV + b"ragged\n"), rows=2)
     jsonl = Manifest.open(write("m.jsonl", b'{"a":1}\n\n{"a":2}\nnonsense\n'), rows=2)
     pl.DataFrame({"a": [1, 2, 3]}).write_parquet(tmp_path / "m.parquet", row_group_size=1)
@@ -169,7 +169,7 @@ def test_only_the_first_rows_are_read_where_that_is_asked(write, tmp_path) -> No
 
 
 def test_a_row_is_on_the_line_on_which_it_starts(write) -> None:
-    """Newlines inside quotes and empty lines count, as in an editor."""
+    """Newlines inside quotes and empty lines count as lines, as in an editor."""
     data = b'a,b\n1,"two\nlines"\n\n2,x\r\n"3\r\n\r\n",y\n4,z\n'
     manifest = Manifest.open(write("m.csv", data))
     assert lines_of(manifest) == lines_of(manifest, 1) == [2, 5, 6, 9]
@@ -182,7 +182,7 @@ FIELDS = st.text(alphabet='ab,"\n\r é', max_size=5)
 @settings(deadline=None, max_examples=80)
 @given(st.lists(st.tuples(FIELDS, FIELDS), min_size=1, max_size=8), st.sampled_from(["\n", "\r\n"]), st.integers(1, 4))
 def test_lines_are_right_for_any_text_in_any_batch_size(tmp_path_factory, records, end, size) -> None:
-    """The line of a row is one more than the line breaks before it; its fields are those that were written."""
+    """The line of a row is one more than the number of line breaks before it; its fields are unchanged."""
     path = tmp_path_factory.mktemp("csv") / "m.csv"
     text, expected = f"a,b{end}", []
     for record in records:
@@ -195,7 +195,7 @@ def test_lines_are_right_for_any_text_in_any_batch_size(tmp_path_factory, record
     assert [tuple(row.values()) for row in rows_of(manifest, size)] == [(a or None, b or None) for a, b in records]
 
 
-# --- what is refused ---
+# --- errors ---
 
 
 @pytest.mark.parametrize(
@@ -228,21 +228,21 @@ def test_lines_are_right_for_any_text_in_any_batch_size(tmp_path_factory, record
         ("m.jsonl", b'{"a":1}\n{"a":"caf\xe9"}\n', ["line 2", "not UTF-8"]),
         ("m.jsonl", b'{"a":1}\n{"a":NaN}\n', ["line 2", "at character 6", "write null"]),
         ("m.jsonl", b'{"a":1}\nnull\n', ["line 2: null is not a JSON object"]),
-        ("m.jsonl", b'{"a":1,"b":2}\n{"a":1,"b":2,"a":3}\n', ["line 2", "the key 'a' stands twice"]),
-        ("m.jsonl", b'{"prompt":"x","\\u0070rompt":"y"}\n', ["line 1", "the key 'prompt' stands twice"]),
-        ("m.jsonl", b'{"a" : 1, "b" :2,"b":3}\n', ["line 1", "the key 'b' stands twice"]),
-        ("m.jsonl", b'{"a":{"b":1,"b":2}}\n', ["line 1", "the key 'b' stands twice"]),
-        ("m.jsonl", b'{"a":1,"a":null}\n{"a":1}\n', ["line 1", "the key 'a' stands twice"]),
-        ("m.jsonl", b'{"a":1}\n{"\\ud83d":1}\n', ["line 2", "the key '\\ud83d' holds half a character"]),
+        ("m.jsonl", b'{"a":1,"b":2}\n{"a":1,"b":2,"a":3}\n', ["line 2", "duplicate key 'a'"]),
+        ("m.jsonl", b'{"prompt":"x","\\u0070rompt":"y"}\n', ["line 1", "duplicate key 'prompt'"]),
+        ("m.jsonl", b'{"a" : 1, "b" :2,"b":3}\n', ["line 1", "duplicate key 'b'"]),
+        ("m.jsonl", b'{"a":{"b":1,"b":2}}\n', ["line 1", "duplicate key 'b'"]),
+        ("m.jsonl", b'{"a":1,"a":null}\n{"a":1}\n', ["line 1", "duplicate key 'a'"]),
+        ("m.jsonl", b'{"a":1}\n{"\\ud83d":1}\n', ["line 2", "the key '\\ud83d' contains an unpaired surrogate"]),
         ("m.parquet", b"", ["cannot be read"]),
         ("m.parquet", b"PAR1 but not for long PAR1", ["cannot be read"]),
         ("m.txt", CSV, [".txt", ".csv", ".jsonl", ".parquet"]),
         ("m.parquet.gz", b"", [".parquet.gz", "unsupported manifest format", "unpack it"]),
-        ("m", CSV, ["has no ending", ".csv", "--format"]),
+        ("m", CSV, ["has no suffix", ".csv", "--format"]),
     ],
 )
-def test_a_manifest_that_cannot_be_used_is_one_clear_sentence(write, name, data, words) -> None:
-    """It says what is wrong, on which line, and is raised by opening: before anything is planned or paid."""
+def test_an_invalid_manifest_is_refused_with_a_clear_message(write, name, data, words) -> None:
+    """The message names the error and the line. Opening raises it, before anything is planned or paid for."""
     path = write(name, data)
     with pytest.raises(ManifestError) as raised:
         Manifest.open(path)
@@ -252,7 +252,7 @@ def test_a_manifest_that_cannot_be_used_is_one_clear_sentence(write, name, data,
 
 
 def test_a_bad_line_far_down_is_found_by_opening(write) -> None:
-    """A run of a day must not find at its end that the manifest breaks off."""
+    """A long run must not discover at its end that the manifest is truncated."""
     good = b"".join(b"%d,x\n" % i for i in range(20_000))
     with pytest.raises(ManifestError, match="line 20002: 1 field "):
         Manifest.open(write("m.csv", b"a,b\n" + good + b"oops\n"))
@@ -261,8 +261,8 @@ def test_a_bad_line_far_down_is_found_by_opening(write) -> None:
         Manifest.open(write("m.jsonl", good + b'{"a":\n'))
 
 
-HALVES = [
-    # the value as JSON, what the frame shows of it, and the value where half a character is missing
+SURROGATES = [
+    # the value as JSON, the value in the frame, and the reported value if it has a lone surrogate
     (rb'"\ud83d half"', "\ufffd half", "\ud83d half"),
     (rb'"a \uDC00"', "a \ufffd", "a \udc00"),
     (rb'"\ud83d\ud83d\ude00"', "\ufffd\U0001f600", "\ud83d\U0001f600"),
@@ -272,27 +272,28 @@ HALVES = [
 ]
 
 
-@pytest.mark.parametrize(("written", "shown", "half"), HALVES, ids=[row[0].decode() for row in HALVES])
+@pytest.mark.parametrize(("written", "shown", "surrogate"), SURROGATES, ids=[row[0].decode() for row in SURROGATES])
 @pytest.mark.parametrize("size", [1, 4096])
-def test_half_a_character_is_told_and_never_made_into_another(write, written, shown, half, size) -> None:
-    """Polars reads a NUL in its place; a row beside it is as it was."""
+def test_a_lone_surrogate_is_reported_and_replaced(write, written, shown, surrogate, size) -> None:
+    """By itself, polars would read a NUL. Other rows are unchanged."""
     manifest = Manifest.open(write("m.jsonl", b'{"p":"good"}\n\n{"p":' + written + b"}\n"))
     assert [row["p"] for row in rows_of(manifest, size)] == ["good", shown]
-    halves = {batch.lines[index]: half for batch in manifest.batches(size) for index, half in batch.halves.items()}
-    assert halves == ({} if half is None else {3: ("p", half)})
+    batches = manifest.batches(size)
+    found = {batch.lines[index]: value for batch in batches for index, value in batch.surrogates.items()}
+    assert found == ({} if surrogate is None else {3: ("p", surrogate)})
 
 
-def test_half_a_character_deep_inside_is_told_by_its_column(write) -> None:
-    """An image's struct, for instance."""
+def test_a_nested_lone_surrogate_is_reported_with_its_column(write) -> None:
+    """The column here is the struct of an image."""
     manifest = Manifest.open(write("m.jsonl", rb'{"n":1,"image":{"path":"\udc00.png"}}'))
     (batch,) = manifest.batches()
-    assert batch.halves[0].column == "image"
+    assert batch.surrogates[0].column == "image"
     assert batch.frame["image"].to_list() == [{"path": "\ufffd.png"}]
 
 
 LONG = "1" * 41
 KINDS = [
-    # values of one column, and what they are read as
+    # values of one column as JSON, and the values read
     (["1", "true"], ["1", "true"]),
     (["1.5", "false"], ["1.5", "false"]),
     (["1", "[1]"], ["1", "[1]"]),
@@ -316,8 +317,8 @@ KINDS = [
 @pytest.mark.parametrize(("values", "read"), KINDS, ids=[" and ".join(row[0])[:40] for row in KINDS])
 @pytest.mark.parametrize("apart", [1, 5000])
 @pytest.mark.parametrize("turned", [False, True])
-def test_values_of_several_kinds_are_text_and_none_is_changed(write, values, read, apart, turned) -> None:
-    """Near or far from each other, in either order: as in a CSV, so that one odd seed is one bad row."""
+def test_values_of_mixed_types_become_text_unchanged(write, values, read, apart, turned) -> None:
+    """This holds at any distance and in either order. As in a CSV, one invalid seed is then one bad row."""
     values, read = (values[::-1], read[::-1]) if turned else (values, read)
     lines = [f'{{"n":{i},"a":{value}}}' for value in values for i in range(apart)]
     manifest = Manifest.open(write("m.jsonl", "\n".join(lines).encode()))
@@ -327,19 +328,19 @@ def test_values_of_several_kinds_are_text_and_none_is_changed(write, values, rea
     assert manifest.schema["n"] == pl.Int64
 
 
-def test_a_missing_manifest_names_its_neighbours(write, tmp_path) -> None:
+def test_the_message_about_a_missing_manifest_names_similar_files(write, tmp_path) -> None:
     """Most missing files are misspelt."""
     write("images.csv", CSV)
     with pytest.raises(ManifestError, match=r"there is no manifest .*imgaes\.csv; did you mean images\.csv\?"):
         Manifest.open(tmp_path / "imgaes.csv")
-    with pytest.raises(ManifestError, match="look at what is in"):
+    with pytest.raises(ManifestError, match="check the contents of"):
         Manifest.open(tmp_path / "zzz.jsonl")
-    with pytest.raises(ManifestError, match=r"the folder .*nowhere is not there either"):
+    with pytest.raises(ManifestError, match=r"the folder .*nowhere does not exist either"):
         Manifest.open(tmp_path / "nowhere" / "m.csv")
 
 
 def test_folders_and_globs_without_parquet_are_refused(write, tmp_path) -> None:
-    """Only Parquet comes in parts."""
+    """Only Parquet and Arrow manifests can consist of several files."""
     write("m.csv", CSV)
     with pytest.raises(
         ManifestError, match=r"has no Parquet file, Arrow file or image in it; name a file, for example .*m\.csv"
@@ -349,8 +350,8 @@ def test_folders_and_globs_without_parquet_are_refused(write, tmp_path) -> None:
         Manifest.open(tmp_path / "*.csv")
 
 
-def test_a_shard_that_is_no_parquet_is_named(tmp_path) -> None:
-    """Whatever its name says; what joins and what does not is in `test_shards`."""
+def test_a_shard_that_is_not_parquet_is_named(tmp_path) -> None:
+    """Joining of valid shards is tested in `test_shards`."""
     pl.DataFrame({"a": [1]}).write_parquet(tmp_path / "0.parquet")
     (tmp_path / "1.parquet").write_bytes(b"no Parquet")
     with pytest.raises(ManifestError, match=r"1\.parquet cannot be read: Parquet magic bytes"):
@@ -358,15 +359,15 @@ def test_a_shard_that_is_no_parquet_is_named(tmp_path) -> None:
 
 
 def test_parquet_text_that_is_not_utf8_is_refused(tmp_path) -> None:
-    """Polars would end the process over it."""
+    """Such text would make polars panic."""
     text = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"a\xff")])
     pq.write_table(pa.table({"n": [1], "prompt": text}), tmp_path / "m.parquet")
-    with pytest.raises(ManifestError, match=r"m\.parquet: the column 'prompt' holds .* write it again, text as UTF-8"):
+    with pytest.raises(ManifestError, match=r"m\.parquet: the column 'prompt' has invalid values .* text as UTF-8"):
         list(Manifest.open(tmp_path / "m.parquet").batches())
 
 
-def test_parquet_without_rows_or_with_a_name_twice_is_refused(tmp_path) -> None:
-    """The same rules as for text."""
+def test_parquet_without_rows_or_with_a_duplicate_column_is_refused(tmp_path) -> None:
+    """The rules are the same as for text."""
     pl.DataFrame({"a": []}).write_parquet(tmp_path / "empty.parquet")
     with pytest.raises(ManifestError, match="has no rows"):
         Manifest.open(tmp_path / "empty.parquet")
@@ -377,7 +378,7 @@ def test_parquet_without_rows_or_with_a_name_twice_is_refused(tmp_path) -> None:
 
 
 def test_a_manifest_that_changes_while_it_is_read_is_an_error(write) -> None:
-    """Rows that were counted must be there when they are planned."""
+    """The rows counted when opening must still exist when they are planned."""
     path = write("m.csv", CSV)
     manifest = Manifest.open(path)
     write("m.csv", CSV + CSV.splitlines(keepends=True)[1])
@@ -391,8 +392,8 @@ def test_a_manifest_that_changes_while_it_is_read_is_an_error(write) -> None:
 # --- fingerprint ---
 
 
-def test_a_fingerprint_is_of_the_contents(write, tmp_path) -> None:
-    """A copy elsewhere has the same one, any change another; a folder's depends on all of its shards."""
+def test_the_fingerprint_depends_on_the_contents(write, tmp_path) -> None:
+    """A copy has the same fingerprint, a changed file another; that of a folder depends on all shards."""
     path = write("m.csv", CSV)
     before = Manifest.open(path).fingerprint()
     shutil.copy(path, tmp_path / "copy.csv")
@@ -410,7 +411,7 @@ def test_a_fingerprint_is_of_the_contents(write, tmp_path) -> None:
 
 
 def test_embedded_images_come_a_few_at_a_time(tmp_path) -> None:
-    """A Parquet with a struct of bytes and path gives at most 64 rows, whatever is asked."""
+    """A batch with image bytes has at most 64 rows, whatever the requested size."""
     image = pa.array([{"bytes": b"x" * 100, "path": f"{i}.png"} for i in range(200)])
     pq.write_table(pa.table({"image": image}), tmp_path / "m.parquet")
     sizes = [len(batch.frame) for batch in Manifest.open(tmp_path / "m.parquet").batches(4096)]
@@ -419,7 +420,7 @@ def test_embedded_images_come_a_few_at_a_time(tmp_path) -> None:
 
 
 def test_long_text_rows_come_a_few_at_a_time(write) -> None:
-    """Rows with data URIs are cut by bytes, not only by count: a batch is 32 MiB and a few rows."""
+    """Batches are also limited by bytes: at most 32 MiB and a few rows."""
     manifest = Manifest.open(write("m.csv", b"a\n" + (b"x" * 2**20 + b"\n") * 60))
     assert max(len(batch.frame) for batch in manifest.batches()) <= 48
     assert manifest.rows == 60
@@ -438,7 +439,7 @@ for source in sys.argv[1:3]:
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 def test_memory_does_not_grow_with_the_manifest(tmp_path, kind) -> None:
-    """Reading 60 times as many rows takes less than 60 MiB more."""
+    """Reading 60 times as many rows takes less than 60 MiB of additional memory."""
     for name, count in (("small", 5_000), ("large", 300_000)):
         numbers = pl.int_range(count, eager=True).cast(pl.String)
         frame = pl.DataFrame(

@@ -1,4 +1,4 @@
-"""Tables in many Parquet files: columns that some lack, types that differ, columns in the names of folders."""
+"""Tables of many Parquet files: missing columns, differing types, partition columns."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ def rows_of(manifest: Manifest, size: int = 4096) -> list[dict]:
 
 @pytest.fixture
 def put(tmp_path):
-    """Writes one Parquet file of the table at its path below `data`."""
+    """Return a function that writes one Parquet file below `data` and returns that folder."""
 
     def _put(name: str, columns: dict | pa.Table | bytes):
         path = tmp_path / "data" / name
@@ -36,7 +36,7 @@ def put(tmp_path):
 
 
 def refusal(source) -> str:
-    """The sentence with which the manifest is refused, by opening or by reading."""
+    """Return the error of opening or reading a manifest."""
     with pytest.raises(ManifestError) as raised:
         list(Manifest.open(source).batches())
     return str(raised.value)
@@ -46,7 +46,7 @@ def refusal(source) -> str:
 
 
 def test_a_column_that_a_file_lacks_is_null_there(put) -> None:
-    """Columns come in the order in which they are first seen; the note says how many files lack one."""
+    """Columns have the order of their first occurrence; a note says how many files have one."""
     put("0.parquet", {"a": ["x", "y"], "sim": [0.5, 0.6]})
     put("1.parquet", {"late": [True], "a": ["z"]})
     folder = put("2.parquet", {"a": ["w"], "sim": [0.7]})
@@ -68,7 +68,7 @@ def test_a_column_that_a_file_lacks_is_null_there(put) -> None:
 
 
 def test_many_columns_that_are_not_in_every_file_are_counted(put) -> None:
-    """A note has three of them."""
+    """Three are named, the others counted."""
     put("0.parquet", {"a": [1]})
     folder = put("1.parquet", {"a": [1]} | {f"c{i}": [1] for i in range(10)})
     *named, rest = Manifest.open(folder).notes
@@ -80,7 +80,7 @@ IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 PATH = pa.struct([("path", pa.large_string())])
 TEXT = ["x", None]
 JOINED = [
-    # two arrays, and the values and the polars type of both together
+    # two arrays, the joined values, and the polars type
     (pa.array([1], pa.int32()), pa.array([2**40]), [1, 2**40], pl.Int64),
     (pa.array([1], pa.uint8()), pa.array([-1], pa.int16()), [1, -1], pl.Int16),
     (pa.array([1], pa.uint64()), pa.array([-1]), [1, -1], pl.Int64),
@@ -109,7 +109,7 @@ JOINED = [
 @pytest.mark.parametrize(("left", "right", "values", "kind"), JOINED, ids=[f"{a.type}+{b.type}" for a, b, *_ in JOINED])
 @pytest.mark.parametrize("turned", [False, True])
 def test_types_that_differ_are_joined(put, left, right, values, kind, turned) -> None:
-    """In either order; no value is changed but a whole number to the same float."""
+    """The order does not matter; no value changes, except that integers may become equal floats."""
     first, second = (right, left) if turned else (left, right)
     put("0.parquet", {"a": first})
     folder = put("1.parquet", {"a": second})
@@ -135,7 +135,7 @@ APART = [
 
 @pytest.mark.parametrize(("left", "right", "one", "other"), APART, ids=[f"{row[2]}+{row[3]}" for row in APART])
 def test_types_that_cannot_be_joined_are_named_with_their_files(put, left, right, one, other) -> None:
-    """Both files, both types, and the column; a file before them that has no values there is none of them."""
+    """The message has both files, both types and the column, but not an earlier file with an all-null column."""
     put("0.parquet", {"a": pa.nulls(1), "b": [1]})
     put("1.parquet", {"a": left, "b": [1]})
     put("2.parquet", {"a": left, "b": [1]})
@@ -154,15 +154,15 @@ def test_types_that_cannot_be_joined_are_named_with_their_files(put, left, right
     ids=["beyond 2^53", "beyond 63 bits"],
 )
 def test_a_number_that_the_joint_type_would_change_is_refused(put, left, right) -> None:
-    """A seed that became another one would be paid for."""
+    """A changed seed would be paid for."""
     put("0.parquet", {"seed": left})
     folder = put("1.parquet", {"seed": right})
     said = refusal(folder)
     assert f"{folder / '0.parquet'}: the column 'seed' is {left.type} here" in said
 
 
-def test_categories_of_many_files_stay_what_they_are(put) -> None:
-    """Each file has a dictionary of its own."""
+def test_categories_of_many_files_keep_their_values(put) -> None:
+    """Each file has its own dictionary."""
     for number in range(5):
         folder = put(f"{number}.parquet", {"a": pa.array([f"x{number}", "same"]).dictionary_encode()})
     manifest = Manifest.open(folder)
@@ -173,7 +173,7 @@ def test_categories_of_many_files_stay_what_they_are(put) -> None:
 
 
 def test_small_files_are_read_together(put) -> None:
-    """A batch for each of thousands of files would cost more than reading them; none is larger than asked."""
+    """One batch per file would be slow for thousands of files; no batch exceeds the requested size."""
     for number in range(20):
         folder = put(f"{number:02d}.parquet", {"n": [number * 3, number * 3 + 1, number * 3 + 2]})
     manifest = Manifest.open(folder)
@@ -184,7 +184,7 @@ def test_small_files_are_read_together(put) -> None:
 
 
 def test_long_rows_of_parquet_come_a_few_at_a_time(put) -> None:
-    """Cut by bytes, as in text: 60 rows of a mebibyte are two batches at least."""
+    """Batches are limited by bytes, as for text: 60 rows of 1 MiB are at least two batches."""
     folder = put("m.parquet", {"a": [f"{n:02d}" + "x" * 2**20 for n in range(60)]})
     sizes = [len(batch.frame) for batch in Manifest.open(folder / "m.parquet").batches()]
     assert sum(sizes) == 60
@@ -201,7 +201,7 @@ print(sum(len(batch.frame) for batch in manifest.batches()), manifest.fingerprin
 
 
 def test_ten_thousand_files_need_no_more_descriptors_than_one(put) -> None:
-    """They are opened one after the other."""
+    """Files are opened one at a time."""
     folder = put("00000.parquet", {"a": ["x"]})
     data = (folder / "00000.parquet").read_bytes()
     for number in range(1, 10_000):
@@ -212,8 +212,8 @@ def test_ten_thousand_files_need_no_more_descriptors_than_one(put) -> None:
     assert done.stdout.split() == ["10000", "True"], done.stderr
 
 
-def test_every_file_that_cannot_be_read_is_named(put) -> None:
-    """An empty one and one that is no Parquet, among many: nobody looks for the second after the first."""
+def test_every_unreadable_file_is_named(put) -> None:
+    """One message names an empty file and one that is not Parquet, so that both can be fixed at once."""
     for number in range(20):
         folder = put(f"{number:02d}.parquet", {"a": [number]})
     put("07.parquet", b"")
@@ -239,19 +239,19 @@ def test_every_file_that_cannot_be_read_is_named(put) -> None:
         "README.md",
     ],
 )
-def test_files_that_spark_leaves_beside_a_table_are_no_part_of_it(put, name) -> None:
-    """Hidden names, names with an underscore, and everything below such folders."""
+def test_auxiliary_files_of_spark_are_ignored(put, name) -> None:
+    """These are hidden names, names that begin with an underscore, and everything below such folders."""
     put(name, b"not Parquet")
     folder = put("a=1/part-0.parquet", {"x": [1]})
     assert rows_of(Manifest.open(folder)) == [{"x": 1, "a": 1}]
     assert len(Manifest.open(folder / "**" / "*.parquet").files) == 1
 
 
-# --- columns in the names of folders ---
+# --- partition columns ---
 
 
 def test_folders_give_columns(put) -> None:
-    """Behind the columns of the files, nested, decoded; without a value they are null. The note names them."""
+    """Nested, decoded, after the files' columns; null without a value. A note names them."""
     put("country=de/day=2024-05-01/p.parquet", {"x": [1, 2]})
     put("country=a%20b%2Fc/day=2024-05-02/p.parquet", {"x": [3]})
     folder = put("country=__HIVE_DEFAULT_PARTITION__/day=2024-05-03/p.parquet", {"x": [4]})
@@ -270,8 +270,8 @@ def test_folders_give_columns(put) -> None:
         assert manifest.notes == ("columns from the names of folders: 'country', 'day'",)
 
 
-def test_files_of_other_depths_have_no_value_for_the_missing_folder(put) -> None:
-    """Other folders in between count for nothing, and neither does the folder of the table itself."""
+def test_files_at_other_depths_have_null_for_missing_folders(put) -> None:
+    """Other folders in between are ignored, as is the folder of the table itself."""
     put("a=1/x/b=2/p.parquet", {"n": [1]})
     put("a=3/p.parquet", {"n": [2]})
     put("_c=4/p.parquet", {"n": [3]})
@@ -312,7 +312,7 @@ NAMES = [
 
 @pytest.mark.parametrize("names", NAMES, ids=str)
 def test_types_of_folders_are_those_that_polars_infers(put, names) -> None:
-    """Polars itself is asked."""
+    """The test compares with polars."""
     for name in names:
         spelled = "__HIVE_DEFAULT_PARTITION__" if name is None else name.replace(" ", "%20").replace("/", "%2F")
         folder = put(f"k={spelled.replace(':', '%3A')}/p.parquet", {"x": [1]})
@@ -323,8 +323,8 @@ def test_types_of_folders_are_those_that_polars_infers(put, names) -> None:
     assert batch.frame["k"].sort().to_list() == theirs["k"].sort().to_list()
 
 
-def test_what_no_type_holds_unchanged_is_text(put) -> None:
-    """Where polars would take 128 bits, which no results table has, or no value at all."""
+def test_values_that_no_type_can_hold_are_text(put) -> None:
+    """For these, polars would use 128 bits, which Parquet results cannot store, or infinity or null."""
     for name in ("99999999999999999999", "1e999", "a=b"):
         folder = put(f"k={name}/p.parquet", {"x": [1]})
     assert {row["k"] for row in rows_of(Manifest.open(folder))} == {"99999999999999999999", "1e999", "a=b"}
@@ -333,7 +333,7 @@ def test_what_no_type_holds_unchanged_is_text(put) -> None:
 
 
 OWNED = [
-    # the file's own column, folders, values and type
+    # the file's own column, folder value, joined value and type
     (pa.array([1], pa.int32()), "1", 1, pl.Int64),
     (pa.array(["01"]), "01", "01", pl.String),
     (pa.array(["de"]).dictionary_encode(), "de", "de", pl.String),
@@ -345,8 +345,8 @@ OWNED = [
 
 
 @pytest.mark.parametrize(("own", "name", "value", "kind"), OWNED, ids=[f"{row[0].type}-{row[1]}" for row in OWNED])
-def test_a_file_may_say_the_same_as_its_folder(put, own, name, value, kind) -> None:
-    """The column stays where the file has it; a file without it has the folder's value."""
+def test_a_file_may_repeat_the_value_of_its_folder(put, own, name, value, kind) -> None:
+    """The column keeps its position in the file; a file without it gets the folder's value."""
     put(f"a={name}/p.parquet", {"a": own, "x": [1]})
     folder = put(f"a={name}/q.parquet", {"x": [2]})
     manifest = Manifest.open(folder)
@@ -365,8 +365,8 @@ def test_a_file_may_say_the_same_as_its_folder(put, own, name, value, kind) -> N
         (pa.array([[1]]), "1", ["the column 'a' is list<element: int64> in", "a folder is named a=1"]),
     ],
 )
-def test_a_file_that_says_something_else_than_its_folder_is_refused(put, own, name, words) -> None:
-    """Spark and polars would take the folder's value without a word: nobody knows which one was meant."""
+def test_a_file_that_contradicts_its_folder_is_refused(put, own, name, words) -> None:
+    """Spark and polars silently use the folder's value, although either may be correct."""
     folder = put(f"a={name}/p.parquet", {"a": own})
     said = refusal(folder)
     for word in words:
@@ -378,21 +378,21 @@ def test_a_file_that_says_something_else_than_its_folder_is_refused(put, own, na
     [("a=1/a=2/p.parquet", ["the folders give the column 'a' twice"]), ("a=%FF/p.parquet", ["a=%FF", "not UTF-8"])],
 )
 def test_folders_that_cannot_be_read_as_columns_are_refused(put, name, words) -> None:
-    """The file is named."""
+    """The message names the file."""
     said = refusal(put(name, {"x": [1]}))
     for word in [name, *words]:
         assert word in said
 
 
 def test_a_folder_name_that_is_not_utf8_is_refused(put, tmp_path) -> None:
-    """No table can hold it."""
+    """A table cannot hold such a name."""
     folder = put("a=1/p.parquet", {"x": [1]})
     (folder / "a=1").rename(os.fsdecode(os.fsencode(folder) + b"/a=\xff"))
     assert "is not UTF-8" in refusal(folder)
 
 
-def test_a_fingerprint_is_also_of_the_folders_that_give_columns(put) -> None:
-    """The same file in another of them is another row; in any other folder it is the same."""
+def test_the_fingerprint_depends_on_partition_folders(put) -> None:
+    """A file in another partition gives other rows; other folders have no influence."""
     folder = put("a=1/p.parquet", {"x": [1]})
     before = Manifest.open(folder).fingerprint()
     (folder / "a=1").rename(folder / "a=2")
@@ -403,7 +403,7 @@ def test_a_fingerprint_is_also_of_the_folders_that_give_columns(put) -> None:
     assert plain not in {before}
 
 
-def test_instants_of_folders_are_instants(put) -> None:
-    """Percent-encoded, as Spark writes them."""
+def test_timestamps_of_folders_are_parsed(put) -> None:
+    """Spark percent-encodes them."""
     folder = put("t=2024-01-01%2010%3A30%3A00.5/p.parquet", {"x": [1]})
     assert rows_of(Manifest.open(folder))[0]["t"] == datetime(2024, 1, 1, 10, 30, 0, 500_000)  # noqa: DTZ001

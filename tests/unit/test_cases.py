@@ -1,4 +1,4 @@
-"""Every case that failed in use has a test, and the list of them is true."""
+"""Every case that failed in use has a test, and the list of these tests is correct."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings: which source wins, what an unknown key is told, durations, and each bound."""
+"""Settings: precedence of sources, messages about unknown keys, durations, and all bounds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from batch.errors import ConfigError, ExitCode
 
 @pytest.fixture
 def toml(tmp_path):
-    """Writes a config file and gives its path."""
+    """Return a function that writes a config file and returns its path."""
 
     def write(text):
         path = tmp_path / "config.toml"
@@ -26,18 +26,18 @@ def toml(tmp_path):
 
 
 def refusal(flags=None, path=None):
-    """The sentence of a configuration that is refused."""
+    """Return the error message of an invalid configuration."""
     with pytest.raises(ConfigError) as caught:
         load_settings(path, flags)
     assert caught.value.exit_code is ExitCode.BAD_INPUT
     return str(caught.value)
 
 
-# --- which source wins ------------------------------------------------------------------------------------
+# --- precedence of sources --------------------------------------------------------------------------------
 
 
 def test_flags_win_over_environment_over_file_over_defaults(toml, monkeypatch):
-    """Each key is taken from the first source that has it, key by key, not section by section."""
+    """Precedence applies to each key, not to sections."""
     path = toml("[limits]\nattempts = 7\nrows = 7\nbudget_usd = 7\n")
     monkeypatch.setenv("RESTYLE_LIMITS__ATTEMPTS", "8")
     monkeypatch.setenv("RESTYLE_LIMITS__ROWS", "8")
@@ -52,19 +52,19 @@ def test_without_any_source_the_defaults_hold():
 
 
 def test_environment_names_may_be_lower_case_and_lists_are_json(monkeypatch):
-    """A sweep can be set from the environment, as JSON."""
+    """A sweep can be set by an environment variable with JSON."""
     monkeypatch.setenv("restyle_sweep", json.dumps({"strength": [0.5, 0.75]}))
     assert load_settings().sweep == {"strength": [0.5, 0.75]}
 
 
 def test_one_axis_can_be_set_from_the_environment(monkeypatch):
-    """`RESTYLE_SWEEP__<AXIS>` is known though no axis is a field."""
+    """`RESTYLE_SWEEP__<AXIS>` is accepted, although axes are not fields."""
     monkeypatch.setenv("RESTYLE_SWEEP__SEED", "[1, 2]")
     assert load_settings().sweep == {"seed": [1, 2]}
 
 
-def test_the_environment_that_is_no_json_is_a_sentence(monkeypatch):
-    """A half-written value is refused, not passed over."""
+def test_a_variable_that_is_not_json_is_refused(monkeypatch):
+    """The message names the variable and its value, and explains how to set single keys."""
     monkeypatch.setenv("RESTYLE_SWEEP", "{half")
     said = refusal()
     assert "the environment cannot be read: RESTYLE_SWEEP = '{half' is not JSON" in said
@@ -72,24 +72,24 @@ def test_the_environment_that_is_no_json_is_a_sentence(monkeypatch):
 
 
 VARIABLES = [
-    ("RESTYLE_LIMITS__MAX_IN_FLIGHT", "0", "limits.max_in_flight = '0': '0' is no window; it is auto, auto:LOW-HIGH"),
+    ("RESTYLE_LIMITS__MAX_IN_FLIGHT", "0", "limits.max_in_flight = '0': invalid max_in_flight '0': use auto,"),
     ("restyle_limits__rows", "many", "limits.rows = 'many': input should be a valid integer"),
     ("RESTYLE_RUN_SEED", "-1", "run_seed = '-1': input should be greater than or equal to 0"),
     ("RESTYLE_LIMITS", '{"attempts": 0}', "limits.attempts = 0: input should be greater"),
-    ("RESTYLE_LIMITS", "3", "limits = 3: it is a section, with the keys attempts, budget_usd,"),
-    ("RESTYLE_SWEEP__SEED", "1", "sweep.seed = 1: it is a list of values, like [1, 2]"),
+    ("RESTYLE_LIMITS", "3", "limits = 3: expected a section with the keys attempts, budget_usd,"),
+    ("RESTYLE_SWEEP__SEED", "1", "sweep.seed = 1: expected a list of values such as [1, 2]"),
 ]
 
 
 @pytest.mark.parametrize(("name", "value", "words"), VARIABLES, ids=[f"{row[0]}={row[1]}" for row in VARIABLES])
 def test_a_variable_with_a_wrong_value_is_named(monkeypatch, toml, name, value, words):
-    """Whoever has it in the profile of a shell would look for it in the file."""
+    """Otherwise the user would look for the error in the config file."""
     monkeypatch.setenv(name, value)
     assert refusal(path=toml("[limits]\ndrain = '5s'")).startswith(f"the environment variable {name}: {words}")
 
 
-def test_each_problem_stands_under_where_it_comes_from(monkeypatch, toml):
-    """Of a variable, of the file, and of a flag that wins over a variable."""
+def test_each_problem_is_listed_under_its_source(monkeypatch, toml):
+    """The sources are a variable, the file, and a flag that overrides a variable."""
     monkeypatch.setenv("RESTYLE_LIMITS__ATTEMPTS", "0")
     monkeypatch.setenv("RESTYLE_LIMITS__ROWS", "x")
     monkeypatch.setenv("RESTYLE_OUTPUT", '{"download": true}')
@@ -104,15 +104,15 @@ def test_each_problem_stands_under_where_it_comes_from(monkeypatch, toml):
 
 @pytest.mark.parametrize(("given", "character"), [("tab", "\t"), ("\\t", "\t"), ("\t", "\t"), (";", ";"), (" ", " ")])
 def test_a_separator_is_one_character_or_the_word_tab(given, character):
-    """A shell and a TOML literal can hardly write a tab."""
+    """A tab is hard to write in a shell or a TOML literal."""
     assert load_settings(None, {"manifest": {"separator": given}}).manifest.separator == character
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("limits = 3", ["limits = 3: it is a section, with the keys attempts, ", "submits_per_second, updates"]),
-        ("manifest = 'm.csv'", ["manifest = 'm.csv': it is a section, with the keys encoding, format, id, image,"]),
+        ("limits = 3", ["limits = 3: expected a section with the keys attempts, ", "submits_per_second, updates"]),
+        ("manifest = 'm.csv'", ["manifest = 'm.csv': expected a section with the keys encoding, format, id, image,"]),
         (
             "[manifest]\nencoding = 'latin-8'",
             ["manifest.encoding = 'latin-8': unknown text encoding 'latin-8'; use one"],
@@ -123,16 +123,16 @@ def test_a_separator_is_one_character_or_the_word_tab(given, character):
         ("[manifest]\nseparator = ';;'", ["manifest.separator = ';;': ';;' is not one character; use for example ';'"]),
         ("[manifest]\nseparator = ''", ["'' is not one character"]),
         ("[manifest]\nseparator = '\"'", ["'\"' is not one character"]),
-        ("sweep = 3", ["sweep = 3: it is a section, with the keys acceleration, ", "seed, strength"]),
-        ("[webhook]\nbind = '80'", ["webhook.bind = '80': '80' is no address; it is HOST:PORT like 0.0.0.0:8080"]),
-        ("[webhook]\npublic_url = 'box'", ["'box' is no URL for callbacks; it is like https://box.example/hook"]),
-        ("[limits]\nmax_in_flight = 0", ["0 is no window; it is auto, auto:LOW-HIGH like auto:16-512, or a number"]),
-        ("[limits]\nmax_in_flight = true", ["true is no window"]),
-        ("[limits]\nmax_in_flight = 2.5", ["2.5 is no window"]),
+        ("sweep = 3", ["sweep = 3: expected a section with the keys acceleration, ", "seed, strength"]),
+        ("[webhook]\nbind = '80'", ["webhook.bind = '80': invalid address '80': use HOST:PORT such as 0.0.0.0:8080"]),
+        ("[webhook]\npublic_url = 'box'", ["invalid callback URL 'box': use a URL such as https://box.example/hook"]),
+        ("[limits]\nmax_in_flight = 0", ["invalid max_in_flight 0: use auto, auto:LOW-HIGH", ">= 1"]),
+        ("[limits]\nmax_in_flight = true", ["invalid max_in_flight True"]),
+        ("[limits]\nmax_in_flight = 2.5", ["invalid max_in_flight 2.5"]),
     ],
 )
-def test_a_wrong_value_is_told_what_would_do(toml, text, words):
-    """In our words: no pattern, no name of a class, no second kind that it is not either."""
+def test_the_message_about_a_wrong_value_names_valid_ones(toml, text, words):
+    """The message does not show pydantic's wording: patterns, class names or alternative types."""
     said = refusal(path=toml(text))
     for word in words:
         assert word in said
@@ -141,7 +141,7 @@ def test_a_wrong_value_is_told_what_would_do(toml, text, words):
 
 
 def test_settings_cannot_be_changed_later():
-    """What was resolved stays."""
+    """Settings are frozen."""
     settings = load_settings()
     with pytest.raises(ValueError, match="frozen"):
         settings.limits.attempts = 4
@@ -161,36 +161,36 @@ def test_settings_cannot_be_changed_later():
     ],
 )
 def test_an_unknown_key_names_the_nearest_known_one(toml, text, named):
-    """Also one that stands in the wrong section."""
+    """This includes keys in the wrong section."""
     path = toml(text)
     said = refusal(path=path)
     assert f"unknown key {named}" in said
     assert str(path) in said
 
 
-def test_a_key_that_resembles_nothing_is_told_what_there_is(toml):
-    """With no near key all are listed."""
+def test_an_unknown_key_without_a_similar_one_lists_all(toml):
+    """The message lists the known keys."""
     said = refusal(path=toml("xyzzy = 1"))
-    assert "known are input, input.acceleration" in said
+    assert "known: input, input.acceleration" in said
 
 
 def test_an_unknown_variable_names_the_nearest_known_one(monkeypatch):
-    """A misspelt limit in the environment must not be passed over."""
+    """A misspelt limit in the environment must not be ignored."""
     monkeypatch.setenv("RESTYLE_LIMITS__DEADLIN", "5m")
-    assert "RESTYLE_LIMITS__DEADLIN is not known; did you mean RESTYLE_LIMITS__DEADLINE?" in refusal()
+    assert "unknown environment variable RESTYLE_LIMITS__DEADLIN; did you mean RESTYLE_LIMITS__DEADLINE?" in refusal()
 
 
 def test_an_unknown_axis_names_the_nearest_input():
-    """Only inputs of the endpoint can be swept, the image cannot."""
+    """Only inputs of the endpoint can be swept, except the image."""
     assert "'strenght' cannot be swept; did you mean 'strength'?" in refusal({"sweep": {"strenght": [0.5]}})
     assert "'image_url' cannot be swept" in refusal({"sweep": {"image_url": ["a"]}})
     assert "the axis 'seed' has no values" in refusal({"sweep": {"seed": []}})
 
 
 def test_all_problems_are_in_one_message(toml):
-    """Nobody mends a file one error at a time."""
+    """Users can fix all errors of a file at once."""
     said = refusal(path=toml("[limits]\nattempts = 0\nrows = 0\nfoo = 1\n[target]\nname = 'nowhere'"))
-    for part in ("limits.attempts = 0", "limits.rows = 0", "unknown key limits.foo", "'nowhere' is no target"):
+    for part in ("limits.attempts = 0", "limits.rows = 0", "unknown key limits.foo", "invalid target 'nowhere'"):
         assert part in said
 
 
@@ -213,8 +213,8 @@ DISGUISES = [
 
 
 @pytest.mark.parametrize("host", FAL_HOSTS)
-def test_a_host_of_fals_is_no_url_target_however_it_is_spelled(host):
-    """It would cost money that no plan knows of; the message names the target to use, and no password."""
+def test_a_host_of_fal_is_refused_as_a_url_target_in_any_spelling(host):
+    """Its cost would not appear in plans. The message names the right target and hides passwords."""
     for spelling in SPELLINGS:
         said = refusal({"target": {"name": spelling.format(host)}})
         assert "--target fal" in said, spelling
@@ -223,12 +223,12 @@ def test_a_host_of_fals_is_no_url_target_however_it_is_spelled(host):
 
 @pytest.mark.parametrize("url", DISGUISES)
 def test_a_host_of_fals_in_disguise_is_seen_through(url):
-    """What some reader of URLs, or of names, takes for fal's is fal's."""
+    """A URL is refused if any URL parser or name lookup would resolve it to fal."""
     assert "--target fal" in refusal({"target": {"name": url}})
 
 
 def test_a_host_of_fals_is_refused_from_every_source(toml, monkeypatch):
-    """File, environment by key or by section, and settings of the library; the source is named."""
+    """The sources are the file, the environment by key or section, and the library; the message names them."""
     url = "https://queue.fal.run"
     path = toml(f"[target]\nname = '{url}'")
     assert "--target fal" in (said := refusal(path=path))
@@ -250,15 +250,15 @@ def test_a_host_of_fals_is_refused_from_every_source(toml, monkeypatch):
      "https://my-fal.ai", "https://notfal.run", "http://fal:8787", "https://falai.com", "http://fal.ai.local:1/x"],
 )  # fmt: skip
 def test_other_hosts_are_targets_as_before(url):
-    """Also those that look a little like fal's."""
+    """This includes hosts with similar names."""
     assert load_settings(flags={"target": {"name": url}}).target.name == url
 
 
 @pytest.mark.parametrize(
     "url", ["http://me:hush@gpu-box", "http://gpu box", "http://gpu-box\\x", "http://gpu-box:99999"]
 )
-def test_a_url_that_can_be_read_in_two_ways_is_no_target(url):
-    """Readers would not agree on whose host it names; a password would be kept in run.json."""
+def test_an_ambiguous_url_is_refused_as_a_target(url):
+    """URL parsers disagree about its host, and run.json would store a password."""
     said = refusal({"target": {"name": url}})
     assert "not an unambiguous URL" in said
     assert "hush" not in said
@@ -268,7 +268,7 @@ def test_a_url_that_can_be_read_in_two_ways_is_no_target(url):
 
 
 def test_a_file_that_cannot_be_used_is_named(tmp_path, toml):
-    """Missing, no TOML, no text: each has its sentence."""
+    """A missing file, invalid TOML, a folder and binary data each have a message."""
     assert "there is no config file" in refusal(path=tmp_path / "none.toml")
     assert "is not TOML" in refusal(path=toml("[limits"))
     assert "cannot be read" in refusal(path=tmp_path)
@@ -285,26 +285,26 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path, toml):
      (" 3 s ", 3.0), ("12", 12.0), (".5s", 0.5), (7, 7), (2.5, 2.5)],
 )  # fmt: skip
 def test_a_duration_is_float_seconds(text, seconds):
-    """Numbers are seconds already; text may carry a unit."""
+    """Numbers are seconds; text may have a unit."""
     assert parse_duration(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "soon", "5 weeks", "-5s", "1h30m", "s", "5.m.", "1e3s"])
-def test_what_is_no_duration_is_refused_with_an_example(text):
-    """The value is named, and what would do."""
-    with pytest.raises(ValueError, match="is not a duration; write for instance 90s"):
+def test_an_invalid_duration_is_refused_with_an_example(text):
+    """The message has valid examples."""
+    with pytest.raises(ValueError, match="is not a duration; use for example 90s"):
         parse_duration(text)
 
 
 @given(st.floats(0.001, 1e6).map(lambda value: round(value, 3)), st.sampled_from(["ms", "s", "m", "h", "d"]))
 def test_a_duration_is_its_number_times_its_unit(number, unit):
-    """For any number and unit."""
+    """This holds for any number and unit."""
     factor = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}[unit]
     assert math.isclose(parse_duration(f"{number:.3f}{unit}"), number * factor, rel_tol=1e-9)
 
 
 def test_a_setting_that_is_a_duration_is_read_as_one():
-    """Text becomes seconds, whatever the source."""
+    """Text becomes seconds."""
     assert load_settings(None, {"limits": {"deadline": "50m"}}).limits.deadline == 3000.0
 
 
@@ -400,7 +400,7 @@ def nested(key, value):
 
 @pytest.mark.parametrize(("key", "good", "bad"), IN_BOUNDS, ids=[key for key, _, _ in IN_BOUNDS])
 def test_each_key_takes_its_bounds_and_nothing_beyond(key, good, bad):
-    """Both ends are inside; what is outside is refused by the key's name."""
+    """Both bounds are inclusive; the message about a value outside names the key."""
     for value in good:
         load_settings(None, nested(key, value))
     for value in bad:
@@ -408,7 +408,7 @@ def test_each_key_takes_its_bounds_and_nothing_beyond(key, good, bad):
 
 
 def test_every_bounded_key_is_tested():
-    """A new key with a bound needs a line above; free text has none."""
+    """A new key with bounds needs a line in the table above; free text has no bounds."""
     free = {"manifest.image", "manifest.prompt", "manifest.id", "input.prompt", "target.app", "target.faults", "sweep"}
     keys = set()
     for section, field in Settings.model_fields.items():
@@ -417,15 +417,15 @@ def test_every_bounded_key_is_tested():
     assert keys - free == {key for key, _, _ in IN_BOUNDS}
 
 
-def test_what_was_resolved_can_be_read_again():
-    """`run.json` keeps it, for `restyle export` and the others: unset values, durations and tags too."""
+def test_resolved_settings_can_be_loaded_again():
+    """`run.json` stores them for `restyle export` and other commands, including unset values, durations and tags."""
     for flags in ({}, {"limits": {"start_timeout": "10m"}, "target": {"keep_files": "7d", "tags": ["a=b"]}}):
         settings = load_settings(None, flags)
         assert Settings.model_validate(settings.model_dump(mode="json")) == settings
 
 
-def test_tags_are_as_the_target_keeps_them(monkeypatch):
-    """Keys in lower case, no spaces around, numbers as text; from the environment as JSON or key by key."""
+def test_tags_are_normalized_as_at_the_target(monkeypatch):
+    """Lower-case keys, no surrounding spaces, numbers as text; also from the environment, as JSON or key by key."""
     tagged = {"target": {"tags": {" Team ": " design ", "batch": 7}}}
     assert load_settings(None, tagged).target.tags == {"team": "design", "batch": "7"}
     assert load_settings(None, {"target": {"tags": ["env=prod", "note=a=b"]}}).target.tags == {
@@ -442,7 +442,7 @@ def test_tags_are_as_the_target_keeps_them(monkeypatch):
 
 
 def test_a_tag_that_the_target_would_drop_is_named(toml):
-    """With its key, its value, and what would do."""
+    """The message has the key, the value and the rule."""
     said = refusal(path=toml('[target]\ntags = {"Te am" = "x"}'))
     assert "target.tags = {'Te am': 'x'}: invalid tag key 'Te am': use 1 to 64 characters of a-z, 0-9" in said
     said = refusal(path=toml('[target]\ntags = {team = "a,b"}'))
@@ -452,7 +452,7 @@ def test_a_tag_that_the_target_would_drop_is_named(toml):
 
 
 def test_resubmit_after_is_not_shorter_than_the_start_timeout():
-    """The first submit could still start: both keys and both values are in the sentence."""
+    """Otherwise the first submit could still start. The message names both keys and both values."""
     limits = {"start_timeout": "10m", "on_unknown": "resubmit-after=5m"}
     said = refusal({"limits": limits})
     assert "limits.on_unknown = 'resubmit-after=5m': it is shorter than limits.start_timeout = 600s" in said
@@ -463,7 +463,7 @@ def test_resubmit_after_is_not_shorter_than_the_start_timeout():
 
 @pytest.mark.parametrize("word", ["replay", "reject"])
 def test_fal_is_not_trusted_with_repeats(word):
-    """It ignores keys: a repeat would be paid for twice."""
+    """The service ignores idempotency keys, so a repeat would be paid for twice."""
     said = refusal({"target": {"name": "fal", "idempotency": word}})
     assert f"target.idempotency = '{word}': fal ignores Idempotency-Key" in said
     load_settings(None, {"target": {"name": "fal", "idempotency": "none"}})
@@ -471,7 +471,7 @@ def test_fal_is_not_trusted_with_repeats(word):
 
 
 def test_a_target_url_loses_its_last_slash():
-    """So that URLs are joined alike."""
+    """Joined URLs then have a single slash."""
     assert load_settings(None, {"target": {"name": "http://box:8787/"}}).target.name == "http://box:8787"
 
 
@@ -479,7 +479,7 @@ def test_a_target_url_loses_its_last_slash():
 
 
 def test_the_api_key_comes_from_the_environment_and_is_never_shown(monkeypatch):
-    """`FAL_KEY`, else the pair of id and secret; absent or blank is None."""
+    """`FAL_KEY`, else the pair of id and secret; None if absent or blank."""
     assert api_key() is None
     monkeypatch.setenv("FAL_KEY_ID", "id")
     assert api_key() is None
@@ -497,12 +497,12 @@ def test_the_api_key_comes_from_the_environment_and_is_never_shown(monkeypatch):
     assert api_key() is None
 
 
-def test_the_api_key_is_no_setting(toml):
-    """It cannot be written into a config file by mistake."""
+def test_the_api_key_is_not_a_setting(toml):
+    """It cannot be stored in a config file by mistake."""
     assert "unknown key" in refusal(path=toml("[target]\nkey = 'a:b'"))
 
 
-def test_the_switch_for_traces_is_no_unknown_variable(monkeypatch):
-    """Every message about a defect names it."""
+def test_the_switch_for_traces_is_a_known_variable(monkeypatch):
+    """Messages about unexpected errors mention it."""
     monkeypatch.setenv("RESTYLE_DEBUG", "1")
     load_settings()

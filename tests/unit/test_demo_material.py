@@ -1,4 +1,4 @@
-"""The demo's images and manifests: ours, drawn by a script, and complete."""
+"""The demo's images and manifests: drawn by our script, and complete."""
 
 import csv
 import importlib.util
@@ -30,7 +30,7 @@ def script():
 
 @pytest.fixture(scope="module")
 def demo():
-    """Rows of demo.csv."""
+    """The rows of demo.csv."""
     with (MANIFESTS / "demo.csv").open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
@@ -40,21 +40,21 @@ def pixels(data):
 
 
 def test_script_and_folder_name_the_same_images(script):
-    """No image without its drawing, no drawing without its image."""
+    """Every image has a drawing function, and every function has an image."""
     assert sorted(script.IMAGES) == NAMES
     assert len(NAMES) == 12
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_drawing_again_gives_the_same_image(script, name):
-    """Same size, and pixels that differ by no more than a codec's versions do."""
+    """The size is equal, and pixels differ no more than between codec versions."""
     stored, drawn = pixels((MANIFESTS / "images" / name).read_bytes()), pixels(script.draw(name))
     assert drawn.shape == stored.shape
     assert np.abs(drawn - stored).mean() < 1.0
 
 
 def test_drawing_writes_every_manifest_as_it_stands(script, tmp_path, monkeypatch):
-    """The text manifests are byte for byte what the script writes from the stored images."""
+    """The script writes the text manifests byte for byte from the stored images."""
     monkeypatch.setattr(script, "draw", lambda name: (MANIFESTS / "images" / name).read_bytes())
     script.write_everything(tmp_path)
     for name in ("demo.csv", "sweep.jsonl"):
@@ -65,7 +65,7 @@ def test_drawing_writes_every_manifest_as_it_stands(script, tmp_path, monkeypatc
 
 
 def test_images_are_varied_and_small():
-    """JPEG, PNG with alpha, one without colour, several aspects; under 1.5 MB together."""
+    """JPEG, PNG with alpha, one greyscale image, several aspect ratios; under 1.5 MB in total."""
     kinds, shapes = set(), set()
     for name in NAMES:
         with Image.open(MANIFESTS / "images" / name) as image:
@@ -78,7 +78,7 @@ def test_images_are_varied_and_small():
 
 
 def test_demo_shows_every_image_once_and_many_styles(demo):
-    """Ids are unique, paths exist beside the manifest, inputs are within the endpoint's bounds."""
+    """Ids are unique, paths exist relative to the manifest, and inputs are within the endpoint's bounds."""
     assert sorted(Path(row["image_url"]).name for row in demo) == NAMES
     assert len({row["id"] for row in demo}) == len(demo)
     for row in demo:
@@ -91,7 +91,7 @@ def test_demo_shows_every_image_once_and_many_styles(demo):
 
 
 def test_parquet_carries_its_images():
-    """A struct of bytes and path, as Hugging Face datasets write it; under 300 kB."""
+    """The images are structs of bytes and path, as in Hugging Face datasets; under 300 kB."""
     path = MANIFESTS / "demo.parquet"
     table = pq.read_table(path)
     assert path.stat().st_size < 300_000
@@ -102,7 +102,7 @@ def test_parquet_carries_its_images():
 
 
 def test_sweep_fills_its_template():
-    """Every row has what the prompt template `a {animal} as a {style}` needs, and its image exists."""
+    """Every row has the columns of the template `a {animal} as a {style}`, and its image exists."""
     rows = [json.loads(line) for line in (MANIFESTS / "sweep.jsonl").read_text("utf-8").splitlines()]
     assert len({(row["animal"], row["style"]) for row in rows}) == len(rows) == 3
     for row in rows:

@@ -1,4 +1,4 @@
-"""The papers say what the code has: commands, flags, keys, columns, actions, codes; and nothing that is not there."""
+"""The documentation matches the code: commands, flags, keys, columns, actions and exit codes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COMMANDS = [name for name in app.resolved_commands() if not name.startswith("-")
 
 
 def flags_of(command: str) -> set[str]:
-    """Long flags of a command."""
+    """Return the long flags of a command."""
     names = {name for argument in app[command].assemble_argument_collection() for name in argument.names}
     return {name for name in names if name.startswith("--")}
 
@@ -33,7 +33,7 @@ FLAGS = {flag for command in COMMANDS for flag in flags_of(command)} | {"--help"
 
 
 def table(page: str, heading: str) -> dict[str, list[str]]:
-    """The rows of the first table under a heading, by each word in backticks (else the text) of the first cell."""
+    """Return the rows of the first table under a heading, by each word in backticks (or the text) of the first cell."""
     part = re.split(rf"^#+ {re.escape(heading)}.*$", page, maxsplit=1, flags=re.MULTILINE)[1]
     lines = re.search(r"(?:^\|.*\n)+", part, re.MULTILINE)
     assert lines is not None, heading
@@ -42,7 +42,7 @@ def table(page: str, heading: str) -> dict[str, list[str]]:
 
 
 def keys() -> dict[str, object]:
-    """Every settings key and its default."""
+    """Return every settings key and its default."""
     found: dict[str, object] = {}
     for section, field in Settings.model_fields.items():
         inner = getattr(field.annotation, "model_fields", None)
@@ -55,19 +55,19 @@ def keys() -> dict[str, object]:
 
 
 def spelled(value: object) -> str:
-    """As the papers write it."""
+    """Return a value as the documentation writes it."""
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def test_there_are_commands_to_look_for():
-    """The introspection of the command line finds what it is for."""
+    """The introspection of the command line works."""
     assert {"plan", "run", "status", "export", "cancel", "serve"} <= set(COMMANDS)
     assert {"--budget", "--out", "--no-download"} <= flags_of("run")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_is_in_the_readme(command):
-    """With its name, as it is typed; and its help is a sentence."""
+    """The README shows the command, and the command has a help text."""
     assert f"restyle {command}" in README
     assert app[command].help
 
@@ -78,23 +78,23 @@ def test_every_flag_is_in_the_reference(flag):
     assert f"`{flag}`" in PAGES["configuration.md"]
 
 
-def test_no_paper_names_a_flag_that_does_not_exist():
-    """README, docs, changelog, config comments and the notebook."""
-    papers = [REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md", *DOCS.glob("*.md")]
-    papers += [*(REPOSITORY / "configs").iterdir(), *(REPOSITORY / "notebooks").glob("*.ipynb")]
-    for paper in papers:
-        named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", paper.read_text("utf-8")))
-        assert named <= FLAGS | {"--strict"}, paper.name  # mypy's
+def test_the_documentation_names_no_unknown_flag():
+    """Checked are README, docs, changelog, config comments and the notebook."""
+    pages = [REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md", *DOCS.glob("*.md")]
+    pages += [*(REPOSITORY / "configs").iterdir(), *(REPOSITORY / "notebooks").glob("*.ipynb")]
+    for page in pages:
+        named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page.read_text("utf-8")))
+        assert named <= FLAGS | {"--strict"}, page.name  # a flag of mypy
 
 
 def test_the_settings_table_has_every_key_and_no_other():
-    """A key that is not documented does not exist for a reader."""
+    """Every key is documented, and no unknown key is."""
     assert set(table(PAGES["configuration.md"], "Keys")) == set(keys())
 
 
 @pytest.mark.parametrize("key", sorted(keys()))
-def test_the_settings_table_tells_the_true_default_and_bounds(key):
-    """The default as TOML would write it, and every number that bounds the value."""
+def test_the_settings_table_has_the_correct_default_and_bounds(key):
+    """The default in TOML syntax, and every number that bounds the value."""
     default, allowed, *_ = table(PAGES["configuration.md"], "Keys")[key]
     assert default.strip("`") == spelled(keys()[key])
     section, _, name = key.partition(".")
@@ -107,15 +107,15 @@ def test_the_settings_table_tells_the_true_default_and_bounds(key):
 
 
 def test_the_endpoint_defaults_that_the_settings_table_repeats_are_true():
-    """`[input]` is unset by default; what then holds is the endpoint's."""
+    """`[input]` is unset by default, so the endpoint's defaults apply."""
     rows = table(PAGES["configuration.md"], "Keys")
     for name in set(InputSettings.model_fields) - {"prompt", "seed"}:
         default = spelled(ImageToImageInput.model_fields[name].default)
         assert f"endpoint default {default}" in rows[f"input.{name}"][-1]
 
 
-def test_every_flag_beside_a_key_sets_that_key():
-    """The flag column of the settings table agrees with the command line."""
+def test_every_flag_in_the_settings_table_sets_its_key():
+    """The flag column of the settings table matches the command line."""
     from batch.cli.options import PLACES
 
     rows = table(PAGES["configuration.md"], "Keys")
@@ -132,7 +132,7 @@ def test_every_exit_code_is_in_recovery():
 
 @pytest.mark.parametrize("stop", list(StopCause))
 def test_every_reason_to_stop_has_an_exit_code_in_recovery(stop):
-    """What ends a run early is told there."""
+    """The page explains every cause of an early stop."""
     words = {
         StopCause.ACCOUNT: "the account was refused",
         StopCause.STORAGE: "full disk",
@@ -153,16 +153,16 @@ def test_every_column_is_in_the_results_table_with_its_type():
     assert all(f"`{field.name}`" in rows["images"][1] for field in IMAGE)
 
 
-def test_every_key_of_the_summary_is_told():
-    """summary.json has these keys, and docs/results.md no others."""
+def test_every_key_of_the_summary_is_documented():
+    """docs/results.md lists exactly the keys of summary.json."""
     body = (REPOSITORY / "batch/session.py").read_text("utf-8").partition("def to_json")[2].partition("async def")[0]
     written = set(re.findall(r'^ +"(\w+)": ', body, re.MULTILINE))
     assert set(Summary.__dataclass_fields__) <= written
     assert set(table(PAGES["results.md"], "`summary.json`")) == written
 
 
-def test_every_action_of_the_log_is_told():
-    """What observers are told is listed with its meaning, and nothing else is."""
+def test_every_action_of_the_log_is_documented():
+    """docs/results.md lists exactly the actions that observers receive."""
     said: set[str] = set()
     for path in (REPOSITORY / "batch").rglob("*.py"):
         said |= set(re.findall(r'\b(?:happened|notice)\(\s*"(\w+)"', path.read_text("utf-8")))
@@ -172,24 +172,24 @@ def test_every_action_of_the_log_is_told():
     assert all(f"`{action}`" in PAGES["results.md"] for action in said)
 
 
-def test_every_fault_of_a_row_is_told():
-    """The words that planning puts into `error_type`."""
+def test_every_error_type_of_a_row_is_documented():
+    """docs/manifest.md lists the words that planning writes to `error_type`."""
     words: set[str] = set()
     for path in (REPOSITORY / "batch/manifest").glob("*.py"):
-        words |= set(re.findall(r'Fault\(\s*"(\w+)"', path.read_text("utf-8")))
-    told = set(table(PAGES["manifest.md"], "Bad rows"))
-    assert words <= told
+        words |= set(re.findall(r'CellError\(\s*"(\w+)"', path.read_text("utf-8")))
+    assert words
+    assert words <= set(table(PAGES["manifest.md"], "Bad rows"))
     assert all(word in " ".join(PAGES.values()) for word in runner_words())
 
 
 def runner_words() -> set[str]:
-    """The words that the runner itself gives a failure."""
+    """Return the words that the runner itself writes to `error_type`."""
     text = "".join(path.read_text("utf-8") for path in (REPOSITORY / "batch/run").glob("*.py"))
     return set(re.findall(r'(?:\bFailed|ImageError)\(\s*"(\w+)"', text)) | {"malformed_output"}
 
 
 def test_the_changelog_begins_with_what_is_unreleased_and_has_this_version():
-    """Keep a Changelog; the version is that of the distribution."""
+    """The format is Keep a Changelog; the latest version is that of the distribution."""
     text = (REPOSITORY / "CHANGELOG.md").read_text("utf-8")
     project = (REPOSITORY / "pyproject.toml").read_text("utf-8")
     version = re.search(r'^version = "(.+)"$', project, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""Job keys, seeds and hashes: the identities that make "pay once" and "same again" true."""
+"""Job keys, seeds and hashes: the identities behind paying once and reproducible results."""
 
 import hashlib
 
@@ -22,7 +22,7 @@ OBJECTS = st.dictionaries(st.text(max_size=8), JSON, max_size=6)
 
 
 def test_a_job_key_never_changes_between_versions() -> None:
-    """A changed form would make finished jobs look new and be paid for again: these values are frozen."""
+    """A change would make finished jobs look new, so they would be paid for again: these values are frozen."""
     complete = {"prompt": "as a fresco", "image_url": "https://a/b.png", "strength": 0.75, "seed": 7}
     assert (
         canonical_json(complete) == b'{"image_url":"https://a/b.png","prompt":"as a fresco","seed":7,"strength":0.75}'
@@ -33,7 +33,7 @@ def test_a_job_key_never_changes_between_versions() -> None:
 
 @given(OBJECTS, st.randoms(use_true_random=False))
 def test_the_order_of_inputs_does_not_matter(value, random) -> None:
-    """Equal objects have one spelling and one key."""
+    """Equal objects have the same canonical JSON and key."""
     items = list(value.items())
     random.shuffle(items)
     assert canonical_json(dict(items)) == canonical_json(value)
@@ -54,25 +54,25 @@ def test_another_app_is_another_job() -> None:
 
 @given(st.integers(0, 2**63), st.text(), st.text(alphabet=st.characters(exclude_characters="\n"), max_size=9))
 def test_a_derived_seed_has_31_bits_and_stays(run_seed, identity, cell) -> None:
-    """The same run seed, row and cell give the same seed, which any client takes."""
+    """The same run seed, row and cell always give the same seed."""
     seed = derived_seed(run_seed, identity, cell)
     assert 0 <= seed < 2**31
     assert seed == derived_seed(run_seed, identity, cell)
 
 
 def test_run_seed_row_and_cell_each_change_the_seed() -> None:
-    """None of the three is left out of the hash."""
+    """All three are part of the hash."""
     seeds = {derived_seed(*parts) for parts in [(0, "a", "x"), (1, "a", "x"), (0, "b", "x"), (0, "a", "y")]}
     assert len(seeds) == 4
 
 
 def test_seeds_fill_their_range() -> None:
-    """Seeds are spread: a thousand rows hardly collide, and both halves of the range are used."""
+    """A thousand seeds have almost no collisions and use both halves of the range."""
     seeds = [derived_seed(0, str(row), "base") for row in range(1000)]
     assert len(set(seeds)) >= 999
     assert 400 < sum(seed >= 2**30 for seed in seeds) < 600
 
 
-def test_a_image_goes_by_its_sha256() -> None:
-    """The content hash is the one that any other tool computes."""
+def test_the_content_hash_is_sha256() -> None:
+    """Any other tool computes the same hash."""
     assert content_hash(b"image") == hashlib.sha256(b"image").hexdigest()

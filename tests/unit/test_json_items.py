@@ -1,4 +1,4 @@
-"""Splitting a JSON list into its objects: whatever is in them, wherever a chunk ends, and all that a list can lack."""
+"""Splitting a JSON list into its objects: arbitrary contents, chunk boundaries, and malformed lists."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from batch.manifest.formats.json_items import BadJson, NotRows, split
 
 
 def items(text: bytes, chunk: int = 2**20) -> list[tuple[int, object]]:
-    """Lines and values, read in chunks of so many bytes."""
+    """Return lines and values, read in chunks of `chunk` bytes."""
     stream = io.BytesIO(text)
     found = list(split(lambda: stream.read(chunk)))
     assert all(b"\n" not in item.text for item in found)
@@ -33,7 +33,7 @@ def test_each_object_has_the_line_on_which_it_starts():
 @pytest.mark.parametrize("depth", [0, 1, 3, 4, 5, 40])
 @pytest.mark.parametrize("chunk", [1, 7, 2**20])
 def test_brackets_and_quotes_inside_an_object_are_its_own(depth, chunk):
-    """Beyond the depth of the quick match too."""
+    """Also beyond the depth of the fast regex."""
     text = f'[{{"n":{nested(depth) if depth else 1}}},{{"m":"]}}"}}]'.encode()
     assert [value for _, value in items(text, chunk)] == json.loads(text)
 
@@ -56,7 +56,7 @@ def test_any_list_comes_apart_as_it_was_written(records, indent, ascii_only, chu
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.dictionaries(st.text(max_size=4), VALUES, min_size=1), min_size=2, max_size=4), st.integers(1, 40))
 def test_objects_one_after_another_come_apart_too(records, chunk):
-    """As `jq '.[]'` writes them."""
+    """This is the output format of `jq '.[]'`."""
     text = "\n".join(json.dumps(record, indent=1) for record in records).encode()
     assert [value for _, value in items(text, chunk)] == records
 
@@ -75,10 +75,10 @@ WRONG = [
     (b'[{"a":1},"x",{}]', 1, 1, ["""'"x"' is not a JSON object"""]),
     (b'[{"a":1},null]', 1, 1, ["'null' is not a JSON object"]),
     (b"[[1]]", 1, 0, ["'[1' is not a JSON object"]),
-    (b'[\n{"a":1},\n{"a":"x\n"}]', 3, 1, ["a string with a line break"]),
+    (b'[\n{"a":1},\n{"a":"x\n"}]', 3, 1, ["line break", "string"]),
     (b'[{"a":"\t"}]', 1, 0, ["control character"]),
-    (b'[\n{"a":1},\n{"a":2,\n{"a":3}]', 4, 1, ["']' closes a bracket of the other kind"]),
-    (b'[{"a":[1}]', 1, 0, ["'}' closes a bracket of the other kind"]),
+    (b'[\n{"a":1},\n{"a":2,\n{"a":3}]', 4, 1, ["']' does not match the open bracket"]),
+    (b'[{"a":[1}]', 1, 0, ["'}' does not match the open bracket"]),
     (b'[\n{"a":1},\n{"a" 2}, {"a"', 3, 2, ["that begins here is not closed"]),
     (b'[\n{"a":1},\n{"a" 2, "b":', 3, 1, ["not parseable as JSON"]),
     (b'[\n{"a":1},\n{"a":2', 3, 1, ["that begins here is not closed"]),
@@ -123,7 +123,7 @@ def test_one_object_is_not_a_list_of_rows(text, words):
 
 
 def test_an_object_that_does_not_end_is_not_read_to_the_end_of_the_file(monkeypatch):
-    """Else a quote that is not closed in a file of many gigabytes would need as much memory."""
+    """Otherwise an unclosed quote in a file of many gigabytes would take that much memory."""
     monkeypatch.setattr(jsonitems, "LONGEST", 1000)
     stream = io.BytesIO(b'[{"a":1},\n{"a":[' + b'{"b":1},\n' * 10_000)
     with pytest.raises(BadJson, match="the object that begins here is longer than"):

@@ -1,4 +1,4 @@
-"""Money: what is reserved and spent never passes the limit, whatever happens in whatever order."""
+"""Money: `reserved + spent` never exceeds the limit, in any order of events."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ dollars = st.floats(0, 10, allow_nan=False)
 
 
 class Spending(RuleBasedStateMachine):
-    """Reserve where it fits, settle in any order, at any cost up to the reservation."""
+    """Reserve if it fits; settle in any order, at any cost up to the reservation."""
 
     def __init__(self):
         super().__init__()
@@ -56,7 +56,7 @@ TestSpending = Spending.TestCase
 
 @given(dollars, st.lists(dollars, max_size=30))
 def test_a_first_reservation_goes_through_exactly_where_it_fits(limit, wishes):
-    """`fits` is the truth about `reserve`, also right at the limit."""
+    """`reserve` succeeds exactly if `fits`, even at the limit."""
     budget = Budget(limit)
     for usd in wishes:
         if budget.fits(usd):
@@ -66,27 +66,27 @@ def test_a_first_reservation_goes_through_exactly_where_it_fits(limit, wishes):
 
 
 def test_without_a_limit_everything_fits():
-    """None: no budget was set."""
+    """None means no budget."""
     budget = Budget(None)
     budget.reserve(1e9)
     assert budget.fits(1e9)
 
 
 def test_a_budget_of_nothing_lets_only_free_jobs_through():
-    """0 is a budget too."""
+    """0 is a valid budget."""
     assert Budget(0.0).fits(0.0)
     assert not Budget(0.0).fits(0.01)
 
 
 def test_what_earlier_sessions_spent_and_reserved_counts():
-    """A run that goes on has not a new budget."""
+    """A resumed run does not get a new budget."""
     budget = Budget(1.0, spent=0.6, reserved=0.3)
     assert budget.fits(0.1)
     assert not budget.fits(0.11)
 
 
 def test_thirty_cents_ten_times_are_three_dollars():
-    """Float fuzz does not turn the last job away."""
+    """Float errors do not reject the last job."""
     budget = Budget(0.3)
     for _ in range(10):
         assert budget.fits(0.03)
@@ -97,18 +97,18 @@ def test_thirty_cents_ten_times_are_three_dollars():
 
 @given(st.floats(0.001, 400), st.integers(1, 4))
 def test_a_reservation_is_whole_megapixels_for_each_image(megapixels, images):
-    """How the service rounds is not published: up is safe."""
+    """The service does not publish its rounding; rounding up is safe."""
     usd = PRICE.reservation(megapixels, images)
     assert usd >= megapixels * images * 0.03 - 1e-9
     assert usd >= images * 0.03 - 1e-9
     assert math.isclose(usd / 0.03, round(usd / 0.03), abs_tol=1e-6)
 
 
-def test_a_image_of_unknown_size_is_taken_for_the_largest():
+def test_an_image_of_unknown_size_counts_as_the_largest():
     """FLUX scales down to about 1440 x 1440."""
     assert PRICE.reservation(None, 1) == pytest.approx(math.ceil(UNKNOWN_MEGAPIXELS) * 0.03)
 
 
-def test_the_charge_is_what_the_service_says():
+def test_the_charge_is_that_of_the_billed_units():
     """Fractions of a unit are not rounded."""
     assert PRICE.charge(0.75) == pytest.approx(0.0225)

@@ -1,4 +1,4 @@
-"""Planning: which value wins, what a bad row becomes, and that keys and seeds stay. Rows are real frames in memory."""
+"""Planning: precedence of values, bad rows, stable keys and seeds. Rows are real frames in memory."""
 
 from collections.abc import Iterator
 from datetime import date
@@ -21,7 +21,7 @@ from batch.types import LocalImage
 
 
 class Table:
-    """A manifest in memory, its first row on line 2."""
+    """A manifest in memory; its first row is on line 2."""
 
     def __init__(self, frame: pl.DataFrame, *, lines: bool = True) -> None:
         self.frame, self.schema, self._lines = frame, frame.schema, lines
@@ -32,8 +32,8 @@ class Table:
             yield RowBatch(first, part, list(range(first + 2, first + 2 + len(part))) if self._lines else None)
 
 
-class Shelf:
-    """Resolves URLs to themselves and `local:HEX` to a local image of two megapixels."""
+class FakeImages:
+    """An image resolver: URLs resolve to themselves, `local:HEX` to a local image of two megapixels."""
 
     def resolve(self, references):
         return [self._one(reference) for reference in references]
@@ -49,7 +49,7 @@ class Shelf:
 
 def planner(columns, configuration=None, *, lines=True) -> Planner:
     frame = columns if isinstance(columns, pl.DataFrame) else pl.DataFrame(columns)
-    return Planner(Table(frame, lines=lines), Settings(**(configuration or {})), Shelf())
+    return Planner(Table(frame, lines=lines), Settings(**(configuration or {})), FakeImages())
 
 
 def items(columns, configuration=None) -> list[Planned]:
@@ -68,7 +68,7 @@ ONE = {"image_url": ["https://a/1.png"], "prompt": ["a fresco"]}
 
 
 def test_a_job_holds_every_input_of_the_endpoint() -> None:
-    """What is sent depends on no default of the service: all fields are there, the seed too."""
+    """The input is independent of the service's defaults: it has all fields, including the seed."""
     (complete,) = inputs(ONE)
     assert set(complete) == set(ImageToImageInput.model_fields)
     assert ImageToImageInput.model_validate(complete, strict=True).model_dump() == complete
@@ -77,7 +77,7 @@ def test_a_job_holds_every_input_of_the_endpoint() -> None:
 
 
 def test_the_sweep_wins_over_the_column_over_the_input_section_over_the_default() -> None:
-    """Each source is used exactly where no later one speaks."""
+    """Each source is used exactly where no source of higher precedence has a value."""
     columns = {
         "image_url": ["https://a/1.png"] * 2,
         "prompt": ["p"] * 2,
@@ -95,7 +95,7 @@ def test_the_sweep_wins_over_the_column_over_the_input_section_over_the_default(
 
 
 def test_text_and_typed_columns_give_the_same_job() -> None:
-    """A CSV and a Parquet with the same content are the same jobs."""
+    """A CSV and a Parquet file with the same content give the same jobs."""
     text = {
         **ONE,
         "strength": ["0.50"],
@@ -108,7 +108,7 @@ def test_text_and_typed_columns_give_the_same_job() -> None:
 
 
 def test_items_come_row_by_row_and_cell_by_cell() -> None:
-    """The results table is written in this order."""
+    """This is the order of the results table."""
     columns = {"image_url": ["https://a/1", "https://a/2"], "prompt": ["p", "q"]}
     found = items(columns, {"sweep": {"seed": [1, 2]}})
     assert [(item.row, item.cell, item.job.input["seed"]) for item in found] == [
@@ -120,7 +120,7 @@ def test_items_come_row_by_row_and_cell_by_cell() -> None:
 
 
 def test_a_batch_keeps_the_manifests_columns_and_stays_small_under_a_sweep() -> None:
-    """Memory is bounded by jobs, not rows: a wide sweep makes short batches."""
+    """Jobs, not rows, bound memory: a wide sweep makes short batches."""
     columns = pl.DataFrame({"image_url": [f"https://a/{i}" for i in range(100)], "prompt": "p", "extra": "007"})
     batches = list(planner(columns, {"sweep": {"seed": list(range(1000))}}).batches())
     assert max(len(batch.items) for batch in batches) <= 4096
@@ -132,14 +132,14 @@ def test_a_batch_keeps_the_manifests_columns_and_stays_small_under_a_sweep() -> 
 
 
 def test_a_template_is_filled_from_columns() -> None:
-    """Braces name columns, doubled braces are braces, numbers are written as they are."""
+    """Braces contain column names, doubled braces are literal, numbers are formatted unchanged."""
     columns = {"image_url": ["u://1"], "animal": ["cat"], "n": [3]}
     (complete,) = inputs(columns, {"manifest": {"prompt": "{n} {{{animal}}} as wizards"}})
     assert complete["prompt"] == "3 {cat} as wizards"
 
 
 def test_a_row_without_a_prompt_falls_back_or_is_a_problem() -> None:
-    """Null is no prompt; the prompt of `[input]` stands in for it, and without that the row is bad."""
+    """Null is a missing prompt: `[input] prompt` replaces it, and without one the row is bad."""
     columns = {"image_url": ["u://1", "u://2"], "prompt": ["own", None]}
     assert [row["prompt"] for row in inputs(columns, {"input": {"prompt": "all"}})] == ["own", "all"]
     (problem,) = problems(columns)
@@ -148,14 +148,14 @@ def test_a_row_without_a_prompt_falls_back_or_is_a_problem() -> None:
     assert [problem.type for problem in problems(columns, template)] == ["missing"]
 
 
-def test_an_empty_text_is_a_prompt_where_the_format_can_tell() -> None:
-    """The endpoint takes any text."""
+def test_an_empty_text_is_a_prompt_in_typed_formats() -> None:
+    """The endpoint accepts any text."""
     (complete,) = inputs({"image_url": ["u://1"], "prompt": [""]}, {"input": {"prompt": "all"}})
     assert complete["prompt"] == ""
 
 
 def test_the_prompt_may_come_from_the_settings_alone() -> None:
-    """Without a prompt column, `[input]` or a prompt axis gives it."""
+    """Without a prompt column, `[input]` or a prompt axis provides the prompt."""
     columns = {"image_url": ["u://1"]}
     assert [row["prompt"] for row in inputs(columns, {"input": {"prompt": "ink"}})] == ["ink"]
     assert [row["prompt"] for row in inputs(columns, {"sweep": {"prompt": ["ink", "oil"]}})] == ["ink", "oil"]
@@ -174,15 +174,15 @@ def test_the_prompt_may_come_from_the_settings_alone() -> None:
         ({"manifest": {"prompt": "a {captoin}"}}, ManifestError, ["'captoin'", "did you mean 'caption'"]),
         ({"manifest": {"prompt": "a {tags}"}}, ManifestError, ["'tags'", "List"]),
         ({"manifest": {"prompt": "a {caption"}}, ConfigError, ["'a {caption'", "template"]),
-        ({"manifest": {"prompt": "a {caption:>9}"}}, ConfigError, ["braces"]),
-        ({"manifest": {"prompt": "a {}"}}, ConfigError, ["braces"]),
+        ({"manifest": {"prompt": "a {caption:>9}"}}, ConfigError, ["placeholder"]),
+        ({"manifest": {"prompt": "a {}"}}, ConfigError, ["placeholder"]),
         ({"manifest": {"prompt": "caption", "id": "sku"}}, ManifestError, ["'sku'", "manifest.id"]),
         ({"manifest": {"prompt": "caption"}, "sweep": {"strength": [7]}}, ConfigError, ["sweep.strength", "'7'"]),
         ({"manifest": {"prompt": "caption"}, "input": {"seed": 2**63}}, ConfigError, ["input.seed", str(2**63)]),
     ],
 )
 def test_settings_that_do_not_fit_the_columns_stop_at_once(configuration, error, words) -> None:
-    """The message names what was asked for and what there is."""
+    """The message names the configured and the available columns."""
     columns = {"image_url": ["u://1"], "caption": ["c"], "count": [1], "tags": [["x"]]}
     with pytest.raises(error) as raised:
         planner(columns, configuration)
@@ -200,15 +200,15 @@ def test_settings_that_do_not_fit_the_columns_stop_at_once(configuration, error,
         ("strength", "1.5", "less_than_equal", ["'1.5'", "0.01 to 1"]),
         ("strength", "nan", "finite_number", ["'nan'"]),
         ("num_inference_steps", "9", "greater_than_equal", ["'9'", "10 to 50"]),
-        ("num_inference_steps", "20.5", "int_parsing", ["'20.5'", "whole number"]),
+        ("num_inference_steps", "20.5", "int_parsing", ["'20.5'", "an integer"]),
         ("seed", "-1", "greater_than_equal", ["'-1'"]),
         ("output_format", "PNG", "literal_error", ["'PNG'", "jpeg, png"]),
         ("enable_safety_checker", "maybe", "bool_parsing", ["'maybe'", "true or false"]),
-        ("sync_mode", "true", "sync_mode", ["sync_mode is refused: results are not kept"]),
+        ("sync_mode", "true", "sync_mode", ["sync_mode is not supported"]),
     ],
 )
 def test_a_value_that_the_endpoint_would_refuse_is_a_problem_of_its_row(column, value, type, words) -> None:  # noqa: A002
-    """The rows around it become jobs as ever; the problem says line, column, value and what is allowed."""
+    """Other rows become jobs; the problem has the line, column, value and allowed values."""
     columns = {"image_url": ["u://1", "u://2", "u://3"], "prompt": ["p"] * 3, column: [None, value, None]}
     good, bad, also_good = items(columns)
     assert [item.job is None for item in (good, bad, also_good)] == [False, True, False]
@@ -218,13 +218,13 @@ def test_a_value_that_the_endpoint_would_refuse_is_a_problem_of_its_row(column, 
         assert word in bad.problem.message
 
 
-def test_sync_mode_that_is_off_is_no_problem() -> None:
-    """Only asking for it is refused."""
+def test_sync_mode_may_be_off() -> None:
+    """Only a true value is refused."""
     assert [row["sync_mode"] for row in inputs({**ONE, "sync_mode": ["false"]})] == [False]
 
 
 def test_each_bad_cell_is_a_problem_and_the_first_is_the_rows() -> None:
-    """A person sees everything that is wrong in one go; every cell of the sweep carries the same problem."""
+    """All problems of a row are listed at once; every cell of the sweep has the same problem."""
     columns = {"image_url": [None], "prompt": [None], "strength": ["high"], "seed": ["x"]}
     configuration = {"sweep": {"num_images": [1, 2]}}
     assert [problem.column for problem in problems(columns, configuration)] == [
@@ -240,7 +240,7 @@ def test_each_bad_cell_is_a_problem_and_the_first_is_the_rows() -> None:
 
 
 def known(columns, configuration=None):
-    """What is kept of the only row's inputs, and the keys that are null."""
+    """Return the kept inputs of the only row, and the names of those that are null."""
     (item,) = items(columns, configuration)
     assert item.job is None
     return item.known, {name for name, value in item.known.items() if value is None}
@@ -265,7 +265,7 @@ FULL = {**ONE, "strength": ["0.5"], "num_inference_steps": ["20"], "seed": ["7"]
     ],
 )
 def test_a_bad_row_keeps_every_input_that_could_be_read(column, value, null) -> None:
-    """Those of its other columns, of `[input]`, and the defaults; only what is wrong is null."""
+    """Inputs from other columns, `[input]` and defaults are kept; only invalid ones are null."""
     found, nulls = known(FULL | {column: [value]}, {"input": {"guidance_scale": 5}})
     assert nulls == null
     good = {"prompt": "a fresco", "strength": 0.5, "num_inference_steps": 20, "seed": 7, "output_format": "png"}
@@ -276,7 +276,7 @@ def test_a_bad_row_keeps_every_input_that_could_be_read(column, value, null) -> 
 
 
 def test_a_bad_row_has_the_seed_that_it_will_have_when_it_is_corrected() -> None:
-    """Where all that the seed comes from could be read: image and prompt, or the id."""
+    """The seed is known if its sources are readable: image and prompt, or the id."""
     (good,) = inputs(ONE)
     assert known({**ONE, "strength": ["x"]})[0]["seed"] == good["seed"]
     assert known({**ONE, "image_url": [None]})[0]["seed"] is None
@@ -289,7 +289,7 @@ def test_a_bad_row_has_the_seed_that_it_will_have_when_it_is_corrected() -> None
 
 
 def test_each_cell_of_a_bad_row_has_its_own_inputs() -> None:
-    """What is swept is known whatever the row says."""
+    """Swept inputs are known even if the row is bad."""
     columns = {"image_url": [None], "prompt": ["p"], "seed": ["x"]}
     found = items(columns, {"sweep": {"strength": [0.5, 1], "prompt": ["a", "b"]}})
     assert [(item.cell, item.known["strength"], item.known["prompt"], item.known["seed"]) for item in found] == [
@@ -300,8 +300,8 @@ def test_each_cell_of_a_bad_row_has_its_own_inputs() -> None:
     ]
 
 
-def test_a_bad_row_says_all_that_is_wrong_with_it() -> None:
-    """Under the type of the first; one sentence for each column."""
+def test_the_message_of_a_bad_row_has_all_its_problems() -> None:
+    """The type is that of the first problem; each column has one sentence."""
     columns = {"image_url": [None], "prompt": [None], "strength": ["high"], "seed": ["x"]}
     (item,) = items(columns)
     assert item.problem.type == "missing"
@@ -310,17 +310,17 @@ def test_a_bad_row_says_all_that_is_wrong_with_it() -> None:
         assert words in item.problem.message
 
 
-def test_text_with_half_a_character_is_no_input() -> None:
-    """U+FFFD in its place is nothing that somebody wrote; the other inputs are kept."""
+def test_text_with_a_lone_surrogate_is_not_kept_as_an_input() -> None:
+    """The U+FFFD in its place is not the user's text; the other inputs are kept."""
     frame = pl.DataFrame({"image_url": ["u://1"] * 2, "prompt": ["\ufffd", "p"], "style": ["s", "\ufffd"]})
 
-    class Halved(Table):
+    class WithSurrogates(Table):
         def batches(self, size: int = 4096) -> Iterator[RowBatch]:
-            halves = {0: LoneSurrogate("prompt", "\ud83d"), 1: LoneSurrogate("style", "\ud83d")}
-            yield RowBatch(0, self.frame, [2, 3], halves)
+            surrogates = {0: LoneSurrogate("prompt", "\ud83d"), 1: LoneSurrogate("style", "\ud83d")}
+            yield RowBatch(0, self.frame, [2, 3], surrogates)
 
     def prompts(configuration):
-        (batch,) = Planner(Halved(frame), Settings(**configuration), Shelf()).batches()
+        (batch,) = Planner(WithSurrogates(frame), Settings(**configuration), FakeImages()).batches()
         assert {item.problem.type for item in batch.items} == {"string_unicode"}
         return [(item.known["prompt"], item.known["strength"]) for item in batch.items]
 
@@ -332,11 +332,11 @@ def test_text_with_half_a_character_is_no_input() -> None:
     ("prompt", "type", "words"),
     [
         ("a\0b", "string_nul", ["prompt is 'a\\x00b'", "NUL"]),
-        ("x" * 10_000_000, "string_too_long", ["prompt has 10,000,000 characters", "at most 1,000,000"]),
+        ("x" * 10_000_000, "string_too_long", ["prompt has 10,000,000 characters", "limit is 1,000,000"]),
     ],
 )
 def test_a_prompt_that_no_service_takes_is_a_problem(prompt, type, words) -> None:  # noqa: A002
-    """From a column, a template or the settings; a long one that can be sent is sent."""
+    """The prompt may come from a column, a template or the settings; a prompt at the limit is accepted."""
     columns = {"image_url": ["u://1", "u://2"], "prompt": [prompt, "x" * 1_000_000]}
     bad, good = items(columns)
     assert (bad.problem.type, good.problem) == (type, None)
@@ -351,7 +351,7 @@ def test_a_prompt_that_no_service_takes_is_a_problem(prompt, type, words) -> Non
 
 
 def test_a_row_without_its_id_is_a_problem() -> None:
-    """An id that is mapped is what the row's seed comes from."""
+    """The row's seed derives from a mapped id, so the id must be present."""
     (problem,) = problems({**ONE, "sku": [None]}, {"manifest": {"id": "sku"}})
     assert (problem.column, problem.type) == ("sku", "missing")
 
@@ -359,8 +359,8 @@ def test_a_row_without_its_id_is_a_problem() -> None:
 # --- identity ---
 
 
-def test_a_local_image_stands_in_the_input_as_its_hash() -> None:
-    """A renamed file is the same job; the job knows what to upload and its size."""
+def test_the_input_contains_the_hash_of_a_local_image() -> None:
+    """A renamed file gives the same job; the job has the file to upload and its size."""
     (item,) = items({"image_url": ["local:ab"], "prompt": ["p"]})
     assert item.job.input["image_url"] == "sha256:ab"
     assert item.job.image == LocalImage("ab", 10)
@@ -368,7 +368,7 @@ def test_a_local_image_stands_in_the_input_as_its_hash() -> None:
 
 
 def test_given_and_swept_seeds_are_kept_and_empty_ones_derived() -> None:
-    """A seed in the cell, in `[input]` or in the sweep is used as it is."""
+    """A seed in the manifest, in `[input]` or in the sweep is used unchanged."""
     columns = {"image_url": ["u://1"] * 2, "prompt": ["p"] * 2, "seed": [5, None]}
     given_seed, derived = (row["seed"] for row in inputs(columns))
     assert given_seed == 5
@@ -378,7 +378,7 @@ def test_given_and_swept_seeds_are_kept_and_empty_ones_derived() -> None:
 
 
 def test_the_run_seed_changes_derived_seeds_only() -> None:
-    """Another run seed gives other images, but never touches a seed that was given."""
+    """Another run seed gives other images, but never changes an explicit seed."""
     columns = {"image_url": ["u://1"] * 2, "prompt": ["p", "q"], "seed": [5, None]}
     before, after = inputs(columns), inputs(columns, {"run_seed": 1})
     assert before[0] == after[0]
@@ -386,7 +386,7 @@ def test_the_run_seed_changes_derived_seeds_only() -> None:
 
 
 def test_with_an_id_the_seed_outlives_a_new_prompt_and_without_it_does_not() -> None:
-    """A row is its id where one is mapped, else its image and prompt."""
+    """A mapped id identifies the row, else its image and prompt do."""
     old = {"image_url": ["u://1"], "prompt": ["p"], "sku": [7]}
     new = {"image_url": ["u://1"], "prompt": ["other"], "sku": ["7"]}
     with_id = {"manifest": {"id": "sku"}}
@@ -415,7 +415,7 @@ def keys(rows, configuration=None):
 @settings(deadline=None, max_examples=60)
 @given(ROWS, ROWS, st.integers(0, 8))
 def test_rows_inserted_anywhere_change_no_other_job(rows, more, place) -> None:
-    """Position is no part of a job: what was paid for stays paid for."""
+    """A job does not depend on its row's position, so finished jobs stay finished."""
     place = min(place, len(rows))
     changed = keys(rows[:place] + more + rows[place:])
     assert changed[:place] + changed[place + len(more) :] == keys(rows)
@@ -425,7 +425,7 @@ def test_rows_inserted_anywhere_change_no_other_job(rows, more, place) -> None:
 @settings(deadline=None, max_examples=60)
 @given(ROWS)
 def test_two_equal_rows_are_one_job(rows) -> None:
-    """Asked twice, paid once."""
+    """A duplicate row is paid for once."""
     once = keys(rows)
     assert keys(rows + rows) == once + once
 
@@ -433,7 +433,7 @@ def test_two_equal_rows_are_one_job(rows) -> None:
 @settings(deadline=None, max_examples=60)
 @given(ROWS, st.lists(st.sampled_from([2, 3, 4, 5]), unique=True, min_size=1))
 def test_a_growing_axis_keeps_every_job_that_was_there(rows, scales) -> None:
-    """Ids, seeds and keys of the old cells are those of the grown sweep."""
+    """The old cells keep their ids, seeds and keys in the grown sweep."""
     frame = pl.DataFrame(rows, schema=SCHEMA)
 
     def jobs(axis):
@@ -449,8 +449,8 @@ def test_a_growing_axis_keeps_every_job_that_was_there(rows, scales) -> None:
 # --- estimate ---
 
 
-def test_a_survey_counts_distinct_jobs_images_dollars_and_hours() -> None:
-    """Two equal rows are paid once; unknown sizes are taken as 2.1 megapixels; each of `num_images` counts."""
+def test_an_estimate_counts_distinct_jobs_images_dollars_and_hours() -> None:
+    """Two equal rows count once; unknown sizes count as 2.1 megapixels; each of `num_images` counts."""
     columns = {
         "image_url": ["local:a", "local:a", "https://a/1", "local:b", None],
         "prompt": ["p"] * 5,
@@ -469,10 +469,10 @@ def test_a_survey_counts_distinct_jobs_images_dollars_and_hours() -> None:
     assert found.to_json()["problems"][0]["type"] == "missing"
 
 
-def test_what_the_journal_knows_is_not_to_do_and_costs_nothing() -> None:
-    """Done, failed and sent jobs are counted apart; a job that the journal holds as pending is to do.
+def test_jobs_in_the_journal_are_not_to_do_and_cost_nothing() -> None:
+    """Done, failed and submitted jobs are counted separately; a pending job of the journal is to do.
 
-    Where failed ones are taken up again, they are to do and cost like any other: nothing is counted twice.
+    With `retry_failed`, failed jobs are to do at full cost. No job is counted twice.
     """
     states = [State.DONE, State.FAILED, State.ACCEPTED, State.UNKNOWN, State.PENDING, None]
     columns = {"image_url": [f"local:{i}" for i in range(6)] * 2, "prompt": ["p"] * 12}
@@ -499,8 +499,8 @@ def test_what_the_journal_knows_is_not_to_do_and_costs_nothing() -> None:
     assert "to do       3, 1 of them failed before" in again.render()
 
 
-def test_duplicates_are_found_however_far_apart_they_stand() -> None:
-    """Distinctness holds over many merges: 150,000 jobs of which each is there twice."""
+def test_duplicates_are_found_at_any_distance() -> None:
+    """Duplicates are detected across many merges: 75,000 jobs, each occurring twice."""
     count = 75_000
     frame = pl.DataFrame({"image_url": [f"https://a/{i}" for i in range(count)] * 2, "prompt": "p", "seed": 1})
     found = estimate(planner(frame), None, None, 10, 1)
@@ -509,7 +509,7 @@ def test_duplicates_are_found_however_far_apart_they_stand() -> None:
 
 
 def test_at_most_twenty_problems_are_shown_and_all_are_counted() -> None:
-    """A person gets the first ones with file and line, and always the total."""
+    """The first problems are listed with file and line, and the total is always shown."""
     columns = {"image_url": ["u://1"] * 30, "prompt": ["p"] * 30, "strength": ["high"] * 30}
     found = estimate(planner(columns), None, None, 1, 1)
     assert (found.problem_count, len(found.problems), found.bad_rows, found.jobs) == (30, 20, 30, 0)
@@ -520,15 +520,15 @@ def test_at_most_twenty_problems_are_shown_and_all_are_counted() -> None:
 
 
 def test_problems_of_a_manifest_without_lines_name_the_row() -> None:
-    """Parquet has no lines."""
+    """Parquet has no lines, so the row number is shown."""
     columns = pl.DataFrame({**ONE, "strength": [7.0]})
     found = estimate(planner(columns, lines=False), None, None, 1, 1)
     assert render_problems("pets.parquet", found.problems, 1).startswith("pets.parquet:row 0 strength: ")
     assert render_problems("pets.parquet", (), 0) == ""
 
 
-def test_one_is_not_many() -> None:
-    """A plan of one row reads like a sentence."""
+def test_one_takes_the_singular() -> None:
+    """Nouns agree with their numbers."""
     assert [counted(number, "row") for number in (0, 1, 2, 1000)] == ["0 rows", "1 row", "2 rows", "1,000 rows"]
     text = estimate(planner({**ONE, "image_url": ["https://a/1"]}), None, None, 1, 1).render()
     assert "0 known, 1 image of unknown size" in text

@@ -1,4 +1,4 @@
-"""Prompts with placeholders: one reading of templates for `[manifest]`, `[input]` and `[sweep]`."""
+"""Prompt templates: the same rules for `[manifest]`, `[input]` and `[sweep]`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def refusal(key, text, columns=None):
     return str(raised.value)
 
 
-# --- filled from the row ----------------------------------------------------------------------------------
+# --- filled templates -------------------------------------------------------------------------------------
 
 
 @everywhere
@@ -51,8 +51,8 @@ def refusal(key, text, columns=None):
         ("{animal}}}{{", ["dog}{", "cat}{"]),
     ],
 )
-def test_a_template_is_filled_alike_wherever_it_is_written(key, text, filled):
-    """Columns between braces, literal braces doubled, numbers as they are written."""
+def test_a_template_is_filled_by_the_same_rules_in_every_setting(key, text, filled):
+    """Column names in braces, literal braces doubled, numbers unchanged."""
     assert prompts(key, text) == filled
 
 
@@ -61,12 +61,12 @@ def test_a_template_is_filled_alike_wherever_it_is_written(key, text, filled):
     ("text", "sent"), [("as a fresco", "as a fresco"), ("set {{1, 2}}", "set {1, 2}"), ("{{}}", "{}"), ("", "")]
 )
 def test_a_template_without_placeholders_is_one_text_for_all(key, text, sent):
-    """Escapes mean the same with and without placeholders."""
+    """Escapes work the same with and without placeholders."""
     assert prompts(key, text) == [sent, sent]
 
 
 def test_a_sweep_crosses_templates_and_texts():
-    """Each cell fills its own; other axes and their seeds are as ever."""
+    """Each cell fills its own template; other axes are unaffected."""
     swept = {"sweep": {"prompt": ["a {animal}", "b"], "strength": [0.5, 1.0]}}
     assert [(row["prompt"], row["strength"]) for row in inputs(COLUMNS, swept)] == [
         ("a dog", 0.5), ("a dog", 1.0), ("b", 0.5), ("b", 1.0),
@@ -74,8 +74,8 @@ def test_a_sweep_crosses_templates_and_texts():
     ]  # fmt: skip
 
 
-def test_the_id_of_a_cell_is_that_of_the_prompt_as_it_is_written():
-    """It does not depend on the row, and is the same as before templates were filled."""
+def test_the_id_of_a_cell_comes_from_the_template():
+    """The id does not depend on the row or the filled text."""
     written = ["a {animal}", "{{b}}", "c"]
     found = items(COLUMNS, {"sweep": {"prompt": written}})
     assert [item.cell for item in found[:3]] == [cell.id for cell in cells({"prompt": written})]
@@ -83,7 +83,7 @@ def test_the_id_of_a_cell_is_that_of_the_prompt_as_it_is_written():
 
 
 def test_a_prompt_without_braces_is_the_same_job_as_before():
-    """Keys of what was paid for stay: these are those of version 0.1.0."""
+    """Keys of paid jobs are stable: these are from version 0.1.0."""
     made = items({"image_url": ["u://1"]}, {"sweep": {"prompt": ["ink", "oil, on canvas"]}})
     plain = items({"image_url": ["u://1"]}, {"input": {"prompt": "ink"}})
     assert [item.job.key for item in [*made, *plain]] == [
@@ -94,28 +94,28 @@ def test_a_prompt_without_braces_is_the_same_job_as_before():
 
 
 def test_swept_rows_with_the_same_filled_prompt_are_one_job():
-    """Asked twice, paid once: the key is made of what is sent."""
+    """The key is computed from the sent input, so duplicates are paid for once."""
     columns = {"image_url": ["u://1"] * 2, "animal": ["dog"] * 2, "other": ["x", "y"]}
     first, second = items(columns, {"sweep": {"prompt": ["a {animal}"]}})
     assert first.job.key == second.job.key
 
 
 def test_prompts_in_the_manifests_own_column_stay_literal():
-    """A row's text is data: braces in it are braces."""
+    """Braces in the manifest's own prompts are not placeholders."""
     columns = {**COLUMNS, "prompt": ["a {animal}", "{{"]}
     assert [row["prompt"] for row in inputs(columns)] == ["a {animal}", "{{"]
     assert prompts("manifest.prompt", "{prompt}!", columns) == ["a {animal}!", "{{!"]
 
 
-def test_what_a_column_holds_is_not_read_as_a_template_again():
-    """Filled in once."""
+def test_column_values_are_not_parsed_as_templates():
+    """Placeholders are replaced once."""
     columns = {**COLUMNS, "animal": ["{n}", "}}"]}
     assert prompts("sweep.prompt", "a {animal}", columns) == ["a {n}", "a }}"]
 
 
 @everywhere
 def test_a_column_of_an_odd_name_is_named_as_it_is(key):
-    """Dots, brackets, colons and blanks in a column's name are part of the name."""
+    """Dots, brackets, colons and spaces are valid in column names."""
     odd = {"a.b": "1", "a[0]": "2", "x:y": "3", "dc!r": "4", "two words": "5", " ": "6"}
     columns = {"image_url": ["u://1"], **{name: [value] for name, value in odd.items()}}
     assert prompts(key, " ".join(f"{{{name}}}" for name in odd), columns) == ["1 2 3 4 5 6"]
@@ -127,7 +127,7 @@ GAPS = {"image_url": ["u://1", "u://2"], "animal": ["dog", None], "style": [None
 
 
 def test_a_swept_prompt_with_a_missing_part_fails_its_own_cell_only():
-    """The row's other cells are jobs; the problem names the empty column and the prompt, once a row."""
+    """The row's other cells are jobs; the problem, one per row, names the empty column and the prompt."""
     swept = {"sweep": {"prompt": ["a {animal}", "b", "the {animal}"]}}
     found = items(GAPS, swept)
     assert [item.job is None for item in found] == [False, False, False, True, False, True]
@@ -138,7 +138,7 @@ def test_a_swept_prompt_with_a_missing_part_fails_its_own_cell_only():
 
 
 def test_a_cell_with_a_missing_part_falls_back_to_the_prompt_for_all():
-    """As a row with `[manifest] prompt` does; the prompt for all may be a template too."""
+    """Rows with `[manifest] prompt` do the same; `[input] prompt` may be a template too."""
     both = {"sweep": {"prompt": ["a {animal}"]}, "input": {"prompt": "any"}}
     assert [row["prompt"] for row in inputs(GAPS, both)] == ["a dog", "any"]
     templates = {"manifest": {"prompt": "a {animal}"}, "input": {"prompt": "see {image_url}"}}
@@ -146,7 +146,7 @@ def test_a_cell_with_a_missing_part_falls_back_to_the_prompt_for_all():
 
 
 def test_where_the_prompt_for_all_has_a_missing_part_the_row_is_bad():
-    """Nothing is left to fall back to."""
+    """There is no further fallback."""
     (problem,) = problems(GAPS, PLACES["input.prompt"]("a {animal}"))
     assert (problem.row, problem.column, problem.type) == (1, "animal", "missing")
     both = {"manifest": {"prompt": "a {animal}"}, "input": {"prompt": "in {style}"}}
@@ -160,7 +160,7 @@ def test_where_the_prompt_for_all_has_a_missing_part_the_row_is_bad():
 
 @everywhere
 def test_an_unknown_name_is_refused_with_the_nearest_column(key):
-    """Before anything is planned; every prompt of an axis is looked at."""
+    """Templates are checked before anything is planned."""
     said = refusal(key, "a {aminal} at dawn")
     assert "no column 'aminal'" in said
     assert "did you mean 'animal'?" in said
@@ -168,7 +168,7 @@ def test_an_unknown_name_is_refused_with_the_nearest_column(key):
 
 
 def test_each_prompt_of_an_axis_is_checked():
-    """The one that is wrong is named."""
+    """The message names the invalid prompt."""
     with pytest.raises(ConfigError, match=r"sweep\.prompt = 'b \{colour\}'.* no column 'colour'"):
         planner(COLUMNS, {"sweep": {"prompt": ["a {animal}", "b {colour}"]}})
 
@@ -179,7 +179,7 @@ def test_each_prompt_of_an_axis_is_checked():
     ["animal.name", "animal[0]", "animal!r", "animal:>10", "animal:{n}", "animal.__class__", "0", "", "!r", ":d"],
 )
 def test_nothing_in_a_placeholder_is_evaluated(key, name):
-    """It is not format code: what `str.format` would act on is an error, with the escape."""
+    """Format syntax is an error, and the message explains how to escape braces."""
     said = refusal(key, f"a {{{name}}}")
     assert "dog" not in said
     assert "'animal'" in said or name in {"0", "", "!r", ":d", "animal:{n}"}
@@ -191,44 +191,44 @@ def test_nothing_in_a_placeholder_is_evaluated(key, name):
     ("text", "words"),
     [
         ("a {animal", "'{' at character 3 is not closed"),
-        ("a animal}", "'}' at character 9 closes nothing"),
-        ("a {{animal}", "'}' at character 11 closes nothing"),
-        ("a {animal}}", "'}' at character 11 closes nothing"),
+        ("a animal}", "'}' at character 9 is unmatched"),
+        ("a {{animal}", "'}' at character 11 is unmatched"),
+        ("a {animal}}", "'}' at character 11 is unmatched"),
         ("a {animal {n}}", "'{' at character 3 is not closed"),
         ("{", "'{' at character 1 is not closed"),
-        ("}{", "'}' at character 1 closes nothing"),
+        ("}{", "'}' at character 1 is unmatched"),
     ],
 )
 def test_a_brace_without_its_partner_is_refused_with_its_place(key, text, words):
-    """And with how literal braces are written."""
+    """The message also explains how to write literal braces."""
     said = refusal(key, text)
     assert words in said
     assert "write {{ and }} for literal braces" in said
 
 
 def test_a_column_without_text_cannot_be_filled_in():
-    """Lists, structs and bytes."""
+    """Lists and bytes are refused as placeholders."""
     columns = {**COLUMNS, "tags": [["x"], ["y"]], "raw": [b"1", b"2"]}
     for name in ("tags", "raw"):
         with pytest.raises(ConfigError, match=rf"the column '{name}' holds .*sweep\.prompt needs one with text"):
             planner(columns, PLACES["sweep.prompt"](f"a {{{name}}}"))
 
 
-def test_json_as_a_prompt_is_told_how_to_write_its_braces():
-    """What was sent as it is before has to be escaped now."""
+def test_json_as_a_prompt_needs_escaped_braces():
+    """The message explains how to escape them."""
     said = refusal("sweep.prompt", '{"style": "ink"}')
     assert "write {{ and }} for literal braces" in said
     assert prompts("sweep.prompt", '{{"style": "ink"}}') == ['{"style": "ink"}'] * 2
 
 
-# --- any text ---------------------------------------------------------------------------------------------
+# --- arbitrary text ---------------------------------------------------------------------------------------
 
 NAMES = st.text(st.characters(exclude_characters="{}", exclude_categories=["Cs"]), min_size=1, max_size=6)
 
 
 @given(st.lists(st.one_of(NAMES.map(lambda name: (name, True)), st.text(max_size=6).map(lambda t: (t, False)))))
 def test_texts_and_columns_come_back_as_they_went_in(parts):
-    """Any literal text, escaped, between any columns."""
+    """Escaped literal text and columns in any order are filled correctly."""
     known = {name: f"<{name}>" for name, is_column in parts if is_column}
     text = "".join(f"{{{t}}}" if is_column else t.replace("{", "{{").replace("}", "}}") for t, is_column in parts)
     try:
@@ -242,7 +242,7 @@ def test_texts_and_columns_come_back_as_they_went_in(parts):
 
 @given(st.text(alphabet="{}ab.:!["))
 def test_a_template_is_read_as_python_reads_it_or_refused(text):
-    """Never silently otherwise: what passes has the names and texts that `string.Formatter` finds."""
+    """An accepted template has the names and texts that `string.Formatter` finds."""
     try:
         template = parse_template(text, "key", ["a", "b"])
     except ConfigError:
@@ -256,7 +256,7 @@ def test_a_template_is_read_as_python_reads_it_or_refused(text):
 
 
 def test_ten_thousand_placeholders_are_filled_in_linear_time():
-    """Parsed and filled; ten times as many take about ten times as long, and batches stay short."""
+    """Ten times as many placeholders take about ten times as long."""
     columns = {"image_url": [f"u://{i}" for i in range(5)], "animal": ["dog"] * 5}
 
     def seconds(count):
@@ -270,7 +270,7 @@ def test_ten_thousand_placeholders_are_filled_in_linear_time():
 
 
 def test_many_open_braces_are_refused_in_linear_time():
-    """A hostile text does not hold the command up."""
+    """A malicious text does not block the command."""
     began = time.perf_counter()
     for text in ("{" * 200_001, "{a" * 100_000, "}" * 200_001, "{" + "a" * 500_000):
         with pytest.raises((ConfigError, ManifestError)) as raised:
@@ -280,7 +280,7 @@ def test_many_open_braces_are_refused_in_linear_time():
 
 
 def test_a_long_template_makes_short_batches():
-    """Memory is bounded by prompts too."""
+    """The length of prompts bounds memory too."""
     columns = pl.DataFrame({"image_url": [f"u://{i}" for i in range(300)], "animal": "dog"})
     batches = list(planner(columns, PLACES["input.prompt"]("{animal} and more " * 10_000)).batches())
     assert max(len(batch.items) for batch in batches) <= 100

@@ -1,4 +1,4 @@
-"""Cells of a sweep: their order, their ids, and that both stay."""
+"""Cells of a sweep: stable order and ids."""
 
 import pytest
 from hypothesis import given
@@ -20,13 +20,13 @@ AXES = st.fixed_dictionaries(
 )
 
 
-def test_no_axes_are_one_cell_that_changes_nothing() -> None:
-    """Without a sweep each row is one job."""
+def test_without_axes_there_is_one_cell_without_values() -> None:
+    """Each row is then one job."""
     assert [(cell.id, cell.values) for cell in cells({})] == [(BASE, {})]
 
 
 def test_axes_are_crossed_in_their_order_and_the_last_varies_fastest() -> None:
-    """The product is the one that a reader of the config expects."""
+    """The order is that of nested loops, the first axis outermost."""
     crossed = [cell.values for cell in cells({"strength": [0.5, 1.0], "seed": [1, 2]})]
     assert crossed == [
         {"strength": 0.5, "seed": 1},
@@ -37,19 +37,19 @@ def test_axes_are_crossed_in_their_order_and_the_last_varies_fastest() -> None:
 
 
 def test_an_id_names_axes_by_the_alphabet_with_values_in_the_endpoints_types() -> None:
-    """`3` is a guidance of 3.0, whichever axis was written first."""
+    """A guidance of `3` becomes 3.0; axes are sorted by name."""
     (cell,) = cells({"strength": ["0.75"], "guidance_scale": [3], "enable_safety_checker": [False]})
     assert cell.id == "enable_safety_checker=false,guidance_scale=3.0,strength=0.75"
     assert cell.values == {"strength": 0.75, "guidance_scale": 3.0, "enable_safety_checker": False}
 
 
 def test_values_that_mean_the_same_are_one_cell() -> None:
-    """An axis cannot pay twice for one point."""
+    """Equal values of an axis are not paid for twice."""
     assert [cell.values["strength"] for cell in cells({"strength": [0.75, "0.75", 0.750, 1, 1.0]})] == [0.75, 1.0]
 
 
 def test_long_text_is_a_readable_prefix_and_a_hash() -> None:
-    """Ids stay short and free of commas, and differ where only the end of a prompt does."""
+    """Ids are short, contain no commas, and differ even if only the ends of prompts differ."""
     start = "as a watercolor, wet on wet, with a great deal of "
     first, second, plain = cells({"prompt": [start + "blue", start + "red", "ink"]})
     assert first.id.startswith("prompt=as-a-watercolor-wet-on-w~")
@@ -61,7 +61,7 @@ def test_long_text_is_a_readable_prefix_and_a_hash() -> None:
 
 @given(AXES, st.randoms(use_true_random=False))
 def test_an_id_does_not_change_when_axes_grow_or_change_places(axes, random) -> None:
-    """Adding values, or writing axes and values in another order, keeps every id and its values."""
+    """Adding values or reordering axes and values keeps every id and its values."""
     before = {cell.id: cell.values for cell in cells(axes)}
     more = {"strength": 0.31, "guidance_scale": 7.7, "seed": 99, "prompt": "new, here", "output_format": "png"}
     grown = {name: [*values, more[name]] for name, values in axes.items()}
@@ -75,7 +75,7 @@ def test_an_id_does_not_change_when_axes_grow_or_change_places(axes, random) -> 
 
 @given(AXES)
 def test_cells_with_one_id_have_the_same_values(axes) -> None:
-    """An id is an identity: no two points share it."""
+    """No two points share an id."""
     crossed = cells(axes)
     assert len({cell.id for cell in crossed}) == len(crossed)
 
@@ -96,7 +96,7 @@ def test_cells_with_one_id_have_the_same_values(axes) -> None:
     ],
 )
 def test_an_axis_that_cannot_work_is_named_with_its_value(axes, words) -> None:
-    """A sweep is checked before anything is planned."""
+    """A sweep is validated before anything is planned."""
     with pytest.raises(ConfigError) as raised:
         cells(axes)
     for word in words:

@@ -1,1 +1,1 @@
-"""How each file format of a manifest is read."""
+"""Readers of the manifest formats."""

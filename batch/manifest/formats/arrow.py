@@ -1,4 +1,4 @@
-"""Arrow manifests: IPC files and streams, mapped into memory, read in pieces of bounded size. Edge. Loads pyarrow."""
+"""Read Arrow manifests: memory-mapped IPC files and streams, in pieces of bounded size. Edge. Imports pyarrow."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FILE_MAGIC, _FEATHER_1_MAGIC = b"ARROW1", b"FEA1"
 
 
 class Arrow(Parquet):
-    """One or more Arrow IPC files, in file or stream form; several are one table as they are for Parquet."""
+    """One or more Arrow IPC files or streams; several are one table, as for Parquet."""
 
     def _look(self, path: Path) -> tuple[Any, int]:
         with _mapped(path) as source:
@@ -41,7 +41,7 @@ class Arrow(Parquet):
 
 
 def _plain_values(batch: Any) -> Any:
-    """The batch with the values of its dictionaries as plain text: Arrow cannot look up views by their index."""
+    """Convert dictionaries of string views to plain strings: Arrow cannot take from views."""
     return _with_dictionaries(batch, _plain)
 
 
@@ -53,7 +53,7 @@ def _plain(column: Any) -> Any:
 
 
 def _compact(batch: Any) -> Any:
-    """The batch with the values of its own rows alone in its dictionaries: a slice carries those of the whole file."""
+    """Reduce dictionaries to the values of the batch: a slice keeps the dictionary of the whole file."""
     return _with_dictionaries(batch, _own)
 
 
@@ -69,12 +69,12 @@ def _with_dictionaries(batch: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def _changed(column: Any, change: Callable[[Any], Any]) -> Any:
-    column.validate(full=True)  # an index out of its bounds would be looked up
+    column.validate(full=True)  # an index out of bounds would read invalid memory
     return change(column)
 
 
 class _ArrowFile:
-    """An open file."""
+    """An open, memory-mapped file."""
 
     def __init__(self, file: Any, mapped: mmap.mmap) -> None:
         self._file, self._mapped = file, mapped
@@ -88,18 +88,18 @@ class _ArrowFile:
         return (pa.ipc.open_file if self._is_file else pa.ipc.open_stream)(data, options=options)
 
     def count(self) -> int:
-        """How many rows there are, by what each record batch says of itself."""
+        """Return the number of rows, from the metadata of the record batches."""
         if self._is_file:
             return int(self._open().count_rows())
         total = 0
         for number, batch in enumerate(self._open([0])):
             total += len(batch)
-            if number % _RELEASE_BATCHES == 0:  # each brings the pages around it
+            if number % _RELEASE_BATCHES == 0:  # each batch loads the pages around it
                 self.release()
         return total
 
     def batches(self) -> Iterator[Any]:
-        """All record batches, their values where they are in the file."""
+        """Yield all record batches, without copying their values."""
         reader = self._open()
         if not self._is_file:
             yield from reader
@@ -108,17 +108,17 @@ class _ArrowFile:
             yield reader.get_batch(index)
 
     def check_unchanged(self) -> None:
-        """Refuse to read on in a file that is being overwritten: a page that is gone would end the process.
+        """Check that the file was not overwritten: access to a mapped page beyond its end would kill the process.
 
         Raises:
-            ManifestError: it has another size or another time of its last change.
+            ManifestError: the size or modification time has changed.
         """
         now = os.fstat(self._file.fileno())
         if (now.st_size, now.st_mtime_ns) != (self._facts.st_size, self._facts.st_mtime_ns):
-            raise ManifestError(f"{self._file.name} has changed while it was read; run the command again")
+            raise ManifestError(f"{self._file.name} changed while being read; run the command again")
 
     def release(self) -> None:
-        """Give back the pages that were read. What still needs one gets it from the file again."""
+        """Release the pages that were read; the kernel reloads a page when it is used again."""
         if hasattr(mmap, "MADV_DONTNEED"):
             self._mapped.madvise(mmap.MADV_DONTNEED)
 
@@ -128,7 +128,7 @@ def _mapped(path: Path) -> Iterator[_ArrowFile]:
     with path.open("rb") as file:
         if not os.fstat(file.fileno()).st_size:
             raise ManifestError(f"{path} is empty; give at least one row")
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # closed when no frame needs it any more
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # closed with the last frame that uses it
         if mapped[: len(_FEATHER_1_MAGIC)] == _FEATHER_1_MAGIC:
-            raise ManifestError(f"{path} is Feather version 1, which is not supported; write it again as version 2")
+            raise ManifestError(f"{path}: Feather version 1 is not supported; save it as version 2")
         yield _ArrowFile(file, mapped)

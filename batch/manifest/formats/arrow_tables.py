@@ -1,4 +1,4 @@
-"""Arrow tables on their way to polars: types that it has, text that is UTF-8. Pure but for Arrow's and polars types."""
+"""Convert Arrow tables to polars: supported types, valid UTF-8. Pure except for Arrow and polars types."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ from batch.errors import ManifestError
 __all__ = ["IMAGE_ROWS", "check_text", "frame_of", "holds_bytes", "plain_schema"]
 
 IMAGE_ROWS = 64
-"""In one batch, where rows carry the images themselves."""
+"""Maximum rows of a batch if they contain image bytes."""
 _WIDEST_DECIMAL = 38
 
 
 def plain_schema(path: Path, schema: Any) -> Any:
-    """The schema with types that polars has: extension types become what they store, views become plain text or bytes.
+    """Return the schema with types that polars supports: storage types of extensions, plain text or bytes for views.
 
     Raises:
-        ManifestError: a column has a type without an equal. polars would end the process over some of them.
+        ManifestError: a column has an unsupported type. polars would panic on some of them.
     """
     fields = []
     for field in schema.remove_metadata():
         try:
             kind = _plain(field.type)
         except UnicodeDecodeError as error:
-            raise ManifestError(f"{path}: a name in the column {field.name!r} is not UTF-8; write it again") from error
+            raise ManifestError(
+                f"{path}: a name in the column {field.name!r} is not UTF-8; save the file with UTF-8 names"
+            ) from error
         if kind is None:
             advice = "cast the column to text, numbers, lists or structs, or leave it out"
             raise ManifestError(f"{path}: unsupported type {field.type} of the column {field.name!r}; {advice}")
@@ -38,7 +40,7 @@ def plain_schema(path: Path, schema: Any) -> Any:
 
 
 def _plain(kind: Any) -> Any:
-    """The type as polars has it; None where there is none."""
+    """Return the equivalent type that polars supports, or None."""
     types = pa.types
     if isinstance(kind, pa.BaseExtensionType):
         return _plain(kind.storage_type)
@@ -63,8 +65,8 @@ def _plain(kind: Any) -> Any:
         value = _plain(kind.value_type)
         if value is None:
             return None
-        if value == kind.value_type and kind.value_field.name.isprintable():  # a name that is not UTF-8 raises here
-            return kind  # with the name that its items have
+        if value == kind.value_type and kind.value_field.name.isprintable():  # raises for a name that is not UTF-8
+            return kind  # keeps the name of the item field
         if types.is_fixed_size_list(kind):
             return pa.list_(value, kind.list_size)
         return pa.large_list(value) if types.is_large_list(kind) else pa.list_(value)
@@ -74,7 +76,7 @@ def _plain(kind: Any) -> Any:
 
 @cache
 def _is_zone(name: str) -> bool:
-    """Whether polars knows a time zone: by names such as Europe/Paris, and not by offsets."""
+    """Return whether polars knows a time zone: names such as Europe/Paris, but not offsets."""
     try:
         pl.Series([0]).cast(pl.Datetime("us", name))
     except pl.exceptions.PolarsError:
@@ -83,28 +85,28 @@ def _is_zone(name: str) -> bool:
 
 
 def check_text(path: Path, table: Any) -> None:
-    """Refuse values that their type does not allow: polars ends the process over text that is not UTF-8.
+    """Refuse values that are invalid for their type: polars would panic on text that is not UTF-8.
 
     Raises:
-        ManifestError: there are some.
+        ManifestError: a column has invalid values.
     """
     for name, column in zip(table.schema.names, table.columns, strict=True):
         try:
             column.validate(full=True)
         except pa.ArrowInvalid as error:
-            what = f"the column {name!r} holds what its type does not allow ({str(error).splitlines()[0]})"
-            raise ManifestError(f"{path}: {what}; write it again, text as UTF-8") from error
+            what = f"the column {name!r} has invalid values ({str(error).splitlines()[0]})"
+            raise ManifestError(f"{path}: {what}; save the file again, with text as UTF-8") from error
 
 
 def frame_of(table: Any) -> pl.DataFrame:
-    """The same table for polars."""
+    """Return the table as a polars frame."""
     frame = pl.from_arrow(table)
     assert isinstance(frame, pl.DataFrame)
     return frame
 
 
 def holds_bytes(kind: pl.DataType) -> bool:
-    """Whether values of a type may be images: bytes, or a struct with bytes in it."""
+    """Return whether values of a type may be images: bytes, or a struct that contains bytes."""
     if isinstance(kind, pl.Struct):
         return any(holds_bytes(field.dtype) for field in kind.fields if isinstance(field.dtype, pl.DataType))
     return kind == pl.Binary

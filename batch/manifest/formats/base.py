@@ -1,4 +1,4 @@
-"""What every format of a manifest has for its reader. Pure but for polars types."""
+"""The interface of manifest formats. Pure except for polars types."""
 
 from __future__ import annotations
 
@@ -12,70 +12,79 @@ import polars as pl
 from batch.errors import ManifestError
 from batch.manifest.types import LoneSurrogate
 
-__all__ = ["BATCH_BYTES", "BATCH_ROWS", "Chunk", "Dialect", "Format", "refuse_nul", "refuse_twins", "utf16_hint"]
+__all__ = [
+    "BATCH_BYTES",
+    "BATCH_ROWS",
+    "Chunk",
+    "Dialect",
+    "Format",
+    "refuse_duplicate_columns",
+    "refuse_nul",
+    "utf16_hint",
+]
 
 BATCH_ROWS = 4096
 BATCH_BYTES = 32 * 2**20
-"""Of text; rows with data URIs are long."""
+"""Approximate maximum size of a batch of text; rows with data URIs are long."""
 
 
 class Dialect(NamedTuple):
-    """What the settings say about how to read a manifest."""
+    """The settings for reading a manifest."""
 
     separator: str | None = None
-    """Of CSV and TSV; None: it is found."""
+    """Separator of CSV and TSV; None: detected from the header."""
     encoding: str | None = None
-    """A codec of Python's; None: UTF-8. A byte order mark decides before it."""
+    """A Python codec; None: UTF-8. A byte order mark takes precedence."""
     needed: frozenset[str] = frozenset()
-    """Names of the columns that the settings need."""
+    """Names of the columns that the settings use."""
     format: str | None = None
-    """Of the file or folder; None: what the names of the files say."""
+    """Format of the file or folder; None: detected from file names."""
     image: str = "image_url"
-    """The column that holds the images, where they are a folder's."""
+    """Name of the image column of a folder of images."""
 
 
 class Chunk(NamedTuple):
-    """Some consecutive rows, the lines on which they start where the format has lines, and what no frame can hold."""
+    """Consecutive rows, their line numbers (None if the format has no lines) and their lone surrogates by index."""
 
     frame: pl.DataFrame
     lines: list[int] | None
-    halves: Mapping[int, LoneSurrogate] = MappingProxyType({})
+    surrogates: Mapping[int, LoneSurrogate] = MappingProxyType({})
 
 
 class Format(Protocol):
-    """What a manifest holds, and its rows again and again."""
+    """The contents of a manifest; `chunks` can be called repeatedly."""
 
     schema: pl.Schema
     rows: int
 
     def chunks(self, size: int) -> Iterator[Chunk]:
-        """All rows in order, at most `size` at a time."""
+        """Yield all rows in order, at most `size` at a time."""
 
 
-def refuse_twins(path: Path, names: list[str]) -> None:
-    """Two columns of one name cannot be told apart.
+def refuse_duplicate_columns(path: Path, names: list[str]) -> None:
+    """Refuse duplicate column names.
 
     Raises:
-        ManifestError: there are some.
+        ManifestError: a name occurs more than once.
     """
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ManifestError(f"{path} has more than one column {', '.join(map(repr, twice))}; rename all but one")
+    duplicates = sorted({name for name in names if names.count(name) > 1})
+    if duplicates:
+        raise ManifestError(f"{path} has more than one column {', '.join(map(repr, duplicates))}; rename all but one")
 
 
 def refuse_nul(path: Path, names: list[str]) -> None:
-    """A NUL in a column's name: most often UTF-16 that is read as UTF-8.
+    """Refuse NUL characters in column names, usually the result of reading UTF-16 as UTF-8.
 
     Raises:
-        ManifestError: there is one.
+        ManifestError: a name contains a NUL character.
     """
     header = "".join(names)
     if "\0" in header:
         hint = utf16_hint(big_endian=header.startswith("\0"))
-        raise ManifestError(f"{path}: the names of its columns hold NUL characters; {hint}")
+        raise ManifestError(f"{path}: its column names contain NUL characters; {hint}")
 
 
 def utf16_hint(big_endian: bool) -> str:
-    """What to say of NUL characters where none should be."""
+    """Return the advice for text with unexpected NUL characters."""
     order = "be" if big_endian else "le"
     return f'if it is UTF-16 without a byte order mark, set manifest.encoding = "utf-16-{order}"'

@@ -1,7 +1,7 @@
-"""Text manifests: in which encoding a file is written, and which separator its columns have. Edge.
+"""Detect the encoding and the column separator of text manifests. Edge.
 
-Owns byte order marks, decoding and the choice of a separator; refuses to know records and rows. A byte order mark
-decides before the setting: a file that has one was saved in that encoding.
+This module handles byte order marks, decoding and separators, but not records. A byte order mark takes precedence
+over the setting: a file with a mark was saved in that encoding.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ _CHUNK = 2**16
 _CANDIDATES = (",", ";", "\t", "|")
 _EXCEL_LINE = re.compile(r'"?sep=([^"\r\n])"?[\r\n]*', re.IGNORECASE)
 _HEADER_LINES = 100
-"""Lines that a header may take, in quotes: with a wrong separator it could seem to reach to the end of the file."""
+"""Maximum lines of a header: with a wrong separator a quoted header could extend to the end of the file."""
 
 
 class Encoding(NamedTuple):
-    """A codec of Python's, and what decided for it."""
+    """A Python codec and the source of the choice."""
 
     codec: str
     origin: str = ""
-    """`byte order mark` or `manifest.encoding`; empty for UTF-8 that nothing asked for."""
+    """`byte order mark` or `manifest.encoding`; empty for the default, UTF-8."""
 
     @property
     def is_utf8(self) -> bool:
-        """Whether the bytes are UTF-8 as they are; a mark before them may have to be removed."""
+        """Whether the bytes are already UTF-8, possibly with a byte order mark."""
         return self.codec == "utf-8-sig"
 
     @property
     def name(self) -> str:
-        """For a person."""
+        """The codec's name for messages."""
         return self.codec.removesuffix("-sig").upper() if self.codec.startswith("utf") else self.codec
 
 
@@ -59,7 +59,7 @@ _UTF8 = Encoding("utf-8-sig")
 
 
 def encoding_of(path: Path, unpack: Unpack, setting: str | None) -> Encoding:
-    """By the file's byte order mark, else by `manifest.encoding`, else UTF-8."""
+    """Return the encoding: the file's byte order mark decides, else `manifest.encoding`, else UTF-8."""
     with unpack(path) as stream:
         start = stream.read(4)
     for mark, codec in _MARKS:
@@ -72,14 +72,14 @@ def encoding_of(path: Path, unpack: Unpack, setting: str | None) -> Encoding:
 
 
 def as_utf8(unpack: Unpack, encoding: Encoding) -> Unpack:
-    """The same bytes as UTF-8, for readers that know no other encoding."""
+    """Return an opener that recodes the file to UTF-8, for readers without support for other encodings."""
     if encoding.is_utf8:
         return unpack
     return lambda path: io.BufferedReader(_Recoded(unpack(path), encoding.codec), _CHUNK)
 
 
 class _Recoded(io.RawIOBase):
-    """A stream of text in some encoding as UTF-8, a piece at a time."""
+    """A stream that recodes text to UTF-8 in pieces."""
 
     def __init__(self, stream: BinaryIO, codec: str) -> None:
         self._stream = stream
@@ -109,26 +109,26 @@ class _Recoded(io.RawIOBase):
 
 
 def undecodable(path: Path, unpack: Unpack, encoding: Encoding) -> str:
-    """A sentence about the first bytes of a file that its encoding does not allow."""
-    found = _first_wrong(path, unpack, encoding.codec)
+    """Return the message about the first bytes of a file that its encoding cannot decode."""
+    found = _first_invalid(path, unpack, encoding.codec)
     place = str(path) if found is None else f"{path}, line {found.line}"
     bytes_ = "it" if found is None else f"byte 0x{found.byte:02x} at offset {found.offset}"
     if not encoding.origin:
-        advice = 'save it as UTF-8, or set manifest.encoding to the encoding that it has, for example "cp1252"'
+        advice = 'save it as UTF-8, or set manifest.encoding to its encoding, for example "cp1252"'
         return f"{place}: {bytes_} is not UTF-8; {advice}"
     if encoding.origin == "byte order mark":
-        return f"{place}: {bytes_} is not {encoding.name}, which the byte order mark says; is the file complete?"
-    advice = "set manifest.encoding to the encoding that the file has"
+        return f"{place}: {bytes_} is not {encoding.name}, but has its byte order mark; is the file complete?"
+    advice = "set manifest.encoding to the file's encoding"
     return f"{place}: {bytes_} is not {encoding.name} (manifest.encoding); {advice}"
 
 
-class _Wrong(NamedTuple):
+class _InvalidByte(NamedTuple):
     line: int
     offset: int
     byte: int
 
 
-def _first_wrong(path: Path, unpack: Unpack, codec: str) -> _Wrong | None:
+def _first_invalid(path: Path, unpack: Unpack, codec: str) -> _InvalidByte | None:
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(codec)(), translate=True)
     line, offset = 1, 0
     with unpack(path) as stream:
@@ -138,16 +138,16 @@ def _first_wrong(path: Path, unpack: Unpack, codec: str) -> _Wrong | None:
                 line += decoder.decode(data, not data).count("\n")
             except UnicodeDecodeError:
                 decoder.setstate(before)
-                return _in_piece(decoder, data, line, offset)
-            except UnicodeError:  # of codecs that do not say where
+                return _invalid_in(decoder, data, line, offset)
+            except UnicodeError:  # the codec does not report the position
                 return None
             offset += len(data)
             if not data:
                 return None
 
 
-def _in_piece(decoder: io.IncrementalNewlineDecoder, data: bytes, line: int, offset: int) -> _Wrong | None:
-    """Byte by byte: a decoder says where it stopped, but not on which line."""
+def _invalid_in(decoder: io.IncrementalNewlineDecoder, data: bytes, line: int, offset: int) -> _InvalidByte | None:
+    """Locate the invalid byte by decoding byte by byte: a decoder reports the offset, but not the line."""
     for end in range(1, len(data) + 2):
         piece = data[end - 1 : end]
         try:
@@ -155,7 +155,7 @@ def _in_piece(decoder: io.IncrementalNewlineDecoder, data: bytes, line: int, off
         except UnicodeDecodeError as error:
             held = len(error.object) - len(piece)  # what it had kept of the pieces before
             start = offset + end - 1 - held + error.start
-            return _Wrong(line, start, error.object[error.start])
+            return _InvalidByte(line, start, error.object[error.start])
     return None
 
 
@@ -163,25 +163,25 @@ def _in_piece(decoder: io.IncrementalNewlineDecoder, data: bytes, line: int, off
 
 
 class Separator(NamedTuple):
-    """What stands between the columns of a file."""
+    """The column separator of a file and the source of the choice."""
 
     character: str
     origin: str = ""
-    """What decided for it; empty where it is the usual one of the format."""
+    """The source of the choice; empty for the format's default."""
     lines_above: int = 0
-    """Lines before the header: Excel's `sep=;`."""
+    """Lines before the header, such as Excel's `sep=;`."""
 
 
 def named(separator: str) -> str:
-    """For a person: a tab is invisible in quotes."""
+    """Return a separator for messages; a quoted tab would be invisible."""
     return "tab" if separator == "\t" else repr(separator)
 
 
 def separator_of(open_text: Callable[[], AbstractContextManager[TextIO]], usual: str, dialect: Dialect) -> Separator:
-    """By the setting, else by a line `sep=;` at the top, else by the header.
+    """Return the separator: the setting decides, else a first line `sep=;`, else the header.
 
-    Of the header's possible separators it is the one with which most of the columns that the settings need are
-    found. What stands in the rows decides nothing.
+    The header's separator is the candidate that yields most of the columns that the settings need. The rows have no
+    influence.
     """
     with open_text() as text:
         line = _EXCEL_LINE.fullmatch(text.readline(_CHUNK))
@@ -197,7 +197,7 @@ def separator_of(open_text: Callable[[], AbstractContextManager[TextIO]], usual:
 
 
 def _header(open_text: Callable[[], AbstractContextManager[TextIO]], separator: str) -> list[str]:
-    """The names with this separator; none where they cannot be parsed with it."""
+    """Return the column names with this separator; empty if the header cannot be parsed with it."""
     with open_text() as text:
         try:
             return next(filter(None, csv.reader(islice(text, _HEADER_LINES), delimiter=separator, strict=True)), [])

@@ -1,4 +1,4 @@
-"""Columns in the names of folders, as Hive, Spark and polars write them: `country=de/day=2024-05-01/`. Pure."""
+"""Parse partition columns in folder names, as Hive, Spark and polars write them: `country=de/day=2024-05-01/`. Pure."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _INT64 = 2**63
 
 
 def partitions_of(folders: Sequence[str]) -> Mapping[str, str | None]:
-    """The columns that a file has by its folders below the table's own; folders of other forms are passed over.
+    """Return the partition columns of a file, given its folders below the table's folder; other folders are ignored.
 
     Raises:
-        ValueError: a key stands twice, or is not UTF-8.
+        ValueError: a key is repeated or not UTF-8.
     """
     found: dict[str, str | None] = {}
     for folder in folders:
@@ -47,7 +47,7 @@ def _decoded(text: str) -> str:
 
 
 def typed(texts: Collection[str]) -> list[Value]:
-    """All values of one column in the type that fits each of them, as polars infers it; text where none does."""
+    """Convert all values of one column to their common type, as polars infers it, or else leave them as text."""
     for parse in (_whole, _number, _truth, _day, _instant):
         values = _parsed(texts, parse)
         if values is not None:
@@ -78,7 +78,7 @@ def _whole(text: str) -> int | None:
 
 def _number(text: str) -> float | None:
     if not _NUMBER.fullmatch(text) or (text.lstrip("-").isdigit() and _whole(text) is None):
-        return None  # more digits than 64 bits hold: a float would be another number
+        return None  # exceeds 64 bits: a float would change the number
     value = float(text)
     return value if math.isfinite(value) else None
 
@@ -98,5 +98,5 @@ def _instant(text: str) -> datetime | None:
 def _from_iso(form: re.Pattern[str], parse: Callable[[str], T], text: str) -> T | None:
     try:
         return parse(text) if form.fullmatch(text) else None
-    except ValueError:  # the 31st of February
+    except ValueError:  # an invalid date such as February 31
         return None

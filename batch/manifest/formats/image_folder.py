@@ -1,6 +1,6 @@
-"""A folder of images as a manifest: a row an image, or the rows of its metadata file. Edge.
+"""Read a folder of images as a manifest: one row per image, or the rows of its metadata file. Edge.
 
-The names are noted when the folder is opened: a run sees the same rows from its first look to its last.
+The names are listed once, when the folder is opened, so that a run sees the same rows throughout.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ __all__ = ["FILE_NAME", "ImageFiles", "ImageFilesWithMetadata"]
 
 FILE_NAME = "file_name"
 _END = b"\0"
-"""Of a name: the one character that none can have."""
+"""Terminator of a file name: the one character that no name can contain."""
 _HASHED_NAMES = 2**16
 _SHOWN = 3
 
 
 class ImageFiles:
-    """The images below a folder, in the order of their paths: the path relative to it, and the name of the file."""
+    """The images below a folder, sorted by path: the relative path and the file name."""
 
     def __init__(self, folder: Path, image: str, rows: int | None) -> None:
-        """List them; `image` names the column with the path."""
+        """List the images, at most `rows`; `image` is the name of the path column."""
         self._image = image
         self.schema = pl.Schema(dict.fromkeys((image, FILE_NAME), pl.String()))
         self._names: list[bytes] = []
-        """In blocks, packed: a million take some 8 MB."""
+        """Compressed blocks of names: a million names take about 8 MB."""
         self._hash = blake2b(digest_size=16)
         self.rows = 0
         names = islice(filter(is_image, files_below(folder)), rows)
@@ -49,7 +49,7 @@ class ImageFiles:
             self.rows += len(block)
 
     def chunks(self, size: int) -> Iterator[Chunk]:
-        """All rows in order, at most `size` at a time."""
+        """Yield all rows in order, at most `size` at a time."""
         blocks = (zlib.decompress(block).split(_END)[:-1] for block in self._names)
         names = chain.from_iterable(blocks)
         while part := list(islice(names, size)):
@@ -59,7 +59,7 @@ class ImageFiles:
             yield Chunk(frame, None, dict(self._unreadable(part)))
 
     def _unreadable(self, names: list[bytes]) -> Iterator[tuple[int, LoneSurrogate]]:
-        """Names that are not UTF-8: no table can hold them."""
+        """Yield names that are not UTF-8, which a table cannot hold."""
         for index, name in enumerate(names):
             try:
                 name.decode()
@@ -67,24 +67,24 @@ class ImageFiles:
                 yield index, LoneSurrogate(self._image, os.fsdecode(name))
 
     def fingerprint(self) -> str:
-        """Hash of the names; what is in the images is part of each job."""
+        """Return a hash of the names; the contents of the images are part of the job keys."""
         return self._hash.hexdigest()
 
 
 class ImageFilesWithMetadata:
-    """The rows of a metadata file, whose column `file_name` is the image."""
+    """The rows of a metadata file, whose column `file_name` names the image."""
 
     def __init__(self, path: Path, content: Format, image: str) -> None:
-        """Add the column `image`, unless it is `file_name` itself.
+        """Add the column `image`, a copy of `file_name`, unless it has that name.
 
         Raises:
-            ManifestError: there is no such column, or another one with the image's name.
+            ManifestError: the column `file_name` is missing or not text, or a column `image` exists.
         """
         names = content.schema.names()
         if FILE_NAME not in names:
             raise ManifestError(f"{path} has no column {FILE_NAME!r} with the images; its columns: {', '.join(names)}")
         if content.schema[FILE_NAME] not in {pl.String, pl.Null}:
-            raise ManifestError(f"the column {FILE_NAME!r} of {path} holds {content.schema[FILE_NAME]}; it needs text")
+            raise ManifestError(f"the column {FILE_NAME!r} of {path} must be text, not {content.schema[FILE_NAME]}")
         if image in names and image != FILE_NAME:
             raise ManifestError(
                 f"{path} has the columns {FILE_NAME!r} and {image!r}; set manifest.image = {FILE_NAME!r} to restyle the"
@@ -96,16 +96,16 @@ class ImageFilesWithMetadata:
         self.schema = pl.Schema({**added, **content.schema})
 
     def chunks(self, size: int) -> Iterator[Chunk]:
-        """All rows in order, at most `size` at a time."""
+        """Yield all rows in order, at most `size` at a time."""
         for chunk in self._content.chunks(size):
             frame = chunk.frame.with_columns(pl.col(FILE_NAME).cast(pl.String).alias(self._image))
             yield chunk._replace(frame=frame.select(self.schema.names()))
 
     def require_all(self, path: Path, folder: Path) -> None:
-        """Check that each image below a folder has a row; memory holds 8 bytes for each.
+        """Check that each image below a folder has a row; takes 8 bytes of memory per image.
 
         Raises:
-            ManifestError: some have none; the first are named.
+            ManifestError: images without a row exist; the message names the first.
         """
         named = pl.concat([_normal(chunk.frame).hash() for chunk in self._content.chunks(_HASHED_NAMES)]).unique()
         images = filter(is_image, files_below(folder))
@@ -118,7 +118,7 @@ class ImageFilesWithMetadata:
             without += missing.head(_SHOWN - len(without)).to_list()
         if count:
             shown = ", ".join(without[:_SHOWN]) + (", ..." if count > _SHOWN else "")
-            advice = f"add rows for them, move them away, or rename {path.name} to take all images"
+            advice = f"add rows for them, move them away, or rename {path.name} to use all images"
             raise ManifestError(
                 f"{count:,} {'image has' if count == 1 else 'images have'} no row in {path}: {shown}; {advice}"
             )

@@ -1,7 +1,7 @@
-"""JSON manifests: a list of objects, read object by object; or lines of JSON in a file named .json. Edge.
+"""Read JSON manifests: a list of objects, parsed one by one, or JSON lines in a file named .json. Edge.
 
-Each object goes through the reader of lines, so that duplicate keys, unpaired surrogates and long numbers are judged
-alike in both.
+The JSONL reader parses each object, so the rules for duplicate keys, unpaired surrogates and long numbers are the
+same.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _BLANK = b" \t\r\n\xef\xbb\xbf"
 
 
 def open_json(path: Path, unpack: Callable[[Path], BinaryIO], rows: int | None) -> Format:
-    """The reader for a .json file: of a list, or of lines where the first line is a whole object and not the last.
+    """Open a .json file as a list, or as JSONL if its first line is a complete object and not the last line.
 
     Raises:
-        ManifestError: it is neither, or wrong inside.
+        ManifestError: the file is neither, or malformed.
     """
     with unpack(path) as stream:
         is_lines = _is_lines(stream)
@@ -37,7 +37,7 @@ def open_json(path: Path, unpack: Callable[[Path], BinaryIO], rows: int | None) 
 
 
 def _is_lines(stream: BinaryIO) -> bool:
-    """Whether the first line that is not blank is a whole object, and another one follows."""
+    """Return whether the first non-blank line is a complete object, and another line follows."""
     first = _filled(stream, 2)
     if not first.startswith(b"{"):
         return False
@@ -50,16 +50,16 @@ def _is_lines(stream: BinaryIO) -> bool:
 
 
 def _filled(stream: BinaryIO, size: int) -> bytes:
-    """The rest of the stream's first line with more than white space in it, or its first bytes; empty at the end."""
+    """Return up to `size` bytes of the stream's first non-blank line; empty at the end."""
     pieces = iter(partial(stream.readline, size), b"")
     return next(filter(None, (piece.lstrip(_BLANK) for piece in pieces)), b"")
 
 
 class _JsonList(Jsonl):
-    """The objects of one file. They have line numbers where no two of them share a line."""
+    """The objects of one file. They have line numbers if no two objects share a line."""
 
     _EMPTY = "has no rows; give at least one object"
-    _ONE = "each item of the list is one object"
+    _ONE = "each item of the list must be one object"
 
     def __init__(self, path: Path, unpack: Callable[[Path], BinaryIO], rows: int | None) -> None:
         self.has_lines = True

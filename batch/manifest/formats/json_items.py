@@ -1,8 +1,7 @@
-"""Splits a JSON array, or objects written one after another, into the bytes of each object. Pure.
+"""Split a JSON array, or concatenated JSON objects, into the bytes of each object. Pure.
 
-Only brackets, strings and the commas between objects are looked at; what is inside an object is for the parser of
-single objects, which is as strict as it is for lines. Memory holds one object and a chunk of text, whatever the size
-of the file.
+Only brackets, strings and the commas between objects are examined; the contents of an object are left to the JSONL
+parser. Memory holds one object and one chunk of text, whatever the size of the file.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from batch.manifest.inputs import shorten
 __all__ = ["LONGEST", "BadJson", "Item", "NotRows", "split"]
 
 LONGEST = 64 * 2**20
-"""Bytes of one object; a longer one is taken for a bracket or quote that is not closed."""
+"""Maximum bytes of one object; a longer one indicates an unclosed bracket or quote."""
 
 _STRING = rb'"[^"\\\x00-\x1f]*+(?:\\.[^"\\\x00-\x1f]*+)*+"'
 _QUICK_DEPTH = 3
-"""Lists and objects inside one object, up to which one match finds its end; deeper ones take six times as long."""
+"""Nesting depth up to which a single regex match finds the end of an object; deeper objects take six times as long."""
 
 
 def _object(depth: int) -> bytes:
@@ -42,7 +41,7 @@ _MARK = b"\xef\xbb\xbf"
 
 
 class BadJson(Exception):
-    """The text is not what it should be; `line` is where, counted from 1, `row` the object that was due there."""
+    """The text is malformed at `line`, counted from 1, in the object `row`, counted from 0."""
 
     def __init__(self, line: int, row: int, what: str, *, has_nul: bool = False) -> None:
         super().__init__(what)
@@ -54,24 +53,24 @@ class NotRows(Exception):
 
 
 class Item(NamedTuple):
-    """One object."""
+    """One object of the text."""
 
     line: int
-    """On which it starts, from 1."""
+    """1-based line on which the object starts."""
     last_line: int
     text: bytes
-    """Without line breaks."""
+    """The object without line breaks."""
 
 
 def split(read: Callable[[], bytes]) -> Iterator[Item]:
-    """The objects of a JSON array, or of a text in which objects follow each other.
+    """Yield the objects of a JSON array or of concatenated JSON objects.
 
     Args:
-        read: gives the next chunk, empty at the end.
+        read: returns the next chunk of text; empty at the end.
 
     Raises:
-        Malformed: the text is neither of them, or breaks off.
-        NotRows: it is one object.
+        BadJson: the text is malformed or incomplete.
+        NotRows: the text is a single object.
     """
     text = _Text(read)
     start = text.peek()
@@ -80,7 +79,7 @@ def split(read: Callable[[], bytes]) -> Iterator[Item]:
     elif start == b"{":
         yield from _sequence(text)
     elif start:
-        raise text.wrong(f"it begins with {text.shown()}, not with [ or {{; write a list of objects")
+        raise text.wrong(f"it begins with {text.shown()} instead of [ or {{; write a list of objects")
 
 
 def _array(text: _Text) -> Iterator[Item]:
@@ -88,14 +87,14 @@ def _array(text: _Text) -> Iterator[Item]:
     if text.peek() != b"]":
         while True:
             if text.peek() == b"]":
-                raise text.wrong("a comma before the end of the list; remove it, or add the object that is missing")
+                raise text.wrong("trailing comma before the end of the list; remove it, or add the missing object")
             yield text.item()
             yield from iter(text.next_item, None)
             after = text.peek()
             if after == b"]":
                 break
             if after != b",":
-                raise text.wrong(f"{text.shown()} after an object; put a comma between objects and ] at the end")
+                raise text.wrong(f"{text.shown()} after an object; separate objects by commas and end the list with ]")
             text.skip()
     text.skip()
     if text.peek():
@@ -112,7 +111,7 @@ def _sequence(text: _Text) -> Iterator[Item]:
 
 
 class _Text:
-    """The text as it is read: one chunk and what is left of the chunk before."""
+    """A buffered view of the text: one chunk and the rest of the previous one."""
 
     def __init__(self, read: Callable[[], bytes]) -> None:
         self._read = read
@@ -123,7 +122,7 @@ class _Text:
         self._buffer = self._buffer.removeprefix(_MARK)
 
     def peek(self) -> bytes:
-        """The next byte that is not white space; empty at the end."""
+        """Return the next byte that is not white space; empty at the end."""
         while True:
             found = _FILLED.search(self._buffer, self._at)
             end = len(self._buffer) if found is None else found.start()
@@ -135,32 +134,32 @@ class _Text:
                 return b""
 
     def skip(self) -> None:
-        """Pass over the byte that was seen."""
+        """Skip the byte that `peek` returned."""
         self._at += 1
 
     def item(self, *, is_alone: bool = False) -> Item:
-        """The object that begins at the next byte.
+        """Return the object that begins at the next byte.
 
         Args:
-            is_alone: it may be the whole text; one that is too long then is.
+            is_alone: the object may be the whole text, so one that is too long raises `NotRows`.
         """
         start = self.peek()
         if not start:
             raise self.wrong("the list is not closed by ]; is the file complete?")
         if start != b"{":
-            raise self.wrong(f"{self.shown()} is not a JSON object; each item of the list is one")
+            raise self.wrong(f"{self.shown()} is not a JSON object; each item of the list must be one")
         while (end := self._end()) is None:
             size = len(self._buffer) - self._at
             if size >= LONGEST:
                 if is_alone:
                     raise NotRows(_first_key_of(self._buffer[self._at :]))
                 raise self._unclosed(f"the object that begins here is longer than {LONGEST >> 20} MiB")
-            if not self._fill(size):  # twice as much each time: what is scanned again stays as little as it is long
+            if not self._fill(size):  # double the buffer each time, so that the total scan time stays linear
                 raise self._unclosed("the object that begins here is not closed; is the file complete?")
         return self._taken(self._at, end)
 
     def next_item(self) -> Item | None:
-        """The object after a comma, where it is simple and in the buffer; else None, and nothing is passed over."""
+        """Return the object after a comma if it is shallow and in the buffer; else None, without consuming anything."""
         found = _NEXT_OBJECT.match(self._buffer, self._at)
         if found is None:
             return None
@@ -172,12 +171,12 @@ class _Text:
         text, line = self._buffer[start:end], self._line
         if b"\n" in text:
             self._line += text.count(b"\n")
-            text = text.replace(b"\n", b" ")  # white space all of them: a string with one in it is refused
+            text = text.replace(b"\n", b" ")  # only white space: a line break in a string is an error
         self._at, self._row = end, self._row + 1
         return Item(line, self._line, text)
 
     def _end(self) -> int | None:
-        """Where the object that begins here ends; None where that is not in the buffer yet."""
+        """Return the end of the object that begins here; None if it is not in the buffer yet."""
         found = _OBJECT.match(self._buffer, self._at)
         if found is not None:
             return found.end()
@@ -187,11 +186,11 @@ class _Text:
                 due.append(closing)
             elif token[0] == b'"':
                 if _OPEN_STRING.match(self._buffer, token.start()) is None:
-                    raise self._wrong_at(token, "a string with a line break or another control character; escape it")
+                    raise self._wrong_at(token, "unescaped line break or control character in a string; escape it")
                 return None
             elif token[0] in b"}]":
                 if token[0] != due.pop():
-                    raise self._wrong_at(token, f"{token[0].decode()!r} closes a bracket of the other kind")
+                    raise self._wrong_at(token, f"{token[0].decode()!r} does not match the open bracket")
                 if not due:
                     return token.end()
         return None
@@ -201,7 +200,7 @@ class _Text:
         return self.wrong(what)
 
     def _fill(self, least: int) -> bool:
-        """Read at least so many bytes more, unless the text ends; False where nothing came."""
+        """Read at least `least` more bytes, unless the text ends; return False if nothing was read."""
         chunks, size = [self._buffer[self._at :]], 0
         while size < least and not self._is_over:
             chunk = self._read()
@@ -212,7 +211,7 @@ class _Text:
         return size > 0
 
     def shown(self) -> str:
-        """What stands here, for a message."""
+        """Return the text at the current position, for a message."""
         self._fill(256)
         found = _SCALAR.match(self._buffer, self._at)
         text = found[0] if found else self._buffer[self._at : self._at + 1]
@@ -222,7 +221,7 @@ class _Text:
         return BadJson(self._line, self._row, what, has_nul=b"\0" in self._buffer[self._at : self._at + 8])
 
     def _unclosed(self, what: str) -> BadJson:
-        """Say where the object stops to be JSON, if that is before its end."""
+        """Return the parser's error if the object is malformed before the end of the text, else one with `what`."""
         text = self._buffer[self._at :]
         try:
             orjson.loads(text)

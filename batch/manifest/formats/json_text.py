@@ -1,6 +1,6 @@
-"""What JSON text may say and a fast parser would change: halves of characters, long numbers, twins. Pure.
+"""Handle JSON that a fast parser would change: lone surrogates, long numbers, duplicate keys. Pure.
 
-Works on the bytes of one line, and only where `jsonl` has reason to look: a million lines are parsed by polars.
+The functions work on one line and are slow; `jsonl` calls them only for suspicious lines.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _HEX = "[0-9a-fA-F]"
 _HIGH, _LOW = rf"[89abAB]{_HEX}{{2}}", rf"[c-fC-F]{_HEX}{{2}}"
 
 MAY_BE_LONE = re.compile(
-    # After the first four characters, which the search is quick by: a high half without a low one, or the reverse.
+    # A literal prefix makes the search fast. Then: a high surrogate without a low one, or the reverse.
     rf"\\u[dD](?:{_HIGH}(?!\\u[dD]{_LOW})|{_LOW}(?<!\\u[dD]{_HIGH}\\u[dD]{_HEX}{{3}}))".encode()
 )
-"""Found wherever half a character is escaped, and where a backslash of the text itself stands before `ud83d`."""
+r"""Matches every escaped lone surrogate, and also an escaped backslash before `ud83d` (`\\ud83d`)."""
 
 _ESCAPE = re.compile(rf"\\u[dD]{_HIGH}\\u[dD]{_LOW}|(\\u[dD][89a-fA-F]{_HEX}{{2}})|\\.".encode(), re.DOTALL)
 _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|-?[0-9][0-9.eE+-]*', re.DOTALL)
@@ -31,9 +31,9 @@ _NESTED = frozenset({dict, list})
 
 
 def find_lone_surrogate(line: bytes) -> LoneSurrogate | None:
-    """The first value of an object with half a character in it; None where there is none, or no JSON.
+    """Return the first value of an object with a lone surrogate; None without one, or if the line is not JSON.
 
-    Where it stands in a key, the key with it is the column.
+    If a key contains the surrogate, that key is the column.
     """
     try:
         record = json.loads(line.decode(), parse_int=str, parse_float=str)
@@ -55,12 +55,12 @@ def _is_whole(text: str) -> bool:
 
 
 def replace_lone_surrogates(line: bytes) -> bytes:
-    """The line with U+FFFD in the place of each half of a character."""
+    """Replace each lone surrogate of a line by U+FFFD."""
     return _ESCAPE.sub(lambda escape: rb"\ufffd" if escape[1] else escape[0], line)
 
 
 def exact(line: bytes) -> bytes:
-    """The line with quotes around each number that neither 64 bits nor a float can hold: its digits stay."""
+    """Quote each number of a line that neither 64 bits nor a float can hold, to keep its digits."""
     return _TOKEN.sub(lambda token: token[0] if _fits(token[0]) else b'"' + token[0] + b'"', line)
 
 
@@ -73,31 +73,31 @@ def _fits(token: bytes) -> bool:
         pass
     try:
         return math.isfinite(float(token))
-    except ValueError:  # no number: whoever parses the line says so
+    except ValueError:  # not a number: the parser of the line reports it
         return True
 
 
 def count_keys(value: Json) -> int:
-    """How many keys a value has, those of the objects in it counted."""
+    """Return the number of keys in a value, including those of nested objects."""
     if isinstance(value, dict):
         return len(value) + sum(count_keys(inner) for inner in value.values() if type(inner) in _NESTED)
     return sum(count_keys(inner) for inner in value if type(inner) in _NESTED) if isinstance(value, list) else 0
 
 
 class _DuplicateKey(Exception):
-    """A key that an object has twice."""
+    """A key occurs twice in an object."""
 
 
 def find_duplicate_key(line: bytes) -> str | None:
-    """A key that stands twice in one object of a line of JSON."""
+    """Return a key that occurs twice in one object of a line of JSON, or None."""
     try:
-        json.loads(line, object_pairs_hook=_refuse_twins, parse_int=str, parse_float=str)
-    except _DuplicateKey as twin:
-        return str(twin)
+        json.loads(line, object_pairs_hook=_refuse_duplicates, parse_int=str, parse_float=str)
+    except _DuplicateKey as duplicate:
+        return str(duplicate)
     return None
 
 
-def _refuse_twins(pairs: list[tuple[str, Any]]) -> None:
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> None:
     seen: set[str] = set()
     for name, _ in pairs:
         if name in seen:

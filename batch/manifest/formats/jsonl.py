@@ -1,8 +1,8 @@
-"""JSONL manifests: one JSON object a line, parsed by polars, with care where polars would change a value. Edge.
+"""Read JSONL manifests with polars, and with a stricter parser where polars would change a value. Edge.
 
-polars reads a group of lines in one go, and is quick and mostly right. It is not trusted with halves of characters,
-keys that stand twice, numbers that its types cannot hold, and values that do not fit together: groups in which there
-may be some are found by cheap signs, and looked at line by line.
+polars parses a group of lines at once. It is fast, but mishandles lone surrogates, duplicate keys, numbers beyond its
+types and values of mixed types. Cheap checks detect groups that may contain these; such groups are parsed line by
+line.
 """
 
 from __future__ import annotations
@@ -32,36 +32,36 @@ from batch.manifest.types import LoneSurrogate
 __all__ = ["Jsonl"]
 
 _FLOAT_EXACT = 2**53
-"""Up to here every whole number is a float; beyond it a float may be another number than was written."""
+"""Integers up to here are exact as floats; beyond, a float may differ from the number as written."""
 
 
 _DEEPEST = 32
-"""Lists and objects in one another; a Parquet file of deeper ones cannot be written, or read again."""
-_LIST = "a list of objects is read from a file with the ending .json, or with --format json"
-_NO_NUMBER = re.compile(rb"[:\[,]\s*-?(NaN|Infinity)\b")
+"""Maximum nesting depth; deeper values cannot be written to Parquet and read back."""
+_LIST = "a list of objects needs the suffix .json or --format json"
+_NON_FINITE = re.compile(rb"[:\[,]\s*-?(NaN|Infinity)\b")
 
 
 class _RowGroup(NamedTuple):
-    """Some consecutive lines that are not empty, the last one ended."""
+    """Consecutive non-empty lines; the last one has a line break."""
 
     first: int
-    """Row of the first of them."""
+    """Row number of the first line."""
     numbers: list[int]
     lines: list[bytes]
     text: bytes
-    """All of them."""
-    halves: dict[int, LoneSurrogate]
-    """By place in the group; the lines hold U+FFFD instead."""
+    """All lines together."""
+    surrogates: dict[int, LoneSurrogate]
+    """Lone surrogates by index in the group; the lines have U+FFFD in their place."""
 
 
 class Jsonl:
-    """A column's type is the one that fits all of its values; where they are of several kinds, it is text.
+    """A JSONL file. A column has the common type of all its values, or else is text.
 
-    So is a column with a number that its type would change: beyond 64 bits, or beyond 2^53 among fractions.
+    A column is also text if its type would change a number: beyond 64 bits, or an integer beyond 2^53 among fractions.
     """
 
     _EMPTY = "is empty; give at least one line with a JSON object"
-    _ONE = "each line holds one object"
+    _ONE = "each line must hold one object"
 
     def __init__(self, path: Path, unpack: Callable[[Path], BinaryIO], rows: int | None) -> None:
         self._path, self._unpack, self._limit = path, unpack, rows
@@ -77,14 +77,14 @@ class Jsonl:
         self.schema = pl.Schema({name: self._final(name, kind) for name, kind in self._kinds.items()})
 
     def chunks(self, size: int) -> Iterator[Chunk]:
-        """All rows in order, at most `size` at a time."""
+        """Yield all rows in order, at most `size` at a time."""
         for group in self._groups(size):
             try:
                 frame = pl.read_ndjson(group.text, schema=self.schema)
             except pl.exceptions.PolarsError:
                 frame = self._frame(group, self.schema)
             self._check_length(group, frame)
-            yield Chunk(frame, self._lines(group.numbers), group.halves)
+            yield Chunk(frame, self._lines(group.numbers), group.surrogates)
 
     # --- lines ---
 
@@ -95,8 +95,8 @@ class Jsonl:
                 lines[-1] += b"\n"
             group = _RowGroup(first, numbers, lines, b"".join(lines), {})
             if MAY_BE_LONE.search(group.text) is not None:
-                halves = self._mend(group)
-                group = group._replace(text=b"".join(lines), halves=halves)
+                surrogates = self._replace_surrogates(group)
+                group = group._replace(text=b"".join(lines), surrogates=surrogates)
             yield group
             first += len(numbers)
 
@@ -108,26 +108,26 @@ class Jsonl:
                 yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
 
     def _lines(self, numbers: list[int]) -> list[int] | None:
-        """The lines of rows, where they have some."""
+        """Return the line numbers of rows; None if they have none."""
         return numbers
 
-    def _mend(self, group: _RowGroup) -> dict[int, LoneSurrogate]:
-        """Replace halves of characters, which polars would make into others, and tell in which rows there were some."""
-        halves: dict[int, LoneSurrogate] = {}
+    def _replace_surrogates(self, group: _RowGroup) -> dict[int, LoneSurrogate]:
+        """Replace lone surrogates, which polars would turn into other characters; return them by row."""
+        surrogates: dict[int, LoneSurrogate] = {}
         for index, line in enumerate(group.lines):
-            half = find_lone_surrogate(line) if MAY_BE_LONE.search(line) else None
-            if half is None:
+            surrogate = find_lone_surrogate(line) if MAY_BE_LONE.search(line) else None
+            if surrogate is None:
                 continue
             try:
-                half.column.encode()
+                surrogate.column.encode()
             except UnicodeEncodeError as error:
-                what = f"the key {half.column!r} holds half a character; write it again"
+                what = f"the key {surrogate.column!r} contains an unpaired surrogate (invalid Unicode)"
                 raise self._wrong(group, index, what) from error
-            halves[index] = half
+            surrogates[index] = surrogate
             group.lines[index] = replace_lone_surrogates(line)
-        return halves
+        return surrogates
 
-    # --- the first time through: what the columns are ---
+    # --- first pass: schema and validation ---
 
     def _take_in(self, group: _RowGroup) -> None:
         try:
@@ -137,15 +137,15 @@ class Jsonl:
         if _may_be_changed(frame):
             frame = self._frame(group)
         self._check_length(group, frame)
-        self._refuse_twins(group, frame)
+        self._refuse_duplicate_keys(group, frame)
         for name, kind in frame.schema.items():
             self._kinds[name] = _joint(self._kinds.get(name, kind), kind)
             if kind == pl.Int64 and _beyond_floats(frame[name]):
                 self._large.add(name)
         self.rows += len(group.lines)
 
-    def _refuse_twins(self, group: _RowGroup, frame: pl.DataFrame) -> None:
-        """Of two equal keys polars takes the first, others the last: nobody can tell which one was meant."""
+    def _refuse_duplicate_keys(self, group: _RowGroup, frame: pl.DataFrame) -> None:
+        """Refuse duplicate keys, which are ambiguous: polars uses the first, other parsers use the last."""
         cells = sum(len(column) - column.null_count() for column in frame.get_columns())
         spaced = b'" :' in group.text
         if group.text.count(b'":') == cells and not spaced:
@@ -155,23 +155,21 @@ class Jsonl:
             written = line.count(b'":')
             if not spaced and (written == len(record) or written == count_keys(record)):
                 continue
-            if (twin := find_duplicate_key(line)) is not None:
-                raise self._wrong(
-                    group, index, f"the key {twin!r} stands twice in one object; keep the one that is meant"
-                )
+            if (duplicate := find_duplicate_key(line)) is not None:
+                raise self._wrong(group, index, f"duplicate key {duplicate!r} in one object; remove one")
 
     def _final(self, name: str, kind: pl.DataType) -> pl.DataType:
         changed = kind == pl.Float64 and name in self._large
-        nothing = kind == pl.Null or _EMPTY in str(kind)  # the results, a Parquet file, know no object without fields
+        nothing = kind == pl.Null or _EMPTY in str(kind)  # Parquet has no empty structs
         return pl.String() if changed or nothing or _depth(kind) > _DEEPEST else kind
 
-    # --- line by line, where polars alone will not do ---
+    # --- strict parsing, line by line ---
 
     def _frame(self, group: _RowGroup, schema: pl.Schema | None = None) -> pl.DataFrame:
-        """Parse a group in which polars alone stumbles, or changes a number; without a schema, by that of its values.
+        """Parse a group strictly, keeping all digits of its numbers; without a schema, infer it from the values.
 
         Raises:
-            ManifestError: a line is wrong; it is named.
+            ManifestError: a line is invalid; the message names it.
         """
         group.lines[:] = map(exact, group.lines)
         records = [self._object(group, index) for index in range(len(group.lines))]
@@ -179,7 +177,7 @@ class Jsonl:
             return pl.read_ndjson(b"".join(group.lines), schema=schema or self._schema_of(records))
         except pl.exceptions.PolarsError as error:
             where = f"{self._path}, lines {group.numbers[0]} to {group.numbers[-1]}"
-            raise ManifestError(f"{where}: cannot be read together ({str(error).splitlines()[0]})") from error
+            raise ManifestError(f"{where}: cannot be parsed together ({str(error).splitlines()[0]})") from error
 
     def _schema_of(self, records: list[dict[str, Any]]) -> pl.Schema:
         kinds: dict[str, pl.DataType] = {}
@@ -195,11 +193,11 @@ class Jsonl:
         try:
             record = orjson.loads(line)
         except orjson.JSONDecodeError as error:
-            line.decode()  # the caller knows what to say of text that is not UTF-8
+            line.decode()  # raises for text that is not UTF-8, which the caller explains
             what = f"not parseable as JSON ({error.msg}, at character {error.colno})"
             hint = self._ONE
-            if _NO_NUMBER.search(line):
-                hint = "JSON has no NaN and no Infinity, write null"
+            if _NON_FINITE.search(line):
+                hint = "JSON has no NaN and no Infinity; write null"
             elif b"\0" in line:
                 hint = utf16_hint(line.startswith(b"\0"))
             elif line.lstrip().startswith(b"["):
@@ -219,11 +217,13 @@ class Jsonl:
 
     def _check_length(self, group: _RowGroup, frame: pl.DataFrame) -> None:
         if len(frame) != len(group.lines):
-            raise ManifestError(f"{self._path}, lines {group.numbers[0]} to {group.numbers[-1]}: not one object a line")
+            raise ManifestError(
+                f"{self._path}, lines {group.numbers[0]} to {group.numbers[-1]}: expected one object per line"
+            )
 
 
 def _may_be_changed(frame: pl.DataFrame) -> bool:
-    """Whether there is a number beyond 64 bits, or a whole one that may have been rounded to a float."""
+    """Return whether a number exceeds 64 bits, or an integer may have been rounded to a float."""
     if "Int128" in str(frame.schema):
         return True
     floats = (column for column in frame.get_columns() if column.dtype == pl.Float64)
@@ -256,7 +256,7 @@ def _kind_of(value: Any) -> pl.DataType:
 
 
 def _joint(left: pl.DataType, right: pl.DataType) -> pl.DataType:
-    """The type that values of both fit in without being changed, floats for whole numbers aside."""
+    """Return the type that holds values of both types unchanged (except that integers may become floats)."""
     if right in {left, _NULL}:
         return left
     if left == _NULL:
@@ -283,13 +283,13 @@ def _depth(kind: pl.DataType) -> int:
 
 
 def _value(kind: Any) -> pl.DataType:
-    """A type as its value: the class itself says the same in polars."""
+    """Return an instance of a polars type, which may be given as a class."""
     made: pl.DataType = kind() if isinstance(kind, type) else kind
     return made
 
 
 def _grouped(records: Iterable[tuple[int, bytes]], size: int) -> Iterator[tuple[list[int], list[bytes]]]:
-    """Numbered lines in groups of at most `size`, fewer where they are long."""
+    """Group numbered lines, at most `size` per group, fewer if they are long."""
     lines: list[int] = []
     group: list[bytes] = []
     total = 0

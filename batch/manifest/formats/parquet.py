@@ -1,4 +1,4 @@
-"""Parquet manifests, in pieces of bounded size. Loads pyarrow: imported only where a manifest is Parquet."""
+"""Read Parquet manifests in pieces of bounded size. Imports pyarrow, so it is itself imported only for Parquet."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from batch.errors import ManifestError
 from batch.manifest.formats.arrow_tables import IMAGE_ROWS, check_text, frame_of, holds_bytes, plain_schema
-from batch.manifest.formats.base import BATCH_BYTES, Chunk, refuse_twins
+from batch.manifest.formats.base import BATCH_BYTES, Chunk, refuse_duplicate_columns
 from batch.manifest.formats.hive import typed
 from batch.manifest.formats.shards import Columns, Kind, joint
 
@@ -23,10 +23,10 @@ _BROKEN_SHOWN = 5
 
 
 class Parquet:
-    """One or more Parquet files, by pyarrow: it decodes a few rows at a time where polars takes a row group.
+    """One or more Parquet files, read with pyarrow: it decodes a few rows at a time, polars decodes whole row groups.
 
-    A column is the one of all files: null in those that lack it, in a type that holds every file's values. Behind
-    them come the columns that `partitions` gives to each file by its folders.
+    The table has the columns of all files; each has a type that holds every file's values, and is null in files without
+    it. The partition columns (`partitions`: values of each file by its folders) come last.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Parquet:
         self.notes = (*_of_folders(self._folders), *columns.notes())
 
     def chunks(self, size: int) -> Iterator[Chunk]:
-        """All rows in order, at most `size` at a time; fewer where they carry images."""
+        """Yield all rows in order, at most `size` at a time; fewer if they contain images."""
         size = min(size, IMAGE_ROWS) if self._has_images else size
         for table in _regrouped(self._tables(size), size):
             yield Chunk(frame_of(table), None)
@@ -63,18 +63,18 @@ class Parquet:
                         return
 
     def _look(self, path: Path) -> tuple[Any, int]:
-        """The schema of a file, and how many rows it has."""
+        """Return the schema of a file and its number of rows."""
         with pq.ParquetFile(path) as file:
             return file.schema_arrow, file.metadata.num_rows
 
     def _read(self, path: Path, size: int) -> Iterator[Any]:
-        """The rows of a file in record batches of at most `size`."""
-        # Unbuffered ahead and read in pieces: memory is a few pages, whatever the size of a row group.
+        """Yield the rows of a file in record batches of at most `size`."""
+        # Without pre-buffering, memory is a few pages, whatever the size of a row group.
         with pq.ParquetFile(path, pre_buffer=False, buffer_size=2**16) as file:
             yield from file.iter_batches(batch_size=min(size, _rows_of(file.metadata)), use_threads=False)
 
     def _whole(self, path: Path, table: Any, partition: Mapping[str, str | None]) -> Any:
-        """The rows of one file with all columns, each in its joint type."""
+        """Return rows of one file with all columns of the table, each in its joint type."""
         given = set(table.column_names)
         columns = []
         for field in self._schema:
@@ -91,7 +91,7 @@ class Parquet:
 
 
 def _surveyed(paths: Iterable[Path], look: Callable[[Path], tuple[Any, int]]) -> tuple[Columns, int]:
-    """The columns of all files, and how many rows there are; one file is open at a time."""
+    """Return the columns and the number of rows of all files; one file is open at a time."""
     columns, total = Columns(), 0
     broken: list[ManifestError] = []
     places: list[Path] = []
@@ -103,7 +103,7 @@ def _surveyed(paths: Iterable[Path], look: Callable[[Path], tuple[Any, int]]) ->
             broken.append(error)
             places.append(path)
             continue
-        refuse_twins(path, schema.names)
+        refuse_duplicate_columns(path, schema.names)
         if not broken:
             columns.add(path, plain_schema(path, schema))
         total += rows
@@ -116,14 +116,14 @@ def _surveyed(paths: Iterable[Path], look: Callable[[Path], tuple[Any, int]]) ->
 
 
 def _rows_of(metadata: Any) -> int:
-    """How many rows may be decoded at once: few where they are long."""
+    """Return the number of rows to decode at once: fewer if they are long."""
     groups = (metadata.row_group(index) for index in range(metadata.num_row_groups))
     longest = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
     return max(1, BATCH_BYTES // max(1, longest))
 
 
 def _regrouped(tables: Iterable[Any], size: int) -> Iterator[Any]:
-    """The same rows in tables of `size`, fewer where they are long: a folder may hold thousands of files of one row."""
+    """Regroup rows into tables of `size`, fewer if they are long: a folder may have thousands of files with one row."""
     waiting: list[Any] = []
     rows = bytes_ = 0
     for table in tables:
@@ -152,16 +152,16 @@ def _cast(path: Path, table: Any, field: Any) -> Any:
     except pa.ArrowException as error:
         reason = (str(error).splitlines() or [""])[0]
         raise ManifestError(
-            f"{path}: the column {field.name!r} is {column.type} here and {field.type} with the other files, which"
-            f" cannot hold it ({reason}); give it one type in all files"
+            f"{path}: the column {field.name!r} is {column.type} here, but {field.type} in the other files, which"
+            f" cannot represent it ({reason}); use one type in all files"
         ) from error
 
 
-# --- columns in the names of folders ----------------------------------------------------------------------
+# --- partition columns ------------------------------------------------------------------------------------
 
 
 class _Folders:
-    """A column that folders give; where files have it too, both have to say the same."""
+    """A partition column; if files have it too, both values must agree."""
 
     def __init__(self, name: str, partitions: Sequence[Mapping[str, str | None]], columns: Columns) -> None:
         self._name = name
@@ -178,14 +178,14 @@ class _Folders:
         self._values = dict(zip(texts, values, strict=True))
 
     def value(self, text: str | None) -> Any:
-        """What a file has by its folder."""
+        """Return the value of a file whose folder has `text`; null for None."""
         return pa.scalar(None, self.kind) if text is None else self._values[text]
 
     def check(self, path: Path, column: Any, text: str | None) -> None:
-        """Refuse rows of a file that say something else than its folder.
+        """Refuse rows of a file whose value differs from that of its folder.
 
         Raises:
-            ManifestError: the two values are named.
+            ManifestError: the values differ; the message names both.
         """
         expected = self.value(text)
         alike = pc.is_null(column) if text is None else pc.fill_null(pc.equal(column, expected), fill_value=False)
@@ -198,7 +198,7 @@ class _Folders:
 
 
 def _as_column(texts: list[str], own: Kind | None) -> Any | None:
-    """The values of folders, in a type that holds those of the files' own column too; None where there is none."""
+    """Return folder values in a type that also holds the files' own column; None if there is no such type."""
     if not texts:
         return pa.array([], pa.large_string() if own is None else own)
     for values in (pa.array(typed(texts)), pa.array(texts, pa.large_string())):
@@ -224,9 +224,11 @@ def _of_folders(folders: Mapping[str, _Folders]) -> Iterator[str]:
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Say which file of a folder it is that cannot be read."""
+    """Name the file in the error if it cannot be read."""
     try:
         yield
     except (OSError, pa.ArrowException) as error:
         reason = (str(error).splitlines() or [""])[0]
-        raise ManifestError(f"{path} cannot be read: {reason}; is it complete, and what its suffix says?") from error
+        raise ManifestError(
+            f"{path} cannot be read: {reason}; is it complete, and does its suffix match its format?"
+        ) from error

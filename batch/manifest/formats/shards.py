@@ -1,6 +1,6 @@
-"""One table of many files: the columns of all of them together, each in a type that holds every file's values. Pure.
+"""Merge the columns of many files into one table, each in a type that holds every file's values. Pure.
 
-Needs pyarrow for its types. Keeps one schema and, for messages, one path of each type; never all schemas.
+Uses pyarrow's types. Keeps one schema and, for messages, one path per type, not all schemas.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from batch.errors import ManifestError
 __all__ = ["Columns", "joint"]
 
 Kind: TypeAlias = Any
-"""A `pyarrow.DataType`; pyarrow has no types of its own for mypy."""
+"""A `pyarrow.DataType`; pyarrow has no type annotations for mypy."""
 
 _NAMED = 3
-"""Columns in a note."""
+"""Maximum number of columns that notes name."""
 
 
 class Columns:
-    """The columns of files that are added one after the other, in the order in which they are first seen."""
+    """The merged columns of files, in the order of their first occurrence."""
 
     def __init__(self) -> None:
         self._kinds: dict[str, Kind] = {}
@@ -36,10 +36,10 @@ class Columns:
         self._first_path = Path()
 
     def add(self, path: Path, schema: Any) -> None:
-        """Take in the schema of one more file.
+        """Merge the schema of one more file.
 
         Raises:
-            ManifestError: a column of it cannot be joined with the one of an earlier file; both are named.
+            ManifestError: a column's type cannot be joined with that of an earlier file; the message names both files.
         """
         same = self._last is not None and schema.equals(self._last)
         self._last = schema
@@ -78,15 +78,15 @@ class Columns:
         return dict(self._kinds)
 
     def place_of(self, name: str) -> Path:
-        """A file that has a column."""
+        """Return a file that has a column."""
         return next(iter(self._first[name].values()))
 
     def files_with(self, name: str) -> int:
-        """In how many files a column is."""
+        """Return the number of files that have a column."""
         return self._files.get(name, 0)
 
     def notes(self) -> Iterator[str]:
-        """Columns that are not in every file, for a person."""
+        """Yield notes for the user about columns that are not in every file."""
         for name, path in islice(self._lacking.items(), _NAMED):
             yield (
                 f"column {name!r} is in {self._files[name]:,} of {self._paths:,} files, null in the others (first:"
@@ -97,10 +97,10 @@ class Columns:
 
 
 def joint(left: Kind, right: Kind) -> Kind | None:
-    """The type that holds values of both without changing them; None where there is none.
+    """Return the type that holds the values of both types unchanged; None if there is no such type.
 
-    Text of every layout is one type, so are bytes, whole numbers of every width, and numbers with fractions. A value
-    that its type cannot hold after all (2^53 + 1 among fractions) is for the reader to refuse.
+    Text in any layout is one type, as are bytes, integers of any width, and floats. The reader refuses a value that the
+    joint type cannot hold after all (2^53 + 1 among fractions).
     """
     if left == right:
         return left
@@ -114,10 +114,10 @@ def joint(left: Kind, right: Kind) -> Kind | None:
         return None if inner is None else pa.large_list(inner)
     if pa.types.is_struct(left) and pa.types.is_struct(right):
         return _joint_struct(left, right)
-    if any(map(_is_text_or_bytes, (left, right))):  # pyarrow would take text for bytes
+    if any(map(_is_text_or_bytes, (left, right))):  # pyarrow would convert text to bytes
         return None
     if pa.types.is_decimal(left) != pa.types.is_decimal(right) and any(map(pa.types.is_floating, (left, right))):
-        return pa.float64()  # pyarrow would take 32 bits where the other column has no more
+        return pa.float64()  # pyarrow would use 32 bits if the other column does
     try:
         schemas = [pa.schema([("x", kind)]) for kind in (left, right)]
         return pa.unify_schemas(schemas, promote_options="permissive").field("x").type
@@ -126,7 +126,7 @@ def joint(left: Kind, right: Kind) -> Kind | None:
 
 
 def _plain(kind: Kind) -> Kind:
-    """The same values in the layout that all of their kind can be read in."""
+    """Return the common layout of types with the same values."""
     if pa.types.is_dictionary(kind):
         return _plain(kind.value_type)
     if pa.types.is_string(kind) or pa.types.is_string_view(kind):
