@@ -11,7 +11,6 @@ import os
 import re
 import sqlite3
 import threading
-import time
 from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -31,8 +30,7 @@ from batch.journal.records import Counts, JobOutcome, KnownJob, OpenJob
 from batch.journal.states import OPEN, State
 from batch.journal.transitions import JobRow, JobTransitions, decode_images, slim_body
 from batch.manifest.types import FileFact, FileKey
-from batch.system.descriptors import patiently
-from batch.system.sql import load_statements
+from batch.system.sql import in_open_database, load_statements
 from batch.types import JobKey, RequestId, StoredImage, Ticket
 
 __all__ = [
@@ -394,8 +392,7 @@ class JournalDatabase:
         return self._patiently(_SQL[statement], parameters)
 
     def _patiently(self, statement: str, parameters: Sequence[Any] | Mapping[str, Any]) -> sqlite3.Cursor:
-        """Execute it, and again while SQLite has no descriptor for a temporary file."""
-        return patiently(partial(self._connection.execute, statement, parameters), time.sleep, lacks=_cannot_open)
+        return in_open_database(partial(self._connection.execute, statement, parameters))
 
     def _all(self, statement: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[tuple[Any, ...]]:
         with self._lock, _translated(self._path):
@@ -555,11 +552,6 @@ def _storage_error(path: Path, error: sqlite3.Error) -> StorageError:
     name = getattr(error, "sqlite_errorname", "")  # absent where Python itself refused
     advice = next((text for code, text in _ADVICE.items() if name.startswith(code)), "run the same command again")
     return StorageError(f"the journal {path} was refused ({error}): {advice}. What was durable before is still there.")
-
-
-def _cannot_open(error: BaseException) -> bool:
-    """In a database that is open that is about a temporary file; SQLite does not say why."""
-    return getattr(error, "sqlite_errorname", "").startswith("SQLITE_CANTOPEN")
 
 
 def _foreign(path: Path) -> RunDirectoryError:

@@ -1,20 +1,18 @@
-"""The journal that the runner awaits: calls from many tasks, committed in groups by one worker thread.
+"""The journal that the runner awaits: calls from many tasks, committed in groups by one thread.
 
-Owns the grouping: whatever was handed over while a transaction was on its way to the disk goes into the next
-one, so that hundreds of callers share one fsync. Refuses to know SQL; `journal_file` does the writing.
+Owns how long a transaction waits for more calls and how long the end waits for the disk; the grouping itself is
+`batch.system.group_commit`'s. Refuses to know SQL; `batch.journal.database` does the writing.
 """
 
 from __future__ import annotations
 
-import threading
+import asyncio
 import time
-from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Sequence
-from concurrent.futures import Future, wait
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Sequence
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Generic, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -24,6 +22,7 @@ from batch.journal.database import JournalDatabase
 from batch.journal.events import Event
 from batch.journal.records import Counts, KnownJob, OpenJob
 from batch.journal.states import State
+from batch.system.group_commit import GroupCommit
 from batch.types import JobKey
 
 __all__ = ["JournalStatistics", "JournalWriter", "open_journal"]
@@ -31,13 +30,12 @@ __all__ = ["JournalStatistics", "JournalWriter", "open_journal"]
 _PAGE = 256
 """Entries read at a time."""
 _GATHER_SECONDS = 0.008
-"""How long a transaction waits for company. Each costs as much as some twenty of its events: a busy run has a tenth of
-the transactions so, and a job, four of them long, is 30 ms longer under way."""
+"""How long a transaction waits for more calls. Each costs as much as some twenty of its events: a busy run has a tenth
+of the transactions so, and a job, four of them long, is 30 ms longer under way."""
 _LARGEST_GROUP = 512
-"""Calls in a transaction. Of ten thousand intents that come at once the first is not to wait for the last."""
+"""Calls in a transaction, on a disk that is not slow."""
 _SLOW_SECONDS = 0.2
-"""After a transaction that took longer the next one takes all there is: what costs the time is the disk, not its size,
-and a stop waits for the last of them."""
+"""After a transaction that took longer the next one takes all calls: a stop waits for the last of them."""
 _SETTLE_SECONDS = 30.0
 """How long the end of a run, and closing, wait for the disk."""
 
@@ -55,26 +53,6 @@ class JournalStatistics(NamedTuple):
     """Calls in one transaction."""
 
 
-class _CommitGroup:
-    """Calls that become one transaction, and what became of each."""
-
-    __slots__ = ("calls", "errors", "settled")
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[Event, ...]] = []
-        self.errors: list[Exception | None] = []
-        self.settled = anyio.Event()
-
-    def give_up(self) -> None:
-        """Tell the callers that closing did not wait for them any longer."""
-        self.settle([_late()] * len(self.calls))
-
-    def settle(self, errors: list[Exception | None]) -> None:
-        """Tell each caller what became of its events; None says that they are on disk."""
-        self.errors = errors
-        self.settled.set()
-
-
 def _late() -> StorageError:
     return StorageError("the disk did not take the last journal entries in time; run the same command again")
 
@@ -87,22 +65,20 @@ class JournalWriter:
         """The synchronous core, for the planner's and the projection's threads."""
         self.session = file.session
         self._one_at_a_time = anyio.CapacityLimiter(1)
-        self._group = _CommitGroup()
-        self._full: deque[_CommitGroup] = deque()
-        """Groups that came before it and take no more."""
-        self._latest = self._group
-        """The one that the last call went into."""
+        self._group: GroupCommit[tuple[Event, ...], None] = GroupCommit(
+            self._commit,
+            "journal",
+            limit=_LARGEST_GROUP,
+            gather_seconds=_GATHER_SECONDS,
+            slow_seconds=_SLOW_SECONDS,
+        )
         self._refused: Exception | None = None
-        self._is_slow = False
-        self._wake = anyio.Event()
-        self._shield = anyio.CancelScope(shield=True)
         self._closed = False
         self._events = self._commits = self._largest_group = 0
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "open"
-        pending = sum(len(group.calls) for group in (*self._full, self._group))
-        return f"<Journal {state} session={self.session} pending={pending}>"
+        return f"<Journal {state} session={self.session} pending={self._group.waiting}>"
 
     def statistics(self) -> JournalStatistics:
         """Counters since it was opened."""
@@ -120,17 +96,9 @@ class JournalWriter:
         """
         if self._closed:
             raise RuntimeError("the journal is closed")
-        group = self._group
-        if len(group.calls) >= _LARGEST_GROUP:
-            self._full.append(group)
-            group = self._group = _CommitGroup()
-        place = len(group.calls)
-        group.calls.append(events)
-        self._latest = group
-        self._wake.set()
-        await group.settled.wait()
-        error = group.errors[place]
-        if error is not None:
+        try:
+            await self._group.put(events)
+        except Exception as error:
             # One error may belong to the whole group; each caller raises its own copy, with its own traceback.
             raise type(error)(*error.args) from error
 
@@ -140,10 +108,9 @@ class JournalWriter:
         Raises:
             StorageError: the disk refused some of it, or did not take it within 30 s.
         """
-        with anyio.move_on_after(_SETTLE_SECONDS):
-            if self._latest.calls:
-                await self._latest.settled.wait()
-        if self._latest.calls and not self._latest.settled.is_set():
+        with anyio.move_on_after(_SETTLE_SECONDS) as scope:
+            await self._group.settled()
+        if scope.cancelled_caught:
             raise _late()
         if isinstance(self._refused, StorageError):
             raise StorageError(*self._refused.args) from self._refused
@@ -176,128 +143,57 @@ class JournalWriter:
         """Totals over all sessions."""
         return await self._in_thread(self.file.counts)
 
-    @asynccontextmanager
-    async def flushing(self, clock: Callable[[], float]) -> AsyncIterator[None]:
-        """Commit what is recorded while the block lasts; then flush the rest and close the file."""
-        failure: Exception | None = None
-        try:
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self._flush_until_closed)
+    async def aclose(self, clock: Callable[[], float]) -> None:
+        """Commit what was recorded, then note the end of the session and close the file.
+
+        Calls that the disk does not take within 30 s get a `StorageError`. A cancellation takes effect after that.
+        """
+        self._closed = True
+        cancelled: asyncio.CancelledError | None = None
+        with anyio.CancelScope(shield=True, deadline=anyio.current_time() + _SETTLE_SECONDS) as scope:
+            is_written = False
+            while not is_written:
                 try:
-                    yield
-                except Exception as error:  # carried around the task group, which would wrap it
-                    failure = error
-                finally:
-                    self._closed = True
-                    self._shield.deadline = anyio.current_time() + _SETTLE_SECONDS
-                    self._wake.set()
-        finally:
-            if not self._shield.cancelled_caught:  # else a thread is still stuck in the file
-                with anyio.CancelScope(shield=True):
-                    await anyio.to_thread.run_sync(partial(self.file.close, now=clock()))
-        if failure is not None:
-            raise failure
+                    await self._group.settled()
+                    is_written = True
+                except asyncio.CancelledError as error:
+                    if scope.cancel_called:
+                        raise
+                    cancelled = error  # asyncio's own, of all tasks at once, which no shield holds off
+        if scope.cancelled_caught:
+            self._group.give_up(_late())  # and leave the file open: a thread is still stuck in it
+        else:
+            await self.to_the_end(partial(self.file.close, now=clock()))
+            await self._group.aclose()
+        if cancelled is not None:
+            raise cancelled
 
     async def to_the_end(self, work: Callable[[], _T]) -> _T:
         """Do this in a thread and wait until it has ended; a cancellation meanwhile has no effect.
 
         Where `asyncio.run` ends on a second Ctrl-C it cancels every task of its loop, and no shield holds that off.
         """
-        return await self._done_once(work, unless=lambda: False, shield=True)
+        result = self._group.call(work)
+        with anyio.CancelScope(shield=True):
+            while not result.done():
+                with suppress(asyncio.CancelledError):
+                    await asyncio.wait([result])
+        return result.result()
 
     async def _in_thread(self, work: Callable[[], _T]) -> _T:
         return await anyio.to_thread.run_sync(work, limiter=self._one_at_a_time)
 
-    async def _done_once(self, work: Callable[[], _T], *, unless: Callable[[], bool], shield: bool = False) -> _T:
-        once = _Once(work)
-        while not once.result.done():
-            with _uncancelled(unless=unless), anyio.CancelScope(shield=shield):
-                await anyio.to_thread.run_sync(once, limiter=self._one_at_a_time, abandon_on_cancel=True)
-        return once.result.result()
-
-    async def _flush_until_closed(self) -> None:
-        with self._shield:
-            while self._full or self._group.calls or not self._closed:
-                with _uncancelled(unless=self._is_given_up):
-                    await self._flush_once()
-        for group in (*self._full, self._group):
-            group.give_up()
-
-    async def _flush_once(self) -> None:
-        if not (self._full or self._group.calls):
-            self._wake = anyio.Event()
-            await self._wake.wait()
-            return
-        if not (self._full or self._closed):
-            await anyio.sleep(_GATHER_SECONDS)
-        await self._flush(self._next())
-
-    def _is_given_up(self) -> bool:
-        """Whether closing has waited for the disk as long as it does."""
-        return self._shield.cancel_called
-
-    def _next(self) -> list[_CommitGroup]:
-        """The oldest calls that were not written yet, as one transaction; of a slow disk all of them."""
-        if self._full and not self._is_slow:
-            return [self._full.popleft()]
-        groups = [*self._full, self._group]
-        self._full.clear()
-        self._group = _CommitGroup()
-        return groups
-
-    async def _flush(self, groups: list[_CommitGroup]) -> None:
-        calls = [call for group in groups for call in group.calls]
-        errors: list[Exception | None] = [_late()] * len(calls)
+    def _commit(self, calls: list[tuple[Event, ...]]) -> Sequence[Exception | None]:
+        """In the thread of the group; None for a call that is on disk."""
         try:
-            errors, seconds = await self._done_once(partial(self._commit, calls), unless=self._is_given_up)
-        except Exception as error:  # whatever it is, it belongs to the callers, who wait for it
-            errors = [error] * len(calls)
+            refusals = self.file.commit(calls)
+        except Exception as error:
             self._refused = error
-        else:
-            refused = {place for place, error in enumerate(errors) if error is not None}
-            self._events += sum(len(call) for place, call in enumerate(calls) if place not in refused)
-            self._commits += 1
-            self._is_slow = seconds > _SLOW_SECONDS
-            self._largest_group = max(self._largest_group, len(calls))
-        finally:
-            for group in groups:
-                size = len(group.calls)
-                group.settle(errors[:size])
-                del errors[:size]
-
-    def _commit(self, calls: list[tuple[Event, ...]]) -> tuple[list[Exception | None], float]:
-        """In the thread, where a busy event loop is not taken for a slow disk."""
-        began = time.perf_counter()
-        return self.file.commit(calls), time.perf_counter() - began
-
-
-class _Once(Generic[_T]):
-    """Work that is done once, however many threads are asked for it; each of them returns when it is done."""
-
-    __slots__ = ("_begun", "_work", "result")
-
-    def __init__(self, work: Callable[[], _T]) -> None:
-        self._work, self._begun = work, threading.Lock()
-        self.result: Future[_T] = Future()
-
-    def __call__(self) -> None:
-        if not self._begun.acquire(blocking=False):
-            wait([self.result])
-            return
-        try:
-            self.result.set_result(self._work())
-        except BaseException as error:  # it belongs to the caller
-            self.result.set_exception(error)
-
-
-@contextmanager
-def _uncancelled(*, unless: Callable[[], bool]) -> Iterator[None]:
-    """Go on after a cancellation that reaches a shielded task all the same: asyncio's own, of all tasks at once."""
-    try:
-        yield
-    except anyio.get_cancelled_exc_class():
-        if unless():
             raise
+        self._events += sum(len(call) for call, refusal in zip(calls, refusals, strict=True) if refusal is None)
+        self._commits += 1
+        self._largest_group = max(self._largest_group, len(calls))
+        return refusals
 
 
 @asynccontextmanager
@@ -320,5 +216,7 @@ async def open_journal(
     """
     opening = partial(JournalDatabase.open, path, now=clock(), version=version, lost=lost)
     journal = JournalWriter(await anyio.to_thread.run_sync(opening))
-    async with journal.flushing(clock):
+    try:
         yield journal
+    finally:
+        await journal.aclose(clock)

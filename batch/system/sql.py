@@ -1,4 +1,4 @@
-"""Named SQL statements, read from a `.sql` file beside the module that executes them. Edge: disk, once at import.
+"""SQL statements by name, read from a `.sql` file beside the module that executes them; patience with SQLite. Edge.
 
 The file is plain SQL, so that editors and linters understand it:
 
@@ -12,9 +12,17 @@ A name is followed by one statement or several; each ends with a semicolon.
 from __future__ import annotations
 
 import re
+import sqlite3
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
-__all__ = ["Statements", "load_statements"]
+from batch.system.descriptors import lacks_descriptor, patiently
+
+__all__ = ["Statements", "in_open_database", "load_statements"]
+
+Value = TypeVar("Value")
 
 _NAMED = re.compile(r"^-- name: (\w+)\n(.*?)(?=^-- name: |\Z)", re.MULTILINE | re.DOTALL)
 
@@ -41,3 +49,23 @@ class Statements(dict[str, str]):
 def load_statements(module_file: str) -> Statements:
     """Read the statements of a module, whose `__file__` this is: they are in `NAME.sql` beside `NAME.py`."""
     return Statements(Path(module_file).with_suffix(".sql"))
+
+
+def in_open_database(work: Callable[[], Value]) -> Value:
+    """Do something in a database that is open, and again while SQLite has no descriptor for a temporary file.
+
+    Args:
+        work: one statement, or a transaction that is rolled back when it raises.
+    """
+    return patiently(work, time.sleep, lacks=_lacks)
+
+
+def _lacks(error: BaseException) -> bool:
+    """SQLite says no more than that it cannot open something."""
+    cause: BaseException | None = error
+    while cause is not None:
+        code = getattr(cause, "sqlite_errorcode", 0) if isinstance(cause, sqlite3.Error) else 0
+        if code & 0xFF == sqlite3.SQLITE_CANTOPEN:
+            return True
+        cause = cause.__cause__
+    return lacks_descriptor(error)

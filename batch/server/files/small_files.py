@@ -17,7 +17,8 @@ from typing import NamedTuple
 import orjson
 
 from batch.errors import InputError, StorageError
-from batch.system.group_commit import Grouped
+from batch.system.group_commit import GroupCommit
+from batch.system.sql import in_open_database
 
 __all__ = ["SMALL_BYTES", "SmallFile", "SmallFiles"]
 
@@ -76,7 +77,8 @@ class SmallFiles:
             raise InputError(
                 f"{path} cannot be used for the server's files: {error}; choose another data dir"
             ) from error
-        self._writer: Grouped[SmallFile, None] = Grouped(self._write, "small-files")
+        self._writer: GroupCommit[SmallFile, None]
+        self._writer = GroupCommit(self._write, "small-files", attempt=in_open_database)
         self._recent: OrderedDict[str, bytes] = OrderedDict()
 
     async def aclose(self) -> None:

@@ -21,8 +21,7 @@ import orjson
 
 from batch.fal.platform_queries import BillingQuery, ListingQuery, RequestOutcome, SortBy
 from batch.server.queue.records import ListingRules, ListingWindow
-from batch.system.group_commit import in_open_database
-from batch.system.sql import load_statements
+from batch.system.sql import in_open_database, load_statements
 from batch.types import AppId, RequestId
 
 __all__ = ["LoggedCharge", "LoggedRequest", "RequestLog"]

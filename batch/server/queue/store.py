@@ -33,8 +33,8 @@ from batch.server.queue.records import (
     Submission,
     Webhook,
 )
-from batch.system.group_commit import Grouped
-from batch.system.sql import load_statements
+from batch.system.group_commit import GroupCommit
+from batch.system.sql import in_open_database, load_statements
 from batch.types import AppId, RequestId
 
 __all__ = ["Store"]
@@ -61,9 +61,8 @@ class Store:
     def __init__(self, database: sqlite3.Connection, retention: float) -> None:
         self._database = database
         self._retention = retention
-        self._writer: Grouped[Submission | CompletedRequest | DeliveryOutcome, AcceptedSubmission | None] = Grouped(
-            self._write, "store"
-        )
+        self._writer: GroupCommit[Submission | CompletedRequest | DeliveryOutcome, AcceptedSubmission | None]
+        self._writer = GroupCommit(self._write, "store", attempt=in_open_database)
         self._recent: OrderedDict[RequestId, CompletedRequest] = OrderedDict()
         self.accepted: int = database.execute(_SQL["accepted"]).fetchone()[0]
         """Submits accepted ever. Repeats with the same idempotency key are not counted."""
