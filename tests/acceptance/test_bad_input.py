@@ -337,14 +337,9 @@ def test_another_config_is_refused_until_it_is_accepted(tmp_path, manifest):
     sentence = refused(*command, "-c", tmp_path / "c.toml")
     planned = restyle("plan", *command[1:], "-c", tmp_path / "c.toml")
     assert planned.code == 0, planned.text
-<<<<<<< HEAD
-    assert "to do       3" in planned.out, "it says all the same what would be done with --new-config"
-    assert planned.out.splitlines()[-1] == sentence.replace("restyle: ", "`restyle run` refuses this: ")
-=======
     assert "to do       3" in planned.out, "it still shows what --new-config would do"
-    assert planned.out.splitlines()[-1] == sentence.replace("restyle: ", "`restyle run` would refuse this: ")
->>>>>>> help-d
-    assert "would refuse" not in restyle("plan", *command[1:]).out
+    assert planned.out.splitlines()[-1] == sentence.replace("restyle: ", "`restyle run` refuses this: ")
+    assert "refuses this" not in restyle("plan", *command[1:]).out
     assert "input.strength was None, is 0.5" in sentence
     assert "--new-config" in sentence
     assert results(directory).equals(before)
