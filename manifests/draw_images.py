@@ -4,7 +4,6 @@
 (default: the folder of this script). Every number is fixed: drawing again gives the same images.
 """
 
-
 from __future__ import annotations
 
 import csv

@@ -1,21 +1,12 @@
-"""Settings: flags override environment variables, which override TOML, which overrides the defaults defined here.
-
-Environment variables are named `RESTYLE_<SECTION>__<KEY>`, for example `RESTYLE_LIMITS__BUDGET_USD=25`. The API key is
-not a setting: it comes only from the environment (`FAL_KEY`) and is never written anywhere. Durations are float
-seconds; text such as `"90s"`, `"50m"` and `"2h"` is accepted.
-"""
+"""The settings, their defaults and bounds. Durations are float seconds and may be written `90s`, `50m` or `2h`."""
 
 from __future__ import annotations
 
 import codecs
 import difflib
-import json
 import os
 import re
-import tomllib
-from collections.abc import Iterable, Mapping
 from datetime import date
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -23,26 +14,17 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    SecretStr,
-    ValidationError,
     ValidationInfo,
     field_validator,
 )
-from pydantic_settings import (
-    BaseSettings,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    SettingsError,
-    TomlConfigSettingsSource,
-)
 
-from batch.errors import ConfigError
 from batch.fal import protocol
 from batch.fal.endpoint import APP_ID, ImageToImageInput
 from batch.fal.protocol import TAG_PAIRS, TAGS_BYTES, checked_tag
 from batch.types import AppId
 
 __all__ = [
+    "ROW_INPUTS",
     "RUN_NAME_LIMIT",
     "InputSettings",
     "LimitSettings",
@@ -52,19 +34,15 @@ __all__ = [
     "Settings",
     "TargetSettings",
     "WebhookSettings",
-    "api_key",
-    "load_settings",
     "parse_duration",
+    "refusal_of",
     "window_bounds",
 ]
 
 _UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(ms|s|m|h|d)?\s*")
 _TABS = {"tab": "\t", "\\t": "\t"}
-_PASSWORD = re.compile(r"(?<=//)[^\s'\"]*@")
-"""The part of a URL that may contain a password."""
 _INVALID_MAX_IN_FLIGHT = "invalid max_in_flight {!r}: use auto, auto:LOW-HIGH such as auto:16-512, or an integer >= 1"
-_ENVIRONMENT_PREFIX = "RESTYLE_"
 _REFUSED = {
     "sync_mode": "its results are data URIs, which are kept for about six minutes and do not appear in the history;"
     " remove it, restyle downloads the images",
@@ -76,7 +54,7 @@ RUN_NAME_LIMIT = 128
 """Maximum length of a run's name in the tag `run`."""
 _OWN_TAGS = {"run": RUN_NAME_LIMIT, "job": 32}
 """Tags of every submit, with the maximum length of their values."""
-_ROW_INPUTS = frozenset(ImageToImageInput.model_fields) - {"image_url", "sync_mode"}
+ROW_INPUTS = frozenset(ImageToImageInput.model_fields) - {"image_url", "sync_mode"}
 
 
 def parse_duration(value: object) -> object:
@@ -364,12 +342,10 @@ class PriceSettings(_Section):
     as_of: date | None = None
 
 
-class Settings(BaseSettings):
+class Settings(BaseModel):
     """The resolved configuration of one command."""
 
-    model_config = SettingsConfigDict(
-        extra="forbid", frozen=True, env_prefix=_ENVIRONMENT_PREFIX, env_nested_delimiter="__"
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     manifest: ManifestSettings = ManifestSettings()
     input: InputSettings = InputSettings()
@@ -386,179 +362,20 @@ class Settings(BaseSettings):
     @classmethod
     def _axes(cls, axes: dict[str, list[Any]]) -> dict[str, list[Any]]:
         for name, values in axes.items():
-            if refusal := _refusal(name):
+            if refusal := refusal_of(name):
                 raise ValueError(refusal)
-            if name not in _ROW_INPUTS:
-                near = difflib.get_close_matches(name, sorted(_ROW_INPUTS), 1)
+            if name not in ROW_INPUTS:
+                near = difflib.get_close_matches(name, sorted(ROW_INPUTS), 1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"{name!r} cannot be swept{hint} (axes: {', '.join(sorted(_ROW_INPUTS))})")
+                raise ValueError(f"{name!r} cannot be swept{hint} (axes: {', '.join(sorted(ROW_INPUTS))})")
             if not values:
                 raise ValueError(f"the axis {name!r} has no values")
         return axes
 
 
-def load_settings(path: Path | None = None, flags: dict[str, dict[str, Any]] | None = None) -> Settings:
-    """Resolve the configuration; `flags` are nested like the file and take precedence.
-
-    Raises:
-        ConfigError: the file is missing or not TOML, a key is unknown (the message names the nearest one), or a value
-            is out of bounds. One message lists all problems.
-    """
-    path = None if path is None else Path(os.path.expanduser(path))  # noqa: PTH111 - no error for an unknown user
-    if path is not None:
-        _check_toml(path)
-    _check_environment(os.environ)
-
-    class Loaded(Settings):
-        @classmethod
-        def settings_customise_sources(
-            cls,
-            settings_cls: type[BaseSettings],
-            init_settings: PydanticBaseSettingsSource,
-            env_settings: PydanticBaseSettingsSource,
-            dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - pydantic-settings passes all by name
-            file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-        ) -> tuple[PydanticBaseSettingsSource, ...]:
-            if path is None:
-                return init_settings, env_settings
-            return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, path)
-
-    try:
-        loaded = Loaded(**(flags or {}))  # type: ignore[arg-type]
-    except ValidationError as error:
-        source = str(path) if path is not None else "the configuration"
-        raise ConfigError(_explain(error, source, flags or {}, os.environ)) from error
-    except SettingsError as error:
-        raise ConfigError(_explain_environment(error, os.environ)) from error
-    return Settings.model_construct(**{name: getattr(loaded, name) for name in Settings.model_fields})
-
-
-def api_key() -> SecretStr | None:
-    """Return the key from `FAL_KEY`, or `FAL_KEY_ID` and `FAL_KEY_SECRET`, like the official clients; None if unset."""
-    key = os.environ.get("FAL_KEY", "")
-    pair = os.environ.get("FAL_KEY_ID", ""), os.environ.get("FAL_KEY_SECRET", "")
-    key = key or (":".join(pair) if all(pair) else "")
-    return SecretStr(key.strip()) if key.strip() else None
-
-
-def _check_toml(path: Path) -> None:
-    try:
-        tomllib.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"there is no config file {path}; examples are in configs/") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from error
-
-
-def _check_environment(environment: Mapping[str, str]) -> None:
-    """Refuse unknown `RESTYLE_*` variables: pydantic-settings ignores them, but a misspelt limit must be an error."""
-    known = {
-        f"{_ENVIRONMENT_PREFIX}{section}__{key}".upper()
-        for section, field in Settings.model_fields.items()
-        for key in getattr(field.annotation, "model_fields", {})
-    } | {f"{_ENVIRONMENT_PREFIX}{name}".upper() for name in Settings.model_fields}
-    known |= {"RESTYLE_DEBUG"}  # a switch of the command line, not a setting: see `batch.cli.commands`
-    for name in environment:
-        upper = name.upper()
-        is_table = upper.startswith((f"{_ENVIRONMENT_PREFIX}SWEEP__", f"{_ENVIRONMENT_PREFIX}TARGET__TAGS__"))
-        if upper.startswith(_ENVIRONMENT_PREFIX) and upper not in known and not is_table:
-            raise ConfigError(_refusal(name) or f"unknown environment variable {name}{_nearest(upper, known)}")
-
-
-def _explain(error: ValidationError, source: str, flags: Mapping[str, Any], environment: Mapping[str, str]) -> str:
-    """Return one message with all problems, grouped by source: an environment variable, the file, or a flag."""
-    lines: dict[str, list[str]] = {}
-    for problem in error.errors():
-        place = [str(part) for part in problem["loc"]]
-        key = ".".join(place)
-        given = _holds(flags, place)  # a flag overrides the environment
-        variable = None if given else _variable(place, environment)
-        if problem["type"] == "extra_forbidden":
-            within = problem["input"] if isinstance(problem["input"], dict) else ()
-            refused = next(filter(None, map(_refusal, [key, *within])), None)
-            line = refused or f"unknown key {key}{_nearest(key, _known_keys())}"
-        else:
-            line = f"{key} = {problem['input']!r}: {_said(problem['type'], place, problem['msg'])}"
-            line = _PASSWORD.sub("***@", line)
-        origin = "the configuration" if given else source
-        if variable is not None:
-            origin = f"the environment variable {variable}"
-        lines.setdefault(origin, []).append(line)
-    return "; ".join(f"{origin}: {'; '.join(dict.fromkeys(said))}" for origin, said in lines.items())
-
-
-def _said(kind: str, place: list[str], message: str) -> str:
-    """Return pydantic's message, except for sections, for which it would name our classes."""
-    if kind in {"model_type", "dict_type"}:
-        keys = sorted(key.partition(".")[2] for key in _known_keys() if key.startswith(f"{place[0]}."))
-        return f"expected a section with the keys {', '.join(keys or sorted(_ROW_INPUTS))}"
-    if kind == "list_type":
-        return "expected a list of values such as [1, 2]"
-    message = message.removeprefix("Value error, ")
-    return f"{message[0].lower()}{message[1:]}"
-
-
-def _holds(values: Any, place: list[str]) -> bool:
-    """Return whether nested values contain one at a place."""
-    for part in place:
-        if not isinstance(values, Mapping):
-            return True  # the place is inside a value, such as a list
-        if part not in values:
-            return False
-        values = values[part]
-    return True
-
-
-def _variable(place: list[str], environment: Mapping[str, str]) -> str | None:
-    """Return the environment variable of the value at a place: the key's own, or its section's, which holds JSON."""
-    names = {name.upper(): name for name in environment}
-    own = names.get((_ENVIRONMENT_PREFIX + "__".join(place[:2])).upper())
-    section = names.get((_ENVIRONMENT_PREFIX + place[0]).upper())
-    if own is not None or section is None:
-        return own
-    try:
-        return section if _holds(json.loads(environment[section]), place[1:]) else None
-    except ValueError:
-        return section
-
-
-def _explain_environment(error: SettingsError, environment: Mapping[str, str]) -> str:
-    """Return the message for a variable that is neither plain text nor JSON."""
-    named = re.search(r'field "(\w+)"', str(error))
-    variable = None if named is None else _variable([named[1]], environment) or _tables_of(named[1], environment)
-    if variable is None:
-        return f"the environment cannot be read: {error}; RESTYLE_* values must be plain text or JSON"
-    said = f"{variable} = {environment[variable]!r} is not JSON"
-    return f"the environment cannot be read: {said}; use JSON, or set single keys: {variable}__KEY=VALUE"
-
-
-def _tables_of(section: str, environment: Mapping[str, str]) -> str | None:
-    """Return the environment variable of a table inside a section; the only such key is `target.tags`."""
-    return next((name for name in environment if name.upper() == f"{_ENVIRONMENT_PREFIX}{section}__TAGS".upper()), None)
-
-
-def _refusal(name: str) -> str | None:
+def refusal_of(name: str) -> str | None:
     """Return why a key is refused, in any spelling: `input.sync_mode`, `target.headers.X-Fal-Store-IO`, ..."""
     plain = name.lower().replace("-", "_")
     return next(
         (f"{name} is not supported: {reason}" for word, reason in _REFUSED.items() if plain.endswith(word)), None
     )
-
-
-def _known_keys() -> set[str]:
-    keys = set(Settings.model_fields)
-    for section, field in Settings.model_fields.items():
-        keys |= {f"{section}.{key}" for key in getattr(field.annotation, "model_fields", {})}
-    return keys
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    """Return `; did you mean x?`, comparing the whole name, then its last part, to find keys in the wrong section."""
-    candidates = sorted(known)
-    near = difflib.get_close_matches(name, candidates, 1, 0.6)
-    if not near:
-        last = {candidate.rsplit(".", 1)[-1]: candidate for candidate in candidates}
-        near = [last[hit] for hit in difflib.get_close_matches(name.rsplit(".", 1)[-1], sorted(last), 1, 0.6)]
-    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(candidates)}"
