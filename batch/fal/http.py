@@ -23,6 +23,7 @@ from yarl import URL
 
 from batch.errors import ConfigError
 from batch.fal import protocol
+from batch.system.http_session import open_session
 
 __all__ = ["Http", "Proxies", "within"]
 
@@ -63,7 +64,7 @@ class Http:
         keep: bool = True,
     ) -> None:
         self._limit, self._timeout, self._keep = limit, timeout, keep
-        self._headers = {"user-agent": user_agent, "accept-encoding": "identity", **(headers or {})}
+        self._headers = {"user-agent": user_agent, **(headers or {})}
         self._proxies = Proxies()
         self._session: aiohttp.ClientSession | None = None
 
@@ -72,14 +73,8 @@ class Http:
 
     async def __aenter__(self) -> Self:
         keeping: dict[str, Any] = {"keepalive_timeout": KEEP_ALIVE} if self._keep else {"force_close": True}
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=self._limit, ttl_dns_cache=_NAMES_SECONDS, **keeping),
-            timeout=self._timeout,
-            headers=self._headers,
-            auto_decompress=False,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            trust_env=False,
-        )
+        connector = aiohttp.TCPConnector(limit=self._limit, ttl_dns_cache=_NAMES_SECONDS, **keeping)
+        self._session = open_session(connector, self._timeout, self._headers)
         return self
 
     async def __aexit__(

@@ -149,14 +149,18 @@ def test_no_password_of_netrc_is_sent_by_any_session(environment, monkeypatch, t
     assert not any("authorization" in head for head in seen)
 
 
-def test_every_session_of_the_client_is_made_in_one_place():
-    """Rules for proxies, limits and headers that hold in one session of five are no rules. The server has its guard."""
+def test_every_session_is_opened_in_one_place():
+    """Rules for limits and headers hold only if every session has them; the two connectors differ on purpose."""
     made = {
-        name
+        (node.func.attr, name)
         for name in SOURCES
         for node in ast.walk(tree_of(name))
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Attribute)
         and node.func.attr in {"ClientSession", "TCPConnector"}
     }
-    assert made == {"batch.fal.http", "batch.server.egress.http_client"}
+    assert made == {
+        ("ClientSession", "batch.system.http_session"),
+        ("TCPConnector", "batch.fal.http"),
+        ("TCPConnector", "batch.server.egress.http_client"),
+    }

@@ -26,6 +26,7 @@ from yarl import URL
 
 from batch.server.egress.ssrf import AddressRefused, AddressRule, check_url, literal_address, public_only
 from batch.system.descriptors import lacks_descriptor
+from batch.system.http_session import open_session
 
 __all__ = [
     "FetchLimits",
@@ -155,14 +156,8 @@ class SafeHttpClient:
                 force_close=self._limit < REQUESTS,  # few can be open: none is kept for a host that may not come again
                 socket_factory=partial(_checked_socket, self.permitted),
             )
-            self._session = aiohttp.ClientSession(
-                connector=connector,
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
-                cookie_jar=aiohttp.DummyCookieJar(),
-                headers={"accept": "*/*", "accept-encoding": "identity", "user-agent": "restyle"},
-                auto_decompress=False,
-                trust_env=False,
-            )
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS)
+            self._session = open_session(connector, timeout, {"accept": "*/*"})
         return self._session
 
 
