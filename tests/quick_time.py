@@ -1,4 +1,4 @@
-"""An event loop whose clock goes faster: a pause between two tries takes an eighth of its time, and nothing else changes.
+"""An event loop whose clock goes eight times as fast, so that a pause between two tries takes an eighth of its time.
 
 What waits in the loop (pauses, timeouts, the service time of the echo engine) keeps its order and its proportions.
 Processes, threads, disks and the wall clock (`time.time`) are as they are. For tests of how often and in which order
