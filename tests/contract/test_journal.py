@@ -181,6 +181,7 @@ async def test_entries_come_oldest_intended_first(journal):
     assert found == [float(i) for i in range(700)]
 
 
+@pytest.mark.slow
 async def test_entries_skip_what_has_moved_on(journal):
     """A job that leaves the states while others are read is not met, one that is intended anew not twice."""
     keys = [JobKey(f"{i:032x}") for i in range(600)]

@@ -85,6 +85,7 @@ async def test_window_bounds_what_is_in_flight():
         assert overlapping <= 7
 
 
+@pytest.mark.slow
 async def test_auto_window_fills_the_slots_without_piling_up():
     """With 20 slots an automatic window keeps them full and queues little more than twice of that."""
     service = FakeService(service_time=5.0, slots=20)

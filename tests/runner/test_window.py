@@ -43,6 +43,7 @@ def piled(service: FakeService, since: float, until: float) -> float:
     return sum(max(0.0, ended - began) for began, ended in spans) / (until - since)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("slots", "seconds"), [(2, 6.0), (20, 5.0), (40, 2.0), (100, 4.0)])
 async def test_fixed_slots_are_kept_full(slots, seconds):
     """After warming up at least 95 of 100 are busy (97 as a rule), and about as many again wait at most."""
@@ -72,6 +73,7 @@ async def test_slots_that_go_leave_no_pile():
     assert piled(service, 150.0, ended - 15.0) <= 20
 
 
+@pytest.mark.slow
 async def test_slots_that_flutter_are_mostly_used():
     """Half of 40 come and go every half minute, as other people's work does."""
     shifts = [(start, start + 30.0) for start in range(0, 3600, 60)]

@@ -499,6 +499,7 @@ def test_what_the_journal_knows_is_not_to_do_and_costs_nothing() -> None:
     assert "to do       3, 1 of them failed before" in again.render()
 
 
+@pytest.mark.slow
 def test_duplicates_are_found_however_far_apart_they_stand() -> None:
     """Distinctness holds over many merges: 150,000 jobs of which each is there twice."""
     count = 75_000
