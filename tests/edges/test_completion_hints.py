@@ -290,7 +290,8 @@ async def test_what_is_kept_in_mind_is_bounded(monkeypatch):
     async with called() as (target, callbacks, call):
         for name in ("request-1", "request-2", "request-3"):
             await call(target.signed(name))
-        assert list(callbacks._early) == ["request-2", "request-3"]
+        tickets = [Ticket(RequestId(name)) for name in ("request-1", "request-2", "request-3")]
+        assert [await callbacks.wait(ticket, 0.05, 0.05) for ticket in tickets] == [False, True, True]
 
 
 async def test_the_keys_are_fetched_once_and_again_when_they_have_changed():

@@ -10,6 +10,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import time
 import urllib.parse
 
 import aiohttp
@@ -104,16 +105,15 @@ async def submitted(session, url, prompt="a cat", headers=None, **inputs):
 
 
 @contextlib.asynccontextmanager
-async def sender(data_dir, engine=None, chance=lambda: 0.0, permitted=private_too, clock=None):
+async def sender(data_dir, engine=None, chance=lambda: 0.0, permitted=private_too, clock=time.time):
     """The queue and its sender without HTTP in front; yields (service, store). Retries come at once."""
     key = signing_key(data_dir / "webhook-key.pem")
-    times = {"clock": clock} if clock else {}
     async with (
         await Store.open(data_dir / "server.db") as store,
         Storage(data_dir) as storage,
         SafeHttpClient(permitted) as guard,
-        queue_service(store, storage, engine or ScriptedEngine(), SourceFetcher(storage, guard), **times) as service,
-        sending(Webhooks(service, store, guard, key, service._clock, chance)),
+        queue_service(store, storage, engine or ScriptedEngine(), SourceFetcher(storage, guard), clock) as service,
+        sending(Webhooks(service, store, guard, key, clock, chance)),
     ):
         yield service, store
 

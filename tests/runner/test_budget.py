@@ -239,7 +239,9 @@ async def test_spent_and_reserved_never_pass_the_limit(seed):
     spent, _ = await money(world)
     assert sum(by_session) == pytest.approx(spent)
     assert spent == pytest.approx(spent_by_events(world.journal.events))
-    assert sum(job.cost_usd or 0.0 for job in world.journal._jobs.values()) == pytest.approx(spent)
+    assert sum(
+        job.cost_usd or 0.0 for job in world.journal.outcomes([job.key for job in made]).values()
+    ) == pytest.approx(spent)
 
 
 # --- seen while it runs -----------------------------------------------------------------------------------
