@@ -44,6 +44,13 @@ def run_at(speed: float, main: Coroutine[Any, Any, T]) -> T:
         return runner.run(main)
 
 
+def quickly(speed: float):
+    """A mark: the test, a coroutine function, runs on such a loop."""
+    import pytest  # a command that runs on this clock does not need it
+
+    return pytest.mark.parametrize("anyio_backend", [("asyncio", {"loop_factory": loop_of(speed)})], ids=["quick"])
+
+
 def quicken() -> None:
     """Have each loop that this process starts from now on be a quick one."""
     import uvloop
