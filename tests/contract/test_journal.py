@@ -477,6 +477,7 @@ async def _told(journal):
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(calls=histories(), together=st.booleans())
 def test_both_journals_tell_the_same_of_any_history(calls, together):

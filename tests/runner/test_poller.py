@@ -85,6 +85,7 @@ async def test_a_thousand_in_flight_of_many_are_noticed_within_six_hundredths():
     assert found.worst <= 0.06
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("window", "most"), [(64, 1.01), (Window(64, ceiling=999), 1.06), (Window(16, ceiling=999), 1.15)]
 )

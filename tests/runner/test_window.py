@@ -54,6 +54,7 @@ async def test_fixed_slots_are_kept_full(slots, seconds):
     assert piled(service, 0.6 * ended, ended - 3 * seconds) <= 1.2 * slots + 1
 
 
+@pytest.mark.slow
 async def test_slots_that_come_are_used():
     """From 10 to 60 at 100 s: within 30 s all of them are busy."""
     service = FakeService(service_time=uneven(4.0), slots=[FOR_EVER] * 10 + [[(100.0, math.inf)]] * 50)
@@ -63,6 +64,7 @@ async def test_slots_that_come_are_used():
     assert busy(service, 130.0, ended - 15.0) >= 0.95 * 60
 
 
+@pytest.mark.slow
 async def test_slots_that_go_leave_no_pile():
     """From 60 to 10 at 60 s: a minute and a half later no more than twice what is needed waits."""
     service = FakeService(service_time=uneven(4.0), slots=[FOR_EVER] * 10 + [[(0.0, 60.0)]] * 50)
