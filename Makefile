@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-flux lint format bench soak clean
+.PHONY: help demo check test test-flux lint format bench soak clean
 
 help: ## Show this menu
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -29,6 +29,9 @@ $(VENV)/.installed-flux: $(VENV)/.installed-test
 
 demo: $(VENV)/.installed ## Restyle a dozen images on this machine: no key, no cost, no model
 	@$(BIN)/restyle run manifests/demo.csv -o out/demo -c configs/demo.toml
+
+check: lint ## A minute's check: lint, and the tests of units, runner and journal without the slow ones
+	@SOAK_EXAMPLES=10 $(BIN)/python -m pytest -q -n auto -m 'not slow' tests/unit tests/runner tests/contract
 
 test: $(VENV)/.installed-test ## Run all tests but those of the flux engine (sets itself up)
 	@$(BIN)/python -m pytest -q -n auto --ignore=tests/flux

@@ -40,11 +40,19 @@ def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
 
 
 def start(
-    *arguments: object, env: dict[str, str] | None = None, through: tuple[str, ...] = (), **options: object
+    *arguments: object,
+    env: dict[str, str] | None = None,
+    through: tuple[str, ...] = (),
+    quick: bool = False,
+    **options: object,
 ) -> subprocess.Popen[str]:
-    """Start `restyle ...`; the caller ends it. `through` is a command that executes it, a shell with a limit say."""
+    """Start `restyle ...`; the caller ends it.
+
+    `through` is a command that executes it, a shell with a limit say. With `quick` its pauses are short ones: see
+    `tests.quick_time`.
+    """
     return subprocess.Popen(
-        [*through, sys.executable, "-m", "batch", *map(str, arguments)],
+        [*through, sys.executable, "-m", "tests.quick_time" if quick else "batch", *map(str, arguments)],
         env=environment(env),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -88,6 +88,8 @@ class OddService:
             request = path.removeprefix("/files/").removesuffix(".jpg")
             n = self._count("image", request)
             return self.image(request, n) or (200, jpeg(self.inputs[request]["seed"]), {"content-type": "image/jpeg"})
+        if path.startswith("/v1/models/billing-events"):
+            return answer({"billing_events": [], "has_more": False, "next_cursor": None})  # none yet
         _, _, rest = path.partition("/requests/")
         request, _, tail = rest.partition("/")
         if request not in self.inputs:

@@ -1,4 +1,7 @@
-"""A paid answer is never thrown away and never paid for twice: odd answers of a real service."""
+"""A paid answer is never thrown away and never paid for twice: odd answers of a real service.
+
+What is refused is read up to sixteen times, with pauses: most runs have a quick clock (`tests.quick_time`).
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,10 @@ def manifest_of(folder, *names):
     return path
 
 
-def run(folder, service, *flags, names=("a",), code=0):
-    ended = restyle("run", manifest_of(folder, *names), "-o", folder / "out", "--target", service.url, *flags)
+def run(folder, service, *flags, names=("a",), code=0, quick=True):
+    ended = restyle(
+        "run", manifest_of(folder, *names), "-o", folder / "out", "--target", service.url, *flags, quick=quick
+    )
     assert ended.code == code, ended.text
     return results(folder / "out").to_pylist(), ended
 
@@ -82,13 +87,13 @@ def test_case_3_what_is_a_number_among_the_timings_is_kept(tmp_path):
 def test_case_4_an_answer_without_images_is_kept_and_not_paid_for_again_without_a_word(tmp_path):
     """Failed `no_images`; the plan says what is free; asked again, it is still one request."""
     with odd_service(change={"images": []}) as service:
-        ((row,), _) = run(tmp_path, service, code=3)
+        ((row,), _) = run(tmp_path, service, code=3, quick=False)
         assert (row["status"], row["error_type"], row["images"]) == ("failed", "no_images", None)
         assert (row["has_nsfw_concepts"], row["timings"]["inference"], row["request_id"]) == ([False], 0.5, "request-1")
         planned = restyle("plan", tmp_path / "m.csv", "-o", tmp_path / "out", "--target", service.url, "--retry-failed")
         assert "1 failed but paid for: results are fetched again for free" in planned.out
         assert "to do       0" in planned.out
-        run(tmp_path, service, "--retry-failed", code=3)
+        run(tmp_path, service, "--retry-failed", code=3, quick=False)
         assert service.posts == 1
         service.change = {}
         ((row,), _) = run(tmp_path, service)
@@ -344,7 +349,7 @@ def test_audit_repair_fetches_missing_and_damaged_images_again(tmp_path):
         audited = restyle("audit", tmp_path / "out")
         assert audited.code == 3
         assert "restyle audit --repair" in audited.out
-        repaired = restyle("audit", tmp_path / "out", "--repair")
+        repaired = restyle("audit", tmp_path / "out", "--repair", quick=True)
         assert repaired.code == 3
         assert "3 images fetched again, 2 not available" in repaired.out
         assert "other bytes" in repaired.out
@@ -352,7 +357,7 @@ def test_audit_repair_fetches_missing_and_damaged_images_again(tmp_path):
             assert paths[name].read_bytes() == before[name], name
         assert not paths["gone"].exists()
         service.image = lambda _, __: None
-        assert restyle("audit", tmp_path / "out", "--repair").code == 0
+        assert restyle("audit", tmp_path / "out", "--repair", quick=True).code == 0
         assert restyle("audit", tmp_path / "out").code == 0
         assert service.posts == len(names)
 
@@ -367,5 +372,5 @@ def test_audit_repair_asks_the_result_for_a_fresh_url(tmp_path):
         service.inputs["moved"] = service.inputs["request-1"]
         service.result = lambda _, __: answer(moved)
         service.image = lambda request, _: answer({}, 404) if request == "request-1" else None
-        assert restyle("audit", tmp_path / "out", "--repair").code == 0
+        assert restyle("audit", tmp_path / "out", "--repair", quick=True).code == 0
         assert path.exists()

@@ -181,6 +181,7 @@ async def test_entries_come_oldest_intended_first(journal):
     assert found == [float(i) for i in range(700)]
 
 
+@pytest.mark.slow
 async def test_entries_skip_what_has_moved_on(journal):
     """A job that leaves the states while others are read is not met, one that is intended anew not twice."""
     keys = [JobKey(f"{i:032x}") for i in range(600)]
@@ -476,6 +477,7 @@ async def _told(journal):
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(calls=histories(), together=st.booleans())
 def test_both_journals_tell_the_same_of_any_history(calls, together):

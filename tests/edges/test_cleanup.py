@@ -300,8 +300,9 @@ def test_a_disk_that_refuses_is_tried_again_in_the_next_round(tmp_path, monkeypa
             await asyncio.sleep(0.001)
         assert "trying again" in caplog.text
         world.store._database.execute("PRAGMA query_only = OFF")
-        while world.store._database.execute("SELECT count(*) FROM request").fetchone() != (0,):
-            await asyncio.sleep(0.001)
+        with contextlib.closing(sqlite3.connect(tmp_path / "server.db")) as database:
+            while database.execute("SELECT count(*) FROM request").fetchone() != (0,):
+                await asyncio.sleep(0.001)
         task.cancel()
 
     play(tmp_path, monkeypatch, script)

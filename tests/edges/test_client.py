@@ -28,6 +28,7 @@ from batch.fal.protocol import Call, CancelOutcome, Origins
 from batch.run.interfaces import HeldBack
 from batch.run.verdicts import Action, judge
 from batch.types import Attempt, JobKey, QueueState, RequestId, Ticket
+from tests.quick_time import quickly
 
 pytestmark = pytest.mark.anyio
 KEY = "key-id:key-secret"
@@ -127,7 +128,7 @@ def json_answer(value: object, status: int = 200, **headers: str) -> web.Respons
 
 
 async def trouble(call: Awaitable[object]) -> Trouble:
-    with anyio.fail_after(10), pytest.raises(CallFailed) as caught:
+    with anyio.fail_after(6000), pytest.raises(CallFailed) as caught:  # of the loop, whose clock may be a quick one
         await call
     return caught.value.trouble
 
@@ -157,9 +158,9 @@ async def test_a_name_that_does_not_exist_is_certainly_unsent():
     assert (found.transport, found.sent) == ("dns", False)
 
 
-async def test_a_connect_timeout_is_certainly_unsent(monkeypatch):
+@quickly(http_module.CONNECT_TIMEOUT / 0.3)
+async def test_a_connect_timeout_is_certainly_unsent():
     """A listener with a full backlog lets nobody in: nothing was written."""
-    monkeypatch.setattr(http_module, "CONNECT_TIMEOUT", 0.3)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(0)
@@ -247,9 +248,9 @@ async def test_a_connection_reset_after_the_request_leaves_a_submit_unknown():
     assert len(connections) == 1
 
 
-async def test_silence_after_the_request_is_a_timeout(monkeypatch):
+@quickly(module.EXCHANGE_SECONDS / 0.2)
+async def test_silence_after_the_request_is_a_timeout():
     """No byte of an answer within the read timeout."""
-    monkeypatch.setattr(module, "EXCHANGE_SECONDS", 0.2)
 
     async def silent(stream, _):
         await request_of(stream)
@@ -260,9 +261,9 @@ async def test_silence_after_the_request_is_a_timeout(monkeypatch):
     assert (found.transport, found.sent) == ("timeout", True)
 
 
-async def test_a_body_that_stops_in_the_middle_is_a_timeout(monkeypatch):
+@quickly(module.EXCHANGE_SECONDS / 0.2)
+async def test_a_body_that_stops_in_the_middle_is_a_timeout():
     """A head and half a body, then silence."""
-    monkeypatch.setattr(module, "EXCHANGE_SECONDS", 0.2)
 
     async def stall(stream, _):
         await request_of(stream)
@@ -274,9 +275,9 @@ async def test_a_body_that_stops_in_the_middle_is_a_timeout(monkeypatch):
     assert (found.transport, found.sent) == ("timeout", True)
 
 
-async def test_a_slow_body_is_no_fault(monkeypatch):
+@quickly(module.EXCHANGE_SECONDS / 10.0)
+async def test_a_slow_body_is_no_fault():
     """A byte at a time arrives, as long as the whole exchange lasts no longer than it may."""
-    monkeypatch.setattr(module, "EXCHANGE_SECONDS", 10.0)
     body = orjson.dumps({"request_id": "abc", "padding": "x" * 20})
 
     async def dribble(stream, _):
@@ -284,7 +285,7 @@ async def test_a_slow_body_is_no_fault(monkeypatch):
         await stream.send(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body))
         for byte in body:
             await stream.send(bytes([byte]))
-            await anyio.sleep(0.015)
+            await anyio.sleep(0.015 * module.EXCHANGE_SECONDS / 10.0)
 
     async with speaking(dribble) as (client, _):
         ticket = await client.submit(ATTEMPT)

@@ -19,10 +19,11 @@ from batch.fal.client import FalClient
 from batch.fal.endpoint import APP_ID
 from batch.fal.protocol import Origins
 from batch.fal.signing import jwks_of, sign
-from batch.fal.status_stream import StatusStreams
+from batch.fal.status_stream import SILENCE, StatusStreams
 from batch.fal.webhook_receiver import WebhookReceiver
 from batch.types import Attempt, JobKey, RequestId, Ticket
 from tests.edges.serving import INPUT, ScriptedEngine, serving, submit
+from tests.quick_time import quickly
 
 pytestmark = pytest.mark.anyio
 TICKET = Ticket(RequestId("request-1"))
@@ -57,7 +58,7 @@ def event(status):
 
 async def timed(waiting):
     began = time.monotonic()
-    return await asyncio.wait_for(waiting, LONG), time.monotonic() - began
+    return await asyncio.wait_for(waiting, 200 * SILENCE), time.monotonic() - began
 
 
 # --- streams ----------------------------------------------------------------------------------------------
@@ -131,33 +132,33 @@ async def test_a_stream_wakes_at_every_word_for_an_end(word):
         assert (await timed(streams.wait(TICKET, LONG, LONG)))[0] is True
 
 
-async def test_a_silent_stream_is_given_up(monkeypatch):
+@quickly(SILENCE / 0.3)
+async def test_a_silent_stream_is_given_up():
     """Nothing for longer than two signs of life: from then on the job is read as usual."""
-    monkeypatch.setattr("batch.fal.status_stream.SILENCE", 0.3)
     async with (
         answering(lambda request: served(request, event("IN_QUEUE"), hold=True)) as url,
         listening(url) as streams,
     ):
-        woken, seconds = await timed(streams.wait(TICKET, 0.0, LONG))
+        woken, seconds = await timed(streams.wait(TICKET, 0.0, 100 * SILENCE))
         assert not woken
         assert 0.25 <= seconds < 5.0
 
 
-async def test_comments_keep_a_stream_alive(monkeypatch):
+@quickly(SILENCE / 0.4)
+async def test_comments_keep_a_stream_alive():
     """A sign of life is no event, and no end."""
-    monkeypatch.setattr("batch.fal.status_stream.SILENCE", 0.4)
 
     async def handler(request):
         stream = web.StreamResponse(headers={"content-type": "text/event-stream"})
         await stream.prepare(request)
         for _ in range(5):
             await stream.write(b": still here\n\n")
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(SILENCE / 2)
         await stream.write(event("COMPLETED"))
         return stream
 
     async with answering(handler) as url, listening(url) as streams:
-        assert (await timed(streams.wait(TICKET, 0.0, LONG)))[0] is True
+        assert (await timed(streams.wait(TICKET, 0.0, 100 * SILENCE)))[0] is True
 
 
 async def test_only_so_many_streams_are_open():
@@ -290,7 +291,8 @@ async def test_what_is_kept_in_mind_is_bounded(monkeypatch):
     async with called() as (target, callbacks, call):
         for name in ("request-1", "request-2", "request-3"):
             await call(target.signed(name))
-        assert list(callbacks._early) == ["request-2", "request-3"]
+        tickets = [Ticket(RequestId(name)) for name in ("request-1", "request-2", "request-3")]
+        assert [await callbacks.wait(ticket, 0.05, 0.05) for ticket in tickets] == [False, True, True]
 
 
 async def test_the_keys_are_fetched_once_and_again_when_they_have_changed():

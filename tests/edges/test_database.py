@@ -11,6 +11,7 @@ import textwrap
 import threading
 import time
 from array import array
+from contextlib import closing
 from pathlib import Path
 from random import Random
 
@@ -51,6 +52,15 @@ def schema_of(path):
         rows = connection.execute("SELECT name, type, sql FROM sqlite_schema WHERE name NOT LIKE 'sqlite_%'").fetchall()
     connection.close()
     return {name: (kind, sql) for name, kind, sql in rows}
+
+
+def ask(path, *statements):
+    """What the last of the statements says, over a connection of our own."""
+    with closing(sqlite3.connect(path)) as connection:
+        for statement in statements:
+            rows = connection.execute(statement).fetchall()
+        connection.commit()
+    return rows
 
 
 # --- what is in it ----------------------------------------------------------------------------------------
@@ -134,7 +144,7 @@ def test_earlier_outcomes_stay_in_the_file(path):
         ticket = Ticket(RequestId(f"r-{attempt}"))
         file.commit([[Intended(KEY, 1.0, attempt, b"{}"), Accepted(KEY, 2.0, ticket)]])
         file.commit([[FailedForGood(KEY, 3.0, Failed("e", "m"), 0.01), Retried(KEY, 4.0)]])
-    rows = file._connection.execute("SELECT request_id, attempt, cost_usd FROM outcomes ORDER BY id").fetchall()
+    rows = ask(path, "SELECT request_id, attempt, cost_usd FROM outcomes ORDER BY id")
     assert rows == [("r-1", 1, 0.01), ("r-2", 2, 0.01)]
     file.close()
 
@@ -568,8 +578,8 @@ def test_kill_loses_nothing_that_was_recorded(path):
     assert counts.reserved_usd == pytest.approx(0.03 * (sum(counts.by_state.values()) - answered))
     outcomes = file.outcomes(list(reached))
     assert all(o.output is not None for o in outcomes.values() if o.state is State.ANSWERED)
-    assert file._connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     file.close()
+    assert ask(path, "PRAGMA integrity_check") == [("ok",)]
 
 
 def test_outcomes_in_turn_are_the_outcomes(tmp_path):
@@ -592,9 +602,8 @@ def test_a_journal_made_before_start_timeouts_is_taken_over(path):
     """Its open submits have none; those that are intended from now on have."""
     file = opened(path)
     file.commit([[Intended(JobKey("a" * 32), 1.0, 1, b"{}"), Lost(JobKey("a" * 32), 2.0, "reset")]])
-    file._connection.execute("DROP TABLE start_timeouts")
-    file._connection.execute("PRAGMA user_version = 1")
     file.close()
+    ask(path, "DROP TABLE start_timeouts", "PRAGMA user_version = 1")
     file = opened(path)
     file.commit([[Intended(JobKey("b" * 32), 3.0, 1, b"{}", start_timeout=60.0), Lost(JobKey("b" * 32), 4.0, "reset")]])
     entries = file.read_entries(file.entry_ids({State.UNKNOWN}), {State.UNKNOWN})
@@ -605,6 +614,6 @@ def test_start_timeouts_are_kept_until_a_job_has_ended(path):
     """The table holds what is open, whatever the size of the run."""
     file, key = opened(path), JobKey("a" * 32)
     file.commit([[Intended(key, 1.0, 1, b"{}", start_timeout=60.0)]])
-    assert file._connection.execute("SELECT count(*) FROM start_timeouts").fetchone() == (1,)
+    assert ask(path, "SELECT count(*) FROM start_timeouts") == [(1,)]
     file.commit([[Accepted(key, 2.0, Ticket(RequestId("r"))), FailedForGood(key, 3.0, Failed("x", "y"))]])
-    assert file._connection.execute("SELECT count(*) FROM start_timeouts").fetchone() == (0,)
+    assert ask(path, "SELECT count(*) FROM start_timeouts") == [(0,)]

@@ -16,18 +16,19 @@ from batch.server.egress.source_images import SourceFetcher, parse_data_uri
 from batch.server.egress.ssrf import private_too
 from batch.server.engines.base import EngineFailure
 from batch.server.files.storage import Storage, UploadTooLarge
+from tests.quick_time import run_at
 
 SMALL, LARGE = b"small image", b"large image" * 10_000
 
 
-def in_storage(root, use):
+def in_storage(root, use, speed=1.0):
     """Run `use(storage)` with a storage in `root`, as one server's life."""
 
     async def life():
         async with Storage(root) as storage:
             return await use(storage)
 
-    return asyncio.run(life())
+    return run_at(speed, life())
 
 
 async def pieces(*chunks):
@@ -241,9 +242,8 @@ def test_a_source_above_the_limit_is_cut_off(tmp_path, monkeypatch, told):
     assert (caught.value.type, caught.value.ctx) == ("file_too_large", {"max_size": 1000})
 
 
-def test_a_silent_server_is_given_up(tmp_path, monkeypatch):
+def test_a_silent_server_is_given_up(tmp_path):
     """A bounded time for the whole download; retryable."""
-    monkeypatch.setattr(sources_module, "FETCH_SECONDS", 0.2)
 
     async def use(storage):
         over = asyncio.Event()
@@ -258,7 +258,7 @@ def test_a_silent_server_is_given_up(tmp_path, monkeypatch):
             over.set()
         assert caught.value.retryable
 
-    in_storage(tmp_path, use)
+    in_storage(tmp_path, use, speed=sources_module.FETCH_SECONDS / 0.2)
 
 
 @pytest.mark.parametrize("url", ["ftp://host/a.png", "file:///etc/passwd", "/a.png", "http://", "nonsense", "http://["])

@@ -181,12 +181,15 @@ def test_a_file_of_an_earlier_version_is_taken_over(tmp_path, version):
 
     async def later(store):
         await store.end(ending("r2", engine="echo"))
-        store._recent.clear()
+
+    async def still_later(store):
         assert [(await store.find(RequestId(name))).ending.engine for name in ("r1", "r2")] == [None, "echo"]
-        tables = store._database.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
-        assert ("spent_key",) not in tables, "an idempotency key goes with its request since version 4"
 
     in_store(tmp_path / "server.db", later)
+    in_store(tmp_path / "server.db", still_later)
+    with contextlib.closing(sqlite3.connect(tmp_path / "server.db")) as database:
+        tables = database.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+    assert ("spent_key",) not in tables, "an idempotency key goes with its request since version 4"
 
 
 def test_a_file_of_a_newer_version_or_of_no_database_is_refused(tmp_path):

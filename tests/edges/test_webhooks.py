@@ -10,6 +10,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import time
 import urllib.parse
 
 import aiohttp
@@ -47,6 +48,7 @@ from batch.server.queue.webhooks import (
 )
 from tests.edges.serving import INPUT, SUBMIT, ScriptedEngine, call, read, result, serving
 from tests.edges.test_auth import HEADERS, some_keys
+from tests.quick_time import run_at
 
 
 class Receiver:
@@ -85,7 +87,7 @@ class Receiver:
 
     async def got(self, count):
         """Wait for so many calls; their bodies."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(HANGS):
             while len(self.calls) < count:
                 self._news.clear()
                 await self._news.wait()
@@ -104,16 +106,15 @@ async def submitted(session, url, prompt="a cat", headers=None, **inputs):
 
 
 @contextlib.asynccontextmanager
-async def sender(data_dir, engine=None, chance=lambda: 0.0, permitted=private_too, clock=None):
+async def sender(data_dir, engine=None, chance=lambda: 0.0, permitted=private_too, clock=time.time):
     """The queue and its sender without HTTP in front; yields (service, store). Retries come at once."""
     key = signing_key(data_dir / "webhook-key.pem")
-    times = {"clock": clock} if clock else {}
     async with (
         await Store.open(data_dir / "server.db") as store,
         Storage(data_dir) as storage,
         SafeHttpClient(permitted) as guard,
-        queue_service(store, storage, engine or ScriptedEngine(), SourceFetcher(storage, guard), **times) as service,
-        sending(Webhooks(service, store, guard, key, service._clock, chance)),
+        queue_service(store, storage, engine or ScriptedEngine(), SourceFetcher(storage, guard), clock) as service,
+        sending(Webhooks(service, store, guard, key, clock, chance)),
     ):
         yield service, store
 
@@ -124,12 +125,14 @@ def wishes(url, **more):
 
 async def settled(store, count=0):
     """Wait until so many callbacks are owed."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(HANGS):
         while store.webhooks != count:
             await asyncio.sleep(0.005)
 
 
 BODY = orjson.dumps(INPUT)
+HANGS = 3000.0
+"""Seconds of the loop, whose clock may be a quick one."""
 
 
 # --- the schedule -----------------------------------------------------------------------------------------
@@ -378,10 +381,9 @@ def test_a_redirect_is_final_and_not_followed(tmp_path):
     asyncio.run(use())
 
 
-def test_a_receiver_that_is_not_there_is_tried_again(tmp_path, monkeypatch):
+def test_a_receiver_that_is_not_there_is_tried_again(tmp_path):
     """Nobody listens, nobody answers in time, the name is unknown: each may pass."""
-    monkeypatch.setattr(webhooks_module, "FIRST_SECONDS", 0.1)
-    monkeypatch.setattr(webhooks_module, "LATER_SECONDS", 0.1)
+    speed = webhooks_module.FIRST_SECONDS / 0.1
 
     async def use():
         async with Receiver() as gone:
@@ -389,7 +391,7 @@ def test_a_receiver_that_is_not_there_is_tried_again(tmp_path, monkeypatch):
         async with Receiver(hold=True) as silent, sender(tmp_path, chance=lambda: 1.0) as (service, store):
             for url in (gone.url, silent.url, "http://nobody.invalid/"):
                 await service.submit(APP_ID, BODY, wishes(url))
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(HANGS):
                 while len(found := await waiting_tries(store)) < 3 or set(found) != {1}:
                     await asyncio.sleep(0.01)
             assert store.webhooks == 3
@@ -398,13 +400,12 @@ def test_a_receiver_that_is_not_there_is_tried_again(tmp_path, monkeypatch):
         upcoming = await store.webhooks_due(4e9, 10, busy_hosts=[], under_way=[])
         return [delivery.tries for delivery in upcoming]
 
-    asyncio.run(use())
+    run_at(speed, use())
 
 
-def test_the_first_try_has_less_time_than_the_later_ones(tmp_path, monkeypatch):
+def test_the_first_try_has_less_time_than_the_later_ones(tmp_path):
     """15 s, then 120 s: a receiver that wakes up slowly gets its chance."""
     assert (webhooks_module.FIRST_SECONDS, webhooks_module.LATER_SECONDS) == (15.0, 120.0)
-    monkeypatch.setattr(webhooks_module, "FIRST_SECONDS", 0.1)
 
     async def use():
         async with Receiver(hold=True) as receiver, sender(tmp_path) as (service, store):
@@ -414,7 +415,7 @@ def test_the_first_try_has_less_time_than_the_later_ones(tmp_path, monkeypatch):
             await settled(store)
             assert len(receiver.calls) == 2
 
-    asyncio.run(use())
+    run_at(webhooks_module.FIRST_SECONDS / 0.3, use())
 
 
 def test_a_receiver_that_hangs_holds_up_nobody_but_itself(tmp_path):

@@ -3,6 +3,8 @@
     python -m tests.faults.crash_at kill STATE HAPPENING before|after N restyle-arguments...
     python -m tests.faults.crash_at record FILE restyle-arguments...
 
+`quick` before either word runs it on the clock of `tests.quick_time`.
+
 A transition is one row of `lifecycle.TABLE`, counted from 1 in the order in which the journal commits them. `before`:
 the transaction that holds the N-th one is never begun; `after`: it is on the disk, and nobody was told. SIGKILL leaves
 no time for a word in either case.
@@ -22,6 +24,7 @@ from batch.cli.main import main
 from batch.journal.database import JournalDatabase
 from batch.journal.events import Event, Uploaded
 from batch.journal.states import State, advance
+from tests.quick_time import quicken
 
 
 def transitions(journal: JournalDatabase, calls: Sequence[Sequence[Event]]) -> Iterator[tuple[str, str]]:
@@ -71,6 +74,9 @@ def record(file: Path) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "quick":
+        quicken()
+        del sys.argv[1]
     if sys.argv[1] == "kill":
         kill_at(sys.argv[2], sys.argv[3], sys.argv[4], int(sys.argv[5]))
         sys.exit(main(sys.argv[6:]))

@@ -220,8 +220,8 @@ class Kill(NamedTuple):
 class Rig:
     """A scenario in a folder; made by `rigged`."""
 
-    def __init__(self, scenario: Scenario, folder: Path, jobs: int) -> None:
-        self.scenario, self.jobs = scenario, jobs
+    def __init__(self, scenario: Scenario, folder: Path, jobs: int, *, quick: bool = False) -> None:
+        self.scenario, self.jobs, self.quick = scenario, jobs, quick
         self.run = folder / "run"
         self.server = folder / "server" if scenario.served else self.run / "endpoint"
         self.seconds = 0.0
@@ -245,7 +245,8 @@ class Rig:
 
     def once(self, through: Sequence[str] = (), *, retry_failed: bool = False, seconds: float | None = None) -> Ended:
         """Give the command once, `through` `crash_at` or plainly; killed with SIGKILL after so many seconds."""
-        module = ["tests.faults.crash_at", *through] if through else ["batch"]
+        plain = "tests.quick_time" if self.quick else "batch"
+        module = ["tests.faults.crash_at", *["quick"] * self.quick, *through] if through else [plain]
         command = [sys.executable, "-m", *module, *self._arguments, *["--retry-failed"] * retry_failed]
         began = time.monotonic()
         with subprocess.Popen(
@@ -302,9 +303,9 @@ class Rig:
 
 
 @contextmanager
-def rigged(scenario: Scenario, folder: Path, jobs: int) -> Iterator[Rig]:
-    """A rig; its server ends with the block."""
-    rig = Rig(scenario, folder, jobs)
+def rigged(scenario: Scenario, folder: Path, jobs: int, *, quick: bool = False) -> Iterator[Rig]:
+    """A rig; its server ends with the block. With `quick` its commands run on the clock of `tests.quick_time`."""
+    rig = Rig(scenario, folder, jobs, quick=quick)
     rig.prepare()
     if not scenario.served:
         yield rig
@@ -353,10 +354,10 @@ class Undisturbed(NamedTuple):
     evidence: Evidence
 
 
-def undisturbed(scenario: Scenario, folder: Path, jobs: int) -> Undisturbed:
+def undisturbed(scenario: Scenario, folder: Path, jobs: int, *, quick: bool = False) -> Undisturbed:
     """Run it with a recorder."""
     notes = folder / "rows.jsonl"
-    with rigged(scenario, folder, jobs) as rig:
+    with rigged(scenario, folder, jobs, quick=quick) as rig:
         rig.complete(["record", str(notes)])
         evidence, found = rig.examine(), what_matters(rig.run)
         seconds = rig.seconds
@@ -367,18 +368,22 @@ def undisturbed(scenario: Scenario, folder: Path, jobs: int) -> Undisturbed:
     return Undisturbed(rows, found, seconds, evidence)
 
 
-def survive(kill: Kill, scenario: Scenario, folder: Path, jobs: int, expected: Undisturbed) -> Evidence:
+def survive(
+    kill: Kill, scenario: Scenario, folder: Path, jobs: int, expected: Undisturbed, *, quick: bool = False
+) -> Evidence:
     """Kill it there, complete it, and find nothing that differs."""
-    with rigged(scenario, folder, jobs) as rig:
+    with rigged(scenario, folder, jobs, quick=quick) as rig:
         assert rig.complete(kill.words()), f"{scenario.name}: {kill} was never reached"
         found = rig.examine()
         assert what_matters(rig.run) == expected.results
     return found
 
 
-def survive_at(seconds: float, scenario: Scenario, folder: Path, jobs: int, expected: Undisturbed) -> Evidence:
+def survive_at(
+    seconds: float, scenario: Scenario, folder: Path, jobs: int, expected: Undisturbed, *, quick: bool = False
+) -> Evidence:
     """Kill it so many seconds after its start, complete it, and find nothing that differs."""
-    with rigged(scenario, folder, jobs) as rig:
+    with rigged(scenario, folder, jobs, quick=quick) as rig:
         rig.once(seconds=seconds)
         rig.complete()
         found = rig.examine()

@@ -36,9 +36,10 @@ class Asked:
 
 @dataclass
 class Target:
-    """Well-behaved where no handler of the test's own stands for a phase: `submit`, `status`, `result`, `file`,
-    `listing`, `initiate`, `put`, `health`, `cancel` (which has no default). A handler may raise `Lost` to close the
-    connection without an answer.
+    """Well-behaved where no handler of the test's own stands for a phase.
+
+    The phases: `submit`, `status`, `result`, `file`, `listing`, `billing`, `initiate`, `put`, `health`, `cancel` (which
+    has no default). A handler may raise `Lost` to close the connection without an answer.
     """
 
     handlers: dict[str, Handler] = field(default_factory=dict)
@@ -70,6 +71,8 @@ class Target:
             phase, asked = parts[0], self.requests.get(parts[-1].partition(".")[0], asked)
         elif request.path.startswith("/v1/models/requests"):
             phase = "listing"
+        elif request.path.startswith("/v1/models/billing-events"):
+            phase = "billing"
         elif request.path.startswith("/storage/upload/initiate"):
             phase = "initiate"
         handler = self.handlers.get(phase) or DEFAULTS.get(phase)
@@ -150,6 +153,11 @@ async def listing(target: Target, request: web.Request, asked: Asked) -> web.Str
     return answer({"items": page, "has_more": more, "next_cursor": str(number + 1) if more else None})
 
 
+async def billing(target: Target, request: web.Request, asked: Asked) -> web.StreamResponse:
+    """None yet: fal's lag too. Anything but a page is asked for again and again by each audit."""
+    return answer({"billing_events": [], "has_more": False, "next_cursor": None})
+
+
 def listed(asked: Asked) -> dict:
     """One request in the listing, defaults filled in."""
     at = datetime.fromtimestamp(asked.at, UTC).isoformat()
@@ -159,7 +167,7 @@ def listed(asked: Asked) -> dict:
 
 DEFAULTS: dict[str, Handler] = {
     "submit": submit, "status": status, "result": result, "file": file, "initiate": initiate, "put": put,
-    "listing": listing,
+    "listing": listing, "billing": billing,
 }  # fmt: skip
 
 

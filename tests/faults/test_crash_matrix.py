@@ -1,7 +1,8 @@
 """SIGKILL at every durable transition of a job: the same command completes, and nothing differs but times and ids.
 
 The kill points are made from `lifecycle.TABLE`, by turns before and after the commit; `make soak` takes both of each,
-in every scenario that has it, with 300 jobs, and 200 random moments.
+in every scenario that has it, with 300 jobs, and 200 random moments. Here the commands run on a quick clock
+(`tests.quick_time`), there on the real one.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ def calm(tmp_path_factory):
         kept = shared / f"calm-{name}.pickle"
         with FileLock(f"{kept}.lock"):
             if not kept.exists():
-                kept.write_bytes(pickle.dumps(undisturbed(SCENARIOS[name], tmp_path_factory.mktemp(name), JOBS)))
+                kept.write_bytes(
+                    pickle.dumps(undisturbed(SCENARIOS[name], tmp_path_factory.mktemp(name), JOBS, quick=True))
+                )
         return pickle.loads(kept.read_bytes())
 
     return of
@@ -50,14 +53,14 @@ def test_a_run_that_is_killed_at_a_transition_completes(tmp_path, calm, number, 
     name = home(calm, row)
     expected = calm(name)
     kill = Kill(*row, "before" if number % 2 else "after", max(1, expected.rows[row] // 2))
-    survive(kill, SCENARIOS[name], tmp_path, JOBS, expected)
+    survive(kill, SCENARIOS[name], tmp_path, JOBS, expected, quick=True)
 
 
 @pytest.mark.parametrize("share", moments(4, 1.0, seed=4))
 def test_a_run_that_is_killed_at_any_moment_completes(tmp_path, calm, share):
     """The same at random moments, from the start of the process to its end."""
     expected = calm("plain")
-    survive_at(share * expected.seconds, SCENARIOS["plain"], tmp_path, JOBS, expected)
+    survive_at(share * expected.seconds, SCENARIOS["plain"], tmp_path, JOBS, expected, quick=True)
 
 
 def test_the_scenarios_go_through_no_row_that_is_not_in_the_table(calm):

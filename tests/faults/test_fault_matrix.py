@@ -1,6 +1,7 @@
 """Every fault that the endpoint can commit, at a share of 30%: nothing is paid twice, nothing is lost, nothing hangs.
 
-Half the size of `make soak`, which has 300 jobs at 5% and at 50%; what is checked is in `matrix.carry_out`.
+A part of `make soak`, which has 300 jobs at 5% and at 50% on the real clock; what is checked is in `matrix.carry_out`.
+Here the event loop's clock is a quick one (`tests.quick_time`): nearly all the time of a case is pauses between tries.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ import pytest
 
 from batch.server.faults.plan import FaultPoint
 from tests.faults.matrix import Case, carry_out, kinds, together
+from tests.quick_time import SPEED, QuickLoop
 
 JOBS = 40
 SHARE = 0.3
 AT_ONCE = 6
-SECONDS = 60.0
+SECONDS = 60.0 * SPEED
+"""Of the loop: a command that is not over by then hangs."""
 
 
 def carry_out_all(cases: list[Case], folder: Path) -> None:
-    """Several side by side: nearly all the time is waiting for the next try."""
+    """Carry out several side by side."""
 
     async def main() -> None:
         room = anyio.Semaphore(AT_ONCE)
@@ -36,7 +39,7 @@ def carry_out_all(cases: list[Case], folder: Path) -> None:
 
     logging.getLogger("batch").setLevel(logging.CRITICAL)
     try:
-        anyio.run(main)
+        anyio.run(main, backend_options={"loop_factory": QuickLoop})
     finally:
         logging.getLogger("batch").setLevel(logging.NOTSET)
 

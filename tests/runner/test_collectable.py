@@ -37,6 +37,10 @@ class Odd(FakeService):
     def __post_init__(self):
         super().__init__(service_time=2.0, faults=[_Verdicts(self)])
 
+    def answers_after(self, seconds):
+        """Each call takes so long from now on."""
+        self._round_trip = seconds
+
     async def result(self, ticket):
         answer = await super().result(ticket)
         match self.odd.get(ticket.request_id):
@@ -153,12 +157,12 @@ async def test_a_killed_run_leaves_it_collectable():
     await world.run(jobs(3))
     service.odd.clear()
     statuses, results = service.count("status"), service.count("result")
-    service._round_trip = 5.0
+    service.answers_after(5.0)
     with anyio.move_on_after(7.0):  # its status was read, its result is on the way
         await world.again().run(jobs(3))
     assert states(world) == {State.DONE: 2, State.COLLECTABLE: 1}
     assert (service.count("status"), service.count("result")) == (statuses + 1, results)
-    service._round_trip = 0.0
+    service.answers_after(0.0)
     await world.again().run(jobs(3))
     assert states(world) == {State.DONE: 3}
     assert service.posts == 3

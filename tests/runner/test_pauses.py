@@ -369,6 +369,7 @@ def test_in_no_window_of_time_more_submits_leave_than_the_rate_allows(arrivals, 
     assert [at for at in left for since, until in spans if since + FUZZ < at < until - FUZZ] == []
 
 
+@pytest.mark.slow
 async def test_a_disk_that_stood_still_is_not_made_up_for_at_once():
     """Thirty seconds of submits become durable together: they leave at the rate, and the line is short again later."""
     noting = Noting()

@@ -49,6 +49,7 @@ def log_normal(median: float, sigma: float, seed: int = 1):
     return of
 
 
+@pytest.mark.slow
 async def test_a_log_normal_service_is_followed_with_five_reads_a_job():
     """Median 4 s, sigma 0.6, 40 slots, 2,000 jobs: five reads a job are not enough for more than this.
 
@@ -62,6 +63,7 @@ async def test_a_log_normal_service_is_followed_with_five_reads_a_job():
     assert found.p95 <= 0.75
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("submits", [None, 2500.0])
 async def test_a_thousand_jobs_at_once_are_noticed_within_six_hundredths(submits):
     """5 s each, nothing known before: at most three reads a job, no job noticed later than 0.3 s."""
@@ -73,6 +75,7 @@ async def test_a_thousand_jobs_at_once_are_noticed_within_six_hundredths(submits
     assert found.worst <= 0.06
 
 
+@pytest.mark.slow
 async def test_a_thousand_in_flight_of_many_are_noticed_within_six_hundredths():
     """The same where more follow, of a service that is not quite even."""
     service = FakeService(service_time=lambda n: 5.0 + (n % 7) * 0.01, round_trip=0.001)
@@ -82,6 +85,7 @@ async def test_a_thousand_in_flight_of_many_are_noticed_within_six_hundredths():
     assert found.worst <= 0.06
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("window", "most"), [(64, 1.01), (Window(64, ceiling=999), 1.06), (Window(16, ceiling=999), 1.15)]
 )

@@ -43,6 +43,7 @@ def piled(service: FakeService, since: float, until: float) -> float:
     return sum(max(0.0, ended - began) for began, ended in spans) / (until - since)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("slots", "seconds"), [(2, 6.0), (20, 5.0), (40, 2.0), (100, 4.0)])
 async def test_fixed_slots_are_kept_full(slots, seconds):
     """After warming up at least 95 of 100 are busy (97 as a rule), and about as many again wait at most."""
@@ -53,6 +54,7 @@ async def test_fixed_slots_are_kept_full(slots, seconds):
     assert piled(service, 0.6 * ended, ended - 3 * seconds) <= 1.2 * slots + 1
 
 
+@pytest.mark.slow
 async def test_slots_that_come_are_used():
     """From 10 to 60 at 100 s: within 30 s all of them are busy."""
     service = FakeService(service_time=uneven(4.0), slots=[FOR_EVER] * 10 + [[(100.0, math.inf)]] * 50)
@@ -62,6 +64,7 @@ async def test_slots_that_come_are_used():
     assert busy(service, 130.0, ended - 15.0) >= 0.95 * 60
 
 
+@pytest.mark.slow
 async def test_slots_that_go_leave_no_pile():
     """From 60 to 10 at 60 s: a minute and a half later no more than twice what is needed waits."""
     service = FakeService(service_time=uneven(4.0), slots=[FOR_EVER] * 10 + [[(0.0, 60.0)]] * 50)
@@ -72,6 +75,7 @@ async def test_slots_that_go_leave_no_pile():
     assert piled(service, 150.0, ended - 15.0) <= 20
 
 
+@pytest.mark.slow
 async def test_slots_that_flutter_are_mostly_used():
     """Half of 40 come and go every half minute, as other people's work does."""
     shifts = [(start, start + 30.0) for start in range(0, 3600, 60)]

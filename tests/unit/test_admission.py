@@ -32,11 +32,11 @@ def anyio_backend():
 
 
 def admission(*, window=100, limit=None, price=None, submits=None) -> Admission:
-    observer = RecordingObserver()
+    observer, budget = RecordingObserver(), Budget(limit)
     made = Admission(
-        window=Window(window), budget=Budget(limit), price=price, submits=submits, observer=observer, rng=Random(1)
+        window=Window(window), budget=budget, price=price, submits=submits, observer=observer, rng=Random(1)
     )
-    made.observer = observer
+    made.observer, made.budget = observer, budget
     return made
 
 
@@ -225,7 +225,7 @@ async def test_who_is_turned_back_gives_its_money_back():
         assert fresh.reserved_usd == pytest.approx(0.03)
         made.stop(StopCause.SIGNAL, "SIGINT")
     assert (fresh.reserved_usd, unknown.reserved_usd) == (0.0, 0.03)
-    assert made._budget.reserved == pytest.approx(0.03)
+    assert made.budget.reserved == pytest.approx(0.03)
 
 
 async def test_a_display_hears_of_a_long_pause_again_and_again():

@@ -45,6 +45,7 @@ def test_script_and_folder_name_the_same_images(script):
     assert len(NAMES) == 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_drawing_again_gives_the_same_image(script, name):
     """The size is equal, and pixels differ no more than between codec versions."""

@@ -53,6 +53,7 @@ def test_any_list_comes_apart_as_it_was_written(records, indent, ascii_only, chu
     assert [value for _, value in items(text, chunk)] == records
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.dictionaries(st.text(max_size=4), VALUES, min_size=1), min_size=2, max_size=4), st.integers(1, 40))
 def test_objects_one_after_another_come_apart_too(records, chunk):

@@ -499,6 +499,7 @@ def test_jobs_in_the_journal_are_not_to_do_and_cost_nothing() -> None:
     assert "to do       3, 1 of them failed before" in again.render()
 
 
+@pytest.mark.slow
 def test_duplicates_are_found_at_any_distance() -> None:
     """Duplicates are detected across many merges: 75,000 jobs, each occurring twice."""
     count = 75_000

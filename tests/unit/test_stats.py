@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -51,7 +53,15 @@ def test_the_last_minute_loses_nothing_and_does_not_grow(times):
     for at in sorted(times):
         tally.ended(ending(at))
     assert sum(tally.per_second(501)) == sum(441 <= int(at) < 501 for at in times)
-    assert len(tally._seconds) <= SHOWN_SECONDS + 1
+
+
+def test_what_ended_more_than_a_minute_ago_takes_no_memory():
+    """A server that works for days holds as much as after its first minutes."""
+    tally, sizes = ServerStats(), []
+    for second in range(10 * SHOWN_SECONDS):
+        tally.ended(ending(1000.0 + second))
+        sizes.append(len(pickle.dumps(tally)))
+    assert max(sizes) < 1.1 * sizes[2 * SHOWN_SECONDS]
 
 
 def test_a_clock_that_is_set_back_loses_no_request():
