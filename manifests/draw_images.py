@@ -3,7 +3,7 @@
 `python manifests/draw_images.py [FOLDER]` writes images/, demo.csv, demo.parquet and sweep.jsonl to FOLDER (default:
 the folder of this script). All numbers and seeds are fixed, so the images are reproducible.
 """
-# ruff: noqa: INP001 - a folder of data with one script, no package
+# ruff: noqa: INP001 - a folder of data with one script, not a package
 
 from __future__ import annotations
 
