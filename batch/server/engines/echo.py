@@ -42,14 +42,14 @@ _GLYPH_WIDTH, _GLYPH_HEIGHT = 6, 11
 _Grey = NDArray[np.uint8]
 
 
-def _drawn(text: str, ink: int, paper: int) -> _Grey:
+def _draw_text(text: str, ink: int, paper: int) -> _Grey:
     """Render a line of text with Pillow's bitmap font, whose letters all have the same width."""
     line = Image.new("L", (_GLYPH_WIDTH * len(text), _GLYPH_HEIGHT), paper)
     ImageDraw.Draw(line).text((0, 0), text, fill=ink, font=ImageFont.load_default_imagefont())
     return np.asarray(line)
 
 
-_GLYPHS = np.stack([_drawn(chr(code), _INK, _CARD) for code in range(256)])
+_GLYPHS = np.stack([_draw_text(chr(code), _INK, _CARD) for code in range(256)])
 """Pixels of each Latin-1 letter: a lookup costs a fraction of drawing the text."""
 
 
@@ -62,26 +62,26 @@ def _blank() -> _Grey:
     card[4:-4, 4:-4] = _FAINT
     card[5:-5, 5:-5] = _CARD
     card[24, _LEFT:-_LEFT] = _FAINT
-    _write(card, 10, _drawn("restyle rehearsal", _FAINT, _CARD))
+    _write(card, 10, _draw_text("restyle rehearsal", _FAINT, _CARD))
     return card
 
 
 _BLANK = _blank()
 
 
-def draw_card(asked: ImageToImageInput, seed: int) -> EngineImage:
+def draw_card(inputs: ImageToImageInput, seed: int) -> EngineImage:
     """Draw the card of one image: the seed and the start of the prompt, with `?` for letters outside Latin-1."""
     card = _BLANK.copy()
-    words = " ".join(asked.prompt[: 2 * _LINES * _LETTERS].split()).encode("latin-1", "replace")[: _LINES * _LETTERS]
+    words = " ".join(inputs.prompt[: 2 * _LINES * _LETTERS].split()).encode("latin-1", "replace")[: _LINES * _LETTERS]
     lines = [words[start : start + _LETTERS] for start in range(0, len(words), _LETTERS)]
     for number, line in enumerate([f"seed {seed}".encode(), *lines]):
         letters = np.frombuffer(line, np.uint8)
         _write(card, 30 + 14 * number, _GLYPHS[letters].transpose(1, 0, 2).reshape(_GLYPH_HEIGHT, -1))
-    data = _encoded(card, asked.output_format, f"{NOTE}; seed {seed}, input {_digest(asked, seed)}")
-    return EngineImage(data, f"image/{asked.output_format}", _WIDTH, _HEIGHT)
+    data = _encode_card(card, inputs.output_format, f"{NOTE}; seed {seed}, input {_digest(inputs, seed)}")
+    return EngineImage(data, f"image/{inputs.output_format}", _WIDTH, _HEIGHT)
 
 
-def _encoded(card: _Grey, output_format: str, note: str) -> bytes:
+def _encode_card(card: _Grey, output_format: str, note: str) -> bytes:
     image, buffer = Image.fromarray(card), io.BytesIO()
     if output_format == "png":
         text = PngImagePlugin.PngInfo()
@@ -92,16 +92,16 @@ def _encoded(card: _Grey, output_format: str, note: str) -> bytes:
     return buffer.getvalue()
 
 
-def _digest(asked: ImageToImageInput, seed: int) -> str:
+def _digest(inputs: ImageToImageInput, seed: int) -> str:
     """Return a digest of the inputs. It excludes the source URL, because every server assigns its own to an upload."""
     parts = (
-        asked.prompt,
-        asked.strength,
-        asked.num_inference_steps,
-        asked.guidance_scale,
+        inputs.prompt,
+        inputs.strength,
+        inputs.num_inference_steps,
+        inputs.guidance_scale,
         seed,
-        asked.enable_safety_checker,
-        asked.acceleration,
+        inputs.enable_safety_checker,
+        inputs.acceleration,
     )
     return hashlib.blake2b(repr(parts).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 

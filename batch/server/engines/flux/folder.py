@@ -79,7 +79,7 @@ def check_model(folder: Path) -> CheckedFolder:
         raise InputError(f"{folder} contains another model ({kind}); this endpoint needs FLUX.1 [dev]. {download}")
     problems = list(_model_problems(folder))
     if problems:
-        raise InputError(f"{folder} is incomplete: {_listed(problems)}. {download}")
+        raise InputError(f"{folder} is incomplete: {_join_problems(problems)}. {download}")
     _check_dev(folder)
     weights = [file for part in PARTS for file in sorted((folder / part).glob("*.safetensors"))]
     return CheckedFolder(folder, _name(folder), _revision(folder, weights), kind)
@@ -99,7 +99,7 @@ def check_checker(folder: Path) -> CheckedFolder:
     problems += [f"{name} is missing" for name in ("preprocessor_config.json",) if not (folder / name).is_file()]
     problems += _weights_problems(folder, "model", "model.safetensors")
     if problems:
-        raise InputError(f"the safety checker in {folder} is incomplete: {_listed(problems)}; download it again")
+        raise InputError(f"the safety checker in {folder} is incomplete: {_join_problems(problems)}; download it again")
     if not kind:
         found = config.get("architectures") or config.get("model_type")
         supported = ", ".join(sorted(_CHECKERS))
@@ -203,7 +203,7 @@ def _labels(config: dict[str, Any]) -> list[Any]:
     return list(labels.values()) if isinstance(labels, dict) else []
 
 
-def _listed(problems: list[str]) -> str:
+def _join_problems(problems: list[str]) -> str:
     more = len(problems) - _MAX_LISTED
     return "; ".join(problems[:_MAX_LISTED]) + (f"; and {more} more" if more > 0 else "")
 

@@ -29,26 +29,26 @@ Task: TypeAlias = Literal["find", "download"]
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def located(given: str, patterns: tuple[str, ...], check: Callable[[Path], CheckedFolder]) -> CheckedFolder:
+def located(model: str, patterns: tuple[str, ...], check: Callable[[Path], CheckedFolder]) -> CheckedFolder:
     """Return the checked folder of a path or hub id: a local folder, a cached snapshot or a new download.
 
     Blocks during the download; its progress goes to standard error.
 
     Args:
-        given: a path or a hub id.
+        model: a path or a hub id.
         patterns: files of the repository to fetch.
         check: validates a folder. A cached snapshot that it rejects, for example an incomplete one, is fetched again.
 
     Raises:
         InputError: the download failed, or `check` rejected the folder; the message gives the reason.
     """
-    folder = Path(given).expanduser()
-    if folder.exists() or not _ID.fullmatch(given):
+    folder = Path(model).expanduser()
+    if folder.exists() or not _ID.fullmatch(model):
         return check(folder)
     with suppress(InputError):
         # `check` decides whether a snapshot is complete: another program may have fetched only some of the patterns.
-        return check(_run_task("find", given, patterns[:1]))
-    return check(_run_task("download", given, patterns))
+        return check(_run_task("find", model, patterns[:1]))
+    return check(_run_task("download", model, patterns))
 
 
 def main(task: Task, repository: str, patterns: list[str]) -> int:

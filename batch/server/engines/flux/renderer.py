@@ -160,5 +160,5 @@ def _blank(width: int, height: int) -> EngineJob:
     """Return a request of two steps for a grey image."""
     buffer = io.BytesIO()
     Image.new("RGB", (width, height), "grey").save(buffer, "PNG")
-    asked = ImageToImageInput(image_url="data:,", prompt="", strength=0.2, num_inference_steps=10, seed=0)
-    return EngineJob("warm-up", asked, buffer.getvalue())
+    inputs = ImageToImageInput(image_url="data:,", prompt="", strength=0.2, num_inference_steps=10, seed=0)
+    return EngineJob("warm-up", inputs, buffer.getvalue())

@@ -26,7 +26,7 @@ PROMPT_TOKENS = 512
 
 
 @dataclass(slots=True)
-class _Laps:
+class _Timer:
     """Seconds per phase. The end of a phase waits for the GPU."""
 
     device: Any
@@ -46,37 +46,37 @@ class _Laps:
 class _Steps:
     """Counts steps across the images of a request; raises `EngineCancelled` if the job is cancelled."""
 
-    def __init__(self, count: int, laps: _Laps, on_step: OnStep, cancelled: Cancelled) -> None:
+    def __init__(self, count: int, timer: _Timer, on_step: OnStep, cancelled: Cancelled) -> None:
         self._count = count
-        self._laps = laps
+        self._timer = timer
         self._on_step = on_step
         self._cancelled = cancelled
         self._done = 0
-        self._ahead: Any = None
+        self._previous_step: Any = None
 
     def __call__(self, pipeline: Any, step: int, _: Any, values: dict[str, Any]) -> dict[str, Any]:
         """Handle the pipeline's `callback_on_step_end`. Its `_interrupt` flag would return a half-noisy image."""
-        self._keep_pace()
+        self._wait_for_previous_step()
         self._done += 1
         # The number of steps depends on strength and on diffusers' rounding, so it is known only now.
         self._on_step(self._done, pipeline.num_timesteps * self._count)
         if self._cancelled():
             raise EngineCancelled
         if step == pipeline.num_timesteps - 1:
-            self._laps.end("denoising")
+            self._timer.end("denoising")
         return values
 
-    def _keep_pace(self) -> None:
+    def _wait_for_previous_step(self) -> None:
         """Wait for the previous step: steps are queued faster than a GPU runs them, which would delay cancellation."""
-        if self._laps.device.type != "cuda":
+        if self._timer.device.type != "cuda":
             return
         import torch
 
         event = torch.cuda.Event()
         event.record()
-        if self._ahead is not None:
-            self._ahead.synchronize()
-        self._ahead = event
+        if self._previous_step is not None:
+            self._previous_step.synchronize()
+        self._previous_step = event
 
 
 def restyle(model: Model, label: str, job: EngineJob, on_step: OnStep, cancelled: Cancelled) -> EngineResult:
@@ -97,47 +97,47 @@ def restyle(model: Model, label: str, job: EngineJob, on_step: OnStep, cancelled
 
     if cancelled():
         raise EngineCancelled
-    asked = job.input
-    seeds = range(job.seed, job.seed + asked.num_images)
-    laps = _Laps(model.device)
+    inputs = job.input
+    seeds = range(job.seed, job.seed + inputs.num_images)
+    timer = _Timer(model.device)
     source = read_source(job.source or b"")
-    laps.end("reading")
-    pipeline = _for_one_request(model.pipeline)
+    timer.end("reading")
+    pipeline = _copy_with_new_scheduler(model.pipeline)
     with torch.no_grad():
-        prompt, pooled, _ = pipeline.encode_prompt(asked.prompt, prompt_2=None, max_sequence_length=PROMPT_TOKENS)
-    laps.end("prompt")
-    steps = _Steps(asked.num_images, laps, on_step, cancelled)
+        prompt, pooled, _ = pipeline.encode_prompt(inputs.prompt, prompt_2=None, max_sequence_length=PROMPT_TOKENS)
+    timer.end("prompt")
+    steps = _Steps(inputs.num_images, timer, on_step, cancelled)
     images = []
     for seed in seeds:
-        with accelerated(pipeline.transformer, asked.acceleration):
+        with accelerated(pipeline.transformer, inputs.acceleration):
             made = pipeline(
                 prompt_embeds=prompt,
                 pooled_prompt_embeds=pooled,
                 image=source,
                 width=source.width,
                 height=source.height,
-                strength=asked.strength,
-                num_inference_steps=asked.num_inference_steps,
-                guidance_scale=asked.guidance_scale,
+                strength=inputs.strength,
+                num_inference_steps=inputs.num_inference_steps,
+                guidance_scale=inputs.guidance_scale,
                 max_sequence_length=PROMPT_TOKENS,
                 # Always on the CPU, so that a seed starts from the same noise on every device.
                 generator=torch.Generator("cpu").manual_seed(seed),
                 callback_on_step_end=steps,
             )
         images.append(made.images[0])
-        laps.end("decoding")
+        timer.end("decoding")
     model.pipeline.maybe_free_model_hooks()  # the copy does not know what is offloaded
     flags = _flags(model, job, images)
-    laps.end("checking")
-    inference = sum(seconds for name, seconds in laps.seconds.items() if name != "reading")
+    timer.end("checking")
+    inference = sum(seconds for name, seconds in timer.seconds.items() if name != "reading")
     encoded = []
     for number, (rendered, seed) in enumerate(zip(images, seeds, strict=True)):
         flagged = bool(flags) and flags[number]
         image = Image.new("RGB", rendered.size) if flagged else rendered
         note = f"{NOTE}: FLUX.1 [dev], {label}, seed {seed}" + ("; blackened by the safety checker" if flagged else "")
-        encoded.append(encode(image, asked.output_format, note))
-    laps.end("encoding")
-    return EngineResult(tuple(encoded), job.seed, flags, {"inference": inference, **laps.seconds}, asked.prompt)
+        encoded.append(encode(image, inputs.output_format, note))
+    timer.end("encoding")
+    return EngineResult(tuple(encoded), job.seed, flags, {"inference": inference, **timer.seconds}, inputs.prompt)
 
 
 def _flags(model: Model, job: EngineJob, images: list[Image.Image]) -> tuple[bool, ...]:
@@ -147,7 +147,7 @@ def _flags(model: Model, job: EngineJob, images: list[Image.Image]) -> tuple[boo
     return tuple(model.checker.flags(images))
 
 
-def _for_one_request(pipeline: Any) -> Any:
+def _copy_with_new_scheduler(pipeline: Any) -> Any:
     """Return a pipeline with the same parts and a new scheduler, which holds the state of a request. Takes 1 ms."""
     scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
     fresh = type(pipeline)(**{**pipeline.components, "scheduler": scheduler})

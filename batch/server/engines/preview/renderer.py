@@ -102,19 +102,19 @@ class PreviewRenderer:
             if cancelled():
                 raise EngineCancelled
 
-        asked = job.input
+        inputs = job.input
         source = cv2.cvtColor(np.asarray(read_source(job.source or b"")), cv2.COLOR_RGB2BGR)
         step()
         images = []
-        for seed in range(job.seed, job.seed + asked.num_images):
-            result = restyled(source, asked.prompt, seed, asked.strength, asked.guidance_scale)
+        for seed in range(job.seed, job.seed + inputs.num_images):
+            result = restyled(source, inputs.prompt, seed, inputs.strength, inputs.guidance_scale)
             step()
             image = Image.fromarray(cv2.cvtColor(result, cv2.COLOR_BGR2RGB))
-            note = f"{NOTE}; style {style_of(asked.prompt)}, seed {seed}"
-            images.append(encode(image, asked.output_format, note))
+            note = f"{NOTE}; style {style_of(inputs.prompt)}, seed {seed}"
+            images.append(encode(image, inputs.output_format, note))
             step()
         # The empty tuple means "not checked".
-        return EngineResult(tuple(images), job.seed, (), {"inference": time.perf_counter() - began}, asked.prompt)
+        return EngineResult(tuple(images), job.seed, (), {"inference": time.perf_counter() - began}, inputs.prompt)
 
 
 def open_renderer() -> PreviewRenderer:
