@@ -678,7 +678,7 @@ def test_a_port_or_data_dir_in_use_is_one_clear_sentence(tmp_path, monkeypatch):
                 await serve(options, ready=print, engine=ScriptedEngine())
             with pytest.raises(InputError, match="another server"):
                 await serve(ServeOptions(tmp_path / "a", port=0), ready=print, engine=ScriptedEngine())
-        with pytest.raises(InputError, match="no engine"):
+        with pytest.raises(InputError, match="unknown engine 'magic'"):
             await serve(ServeOptions(tmp_path / "c", port=0, engine="magic"), ready=print)
 
     run(use())
