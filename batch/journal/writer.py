@@ -1,7 +1,7 @@
-"""The journal that the runner awaits: calls from many tasks, committed in groups by one worker thread.
+"""The async journal of the runner: calls from many tasks, committed in groups by one worker thread.
 
-Owns the grouping: whatever was handed over while a transaction was on its way to the disk goes into the next
-one, so that hundreds of callers share one fsync. Refuses to know SQL; `journal_file` does the writing.
+Owns the grouping: calls made during a transaction go into the next one, so that hundreds of callers share one fsync.
+Contains no SQL; `database` does the writing.
 """
 
 from __future__ import annotations
@@ -29,34 +29,34 @@ from batch.types import JobKey
 __all__ = ["JournalStatistics", "JournalWriter", "open_journal"]
 
 _PAGE = 256
-"""Entries read at a time."""
+"""Jobs per read."""
 _GATHER_SECONDS = 0.008
-"""How long a transaction waits for company. Each costs as much as some twenty of its events: a busy run has a tenth of
-the transactions so, and a job, four of them long, is 30 ms longer under way."""
+"""Delay before a commit, to collect more calls. A transaction costs as much as about twenty of its events. The delay
+cuts a busy run's transactions to a tenth and adds 30 ms to a job, which needs four of them."""
 _LARGEST_GROUP = 512
-"""Calls in a transaction. Of ten thousand intents that come at once the first is not to wait for the last."""
+"""Calls per transaction. If ten thousand intents arrive at once, the first must not wait for the last."""
 _SLOW_SECONDS = 0.2
-"""After a transaction that took longer the next one takes all there is: what costs the time is the disk, not its size,
-and a stop waits for the last of them."""
+"""After a slower transaction the next one takes all pending calls: the disk costs the time, not the size, and a stop
+waits for the last call."""
 _SETTLE_SECONDS = 30.0
-"""How long the end of a run, and closing, wait for the disk."""
+"""How long the end of a run and closing wait for the disk."""
 
 _T = TypeVar("_T")
 
 
 class JournalStatistics(NamedTuple):
-    """What one open journal has done so far."""
+    """Counters of one open journal."""
 
     events: int
-    """Handed over and on disk."""
+    """Events on disk."""
     commits: int
-    """Transactions that took."""
+    """Successful transactions."""
     largest_group: int
-    """Calls in one transaction."""
+    """Most calls in one transaction."""
 
 
 class _CommitGroup:
-    """Calls that become one transaction, and what became of each."""
+    """Calls that form one transaction, and the result of each."""
 
     __slots__ = ("calls", "errors", "settled")
 
@@ -66,32 +66,32 @@ class _CommitGroup:
         self.settled = anyio.Event()
 
     def give_up(self) -> None:
-        """Tell the callers that closing did not wait for them any longer."""
+        """Fail all calls: closing stopped waiting for them."""
         self.settle([_late()] * len(self.calls))
 
     def settle(self, errors: list[Exception | None]) -> None:
-        """Tell each caller what became of its events; None says that they are on disk."""
+        """Report each call's error to its caller; None means that its events are on disk."""
         self.errors = errors
         self.settled.set()
 
 
 def _late() -> StorageError:
-    return StorageError("the disk did not take the last journal entries in time; run the same command again")
+    return StorageError("the disk did not write the last journal entries in time; run the same command again")
 
 
 class JournalWriter:
-    """Implements `batch.run.interfaces.Journal` on a file. Made by `open_journal`."""
+    """A `batch.run.interfaces.Journal` on a file. Created by `open_journal`."""
 
     def __init__(self, file: JournalDatabase) -> None:
         self.file = file
-        """The synchronous core, for the planner's and the projection's threads."""
+        """The synchronous core, for the threads of the planner and the export."""
         self.session = file.session
         self._one_at_a_time = anyio.CapacityLimiter(1)
         self._group = _CommitGroup()
         self._full: deque[_CommitGroup] = deque()
-        """Groups that came before it and take no more."""
+        """Earlier groups that are full."""
         self._latest = self._group
-        """The one that the last call went into."""
+        """The group of the last call."""
         self._refused: Exception | None = None
         self._is_slow = False
         self._wake = anyio.Event()
@@ -105,17 +105,17 @@ class JournalWriter:
         return f"<Journal {state} session={self.session} pending={pending}>"
 
     def statistics(self) -> JournalStatistics:
-        """Counters since it was opened."""
+        """Return the counters since the journal was opened."""
         return JournalStatistics(self._events, self._commits, self._largest_group)
 
     async def record(self, *events: Event) -> None:
-        """Write events in this order; durable when it returns.
+        """Write events in this order; durable on return.
 
-        Once called the events are written even if the caller is cancelled while it waits.
+        The events are written even if the caller is cancelled while it waits.
 
         Raises:
             StorageError: the disk refused; nothing of this call is written.
-            IllegalTransition: an event that the lifecycle does not allow; nothing of this call is written.
+            IllegalTransition: the state machine does not allow an event; nothing of this call is written.
             RuntimeError: the journal is closed.
         """
         if self._closed:
@@ -131,14 +131,14 @@ class JournalWriter:
         await group.settled.wait()
         error = group.errors[place]
         if error is not None:
-            # One error may belong to the whole group; each caller raises its own copy, with its own traceback.
+            # The whole group may share one error: each caller raises its own copy, with its own traceback.
             raise type(error)(*error.args) from error
 
     async def settled(self) -> None:
-        """Wait until all that was recorded is on disk, also what nobody waits for any more.
+        """Wait until all recorded events are on disk, including those whose callers were cancelled.
 
         Raises:
-            StorageError: the disk refused some of it, or did not take it within 30 s.
+            StorageError: the disk refused some events, or did not write them within 30 s.
         """
         with anyio.move_on_after(_SETTLE_SECONDS):
             if self._latest.calls:
@@ -149,14 +149,13 @@ class JournalWriter:
             raise StorageError(*self._refused.args) from self._refused
 
     async def find(self, keys: Sequence[JobKey]) -> dict[JobKey, KnownJob]:
-        """Those of the keys that the journal knows."""
+        """Return the jobs of the given keys that are in the journal."""
         return await self._in_thread(partial(self.file.find, keys))
 
     async def entries(self, states: Collection[State]) -> AsyncGenerator[OpenJob, None]:
-        """Jobs in these states, the one intended first coming first; read in pages.
+        """Yield the jobs in these states, oldest intent first; read in pages.
 
-        A job is met at most once: those that were in one of the states at the start and still are when
-        their page is read.
+        Each job appears at most once: it must be in one of the states at the start and when its page is read.
         """
         ids = await self._in_thread(partial(self.file.entry_ids, states))
         for start in range(0, len(ids), _PAGE):
@@ -165,43 +164,43 @@ class JournalWriter:
                 yield entry
 
     async def uploaded(self, sha256: str, since: float) -> str | None:
-        """URL of an image uploaded at or after `since`, or None."""
+        """Return the URL of an image uploaded at or after `since`, or None."""
         return await self._in_thread(partial(self.file.uploaded, sha256, since))
 
     async def requests(self, ids: Sequence[str]) -> set[str]:
-        """Those of the request ids that belong to a job, or to one of its ended attempts."""
+        """Return the request ids that belong to a job or to one of its ended attempts."""
         return await self._in_thread(partial(self.file.requests, ids))
 
     async def counts(self) -> Counts:
-        """Totals over all sessions."""
+        """Return totals over all sessions."""
         return await self._in_thread(self.file.counts)
 
     @asynccontextmanager
     async def flushing(self, clock: Callable[[], float]) -> AsyncIterator[None]:
-        """Commit what is recorded while the block lasts; then flush the rest and close the file."""
+        """Commit events in the background during the block; then flush the rest and close the file."""
         failure: Exception | None = None
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._flush_until_closed)
                 try:
                     yield
-                except Exception as error:  # carried around the task group, which would wrap it
+                except Exception as error:  # raised outside the task group, which would wrap it
                     failure = error
                 finally:
                     self._closed = True
                     self._shield.deadline = anyio.current_time() + _SETTLE_SECONDS
                     self._wake.set()
         finally:
-            if not self._shield.cancelled_caught:  # else a thread is still stuck in the file
+            if not self._shield.cancelled_caught:  # after a timeout a thread still uses the file
                 with anyio.CancelScope(shield=True):
                     await anyio.to_thread.run_sync(partial(self.file.close, now=clock()))
         if failure is not None:
             raise failure
 
     async def to_the_end(self, work: Callable[[], _T]) -> _T:
-        """Do this in a thread and wait until it has ended; a cancellation meanwhile has no effect.
+        """Run `work` in a thread and wait until it ends; a cancellation in the meantime has no effect.
 
-        Where `asyncio.run` ends on a second Ctrl-C it cancels every task of its loop, and no shield holds that off.
+        On a second Ctrl-C `asyncio.run` cancels every task of its loop, even inside a shield.
         """
         return await self._done_once(work, unless=lambda: False, shield=True)
 
@@ -233,11 +232,11 @@ class JournalWriter:
         await self._flush(self._next())
 
     def _is_given_up(self) -> bool:
-        """Whether closing has waited for the disk as long as it does."""
+        """Whether closing has reached its timeout."""
         return self._shield.cancel_called
 
     def _next(self) -> list[_CommitGroup]:
-        """The oldest calls that were not written yet, as one transaction; of a slow disk all of them."""
+        """Return the oldest pending calls as one transaction; on a slow disk, all of them."""
         if self._full and not self._is_slow:
             return [self._full.popleft()]
         groups = [*self._full, self._group]
@@ -250,7 +249,7 @@ class JournalWriter:
         errors: list[Exception | None] = [_late()] * len(calls)
         try:
             errors, seconds = await self._done_once(partial(self._commit, calls), unless=self._is_given_up)
-        except Exception as error:  # whatever it is, it belongs to the callers, who wait for it
+        except Exception as error:  # raised in the callers, which wait for it
             errors = [error] * len(calls)
             self._refused = error
         else:
@@ -266,13 +265,13 @@ class JournalWriter:
                 del errors[:size]
 
     def _commit(self, calls: list[tuple[Event, ...]]) -> tuple[list[Exception | None], float]:
-        """In the thread, where a busy event loop is not taken for a slow disk."""
+        """Commit and measure inside the thread, so that a busy event loop does not count as a slow disk."""
         began = time.perf_counter()
         return self.file.commit(calls), time.perf_counter() - began
 
 
 class _Once(Generic[_T]):
-    """Work that is done once, however many threads are asked for it; each of them returns when it is done."""
+    """Work that runs once, however many threads call it; each call returns when the work is done."""
 
     __slots__ = ("_begun", "_work", "result")
 
@@ -286,13 +285,13 @@ class _Once(Generic[_T]):
             return
         try:
             self.result.set_result(self._work())
-        except BaseException as error:  # it belongs to the caller
+        except BaseException as error:  # raised in the caller
             self.result.set_exception(error)
 
 
 @contextmanager
 def _uncancelled(*, unless: Callable[[], bool]) -> Iterator[None]:
-    """Go on after a cancellation that reaches a shielded task all the same: asyncio's own, of all tasks at once."""
+    """Suppress a cancellation that reaches a shielded task: asyncio's own, which cancels all tasks."""
     try:
         yield
     except anyio.get_cancelled_exc_class():
@@ -304,18 +303,18 @@ def _uncancelled(*, unless: Callable[[], bool]) -> Iterator[None]:
 async def open_journal(
     path: Path, *, version: str = "", clock: Callable[[], float] = time.time, lost: str | None = None
 ) -> AsyncIterator[JournalWriter]:
-    """Open a journal for writing, create where there is none; a new session begins.
+    """Open a journal for writing, create it if missing, and begin a session.
 
-    On leaving, what is pending is flushed, shielded from cancellation for at most 30 s.
+    On exit pending events are flushed, shielded from cancellation for at most 30 s.
 
     Args:
         path: the SQLite file; its folder exists.
-        version: of the tool, noted with the session.
-        clock: Unix seconds, for the session's start and end.
-        lost: what to say where there is none, or an empty one; None: then it is made.
+        version: version of the tool, stored with the session.
+        clock: returns Unix seconds, for the session's start and end.
+        lost: error message for a missing or empty file; None creates the file instead.
 
     Raises:
-        RunDirectoryError: no journal of ours, one of a newer restyle, or none where there should be one.
+        RunDirectoryError: not a restyle journal, written by a newer restyle, or missing although `lost` is given.
         StorageError: the disk refused.
     """
     opening = partial(JournalDatabase.open, path, now=clock(), version=version, lost=lost)

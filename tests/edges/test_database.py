@@ -210,7 +210,7 @@ def test_foreign_database_is_refused_and_untouched(path):
     connection.close()
     before = path.read_bytes()
     for opening in both_openings(path):
-        with pytest.raises(RunDirectoryError, match="not a journal of restyle"):
+        with pytest.raises(RunDirectoryError, match="not a restyle journal"):
             opening()
     assert path.read_bytes() == before
 
@@ -219,7 +219,7 @@ def test_file_that_is_no_database_is_refused(path):
     """Neither is a text file."""
     path.write_text("hello, this is certainly no database\n" * 100)
     for opening in both_openings(path):
-        with pytest.raises(RunDirectoryError, match="not a journal of restyle"):
+        with pytest.raises(RunDirectoryError, match="not a restyle journal"):
             opening()
 
 
@@ -249,7 +249,7 @@ def test_reader_cannot_write(path):
     """A journal that was opened for reading refuses to change."""
     opened(path).close()
     reader = JournalDatabase.open_read_only(path)
-    with pytest.raises(StorageError, match="may not be written"):
+    with pytest.raises(StorageError, match="read-only"):
         reader.note("a", "b")
     reader.close()
 
@@ -341,7 +341,7 @@ async def test_full_disk_is_told_to_every_caller_and_leaves_nothing(path):
             for number in range(1, 21):
                 tasks.start_soon(record, number)
         assert len(told) == 20
-        assert all("the disk is full; free some space and run the same command again" in text for text in told)
+        assert all("the disk is full; free some space, then run the same command again" in text for text in told)
         assert (await journal.counts()).by_state == {State.INTENDED: 1}
         connection.execute("PRAGMA max_page_count = 100000")
         await journal.record(intended(1))
@@ -485,7 +485,7 @@ async def test_what_the_disk_refused_is_not_settled(path, monkeypatch):
             tasks.start_soon(journal.record, intended(1))
             await anyio.sleep(0.02)
             tasks.cancel_scope.cancel()
-        with pytest.raises(StorageError, match="did not take"):
+        with pytest.raises(StorageError, match="did not write"):
             await journal.settled()
         monkeypatch.undo()
         disk.set()
