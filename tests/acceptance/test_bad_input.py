@@ -367,9 +367,9 @@ def test_a_file_or_a_strange_folder_as_run_directory(tmp_path, manifest):
     (tmp_path / "file").write_text("mine")
     for command in ("run", "plan"):
         sentence = refused(command, manifest, "-o", tmp_path / "file", *ECHO)
-        assert "is a file; -o names the folder of the run" in sentence
+        assert "is a file; name a folder with -o" in sentence
         assert (tmp_path / "file").read_text() == "mine"
-        assert "holds other files and no run" in refused(command, manifest, "-o", tmp_path, *ECHO)
+        assert "is not empty and not a run directory" in refused(command, manifest, "-o", tmp_path, *ECHO)
 
 
 def test_a_place_that_cannot_be_written(manifest):
@@ -452,10 +452,10 @@ def test_a_server_without_room_says_so(tmp_path):
 PLACES = [
     ("x.csv", ["x.csv does not end in .parquet", "write_ndjson"]),
     ("x", ["x does not end in .parquet"]),
-    ("nowhere/x.parquet", ["there is no folder", "nowhere; make it"]),
-    ("m.parquet/x.parquet", ["there is no folder", "m.parquet; make it"]),
-    ("folder", ["is a folder; name a file in it", "folder/results.parquet"]),
-    ("folder.parquet", ["is a folder; name a file in it"]),
+    ("nowhere/x.parquet", ["there is no folder", "nowhere; create it"]),
+    ("m.parquet/x.parquet", ["there is no folder", "m.parquet; create it"]),
+    ("folder", ["is a folder; name a file with -o", "folder/results.parquet"]),
+    ("folder.parquet", ["is a folder; name a file with -o"]),
     ("m.parquet", ["is the manifest", "name another file with -o"]),
     ("", ["is a folder"]),
 ]
@@ -486,7 +486,7 @@ def test_an_export_among_the_files_of_its_manifest(tmp_path):
     assert "is the manifest" in refused("export", tmp_path / "run", "-o", folder / "a.parquet")
     (folder / "deeper").mkdir()
     for place in (folder / "b.parquet", folder / "deeper" / "b.parquet"):
-        assert "would be a part of the manifest" in refused("export", tmp_path / "run", "-o", place)
+        assert "would become part of the manifest" in refused("export", tmp_path / "run", "-o", place)
     assert "File name too long" in refused("export", tmp_path / "run", "-o", tmp_path / f"{'x' * 300}.parquet")
     assert list(folder.rglob("*.parquet")) == [folder / "a.parquet"]
     assert (folder / "a.parquet").read_bytes() == before

@@ -119,7 +119,7 @@ def test_three_runs_of_a_growing_manifest_one_with_an_overlap(site):
         "complete: 12 done", "complete: 15 done", "complete: 17 done",
     ]  # fmt: skip
     (refusal,) = (line for line in lines if not line.startswith("complete"))
-    assert f"another run works in out/cron (process {owner['pid']} on {socket.gethostname()} since 20" in refusal
+    assert f"another run is active in out/cron (process {owner['pid']} on {socket.gethostname()} since 20" in refusal
     assert len(lines) == 4
 
 

@@ -32,7 +32,7 @@ from tests.faults import target as targets
 ROWS = 16
 AT_ONCE = 2
 SERVICE = 0.3
-OPEN = {"accepted requests are not collected", "submits have no known outcome and may have been paid for"}
+OPEN = {"accepted requests are not collected", "submits have an unknown outcome and may have been paid for"}
 """What an audit finds of a run that was stopped while requests were open; it is no damage."""
 
 

@@ -1,4 +1,4 @@
-"""The results file: it appears whole or not at all, and every reader reads the same."""
+"""The results file: atomic replacement, and equal content for every reader."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_every_reader_reads_the_same(path):
 
 
 def test_totals_count_by_status_and_error(path):
-    """What the summary prints is what the table holds."""
+    """The totals of the summary match the table."""
     states = [State.DONE, State.FAILED, State.UNKNOWN, State.INTENDED, State.ACCEPTED, State.PENDING]
     (_, frame), *_ = frames(8)
     batch = batch_of(0, frame)
@@ -113,7 +113,7 @@ def test_totals_count_by_status_and_error(path):
 
 
 def test_manifest_columns_keep_their_types_and_values(path):
-    """Whatever a manifest carries goes through unchanged, images in a struct as Hugging Face writes them too."""
+    """Every manifest column passes unchanged, including images in a struct as Hugging Face writes them."""
     manifest = pa.table(
         {
             "image": pa.array(
@@ -140,27 +140,27 @@ def test_manifest_columns_keep_their_types_and_values(path):
 
 
 def test_columns_without_values_keep_their_types(path):
-    """The schema does not depend on what happened."""
+    """The schema does not depend on the outcomes."""
     write(path, [batch_of(start, frame) for start, frame in frames(3)], lambda _: {})
     schema = pq.read_schema(path)
     assert [schema.field(name).type for name in OWN_SCHEMA.names] == OWN_SCHEMA.types
 
 
 def test_empty_plan_makes_an_empty_table(path):
-    """No rows is a table with all columns."""
+    """A manifest without rows gives a table with all columns."""
     totals = write(path, [], manifest_schema=pa.schema([("a", pa.int8())]))
     assert totals.rows == 0
     assert pq.read_table(path).schema.names == ["a", *OWN_SCHEMA.names]
 
 
 def test_metadata_is_in_the_file(path):
-    """What made the table can be read from the table."""
+    """The table's metadata describes its inputs."""
     write(path, [batch_of(0, frame) for _, frame in frames(1)], metadata={"restyle": '{"run_seed": 7}'})
     assert pq.read_metadata(path).metadata[b"restyle"] == b'{"run_seed": 7}'
 
 
 def test_small_batches_share_row_groups(path, monkeypatch):
-    """Row groups are large, whatever the size of batches."""
+    """Row groups are large, even if batches are small."""
     monkeypatch.setattr(sink, "_GROUP_ROWS", 1000)
     write(path, [batch_of(start, frame) for start, frame in frames(2500)])
     metadata = pq.read_metadata(path)
@@ -169,7 +169,7 @@ def test_small_batches_share_row_groups(path, monkeypatch):
 
 
 def test_rows_with_images_make_smaller_row_groups(path, monkeypatch):
-    """What a row group holds in memory is bounded in bytes too, also when a sweep repeats a heavy row."""
+    """The bytes of a row group in memory are bounded, also when a sweep repeats a large row."""
     monkeypatch.setattr(sink, "_GROUP_BYTES", 400_000)
     monkeypatch.setattr(sink, "_SLICE_BYTES", 100_000)
     frame = pl.DataFrame({"image": [os.urandom(10_000) for _ in range(20)]})
@@ -188,7 +188,7 @@ def test_rows_with_images_make_smaller_row_groups(path, monkeypatch):
 
 
 def test_journal_and_plan_become_the_table(path, tmp_path):
-    """The real journal's outcomes, projected."""
+    """The table shows the outcomes of a real journal."""
     journal = JournalDatabase.open(tmp_path / "journal.db", now=0.0, version="")
     life = [
         Intended(key(1), 10.0, 1, b"{}", 0.03),
@@ -209,7 +209,7 @@ def test_journal_and_plan_become_the_table(path, tmp_path):
 
 
 def test_failure_leaves_the_old_file_and_nothing_else(path):
-    """Until the new table is complete the old one stays as it is."""
+    """The old table stays until the new one is complete."""
     path.write_bytes(b"the old table")
     enabled = gc.isenabled()
 
@@ -226,7 +226,7 @@ def test_failure_leaves_the_old_file_and_nothing_else(path):
     options = {"manifest_schema": schema, "target": "t", "metadata": {}}
     with pytest.raises(RuntimeError, match="went away"):
         write_results(path, [batch_of(*next(frames(5)))], broken, **options)
-    with pytest.raises(FileNotFoundError, match="manifest"):  # not the disk's fault, and not called so
+    with pytest.raises(FileNotFoundError, match="manifest"):  # not an error of the disk, so not a StorageError
         write_results(path, planned(), done, **options)
     assert path.read_bytes() == b"the old table"
     assert list(path.parent.iterdir()) == [path]
@@ -234,7 +234,7 @@ def test_failure_leaves_the_old_file_and_nothing_else(path):
 
 
 def test_new_file_replaces_the_old_one_whole(path):
-    """A reader that has the old file open goes on reading the old one."""
+    """A reader with the old file open continues to read it."""
     path.write_bytes(b"the old table")
     with path.open("rb") as reader:
         write(path, [batch_of(start, frame) for start, frame in frames(5)])
@@ -244,7 +244,7 @@ def test_new_file_replaces_the_old_one_whole(path):
 
 
 def test_missing_folder_is_a_sentence(tmp_path):
-    """A place that is not there is named."""
+    """The message names the missing path."""
     with pytest.raises(StorageError, match=r"gone/results.parquet could not be written .*No such file"):
         write(tmp_path / "gone" / "results.parquet", [batch_of(*next(frames(1)))])
 
@@ -274,7 +274,7 @@ _WRITES_TOO_MUCH = """
 
 
 def test_disk_that_takes_no_more_is_a_sentence(path):
-    """Running out of room while writing keeps the old table, removes the new one and says what to do."""
+    """A full disk keeps the old table, removes the new one, and the message says what to do."""
     path.write_bytes(b"the old table")
     command = [sys.executable, "-W", "error", "-c", textwrap.dedent(_WRITES_TOO_MUCH), str(path)]
     ended = subprocess.run(command, capture_output=True, text=True)
@@ -291,12 +291,12 @@ def test_disk_that_takes_no_more_is_a_sentence(path):
     [
         (errno.ENOSPC, "free some space"),
         (errno.EROFS, "read-only"),
-        (errno.EIO, "disk failed"),
+        (errno.EIO, "health of the disk"),
         (errno.EACCES, "permis"),
     ],
 )
 def test_advice_fits_the_refusal(number, advice):
-    """Each way in which a disk refuses has its own advice."""
+    """Each kind of disk error has its own advice."""
     error = sink._storage_error(Path("r.parquet"), OSError(number, os.strerror(number)))
     assert advice in str(error)
     assert os.strerror(number) in str(error)
@@ -320,7 +320,7 @@ _WITHOUT_PRIVILEGES = """
 
 
 def test_read_only_folder_is_a_sentence():
-    """A folder that takes no file ends the projection with a sentence; the old table stays."""
+    """A read-only folder ends the export with a message; the old table stays."""
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "results.parquet"
         path.write_bytes(b"the old table")
