@@ -1,8 +1,8 @@
-"""Count how often one row passes from module to module, from its admission to the results table.
+"""Count the calls between modules that one row needs, from its admission to the results table.
 
-`python -m tests.benchmarks.hops` runs two manifests, of 4 and of 24 rows, with the embedded echo engine and prints the
-difference per row: calls that cross from one module of `batch` to another, and the modules that take part. Resumed
-coroutines do not count as calls. It knows no module by name, so that versions with another layout can be compared.
+`python -m tests.benchmarks.hops` runs two manifests, with 4 and with 24 rows, on the embedded echo engine. It prints
+the difference per row: calls from one module of `batch` to another, and the modules involved. Resumed coroutines do not
+count as calls. No module is named here, so that versions with another layout can be compared.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class Tracer:
             return
         back: FrameType | None = frame.f_back
         while back is not None and not str(back.f_globals.get("__name__", "")).startswith("batch."):
-            back = back.f_back  # a library between two modules of ours does not hide the hop
+            back = back.f_back  # skip library frames between two modules of `batch`
         if back is not None and back.f_globals["__name__"] != callee:
             self.calls[back.f_globals["__name__"], callee] += 1
 
 
 def traced(rows: int) -> Counter[tuple[str, str]]:
-    """The calls of one run over so many rows."""
+    """Return the calls of one run of this number of rows."""
     tracer = Tracer()
     with tempfile.TemporaryDirectory() as folder:
         manifest = Path(folder, "manifest.csv")
@@ -58,12 +58,12 @@ def traced(rows: int) -> Counter[tuple[str, str]]:
             )
         finally:
             sys.setprofile(None)
-            threading.setprofile(None)  # type: ignore[arg-type]  # what the documentation says to give
+            threading.setprofile(None)  # type: ignore[arg-type]  # as documented
     return tracer.calls
 
 
 def main() -> None:
-    """Print hops and modules of one row, and the busiest pairs."""
+    """Print the hops and modules per row, and the most frequent pairs."""
     traced(1)  # imports
     few, many = traced(FEW), traced(MANY)
     each = {pair: (count - few[pair]) / (MANY - FEW) for pair, count in many.items()}

@@ -1,4 +1,4 @@
-"""The official Python client, unmodified: `AsyncClient.subscribe`, so many at a time, as its documentation shows.
+"""The official Python client, unmodified: `AsyncClient.subscribe` with limited concurrency, as documented.
 
 python -m tests.benchmarks.peers.fal_python URL JOBS [--at-once 64]
 """
