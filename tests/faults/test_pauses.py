@@ -1,4 +1,4 @@
-"""`Retry-After` over real HTTP: nothing is submitted until then, and the displays say until when."""
+"""`Retry-After` over real HTTP: no submits before that time, and the displays show the time."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tests.faults import target as honest
 from tests.faults.target import answer, serving
 
 ON_THE_WIRE = 0.6
-"""Seconds in which the answer may be read, and what had left already may arrive, on a busy machine."""
+"""Seconds for reading the response and for submits already sent, on a busy machine."""
 
 
 def refusing(number: int, header):
-    """Accepts submits but for the `number`-th, which is answered 429; notes when each arrives."""
+    """Accepts all submits except the `number`-th, which gets a 429; records the arrival times."""
     arrived: list[float] = []
 
     async def submit(target, request, asked):
@@ -37,7 +37,7 @@ def seconds() -> str:
 
 
 def date() -> str:
-    """Two to three seconds from now: it has no fractions."""
+    """Two to three seconds from now: HTTP dates have no fractions."""
     return format_datetime(datetime.now(UTC) + timedelta(seconds=3), usegmt=True)
 
 
@@ -46,7 +46,7 @@ def date() -> str:
     [(("--rate", "40/s"), seconds), ((), seconds), (("--max-in-flight", "80"), seconds), (("--rate", "40/s"), date)],
 )
 def test_a_429_pauses_the_whole_run(tmp_path, flags, header):
-    """Also with the default settings of a URL target, which know no rate, and with all rows in flight at once."""
+    """Also with the default settings of a URL target, which have no rate, and with all rows in flight."""
     submit, arrived = refusing(10, header)
     manifest = write_manifest(tmp_path / "m.csv", range(80))
     with serving(submit=submit) as target:
@@ -64,7 +64,7 @@ def test_a_429_pauses_the_whole_run(tmp_path, flags, header):
 
 
 def test_status_and_lines_say_until_when_a_pause_goes(tmp_path):
-    """A wish of a year is cut to an hour, and said; a run that works is paused, one that was stopped is not."""
+    """A pause of a year is cut to an hour, with a message. A running run is shown as paused, a stopped one is not."""
     submit, arrived = refusing(3, lambda: "31536000")
     manifest, directory = write_manifest(tmp_path / "m.csv", range(20)), tmp_path / "run"
     with serving(submit=submit) as target:
