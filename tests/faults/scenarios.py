@@ -268,8 +268,7 @@ class Rig:
         return ended
 
     def complete(self, through: Sequence[str] = (), *, recording: bool = False) -> bool:
-        """Repeat the command until the run is complete; use `through` until it was killed, and return whether it
-        was."""
+        """Repeat the command until the run is complete, with `through` until it was killed; return whether it was."""
         killed, retry_failed = False, False
         for _ in range(ROUNDS):
             ended = self.once((() if killed else through), retry_failed=retry_failed)
