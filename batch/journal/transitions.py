@@ -214,7 +214,7 @@ class JobTransitions:
                 self.finished, self.last_finished_at = self.finished + 1, event.at
             case FailedForGood():
                 job.reserved_usd = 0.0
-                if before is not State.ANSWERED:  # its answer has settled the cost already
+                if before is not State.ANSWERED:  # an earlier answer has settled the cost
                     self._spend(job, event.cost_usd)
                 job.end_id = self._fail(job, event)
                 self.slimmed.append(job.id)

@@ -314,7 +314,7 @@ async def open_journal(
         lost: error message for a missing or empty file; None creates the file instead.
 
     Raises:
-        RunDirectoryError: not a restyle journal, written by a newer restyle, or missing although `lost` is given.
+        RunDirectoryError: not a restyle journal, written by a newer restyle, or missing while `lost` is given.
         StorageError: the disk refused.
     """
     opening = partial(JournalDatabase.open, path, now=clock(), version=version, lost=lost)
