@@ -56,7 +56,7 @@ def test_a_429_pauses_the_whole_run(tmp_path, flags, header):
     refused = arrived[9]
     assert [at - refused for at in arrived if refused + ON_THE_WIRE < at < refused + 1.9] == []
     assert max(arrived) > refused + 1.9, "the refused one at least comes after the pause"
-    assert "submits pause for" in ended.err
+    assert "pause" in ended.err
     assert [line["action"] for line in log(tmp_path / "run") if line["action"] in {"paused", "resumed"}] == [
         "paused",
         "resumed",
@@ -79,9 +79,10 @@ def test_status_and_lines_say_until_when_a_pause_goes(tmp_path):
             process.send_signal(signal.SIGTERM)
             ended = finish(process)
     assert 3500 < facts["paused_until"] - time.time() < 3602
-    assert "submits pause until " in shown
+    assert "paused until " in shown
     assert "for another 59 min" in shown or "for another 60 min" in shown
-    assert "asks to wait 31,536,000 s: 3,600 s at most" in ended.err
+    assert "31,536,000 s" in ended.err
+    assert "3,600 s" in ended.err
     assert " UTC" in ended.err
     assert ended.code == 4
     assert (len(arrived), jobs_in(directory, "pending")) == (3, 1)
