@@ -121,7 +121,7 @@ def results(run_directory: Path) -> pa.Table:
 
 def summary(run_directory: Path) -> dict:
     text = (run_directory / "summary.json").read_text()
-    assert text.count("\n") == 1, "one line, for a cron job's reader"
+    assert text.count("\n") == 1, "summary.json has one line"
     return json.loads(text)
 
 

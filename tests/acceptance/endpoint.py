@@ -64,7 +64,7 @@ def endpoint(folder: Path, *options: object, keyed: bool = True, **process_optio
         try:
             line = process.stdout.readline()
             found = re.search(r"https?://\S+", line)
-            assert found, f"it did not start: {line}{log.read_text()}"
+            assert found, f"the server did not start: {line}{log.read_text()}"
             yield Endpoint(found[0], key, process)
         finally:
             process.send_signal(signal.SIGTERM)
@@ -112,7 +112,7 @@ class Callbacks:
 
     def one(self) -> tuple[dict[str, str], bytes]:
         """Wait for the first call."""
-        assert self.came.wait(20), "no callback came"
+        assert self.came.wait(20), "no callback arrived"
         return self.received[0]
 
 

@@ -67,7 +67,7 @@ def test_hundreds_are_cancelled_in_seconds_and_counted_by_outcome(tmp_path):
         found = api.cancel_sync(directory)
         took = time.monotonic() - began
         assert found == api.Cancelled(asked=640, requested=512, too_late=64, not_found=64, open=640)
-        assert took < 16, "a quarter of what one by one takes"
+        assert took < 16, "a quarter of the sequential time"
         assert len(asked(target)) == len(set(asked(target))) == 640
         ended = restyle("cancel", directory)
     assert ended.code == 0, ended.text
@@ -75,7 +75,7 @@ def test_hundreds_are_cancelled_in_seconds_and_counted_by_outcome(tmp_path):
     assert first == ("640 open requests: 512 cancellations requested, 64 too late, 64 not found, 0 without an answer")
     assert second.startswith("not found: the target does not know these requests")
     assert third.startswith(NEXT)
-    assert jobs_in(directory, "accepted") == 640, "how they ended is read by the next run"
+    assert jobs_in(directory, "accepted") == 640, "the next run reads how they ended"
 
 
 def test_a_target_without_answers_is_said_and_exit_code_4(tmp_path):

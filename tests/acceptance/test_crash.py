@@ -66,7 +66,7 @@ def complete(directory: Path, command: tuple[object, ...]) -> None:
     for row in rows:
         (image,) = row["images"]
         assert (directory / image["path"]).stat().st_size == image["file_size"]
-    assert not [path for path in directory.rglob("*.part*") if path.is_file()], "nothing half-written stays behind"
+    assert not [path for path in directory.rglob("*.part*") if path.is_file()], "a partial file is left"
 
 
 @pytest.mark.parametrize("count", moments(4))

@@ -193,7 +193,7 @@ def test_impatience_in_a_script(tmp_path, manifest, service):
 def test_ctrl_c_of_the_main_thread_while_another_one_runs(tmp_path, manifest, service, text):
     """It ends only the main thread: a run that Python would wait for stops in order."""
     ended, _, _ = interrupted(text, service, manifest, tmp_path / "run")
-    assert ended.code in {-signal.SIGINT, 1}, "Python's own: 1 where it loads a module after that"
+    assert ended.code in {-signal.SIGINT, 1}, "Python exits with 1 if it loads a module after that"
     assert ended.out == ""
     require_whole(tmp_path / "run", service, collected=True)
     require_completion(manifest, tmp_path / "run", service)
@@ -359,7 +359,7 @@ def test_a_second_ctrl_c_under_asyncio_run(tmp_path, manifest, service, loop, pa
     assert time.time() - moments[0] < 5
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     told = summary(tmp_path / "run")
-    assert told["stopped"] in {"cancelled", "signal"}, "whichever of the two the loop heard of first"
+    assert told["stopped"] in {"cancelled", "signal"}, "whichever reached the loop first"
     require_whole(tmp_path / "run", service, collected=False, stopped=told["stopped"], reason=told["reason"])
     require_completion(manifest, tmp_path / "run", service)
 

@@ -91,7 +91,7 @@ async def killed_while_working(folder):
                 while len(caller.results) < (kill + 0.5) * JOBS / KILLS:
                     await asyncio.sleep(0.001)
                 await server.end(signal.SIGKILL)
-                assert len(caller.results) < JOBS, "all was done before the last kill"
+                assert len(caller.results) < JOBS, "all jobs were done before the last kill"
                 await server.start()
 
         async with asyncio.TaskGroup() as tasks:

@@ -171,7 +171,7 @@ async def carry_out(case: Case, folder: Path, jobs: int, *, seconds: float = RUN
             await _begin_and_cancel(manifest, folder / "run", url, seconds)
         retry_failed, doubtful = False, any(kind.doubtful for kind in case.faults)
         while not codes or codes[-1]:
-            assert len(codes) < ROUNDS, f"{case.name}: not over after {codes}"
+            assert len(codes) < ROUNDS, f"{case.name}: not complete after {codes}"
             # Lost submits are sent again, but only after enough look-ups to find those that arrived.
             resubmits = doubtful and len(codes) >= (1 if len(case.faults) == 1 else _HELD_ROUNDS)
             limits: dict[str, Any] = {"on_unknown": f"resubmit-after={_LISTED_BY:g}s"} if resubmits else {}

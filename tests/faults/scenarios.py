@@ -279,7 +279,7 @@ class Rig:
                 return killed
             assert ended.code == 4 or self.scenario.fails or self.scenario.collects, ended.text
             retry_failed = ended.code == 3 and not self.scenario.collects
-        raise AssertionError(f"{self.scenario.name}: not over after {ROUNDS} commands: {ended.text}")
+        raise AssertionError(f"{self.scenario.name}: not complete after {ROUNDS} commands: {ended.text}")
 
     def _only_the_hopeless_failed(self) -> bool:
         failed = [row for row in what_matters(self.run).values() if row[0] != "done"]

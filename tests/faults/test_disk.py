@@ -35,7 +35,7 @@ def can_mount() -> bool:
     return shutil.which("unshare") is not None and subprocess.run(probe, capture_output=True).returncode == 0
 
 
-needs_mount = pytest.mark.skipif(not can_mount(), reason="no file system may be mounted here")
+needs_mount = pytest.mark.skipif(not can_mount(), reason="cannot mount a file system here")
 
 
 def run(*command: object) -> Ended:
@@ -210,7 +210,7 @@ def tiny_disk(place: Path, kib: int):
         ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(place)], capture_output=True, text=True, check=False
     )
     if mounted.returncode != 0:
-        pytest.skip(f"only root mounts a file system that outlives its command: {mounted.stderr.strip()}")
+        pytest.skip(f"only root can mount a persistent file system: {mounted.stderr.strip()}")
     try:
         yield lambda: subprocess.run(["mount", "-o", "remount,size=256m", str(place)], check=True)
     finally:

@@ -55,7 +55,7 @@ def test_a_429_pauses_the_whole_run(tmp_path, flags, header):
     assert len(target.requests) == 80
     refused = arrived[9]
     assert [at - refused for at in arrived if refused + ON_THE_WIRE < at < refused + 1.9] == []
-    assert max(arrived) > refused + 1.9, "the refused one at least comes after the pause"
+    assert max(arrived) > refused + 1.9, "the refused submit is repeated after the pause"
     assert "pause" in ended.err
     assert [line["action"] for line in log(tmp_path / "run") if line["action"] in {"paused", "resumed"}] == [
         "paused",

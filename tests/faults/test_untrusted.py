@@ -438,7 +438,7 @@ def test_a_target_that_comes_to_its_senses_is_collected_from(attacked, tmp_path)
     finally:
         target.handlers.update(handlers)
     unknown = sum(expected == UNKNOWN for expected, *_ in ATTACKS.values())
-    assert jobs_in(directory, "unknown") == 0, "the listing knows them all"
+    assert jobs_in(directory, "unknown") == 0, "the listing has all of them"
     assert jobs_in(directory, "accepted", "answered", "intended") == 0
     assert target.posts() == posts == len(ATTACKS)
     assert ended.code == 3, ended.text
@@ -503,7 +503,7 @@ def test_an_exchange_has_an_end(monkeypatch, body):
                 await client.submit(Attempt(JobKey("0" * 32), 1, b'{"prompt": "a"}'))
             assert anyio.current_time() - began < 5
             assert caught.value.trouble.transport in {"timeout", "bad answer"}
-            assert submitted.value.trouble.sent, "a submit that hung may have been accepted"
+            assert submitted.value.trouble.sent, "a submit with a timeout may have been accepted"
 
     with serving(status=drips, submit=drips) as target:
         anyio.run(main, target.url)
