@@ -33,7 +33,7 @@ class Mismatch:
             self.examples.append(example)
 
     def to_json(self) -> JsonObject:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         return {"what": self.what, "count": self.count, "advice": self.advice, "examples": list(self.examples)}
 
 
@@ -80,7 +80,7 @@ class Repair:
     """Images that are not available: path, job and reason."""
 
     def to_json(self) -> JsonObject:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         lost: list[Json] = [*self.unavailable]
         return {"fetched": self.fetched, "unavailable": lost}
 
@@ -110,7 +110,7 @@ class AuditReport:
         return not any(check.wrong for check in self.checks)
 
     def to_json(self) -> JsonObject:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         checks: list[Json] = [
             {
                 "name": check.name,

@@ -35,7 +35,7 @@ _NOTE = "projected"
 """Name of the journal's note with the content mark and totals of `results.parquet`; empty while the table may be
 outdated."""
 _LOAD_AFTER = 1.0
-"""Seconds after the start; by then the first jobs are in flight."""
+"""Delay in seconds; by then the first jobs are in flight."""
 
 
 def identity_of(manifest: Manifest, settings: Settings) -> JsonObject:
