@@ -172,7 +172,7 @@ def test_what_is_counted_is_what_is_billed_over_all_runs(tmp_path):
         counts = audited["counts"]
         assert (counts["accepted"], counts["charged"], counts["collected"], counts["sessions"]) == (40, 40, 40, 3)
         assert counts["charged_usd"] == pytest.approx(counts["spent_usd"], abs=1e-6)
-        assert "not allowed for this key (HTTP 401)" in restyle("audit", directory, env={"FAL_KEY": "id:wrong"}).out
+        assert "may not read billing events (HTTP 401)" in restyle("audit", directory, env={"FAL_KEY": "id:wrong"}).out
 
 
 def test_lines_for_machines_tell_the_spend_of_this_run_and_of_all(tmp_path):
