@@ -98,7 +98,7 @@ def one_second(rounds: int) -> str:
     wall = median([one.wall for one in runs])
     return table(
         ["figure", "measured", "bar", ""],
-        bar("wall over the ideal 20.0 s, process start to end", wall / ideal, 1.03, "x", at_most=True),
+        bar("wall time relative to the ideal 20.0 s, process start to end", wall / ideal, 1.03, "x", at_most=True),
         ["CPU seconds", f"{median([one.cpu for one in runs]):.1f}", "", ""],
         [READS, f"{median(reads):.1f}", "", ""],
     )
@@ -121,7 +121,13 @@ def in_flight(rounds: int, jobs: int) -> str:
     wall, cpu = median([one.wall for one in runs]), median([one.cpu for one in runs])
     rows = [
         ["figure", "measured", "bar", ""],
-        bar(f"wall over the ideal {ideal:.1f} s", wall / ideal, 1.06 if jobs <= 1000 else 1.15, "x", at_most=True),
+        bar(
+            f"wall time relative to the ideal {ideal:.1f} s",
+            wall / ideal,
+            1.06 if jobs <= 1000 else 1.15,
+            "x",
+            at_most=True,
+        ),
     ]
     if jobs <= 1000:
         rows.append(bar("CPU", cpu, 2.5, " s", at_most=True))
@@ -148,7 +154,7 @@ def log_normal(rounds: int) -> str:
             bar(f"{updates}: delay until noticed, median, relative to the service time", middle, 4, "%", at_most=True),
             bar(f"{updates}: delay until noticed, 95th percentile", late, 12, "%", at_most=True),
             bar(f"{updates}: {READS}", _m(counts, "reads") / 2_000, 5, "", at_most=True),
-            [f"{updates}: wall", f"{median([one.wall for one in runs]):.1f} s", "", ""],
+            [f"{updates}: wall time", f"{median([one.wall for one in runs]):.1f} s", "", ""],
         ]
     return table(*rows)
 

@@ -174,14 +174,14 @@ def _stages(pipeline: Any, device: torch.device) -> Iterator[tuple[str, Callable
     """
     ours = {"acceleration": "none"}
     yield "plain diffusers, bf16", lambda: None, {}
-    yield "the engine, nothing switched on", lambda: None, ours
+    yield "the engine, no optimisation", lambda: None, ours
     yield "+ channels-last VAE", lambda: tuning.channels_last(pipeline.vae), ours
     yield "+ fused QKV", lambda: tuning.fuse_projections(pipeline.transformer), ours
     if device.type == "cuda":
         yield "+ fast attention", lambda: tuning.fast_attention(pipeline.transformer), ours
     yield "+ compiled blocks", lambda: tuning.compile_blocks(pipeline.transformer), ours
     if device.type == "cuda":
-        yield "the same at the first other size", lambda: None, {**ours, "size": OTHER_SIZE}
+        yield "the same at another size, first use", lambda: None, {**ours, "size": OTHER_SIZE}
     yield "acceleration regular (uncompiled)", lambda: None, {"acceleration": "regular"}
     yield "acceleration high (uncompiled)", lambda: None, {"acceleration": "high"}
     if device.type == "cuda":
@@ -281,7 +281,7 @@ def render(figures: Figures) -> str:
     plain = stages.get("plain diffusers, bf16", {}).get("image_s", 0.0)
     lines = [
         f"{figures['device']}, torch {figures['torch']}; {width}x{height}, strength 0.95, 40 steps (38 executed).",
-        f"One step is {flop / 1e12:,.1f} TFLOP, bf16 matrix products were measured at {rate / 1e12:,.0f} TFLOP/s:",
+        f"One step is {flop / 1e12:,.1f} TFLOP; bf16 matrix products run at {rate / 1e12:,.0f} TFLOP/s (measured):",
         f"the floor of 38 steps is {38 * flop / rate:,.2f} s.",
         "",
         "| | s per image | denoising, s | share of the matrix rate | speedup | first, s | peak GB | difference |",

@@ -291,7 +291,7 @@ def test_full_disk_keeps_the_old_table(path):
     [
         (errno.ENOSPC, "free some space"),
         (errno.EROFS, "read-only"),
-        (errno.EIO, "disk failed"),
+        (errno.EIO, "health of the disk"),
         (errno.EACCES, "permis"),
     ],
 )
