@@ -1,7 +1,7 @@
-"""From a job that may be submitted to an accepted request: the POST that costs money, sent once.
+"""Submit a job: the POST that costs money, sent once.
 
-The intent is durable before the POST leaves, its outcome before anything else happens. Sees Protocols only
-(`batch.run.interfaces`). What an answer proves is decided by `verdicts`, when a submit may leave by `admission`.
+The intent is durable before the POST is sent, the outcome before anything else happens. Depends on Protocols only
+(`batch.run.interfaces`). `verdicts` decides what an answer proves, `admission` when a submit may be sent.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Submitter:
                     raise RunStopping
                 await self._context.admission.acquire_submit(job_run)
                 await self._intend(job_run)
-                if self._context.admission.stopping is not None:  # called while the intent was written
+                if self._context.admission.stopping is not None:  # the stop came while the intent was written
                     await self._take_back(job_run, doubtful=doubtful)
             else:
                 await self._context.admission.acquire_repeat()
@@ -89,10 +89,10 @@ class Submitter:
         job_run.state = State.INTENDED
 
     async def _accept(self, job_run: JobRun, ticket: Ticket) -> None:
-        """Write down which request it is.
+        """Record the accepted request.
 
         Raises:
-            OutcomeUnknown: the request id is another job's: whose result it shows is not known.
+            OutcomeUnknown: the request id belongs to another job, so it is unknown whose result it shows.
         """
         try:
             await self._context.journal.record(Accepted(job_run.key, job_run.accepted_at, ticket))
@@ -102,7 +102,7 @@ class Submitter:
             raise OutcomeUnknown from error
 
     async def _take_back(self, job_run: JobRun, *, doubtful: bool) -> NoReturn:
-        """Withdraw an intent whose submit was not sent: the job is again what it was before."""
+        """Withdraw an intent whose submit was not sent, and restore the job's earlier state."""
         reason = "the run stopped before it was sent"
         if doubtful:
             await self._context.journal.record(Lost(job_run.key, self._context.now(), reason))
@@ -111,23 +111,23 @@ class Submitter:
         raise RunStopping
 
     async def _pause(self, seconds: float) -> None:
-        """Wait; a run that ends soon does not."""
+        """Sleep, but end at once if the run ends soon."""
         with anyio.move_on_after(seconds):
             await self._context.admission.stopped()
             if not self._context.admission.ends_soon:
                 await anyio.sleep_forever()
 
     async def _not_sent(self, job_run: JobRun, reason: str) -> None:
-        """Take the intent back: the same attempt is to be sent later, or in another run."""
+        """Withdraw the intent: the same attempt will be sent later, or in another run."""
         await self._context.journal.record(Refused(job_run.key, self._context.now(), reason))
         job_run.state = State.PENDING
         self._context.admission.settle(job_run, 0.0)
 
     async def _submit_refused(self, job_run: JobRun, trouble: Trouble, verdict: Verdict) -> None:
-        """A submit that was certainly not accepted: the job failed, the run stops, or it is sent again later."""
+        """Handle a submit that was certainly not accepted: fail the job, stop the run, or send it again later."""
         if verdict.action is Action.JOB_FAILED:
             raise JobFailed(failure_of(trouble, verdict), new_attempt=verdict.new_attempt)
-        if verdict.action is Action.SUBMIT_AGAIN:  # before anything is waited for: others are about to be sent
+        if verdict.action is Action.SUBMIT_AGAIN:  # before any await: other submits are about to be sent
             self._pause_submits(trouble, verdict)
         await self._not_sent(job_run, verdict.reason)
         if self._context.admission.ends_soon:
@@ -145,15 +145,13 @@ class Submitter:
         self._context.admission.throttled(verdict, trouble.detail, throttled=throttled, now=self._context.now())
 
     async def _doubt(self, job_run: JobRun, trouble: Trouble, verdict: Verdict, tries: int) -> None:
-        """A submit of unknown outcome: repeat it under the same key where that is safe, else hold it."""
+        """Handle a submit of unknown outcome: repeat it under the same key where that is safe, else hold it."""
         forever = self._context.policy.idempotency is Idempotency.REPLAY
         first = judge(trouble, now=self._context.now())
         if first.action is Action.SUBMIT_AGAIN or first.retry_after is not None:
             self._pause_submits(trouble, first)
         if verdict.action is Action.REPEAT and (forever or self.may_repeat(job_run)):
-            self._context.admission.notice(
-                "unreachable", f"{verdict.reason}; asking again under the same idempotency key"
-            )
+            self._context.admission.notice("unreachable", f"{verdict.reason}; retrying under the same idempotency key")
             await self._pause(backoff(tries, self._context.rng))
             return
         if verdict.action is Action.STOP_ACCOUNT:
@@ -167,12 +165,12 @@ class Submitter:
         self._context.observer.happened("held", job=job_run.key, reason=reason)
 
     def may_repeat(self, job_run: JobRun) -> bool:
-        """Whether the target still knows the key of this submit, if it was accepted."""
+        """Return whether the target still knows the key of this submit, if it was accepted."""
         return self._context.now() - job_run.intended_at < REPEAT_SECONDS
 
     async def _body_of(self, job_run: JobRun) -> bytes:
-        """The bytes to submit: the job's input, with the uploaded URL where its image is local."""
+        """Return the body to submit: the job's input, with the uploaded URL if its image is local."""
         job = job_run.job
-        assert job is not None, "a job from the journal brings its body"
+        assert job is not None, "a resumed job already has its body"
         url = job.input["image_url"] if job.image is None else await self._transfers.uploaded(job)
         return orjson.dumps({**job.input, "image_url": url}, option=orjson.OPT_SORT_KEYS)

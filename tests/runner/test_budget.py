@@ -178,7 +178,7 @@ async def test_a_budget_below_what_is_spent_submits_nothing_and_collects():
     assert (report.done, report.stopped.why, world.service.posts) == (8, StopCause.BUDGET, 24)
     assert "budget" in report.stopped.reason
     assert report.stopped.reason == (
-        "$0.36 is spent or reserved and a job may cost $0.03: more than the budget of $0.01; --budget raises it"
+        "$0.36 is spent or reserved and a job may cost $0.03: more than the budget of $0.01; raise it with --budget"
     )
     assert await money(world) == (pytest.approx(24 * BILLED), 0.0)
 

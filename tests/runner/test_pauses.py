@@ -286,7 +286,7 @@ async def test_a_wish_beyond_the_longest_pause_is_said():
     await world.run(jobs(5))
     (said,) = world.observer.actions("paused")
     assert "asks to wait 31,536,000 s" in said["reason"]
-    assert "3,600 s at most" in said["reason"]
+    assert "limited to 3,600 s" in said["reason"]
     assert "until 01:00:" in said["reason"]
     assert said["until"].startswith("1970-01-01T01:00:")
     assert len(world.observer.actions("resumed")) == 1

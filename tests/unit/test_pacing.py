@@ -193,7 +193,7 @@ def test_a_window_whose_jobs_mostly_queue_shrinks():
         changes.append(window.left(inside.pop(0), 0.9))
         inside += fill(window)
     assert window.size == 2
-    assert "job at once was queued for 90% of its time" in next(c.reason for c in changes if c)
+    assert "concurrent job was queued for 90% of its time" in next(c.reason for c in changes if c)
 
 
 def test_a_job_of_which_nothing_is_known_moves_nothing():

@@ -265,8 +265,8 @@ def test_a_redirect_among_the_origins_of_fal_is_followed(location):
         ("file:///etc/secret", "not valid"),
         ("javascript:secret", "not valid"),
         ("http://secr\udcffet.example/", "http://secr\\udcffet.example:80,"),
-        ("", "names no address"),
-        (None, "names no address"),
+        ("", "without a usable Location"),
+        (None, "without a usable Location"),
     ],
 )
 def test_a_redirect_elsewhere_is_refused_with_a_sentence(location, shown):
