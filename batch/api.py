@@ -176,7 +176,7 @@ class Status:
     manifest: str
     running: bool
     waits: Overview | None = None
-    """What open jobs wait for, as the run recorded it; None without a running run, or before its first record."""
+    """The waits of open jobs, as the run recorded them; None without a running run, or before its first record."""
     waits_age_seconds: float = 0.0
     """Age of that record."""
     paused_until: float | None = None
@@ -288,11 +288,8 @@ async def cancel(out: str | Path, *, told: Callable[[Cancelled], None] | None = 
 
     A cancel is a request: a job that is already executing may finish and be billed. The next `run` reads how each
     request ended: a cancelled job then counts as failed, and runs again only with `retry_failed`. Jobs that were not
-    sent yet remain to do. The call may be cancelled and repeated at any time.
-
-    Args:
-        out: the run directory.
-        told: called with the counts so far, after each answer.
+    sent yet remain to do. The call may be cancelled and repeated at any time. The callback receives the counts so far,
+    after each answer.
 
     Raises:
         RunDirectoryError: the directory has no run. RunLocked: it is running; stop it first.

@@ -67,7 +67,7 @@ _SHOW_WAITS_EVERY = 2.0
 
 
 class Plan(NamedTuple):
-    """What a run would do; shown before it starts."""
+    """A plan of a run; shown before it starts."""
 
     profile: TargetProfile
     manifest: Manifest

@@ -61,7 +61,7 @@ _MEGAPIXELS = frozenset({"megapixel", "megapixels", "mp"})
 
 @dataclass(frozen=True, slots=True)
 class TargetProfile:
-    """What is known about a target without contacting it."""
+    """Facts about a target that are known without contacting it."""
 
     name: str
     price: Price | None
@@ -202,14 +202,14 @@ class Connection(NamedTuple):
     bounds_starts: bool
     """Whether it is known to honour a start timeout."""
     share: ClientShare
-    """What may be open at once."""
+    """Maximum connections and files."""
     keeps_results: bool = False
     """Whether it keeps results until they are fetched, as our own server does."""
     key: SecretStr | None = None
 
 
 class _Health(NamedTuple):
-    """What a server reports at /health."""
+    """Properties that a server reports at /health."""
 
     replays_keys: bool | None
     """None: not reported."""

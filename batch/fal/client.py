@@ -56,7 +56,6 @@ JSON_LIMIT_BYTES = 16 * 2**20
 """Limit for a page of a listing, and for a result where the limit for an image file is lower."""
 ERROR_LIMIT_BYTES = 64 * 2**10
 """Kept bytes of an error body. The model's own errors quote the whole input, image included."""
-"""What is kept of an error's words. The model's own errors quote the input at length, image included."""
 LARGE_BODY_BYTES = 2**20
 LARGE_BODIES_AT_ONCE = 8
 """Concurrent reads of larger bodies, so that memory does not grow with the requests in flight."""

@@ -63,7 +63,7 @@ class Cancelled:
 
 
 async def cancel_open(
-    service: Service, journal: Journal, rng: Random, told: Callable[[Cancelled], None] | None = None
+    service: Service, journal: Journal, rng: Random, report: Callable[[Cancelled], None] | None = None
 ) -> Cancelled:
     """Ask for the cancellation of each open request of the journal, `AT_ONCE` concurrently.
 
@@ -71,17 +71,17 @@ async def cancel_open(
         service: the target.
         journal: journal of the run.
         rng: for the backoff.
-        told: called with the counts so far, after each answer.
+        report: called with the counts so far, after each answer.
 
     Raises:
         AccountRefused: the target refused the key.
     """
-    return await _Round(service, journal, rng, told or (lambda _: None)).run()
+    return await _Round(service, journal, rng, report or (lambda _: None)).run()
 
 
 class _Round:
-    def __init__(self, service: Service, journal: Journal, rng: Random, told: Callable[[Cancelled], None]) -> None:
-        self._service, self._journal, self._rng, self._told = service, journal, rng, told
+    def __init__(self, service: Service, journal: Journal, rng: Random, report: Callable[[Cancelled], None]) -> None:
+        self._service, self._journal, self._rng, self._report = service, journal, rng, report
         self._counts = Cancelled()
         self._silent = 0
         """Consecutive requests without an answer."""
@@ -91,7 +91,7 @@ class _Round:
     async def run(self) -> Cancelled:
         counts = await self._journal.counts()
         self._counts = Cancelled(open=counts.by_state.get(State.ACCEPTED, 0))
-        self._told(self._counts)
+        self._report(self._counts)
         free = anyio.Semaphore(AT_ONCE)
         async with anyio.create_task_group() as tasks, aclosing(self._journal.entries({State.ACCEPTED})) as entries:
             async for entry in entries:
@@ -112,7 +112,7 @@ class _Round:
         self._silent = self._silent + 1 if outcome is None else 0
         field, asked = _FIELDS[outcome], self._counts.asked + 1
         self._counts = replace(self._counts, asked=asked, **{field: getattr(self._counts, field) + 1})
-        self._told(self._counts)
+        self._report(self._counts)
 
     async def _answer(self, ticket: Ticket) -> CancelOutcome | None:
         """Return the outcome, None if all tries failed."""

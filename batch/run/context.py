@@ -1,4 +1,4 @@
-"""What the parts of one run share: edges, policy, clock and random source."""
+"""The shared context of one run: edges, policy, clock and random source."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class RunContext:
     """Wall time in Unix seconds, for records. Waits use anyio's clock."""
     rng: Random
     waits: Waits = field(default_factory=Waits)
-    """What each accepted job waits for."""
+    """The stage of each accepted job."""
     expiry: Expiry = field(init=False)
     """Warns before a result or a file expires at the target."""
 

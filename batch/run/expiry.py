@@ -64,11 +64,11 @@ class Expiry:
         age, kept = now - intended_at, self._file_seconds if answered else self._floor
         if age <= kept:
             return None
-        what = "images of a stored answer" if answered else "result of an open request"
+        what = "images of a stored answer are" if answered else "result of an open request is"
         return self._once(
             f"resumed {answered}",
-            f"the {what} is {_span(age)} old, and the target guarantees only {_span(kept)}; what still exists is"
-            " collected now, oldest first",
+            f"the {what} {_span(age)} old, and the target guarantees only {_span(kept)}; collecting what still exists,"
+            " oldest first",
             files=answered,
         )
 

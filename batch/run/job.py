@@ -68,7 +68,7 @@ class JobRun:
     resumed: bool = False
     """Whether an earlier session submitted it: its times say nothing about the service's speed."""
     timings: JobTimings = field(default_factory=JobTimings)
-    """What the reads of its request showed."""
+    """Observations of the reads of its request."""
     came_as: int = 0
     """How many jobs were in flight, itself included, when the window admitted it; 0: it holds no place."""
 

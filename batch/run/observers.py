@@ -62,7 +62,7 @@ class ProgressCounter(Observer):
     note: str = ""
     """The last thing that slowed the run down: a pause, a refused key, an unreachable service."""
     waits: Overview = field(default_factory=lambda: Overview({}))
-    """What open jobs wait for, as of a few seconds ago."""
+    """The waits of open jobs, a few seconds old."""
     paused_until: str = ""
     """End of the current pause of all submits, as ISO 8601 in UTC; empty without a pause."""
 

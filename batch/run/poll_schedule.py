@@ -17,7 +17,7 @@ __all__ = ["JobTimings", "PollSchedule"]
 
 
 class JobTimings:
-    """What the reads of one job have shown so far."""
+    """Observations of the reads of one job."""
 
     __slots__ = (
         "ended",

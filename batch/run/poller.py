@@ -216,7 +216,7 @@ class Poller:
             job_run.timings.hinted = await self._hints.wait(ticket, seconds, longest)
 
     async def _status(self, job_run: JobRun, ticket: Ticket) -> TicketStatus | None:
-        """Return its status; None if it was unreadable for so long that its result is due instead."""
+        """Return its status; None if the job became overdue while its status was unreadable."""
         timings, status = job_run.timings, None
         with anyio.CancelScope() as scope:
 

@@ -75,7 +75,7 @@ _UNREADABLE_WINDOWS = 3
 
 
 class Finding(StrEnum):
-    """What the listing shows of one unknown submit."""
+    """Outcome of the look-up of one unknown submit."""
 
     ADOPTED = "adopted"
     ABSENT = "absent"

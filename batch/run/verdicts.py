@@ -1,4 +1,4 @@
-"""What a failed exchange means for its job: one table, decided by status and type, never by text. Pure.
+"""Verdicts on failed exchanges: one table, decided by status and type, never by text. Pure.
 
 A verdict is a value; nothing here sleeps. A submit is sent again only where it is certain that it was not accepted.
 Source: `docs/design-notes.md`, "What an answer proves".
@@ -51,7 +51,7 @@ class Idempotency(StrEnum):
 
 
 class Action(StrEnum):
-    """What to do next."""
+    """The next step."""
 
     READ_AGAIN = "read again"
     """The answer says nothing about the job."""

@@ -1,4 +1,4 @@
-"""What the open jobs of a run wait for, and how long: stored per job, summarized as a few numbers. Pure.
+"""The waits of the open jobs of a run: stored per job, summarized as a few numbers. Pure.
 
 The poller and the runner update the jobs; a display or `restyle status`, which is another process, reads the overview
 as JSON.
@@ -20,7 +20,7 @@ NOTICEABLE_SECONDS = 30.0
 
 
 class Stage(StrEnum):
-    """What an accepted job waits for."""
+    """The stage of an accepted job, named after its wait."""
 
     IN_QUEUE = "in_queue"
     IN_PROGRESS = "in_progress"
@@ -63,7 +63,7 @@ class Positions(NamedTuple):
 
 
 class Overview(NamedTuple):
-    """What the open jobs wait for at one moment. Stages without jobs are omitted."""
+    """The waits of the open jobs at one moment. Stages without jobs are omitted."""
 
     stages: Mapping[Stage, Waiting]
     positions: Positions | None = None

@@ -27,7 +27,7 @@ def queued_share(stay: float, inference: float | None, last_queued: float | None
     Args:
         stay: seconds from acceptance to its end, as far as known.
         inference: seconds of execution according to the service; None if it does not report them.
-        last_queued: seconds from acceptance to the last read that said IN_QUEUE; None if there was none.
+        last_queued: seconds from acceptance to the last read that said IN_QUEUE; None without one.
     """
     if stay <= 0:
         return 0.0

@@ -35,7 +35,7 @@ _COMMON = 10_240
 """Highest limit that macOS grants where its hard limit is unlimited."""
 
 CONNECTIONS, HINTS, IMAGE_FILES = 256, 512, 8
-"""What a run opens if the limit allows it."""
+"""Preferred numbers for a run, if the limit allows them."""
 _CLIENT_RESERVE = 14
 """Opened later by a run: the pipes and the log of its endpoint, the results, a manifest file, a module."""
 _SERVER_RESERVE = 10
@@ -58,7 +58,7 @@ _WORDS = "Too many open files"
 
 @dataclass(frozen=True, slots=True)
 class Allowance:
-    """What one process may open."""
+    """The limit of one process and its use."""
 
     allowed: int | None
     """Maximum open descriptors; None: the system has no such limit."""
@@ -73,7 +73,7 @@ class Allowance:
 
 
 class ClientShare(NamedTuple):
-    """What a run may open at once."""
+    """Maximum numbers that a run may have open."""
 
     connections: int
     hints: int
@@ -85,7 +85,7 @@ class ClientShare(NamedTuple):
 
 
 class ServerShare(NamedTuple):
-    """What a server may open at once."""
+    """Maximum numbers that a server may have open."""
 
     connections: int
     outgoing: int
