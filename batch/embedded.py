@@ -130,11 +130,11 @@ async def _supervise(command: _Command, holder: _Holder, endpoint: Endpoint, log
         code = await holder.child.wait()
         await holder.child.aclose()
         if code == ExitCode.STOPPED_EARLY:
-            raise StorageError(_no_room(command.data_dir))
+            raise StorageError(_disk_full(command.data_dir))
         now = anyio.current_time()
         earliest = deaths[0] if len(deaths) == RESTARTS else -math.inf
         if now - earliest < RESTART_WINDOW_SECONDS:
-            raise StoppedEarly(_given_up(code, command.log_path))
+            raise StoppedEarly(_died_too_often(code, command.log_path))
         deaths.append(now)
         holder.child, replaced = await _start(command, port, log)
         endpoint.pid, endpoint.restarts = replaced.pid, endpoint.restarts + 1
@@ -142,7 +142,7 @@ async def _supervise(command: _Command, holder: _Holder, endpoint: Endpoint, log
 
 async def _start(command: _Command, port: int, log: IO[bytes]) -> tuple[Process, Endpoint]:
     seen = command.log_path.stat().st_size
-    child = await _opened(command.line(port), log)
+    child = await _open_process(command.line(port), log)
     try:
         with anyio.fail_after(START_SECONDS):
             said = json.loads(await _first_line(child))
@@ -156,7 +156,7 @@ async def _start(command: _Command, port: int, log: IO[bytes]) -> tuple[Process,
             )
             lines = _last_lines(command.log_path, seen)
             if child.returncode == ExitCode.STOPPED_EARLY:
-                raise StorageError(_no_room(command.data_dir)) from error
+                raise StorageError(_disk_full(command.data_dir)) from error
             # The child rejected its input, and the same command would fail again.
             kind = InputError if child.returncode == ExitCode.BAD_INPUT else RestyleError
             raise kind(f"the embedded endpoint did not start {what}; see {command.log_path}\n{lines}") from error
@@ -164,7 +164,7 @@ async def _start(command: _Command, port: int, log: IO[bytes]) -> tuple[Process,
     return child, Endpoint(said["url"], said["pid"])
 
 
-async def _opened(line: list[str], log: IO[bytes]) -> Process:
+async def _open_process(line: list[str], log: IO[bytes]) -> Process:
     """Start a process; retry while no descriptor is free for its pipes."""
     for _ in range(_TRIES):
         try:
@@ -200,14 +200,14 @@ async def _end(child: Process, grace: float = STOP_SECONDS) -> None:
         await child.aclose()
 
 
-def _given_up(code: int, log_path: Path) -> str:
+def _died_too_often(code: int, log_path: Path) -> str:
     return (
         f"the embedded endpoint died {RESTARTS + 1} times within {RESTART_WINDOW_SECONDS:.0f} s, last with exit code "
         f"{code}; see {log_path}, then run the same command again\n{_last_lines(log_path, 0)}"
     )
 
 
-def _no_room(data_dir: Path) -> str:
+def _disk_full(data_dir: Path) -> str:
     """Return the message for a full disk; the child's log is on the same disk and cannot be quoted."""
     return (
         f"{data_dir} could not be written, so the embedded endpoint stopped; free space on that disk (or raise its"

@@ -181,7 +181,7 @@ async def _session(request: RunRequest, source: ManifestSource, signals: Session
     if not request.collect_only:  # collecting may not need an endpoint
         await _in_thread(partial(check_faults, settings))
     directory.prepare()
-    with directory.locked(started_at), _noted(directory, started_at):
+    with directory.locked(started_at), _summary_on_disk_error(directory, started_at):
         directory.check_config(settings, accept=request.new_config)
         lost = await _in_thread(directory.lost_journal)
         async with open_journal(directory.journal, version=tool_version(), lost=lost) as journal:
@@ -190,7 +190,7 @@ async def _session(request: RunRequest, source: ManifestSource, signals: Session
             again = request.retry_failed
             found = await _in_thread(partial(estimate_of, planner, settings, profile, journal.file, retry_failed=again))
             plan = Plan(profile, manifest, found, before.spent_usd)
-            _refuse_unasked(plan, request)
+            _require_consent(plan, request)
             if source.is_spooled:
                 source = await _in_thread(partial(keep, source, directory.root))
                 manifest = await _in_thread(partial(open_manifest, source, settings))
@@ -202,7 +202,7 @@ async def _session(request: RunRequest, source: ManifestSource, signals: Session
             report: Report | None = None
             cut_off: BaseException | None = None
             try:
-                report = await _carried_out(request, directory, journal, projection, plan, before, signals, allowed)
+                report = await _run_jobs(request, directory, journal, projection, plan, before, signals, allowed)
             except BaseException as error:
                 if isinstance(error, Exception):
                     raise
@@ -210,7 +210,7 @@ async def _session(request: RunRequest, source: ManifestSource, signals: Session
                 report = _report_of(request.tally, signals)
                 await journal.settled()
             signals.over()
-            after, totals = await journal.to_the_end(partial(_concluded, projection, directory))
+            after, totals = await journal.to_the_end(partial(_write_results, projection, directory))
     summary = _summary(request, directory, report, totals, before, after, began, started_at)
     directory.write_summary(summary.to_json())
     if cut_off is not None:
@@ -218,7 +218,7 @@ async def _session(request: RunRequest, source: ManifestSource, signals: Session
     return summary
 
 
-def _concluded(projection: Export, directory: RunDirectory) -> tuple[Counts, Totals]:
+def _write_results(projection: Export, directory: RunDirectory) -> tuple[Counts, Totals]:
     """Write the results from the journal."""
     counts = projection.file.counts()
     return counts, projection.refresh(directory.results, counts.by_state)
@@ -231,7 +231,7 @@ def _report_of(tally: ProgressCounter, signals: SessionSignals) -> Report:
 
 
 @contextmanager
-def _noted(directory: RunDirectory, started_at: str) -> Iterator[None]:
+def _summary_on_disk_error(directory: RunDirectory, started_at: str) -> Iterator[None]:
     """Write `summary.json` if a disk error stopped the run, so that its reader does not see an older end."""
     try:
         yield
@@ -279,7 +279,7 @@ def _guess(bounds: tuple[int, int] | None) -> int:
 # --- confirmation -----------------------------------------------------------------------------------------
 
 
-def _refuse_unasked(plan: Plan, request: RunRequest) -> None:
+def _require_consent(plan: Plan, request: RunRequest) -> None:
     """Require consent before money is spent: a confirmed plan, or a budget.
 
     Raises:
@@ -303,7 +303,7 @@ def _refuse_unasked(plan: Plan, request: RunRequest) -> None:
 # --- running ----------------------------------------------------------------------------------------------
 
 
-async def _carried_out(
+async def _run_jobs(
     request: RunRequest,
     directory: RunDirectory,
     journal: JournalWriter,

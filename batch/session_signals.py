@@ -53,13 +53,13 @@ class SessionSignals:
         self._has_begun = self._scope.shield = True
         call = current_call()
         if call is not None:  # the thread that waits for the call receives the signals
-            call.stopped_by(self._heard)
+            call.stopped_by(self._on_signal)
         elif self._are_wanted:
             self._begun.set()
             await self._ready.wait()
         else:
             self._loop = asyncio.get_running_loop()
-            self._until_the_end.enter_context(interrupts.deferred(self._hold_back))
+            self._until_the_end.enter_context(interrupts.deferred(self._defer_exception))
 
     @contextmanager
     def stopping(self, runner: Runner) -> Iterator[None]:
@@ -84,14 +84,14 @@ class SessionSignals:
         else:
             self._scope.cancel()
 
-    def _hold_back(self, raised: BaseException | None) -> None:
+    def _defer_exception(self, raised: BaseException | None) -> None:
         """Handle SIGINT, between any two instructions; a handler that raises nothing may cancel the caller instead."""
         if raised is not None:
             self.raised = self.raised or raised
         if raised is not None or self.first is not None:
-            self._loop.call_soon_threadsafe(self._heard, signal.SIGINT.name)
+            self._loop.call_soon_threadsafe(self._on_signal, signal.SIGINT.name)
 
-    def _heard(self, name: str) -> None:
+    def _on_signal(self, name: str) -> None:
         self._stop(StopRequest(StopCause.SIGNAL, name))
 
     def _stop(self, stopping: StopRequest) -> None:
@@ -111,7 +111,7 @@ class SessionSignals:
             with interrupts.restored(), anyio.open_signal_receiver(*interrupts.BOTH) as received:
                 self._ready.set()
                 async for number in received:
-                    self._heard(signal.Signals(number).name)
+                    self._on_signal(signal.Signals(number).name)
 
     async def carry_out(
         self, session: Callable[[SessionSignals], Awaitable[T]], outcome: list[T | BaseException]

@@ -339,10 +339,10 @@ def _payload(body: bytes) -> bytes | io.BytesIO | None:
 def _successful(phase: str, reply: Reply) -> Reply:
     if 200 <= reply.status < 300:
         return reply
-    raise CallFailed(Trouble(phase, reply=_in_brief(reply), detail=f"HTTP {reply.status}"))
+    raise CallFailed(Trouble(phase, reply=_shortened(reply), detail=f"HTTP {reply.status}"))
 
 
-def _in_brief(reply: Reply) -> Reply:
+def _shortened(reply: Reply) -> Reply:
     """Shorten an error that quotes the input: it may be kept in memory until the next try."""
     if len(reply.body) <= ERROR_LIMIT_BYTES:
         return reply

@@ -167,7 +167,7 @@ class Admission:
             await self._permitted(stops=True)
         except RunStopping:
             if not reserved:
-                self._free(job_run)
+                self._release(job_run)
             raise
 
     async def acquire_repeat(self) -> None:
@@ -180,14 +180,14 @@ class Admission:
         Raises:
             HeldBack: submits pause, too many are ready at once, or the run is stopping and this is not a repeat.
         """
-        self._hold_back(attempt)
+        self._require_may_send(attempt)
         if self._send_bucket is None:
             return
         if self._send_bucket.wait(anyio.current_time()) > max(_RATE_WAIT_SECONDS, self._send_bucket.period):
             raise HeldBack("too many submits were ready at once")
         if wait := self._send_bucket.reserve(anyio.current_time()):
             await self._sleep(wait, stops=not attempt.repeat)
-            self._hold_back(attempt)
+            self._require_may_send(attempt)
 
     def throttled(self, verdict: Verdict, detail: str, *, throttled: bool, now: float | None = None) -> None:
         """Pause all submits because the service refuses them. `now` (Unix seconds) adds the end of the pause."""
@@ -269,13 +269,13 @@ class Admission:
             self._is_pause_announced = False
             self._observer.happened("resumed")
 
-    def _hold_back(self, attempt: Attempt) -> None:
+    def _require_may_send(self, attempt: Attempt) -> None:
         if self.ends_soon or (self._stopping is not None and not attempt.repeat):
             raise HeldBack("the run is stopping")
         if self._pauses.begun and self._pauses.left(anyio.current_time()):
             raise HeldBack("submits pause")
 
-    def _free(self, job_run: JobRun) -> None:
+    def _release(self, job_run: JobRun) -> None:
         """Release the money of a job that was not submitted."""
         self._budget.settle(job_run.reserved_usd, 0.0)
         job_run.reserved_usd = 0.0

@@ -50,26 +50,26 @@ class JobDriver:
             StorageError: the disk refused.
         """
         if job_run.state is State.FAILED:
-            await self._take_up_again(job_run)
+            await self._start_new_attempt(job_run)
         while True:
             try:
                 ticket = job_run.ticket or await self._submitter.submit(job_run)
-                answer = await self._answered(job_run, ticket)
-                await self._finished(job_run, answer)
+                answer = await self._await_answer(job_run, ticket)
+                await self._finish(job_run, answer)
             except JobFailed as error:
-                if await self._another_attempt(job_run, error):
+                if await self._fail_or_retry(job_run, error):
                     continue
             return
 
-    async def _answered(self, job_run: JobRun, ticket: Ticket) -> Answer:
+    async def _await_answer(self, job_run: JobRun, ticket: Ticket) -> Answer:
         """Wait for the request to end and fetch its output; durable when this returns."""
         if job_run.answer is not None:
-            return await self._renewed(job_run, ticket, job_run.answer)
+            return await self._refreshed_answer(job_run, ticket, job_run.answer)
         answer = await self._poller.answer(job_run, ticket)
-        await self._keep(job_run, answer)
+        await self._record_answer(job_run, answer)
         return answer
 
-    async def _keep(self, job_run: JobRun, answer: Answer) -> None:
+    async def _record_answer(self, job_run: JobRun, answer: Answer) -> None:
         """Record the answer and its cost."""
         now, timings = self._context.now(), job_run.timings
         age = now - job_run.accepted_at
@@ -95,7 +95,7 @@ class JobDriver:
         job_run.answer = answer
         self._context.admission.answered(job_run, self._poller.queued(timings))
 
-    async def _renewed(self, job_run: JobRun, ticket: Ticket, kept: Answer) -> Answer:
+    async def _refreshed_answer(self, job_run: JobRun, ticket: Ticket, kept: Answer) -> Answer:
         """Return a fresh answer with new image URLs if the target still has it, else the stored one."""
         self._context.admission.answered(job_run)
         self._context.waits.put(job_run.key, Stage.DOWNLOADING, self._context.now())
@@ -104,7 +104,7 @@ class JobDriver:
         except CallFailed:
             return kept
 
-    async def _finished(self, job_run: JobRun, answer: Answer) -> None:
+    async def _finish(self, job_run: JobRun, answer: Answer) -> None:
         """Store every image, then record the job as done."""
         if job_run.state is not State.DONE:
             started, images = anyio.current_time(), images_of(answer.output)
@@ -136,10 +136,10 @@ class JobDriver:
             raise JobFailed(failed.failure, collectable=failed.collectable, images=tuple(images)) from failed
         return images
 
-    async def _another_attempt(self, job_run: JobRun, error: JobFailed) -> bool:
+    async def _fail_or_retry(self, job_run: JobRun, error: JobFailed) -> bool:
         """Record the failure. Return whether a new attempt follows, after its backoff."""
         failure, was = error.failure, job_run.state
-        if error.collectable and await self._collected_later(job_run, error):
+        if error.collectable and await self._defer_collection(job_run, error):
             return False
         # Without acceptance there is no cost; with it, the cost is what the service reports, or the reservation.
         units = failure.billable_units if job_run.state is State.ACCEPTED else 0.0
@@ -149,14 +149,14 @@ class JobDriver:
         # A job resumed only to be collected, free, is not paid for again in the same run.
         may_retry = error.new_attempt and was is not State.COLLECTABLE
         if may_retry and job_run.attempt < self._context.policy.attempts:  # if the run stops, the next one goes on
-            await self._take_up_again(job_run)
+            await self._start_new_attempt(job_run)
             self._context.observer.happened("retried", attempt=job_run.attempt, **said)
             await anyio.sleep(backoff(job_run.attempt, self._context.rng, base=1.0))
             return True
         self._count_failure(job_run, failure)
         return False
 
-    async def _collected_later(self, job_run: JobRun, error: JobFailed) -> bool:
+    async def _defer_collection(self, job_run: JobRun, error: JobFailed) -> bool:
         """Record that the paid result can be asked for again; False if it is too late for that."""
         at, was = self._context.now(), job_run.state
         ended_at = job_run.ended_at or at
@@ -183,7 +183,7 @@ class JobDriver:
         self._context.observer.happened("failed", job=job_run.key, attempt=job_run.attempt, **said)
         self._stop_if_all_fails()
 
-    async def _take_up_again(self, job_run: JobRun) -> None:
+    async def _start_new_attempt(self, job_run: JobRun) -> None:
         await self._context.journal.record(Retried(job_run.key, self._context.now()))
         job_run.renew()
 

@@ -117,7 +117,7 @@ class Poller:
         stage = Stage.UNKNOWN if job_run.resumed else Stage.IN_QUEUE
         self._context.waits.put(job_run.key, stage, job_run.accepted_at, ticket.position)
         try:
-            answer = await self._followed(job_run, ticket)
+            answer = await self._poll(job_run, ticket)
         except BaseException:
             self._context.waits.drop(job_run.key)
             raise
@@ -128,7 +128,7 @@ class Poller:
         self._context.waits.put(job_run.key, Stage.DOWNLOADING, self._context.now())
         return answer
 
-    async def _followed(self, job_run: JobRun, ticket: Ticket) -> Answer:
+    async def _poll(self, job_run: JobRun, ticket: Ticket) -> Answer:
         faults = _FaultCounter()
         pause = 0.0 if job_run.resumed else None
         while True:
@@ -182,7 +182,7 @@ class Poller:
                 await anyio.sleep(retry_after_of(error.trouble.reply, self._context.now()) or 0.0)
             return None
         self._times.came(in_time=True)
-        self._was_read()
+        self._note_read()
         job_run.timings.noticed = self._context.now() - job_run.accepted_at
         job_run.timings.executed = inference_of(answer.output)
         self._learn(job_run)
@@ -226,7 +226,7 @@ class Poller:
                     timings.unreadable = age
                 scope.deadline = anyio.current_time() + max(0.0, self._times.overdue(timings) - age)
                 self._context.waits.put(job_run.key, Stage.UNKNOWN, job_run.accepted_at)
-                self._unread(verdict)
+                self._note_unread(verdict)
 
             try:
                 status = await reading(
@@ -237,7 +237,7 @@ class Poller:
                 raise JobFailed(failure_of(error.trouble, verdict), collectable=verdict.collectable) from error
         if status is None:
             return None
-        self._was_read()
+        self._note_read()
         timings.unreadable = None
         age = self._age(job_run)
         self._context.waits.put(job_run.key, stage_of(status), job_run.accepted_at, status.position)
@@ -276,7 +276,7 @@ class Poller:
         if self._polls is not None and (wait := self._polls.reserve(anyio.current_time())):
             await anyio.sleep(wait)
 
-    def _was_read(self) -> None:
+    def _note_read(self) -> None:
         self.reads += 1
         self._refused_since = None
         self._context.expiry.read()
@@ -293,7 +293,7 @@ class Poller:
     def _retry_ended(self, job_run: JobRun, trouble: Trouble, faults: _FaultCounter) -> float:
         """Return the seconds until an ended job's result is read again; raise if the job itself has failed."""
         seen, verdict = self._judged(job_run, trouble, faults)
-        self._unread(verdict)
+        self._note_unread(verdict)
         return (verdict.retry_after or 0.0) + pause_after(trouble, seen, self._context.rng)
 
     def _retry_failed(self, job_run: JobRun, status: TicketStatus, trouble: Trouble, faults: _FaultCounter) -> float:
@@ -302,7 +302,7 @@ class Poller:
         verdict, failure = judge_failed(trouble, status, seen=faults.total)
         if verdict.action is not Action.READ_AGAIN:
             raise JobFailed(failure, new_attempt=verdict.new_attempt)
-        self._unread(verdict)
+        self._note_unread(verdict)
         return min(verdict.retry_after or 0.0, _LONGEST_RETRY_AFTER) + backoff(faults.total, self._context.rng, cap=1.0)
 
     def _retry_overdue(
@@ -339,7 +339,7 @@ class Poller:
             )
         return seen, verdict
 
-    def _unread(self, verdict: Verdict) -> None:
+    def _note_unread(self, verdict: Verdict) -> None:
         self._context.read_failed(verdict)
         self._context.warn(self._context.expiry.unread(self._context.now()))
         if verdict.account:

@@ -242,7 +242,7 @@ class Search:
             listed = self._by_seed[seed]
             finding = match(entry, [*listed.values(), *hidden], known, after=self._after)
             if _is_over(entry, at):
-                finding = _concluded(entry, finding, listed, covered)
+                finding = _conclude(entry, finding, listed, covered)
             found[entry.job_key] = finding
         claims = Counter(finding.request_id for finding in found.values() if finding.request_id is not None)
         for key, finding in found.items():
@@ -251,7 +251,7 @@ class Search:
         return found
 
 
-def _concluded(
+def _conclude(
     entry: OpenJob, found: FoundRequest, listed: Mapping[RequestId, Listed], covered: Sequence[float]
 ) -> FoundRequest:
     """Return what a finding proves about a submit that can no longer be queued or running.

@@ -89,12 +89,12 @@ class Runner:
             StorageError: the disk refused; what was durable before is kept.
         """
         async with anyio.create_task_group() as watch:
-            watch.start_soon(self._bound_the_end)
+            watch.start_soon(self._limit_shutdown)
             with self._scope:
                 try:
                     await self._work(source)
                 except* StorageError as errors:  # raised outside the jobs' tasks: while reading or settling
-                    self.stop(StopCause.STORAGE, _words(errors))
+                    self.stop(StopCause.STORAGE, _first_message(errors))
             watch.cancel_scope.cancel()
         stopping = self._context.admission.stopping
         if stopping is not None and stopping.why is StopCause.STORAGE:
@@ -130,7 +130,7 @@ class Runner:
         self._context.admission.hurried = True
         self._context.admission.stop(why, reason, meanwhile)
 
-    async def _bound_the_end(self) -> None:
+    async def _limit_shutdown(self) -> None:
         """Stop in time for the deadline, and limit the time of a bounded stop."""
         drain, deadline = self._context.policy.drain, self._context.policy.deadline
         if deadline is not None:
@@ -179,10 +179,10 @@ class Runner:
                     self._context.warn(
                         self._context.expiry.resumed(job_run.intended_at, self._context.now(), answered=is_answered)
                     )
-                if not self._held_back(job_run):
-                    await self._let_in(job_run, jobs)
+                if not self._stays_unknown(job_run):
+                    await self._admit(job_run, jobs)
 
-    def _held_back(self, job_run: JobRun) -> bool:
+    def _stays_unknown(self, job_run: JobRun) -> bool:
         """Return whether an unknown submit must stay unknown for now."""
         if job_run.state is not State.UNKNOWN or self._context.policy.idempotency is Idempotency.REPLAY:
             return False
@@ -194,7 +194,7 @@ class Runner:
             if self._context.policy.idempotency is Idempotency.REJECT and self._submitter.may_repeat(job_run):
                 job_run.repeats = True
                 return False
-        if self._context.policy.collect_only or not self._given_up(job_run):
+        if self._context.policy.collect_only or not self._may_resubmit(job_run):
             self._submitter.hold(job_run, "the outcome of its submit is unknown")
             return True
         self._context.admission.settle(job_run, None)  # it may have been accepted: its reservation counts as spent
@@ -202,7 +202,7 @@ class Runner:
         job_run.state = State.UNKNOWN
         return False
 
-    def _given_up(self, job_run: JobRun) -> bool:
+    def _may_resubmit(self, job_run: JobRun) -> bool:
         """Return whether an unknown submit did not show up within the time set by the user."""
         after = self._context.policy.resubmit_unknown_after
         if (
@@ -225,7 +225,7 @@ class Runner:
                         return
                     job_run = None if job.key in self._handled else self._due(job, known.get(job.key))
                     if job_run is not None:
-                        await self._let_in(job_run, jobs)
+                        await self._admit(job_run, jobs)
 
     def _due(self, job: Job, known: KnownJob | None) -> JobRun | None:
         """Return the job's run, None if the job is finished."""
@@ -238,13 +238,13 @@ class Runner:
             return JobRun(job.key, job, known.attempt, state=known.state)
         return None
 
-    async def _let_in(self, job_run: JobRun, jobs: anyio.abc.TaskGroup) -> None:
+    async def _admit(self, job_run: JobRun, jobs: anyio.abc.TaskGroup) -> None:
         if await self._context.admission.enter(job_run):
             self._handled.add(job_run.key)
             self._underway.add(job_run.key)
-            jobs.start_soon(self._guard, job_run)
+            jobs.start_soon(self._run_job, job_run)
 
-    async def _guard(self, job_run: JobRun) -> None:
+    async def _run_job(self, job_run: JobRun) -> None:
         """Drive one job as a task: a disk error stops the run in order, any other exception is a defect."""
         self._context.observer.happened("started", job=job_run.key)
         try:
@@ -260,7 +260,7 @@ class Runner:
             self._context.observer.happened("ended", job=job_run.key)
 
 
-def _words(errors: BaseExceptionGroup[StorageError]) -> str:
+def _first_message(errors: BaseExceptionGroup[StorageError]) -> str:
     """Return the message of the first error in a group."""
     first: BaseException = errors
     while isinstance(first, BaseExceptionGroup):

@@ -25,7 +25,7 @@ from batch.types import Attempt, Ticket
 
 __all__ = ["Submitter"]
 
-_DOUBTS = frozenset({Action.UNKNOWN, Action.REPEAT, Action.DUPLICATE})
+_UNCERTAIN = frozenset({Action.UNKNOWN, Action.REPEAT, Action.DUPLICATE})
 """Verdicts on a submit that may have been accepted."""
 
 
@@ -38,37 +38,37 @@ class Submitter:
 
     async def submit(self, job_run: JobRun) -> Ticket:
         """Send the submit of this attempt, once, after its intent is durable."""
-        doubtful = job_run.state in {State.INTENDED, State.UNKNOWN}  # an earlier POST of it may have arrived
+        may_have_arrived = job_run.state in {State.INTENDED, State.UNKNOWN}  # an earlier POST of it may have arrived
         tries = 0
         while True:
-            if doubtful and self._context.admission.ends_soon:
+            if may_have_arrived and self._context.admission.ends_soon:
                 raise RunStopping  # the next run sends it again under its key
             job_run.body = job_run.body or await self._body_of(job_run)
             if job_run.state is not State.INTENDED:
-                if self._context.policy.collect_only and not doubtful:
+                if self._context.policy.collect_only and not may_have_arrived:
                     raise RunStopping
                 await self._context.admission.acquire_submit(job_run)
                 await self._intend(job_run)
                 if self._context.admission.stopping is not None:  # the stop came while the intent was written
-                    await self._take_back(job_run, doubtful=doubtful)
+                    await self._withdraw(job_run, may_have_arrived=may_have_arrived)
             else:
                 await self._context.admission.acquire_repeat()
             tries += 1
             try:
                 ticket = await self._context.service.submit(
-                    Attempt(job_run.key, job_run.attempt, job_run.body, doubtful)
+                    Attempt(job_run.key, job_run.attempt, job_run.body, may_have_arrived)
                 )
             except HeldBack as error:
-                if not doubtful:
+                if not may_have_arrived:
                     await self._not_sent(job_run, str(error))
                 continue
             except CallFailed as error:
                 verdict = judge_submit(
-                    error.trouble, self._context.policy.idempotency, repeated=doubtful, now=self._context.now()
+                    error.trouble, self._context.policy.idempotency, repeated=may_have_arrived, now=self._context.now()
                 )
-                doubtful = doubtful or verdict.action in _DOUBTS
-                if doubtful:
-                    await self._doubt(job_run, error.trouble, verdict, tries)
+                may_have_arrived = may_have_arrived or verdict.action in _UNCERTAIN
+                if may_have_arrived:
+                    await self._handle_unknown(job_run, error.trouble, verdict, tries)
                 else:
                     await self._submit_refused(job_run, error.trouble, verdict)
                 continue
@@ -101,10 +101,10 @@ class Submitter:
             self.hold(job_run, str(error))
             raise OutcomeUnknown from error
 
-    async def _take_back(self, job_run: JobRun, *, doubtful: bool) -> NoReturn:
+    async def _withdraw(self, job_run: JobRun, *, may_have_arrived: bool) -> NoReturn:
         """Withdraw an intent whose submit was not sent, and restore the job's earlier state."""
         reason = "the run stopped before it was sent"
-        if doubtful:
+        if may_have_arrived:
             await self._context.journal.record(Lost(job_run.key, self._context.now(), reason))
         else:
             await self._not_sent(job_run, reason)
@@ -144,7 +144,7 @@ class Submitter:
         throttled = trouble.reply is not None and trouble.reply.status == 429
         self._context.admission.throttled(verdict, trouble.detail, throttled=throttled, now=self._context.now())
 
-    async def _doubt(self, job_run: JobRun, trouble: Trouble, verdict: Verdict, tries: int) -> None:
+    async def _handle_unknown(self, job_run: JobRun, trouble: Trouble, verdict: Verdict, tries: int) -> None:
         """Handle a submit of unknown outcome: repeat it under the same key where that is safe, else hold it."""
         forever = self._context.policy.idempotency is Idempotency.REPLAY
         first = judge(trouble, now=self._context.now())

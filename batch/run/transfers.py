@@ -65,7 +65,7 @@ class Transfers:
             known = await self._context.journal.uploaded(name, self._context.now() - _UPLOAD_VALID)
             if known is not None:
                 return known
-            url = await self._sent(image)
+            url = await self._upload(image)
             await self._context.journal.record(Uploaded(name, self._context.now(), url))
         except ImageError as error:
             raise JobFailed(Failed(error.type, str(error))) from error
@@ -81,7 +81,7 @@ class Transfers:
             ready.set()
         return url
 
-    async def _sent(self, image: LocalImage) -> str:
+    async def _upload(self, image: LocalImage) -> str:
         """Upload an image and return its URL. A refused image is freed and gives its place to others before a retry."""
 
         async def once() -> str:
@@ -125,7 +125,7 @@ class Transfers:
         A failed download moves to a second queue, so it blocks no other and does not wait behind the others again.
         """
         with suppress(CallFailed, ImageError):
-            return await self._fetched(said, self._downloads)
+            return await self._download_once(said, self._downloads)
         tries, since = 1, self._context.now()
 
         def notice(verdict: Verdict) -> None:
@@ -133,7 +133,7 @@ class Transfers:
             self._context.warn(self._context.expiry.undownloaded(since, self._context.now()))
 
         async def once_more() -> StoredImage:
-            return await self._fetched(said, self._late_downloads)
+            return await self._download_once(said, self._late_downloads)
 
         while True:
             await anyio.sleep(backoff(tries, self._context.rng, cap=_DOWNLOAD_PAUSE))
@@ -151,11 +151,11 @@ class Transfers:
                     failure = Failed("result_file_damaged", f"{said.url[:200]}: {error}")
                     raise JobFailed(failure, collectable=True) from error
 
-    async def _fetched(self, said: StoredImage, line: anyio.Semaphore) -> StoredImage:
-        async with line:
+    async def _download_once(self, said: StoredImage, slots: anyio.Semaphore) -> StoredImage:
+        async with slots:
             data = await self._context.service.download(said.url)
             self.fetched += 1
-            return _joined(said, await self._with_descriptor(lambda: self._context.images.store(data)))
+            return _merged(said, await self._with_descriptor(lambda: self._context.images.store(data)))
 
     async def _with_descriptor(self, work: Callable[[], Awaitable[T]]) -> T:
         """Read or write a file, retrying without limit while no descriptor is free."""
@@ -171,7 +171,7 @@ class Transfers:
             await anyio.sleep(backoff(tries, self._context.rng, cap=_DESCRIPTOR_PAUSE))
 
 
-def _joined(said: StoredImage, kept: StoredImage) -> StoredImage:
+def _merged(said: StoredImage, kept: StoredImage) -> StoredImage:
     """Combine what the endpoint said of an image with what its bytes show."""
     return StoredImage(
         url=shorten_data_uri(said.url),

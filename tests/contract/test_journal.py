@@ -300,7 +300,7 @@ async def test_illegal_event_hurts_its_caller_alone(journal):
 
 
 async def test_cancelled_caller_is_written_all_the_same(journal):
-    """What was passed to `record` becomes durable even if its caller no longer waits."""
+    """Events passed to `record` become durable even if its caller no longer waits."""
     with anyio.CancelScope() as scope:
         scope.cancel()
         await journal.record(intended(A))
@@ -465,7 +465,7 @@ def histories(draw):
     return calls
 
 
-async def _told(journal):
+async def _contents(journal):
     counts = await journal.counts()
     return (
         await journal.find(_KEYS),
@@ -493,10 +493,10 @@ def test_both_journals_tell_the_same_of_any_history(calls, together):
                             await checkpoint()
                         else:
                             await file.record(*call)
-                assert await _told(file) == await _told(memory)
+                assert await _contents(file) == await _contents(memory)
             async with opened_file(Path(folder) / "journal.db") as again:
                 assert again.session == 2
-                assert await _told(again) == await _told(memory)
+                assert await _contents(again) == await _contents(memory)
 
     anyio.run(run)
 

@@ -152,7 +152,7 @@ async def test_a_refused_connection_is_certainly_unsent():
 
 async def test_a_name_that_does_not_exist_is_certainly_unsent():
     """`.invalid` never resolves, with or without a network."""
-    async with client_at("http://nobody.invalid") as client:
+    async with client_at("http://missing.invalid") as client:
         found = await trouble(client.submit(ATTEMPT))
     assert (found.transport, found.sent) == ("dns", False)
 
@@ -790,7 +790,7 @@ async def test_a_download_from_the_target_itself_needs_no_key():
 async def test_a_netrc_entry_does_not_get_in_the_way_of_the_key(monkeypatch, tmp_path):
     """A `.netrc` with an entry for every host is common on shared machines; its passwords must not be sent."""
     netrc = tmp_path / "netrc"
-    netrc.write_text("default login somebody password something\n")
+    netrc.write_text("default login alice password something\n")
     netrc.chmod(0o600)
     monkeypatch.setenv("NETRC", str(netrc))
     async with answering(json_answer({"request_id": "abc"}), key=KEY) as (client, received):

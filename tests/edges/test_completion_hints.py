@@ -273,7 +273,7 @@ async def test_a_forged_callback_is_ignored():
 async def test_a_callback_for_nobody_is_acknowledged():
     """Unknown, or settled long ago: 200, because sending it again would not help."""
     async with called() as (target, callbacks, call):
-        assert await call(target.signed("somebody-else")) == 200
+        assert await call(target.signed("unknown-request")) == 200
         assert callbacks.believed == 1
 
 

@@ -113,7 +113,7 @@ def test_a_child_that_does_not_start_is_explained_by_its_log(tmp_path):
             pytest.fail("it started")
 
     (tmp_path / "server.log").write_text("an old line\n")
-    with pytest.raises(RestyleError, match=r"exit code 2.*server\.log\n.*'magic' is no engine") as caught:
+    with pytest.raises(RestyleError, match=r"exit code 2.*server\.log\n.*'magic'") as caught:
         run(use(tmp_path))
     assert "an old line" not in str(caught.value)
 

@@ -120,7 +120,7 @@ def test_a_proxy_that_cannot_be_used_stops_the_command(environment, value, words
 def test_no_password_of_netrc_is_sent_by_any_session(environment, monkeypatch, tmp_path):
     """Client, streams and webhook keys, each through a proxy: an entry for every host must not be sent."""
     netrc = tmp_path / "netrc"
-    netrc.write_text("default login somebody password netrc-word\n")
+    netrc.write_text("default login alice password netrc-word\n")
     netrc.chmod(0o600)
     seen = []
 

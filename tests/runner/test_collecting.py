@@ -94,13 +94,13 @@ async def test_what_was_accepted_is_collected_before_anything_is_submitted_oldes
 
 async def test_a_request_older_than_the_floor_is_warned_of_and_collected():
     """After an hour its result may be gone; it is read anyway."""
-    for pause, told in ((0.9 * HOUR, 0), (5 * HOUR, 1)):
+    for pause, expected in ((0.9 * HOUR, 0), (5 * HOUR, 1)):
         world = World(Service(service_time=50.0), window=10)
         with anyio.move_on_after(5):
             await world.run(jobs(10))
         await anyio.sleep(pause)
         report = await world.again().run(jobs(10))
-        assert (report.done, len(warnings(world))) == (10, told)
+        assert (report.done, len(warnings(world))) == (10, expected)
     assert "5.0 h old" in warnings(world)[0]
 
 
@@ -127,10 +127,10 @@ async def test_an_outage_of_the_reads_is_warned_of_in_time():
     world = World(FakeService(service_time=20.0, faults=[Outage()]))
     report = await world.run(jobs(30))
     assert report.done == 30
-    told = warnings(world)
-    assert "no request could be read for 30 min" in told[0]
-    assert "may have waited" in told[1]  # and afterwards, how long results waited
-    assert len(told) == 2
+    given = warnings(world)
+    assert "no request could be read for 30 min" in given[0]
+    assert "may have waited" in given[1]  # and afterwards, how long results waited
+    assert len(given) == 2
 
 
 async def test_large_results_that_wait_are_warned_of():
@@ -147,8 +147,8 @@ async def test_large_results_that_wait_are_warned_of():
 
     world = World(Sleepy(service_time=1000.0, padding=2000))
     await world.run(jobs(2))
-    (told,) = warnings(world)
-    assert "--max-in-flight" in told
+    (warning,) = warnings(world)
+    assert "--max-in-flight" in warning
 
 
 async def test_a_image_that_cannot_be_had_holds_up_no_other_and_is_tried_on():

@@ -19,20 +19,20 @@ class Hints:
 
     def __init__(self, service, *, heard=lambda number: True, early=0.0):
         self.service, self.heard, self.early = service, heard, early
-        self.told, self.waiting, self.waited = set(), set(), []
+        self.hinted, self.waiting, self.waited = set(), set(), []
 
     async def wait(self, ticket, usual, longest):
         self.waiting.add(ticket.request_id)
         self.waited.append((usual, longest))
         number = int(ticket.request_id.removeprefix("request-"))
-        if not self.heard(number) or ticket.request_id in self.told:
+        if not self.heard(number) or ticket.request_id in self.hinted:
             await anyio.sleep(usual)
             return False
         left = self.service.requests[ticket.request_id].ends_at - self.early - anyio.current_time()
         await anyio.sleep(max(0.0, min(left, longest)))
         if left > longest:
             return False
-        self.told.add(ticket.request_id)
+        self.hinted.add(ticket.request_id)
         return True
 
     def forget(self, ticket):

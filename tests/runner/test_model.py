@@ -455,7 +455,7 @@ class Runs(RuleBasedStateMachine):
         failed = {r for r in self.books.spoiled if self.script._fates.get(r) == "fail retryably"}
         failed |= self.books.expired
         charged = UNIT_USD * sum(1 for _, _, request_id in self.books.accepted if request_id not in failed)
-        assert charged <= counted + 1e-6, "a charge that nobody counted"
+        assert charged <= counted + 1e-6, "an uncounted charge"
 
     @invariant()
     def nothing_is_done_without_its_image(self) -> None:

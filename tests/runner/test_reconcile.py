@@ -184,11 +184,11 @@ async def test_a_page_that_fails_at_first_is_read_again():
 
 
 async def test_two_matches_stay_unknown():
-    """Another client sent exactly the same input with the same key: the matches cannot be told apart."""
+    """Another client sent exactly the same input with the same key: the matches cannot be distinguished."""
     of = world(LosesReplyTo("4 as"), LosesReplyTo("7 as"))
-    twin = jobs(5)[4]
+    duplicate = jobs(5)[4]
     of.service.lists.others.append(
-        Listed(RequestId("twin"), AppId("fal-ai/flux"), 0.15, None, None, None, dict(twin.input))
+        Listed(RequestId("same-input"), AppId("fal-ai/flux"), 0.15, None, None, None, dict(duplicate.input))
     )
     report = await of.run(jobs(10))
     assert (report.done, report.held, of.service.posts) == (9, 1, 10)

@@ -264,9 +264,9 @@ async def test_an_unknown_word_is_told_once():
     """The warning has the request and what follows; if the words keep changing, only some are reported."""
     world = World(Odd(status=NOTHING["unknown"], service_time=20.0))
     await world.run(jobs(10))
-    (told,) = [text for text in warnings(world) if "unknown status" in text]
-    assert told.startswith("request request-")
-    assert told.endswith(": unknown status 'BANANA'; it counts as running, its result is read after 10 min")
+    (warning,) = [text for text in warnings(world) if "unknown status" in text]
+    assert warning.startswith("request request-")
+    assert warning.endswith(": unknown status 'BANANA'; it counts as running, its result is read after 10 min")
     world = World(Odd(status=NOTHING["other each time"], service_time=20.0))
     await world.run(jobs(10))
     assert len([text for text in warnings(world) if "unknown status" in text]) == 5

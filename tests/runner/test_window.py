@@ -111,7 +111,7 @@ async def test_a_429_cuts_the_window_and_its_pause_is_kept():
 async def test_every_change_of_size_is_told_with_its_reason():
     """The log shows the reason."""
     world = await carried_out(FakeService(service_time=uneven(3.0), slots=40), 400, start=8)
-    told = world.observer.actions("window")
-    assert told[-1]["size"] > 40
-    assert all(set(change) == {"size", "reason"} and change["reason"] for change in told)
-    assert all(abs(after["size"] - before["size"]) <= 1 for before, after in itertools.pairwise(told))
+    changes = world.observer.actions("window")
+    assert changes[-1]["size"] > 40
+    assert all(set(change) == {"size", "reason"} and change["reason"] for change in changes)
+    assert all(abs(after["size"] - before["size"]) <= 1 for before, after in itertools.pairwise(changes))

@@ -45,7 +45,7 @@ def job_run(number: int, images: int = 1, **options) -> JobRun:
     return JobRun(key, Job(key, {"num_images": images}, megapixels=1.0), **options)
 
 
-async def times_of(admission: Admission, courses: list[JobRun], end=None) -> list[float]:
+async def times_of(admission: Admission, job_runs: list[JobRun], end=None) -> list[float]:
     """Return the time at which each job was admitted, in that order."""
     times: list[float] = []
 
@@ -57,7 +57,7 @@ async def times_of(admission: Admission, courses: list[JobRun], end=None) -> lis
 
     began = anyio.current_time()
     async with anyio.create_task_group() as tasks:
-        for job_run in courses:
+        for job_run in job_runs:
             tasks.start_soon(one, job_run)
     return times
 

@@ -27,10 +27,10 @@ def test_a_resumed_request_is_late_after_the_floor_and_its_images_after_a_week()
     """One warning of each kind, with the age of the first job, which is the oldest."""
     clock = Expiry()
     assert clock.resumed(0.0, HOUR, answered=False) is None
-    told = clock.resumed(0.0, 3 * HOUR, answered=False)
-    assert told is not None
-    assert "3.0 h old" in told
-    assert "only 60 min" in told
+    warning = clock.resumed(0.0, 3 * HOUR, answered=False)
+    assert warning is not None
+    assert "3.0 h old" in warning
+    assert "only 60 min" in warning
     assert clock.resumed(0.0, 4 * HOUR, answered=False) is None
     assert clock.resumed(0.0, 6 * DAY, answered=True) is None
     images = clock.resumed(0.0, 8 * DAY, answered=True)
@@ -79,22 +79,22 @@ def test_a_target_that_keeps_everything_has_no_clock():
     """With our own server nothing is ever late."""
     clock = Expiry(for_good=True)
     clock.unread(0.0)
-    told = [
+    warnings = [
         clock.resumed(0.0, 99 * DAY, answered=True),
         clock.unread(99 * DAY),
         clock.collected(99 * DAY, 10**6),
         clock.undownloaded(0.0, 99 * DAY),
     ]
-    assert told == [None] * 4
+    assert warnings == [None] * 4
 
 
 def test_a_lifetime_that_was_asked_for_takes_the_place_of_the_week():
     """A shorter lifetime warns sooner, a longer one later; also at a server that keeps results for good."""
     short, long = Expiry(for_good=True, file_seconds=DAY), Expiry(file_seconds=30 * DAY)
     assert short.resumed(0.0, 3 * DAY, answered=False) is None
-    told = short.resumed(0.0, 3 * DAY, answered=True)
-    assert told is not None
-    assert "only 24.0 h" in told
+    warning = short.resumed(0.0, 3 * DAY, answered=True)
+    assert warning is not None
+    assert "only 24.0 h" in warning
     assert short.undownloaded(0.0, 0.6 * DAY) is not None
     assert long.resumed(0.0, 8 * DAY, answered=True) is None
     assert long.undownloaded(0.0, 4 * DAY) is None

@@ -296,7 +296,7 @@ UNTIL = 1_795_356_310.0
     [
         (PAUSED, UNTIL),
         (PAUSED + '{"action":"done","job":"1"}\n' * 50_000, UNTIL),
-        (PAUSED + '{"action":"failed","message":"\\"resumed\\", he said"}\n', UNTIL),
+        (PAUSED + '{"action":"failed","message":"\\"resumed\\", it says"}\n', UNTIL),
         (PAUSED + '{"action":"resumed"}\n', None),
         (PAUSED + '{"action":"session","number":2}\n', None),
         (PAUSED + '{"action":"resumed"}\n' + PAUSED + '{"action":"pau', UNTIL),

@@ -15,14 +15,16 @@ from batch.run.poll_schedule import JobTimings, PollSchedule
 seconds = st.floats(0, 1e4)
 
 
-def polled(times: PollSchedule, duration: float, *, tells: bool = True, queued: float = 0.0) -> tuple[int, float]:
-    """Return the reads of one job of this duration, and how late its end was noticed. `tells`: with inference times."""
+def polled(
+    times: PollSchedule, duration: float, *, with_inference: bool = True, queued: float = 0.0
+) -> tuple[int, float]:
+    """Return the reads of one job of this duration, and how late its end was noticed."""
     timings, reads = JobTimings(), 0
     while True:
         age = times.due(timings)
         reads += 1
         if age >= duration:
-            timings.inference = timings.executed = duration - queued if tells else None
+            timings.inference = timings.executed = duration - queued if with_inference else None
             times.took(timings, age)
             return reads, age - duration
         times.pending(timings, age, queued=age < queued, position=None)
@@ -60,15 +62,17 @@ def test_a_poll_time_is_within_its_bounds(finished, read):
     )
 
 
-@pytest.mark.parametrize("tells", [True, False])
+@pytest.mark.parametrize("with_inference", [True, False])
 @pytest.mark.parametrize("duration", [0.2, 2.0, 6.0, 40.0])
-def test_jobs_of_one_length_need_few_reads_and_are_noticed_soon(duration, tells):
+def test_jobs_of_one_length_need_few_reads_and_are_noticed_soon(duration, with_inference):
     """After some ended jobs; fewer reads if the service reports inference times."""
     times, rng = PollSchedule(), Random(3)
     for _ in range(200):
-        polled(times, duration * rng.uniform(0.95, 1.05), tells=tells)
-    reads, late = means(polled(times, duration * rng.uniform(0.95, 1.05), tells=tells) for _ in range(200))
-    assert reads < (3.2 if tells else 3.5) + duration / PollSchedule.LONGEST
+        polled(times, duration * rng.uniform(0.95, 1.05), with_inference=with_inference)
+    reads, late = means(
+        polled(times, duration * rng.uniform(0.95, 1.05), with_inference=with_inference) for _ in range(200)
+    )
+    assert reads < (3.2 if with_inference else 3.5) + duration / PollSchedule.LONGEST
     assert late < max(0.02, 0.05 * duration)
 
 
@@ -81,16 +85,16 @@ def test_a_service_that_always_takes_the_same_is_read_once():
     assert (reads, late < 0.05) == (1, True)
 
 
-@pytest.mark.parametrize("tells", [True, False])
+@pytest.mark.parametrize("with_inference", [True, False])
 @pytest.mark.parametrize(("before", "after"), [(6.0, 1.0), (1.0, 6.0), (40.0, 2.0)])
-def test_poll_times_follow_a_service_that_changes(before, after, tells):
+def test_poll_times_follow_a_service_that_changes(before, after, with_inference):
     """A faster or slower service is learned within 400 jobs."""
     times, rng = PollSchedule(), Random(3)
     for _ in range(300):
-        polled(times, before * rng.uniform(0.9, 1.1), tells=tells)
+        polled(times, before * rng.uniform(0.9, 1.1), with_inference=with_inference)
     for _ in range(400):
-        polled(times, after * rng.uniform(0.9, 1.1), tells=tells)
-    reads, late = means(polled(times, after * rng.uniform(0.9, 1.1), tells=tells) for _ in range(20))
+        polled(times, after * rng.uniform(0.9, 1.1), with_inference=with_inference)
+    reads, late = means(polled(times, after * rng.uniform(0.9, 1.1), with_inference=with_inference) for _ in range(20))
     assert reads < 5
     assert late < 0.15 * after
 
@@ -107,7 +111,7 @@ def test_in_a_mixture_the_fast_jobs_do_not_wait_for_the_slow_ones():
 def test_in_a_mixture_of_a_silent_service_the_fast_jobs_wait_for_half_of_the_slow_ones_at_most():
     """Without inference times a late read looks like a slow job."""
     times = PollSchedule()
-    found = [polled(times, 0.1 if n % 2 else 8.0, tells=False) for n in range(400)][100:]
+    found = [polled(times, 0.1 if n % 2 else 8.0, with_inference=False) for n in range(400)][100:]
     assert means(found[1::2])[1] < 4.0
 
 

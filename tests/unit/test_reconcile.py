@@ -1,4 +1,4 @@
-"""What a listing proves about a submit whose answer was lost."""
+"""The conclusions from a listing about a submit whose answer was lost."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ OTHER = listed(SENT | {"seed": 8}, request_id="other")
         ([OTHER], FoundRequest(Finding.ABSENT)),
         ([listed()], FoundRequest(Finding.ADOPTED, RequestId("r1"))),
         ([OTHER, listed(SENT | DEFAULTS)], FoundRequest(Finding.ADOPTED, RequestId("r1"))),
-        # two matches cannot be told apart
+        # two matches cannot be distinguished
         ([listed(), listed(request_id="r2")], FoundRequest(Finding.AMBIGUOUS)),
         ([listed(), listed(request_id="r2"), listed(None, request_id="r3")], FoundRequest(Finding.AMBIGUOUS)),
         # a request without its input may be a second match, or the only one

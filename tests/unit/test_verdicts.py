@@ -1,4 +1,4 @@
-"""What an answer proves: one line per case, decided by status and type and never by text."""
+"""Verdicts on answers: one line per case, decided by status and type and never by text."""
 
 from __future__ import annotations
 
@@ -123,8 +123,8 @@ def test_no_decision_looks_at_the_text_of_a_message(trouble, seen, action, words
     reply = trouble.reply
     if reply is not None:
         reply = Reply(reply.status, _worded(reply.body, words), reply.headers)
-    told = Trouble(trouble.phase, trouble.transport, reply=reply, sent=trouble.sent, detail=words)
-    as_it_was, otherwise = judge(trouble, seen=seen), judge(told, seen=seen)
+    changed = Trouble(trouble.phase, trouble.transport, reply=reply, sent=trouble.sent, detail=words)
+    as_it_was, otherwise = judge(trouble, seen=seen), judge(changed, seen=seen)
     assert (otherwise.action, otherwise.new_attempt) == (as_it_was.action, as_it_was.new_attempt)
 
 
@@ -239,7 +239,7 @@ def test_a_status_that_cannot_be_read_for_long_is_about_the_request_or_the_servi
 
 @given(st.integers(300, 599), st.binary(max_size=40), st.booleans())
 def test_a_submit_is_sent_again_only_where_nothing_was_accepted(status, body, with_type):
-    """Of all answers only a 429 allows another submit; the text decides nothing."""
+    """Only a 429 allows another submit; the text decides nothing."""
     headers = {"x-fal-error-type": "internal_error"} if with_type else {}
     verdict = judge(Trouble("submit", reply=Reply(status, body, headers)))
     assert (verdict.action is A.SUBMIT_AGAIN) is (status in {407, 429})
@@ -490,11 +490,11 @@ def test_a_read_that_works_is_done_once():
 @pytest.mark.parametrize("times", [1, 2, 3, 50])
 def test_a_read_goes_on_until_it_is_answered(times):
     """Each error is reported to `notice`; pauses stay below the cap."""
-    call, told = Flaky(*[answered("status", 503, GATEWAY)] * times), []
-    answer, seconds = in_virtual_time(lambda: reading(call, Random(1), notice=told.append))
+    call, noticed = Flaky(*[answered("status", 503, GATEWAY)] * times), []
+    answer, seconds = in_virtual_time(lambda: reading(call, Random(1), notice=noticed.append))
     assert answer == "answer"
     assert call.calls == times + 1
-    assert [verdict.action for verdict in told] == [A.READ_AGAIN] * times
+    assert [verdict.action for verdict in noticed] == [A.READ_AGAIN] * times
     assert 0 < seconds <= 30 * times
 
 
