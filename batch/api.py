@@ -140,7 +140,7 @@ async def run(
         observer: receives events.
         tally: counts during the run, for your own display.
         confirm: called with the plan; False ends the run before anything is submitted.
-        signals: stop in order on SIGINT and SIGTERM and return the summary; in a process's main thread only.
+        signals: stop gracefully on SIGINT and SIGTERM and return the summary; in a process's main thread only.
 
     Raises:
         InputError: config, manifest or run directory are invalid; nothing was submitted.
@@ -408,8 +408,8 @@ def _resolve(config: str | Path | None, settings: Mapping[str, Any] | None) -> S
 
 def _manifest_of(directory: RunDirectory, given: str | Path | None) -> str | Path | ManifestSource:
     """Return the manifest's path: the given one, else the one of the last run, or the copy of its standard input."""
-    said = (directory.read_run() or {}).get("manifest")
-    facts = said if isinstance(said, dict) else {}
+    stored = (directory.read_run() or {}).get("manifest")
+    facts = stored if isinstance(stored, dict) else {}
     source, folder = (at_home(given) if given else None) or facts.get("source"), facts.get("folder")
     if not given and source and folder:
         return ManifestSource(directory.root / Path(str(source)).name, Path(str(folder)))
@@ -461,7 +461,7 @@ def _blocking(
 
 
 def _interrupted(summary: Summary) -> str:
-    """Return the message of a KeyboardInterrupt after a run that ended in order."""
+    """Return the message of a KeyboardInterrupt after a run that stopped gracefully."""
     rest = "nothing is left to do" if summary.exit_code is ExitCode.COMPLETE else "repeat the call to continue"
     return f"{summary.done} of {summary.rows} rows are done, the results are written; {rest}"
 

@@ -145,7 +145,7 @@ async def _start(command: _Command, port: int, log: IO[bytes]) -> tuple[Process,
     child = await _open_process(command.line(port), log)
     try:
         with anyio.fail_after(START_SECONDS):
-            said = json.loads(await _first_line(child))
+            announced = json.loads(await _first_line(child))
     except BaseException as error:
         await _end(child, STOP_SECONDS if isinstance(error, ValueError) else 0.0)
         if isinstance(error, ValueError | TimeoutError):
@@ -161,7 +161,7 @@ async def _start(command: _Command, port: int, log: IO[bytes]) -> tuple[Process,
             kind = InputError if child.returncode == ExitCode.BAD_INPUT else RestyleError
             raise kind(f"the embedded endpoint did not start {what}; see {command.log_path}\n{lines}") from error
         raise
-    return child, Endpoint(said["url"], said["pid"])
+    return child, Endpoint(announced["url"], announced["pid"])
 
 
 async def _open_process(line: list[str], log: IO[bytes]) -> Process:

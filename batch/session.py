@@ -90,7 +90,7 @@ class RunRequest:
     collect_only: bool = False
     """Settle and collect earlier submits; submit nothing new."""
     signals: bool = False
-    """Whether SIGINT and SIGTERM stop the run in order; requires the main thread of the process."""
+    """Whether SIGINT and SIGTERM stop the run gracefully; requires the main thread of the process."""
     observer: Observer = field(default_factory=Observer)
     tally: ProgressCounter = field(default_factory=ProgressCounter)
     confirm: Callable[[Plan], bool] | None = None

@@ -28,7 +28,7 @@ _MEANWHILE = "collecting jobs in flight; repeat to stop at once"
 
 
 class SessionSignals:
-    """Stops a run on signals and cancellation: in order first, then at once. Its results are always written."""
+    """Stops a run on signals and cancellation: gracefully first, then at once. Its results are always written."""
 
     def __init__(self, observer: Observer, *, wanted: bool) -> None:
         """`wanted` False: leave the process's signal handlers alone."""
@@ -48,7 +48,7 @@ class SessionSignals:
         """Set when the session has ended."""
 
     async def begin(self) -> None:
-        """Stop in order from now on. Before this call, a signal or cancellation ends the session as usual."""
+        """Stop gracefully from now on. Before this call, a signal or cancellation ends the session as usual."""
         await anyio.lowlevel.checkpoint()
         self._has_begun = self._scope.shield = True
         call = current_call()
@@ -129,7 +129,7 @@ class SessionSignals:
 
 
 async def in_order(session: Callable[[SessionSignals], Awaitable[T]], observer: Observer, *, wanted: bool) -> T:
-    """Run a session; let it end in order even if its caller is cancelled.
+    """Run a session; let it shut down gracefully even if its caller is cancelled.
 
     The first cancellation stops it as a signal does, the second stops it at once; it is raised when the results are
     written.

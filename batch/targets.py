@@ -253,8 +253,8 @@ async def open_target(
                 settings, (origins := Origins.of_server(endpoint.url)), version, share, key=False, run_name=run_name
             ) as client,
         ):
-            said = _OURS if target.faults is None else await _health(endpoint.url, version)
-            yield _connection(target, client, origins, said, share, None)
+            health = _OURS if target.faults is None else await _health(endpoint.url, version)
+            yield _connection(target, client, origins, health, share, None)
     else:
         _require_not_fal(target.name)
         origins = Origins.of_server(target.name)
@@ -266,22 +266,22 @@ def _connection(
     target: TargetSettings,
     client: FalClient,
     origins: Origins,
-    said: _Health,
+    health: _Health,
     share: ClientShare,
     key: SecretStr | None,
 ) -> Connection:
     """Return the connection to one of our own servers, or a server of unknown make."""
-    replays = said.replays_keys is True
+    replays = health.replays_keys is True
     if target.idempotency == "auto":
         keys = Idempotency.REPLAY if replays else Idempotency.NONE
     else:
         keys = Idempotency(target.idempotency)
-    if keys is Idempotency.REPLAY and said.replays_keys is False:
+    if keys is Idempotency.REPLAY and health.replays_keys is False:
         raise ConfigError(
             f"target.idempotency = 'replay', but {target.name} reports at /health that it ignores Idempotency-Key:"
             " a repeated submit would be paid for twice; use auto"
         )
-    return Connection(client, origins, keys, said.bounds_starts, share, keeps_results=replays, key=key)
+    return Connection(client, origins, keys, health.bounds_starts, share, keeps_results=replays, key=key)
 
 
 @asynccontextmanager
@@ -430,9 +430,9 @@ async def _health(url: str, version: str) -> _Health:
     http = Http(limit=1, timeout=within(10.0), user_agent=f"restyle/{version}")
     try:
         async with http, http.request("GET", f"{url}/health") as answer:
-            said = orjson.loads(await answer.content.read(65536))
+            health = orjson.loads(await answer.content.read(65536))
     except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
-        said = {}
-    facts = said if isinstance(said, dict) else {}
+        health = {}
+    facts = health if isinstance(health, dict) else {}
     replays = facts.get("honours_idempotency_key")
     return _Health(replays if isinstance(replays, bool) else None, facts.get("honours_start_timeout") is True)

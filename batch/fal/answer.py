@@ -43,8 +43,8 @@ def images_of(output: JsonObject) -> list[StoredImage]:
 
 def has_images(output: JsonObject) -> bool:
     """Return whether an output is usable: it names at least one image with a URL."""
-    said = output.get("images")
-    return (isinstance(said, list) and bool(said) and _is_plain(said[0])) or bool(images_of(output))
+    reported = output.get("images")
+    return (isinstance(reported, list) and bool(reported) and _is_plain(reported[0])) or bool(images_of(output))
 
 
 def says_no_images(output: JsonObject) -> bool:
@@ -68,9 +68,11 @@ def fields_of(output: JsonObject, asked_seed: Json = None) -> AnswerFields:
     notes: list[str] = []
     seed = _seed(output.get("seed", _ABSENT), asked_seed, notes)
     inference, timings = _timings(output.get("timings", _ABSENT), notes)
-    said = output.get("images")
-    if isinstance(said, list) and len(said) <= IMAGES_LIMIT and all(map(_is_plain, said)):  # the common case
-        count = len(said)
+    reported = output.get("images")
+    if (
+        isinstance(reported, list) and len(reported) <= IMAGES_LIMIT and all(map(_is_plain, reported))
+    ):  # the common case
+        count = len(reported)
     else:
         images, odd = _images(output)
         count = len(images)
@@ -81,37 +83,37 @@ def fields_of(output: JsonObject, asked_seed: Json = None) -> AnswerFields:
     return AnswerFields(seed, flags, inference, timings, tuple(notes))
 
 
-def _seed(said: Json, asked: Json, notes: list[str]) -> int | None:
-    if type(said) is int and 0 <= said <= SEED_LIMIT:
-        if said != asked and type(asked) is int:
-            notes.append(f"seed: the service reports {said}, {asked} was asked for")
-        return said
-    notes.append(f"seed: {_odd(said)}; the column has the seed that was asked for")
+def _seed(reported: Json, asked: Json, notes: list[str]) -> int | None:
+    if type(reported) is int and 0 <= reported <= SEED_LIMIT:
+        if reported != asked and type(asked) is int:
+            notes.append(f"seed: the service reports {reported}, {asked} was asked for")
+        return reported
+    notes.append(f"seed: {_odd(reported)}; the column has the seed that was asked for")
     return None
 
 
-def _flags(said: Json, images: int, notes: list[str]) -> list[bool | None] | None:
-    if not isinstance(said, list):
-        notes.append(f"has_nsfw_concepts: {_odd(said)}")
+def _flags(reported: Json, images: int, notes: list[str]) -> list[bool | None] | None:
+    if not isinstance(reported, list):
+        notes.append(f"has_nsfw_concepts: {_odd(reported)}")
         return None
-    if not said:  # nothing was checked
+    if not reported:  # nothing was checked
         return None
-    flags: list[bool | None] = [flag if flag is True or flag is False else None for flag in said[:IMAGES_LIMIT]]
+    flags: list[bool | None] = [flag if flag is True or flag is False else None for flag in reported[:IMAGES_LIMIT]]
     for place, flag in enumerate(flags):
         if flag is None:
-            notes.append(f"has_nsfw_concepts[{place}]: {_odd(said[place])}")
-    if images and len(said) != images:
-        notes.append(f"has_nsfw_concepts: {len(said)} values for {images} images")
+            notes.append(f"has_nsfw_concepts[{place}]: {_odd(reported[place])}")
+    if images and len(reported) != images:
+        notes.append(f"has_nsfw_concepts: {len(reported)} values for {images} images")
     return flags if any(flag is not None for flag in flags) else None
 
 
-def _timings(said: Json, notes: list[str]) -> tuple[float | None, list[tuple[str, float]] | None]:
-    if not isinstance(said, dict):
-        notes.append(f"timings: {_odd(said)}")
+def _timings(reported: Json, notes: list[str]) -> tuple[float | None, list[tuple[str, float]] | None]:
+    if not isinstance(reported, dict):
+        notes.append(f"timings: {_odd(reported)}")
         return None, None
     inference: float | None = None
     rest: list[tuple[str, float]] = []
-    for name, value in said.items():
+    for name, value in reported.items():
         seconds = _seconds(value)
         if seconds is None:
             notes.append(f"timings.{name[:40]}: {_odd(value)}")
@@ -150,15 +152,15 @@ def _is_plain(image: Json) -> bool:
 
 def _images(output: JsonObject) -> tuple[list[StoredImage], list[str]]:
     """Return the usable images, and notes on odd fields."""
-    said = output.get("images")
-    if not isinstance(said, list):
+    reported = output.get("images")
+    if not isinstance(reported, list):
         single = output.get("image")  # endpoints with one image use this name
         if not isinstance(single, dict | str):
             return [], []  # the failure message covers it
-        said = [single]
+        reported = [single]
     images: list[StoredImage] = []
     notes: list[str] = []
-    for place, item in enumerate(said[:IMAGES_LIMIT]):
+    for place, item in enumerate(reported[:IMAGES_LIMIT]):
         fields: JsonObject = item if isinstance(item, dict) else {"url": item}
         url = fields.get("url")
         if not isinstance(url, str) or not url.strip() or not (isinstance(item, dict) or url.startswith(_SCHEMES)):
@@ -175,8 +177,8 @@ def _images(output: JsonObject) -> tuple[list[StoredImage], list[str]]:
                 _integer(fields, "file_size", where, notes),
             )
         )
-    if len(said) > IMAGES_LIMIT:
-        notes.append(f"images: {len(said)} of them; the first {IMAGES_LIMIT} are kept")
+    if len(reported) > IMAGES_LIMIT:
+        notes.append(f"images: {len(reported)} images; only the first {IMAGES_LIMIT} are kept")
     return images, notes
 
 

@@ -346,8 +346,8 @@ def _shortened(reply: Reply) -> Reply:
     """Shorten an error that quotes the input: it may be kept in memory until the next try."""
     if len(reply.body) <= ERROR_LIMIT_BYTES:
         return reply
-    said = protocol.error_body_of(reply)
-    body = {"detail": said.message, "error_type": said.type} if said.is_fal else {}
+    parsed = protocol.error_body_of(reply)
+    body = {"detail": parsed.message, "error_type": parsed.type} if parsed.is_fal else {}
     return Reply(reply.status, orjson.dumps(body), reply.headers)
 
 

@@ -537,8 +537,8 @@ def read_status(reply: Reply) -> TicketStatus:
         Malformed: not a JSON object.
     """
     answer = read_object(reply.body)
-    said = answer.get("status")
-    word = said[:_STATUS_WORD_LIMIT] if isinstance(said, str) else ""
+    reported = answer.get("status")
+    word = reported[:_STATUS_WORD_LIMIT] if isinstance(reported, str) else ""
     state, failed = _meaning_of(word)
     metrics, logs = answer.get("metrics"), answer.get("logs")
     inference = metrics.get("inference_time") if isinstance(metrics, dict) else None
@@ -570,13 +570,15 @@ def _meaning_of(word: str) -> tuple[QueueState | None, bool]:
 def _first_text(*values: Json) -> str | None:
     """Return the first value with a text: a text, an object with a message, or fal's list of errors."""
     for value in values:
-        said = value
-        if isinstance(said, dict):
-            said = next((said[name] for name in ("message", "msg", "detail", "error") if said.get(name)), None)
-        if isinstance(said, list):
-            said = "; ".join(_describe(item) for item in said[:5] if isinstance(item, dict))
-        if isinstance(said, str) and said:
-            return said[:1000]
+        reported = value
+        if isinstance(reported, dict):
+            reported = next(
+                (reported[name] for name in ("message", "msg", "detail", "error") if reported.get(name)), None
+            )
+        if isinstance(reported, list):
+            reported = "; ".join(_describe(item) for item in reported[:5] if isinstance(item, dict))
+        if isinstance(reported, str) and reported:
+            return reported[:1000]
     return None
 
 

@@ -118,7 +118,7 @@ class JobDriver:
             "done", job=job_run.key, attempt=job_run.attempt, images=[i.path for i in job_run.images]
         )
 
-    async def _stored(self, said: list[StoredImage]) -> list[StoredImage]:
+    async def _stored(self, facts: list[StoredImage]) -> list[StoredImage]:
         """Download and store every image. A failed image does not keep the others from being stored.
 
         Raises:
@@ -126,7 +126,7 @@ class JobDriver:
         """
         images: list[StoredImage] = []
         failed: JobFailed | None = None
-        for image in said:
+        for image in facts:
             try:
                 images.append(await self._transfers.stored(image))
             except JobFailed as error:
@@ -145,12 +145,12 @@ class JobDriver:
         units = failure.billable_units if job_run.state is State.ACCEPTED else 0.0
         cost = self._context.admission.settle(job_run, units)
         await self._context.journal.record(FailedForGood(job_run.key, self._context.now(), failure, cost))
-        said = {"job": job_run.key, "error_type": failure.error_type, "message": failure.message}
+        facts = {"job": job_run.key, "error_type": failure.error_type, "message": failure.message}
         # A job resumed only to be collected, free, is not paid for again in the same run.
         may_retry = error.new_attempt and was is not State.COLLECTABLE
         if may_retry and job_run.attempt < self._context.policy.attempts:  # if the run stops, the next one goes on
             await self._start_new_attempt(job_run)
-            self._context.observer.happened("retried", attempt=job_run.attempt, **said)
+            self._context.observer.happened("retried", attempt=job_run.attempt, **facts)
             await anyio.sleep(backoff(job_run.attempt, self._context.rng, base=1.0))
             return True
         self._count_failure(job_run, failure)
@@ -175,12 +175,12 @@ class JobDriver:
         return True
 
     def _count_failure(self, job_run: JobRun, failure: Failed, *, collectable: bool = False) -> None:
-        said: JsonObject = {"error_type": failure.error_type, "message": failure.message}
+        facts: JsonObject = {"error_type": failure.error_type, "message": failure.message}
         if collectable:
-            said["collectable"] = True
+            facts["collectable"] = True
         self.failed += 1
         self._errors[failure.error_type] += 1
-        self._context.observer.happened("failed", job=job_run.key, attempt=job_run.attempt, **said)
+        self._context.observer.happened("failed", job=job_run.key, attempt=job_run.attempt, **facts)
         self._stop_if_all_fails()
 
     async def _start_new_attempt(self, job_run: JobRun) -> None:

@@ -312,10 +312,10 @@ def pause_in(path: Path, now: float) -> float | None:
 def _until_of(line: bytes) -> float | None:
     """Return the end of the pause that a line begins, 0 if it ends one; None if it is about something else."""
     try:
-        said = orjson.loads(line)
-        if said["action"] in {"resumed", "session"}:
+        event = orjson.loads(line)
+        if event["action"] in {"resumed", "session"}:
             return 0.0
-        return datetime.fromisoformat(said["until"]).timestamp() if said["action"] == "paused" else None
+        return datetime.fromisoformat(event["until"]).timestamp() if event["action"] == "paused" else None
     except (ValueError, KeyError, TypeError):  # torn, or written by an older version
         return None
 

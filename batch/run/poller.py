@@ -266,10 +266,10 @@ class Poller:
         if word in self._unknown_words or len(self._unknown_words) >= _UNKNOWN_WORDS_LIMIT:
             return
         self._unknown_words.add(word)
-        said = f"unknown status {word!r}" if word else "a status answer without a status"
+        problem = f"unknown status {word!r}" if word else "a status answer without a status"
         after = duration(self._times.patience)
         self._context.warn(
-            f"request {ticket.request_id}: {said}; it counts as running, its result is read after {after}"
+            f"request {ticket.request_id}: {problem}; it counts as running, its result is read after {after}"
         )
 
     async def _permitted(self) -> None:

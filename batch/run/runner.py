@@ -245,7 +245,7 @@ class Runner:
             jobs.start_soon(self._run_job, job_run)
 
     async def _run_job(self, job_run: JobRun) -> None:
-        """Drive one job as a task: a disk error stops the run in order, any other exception is a defect."""
+        """Drive one job as a task: a disk error stops the run gracefully, any other exception is a defect."""
         self._context.observer.happened("started", job=job_run.key)
         try:
             await self._driver.drive(job_run)

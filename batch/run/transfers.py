@@ -119,13 +119,13 @@ class Transfers:
             raise RunStopping
         return url
 
-    async def stored(self, said: StoredImage) -> StoredImage:
+    async def stored(self, reported: StoredImage) -> StoredImage:
         """Download an image, decode it and store it. A damaged file is downloaded again.
 
         A failed download moves to a second queue, so it blocks no other and does not wait behind the others again.
         """
         with suppress(CallFailed, ImageError):
-            return await self._download_once(said, self._downloads)
+            return await self._download_once(reported, self._downloads)
         tries, since = 1, self._context.now()
 
         def notice(verdict: Verdict) -> None:
@@ -133,7 +133,7 @@ class Transfers:
             self._context.warn(self._context.expiry.undownloaded(since, self._context.now()))
 
         async def once_more() -> StoredImage:
-            return await self._download_once(said, self._late_downloads)
+            return await self._download_once(reported, self._late_downloads)
 
         while True:
             await anyio.sleep(backoff(tries, self._context.rng, cap=_DOWNLOAD_PAUSE))
@@ -144,18 +144,18 @@ class Transfers:
                 is_large = error.trouble.transport == "oversize"
                 word = "result_file_too_large" if is_large else "result_file_gone"
                 reason = error.trouble.detail or final(error.trouble).reason
-                failure = Failed(word, f"{said.url[:200]}: {reason}")
+                failure = Failed(word, f"{reported.url[:200]}: {reason}")
                 raise JobFailed(failure, collectable=True) from error
             except ImageError as error:
                 if tries >= _DOWNLOAD_TRIES:
-                    failure = Failed("result_file_damaged", f"{said.url[:200]}: {error}")
+                    failure = Failed("result_file_damaged", f"{reported.url[:200]}: {error}")
                     raise JobFailed(failure, collectable=True) from error
 
-    async def _download_once(self, said: StoredImage, slots: anyio.Semaphore) -> StoredImage:
+    async def _download_once(self, reported: StoredImage, slots: anyio.Semaphore) -> StoredImage:
         async with slots:
-            data = await self._context.service.download(said.url)
+            data = await self._context.service.download(reported.url)
             self.fetched += 1
-            return _merged(said, await self._with_descriptor(lambda: self._context.images.store(data)))
+            return _merged(reported, await self._with_descriptor(lambda: self._context.images.store(data)))
 
     async def _with_descriptor(self, work: Callable[[], Awaitable[T]]) -> T:
         """Read or write a file, retrying without limit while no descriptor is free."""
@@ -171,14 +171,14 @@ class Transfers:
             await anyio.sleep(backoff(tries, self._context.rng, cap=_DESCRIPTOR_PAUSE))
 
 
-def _merged(said: StoredImage, kept: StoredImage) -> StoredImage:
+def _merged(reported: StoredImage, kept: StoredImage) -> StoredImage:
     """Combine what the endpoint said of an image with what its bytes show."""
     return StoredImage(
-        url=shorten_data_uri(said.url),
+        url=shorten_data_uri(reported.url),
         width=kept.width,
         height=kept.height,
-        content_type=said.content_type or kept.content_type,
-        file_name=said.file_name,
+        content_type=reported.content_type or kept.content_type,
+        file_name=reported.file_name,
         file_size=kept.file_size,
         path=kept.path,
         sha256=kept.sha256,

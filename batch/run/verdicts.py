@@ -300,14 +300,14 @@ def _is_not_there(reply: Reply, error: ErrorBody) -> bool:
 def _failure_by_word(status: TicketStatus, trouble: Trouble) -> Failed:
     """Return the row's error where only the status reports a failure."""
     word = _printable(status.word)
-    said, billable = trouble.detail or str(trouble.transport), None
+    reported, billable = trouble.detail or str(trouble.transport), None
     if trouble.reply is not None:
         error = error_body_of(trouble.reply)
-        said = f"HTTP {trouble.reply.status}" + (f", {error.message}" if error.is_fal and error.message else "")
+        reported = f"HTTP {trouble.reply.status}" + (f", {error.message}" if error.is_fal and error.message else "")
         billable = _amount(trouble.reply.headers.get("x-fal-billable-units", ""))
     why = f": {status.error}" if status.error else ""
     kind = _printable(status.error_type or "") or re.sub(r"\W+", "_", word.lower()).strip("_")
-    return Failed(kind[:_WORD_LIMIT], _printable(f"status {word}{why} (result: {said})"), billable)
+    return Failed(kind[:_WORD_LIMIT], _printable(f"status {word}{why} (result: {reported})"), billable)
 
 
 def concerns_request(trouble: Trouble) -> bool:

@@ -91,8 +91,8 @@ class Overview(NamedTuple):
         """Read what `to_json` wrote; unreadable parts are omitted."""
         stages: dict[Stage, Waiting] = {}
         for stage in Stage:
-            said = value.get(stage)
-            count, oldest = (said.get("jobs"), said.get("oldest_seconds")) if isinstance(said, dict) else (0, 0.0)
+            entry = value.get(stage)
+            count, oldest = (entry.get("jobs"), entry.get("oldest_seconds")) if isinstance(entry, dict) else (0, 0.0)
             if isinstance(count, int) and count > 0 and isinstance(oldest, int | float):
                 stages[stage] = Waiting(count, float(oldest))
         places = value.get("queue_positions")

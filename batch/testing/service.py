@@ -306,8 +306,8 @@ class FakeService:
             self._refuse("result", Reply(400, b'{"detail":"Request is still in progress"}'))
         request.noticed_at = now if request.noticed_at is None else request.noticed_at
         if request.is_expired:
-            said = {"x-fal-request-timeout-type": "user"}
-            self._refuse("result", request_error_reply(504, "request_timeout", "Not started in time", None, **said))
+            timeout = {"x-fal-request-timeout-type": "user"}
+            self._refuse("result", request_error_reply(504, "request_timeout", "Not started in time", None, **timeout))
         for fault in self._faults:
             self._refuse("result", fault.completing(request, self._counts["result"]))
         body = request.body
