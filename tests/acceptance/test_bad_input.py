@@ -606,7 +606,7 @@ def test_a_key_that_no_header_can_carry_is_refused(tmp_path, manifest, key):
     """A mangled key is detected before the first submit and is not shown."""
     ended = restyle("run", manifest, "-o", tmp_path / "run", "--target", "fal", "--yes", env={"FAL_KEY": key})
     assert ended.code == 2, ended.text
-    assert "FAL_KEY holds a line break or a letter that no key has" in ended.err
+    assert "FAL_KEY contains a line break or an invalid character" in ended.err
     assert key not in ended.text
     assert jobs_in(tmp_path / "run") == 0
 

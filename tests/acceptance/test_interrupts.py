@@ -102,8 +102,8 @@ def test_a_stop_with_nothing_in_flight_ends_at_once(tmp_path, number):
     assert time.monotonic() - began < 10
     assert (ended.code, jobs_in(directory, "pending", "intended", "accepted")) == (4, 0), ended.text
     assert line.startswith("unreachable: upload of a source image: connect: 127.0.0.1:")
-    assert line.endswith("; it is tried again\n")
+    assert line.endswith("; retrying\n")
     name = signal.Signals(number).name
-    assert f"stopping: {name}: collecting what is in flight; once more stops at once" in ended.err
+    assert f"stopping: {name}: collecting jobs in flight; repeat to stop at once" in ended.err
     assert f"stopped early (signal): {name}; run the same command to resume" in ended.out
     assert summary(directory)["reason"] == name

@@ -164,9 +164,9 @@ def test_ctrl_c_in_a_script(tmp_path, manifest, service):
     ended, began, _ = interrupted(PLAIN, service, manifest, tmp_path / "run")
     assert (ended.code, ended.out) == (-signal.SIGINT, ""), ended.text
     done = summary(tmp_path / "run")["done"]
-    said = f"KeyboardInterrupt: {done} of {ROWS} rows are done, the results are written; the same call goes on"
+    said = f"KeyboardInterrupt: {done} of {ROWS} rows are done, the results are written; repeat the call to continue"
     assert ended.err.rstrip().splitlines()[-1] == said
-    assert "SIGINT: collecting what is in flight; interrupt once more to stop at once" in ended.err
+    assert "SIGINT: collecting jobs in flight; interrupt again to stop at once" in ended.err
     require_no_submit_after(began, service)
     require_whole(tmp_path / "run", service, collected=True)
     require_completion(manifest, tmp_path / "run", service)
@@ -342,7 +342,7 @@ def test_ctrl_c_in_a_plain_call_that_holds_up_a_loop(tmp_path, manifest, service
         finally:
             assert signal.getsignal(signal.SIGINT) is handler
 
-    with interrupting(service, after=2, times=times) as moments, pytest.raises(KeyboardInterrupt, match="same call"):
+    with interrupting(service, after=2, times=times) as moments, pytest.raises(KeyboardInterrupt, match="repeat"):
         run_in(loop, main())
     require_no_submit_after(moments[0], service)
     require_whole(tmp_path / "run", service, collected=times == 1)

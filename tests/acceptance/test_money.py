@@ -76,7 +76,7 @@ def test_a_plan_opens_no_connection_unless_a_live_price_is_asked_for(tmp_path):
         assert heard == []
         asked = restyle("plan", manifest, "--target", "fal", "--live-price", env=proxy)
         assert asked.code == 4
-        assert "the price could not be read from fal (" in asked.err
+        assert "could not fetch the live price from fal (" in asked.err
         assert "plan without --live-price" in asked.err
         assert heard[0].startswith(b"CONNECT api.fal.ai:443")
         assert b"secret" not in b"".join(heard)
@@ -93,7 +93,7 @@ def test_a_live_price_is_used_and_says_from_when(tmp_path):
         assert live.code == 0, live.text
         assert "at $0.05 a megapixel" in live.out
         assert "$0.05 a megapixel, read at 20" in live.out.splitlines()[0]
-        assert "UTC (a run reckons with its own price: $0.03 as of 20" in live.out.splitlines()[0]
+        assert "UTC (a run uses its own price: $0.03 as of 20" in live.out.splitlines()[0]
         said = json.loads(restyle("plan", manifest, "--target", server.url, "--live-price", "--json", env=env).out)
         assert (said["price_per_megapixel"], said["price_is_live"]) == (0.05, True)
         assert said["price_as_of"].startswith("20")

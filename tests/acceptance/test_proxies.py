@@ -105,7 +105,7 @@ def test_a_proxy_that_refuses_the_user_leaves_submits_unsent(tmp_path, scheme):
         ended = restyle(*command, env=env)
     assert ended.code == 4, ended.text
     assert jobs_in(out, "unknown") == 0
-    assert "the proxy wants a user and a password" in ended.err
+    assert "the proxy requires a user and a password" in ended.err
     text = ended.text + (out / "log.jsonl").read_text()
     assert "wrong-word" not in text
     assert "key-secret" not in text

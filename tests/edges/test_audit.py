@@ -123,7 +123,7 @@ def test_nothing_of_the_run_is_written(run):
 
 def test_a_run_that_works_is_not_audited(run):
     """The numbers of a running run change: the command refuses with exit code 5."""
-    with RunDirectory(run).locked("now"), pytest.raises(RunLocked, match="audit it when that has ended"):
+    with RunDirectory(run).locked("now"), pytest.raises(RunLocked, match="audit it after the run has ended"):
         audit_sync(run)
 
 
