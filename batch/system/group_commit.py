@@ -1,7 +1,6 @@
-"""Work done in groups by one thread: what arrives while a group is being worked on makes up the next one.
+"""Group commit: one thread writes items in groups; items that arrive during a write form the next group.
 
-A disk can do few durable writes a second, however small; a group costs as much as one. Owns the thread and the
-order, knows nothing of what is done in it.
+A disk does few durable writes per second, whatever their size, and a group costs one.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ Value = TypeVar("Value")
 
 
 def in_open_database(work: Callable[[], Value]) -> Value:
-    """Do something in a database that is open, and again while SQLite has no descriptor for a temporary file.
+    """Run work on an open database; retry while SQLite has no file descriptor for a temporary file.
 
     Args:
         work: one statement, or a transaction that is rolled back when it raises.
@@ -33,7 +32,7 @@ def in_open_database(work: Callable[[], Value]) -> Value:
 
 
 def _lacks(error: BaseException) -> bool:
-    """SQLite says no more than that it cannot open something."""
+    """Whether a descriptor is missing. SQLite only reports that it cannot open a file."""
     cause: BaseException | None = error
     while cause is not None:
         code = getattr(cause, "sqlite_errorcode", 0) if isinstance(cause, sqlite3.Error) else 0
@@ -44,13 +43,13 @@ def _lacks(error: BaseException) -> bool:
 
 
 class Grouped(Generic[Item, Gain]):
-    """One writer thread behind an awaitable skin.
+    """A writer thread with an asyncio interface.
 
     Args:
-        work: does a group, in order, in the thread; gives a value or an exception for each item. If it raises,
-            every item of the group gets that exception.
-        name: of the thread.
-        limit: items in one group at most.
+        work: writes a group, in order, in the thread; returns a value or an exception per item. If it raises, every
+            item of the group gets the exception.
+        name: the name of the thread.
+        limit: maximum number of items per group.
     """
 
     def __init__(self, work: Callable[[list[Item]], Sequence[Gain | Exception]], name: str, limit: int = 1000) -> None:
@@ -62,21 +61,21 @@ class Grouped(Generic[Item, Gain]):
         self._busy = False
 
     def put(self, item: Item) -> asyncio.Future[Gain]:
-        """Hand an item in; await the answer to know that it was done."""
+        """Add an item; the future resolves when it is written."""
         answer: asyncio.Future[Gain] = self._loop.create_future()
         self._pending.append((item, answer))
         if not self._busy:
             self._busy = True
-            # One turn of the loop later, so that all that arrives in this turn goes in one group.
+            # In the next iteration of the event loop, so that all items of this one share a group.
             self._loop.call_soon(self._begin)
         return answer
 
     async def call(self, function: Callable[[], Value]) -> Value:
-        """Run something else in the same thread, between two groups."""
+        """Run a function in the same thread, between two groups."""
         return await self._loop.run_in_executor(self._thread, in_open_database, function)
 
     async def aclose(self) -> None:
-        """Do what was handed in, then end the thread."""
+        """Finish pending items, then stop the thread."""
         while self._busy:
             await asyncio.wait([self._pending[-1][1]] if self._pending else [self._running])
             await asyncio.sleep(0)
@@ -94,7 +93,7 @@ class Grouped(Generic[Item, Gain]):
         failure = done.exception()
         gains: Sequence[Gain | BaseException] = done.result() if failure is None else [failure] * len(answers)
         for answer, gain in zip(answers, gains, strict=True):
-            if answer.done():  # whoever waited has gone; the work is done all the same
+            if answer.done():  # cancelled by the caller; the item is written anyway
                 continue
             if isinstance(gain, BaseException):
                 answer.set_exception(gain)

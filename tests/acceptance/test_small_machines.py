@@ -49,7 +49,7 @@ def check_log(out: Path) -> None:
     """The endpoint's own log: no trace, no answer 500, and what the limit allows once."""
     text = (out / "endpoint" / "server.log").read_text()
     assert "Traceback" not in text
-    assert "nobody foresaw" not in text
+    assert "unexpected error" not in text
     assert len(re.findall(r"open files: [\d,]+ allowed", text)) == 1
 
 

@@ -1,4 +1,4 @@
-"""Callbacks: sent to a real receiver on loopback that believes nothing it cannot verify."""
+"""Webhooks, delivered to a real receiver on loopback that verifies signatures."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ from tests.edges.test_auth import HEADERS, some_keys
 
 
 class Receiver:
-    """Takes callbacks. `answers` are statuses, in order, the last one for ever; `hold` keeps callers waiting."""
+    """Receives callbacks. `answers`: statuses in order, the last one repeats; `hold` never responds."""
 
     def __init__(self, *answers, hold=False):
         self.answers = list(answers) or [200]
@@ -84,7 +84,7 @@ class Receiver:
         return web.Response(status=status, headers={"location": "/elsewhere"} if 300 <= status < 400 else {})
 
     async def got(self, count):
-        """Wait for so many calls; their bodies."""
+        """Wait for `count` calls; return their bodies."""
         async with asyncio.timeout(20):
             while len(self.calls) < count:
                 self._news.clear()
@@ -105,25 +105,25 @@ async def submitted(session, url, prompt="a cat", headers=None, **inputs):
 
 @contextlib.asynccontextmanager
 async def sender(data_dir, engine=None, chance=lambda: 0.0, permitted=private_too, clock=None):
-    """The queue and its sender without HTTP in front; yields (service, store). Retries come at once."""
+    """Run a queue and its webhooks without HTTP; yield (service, store). Retries are immediate."""
     key = signing_key(data_dir / "webhook-key.pem")
     times = {"clock": clock} if clock else {}
     async with (
         await Store.open(data_dir / "server.db") as store,
         Storage(data_dir) as storage,
-        SafeHttpClient(permitted) as guard,
-        queue_service(store, storage, engine or ScriptedEngine(), SourceFetcher(storage, guard), **times) as service,
-        sending(Webhooks(service, store, guard, key, service._clock, chance)),
+        SafeHttpClient(permitted) as client,
+        queue_service(store, storage, engine or ScriptedEngine(), SourceFetcher(storage, client), **times) as service,
+        sending(Webhooks(service, store, client, key, service._clock, chance)),
     ):
         yield service, store
 
 
-def wishes(url, **more):
+def options_with(url, **more):
     return SubmitOptions(webhook=Webhook(url, urllib.parse.urlsplit(url).hostname, "http://server"), **more)
 
 
 async def settled(store, count=0):
-    """Wait until so many callbacks are owed."""
+    """Wait until `count` callbacks are pending."""
     async with asyncio.timeout(20):
         while store.webhooks != count:
             await asyncio.sleep(0.005)
@@ -137,7 +137,7 @@ BODY = orjson.dumps(INPUT)
 
 @given(st.integers(1, 10_000), st.floats(0, 1), st.floats(0, 4e9))
 def test_the_pace_of_retries_is_bounded(tries, chance, now):
-    """Never in the past, never later than 4 h, no more than 31 times, for any number and any chance."""
+    """For any number of attempts and any jitter: not in the past, at most 4 h later, at most 31 retries."""
     at = next_try(tries, now, chance)
     assert (at is None) == (tries > RETRIES)
     if at is not None:
@@ -145,7 +145,7 @@ def test_the_pace_of_retries_is_bounded(tries, chance, now):
 
 
 def test_the_longest_wait_doubles_up_to_its_limit():
-    """5 s, 10 s, 20 s, ..., 4 h; the whole of it is drawn at random."""
+    """The maximum delay is 5 s, 10 s, 20 s, ..., 4 h, with full jitter."""
     longest = [next_try(tries, 0.0, 1.0) for tries in range(1, RETRIES + 1)]
     assert longest[:4] == [BACKOFF_SECONDS * 2**n for n in range(4)]
     assert longest == sorted(longest)
@@ -163,12 +163,12 @@ def test_the_longest_wait_doubles_up_to_its_limit():
     ],
 )
 def test_any_2xx_acknowledges_and_a_redirect_is_final(status, verdict):
-    """Everything else may pass."""
+    """All other statuses are retried."""
     assert verdict_on(status) is verdict
 
 
 def test_bodies_are_fal_s():
-    """OK with the output, ERROR with the error's body, and a result that is too large only with where it is."""
+    """OK with the output, ERROR with the error's body; for a large result, a hint instead of the payload."""
     ok = CompletedRequest("r1", APP_ID, 0.0, 200, b"")
     common = {"request_id": "r1", "gateway_request_id": "r1"}
     seed = 196619188014358660
@@ -183,7 +183,7 @@ def test_bodies_are_fal_s():
 
 
 def test_a_url_that_can_never_work_is_refused_at_once():
-    """What its host resolves to is judged later."""
+    """A host name is resolved only at delivery."""
     assert webhook_of("https://Example.com/a?b", "http://s", public_only) == Webhook(
         "https://Example.com/a?b", "example.com", "http://s"
     )
@@ -196,7 +196,7 @@ def test_a_url_that_can_never_work_is_refused_at_once():
 
 
 def test_the_key_pair_is_made_once_and_for_its_user_alone(tmp_path):
-    """Mode 0600; the next server signs with the same key; another file there is one clear sentence."""
+    """The file has mode 0600 and is reused; a file without a valid key is an InputError."""
     path = tmp_path / "webhook-key.pem"
     first = signing_key(path)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -212,7 +212,7 @@ def test_the_key_pair_is_made_once_and_for_its_user_alone(tmp_path):
 
 
 def test_a_receiver_is_told_of_the_end_and_can_verify_it(tmp_path):
-    """The payload is the result; signed with the key that the server publishes; tampered copies are refused."""
+    """The payload is the result, signed with the published key; tampered copies fail the verification."""
 
     async def use():
         async with Receiver() as receiver, serving(tmp_path, allow_private=True) as session:
@@ -242,7 +242,7 @@ def test_a_receiver_is_told_of_the_end_and_can_verify_it(tmp_path):
 
 
 def test_failures_and_cancellations_are_told_too(tmp_path):
-    """`ERROR` with what the result URL answers."""
+    """`ERROR` with the body of the result URL."""
 
     async def use():
         engine = ScriptedEngine(slots=1)
@@ -266,7 +266,7 @@ def test_failures_and_cancellations_are_told_too(tmp_path):
 
 
 def test_sync_mode_tells_with_data_uris(tmp_path):
-    """As the result has them."""
+    """The payload contains the same data URIs as the result."""
 
     async def use():
         async with Receiver() as receiver, serving(tmp_path, allow_private=True) as session:
@@ -292,7 +292,7 @@ def test_the_user_of_a_callback_is_the_owner_of_the_request(tmp_path):
 
 @pytest.mark.parametrize("url", ["ftp://example.com/", "http://127.0.0.1:9999/", "http://169.254.169.254/", "x"])
 def test_a_webhook_that_may_not_be_called_is_refused_at_the_submit(tmp_path, url):
-    """422 that says where the mistake is; nothing was accepted."""
+    """The response is 422 with the parameter's name; nothing is accepted."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -305,7 +305,7 @@ def test_a_webhook_that_may_not_be_called_is_refused_at_the_submit(tmp_path, url
 
 
 def test_a_name_that_resolves_into_our_network_is_never_called(tmp_path, caplog):
-    """Judged when it is called; dropped unsent, and nothing of the URL but its host is logged."""
+    """The address is checked at delivery; the callback is dropped, and only the URL's host is logged."""
 
     async def use():
         async with Receiver() as receiver, serving(tmp_path) as session:
@@ -313,7 +313,7 @@ def test_a_name_that_resolves_into_our_network_is_never_called(tmp_path, caplog)
             request_id = await submitted(session, url)
             assert (await result(session, request_id))[0] == 200
             async with asyncio.timeout(20):
-                while "given up" not in caplog.text:
+                while "giving up" not in caplog.text:
                     await asyncio.sleep(0.005)
             assert receiver.calls == []
         assert "secret" not in caplog.text
@@ -322,7 +322,7 @@ def test_a_name_that_resolves_into_our_network_is_never_called(tmp_path, caplog)
 
 
 def test_a_repeated_submit_is_told_of_once(tmp_path):
-    """The same idempotency key is the same request, with the webhook of the first."""
+    """A repeated idempotency key keeps the first webhook."""
 
     async def use():
         async with Receiver() as receiver, serving(tmp_path, allow_private=True) as session:
@@ -340,11 +340,11 @@ def test_a_repeated_submit_is_told_of_once(tmp_path):
 
 
 def test_a_receiver_that_fails_is_told_again_until_it_acknowledges(tmp_path):
-    """4xx and 5xx alike; the same body each time, freshly signed."""
+    """4xx and 5xx are retried with the same body and a new signature."""
 
     async def use():
         async with Receiver(500, 404, 429, 503, 204) as receiver, sender(tmp_path) as (service, store):
-            await service.submit(APP_ID, BODY, wishes(receiver.url))
+            await service.submit(APP_ID, BODY, options_with(receiver.url))
             await receiver.got(5)
             await settled(store)
             assert len({body for _, body, _ in receiver.calls}) == 1
@@ -354,11 +354,11 @@ def test_a_receiver_that_fails_is_told_again_until_it_acknowledges(tmp_path):
 
 
 def test_a_receiver_that_never_acknowledges_is_given_up(tmp_path):
-    """After one try and 31 retries; the result is still there to be fetched."""
+    """Delivery ends after one attempt and 31 retries; the result is still available."""
 
     async def use():
         async with Receiver(500) as receiver, sender(tmp_path) as (service, store):
-            admission = await service.submit(APP_ID, BODY, wishes(receiver.url))
+            admission = await service.submit(APP_ID, BODY, options_with(receiver.url))
             await settled(store)
             assert len(receiver.calls) == 1 + RETRIES
             assert (await service.find(admission.request_id)).state.status == 200
@@ -367,11 +367,11 @@ def test_a_receiver_that_never_acknowledges_is_given_up(tmp_path):
 
 
 def test_a_redirect_is_final_and_not_followed(tmp_path):
-    """One call, nothing owed."""
+    """One call is made and none is pending."""
 
     async def use():
         async with Receiver(302) as receiver, sender(tmp_path) as (service, store):
-            await service.submit(APP_ID, BODY, wishes(receiver.url))
+            await service.submit(APP_ID, BODY, options_with(receiver.url))
             await settled(store)
             assert [path for _, _, path in receiver.calls] == ["/hook?secret=1"]
 
@@ -379,7 +379,7 @@ def test_a_redirect_is_final_and_not_followed(tmp_path):
 
 
 def test_a_receiver_that_is_not_there_is_tried_again(tmp_path, monkeypatch):
-    """Nobody listens, nobody answers in time, the name is unknown: each may pass."""
+    """Connection refused, timeout and unknown host are retried."""
     monkeypatch.setattr(webhooks_module, "FIRST_SECONDS", 0.1)
     monkeypatch.setattr(webhooks_module, "LATER_SECONDS", 0.1)
 
@@ -387,8 +387,8 @@ def test_a_receiver_that_is_not_there_is_tried_again(tmp_path, monkeypatch):
         async with Receiver() as gone:
             pass
         async with Receiver(hold=True) as silent, sender(tmp_path, chance=lambda: 1.0) as (service, store):
-            for url in (gone.url, silent.url, "http://nobody.invalid/"):
-                await service.submit(APP_ID, BODY, wishes(url))
+            for url in (gone.url, silent.url, "http://unknown.invalid/"):
+                await service.submit(APP_ID, BODY, options_with(url))
             async with asyncio.timeout(20):
                 while len(found := await waiting_tries(store)) < 3 or set(found) != {1}:
                     await asyncio.sleep(0.01)
@@ -402,13 +402,13 @@ def test_a_receiver_that_is_not_there_is_tried_again(tmp_path, monkeypatch):
 
 
 def test_the_first_try_has_less_time_than_the_later_ones(tmp_path, monkeypatch):
-    """15 s, then 120 s: a receiver that wakes up slowly gets its chance."""
+    """15 s, then 120 s, so that a slow receiver can succeed."""
     assert (webhooks_module.FIRST_SECONDS, webhooks_module.LATER_SECONDS) == (15.0, 120.0)
     monkeypatch.setattr(webhooks_module, "FIRST_SECONDS", 0.1)
 
     async def use():
         async with Receiver(hold=True) as receiver, sender(tmp_path) as (service, store):
-            await service.submit(APP_ID, BODY, wishes(receiver.url))
+            await service.submit(APP_ID, BODY, options_with(receiver.url))
             await receiver.got(2)
             receiver.go.set()
             await settled(store)
@@ -418,7 +418,7 @@ def test_the_first_try_has_less_time_than_the_later_ones(tmp_path, monkeypatch):
 
 
 def test_a_receiver_that_hangs_holds_up_nobody_but_itself(tmp_path):
-    """Neither the queue nor other hosts; and only so many calls to it are open, however many are owed."""
+    """The queue and other hosts are not affected, and the calls in flight per host are limited."""
 
     async def use():
         count = 4 * PARALLEL
@@ -427,10 +427,10 @@ def test_a_receiver_that_hangs_holds_up_nobody_but_itself(tmp_path):
             Receiver() as quick,
             sender(tmp_path, ScriptedEngine(slots=8)) as (service, store),
         ):
-            ids = [await service.submit(APP_ID, BODY, wishes(silent.url)) for _ in range(count)]
+            ids = [await service.submit(APP_ID, BODY, options_with(silent.url)) for _ in range(count)]
             await silent.got(PARALLEL_PER_HOST)
             other = quick.url.replace("127.0.0.1", "localhost")
-            mine = await service.submit(APP_ID, BODY, wishes(other))
+            mine = await service.submit(APP_ID, BODY, options_with(other))
             assert [told["request_id"] for told in await quick.got(1)] == [mine.request_id]
             assert len(silent.calls) == silent.waiting == PARALLEL_PER_HOST
             for admission in ids:
@@ -443,7 +443,7 @@ def test_a_receiver_that_hangs_holds_up_nobody_but_itself(tmp_path):
 
 
 def test_a_disk_that_refuses_delays_the_note_and_nothing_else(tmp_path, monkeypatch):
-    """A callback that was made is noted as soon as there is room, and not made again meanwhile."""
+    """A delivered callback is recorded when writes succeed again, and is not repeated."""
     monkeypatch.setattr(webhooks_module, "_DISK_SECONDS", 0.01)
 
     async def use():
@@ -451,13 +451,13 @@ def test_a_disk_that_refuses_delays_the_note_and_nothing_else(tmp_path, monkeypa
         async with Receiver() as receiver, sender(tmp_path) as (service, store):
             settle = store.settle
 
-            async def refusing(settlement):
+            async def refusing(outcome):
                 for refusal in refusals:
                     raise refusal
-                await settle(settlement)
+                await settle(outcome)
 
             store.settle = refusing
-            await service.submit(APP_ID, BODY, wishes(receiver.url))
+            await service.submit(APP_ID, BODY, options_with(receiver.url))
             await settled(store)
             assert len(receiver.calls) == 1
 
@@ -468,12 +468,12 @@ def test_a_disk_that_refuses_delays_the_note_and_nothing_else(tmp_path, monkeypa
 
 
 def test_what_is_owed_survives_the_server(tmp_path):
-    """A callback that was not acknowledged is made by the next server, with the results of the last one."""
+    """The next server delivers a callback that was not acknowledged."""
 
     async def use():
         async with Receiver(hold=True) as receiver:
             async with sender(tmp_path) as (service, _):
-                first = await service.submit(APP_ID, BODY, wishes(receiver.url))
+                first = await service.submit(APP_ID, BODY, options_with(receiver.url))
                 await receiver.got(1)
             receiver.go.set()
             async with sender(tmp_path) as (_, store):
@@ -488,7 +488,7 @@ def test_what_is_owed_survives_the_server(tmp_path):
 
 
 def test_an_ending_and_the_debt_that_it_makes_are_one_write(tmp_path):
-    """There is no moment in between at which a killed server would forget to tell."""
+    """One transaction, so that a killed server never loses a callback."""
 
     async def use():
         path = tmp_path / "server.db"
@@ -504,14 +504,14 @@ def test_an_ending_and_the_debt_that_it_makes_are_one_write(tmp_path):
             await store.settle(DeliveryOutcome("r1", 7.0))
             assert (await store.webhooks_due(7.0, 9, busy_hosts=[], under_way=[]))[0].tries == 1
         with contextlib.closing(sqlite3.connect(path)) as database, database:
-            database.execute("DELETE FROM request")  # as its retention ends
+            database.execute("DELETE FROM request")  # as when its retention ends
             assert database.execute("SELECT count(*) FROM webhook").fetchone() == (0,)
 
     asyncio.run(use())
 
 
 def test_a_store_of_the_first_version_is_brought_up_to_date(tmp_path):
-    """What it holds stays, belongs to nobody, and the two schemas come out the same."""
+    """Its rows stay, without an owner, and its schema equals that of a new file."""
     old, new = tmp_path / "old.db", tmp_path / "new.db"
 
     async def use():
@@ -552,7 +552,7 @@ PRAGMA user_version = 1;
 
 
 def test_callbacks_survive_kill_9(tmp_path):
-    """A server killed with callbacks open makes them again when it is back, each one, with the same ids."""
+    """After kill -9 with callbacks in flight, the next server delivers each of them, with the same ids."""
 
     @contextlib.asynccontextmanager
     async def server():

@@ -1,4 +1,4 @@
-"""Which URLs and addresses may be asked: the judgement, without asking anybody."""
+"""The SSRF rules for URLs and addresses, without network access."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from batch.server.egress.ssrf import AddressRefused, address_rule, check_url, literal_address, private_too, public_only
 
 PUBLIC = ["8.8.8.8", "1.1.1.1", "172.15.255.255", "172.32.0.1", "100.128.0.1", "2606:4700::1111", "2a00:1450::1"]
-CLOSED = [  # for a closed network: refused by the strict rule only
+CLOSED = [  # refused by the strict rule only
     *("127.0.0.1", "127.255.255.254", "10.0.0.1", "172.16.0.1", "172.31.255.255", "192.168.1.1", "100.64.0.1"),
     *("::1", "fd00::1", "fc00::1"),
 ]
@@ -26,7 +26,7 @@ NEVER = [
 
 @pytest.mark.parametrize("text", PUBLIC)
 def test_public_addresses_may_be_asked(text):
-    """By either rule."""
+    """Both rules permit them."""
     address = ipaddress.ip_address(text)
     assert public_only(address)
     assert private_too(address)
@@ -34,7 +34,7 @@ def test_public_addresses_may_be_asked(text):
 
 @pytest.mark.parametrize("text", CLOSED)
 def test_private_addresses_are_for_closed_networks(text):
-    """Loopback, private, unique local and carrier-grade ranges: with `--allow-private` only."""
+    """Loopback, private, unique local and carrier-grade NAT ranges require `--allow-private`."""
     address = ipaddress.ip_address(text)
     assert not public_only(address)
     assert private_too(address)
@@ -42,7 +42,7 @@ def test_private_addresses_are_for_closed_networks(text):
 
 @pytest.mark.parametrize("text", NEVER)
 def test_some_addresses_are_never_asked(text):
-    """Metadata services, link-local, multicast, reserved and documentation ranges: by no rule."""
+    """Metadata services, link-local, multicast, reserved and documentation ranges are always refused."""
     address = ipaddress.ip_address(text)
     assert not public_only(address)
     assert not private_too(address)
@@ -51,7 +51,7 @@ def test_some_addresses_are_never_asked(text):
 @pytest.mark.parametrize("inside", [text for text in (*PUBLIC, *CLOSED, *NEVER) if ":" not in text])
 @pytest.mark.parametrize("shape", ["::ffff:{}", "64:ff9b::{}", "2002:{}::1"], ids=["mapped", "NAT64", "6to4"])
 def test_an_ipv4_address_inside_of_an_ipv6_one_is_judged_itself(inside, shape):
-    """Each of the three ways to wrap it gives the same judgement."""
+    """Each of the three embeddings gives the same result."""
     number = int(ipaddress.IPv4Address(inside))
     text = f"{number >> 16:x}:{number & 0xFFFF:x}" if shape.startswith("2002") else inside
     outer, inner = ipaddress.ip_address(shape.format(text)), ipaddress.ip_address(inside)
@@ -61,7 +61,7 @@ def test_an_ipv4_address_inside_of_an_ipv6_one_is_judged_itself(inside, shape):
 
 @given(st.ip_addresses())
 def test_the_strict_rule_never_allows_more_than_the_library_does(address):
-    """What `ipaddress` calls private, loopback, link-local, multicast or unspecified is refused in any case."""
+    """Addresses that `ipaddress` calls private, loopback, link-local, multicast or unspecified are refused."""
     special = ("is_private", "is_loopback", "is_link_local", "is_multicast", "is_unspecified", "is_reserved")
     inside = address.version == 6 and (address.ipv4_mapped or address.sixtofour)
     if not inside and address not in ipaddress.ip_network("64:ff9b::/96") and any(getattr(address, s) for s in special):
@@ -70,12 +70,12 @@ def test_the_strict_rule_never_allows_more_than_the_library_does(address):
 
 @given(st.ip_addresses())
 def test_the_wide_rule_contains_the_strict_one(address):
-    """`--allow-private` takes nothing away."""
+    """`--allow-private` permits everything that the strict rule permits."""
     assert private_too(address) or not public_only(address)
 
 
 def test_allow_private_chooses_the_rule():
-    """The strict one is what a server has that was told nothing."""
+    """The strict rule is the default."""
     assert address_rule(allow_private=False) is public_only
     assert address_rule(allow_private=True) is private_too
 
@@ -97,7 +97,7 @@ def test_allow_private_chooses_the_rule():
     ],
 )
 def test_no_spelling_gets_an_address_past_the_rule(host):
-    """Decimal, hexadecimal, octal, short, wrapped, full-width and percent-encoded forms are all the address."""
+    """Decimal, hexadecimal, octal, short, embedded, full-width and percent-encoded spellings are all recognised."""
     with pytest.raises(AddressRefused):
         check_url(f"http://{host}/a.png", public_only)
 
@@ -107,7 +107,7 @@ def test_no_spelling_gets_an_address_past_the_rule(host):
     [("0x08080808", "8.8.8.8"), ("134744072", "8.8.8.8"), ("8.8.2056", "8.8.8.8"), ("[2606:4700::0:1111]", "")],
 )
 def test_an_old_spelling_of_a_permitted_address_comes_back_in_the_usual_one(host, spelled):
-    """So that nobody further down can read another address out of it."""
+    """So that no later parser reads a different address."""
     assert check_url(f"https://{host}:8443/a?b=c", public_only).host == (spelled or "2606:4700::1111")
 
 
@@ -123,7 +123,7 @@ def test_an_old_spelling_of_a_permitted_address_comes_back_in_the_usual_one(host
     ],
 )
 def test_a_url_that_is_not_a_plain_web_address_is_refused(url):
-    """Scheme, credentials, port, host: a `AddressRefused` with half a sentence, never another error."""
+    """Scheme, credentials, port and host are refused with `AddressRefused`, never another error."""
     with pytest.raises(AddressRefused) as caught:
         check_url(url, private_too)
     assert str(caught.value)
@@ -133,13 +133,13 @@ def test_a_url_that_is_not_a_plain_web_address_is_refused(url):
 
 @pytest.mark.parametrize("port", [80, 443, 1024, 8080, 8443, 65535])
 def test_ports_of_web_servers_are_fine(port):
-    """80, 443, and what lies above 1023."""
+    """80, 443 and unblocked ports above 1023 are permitted."""
     assert check_url(f"http://example.com:{port}/", public_only).port == port
 
 
 @given(st.text(max_size=60))
 def test_no_text_breaks_the_check(text):
-    """A URL or a `AddressRefused`."""
+    """Any text gives a URL or an `AddressRefused`."""
     for url in (text, f"http://{text}", f"http://{text}/", f"http://example.com{text}"):
         try:
             target = check_url(url, public_only)

@@ -1,15 +1,15 @@
-"""Decides which call or request meets which injected fault. Pure; chance is seeded.
+"""Decide which HTTP call or request gets which injected fault. Pure; random numbers are seeded.
 
-Owns the format of a faults file and the decisions. `injection` owns what a fault looks like on the wire. A file:
+Defines the format of a faults file; `injection` carries out the faults. A file:
 
     seed = 7
-    idempotency = false            # the server does not honour Idempotency-Key, as fal; left out: it does
+    idempotency = false            # ignore Idempotency-Key, as fal does; default: true
     [[fault]]
     at = "submit"                  # the point: submit, status, result, cancel, upload, file, listing, execute
-    do = "drop-after-accept"       # the action; each point has its own
-    every = 20                     # which calls at that point: every n-th, a `share` of them, or the `first` n
+    do = "drop-after-accept"       # the action; each point has its own set
+    every = 20                     # which calls: every n-th, a `share` of them, or the `first` n
 
-Each point counts its calls from 1. A call meets at most one fault: the first rule in the file that chooses it.
+Each point counts its calls from 1. A call gets at most one fault, from the first matching rule in the file.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ __all__ = [
 
 
 class FaultPoint(StrEnum):
-    """Where a fault can happen. All but `execute` are calls over HTTP."""
+    """A point where faults can be injected. All except `execute` are HTTP calls."""
 
     SUBMIT = "submit"
     STATUS = "status"
@@ -51,60 +51,60 @@ class FaultPoint(StrEnum):
     CANCEL = "cancel"
     UPLOAD = "upload"
     FILE = "file"
-    """A result image, or an uploaded one, is fetched."""
+    """Download of a result or an uploaded file."""
     LISTING = "listing"
-    """The platform's list of requests."""
+    """The platform API's list of requests."""
     EXECUTE = "execute"
-    """The engine gets a request; one that is executed again is counted again."""
+    """Execution of a request by the engine; a retried request counts again."""
 
 
 class FaultAction(StrEnum):
-    """What can be done to it."""
+    """A fault's action."""
 
     DROP = "drop"
-    """The call is read and the connection closed without an answer. Nothing was done."""
+    """Read the call and close the connection without a response. Nothing is executed."""
     DROP_AFTER_ACCEPT = "drop-after-accept"
-    """The request is accepted, durably, and the connection closed without an answer."""
+    """Accept the request durably and close the connection without a response."""
     ANSWER = "answer"
-    """An error answer. Nothing was done."""
+    """Return an error. Nothing is executed."""
     ANSWER_AFTER_ACCEPT = "answer-after-accept"
-    """The request is accepted, durably, and the answer is an error all the same."""
+    """Accept the request durably and return an error."""
     LATE = "late"
-    """The right answer, `seconds` after it was ready."""
+    """Return the correct response `seconds` late."""
     SLOW = "slow"
-    """The right answer, its body spread over `seconds`."""
+    """Return the correct response, its body spread over `seconds`."""
     CUT = "cut"
-    """Half of the body under the whole body's Content-Length, then the connection is closed."""
+    """Send half of the body with the Content-Length of the whole, then close the connection."""
     SHORT = "short"
-    """Half of the body under a Content-Length that fits the half."""
+    """Send half of the body with a matching Content-Length."""
     FAIL = "fail"
-    """The model fails with a 5xx; `retryable` says what its header says of another try."""
+    """Fail the request with a 5xx model error; `retryable` sets its header."""
     CONTENT_POLICY = "content-policy"
-    """COMPLETED without `error`, and the result is 422 content_policy_violation."""
+    """End the request COMPLETED without `error`, with the result 422 content_policy_violation."""
     EXPIRE = "expire"
-    """It works, and its result answers 404 from `seconds` after its end on."""
+    """Execute the request; its result returns 404 from `seconds` after its end."""
     REQUEUE = "requeue"
-    """IN_PROGRESS for `seconds`, then back to IN_QUEUE for as long (or until a slot is free), then executed."""
+    """IN_PROGRESS for `seconds`, then IN_QUEUE for the same time (and until a slot is free), then execute it."""
     ODD_FIELDS = "odd-fields"
-    """The right images, and `seed`, `has_nsfw_concepts`, `timings` or `prompt` absent, null or of another type; so at
-    every later read of that result too. The file's seed chooses which and how."""
+    """Return the correct images, but `seed`, `has_nsfw_concepts`, `timings` or `prompt` missing, null or of the wrong
+    type, the same at every later read of the result. The file's seed selects the fields and values."""
     NO_IMAGES = "no-images"
-    """An empty list of images in place of the right ones, for `seconds` from then on or at its first `reads` reads.
-    Once a result at most."""
+    """Return an empty list of images, for `seconds` from the first read or for the first `reads` reads. At most once
+    per result."""
     REFUSE = "refuse"
-    """The file answers an error for `seconds` from then on, or for its first `reads` reads; then it is served. Once a
-    file at most."""
+    """Return an error for the file, for `seconds` from the first read or for the first `reads` reads. At most once per
+    file."""
     CRASH = "crash"
-    """The engine's worker dies under it. Once: executed again. Twice: it failed."""
+    """Crash the worker process. The request is retried after the first crash and fails after the second."""
 
 
 class Body(StrEnum):
-    """What an error answer consists of."""
+    """The body of an error response."""
 
     FAL = "fal"
-    """fal's own JSON with a request id. As the result of a job it cannot be told from the job's own failure."""
+    """fal's JSON with a request id. In a result it is indistinguishable from an error of the request."""
     HTML = "html"
-    """The page of an nginx that stands before the service; no request id."""
+    """An error page of nginx, without a request id."""
     EMPTY = "empty"
 
 
@@ -146,7 +146,7 @@ _GATEWAY = frozenset({502, 503, 504})
 _Seconds = Annotated[float, Field(ge=0)]
 _Count = Annotated[int, Field(ge=1)]
 _WORD = Field(strict=False)
-"""An enum's value comes as text, which strict mode does not convert."""
+"""Strict mode does not convert text to an enum."""
 
 
 class _Table(BaseModel):
@@ -175,7 +175,7 @@ class FaultRule(_Table):
     """Number of affected reads of each file or result; None: `seconds` limits the fault."""
     status: Annotated[int, Field(ge=400, le=599)] = 0
     retry_after: _Seconds | None = None
-    """The `Retry-After` header of the answer; None: no header."""
+    """The `Retry-After` header of the response; None: no header."""
     body: Annotated[Body, _WORD] = Field(
         default_factory=lambda given: Body.HTML if given.get("status") in _GATEWAY else Body.FAL
     )
@@ -200,11 +200,11 @@ class FaultRule(_Table):
             if len(self.model_fields_set.intersection(group)) != 1:
                 raise ValueError(f"{self.do} needs {'exactly one of ' * (len(group) > 1)}{', '.join(group)}")
         if self.do is FaultAction.FAIL and self.status < 500:
-            raise ValueError(f"status = {self.status} of {self.do} should be from 500 to 599")
+            raise ValueError(f"invalid status = {self.status} for {self.do}: use 500 to 599")
         return self
 
     def chooses(self, number: int, rng: Random) -> bool:
-        """Whether this rule applies to the call with this number, from 1. Draws from `rng` at most once a call."""
+        """Whether this rule matches a call. `number` counts from 1; `rng` is used at most once per call."""
         number -= self.after
         if number < 1:
             return False
@@ -217,7 +217,7 @@ class FaultRule(_Table):
 
 @dataclass(frozen=True, slots=True)
 class FaultPlan:
-    """A faults file, checked."""
+    """A validated faults file."""
 
     faults: tuple[FaultRule, ...] = ()
     seed: int = 0
@@ -227,25 +227,25 @@ class FaultPlan:
 
 
 class FaultSequence:
-    """The decisions of one server's life: the n-th call of a moment meets the same fault in every one."""
+    """The decisions of one server. They are reproducible: the n-th call at a point always gets the same fault."""
 
     def __init__(self, plan: FaultPlan) -> None:
-        # Each fault has dice of its own: what happens at one moment does not depend on the calls of another.
+        # Each rule has its own generator, so that decisions at one point do not depend on calls at another.
         self._faults = [(fault, Random(f"{plan.seed}/{number}")) for number, fault in enumerate(plan.faults)]
-        self._ways = [Random(f"{plan.seed}/{number}/way") for number in range(len(plan.faults))]
+        self._variants = [Random(f"{plan.seed}/{number}/way") for number in range(len(plan.faults))]
         self._calls: Counter[FaultPoint] = Counter()
         self._happened: Counter[int] = Counter()
-        self._moments = frozenset(fault.at for fault in plan.faults)
+        self._points = frozenset(fault.at for fault in plan.faults)
 
-    def decide(self, moment: FaultPoint) -> FaultRule | None:
-        """The fault that the moment's next call meets, if any."""
-        if moment not in self._moments:
+    def decide(self, point: FaultPoint) -> FaultRule | None:
+        """Return the fault for the next call at a point, if any."""
+        if point not in self._points:
             return None
-        self._calls[moment] += 1
-        number, chosen = self._calls[moment], None
+        self._calls[point] += 1
+        number, chosen = self._calls[point], None
         for index, (fault, rng) in enumerate(self._faults):
-            # Every die is thrown at every call, so that one fault more in the file leaves the others as they were.
-            if fault.at is moment and fault.chooses(number, rng) and chosen is None and not self._used_up(index):
+            # Every generator is used at every call, so that an added rule does not change the decisions of others.
+            if fault.at is point and fault.chooses(number, rng) and chosen is None and not self._used_up(index):
                 chosen = index
         if chosen is None:
             return None
@@ -253,9 +253,9 @@ class FaultSequence:
         return self._faults[chosen][0]
 
     def draw(self, fault: FaultRule) -> float:
-        """A number from 0 to 1 that says how a fault that was decided on happens, where there are several ways."""
+        """Draw a number from 0 to 1 that selects the variant of a fault."""
         index = next(index for index, (known, _) in enumerate(self._faults) if known is fault)
-        return self._ways[index].random()
+        return self._variants[index].random()
 
     def _used_up(self, index: int) -> bool:
         times = self._faults[index][0].times
@@ -286,7 +286,7 @@ def parse_faults(text: str, source: str) -> FaultPlan:
         source: the file's name, for messages.
 
     Raises:
-        ConfigError: the text is not TOML, a key is unknown, or a value is not allowed. The message lists what is.
+        ConfigError: invalid TOML, an unknown key or an invalid value. The message lists the allowed ones.
     """
     try:
         file = _FaultsFile.model_validate(tomllib.loads(text))
@@ -298,7 +298,7 @@ def parse_faults(text: str, source: str) -> FaultPlan:
 
 
 def _sentence(error: ValidationError) -> str:
-    """The first problem: its table, key and value, and what is allowed."""
+    """Return a message for the first problem: table, key, value and allowed values."""
     problem = error.errors()[0]
     kind, value, message = problem["type"], problem["input"], problem["msg"]
     place, table, path = "", cast(type[_Table], _FaultsFile), list(problem["loc"])
@@ -330,13 +330,13 @@ def read_faults(path: Path) -> FaultPlan:
     """Read a faults file.
 
     Raises:
-        ConfigError: the file cannot be read, or `parse_faults` refuses its text.
+        ConfigError: the file is unreadable or invalid.
     """
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"the faults file {path} cannot be read: {reason}; configs/faults.toml is an example"
+            f"cannot read the faults file {path}: {reason}; for an example see configs/faults.toml"
         ) from error
     return parse_faults(text, str(path))
