@@ -67,7 +67,7 @@ def test_a_new_key_works_and_its_secret_is_not_kept(tmp_path):
     assert [good.check(key) for key in keys] == ["alice", "bob"]
 
 
-def test_an_owner_changes_a_key_by_having_two_for_a_while(tmp_path):
+def test_an_owner_can_rotate_keys(tmp_path):
     """Both keys of one name are valid; a removed one is not."""
     path = tmp_path / "keys"
     path.write_text("# the team's keys", "ascii")  # without a line break at its end
@@ -80,7 +80,7 @@ def test_an_owner_changes_a_key_by_having_two_for_a_while(tmp_path):
         load_keys(path, {}).check(old)
 
 
-def test_the_variable_holds_the_same_lines(tmp_path):
+def test_the_variable_contains_lines_of_a_keys_file(tmp_path):
     """Keys are separated by commas or white space, and combined with those of a file."""
     path = tmp_path / "keys"
     in_file = add_key(path, "alice", SECRETS["alice"])
@@ -102,7 +102,7 @@ def test_the_variable_holds_the_same_lines(tmp_path):
         (b"\xff\xfe", "cannot read"),
     ],
 )
-def test_a_keys_file_that_is_none_is_one_clear_sentence(tmp_path, text, words):
+def test_an_invalid_keys_file_is_one_clear_sentence(tmp_path, text, words):
     """The message contains the line number and the expected format, never the content, which may be a secret."""
     path = tmp_path / "keys"
     if text is not None:
@@ -114,7 +114,7 @@ def test_a_keys_file_that_is_none_is_one_clear_sentence(tmp_path, text, words):
 
 
 @pytest.mark.parametrize("name", ["", "a b", "a:b", "-a", "a" * 65, "ä", "a\nb"])
-def test_a_name_that_would_break_the_file_is_refused(tmp_path, name):
+def test_an_invalid_key_name_is_rejected(tmp_path, name):
     """The file is not created."""
     with pytest.raises(InputError, match="name"):
         add_key(tmp_path / "keys", name, "x")
@@ -124,7 +124,7 @@ def test_a_name_that_would_break_the_file_is_refused(tmp_path, name):
 # --- the header -------------------------------------------------------------------------------------------
 
 
-def test_a_key_says_whose_the_call_is():
+def test_a_key_determines_the_owner_of_a_call():
     """`Key name:secret`; the scheme is case-insensitive."""
     for scheme in ("Key", "key", "KEY"):
         assert authenticator().owner(f"{scheme} alice:{SECRETS['alice']}", Access.KEY) == "alice"
@@ -156,14 +156,14 @@ def test_a_key_says_whose_the_call_is():
         ("Key eve:wrong", 401, "No user found for Key ID and Secret"),
     ],
 )
-def test_a_wrong_header_is_refused_in_fal_s_words(header, status, detail):
+def test_an_invalid_header_is_rejected_with_fal_s_message(header, status, detail):
     """401 does not reveal whether the name or the secret is wrong; 403 is only for a valid, locked key."""
     found, words = denied(header)
     assert found == status
     assert words.startswith(detail)
 
 
-def test_the_hash_of_nothing_opens_nothing():
+def test_the_hash_of_the_empty_secret_is_not_a_key():
     """The placeholder that is compared for unknown names is not a valid key."""
     assert denied("Key unknown:")[0] == 401
     keys = Keys((Key("alice", digest("x")),))
@@ -171,7 +171,7 @@ def test_the_hash_of_nothing_opens_nothing():
         keys.check(":")
 
 
-def test_a_token_stands_in_for_its_owner_s_key_at_uploads_only():
+def test_a_token_replaces_a_key_for_uploads_only():
     """It is valid for a day, across restarts, and ends with its owner's key."""
     door = authenticator()
     token = door.token("alice")
@@ -193,7 +193,7 @@ def test_a_token_stands_in_for_its_owner_s_key_at_uploads_only():
         *(lambda t: "\udcff", lambda t: "\udcff" + t, lambda t: t + "\udcff", lambda t: "a.1.\udcff"),
     ],
 )
-def test_a_changed_token_is_none(change):
+def test_a_changed_token_is_invalid(change):
     """Another owner, another signature, an empty or malformed token, bytes that are not UTF-8."""
     assert denied(f"Bearer {change(authenticator().token('alice').text)}", Access.UPLOAD)[0] == 401
 
@@ -219,7 +219,7 @@ def test_a_changed_token_is_none(change):
         ("GET", "/whatever/comes", Access.KEY),
     ],
 )
-def test_what_is_not_named_as_open_needs_a_key(method, template, access):
+def test_a_route_requires_a_key_unless_it_is_public(method, template, access):
     """A new route requires a key by default."""
     assert access_of(method, template) is access
 
@@ -227,7 +227,7 @@ def test_what_is_not_named_as_open_needs_a_key(method, template, access):
 # --- over HTTP --------------------------------------------------------------------------------------------
 
 
-def test_every_way_in_is_closed_without_a_key(tmp_path):
+def test_every_route_with_data_requires_a_key(tmp_path):
     """Submit, direct call, reads, listing, metrics and uploads return 401 JSON with a request id; health is public."""
     closed = [
         ("POST", SUBMIT),
@@ -264,7 +264,7 @@ def test_every_way_in_is_closed_without_a_key(tmp_path):
     asyncio.run(use())
 
 
-def test_one_owner_s_requests_do_not_exist_for_another(tmp_path):
+def test_requests_are_invisible_to_other_owners(tmp_path):
     """Status, stream, result, cancel, listing and the page return 404 or nothing, never 403."""
 
     async def use():
@@ -302,7 +302,7 @@ def test_one_owner_s_requests_do_not_exist_for_another(tmp_path):
     asyncio.run(use())
 
 
-def test_a_request_that_waits_is_its_owner_s_after_a_restart(tmp_path):
+def test_a_waiting_request_keeps_its_owner_after_a_restart(tmp_path):
     """The owner of an unfinished request is restored, too."""
 
     async def use():
@@ -316,7 +316,7 @@ def test_a_request_that_waits_is_its_owner_s_after_a_restart(tmp_path):
     asyncio.run(use())
 
 
-def test_idempotency_keys_are_each_owner_s_own(tmp_path):
+def test_idempotency_keys_are_separate_per_owner(tmp_path):
     """The same key from another owner is a different request."""
 
     async def use():
@@ -333,7 +333,7 @@ def test_idempotency_keys_are_each_owner_s_own(tmp_path):
     asyncio.run(use())
 
 
-def test_an_upload_takes_a_key_or_the_token_that_a_key_gave(tmp_path):
+def test_an_upload_accepts_a_key_or_its_token(tmp_path):
     """Upload with the headers of fal's Python client; the file is readable without a key."""
 
     async def use():
@@ -357,7 +357,7 @@ def test_an_upload_takes_a_key_or_the_token_that_a_key_gave(tmp_path):
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
-def test_without_keys_only_this_machine_may_ask(tmp_path, host):
+def test_without_keys_the_server_is_local_only(tmp_path, host):
     """A server without keys on a public address does not start; the message says how to create a key."""
 
     async def use(**options):
@@ -379,7 +379,7 @@ def test_without_keys_only_this_machine_may_ask(tmp_path, host):
     assert asyncio.run(use(keys=some_keys()))
 
 
-def test_the_command_makes_a_key_and_refuses_an_open_server(tmp_path, capsys, monkeypatch):
+def test_the_command_creates_a_key_and_rejects_an_open_server(tmp_path, capsys, monkeypatch):
     """`--new-key` prints only the key; a public `--host` without keys ends with exit code 2 and one sentence."""
     path = tmp_path / "keys"
 
@@ -403,7 +403,7 @@ def test_the_command_makes_a_key_and_refuses_an_open_server(tmp_path, capsys, mo
     assert ENVIRONMENT in said
 
 
-def test_an_embedded_endpoint_does_not_take_the_keys_of_another_server(tmp_path):
+def test_an_embedded_endpoint_ignores_the_keys_of_another_server(tmp_path):
     """`FAL_SERVER_KEYS` of another server on the machine does not affect a run's own endpoint."""
     environment = os.environ | {ENVIRONMENT: Key("alice", digest("x")).line}
     command = [sys.executable, "-m", "batch.server", "--data-dir", str(tmp_path), "--engine", "echo"]

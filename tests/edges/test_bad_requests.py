@@ -100,7 +100,7 @@ SOURCES = {"an empty data uri", "a source that is not a url", "a source with a b
 
 
 @pytest.mark.parametrize("keyed", [False, True], ids=["", "with an idempotency key"])
-def test_a_bad_body_is_refused_or_fails_with_422(tmp_path, keyed):
+def test_an_invalid_body_is_rejected_or_fails_with_422(tmp_path, keyed):
     """Immediately if it is not a JSON object, else as the request's result; with and without an idempotency key."""
 
     async def outcome(session, name, body):
@@ -123,7 +123,7 @@ def test_a_bad_body_is_refused_or_fails_with_422(tmp_path, keyed):
         assert found[name] in ((200,) if name in SOURCES else allowed), name
 
 
-def test_a_source_that_cannot_be_one_is_a_model_error(tmp_path):
+def test_an_invalid_source_is_a_model_error(tmp_path):
     """If the engine fetches the image: `image_load_error` or `file_download_error` with the field's location."""
 
     async def use():
@@ -157,7 +157,7 @@ HEADERS = {
 }
 
 
-def test_a_header_of_nonsense_does_no_harm(tmp_path):
+def test_an_invalid_header_is_harmless(tmp_path):
     """It is ignored or rejected; the next request succeeds."""
 
     async def use():
@@ -193,7 +193,7 @@ AUTHORIZATIONS = {
 
 
 @pytest.mark.parametrize("case", AUTHORIZATIONS)
-def test_whatever_stands_in_authorization_is_401(tmp_path, case):
+def test_an_invalid_authorization_is_401(tmp_path, case):
     """On routes for keys and for upload tokens, only the valid key is accepted."""
     keys = Keys((Key("alice", hashlib.sha256(b"secret").digest()),))
     paths = (SUBMIT.encode(), b"/run" + SUBMIT.encode(), b"/files/upload", b"/files/upload/multipart", b"/v1/models")
@@ -221,7 +221,7 @@ VALUES = (b"\xff\xfe", b"", "é".encode(), b"https://fal.run/\xff", b"bytes=\xff
 
 
 @pytest.mark.parametrize("keyed", [False, True], ids=["open", "with keys"])
-def test_bytes_that_are_not_text_are_never_a_fault_of_ours(tmp_path, keyed):
+def test_invalid_utf_8_never_causes_a_5xx(tmp_path, keyed):
     """In any header, path or query of any route: a response below 500."""
     keys = Keys((Key("alice", hashlib.sha256(b"secret").digest()),) if keyed else ())
 
@@ -264,7 +264,7 @@ def test_bytes_that_are_not_text_are_never_a_fault_of_ours(tmp_path, keyed):
     run(use())
 
 
-def test_an_expectation_is_met_or_refused_in_our_own_form(tmp_path):
+def test_an_expect_header_is_met_or_rejected_with_json(tmp_path):
     """`100-continue` is answered before the body; anything else returns 417 with a request id."""
 
     async def use():
@@ -294,7 +294,7 @@ QUERIES = [
 ]
 
 
-def test_a_query_of_nonsense_does_no_harm(tmp_path):
+def test_an_invalid_query_is_harmless(tmp_path):
     """Invalid query parameters of a submit and of a read are ignored or rejected."""
 
     async def use():
@@ -311,7 +311,7 @@ def test_a_query_of_nonsense_does_no_harm(tmp_path):
 # --- sizes and stalls -------------------------------------------------------------------------------------
 
 
-def test_a_body_of_100_mb_is_refused(tmp_path):
+def test_a_body_of_100_mb_is_rejected(tmp_path):
     """413 with the limit, with a Content-Length or chunked."""
     piece = b" " * 2**20
 
@@ -332,7 +332,7 @@ def test_a_body_of_100_mb_is_refused(tmp_path):
     run(use())
 
 
-def test_ten_thousand_headers_are_refused_or_borne(tmp_path):
+def test_ten_thousand_headers_are_rejected_or_accepted(tmp_path):
     """Many short headers, a long one, and an endless one."""
     many = b"".join(b"X-Header-%d: value\r\n" % number for number in range(10_000))
 
@@ -347,7 +347,7 @@ def test_ten_thousand_headers_are_refused_or_borne(tmp_path):
     run(use())
 
 
-def test_a_body_that_stops_is_given_up(tmp_path, monkeypatch):
+def test_a_stalled_body_times_out(tmp_path, monkeypatch):
     """408 after the timeout, though the connection stays open; nothing is accepted or left behind."""
     monkeypatch.setattr(app_module, "BODY_SECONDS", 0.2)
     monkeypatch.setattr(uploads_module, "SILENCE_SECONDS", 0.2)
@@ -388,7 +388,7 @@ NO_HTTP = [
 ]
 
 
-def test_what_is_no_http_ends_the_line_only(tmp_path, caplog):
+def test_invalid_http_ends_only_its_connection(tmp_path, caplog):
     """400 or a closed connection, without a stack trace in the log."""
 
     async def use():
@@ -446,7 +446,7 @@ PATHS = [
 ]
 
 
-def test_no_path_leads_out_or_makes_a_fault(tmp_path):
+def test_no_path_escapes_or_fails(tmp_path):
     """Dots, slashes, null bytes, invalid UTF-8, other namespaces and unknown ids are rejected without details."""
 
     async def use():
@@ -463,7 +463,7 @@ def test_no_path_leads_out_or_makes_a_fault(tmp_path):
     run(use())
 
 
-def test_the_name_of_an_uploaded_file_leads_nowhere(tmp_path):
+def test_the_name_of_an_uploaded_file_is_not_used_as_a_path(tmp_path):
     """A client's file name is never part of a path."""
 
     async def use():
@@ -555,7 +555,7 @@ GOOD_IMAGES = {
 }
 
 
-def test_every_kind_of_image_is_taken_or_refused_by_name(tmp_path):
+def test_every_kind_of_image_is_accepted_or_a_model_error(tmp_path):
     """Bombs and invalid files give fal's model error; all others a result of the right size."""
 
     async def one(session, data, *, uri):
@@ -600,7 +600,7 @@ def test_a_source_above_the_limit_is_file_too_large(tmp_path, monkeypatch):
     run(use())
 
 
-def test_sync_mode_answers_with_data_uris(tmp_path):
+def test_sync_mode_returns_data_uris(tmp_path):
     """The response contains each image, and no URL."""
 
     async def use():

@@ -85,7 +85,7 @@ def play(tmp_path, monkeypatch, script, seconds=30 * DAY):
     asyncio.run(use())
 
 
-def test_an_ending_goes_when_its_time_is_over(tmp_path, monkeypatch):
+def test_a_result_is_removed_after_its_retention(tmp_path, monkeypatch):
     """The retention starts at the end of a request; an unfinished one is never removed."""
 
     async def script(world):
@@ -106,7 +106,7 @@ def test_an_ending_goes_when_its_time_is_over(tmp_path, monkeypatch):
         assert database.execute("SELECT count(*) FROM request").fetchone() == (3,)
 
 
-def test_many_endings_go_in_small_steps(tmp_path, monkeypatch):
+def test_many_results_are_removed_in_small_steps(tmp_path, monkeypatch):
     """Each step is bounded; a round removes all expired results."""
     monkeypatch.setattr(retention_module, "STEP", 10)
 
@@ -121,7 +121,7 @@ def test_many_endings_go_in_small_steps(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
-def test_a_file_goes_after_the_result_that_shows_it_never_before(tmp_path, monkeypatch, data):
+def test_a_file_is_never_removed_before_its_result(tmp_path, monkeypatch, data):
     """At every hour around the expiry: as long as the result is available, its image exists."""
 
     async def script(world):
@@ -143,7 +143,7 @@ def test_a_file_goes_after_the_result_that_shows_it_never_before(tmp_path, monke
 
 
 @pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
-def test_the_source_of_a_request_stays_as_long_as_the_request(tmp_path, monkeypatch, data):
+def test_a_source_image_is_kept_as_long_as_its_request(tmp_path, monkeypatch, data):
     """An upload older than the retention is kept if a stored or waiting request uses it."""
 
     async def script(world):
@@ -166,7 +166,7 @@ def test_the_source_of_a_request_stays_as_long_as_the_request(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
-def test_bytes_that_were_saved_again_are_as_good_as_new(tmp_path, monkeypatch, data):
+def test_saving_bytes_again_renews_their_retention(tmp_path, monkeypatch, data):
     """Equal bytes are stored once, with the latest save time."""
 
     async def script(world):
@@ -186,7 +186,7 @@ def test_bytes_that_were_saved_again_are_as_good_as_new(tmp_path, monkeypatch, d
 
 
 @pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
-def test_a_file_with_an_end_of_its_own_goes_then(tmp_path, monkeypatch, data):
+def test_a_file_with_its_own_expiry_is_removed_then(tmp_path, monkeypatch, data):
     """It is not shared: the same bytes saved by another client stay."""
 
     async def script(world):
@@ -203,7 +203,7 @@ def test_a_file_with_an_end_of_its_own_goes_then(tmp_path, monkeypatch, data):
     play(tmp_path, monkeypatch, script)
 
 
-def test_an_idempotency_key_is_good_for_a_day_while_its_request_can_be_answered(tmp_path, monkeypatch):
+def test_an_idempotency_key_is_valid_for_a_day_while_its_result_is_available(tmp_path, monkeypatch):
     """Done, failed or cancelled: the first id for 24 h, then a new request. A waiting one is never duplicated."""
 
     async def script(world):
@@ -236,7 +236,7 @@ EXPIRIES = {
 
 @pytest.mark.parametrize("swept", [False, True], ids=["still on disk", "swept"])
 @pytest.mark.parametrize("case", EXPIRIES)
-def test_the_key_of_an_answer_that_has_expired_makes_a_new_request(tmp_path, monkeypatch, case, swept):
+def test_the_key_of_an_expired_result_creates_a_new_request(tmp_path, monkeypatch, case, swept):
     """With any input, and only once: the new request then holds the key. Before the expiry: the first id."""
     retention, ended, life, seconds = EXPIRIES[case]
 
@@ -268,7 +268,7 @@ def test_a_failed_request_has_no_images_to_expire(tmp_path, monkeypatch):
     play(tmp_path, monkeypatch, script)
 
 
-def test_a_storage_of_the_first_version_is_taken_as_of_now(tmp_path, monkeypatch):
+def test_files_of_a_version_1_storage_count_as_saved_now(tmp_path, monkeypatch):
     """Its small files have no save times; none is removed at once."""
     with contextlib.closing(sqlite3.connect(tmp_path / "small.db")) as database:
         schema = "CREATE TABLE small (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, data BLOB NOT NULL) STRICT"
@@ -287,7 +287,7 @@ def test_a_storage_of_the_first_version_is_taken_as_of_now(tmp_path, monkeypatch
     play(tmp_path, monkeypatch, script)
 
 
-def test_a_disk_that_refuses_is_tried_again_in_the_next_round(tmp_path, monkeypatch, caplog):
+def test_a_failed_round_is_retried_in_the_next_one(tmp_path, monkeypatch, caplog):
     """The cleanup logs the failure and goes on."""
     monkeypatch.setattr(retention_module, "ROUND_SECONDS", 0.0)
 
@@ -310,7 +310,7 @@ def test_a_disk_that_refuses_is_tried_again_in_the_next_round(tmp_path, monkeypa
 # --- over HTTP --------------------------------------------------------------------------------------------
 
 
-def test_a_result_is_not_told_any_more_when_its_time_is_over(tmp_path):
+def test_an_expired_result_is_not_found(tmp_path):
     """An expired result returns 404, removed or not, cached or not."""
 
     async def use():
@@ -352,7 +352,7 @@ def test_a_repeat_after_the_result_has_expired_is_a_new_request(tmp_path, kind):
     asyncio.run(use())
 
 
-def test_a_caller_that_waited_is_told_the_end_however_short_the_retention(tmp_path):
+def test_a_waiting_client_gets_the_result_with_any_retention(tmp_path):
     """Direct call and status stream return a result that expires immediately."""
 
     async def use():
@@ -411,7 +411,7 @@ def test_the_lifecycle_header_is_honoured_for_the_images(tmp_path):
     assert lives == [(60.0,), (None,), (None,), (None,), (None,), (60.0,)]
 
 
-def test_a_data_uri_and_a_file_of_ours_are_known_as_sources(tmp_path):
+def test_data_uris_and_own_files_are_recorded_as_sources(tmp_path):
     """A URL on another server is not recorded as a source file."""
 
     async def use():

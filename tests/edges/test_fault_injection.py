@@ -80,7 +80,7 @@ CALLS = [moment for moment in FaultPoint if moment is not FaultPoint.EXECUTE]
 
 
 @pytest.mark.parametrize("moment", CALLS)
-def test_a_dropped_call_has_no_answer_and_no_effect(tmp_path, moment):
+def test_a_dropped_call_has_no_response_and_no_effect(tmp_path, moment):
     """The connection is closed cleanly, nothing is executed, and the next call works."""
 
     async def use():
@@ -96,7 +96,7 @@ def test_a_dropped_call_has_no_answer_and_no_effect(tmp_path, moment):
 
 
 @pytest.mark.parametrize("do", ["drop-after-accept", "answer-after-accept"])
-def test_a_submit_can_be_accepted_although_its_answer_says_nothing_or_no(tmp_path, do):
+def test_a_submit_can_be_accepted_without_a_successful_response(tmp_path, do):
     """The request is durable, and its idempotency key finds it."""
     text = fault("submit", do, **({"status": 503} if do.startswith("answer") else {}))
 
@@ -118,7 +118,7 @@ def test_a_submit_can_be_accepted_although_its_answer_says_nothing_or_no(tmp_pat
 
 
 @pytest.mark.parametrize("do", ["drop-after-accept", "answer-after-accept"])
-def test_a_submit_that_is_refused_is_refused_all_the_same(tmp_path, do):
+def test_a_rejected_submit_stays_rejected(tmp_path, do):
     """A rejected submit returns its real error."""
     text = fault("submit", do, **({"status": 503} if do.startswith("answer") else {}))
 
@@ -130,7 +130,7 @@ def test_a_submit_that_is_refused_is_refused_all_the_same(tmp_path, do):
 
 
 @pytest.mark.parametrize("moment", [FaultPoint.SUBMIT, FaultPoint.RESULT, FaultPoint.LISTING])
-def test_a_late_answer_is_the_right_one(tmp_path, moment):
+def test_a_late_response_is_correct(tmp_path, moment):
     """It is the correct response, `seconds` late."""
 
     async def use():
@@ -145,7 +145,7 @@ def test_a_late_answer_is_the_right_one(tmp_path, moment):
     run(use())
 
 
-def test_a_submit_that_is_answered_too_late_was_accepted(tmp_path):
+def test_a_late_submit_is_accepted(tmp_path):
     """A client timeout does not undo the acceptance."""
 
     async def use():
@@ -158,7 +158,7 @@ def test_a_submit_that_is_answered_too_late_was_accepted(tmp_path):
 
 
 @pytest.mark.parametrize("moment", CALLS)
-def test_an_error_answer_has_the_service_s_own_body(tmp_path, moment):
+def test_an_error_has_the_service_s_body(tmp_path, moment):
     """JSON with a request id, in the platform API's format for its calls; nothing is executed."""
     words = {401: "No user found", 403: "User is locked", 429: "not accepted", 500: "Internal"}
     kinds = {401: "authorization_error", 403: "authorization_error", 429: "rate_limited", 500: "server_error"}
@@ -182,7 +182,7 @@ def test_an_error_answer_has_the_service_s_own_body(tmp_path, moment):
     run(use())
 
 
-def test_an_answer_may_carry_retry_after(tmp_path):
+def test_an_error_can_have_retry_after(tmp_path):
     """The header contains the seconds from the file."""
 
     async def use():
@@ -194,7 +194,7 @@ def test_an_answer_may_carry_retry_after(tmp_path):
     run(use())
 
 
-def test_a_gateway_s_answer_is_a_page_of_nginx(tmp_path):
+def test_a_gateway_error_is_an_nginx_page(tmp_path):
     """HTML without a request id, which makes fal's Python client retry."""
 
     async def use():
@@ -210,7 +210,7 @@ def test_a_gateway_s_answer_is_a_page_of_nginx(tmp_path):
     run(use())
 
 
-def test_a_gateway_s_answer_may_look_like_the_job_s_own_failure(tmp_path):
+def test_a_gateway_error_can_look_like_a_model_error(tmp_path):
     """`body = "fal"`: detail, error_type and header; `body = "empty"`: an empty body."""
     text = fault("result", "answer", status=503, body="fal") + fault(
         "result", "answer", status=503, body="empty", first=2
@@ -228,7 +228,7 @@ def test_a_gateway_s_answer_may_look_like_the_job_s_own_failure(tmp_path):
 
 
 @pytest.mark.parametrize("moment", [FaultPoint.FILE, FaultPoint.RESULT, FaultPoint.STATUS, FaultPoint.LISTING])
-def test_a_body_can_be_slow_cut_off_or_short(tmp_path, moment):
+def test_a_body_can_be_slow_cut_or_short(tmp_path, moment):
     """`slow` is complete; `cut` ends before its Content-Length; `short` is incomplete with a matching one."""
     text = fault(moment, "slow", seconds=0.2) + fault(moment, "cut", first=2) + fault(moment, "short", first=3)
 
@@ -256,7 +256,7 @@ def test_a_body_can_be_slow_cut_off_or_short(tmp_path, moment):
     run(use())
 
 
-def test_a_maimed_answer_that_is_an_error_stays_one(tmp_path):
+def test_an_error_is_not_cut(tmp_path):
     """A missing file returns 404."""
 
     async def use():
@@ -314,7 +314,7 @@ def test_a_result_can_have_odd_fields(tmp_path):
     assert found != run(use("b", 4)), "the file's seed chooses"
 
 
-def test_an_odd_result_that_is_an_error_stays_one(tmp_path):
+def test_an_error_has_no_odd_fields(tmp_path):
     """Unfinished, failed and unknown requests return their real response."""
 
     async def use():
@@ -328,7 +328,7 @@ def test_an_odd_result_that_is_an_error_stays_one(tmp_path):
     run(use())
 
 
-def test_an_odd_result_can_meet_another_fault_too(tmp_path):
+def test_an_odd_result_can_get_another_fault(tmp_path):
     """A later fault of the call leaves the odd fields as they are."""
     text = fault("result", "odd-fields") + fault("result", "late", seconds=0.05, first=2)
 
@@ -405,7 +405,7 @@ def test_a_content_policy_rejection_is_completed_without_an_error(tmp_path):
 
 @pytest.mark.parametrize(("status", "kind"), [(500, "internal_server_error"), (504, "generation_timeout")])
 @pytest.mark.parametrize("retryable", [True, False])
-def test_a_model_failure_says_whether_another_try_helps(tmp_path, status, kind, retryable):
+def test_a_model_failure_is_marked_retryable_or_final(tmp_path, status, kind, retryable):
     """The result is a 5xx with a model error and `X-Fal-Needs-Retry`; nothing is billed."""
     text = fault("execute", "fail", status=status, retryable=retryable)
 
@@ -440,7 +440,7 @@ def test_a_result_can_expire(tmp_path):
     run(use())
 
 
-def test_a_request_can_go_back_to_its_queue(tmp_path):
+def test_a_request_can_return_to_the_queue(tmp_path):
     """IN_PROGRESS, then IN_QUEUE, then executed, with the same id."""
 
     async def use():
@@ -459,7 +459,7 @@ def test_a_request_can_go_back_to_its_queue(tmp_path):
     run(use())
 
 
-def test_a_request_that_is_to_go_back_can_be_cancelled(tmp_path):
+def test_a_requeued_request_can_be_cancelled(tmp_path):
     """A cancel is effective while the request pretends to run."""
 
     async def use():
@@ -472,7 +472,7 @@ def test_a_request_that_is_to_go_back_can_be_cancelled(tmp_path):
 
 
 @pytest.mark.parametrize(("first", "status"), [(1, 200), (2, 500)])
-def test_an_engine_that_crashes_once_is_forgiven_and_twice_is_not(tmp_path, first, status):
+def test_a_request_survives_one_crash_and_fails_after_two(tmp_path, first, status):
     """After the first crash the request is retried with the same id; after the second it fails."""
 
     async def use():
@@ -486,7 +486,7 @@ def test_an_engine_that_crashes_once_is_forgiven_and_twice_is_not(tmp_path, firs
 # --- the file and the middleware --------------------------------------------------------------------------
 
 
-def test_a_server_without_a_faults_file_has_no_hook(tmp_path):
+def test_a_server_without_a_faults_file_has_no_middleware(tmp_path):
     """There is no middleware without a faults file."""
     from batch.server.http import app as app_module
 
@@ -507,7 +507,7 @@ def test_a_server_without_a_faults_file_has_no_hook(tmp_path):
     assert len([one for one in made[-1].middlewares if "inject" in one.__qualname__]) == 1
 
 
-def test_a_wrong_faults_file_stops_the_server_before_it_begins(tmp_path):
+def test_an_invalid_faults_file_prevents_the_start(tmp_path):
     """The error is one sentence, and the data dir is not created."""
 
     async def use(path):
@@ -545,7 +545,7 @@ def test_a_wrong_faults_file_stops_the_server_before_it_begins(tmp_path):
         ("GET", "/", None),
     ],
 )
-def test_each_call_belongs_to_its_moment(method, path, moment):
+def test_each_call_belongs_to_its_point(method, path, moment):
     """Health, prices, direct calls and the page have no faults."""
     assert fault_point_of(method, path, APP_ID) is moment
 
@@ -580,7 +580,7 @@ def test_a_whole_run_survives_the_example_file(tmp_path):
     assert [do for do in on if f"injected fault: {do} " not in committed] == []
 
 
-def test_a_run_with_a_wrong_faults_file_or_a_foreign_target_says_so_at_once(tmp_path):
+def test_a_run_rejects_an_invalid_faults_file_or_a_foreign_target(tmp_path):
     """The exit code is 2 with one sentence, and nothing is submitted."""
     manifest = write_manifest(tmp_path / "m.csv", range(2))
     ended = restyle("run", manifest, "-o", tmp_path / "a", "--faults", tmp_path / "none.toml")
@@ -589,7 +589,7 @@ def test_a_run_with_a_wrong_faults_file_or_a_foreign_target_says_so_at_once(tmp_
     assert (ended.code, "is for the embedded endpoint" in ended.err) == (2, True), ended.text
 
 
-def test_a_call_through_the_proxy_route_meets_the_faults_of_the_call_that_it_stands_for(tmp_path):
+def test_a_proxied_call_gets_the_faults_of_its_target(tmp_path):
     """Calls through the proxy route get the same faults as direct ones."""
 
     async def use():
@@ -601,7 +601,7 @@ def test_a_call_through_the_proxy_route_meets_the_faults_of_the_call_that_it_sta
     run(use())
 
 
-def test_a_result_without_images_has_them_later(tmp_path):
+def test_missing_images_are_temporary(tmp_path):
     """The list is empty at the first reads, and complete afterwards."""
 
     async def use():

@@ -27,7 +27,7 @@ async def samples(session: aiohttp.ClientSession) -> dict[tuple, float]:
     }
 
 
-def test_requests_are_counted_by_how_they_ended(tmp_path):
+def test_requests_are_counted_by_outcome(tmp_path):
     """Accepted, finished, failed, cancelled; a cancelled request does not count as failed."""
 
     async def use():
@@ -81,7 +81,7 @@ def test_engine_seconds_are_a_cumulative_histogram(tmp_path):
     assert found["restyle_engine_seconds_bucket", "+Inf"] == 2
 
 
-def test_answers_are_counted_by_route_group_and_status(tmp_path):
+def test_responses_are_counted_by_route_group_and_status(tmp_path):
     """No path or id becomes a label, so that requests cannot create new series."""
 
     async def use():
@@ -106,7 +106,7 @@ def test_answers_are_counted_by_route_group_and_status(tmp_path):
     }
 
 
-def test_the_build_says_what_runs(tmp_path):
+def test_the_build_metric_describes_the_engine(tmp_path):
     """Engine, model and safety checker are labels."""
 
     async def use():
@@ -120,7 +120,7 @@ def test_the_build_says_what_runs(tmp_path):
     assert labels["version"]
 
 
-def test_a_reader_who_prefers_openmetrics_gets_it(tmp_path):
+def test_openmetrics_is_served_on_request(tmp_path):
     """Prometheus sends this Accept header; its parser validates the response."""
 
     async def use():
@@ -135,7 +135,7 @@ def test_a_reader_who_prefers_openmetrics_gets_it(tmp_path):
     assert {"restyle_requests_accepted", "restyle_engine_seconds", "restyle_http_answers", "restyle_build"} <= names
 
 
-def test_two_servers_in_one_process_do_not_mix(tmp_path):
+def test_two_servers_in_one_process_have_separate_metrics(tmp_path):
     """Each has its own registry, and counters start at 0, whatever the store contains."""
 
     async def use():

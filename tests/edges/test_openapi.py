@@ -75,14 +75,14 @@ def url(tmp_path_factory):
     suppress_health_check=list(HealthCheck),
 )
 @pytest.mark.timeout(1800 if SOAK else 120)
-def test_the_server_does_what_its_schema_says(case, url):
+def test_the_server_conforms_to_its_schema(case, url):
     """No 5xx, and no undocumented status, content type, header or body."""
     if len(requests.Request(**case.as_transport_kwargs(base_url=url)).prepare().url) > URL_LIMIT:
         return  # rejected by the HTTP library before routing
     case.call_and_validate(base_url=url, checks=CHECKS, timeout=30)
 
 
-def test_the_schemas_are_schemas():
+def test_the_schemas_are_valid():
     """Each is a valid JSON Schema; all references resolve; input and output are the endpoint's models."""
     schemas = DOCUMENT["components"]["schemas"]
     for schema in schemas.values():
@@ -99,7 +99,7 @@ def operations(item):
     return {method: one for method, one in item.items() if method in {"get", "post", "put", "delete", "head"}}
 
 
-def test_every_route_is_described_and_nothing_else(tmp_path, monkeypatch):
+def test_exactly_the_routes_are_documented(tmp_path, monkeypatch):
     """Every new route must be documented; queue paths are one route that parses them."""
     made, original = [], app_module.web.Application
     monkeypatch.setattr(app_module.web, "Application", lambda **given: made.append(original(**given)) or made[-1])
@@ -125,7 +125,7 @@ def test_every_route_is_described_and_nothing_else(tmp_path, monkeypatch):
     assert routes == described
 
 
-def test_a_number_that_json_cannot_write_again_is_told_as_an_error(tmp_path):
+def test_a_number_that_json_cannot_represent_is_an_error(tmp_path):
     """The error repeats the input; such a number once crashed the server."""
 
     async def use():

@@ -32,7 +32,7 @@ async def requests(session, **options):
 
 
 @pytest.mark.parametrize("path", ["/", "/static/page.js", "/page/state"])
-def test_browsers_are_told_to_refuse_whatever_is_not_ours(tmp_path, path):
+def test_security_headers_forbid_foreign_content(tmp_path, path):
     """No inline script or style, no other origin, no frame, no MIME sniffing, no referrer."""
 
     async def use():
@@ -70,7 +70,7 @@ def test_the_page_needs_nothing_but_its_own_files(tmp_path):
     assert re.findall(r"(?:src|href|url\()=?\"?https?:", page + files["page.css"][1]) == []
 
 
-def test_files_are_sent_once(tmp_path):
+def test_unchanged_files_are_not_sent_again(tmp_path):
     """A request with the ETag returns 304 without a body."""
 
     async def use():
@@ -88,7 +88,7 @@ def test_files_are_sent_once(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["nothing.js", "..%2froutes.py", "%2fetc%2fpasswd", "page.html"])
-def test_only_the_named_files_are_served(tmp_path, name):
+def test_only_the_page_s_files_are_served(tmp_path, name):
     """No path reaches other files on the disk."""
 
     async def use():
@@ -98,7 +98,7 @@ def test_only_the_named_files_are_served(tmp_path, name):
     assert run(use()) == 404
 
 
-def test_what_an_engine_says_of_itself_is_text(tmp_path):
+def test_names_from_the_engine_are_escaped(tmp_path):
     """Model names are untrusted and are escaped."""
 
     class Named(ScriptedEngine):
@@ -120,7 +120,7 @@ def test_what_an_engine_says_of_itself_is_text(tmp_path):
 @pytest.mark.parametrize(
     ("site", "status"), [("cross-site", 403), ("same-site", 403), ("same-origin", 200), ("none", 200)]
 )
-def test_another_site_in_the_same_browser_learns_nothing(tmp_path, site, status):
+def test_another_site_cannot_read_the_state(tmp_path, site, status):
     """Without keys, the server trusts its machine, but not every page open in its browser."""
 
     async def use():
@@ -158,7 +158,7 @@ def test_the_state_follows_a_request_from_the_queue_to_its_end(tmp_path):
     assert (state["finished"], state["failed"], state["waiting"], state["running"]) == (3, 0, 0, 0)
 
 
-def test_of_a_long_queue_its_head_is_shown_and_its_newest(tmp_path):
+def test_a_long_queue_shows_its_head_and_its_newest_requests(tmp_path):
     """The list is bounded, with the head of the queue and the newest requests."""
 
     async def use():
@@ -189,7 +189,7 @@ def test_the_list_survives_a_restart(tmp_path):
     assert (one["prompt"], one["state"]) == ("from before", "done")
 
 
-def test_everybody_sees_his_own_requests_and_no_others(tmp_path):
+def test_owners_see_only_their_own_requests(tmp_path):
     """With keys, the page is public, and its state requires a key."""
     keys = Keys(tuple(Key(name, hashlib.sha256(name.encode()).digest()) for name in ("ann", "bob")))
     ann, bob = ({"authorization": f"Key {name}:{name}"} for name in ("ann", "bob"))

@@ -49,7 +49,7 @@ def faults(tmp_path, text):
 # --- the listing ------------------------------------------------------------------------------------------
 
 
-def test_requests_are_listed_newest_end_first_with_their_payloads(tmp_path):
+def test_requests_are_listed_by_their_end_with_payloads(tmp_path):
     """Input as submitted, output with URLs or the body of an error; no payloads by default."""
 
     async def use():
@@ -71,7 +71,7 @@ def test_requests_are_listed_newest_end_first_with_their_payloads(tmp_path):
     run(use())
 
 
-def test_an_input_that_carried_its_image_is_listed_as_it_was_submitted(tmp_path, monkeypatch):
+def test_an_embedded_image_is_listed_as_submitted(tmp_path, monkeypatch):
     """The data URI is identical; images beyond the page's limit are URLs that work."""
     images = [Random(n).randbytes(size) for n, size in enumerate((300, 200_000))]
     uris = [f"data:image/png;base64,{base64.b64encode(one).decode()}" for one in images]
@@ -91,7 +91,7 @@ def test_an_input_that_carried_its_image_is_listed_as_it_was_submitted(tmp_path,
     run(use())
 
 
-def test_a_caller_who_wants_nothing_kept_is_listed_without_payloads(tmp_path):
+def test_a_request_with_store_io_0_is_listed_without_payloads(tmp_path):
     """`X-Fal-Store-IO: 0`: the request is listed without input and output."""
 
     async def use():
@@ -103,7 +103,7 @@ def test_a_caller_who_wants_nothing_kept_is_listed_without_payloads(tmp_path):
     run(use())
 
 
-def test_what_is_answered_inline_and_what_is_huge_is_not_kept_in_the_listing(tmp_path, monkeypatch):
+def test_inline_and_large_payloads_are_not_listed(tmp_path, monkeypatch):
     """`sync_mode` results and very large bodies are omitted, as on fal; the request is listed."""
     monkeypatch.setattr(history_module, "LISTED_BYTES", 1000)
 
@@ -118,7 +118,7 @@ def test_what_is_answered_inline_and_what_is_huge_is_not_kept_in_the_listing(tmp
     run(use())
 
 
-def test_a_request_that_was_cancelled_before_it_started_is_a_user_error(tmp_path):
+def test_a_request_cancelled_before_its_start_is_a_user_error(tmp_path):
     """Its status is 499, and `started_at`, which is required, equals `ended_at`."""
 
     async def use():
@@ -137,7 +137,7 @@ def test_a_request_that_was_cancelled_before_it_started_is_a_user_error(tmp_path
 
 
 @pytest.mark.parametrize(("status", "prompts"), [("success", ["a cat"]), ("error", ["boom"]), ("user_error", ["fail"])])
-def test_the_status_filter_tells_whose_fault_it_was(tmp_path, status, prompts):
+def test_the_status_filter_selects_by_outcome(tmp_path, status, prompts):
     """`success` is 2xx, `error` 5xx, `user_error` 4xx."""
 
     async def use():
@@ -150,7 +150,7 @@ def test_the_status_filter_tells_whose_fault_it_was(tmp_path, status, prompts):
     run(use())
 
 
-def test_a_window_is_of_the_instants_of_the_submits_and_its_end_is_exclusive(tmp_path):
+def test_a_window_selects_by_submit_and_its_end_is_exclusive(tmp_path):
     """The default is the last day. A request id, in any case, extends it."""
 
     async def use():
@@ -175,7 +175,7 @@ def test_a_window_is_of_the_instants_of_the_submits_and_its_end_is_exclusive(tmp
     run(use())
 
 
-def test_pages_hold_everything_once_in_order(tmp_path):
+def test_pages_contain_every_request_once_in_order(tmp_path):
     """Cursors are page numbers; the last page has none; `sort_by=duration` lists the longest request first."""
 
     async def use():
@@ -203,7 +203,7 @@ def test_pages_hold_everything_once_in_order(tmp_path):
     run(use())
 
 
-def test_the_listing_outlives_the_server(tmp_path):
+def test_the_listing_survives_a_restart(tmp_path):
     """The listing is read from disk."""
 
     async def use():
@@ -216,7 +216,7 @@ def test_the_listing_outlives_the_server(tmp_path):
     run(use())
 
 
-def test_nobody_sees_what_another_key_asked_for_or_paid(tmp_path):
+def test_requests_and_charges_are_separate_per_owner(tmp_path):
     """Listing, also by id, billing events and averages contain the owner's requests only."""
     names = ("alice", "bob")
     keys = Keys(tuple(Key(name, hashlib.sha256(name.encode()).digest()) for name in names))
@@ -248,7 +248,7 @@ def test_nobody_sees_what_another_key_asked_for_or_paid(tmp_path):
 # --- behaviour that fal does not document -----------------------------------------------------------------
 
 
-def test_what_has_not_ended_is_not_listed_unless_the_faults_file_says_so(tmp_path):
+def test_unfinished_requests_are_listed_only_with_a_faults_file(tmp_path):
     """Both variants can be tested, because fal's is unknown: missing, or listed without an end."""
 
     async def use(rules):
@@ -272,7 +272,7 @@ def test_what_has_not_ended_is_not_listed_unless_the_faults_file_says_so(tmp_pat
 
 
 @pytest.mark.parametrize("waiting", ["true", "false"])
-def test_a_listing_that_lags_knows_nothing_of_late_events(tmp_path, waiting):
+def test_a_lagging_listing_omits_recent_events(tmp_path, waiting):
     """Submits and ends of the last hour are not listed."""
 
     async def use():
@@ -284,7 +284,7 @@ def test_a_listing_that_lags_knows_nothing_of_late_events(tmp_path, waiting):
     run(use())
 
 
-def test_the_window_can_mean_the_ends_instead(tmp_path):
+def test_the_window_can_select_by_end(tmp_path):
     """`window = "ended_at"`: a request is listed in the window of its end, not of its submit."""
 
     async def use():
@@ -304,7 +304,7 @@ def test_the_window_can_mean_the_ends_instead(tmp_path):
 # --- money ------------------------------------------------------------------------------------------------
 
 
-def test_charges_are_the_true_units_at_the_price_of_the_server(tmp_path):
+def test_charges_are_the_measured_units_at_the_server_s_price(tmp_path):
     """Only requests with images are charged; filters by request and endpoint; paging."""
 
     async def use(**options):
@@ -331,7 +331,7 @@ def test_charges_are_the_true_units_at_the_price_of_the_server(tmp_path):
 BILLS = "/v1/models/billing-events"
 
 
-def test_tagged_charges_show_and_filter_the_tags_of_their_requests(tmp_path):
+def test_tagged_charges_contain_and_filter_tags(tmp_path):
     """Keys combine with "and", values of a key with "or"; tags survive a restart; `source=billed` omits them."""
 
     async def use():
@@ -371,7 +371,7 @@ def test_tagged_charges_show_and_filter_the_tags_of_their_requests(tmp_path):
     run(use())
 
 
-def test_price_and_estimates_are_those_of_the_one_endpoint(tmp_path):
+def test_prices_and_estimates_of_the_endpoint(tmp_path):
     """An unknown endpoint is 404; calls cost the average of earlier calls, or one megapixel without any."""
 
     async def use():
@@ -412,7 +412,7 @@ def test_price_and_estimates_are_those_of_the_one_endpoint(tmp_path):
         ("POST", "/v1/anything", 404, "not_found"),
     ],
 )
-def test_every_refusal_has_the_platform_s_shape(tmp_path, method, path, status, kind):
+def test_every_error_has_the_platform_s_format(tmp_path, method, path, status, kind):
     """JSON `{"error": {type, message, request_id}}`; no path below /v1 is a submit."""
 
     async def use():
@@ -428,7 +428,7 @@ def test_every_refusal_has_the_platform_s_shape(tmp_path, method, path, status, 
 # --- restyle's client -------------------------------------------------------------------------------------
 
 
-def test_our_client_finds_a_submit_whose_answer_was_lost(tmp_path):
+def test_the_client_finds_a_submit_with_a_lost_response(tmp_path):
     """As in a reconciliation: the connection breaks after the acceptance, and the listing shows the input."""
 
     async def use():

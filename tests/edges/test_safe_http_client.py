@@ -87,7 +87,7 @@ async def refused(client, url, kind=AddressRefused):
 # --- addresses --------------------------------------------------------------------------------------------
 
 
-def test_the_strict_rule_is_the_default_and_keeps_loopback_out():
+def test_the_default_rule_refuses_loopback():
     """A client without options connects to public addresses only, for literals and names."""
 
     async def use():
@@ -103,7 +103,7 @@ def test_the_strict_rule_is_the_default_and_keeps_loopback_out():
     asyncio.run(use())
 
 
-def test_a_name_that_resolves_into_our_network_is_refused_before_anything_is_sent():
+def test_a_name_with_a_private_address_is_refused_before_sending():
     """The address decides, not the name; for several addresses, only permitted ones are used."""
 
     async def use():
@@ -122,7 +122,7 @@ def test_a_name_that_resolves_into_our_network_is_refused_before_anything_is_sen
     asyncio.run(use())
 
 
-def test_the_address_that_was_judged_is_the_one_that_is_connected_to():
+def test_the_client_connects_to_the_checked_address():
     """A name is resolved once per connection, so that a change between check and connect has no effect."""
 
     async def use():
@@ -144,7 +144,7 @@ def test_the_address_that_was_judged_is_the_one_that_is_connected_to():
     asyncio.run(use())
 
 
-def test_a_literal_that_gets_past_the_check_is_stopped_at_its_socket(monkeypatch):
+def test_the_socket_check_refuses_an_unchecked_literal(monkeypatch):
     """The socket checks the address that it connects to, independent of earlier checks."""
 
     async def use():
@@ -164,7 +164,7 @@ def test_a_literal_that_gets_past_the_check_is_stopped_at_its_socket(monkeypatch
         *("http://user:secret@127.0.0.1:{port}/", "http://127.0.0.1:22/", "http://[", "gopher://x/"),
     ],
 )
-def test_a_redirect_is_judged_like_the_first_url(location):
+def test_a_redirect_is_checked_like_the_first_url(location):
     """To metadata, private networks, other protocols or ports: refused, without the target in the message."""
 
     async def use():
@@ -182,7 +182,7 @@ def test_a_redirect_is_judged_like_the_first_url(location):
     asyncio.run(use())
 
 
-def test_redirects_are_followed_within_bounds():
+def test_redirects_are_followed_up_to_the_limit():
     """Relative and absolute redirects are followed up to the limit, which also ends a loop."""
 
     async def use():
@@ -230,7 +230,7 @@ def test_a_body_is_cut_off_at_the_limit(announced):
     asyncio.run(use())
 
 
-def test_an_endless_body_is_left_after_the_limit():
+def test_an_endless_body_is_aborted_at_the_limit():
     """The client stops reading and closes the connection."""
 
     async def use():
@@ -258,7 +258,7 @@ def test_an_endless_body_is_left_after_the_limit():
 @pytest.mark.parametrize(
     ("encoding", "pack"), [("gzip", gzip.compress), ("deflate", zlib.compress), ("X-GZIP", gzip.compress)]
 )
-def test_a_packed_body_is_unpacked_up_to_the_limit(encoding, pack):
+def test_a_compressed_body_is_decompressed_up_to_the_limit(encoding, pack):
     """The limit applies to the decompressed size: a bomb of 50 MB is dropped after 1001 bytes."""
 
     async def use():
@@ -277,7 +277,7 @@ def test_a_packed_body_is_unpacked_up_to_the_limit(encoding, pack):
 
 
 @pytest.mark.parametrize("encoding", ["br", "zstd", "gzip, gzip", "compress"])
-def test_a_packing_that_was_not_asked_for_is_refused(encoding):
+def test_an_unknown_content_encoding_is_rejected(encoding):
     """Only encodings that can be decompressed with a limit are accepted."""
 
     async def use():
@@ -291,7 +291,7 @@ def test_a_packing_that_was_not_asked_for_is_refused(encoding):
     asyncio.run(use())
 
 
-def test_a_slow_body_is_given_up_after_the_whole_time():
+def test_a_slow_body_times_out():
     """The timeout covers the whole fetch: single bytes and redirects do not extend it."""
 
     async def use():
@@ -320,7 +320,7 @@ def test_a_slow_body_is_given_up_after_the_whole_time():
     asyncio.run(use())
 
 
-def test_a_lookup_that_hangs_is_within_the_time_too():
+def test_a_hanging_lookup_times_out():
     """The timeout includes DNS."""
 
     async def use():
@@ -337,7 +337,7 @@ def test_a_lookup_that_hangs_is_within_the_time_too():
 # --- error messages ---------------------------------------------------------------------------------------
 
 
-def test_a_name_of_our_network_cannot_be_told_from_one_that_does_not_exist():
+def test_a_private_name_is_indistinguishable_from_an_unknown_one():
     """Otherwise a client could find out which names the private DNS knows."""
 
     async def use():
@@ -351,7 +351,7 @@ def test_a_name_of_our_network_cannot_be_told_from_one_that_does_not_exist():
     asyncio.run(use())
 
 
-def test_failures_of_the_network_name_no_address():
+def test_network_errors_contain_no_address():
     """Refused connections, invalid responses, certificates: no text of the libraries."""
 
     async def broken(reader, writer):
@@ -381,7 +381,7 @@ def test_failures_of_the_network_name_no_address():
 
 
 @pytest.mark.parametrize(("status", "retryable"), [(204, False), (404, False), (403, False), (429, True), (503, True)])
-def test_only_200_is_a_body(status, retryable):
+def test_only_status_200_has_a_body(status, retryable):
     """Server errors are retryable."""
 
     async def use():
@@ -396,7 +396,7 @@ def test_only_200_is_a_body(status, retryable):
     asyncio.run(use())
 
 
-def test_nothing_of_ours_is_sent_along():
+def test_no_cookies_or_secrets_are_sent():
     """No cookies, no key, no proxy from the environment, no version."""
 
     async def use(monkeypatch):
@@ -417,7 +417,7 @@ def test_nothing_of_ours_is_sent_along():
         asyncio.run(use(monkeypatch))
 
 
-def test_a_post_follows_no_redirect_and_reads_no_answer():
+def test_a_post_follows_no_redirect_and_reads_no_body():
     """Only the status is read; an endless body does not block."""
 
     async def use():
@@ -448,7 +448,7 @@ def test_a_post_follows_no_redirect_and_reads_no_answer():
 # --- source images --------------------------------------------------------------------------------------
 
 
-def test_the_faults_of_a_download_are_fal_s_model_errors(tmp_path, monkeypatch):
+def test_download_errors_are_fal_s_model_errors(tmp_path, monkeypatch):
     """422 with fal's type, the location, the URL and the limit, also for a redirect to metadata."""
     monkeypatch.setattr(sources_module, "SOURCE_LIMIT_BYTES", 1000)
 
@@ -479,7 +479,7 @@ def test_the_faults_of_a_download_are_fal_s_model_errors(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "169.254.169.254", "0x7f000001"])
-def test_a_server_on_its_own_keeps_its_network_to_itself(tmp_path, host):
+def test_a_server_refuses_private_addresses_by_default(tmp_path, host):
     """The server refuses a private image URL with a complete model error; `--allow-private` permits it."""
 
     async def use():

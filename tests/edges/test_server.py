@@ -78,7 +78,7 @@ def test_a_request_goes_from_submit_to_result(tmp_path):
 
 @pytest.mark.parametrize("app", ["fal-ai/flux", "fal-ai/flux/dev/image-to-image"])
 @pytest.mark.parametrize("tail", ["", "/", "/response"])
-def test_reads_answer_in_every_path_form(tmp_path, app, tail):
+def test_reads_work_with_every_path_form(tmp_path, app, tail):
     """Owner/alias or full id, `/response`, trailing slash."""
 
     async def use():
@@ -113,7 +113,7 @@ def test_status_is_202_with_positions_until_it_ended(tmp_path):
     run(use())
 
 
-def test_an_input_that_the_schema_refuses_is_accepted_and_fails_with_422(tmp_path):
+def test_an_invalid_input_is_accepted_and_fails_with_422(tmp_path):
     """The input is validated on execution, as on fal: COMPLETED with `error`, every problem in `detail`."""
 
     async def use():
@@ -135,7 +135,7 @@ def test_an_input_that_the_schema_refuses_is_accepted_and_fails_with_422(tmp_pat
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"5", b'"text"', b"\xff", b'{"a": NaN}'])
-def test_a_body_that_is_no_json_object_is_refused_at_once(tmp_path, body):
+def test_a_body_that_is_not_a_json_object_is_rejected_at_once(tmp_path, body):
     """The response is 422 with a model error; nothing is accepted."""
 
     async def use():
@@ -173,7 +173,7 @@ def test_a_failed_request_is_completed_with_its_error(tmp_path, prompt, status, 
     run(use())
 
 
-def test_a_worker_that_dies_once_is_nobody_s_fault(tmp_path):
+def test_a_request_survives_one_worker_crash(tmp_path):
     """The request is retried with the same id and the same seed."""
 
     async def use():
@@ -187,7 +187,7 @@ def test_a_worker_that_dies_once_is_nobody_s_fault(tmp_path):
     run(use())
 
 
-def test_cancel_takes_a_queued_request_out_and_stops_a_running_one(tmp_path):
+def test_cancel_removes_a_queued_request_and_stops_a_running_one(tmp_path):
     """202 for both, then 499; 400 after the end; 404 for an unknown id."""
 
     async def use():
@@ -227,7 +227,7 @@ def test_cancel_takes_a_queued_request_out_and_stops_a_running_one(tmp_path):
         ("GET", "/files/%2e%2e/secret", 404),
     ],
 )
-def test_every_refusal_is_json_with_a_request_id(tmp_path, method, path, status):
+def test_every_error_is_json_with_a_request_id(tmp_path, method, path, status):
     """Any other error is attributed to a proxy by fal's Python client, which repeats the call."""
 
     async def use():
@@ -288,7 +288,7 @@ def test_simultaneous_repeats_of_one_submit_are_one_request(tmp_path):
     run(use())
 
 
-def test_a_result_names_the_engine_that_made_it(tmp_path):
+def test_a_result_contains_the_name_of_its_engine(tmp_path):
     """Results keep the name of their engine when the data dir gets another one."""
 
     async def use():
@@ -303,7 +303,7 @@ def test_a_result_names_the_engine_that_made_it(tmp_path):
 
 
 @pytest.mark.parametrize("header", ["X-Fal-Request-Timeout", "X-Fal-Request-Start-Timeout"])
-def test_a_start_timeout_ends_a_request_that_still_waits(tmp_path, header):
+def test_a_start_timeout_ends_a_waiting_request(tmp_path, header):
     """The result is 504 with type `user`; the request is never executed."""
 
     async def use():
@@ -351,7 +351,7 @@ class CrashesLate(ScriptedEngine):
         return await super().generate(job, on_step, cancelled)
 
 
-def test_a_request_whose_worker_died_after_its_start_timeout_is_not_started_again(tmp_path):
+def test_a_crashed_request_is_not_retried_after_its_start_timeout(tmp_path):
     """The start deadline includes retries."""
 
     async def use():
@@ -366,7 +366,7 @@ def test_a_request_whose_worker_died_after_its_start_timeout_is_not_started_agai
     run(use())
 
 
-def test_a_start_timeout_is_forgotten_once_its_request_has_started_or_was_cancelled(tmp_path):
+def test_a_start_timeout_is_dropped_at_start_or_cancel(tmp_path):
     """No timer remains until the deadline."""
 
     async def use():
@@ -387,7 +387,7 @@ def test_a_start_timeout_is_forgotten_once_its_request_has_started_or_was_cancel
     run(use())
 
 
-def test_a_call_that_waits_leaves_nothing_behind_with_each_sign_of_life(tmp_path, monkeypatch):
+def test_a_waiting_call_leaks_nothing_per_wake_up(tmp_path, monkeypatch):
     """Status stream and direct call: the number of futures is constant over 100 wake-ups."""
     monkeypatch.setattr(app_module, "KEEP_ALIVE_SECONDS", 0.002)
 
@@ -432,7 +432,7 @@ def test_priority_and_queue_limit_are_honoured(tmp_path):
     run(use())
 
 
-def test_the_direct_call_answers_with_the_output(tmp_path):
+def test_the_direct_call_returns_the_output(tmp_path):
     """`POST /run/{app}` returns the result and its headers on one connection."""
 
     async def use():
@@ -445,7 +445,7 @@ def test_the_direct_call_answers_with_the_output(tmp_path):
     run(use())
 
 
-def test_sync_mode_answers_with_data_uris(tmp_path):
+def test_sync_mode_returns_data_uris(tmp_path):
     """The response contains the image."""
 
     async def use():
@@ -471,7 +471,7 @@ def test_a_prompt_cannot_forge_a_url(tmp_path):
     run(use())
 
 
-def test_health_says_what_runs_and_that_nothing_is_checked(tmp_path):
+def test_health_describes_the_engine_and_the_missing_safety_checker(tmp_path):
     """Health contains engine, model, revision, checker, queue depth and counters."""
 
     async def use():
@@ -498,7 +498,7 @@ def test_health_says_what_runs_and_that_nothing_is_checked(tmp_path):
 # --- images in and out ----------------------------------------------------------------------------------
 
 
-def test_a_image_inside_the_body_reaches_the_engine_and_not_the_database(tmp_path):
+def test_an_embedded_image_reaches_the_engine_but_not_the_database(tmp_path):
     """A data URI is moved to the storage; an invalid one fails with `image_load_error`."""
     data = os.urandom(600_000)
 
@@ -516,7 +516,7 @@ def test_a_image_inside_the_body_reaches_the_engine_and_not_the_database(tmp_pat
 
 
 @pytest.mark.parametrize("size", [100, 100_000], ids=["small", "large"])
-def test_both_upload_ways_give_a_url_that_serves_and_feeds(tmp_path, size):
+def test_both_upload_mechanisms_give_a_usable_url(tmp_path, size):
     """Python's POST and JavaScript's PUT: type, length, ETag and HEAD, and valid as `image_url` after a restart."""
     data = os.urandom(size)
 
@@ -553,7 +553,7 @@ def test_both_upload_ways_give_a_url_that_serves_and_feeds(tmp_path, size):
     run(use())
 
 
-def test_what_is_too_large_is_refused_with_413_and_the_limit(tmp_path, monkeypatch):
+def test_a_body_above_the_limit_is_413_with_the_limit(tmp_path, monkeypatch):
     """The message contains the limit in MiB and what to do."""
     monkeypatch.setattr(uploads_module, "UPLOAD_LIMIT_BYTES", 2**20)
     monkeypatch.setattr(app_module, "BODY_LIMIT_BYTES", 2**20)
@@ -575,7 +575,7 @@ def test_what_is_too_large_is_refused_with_413_and_the_limit(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("path", [SUBMIT, "/files/upload"])
-def test_a_caller_who_hangs_up_in_the_middle_leaves_nothing(tmp_path, caplog, path):
+def test_an_aborted_upload_leaves_nothing(tmp_path, caplog, path):
     """A partial body creates no request, no file, and no stack trace in the log."""
 
     async def use():
@@ -596,7 +596,7 @@ def test_a_caller_who_hangs_up_in_the_middle_leaves_nothing(tmp_path, caplog, pa
 # --- the process ------------------------------------------------------------------------------------------
 
 
-def test_a_stopped_server_gives_running_work_back_to_the_queue(tmp_path):
+def test_a_stopped_server_returns_running_requests_to_the_queue(tmp_path):
     """The next server executes it, in the same order; finished requests keep their results."""
 
     async def use():
@@ -620,7 +620,7 @@ def test_a_stopped_server_gives_running_work_back_to_the_queue(tmp_path):
     run(use())
 
 
-def test_an_ending_that_the_disk_refuses_is_written_when_there_is_room(tmp_path, monkeypatch):
+def test_a_result_is_written_when_the_disk_has_space_again(tmp_path, monkeypatch):
     """A finished result stays in memory until the write succeeds, and is published only then."""
     monkeypatch.setattr(service_module, "_RETRY_SECONDS", 0.01)
 
@@ -649,7 +649,7 @@ def test_an_ending_that_the_disk_refuses_is_written_when_there_is_room(tmp_path,
     run(use())
 
 
-def test_a_stream_ends_when_the_server_goes_down(tmp_path):
+def test_a_stream_ends_when_the_server_shuts_down(tmp_path):
     """The stream ends without delaying the shutdown."""
 
     async def use():
@@ -697,7 +697,7 @@ def end_process(process, number):
     process.stdout.close()
 
 
-def test_a_killed_server_loses_nothing_and_does_nothing_twice(tmp_path):
+def test_a_killed_server_loses_and_duplicates_nothing(tmp_path):
     """After kill -9, finished, running and queued requests keep their ids, all finish, none is accepted twice."""
 
     async def before(url):

@@ -36,7 +36,7 @@ async def pieces(*chunks):
 
 
 @pytest.mark.parametrize("data", [SMALL, LARGE, b""], ids=["small", "large", "empty"])
-def test_what_is_saved_is_found_by_the_next_server(tmp_path, data):
+def test_a_saved_file_is_found_by_the_next_server(tmp_path, data):
     """Small files are in a database, large ones on disk; readers see no difference."""
 
     async def first(storage):
@@ -52,7 +52,7 @@ def test_what_is_saved_is_found_by_the_next_server(tmp_path, data):
 
 
 @pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
-def test_equal_bytes_are_kept_once(tmp_path, data):
+def test_equal_bytes_are_stored_once(tmp_path, data):
     """The path depends on the content and type only."""
 
     async def use(storage):
@@ -64,7 +64,7 @@ def test_equal_bytes_are_kept_once(tmp_path, data):
     assert in_storage(tmp_path, use)
 
 
-def test_a_name_cannot_be_made_from_the_content_alone(tmp_path):
+def test_a_name_cannot_be_derived_from_the_content_alone(tmp_path):
     """The same bytes have another name in another data dir: names are keyed hashes."""
 
     async def use(storage):
@@ -89,7 +89,7 @@ def test_a_name_cannot_be_made_from_the_content_alone(tmp_path):
         "http://[::1/files",
     ],
 )
-def test_a_path_that_we_would_not_give_out_names_nothing(tmp_path, path):
+def test_an_invalid_path_finds_nothing(tmp_path, path):
     """Traversal, absolute paths and odd bytes find nothing."""
 
     async def use(storage):
@@ -111,7 +111,7 @@ def test_an_upload_that_grows_too_large_leaves_nothing(tmp_path):
     assert not list((tmp_path / "incoming").iterdir())
 
 
-def test_a_half_written_file_of_a_killed_server_is_removed(tmp_path):
+def test_a_partial_file_of_a_killed_server_is_removed(tmp_path):
     """A file that was never renamed into place is deleted at the start."""
     (tmp_path / "incoming").mkdir()
     (tmp_path / "incoming" / "half").write_bytes(b"ha")
@@ -140,7 +140,7 @@ def test_a_reserved_name_can_be_written_with_its_token_only(tmp_path):
     in_storage(tmp_path, second)
 
 
-def test_a_disk_that_refuses_is_a_storage_error(tmp_path):
+def test_a_failed_write_is_a_storage_error(tmp_path):
     """The caller gets a StorageError; nothing is reported as stored."""
 
     async def use(storage):
@@ -194,7 +194,7 @@ def fetched(root, handler, path="/a.png"):
     return in_storage(root, use)
 
 
-def test_a_image_is_fetched_over_redirects(tmp_path):
+def test_an_image_is_fetched_over_redirects(tmp_path):
     """Up to five redirects are followed."""
 
     async def handler(request):
@@ -209,7 +209,7 @@ def test_a_image_is_fetched_over_redirects(tmp_path):
 
 
 @pytest.mark.parametrize(("status", "retryable"), [(404, False), (403, False), (429, True), (503, True)])
-def test_a_server_that_refuses_is_a_download_error(tmp_path, status, retryable):
+def test_an_error_of_the_source_server_is_a_download_error(tmp_path, status, retryable):
     """The error is 422 `file_download_error`, retryable for 5xx, 408 and 429."""
 
     async def handler(request):
@@ -241,7 +241,7 @@ def test_a_source_above_the_limit_is_cut_off(tmp_path, monkeypatch, announced):
     assert (caught.value.type, caught.value.ctx) == ("file_too_large", {"max_size": 1000})
 
 
-def test_a_silent_server_is_given_up(tmp_path, monkeypatch):
+def test_a_silent_source_server_times_out(tmp_path, monkeypatch):
     """The whole download has a timeout; the error is retryable."""
     monkeypatch.setattr(sources_module, "FETCH_SECONDS", 0.2)
 
@@ -275,7 +275,7 @@ def test_anything_but_http_and_data_is_refused(tmp_path, url):
     in_storage(tmp_path, use)
 
 
-def test_a_broken_data_uri_is_an_image_load_error(tmp_path):
+def test_an_invalid_data_uri_is_an_image_load_error(tmp_path):
     """It fails before the engine runs."""
 
     async def use(storage):
@@ -287,7 +287,7 @@ def test_a_broken_data_uri_is_an_image_load_error(tmp_path):
     in_storage(tmp_path, use)
 
 
-def test_own_files_are_read_from_disk_whatever_origin_gave_them_out(tmp_path):
+def test_own_files_are_read_from_disk_for_any_origin(tmp_path):
     """A server on another port still recognises its files."""
 
     async def use(storage):

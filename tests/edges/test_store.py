@@ -37,7 +37,7 @@ def in_store(path, use):
     return asyncio.run(life())
 
 
-def test_what_was_accepted_is_to_do_after_a_restart_in_its_order(tmp_path):
+def test_unfinished_requests_are_restored_in_order(tmp_path):
     """Unfinished requests are returned in the order of acceptance."""
 
     async def first(store):
@@ -54,7 +54,7 @@ def test_what_was_accepted_is_to_do_after_a_restart_in_its_order(tmp_path):
     in_store(tmp_path / "server.db", second)
 
 
-def test_an_acceptance_is_on_disk_when_the_call_returns(tmp_path):
+def test_an_acceptance_is_durable_when_the_call_returns(tmp_path):
     """Another connection to the file sees it, so that a 200 may be sent."""
 
     async def use(store):
@@ -66,7 +66,7 @@ def test_an_acceptance_is_on_disk_when_the_call_returns(tmp_path):
     in_store(tmp_path / "server.db", use)
 
 
-def test_an_ending_comes_back_whole_from_memory_and_from_disk(tmp_path):
+def test_a_result_is_complete_from_memory_and_from_disk(tmp_path):
     """Every field, including log lines, is the same before and after a restart."""
     full = completed(
         "r1",
@@ -95,7 +95,7 @@ def test_an_ending_comes_back_whole_from_memory_and_from_disk(tmp_path):
     assert in_store(tmp_path / "server.db", first) == in_store(tmp_path / "server.db", second) == (APP_ID, full, "")
 
 
-def test_the_first_ending_of_a_request_stands(tmp_path):
+def test_the_first_result_of_a_request_is_final(tmp_path):
     """A published result never changes."""
 
     async def first(store):
@@ -125,7 +125,7 @@ def test_an_idempotency_key_is_accepted_once_even_in_one_group(tmp_path):
     in_store(tmp_path / "server.db", use)
 
 
-def test_an_id_that_was_never_given_out_is_not_found(tmp_path):
+def test_an_unknown_id_is_not_found(tmp_path):
     """An unknown id gives None, not an error."""
 
     async def use(store):
@@ -134,7 +134,7 @@ def test_an_id_that_was_never_given_out_is_not_found(tmp_path):
     assert in_store(tmp_path / "server.db", use) is None
 
 
-def test_only_the_latest_endings_stay_in_memory(tmp_path, monkeypatch):
+def test_only_the_latest_results_stay_in_memory(tmp_path, monkeypatch):
     """The cache is bounded; older results are read from disk."""
     monkeypatch.setattr(store_module, "REMEMBERED", 3)
 
@@ -148,7 +148,7 @@ def test_only_the_latest_endings_stay_in_memory(tmp_path, monkeypatch):
     in_store(tmp_path / "server.db", use)
 
 
-def test_a_full_disk_refuses_and_accepts_again_when_there_is_room(tmp_path):
+def test_a_full_disk_rejects_writes_until_there_is_space(tmp_path):
     """A failed group is rolled back completely, and later writes succeed."""
 
     async def use(store):
@@ -164,7 +164,7 @@ def test_a_full_disk_refuses_and_accepts_again_when_there_is_room(tmp_path):
 
 
 @pytest.mark.parametrize("version", [2, 3])
-def test_a_file_of_an_earlier_version_is_taken_over(tmp_path, version):
+def test_a_file_of_an_earlier_version_is_upgraded(tmp_path, version):
     """Old rows are unchanged, and new results contain their engine."""
     before = store_module._SQL["schema"]
     if version < 3:
@@ -189,7 +189,7 @@ def test_a_file_of_an_earlier_version_is_taken_over(tmp_path, version):
     in_store(tmp_path / "server.db", later)
 
 
-def test_a_file_of_a_newer_version_or_of_no_database_is_refused(tmp_path):
+def test_a_newer_version_or_another_file_is_rejected(tmp_path):
     """The message contains the path, and the file is unchanged."""
     newer, junk = tmp_path / "newer.db", tmp_path / "junk.db"
     with contextlib.closing(sqlite3.connect(newer)) as database:

@@ -50,7 +50,7 @@ async def served(session, url):
 
 
 @pytest.mark.parametrize("way", ["python", "javascript"])
-def test_parts_become_the_file_in_the_order_of_their_numbers(tmp_path, way):
+def test_parts_are_joined_in_the_order_of_their_numbers(tmp_path, way):
     """Parts arrive concurrently, in any order, one of them twice; they are listed in any order."""
     pieces = {number: os.urandom(70_000) for number in range(1, 13)}
 
@@ -80,7 +80,7 @@ SENT = {
 }
 
 
-def test_an_image_is_served_as_what_browsers_call_it(tmp_path):
+def test_an_image_is_served_with_the_usual_type(tmp_path):
     """Uploaded, announced or as a data URI: the usual suffix and content type."""
     suffixes = {known.content_type: known.suffix for known in FORMATS}
 
@@ -108,7 +108,7 @@ def test_an_image_is_served_as_what_browsers_call_it(tmp_path):
     run(use())
 
 
-def test_completing_twice_at_once_and_again_is_completing_once(tmp_path):
+def test_completing_is_idempotent(tmp_path):
     """A client repeats the completion after a broken connection."""
 
     async def use():
@@ -155,7 +155,7 @@ def test_an_unfinished_upload_survives_a_restart(tmp_path):
         {"partNumber": 1},
     ],
 )
-def test_parts_that_did_not_come_are_refused(tmp_path, parts):
+def test_missing_parts_are_rejected(tmp_path, parts):
     """400 with the part; stored parts remain, and a valid list still completes the upload."""
 
     async def use():
@@ -171,7 +171,7 @@ def test_parts_that_did_not_come_are_refused(tmp_path, parts):
     run(use())
 
 
-def test_only_what_was_announced_is_taken(tmp_path):
+def test_only_announced_uploads_are_accepted(tmp_path):
     """Another token or path and invalid numbers are rejected; nothing is written."""
 
     async def use():
@@ -198,7 +198,7 @@ def test_only_what_was_announced_is_taken(tmp_path):
     assert list((tmp_path / "parts").iterdir()) == []
 
 
-def test_parts_and_what_is_unfinished_are_bounded(tmp_path, monkeypatch):
+def test_parts_files_and_unfinished_uploads_are_limited(tmp_path, monkeypatch):
     """A part, a file and the total of unfinished uploads are limited; rejected bytes do not count."""
     monkeypatch.setattr(parts_module, "PART_LIMIT_BYTES", 1000)
     monkeypatch.setattr(parts_module, "FILE_LIMIT_BYTES", 2500)
@@ -228,7 +228,7 @@ def test_parts_and_what_is_unfinished_are_bounded(tmp_path, monkeypatch):
     run(use())
 
 
-def test_uploads_that_nobody_finishes_go(tmp_path):
+def test_abandoned_uploads_are_removed(tmp_path):
     """Uploads without a recent part are removed; others stay."""
 
     async def use():
@@ -250,7 +250,7 @@ def test_uploads_that_nobody_finishes_go(tmp_path):
     run(use())
 
 
-def test_a_sender_that_hangs_up_in_the_middle_of_a_part_leaves_nothing(tmp_path):
+def test_an_aborted_part_leaves_nothing(tmp_path):
     """No part or partial file remains, and its space is released."""
 
     async def use():

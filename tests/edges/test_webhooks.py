@@ -136,7 +136,7 @@ BODY = orjson.dumps(INPUT)
 
 
 @given(st.integers(1, 10_000), st.floats(0, 1), st.floats(0, 4e9))
-def test_the_pace_of_retries_is_bounded(tries, chance, now):
+def test_the_delay_of_retries_is_bounded(tries, chance, now):
     """For any number of attempts and any jitter: not in the past, at most 4 h later, at most 31 retries."""
     at = next_try(tries, now, chance)
     assert (at is None) == (tries > RETRIES)
@@ -144,7 +144,7 @@ def test_the_pace_of_retries_is_bounded(tries, chance, now):
         assert now <= at <= now + BACKOFF_LIMIT_SECONDS
 
 
-def test_the_longest_wait_doubles_up_to_its_limit():
+def test_the_maximum_delay_doubles_up_to_its_limit():
     """The maximum delay is 5 s, 10 s, 20 s, ..., 4 h, with full jitter."""
     longest = [next_try(tries, 0.0, 1.0) for tries in range(1, RETRIES + 1)]
     assert longest[:4] == [BACKOFF_SECONDS * 2**n for n in range(4)]
@@ -167,7 +167,7 @@ def test_any_2xx_acknowledges_and_a_redirect_is_final(status, verdict):
     assert verdict_on(status) is verdict
 
 
-def test_bodies_are_fal_s():
+def test_bodies_have_fal_s_format():
     """OK with the output, ERROR with the error's body; for a large result, a hint instead of the payload."""
     ok = CompletedRequest("r1", APP_ID, 0.0, 200, b"")
     common = {"request_id": "r1", "gateway_request_id": "r1"}
@@ -182,7 +182,7 @@ def test_bodies_are_fal_s():
     assert "fetch it" in large["payload_error"]
 
 
-def test_a_url_that_can_never_work_is_refused_at_once():
+def test_an_unusable_url_is_rejected_at_once():
     """A host name is resolved only at delivery."""
     assert webhook_of("https://Example.com/a?b", "http://s", public_only) == Webhook(
         "https://Example.com/a?b", "example.com", "http://s"
@@ -195,7 +195,7 @@ def test_a_url_that_can_never_work_is_refused_at_once():
 # --- the key pair -----------------------------------------------------------------------------------------
 
 
-def test_the_key_pair_is_made_once_and_for_its_user_alone(tmp_path):
+def test_the_key_pair_is_created_once_with_mode_0600(tmp_path):
     """The file has mode 0600 and is reused; a file without a valid key is an InputError."""
     path = tmp_path / "webhook-key.pem"
     first = signing_key(path)
@@ -211,7 +211,7 @@ def test_the_key_pair_is_made_once_and_for_its_user_alone(tmp_path):
 # --- over HTTP --------------------------------------------------------------------------------------------
 
 
-def test_a_receiver_is_told_of_the_end_and_can_verify_it(tmp_path):
+def test_a_receiver_gets_a_verifiable_callback(tmp_path):
     """The payload is the result, signed with the published key; tampered copies fail the verification."""
 
     async def use():
@@ -241,7 +241,7 @@ def test_a_receiver_is_told_of_the_end_and_can_verify_it(tmp_path):
     asyncio.run(use())
 
 
-def test_failures_and_cancellations_are_told_too(tmp_path):
+def test_failures_and_cancellations_are_delivered_too(tmp_path):
     """`ERROR` with the body of the result URL."""
 
     async def use():
@@ -265,7 +265,7 @@ def test_failures_and_cancellations_are_told_too(tmp_path):
     asyncio.run(use())
 
 
-def test_sync_mode_tells_with_data_uris(tmp_path):
+def test_sync_mode_delivers_data_uris(tmp_path):
     """The payload contains the same data URIs as the result."""
 
     async def use():
@@ -291,7 +291,7 @@ def test_the_user_of_a_callback_is_the_owner_of_the_request(tmp_path):
 
 
 @pytest.mark.parametrize("url", ["ftp://example.com/", "http://127.0.0.1:9999/", "http://169.254.169.254/", "x"])
-def test_a_webhook_that_may_not_be_called_is_refused_at_the_submit(tmp_path, url):
+def test_a_forbidden_webhook_is_rejected_at_the_submit(tmp_path, url):
     """The response is 422 with the parameter's name; nothing is accepted."""
 
     async def use():
@@ -304,7 +304,7 @@ def test_a_webhook_that_may_not_be_called_is_refused_at_the_submit(tmp_path, url
     asyncio.run(use())
 
 
-def test_a_name_that_resolves_into_our_network_is_never_called(tmp_path, caplog):
+def test_a_name_with_a_private_address_is_never_called(tmp_path, caplog):
     """The address is checked at delivery; the callback is dropped, and only the URL's host is logged."""
 
     async def use():
@@ -321,7 +321,7 @@ def test_a_name_that_resolves_into_our_network_is_never_called(tmp_path, caplog)
     asyncio.run(use())
 
 
-def test_a_repeated_submit_is_told_of_once(tmp_path):
+def test_a_repeated_submit_has_one_callback(tmp_path):
     """A repeated idempotency key keeps the first webhook."""
 
     async def use():
@@ -339,7 +339,7 @@ def test_a_repeated_submit_is_told_of_once(tmp_path):
 # --- again and again --------------------------------------------------------------------------------------
 
 
-def test_a_receiver_that_fails_is_told_again_until_it_acknowledges(tmp_path):
+def test_a_failing_receiver_is_retried_until_it_acknowledges(tmp_path):
     """4xx and 5xx are retried with the same body and a new signature."""
 
     async def use():
@@ -353,7 +353,7 @@ def test_a_receiver_that_fails_is_told_again_until_it_acknowledges(tmp_path):
     asyncio.run(use())
 
 
-def test_a_receiver_that_never_acknowledges_is_given_up(tmp_path):
+def test_delivery_ends_after_the_last_retry(tmp_path):
     """Delivery ends after one attempt and 31 retries; the result is still available."""
 
     async def use():
@@ -378,7 +378,7 @@ def test_a_redirect_is_final_and_not_followed(tmp_path):
     asyncio.run(use())
 
 
-def test_a_receiver_that_is_not_there_is_tried_again(tmp_path, monkeypatch):
+def test_an_unreachable_receiver_is_retried(tmp_path, monkeypatch):
     """Connection refused, timeout and unknown host are retried."""
     monkeypatch.setattr(webhooks_module, "FIRST_SECONDS", 0.1)
     monkeypatch.setattr(webhooks_module, "LATER_SECONDS", 0.1)
@@ -401,7 +401,7 @@ def test_a_receiver_that_is_not_there_is_tried_again(tmp_path, monkeypatch):
     asyncio.run(use())
 
 
-def test_the_first_try_has_less_time_than_the_later_ones(tmp_path, monkeypatch):
+def test_the_first_attempt_has_a_shorter_timeout(tmp_path, monkeypatch):
     """15 s, then 120 s, so that a slow receiver can succeed."""
     assert (webhooks_module.FIRST_SECONDS, webhooks_module.LATER_SECONDS) == (15.0, 120.0)
     monkeypatch.setattr(webhooks_module, "FIRST_SECONDS", 0.1)
@@ -417,7 +417,7 @@ def test_the_first_try_has_less_time_than_the_later_ones(tmp_path, monkeypatch):
     asyncio.run(use())
 
 
-def test_a_receiver_that_hangs_holds_up_nobody_but_itself(tmp_path):
+def test_a_hanging_receiver_blocks_only_itself(tmp_path):
     """The queue and other hosts are not affected, and the calls in flight per host are limited."""
 
     async def use():
@@ -442,7 +442,7 @@ def test_a_receiver_that_hangs_holds_up_nobody_but_itself(tmp_path):
     asyncio.run(use())
 
 
-def test_a_disk_that_refuses_delays_the_note_and_nothing_else(tmp_path, monkeypatch):
+def test_a_full_disk_delays_only_the_record_of_a_delivery(tmp_path, monkeypatch):
     """A delivered callback is recorded when writes succeed again, and is not repeated."""
     monkeypatch.setattr(webhooks_module, "_DISK_SECONDS", 0.01)
 
@@ -467,7 +467,7 @@ def test_a_disk_that_refuses_delays_the_note_and_nothing_else(tmp_path, monkeypa
 # --- durable ----------------------------------------------------------------------------------------------
 
 
-def test_what_is_owed_survives_the_server(tmp_path):
+def test_pending_callbacks_survive_the_server(tmp_path):
     """The next server delivers a callback that was not acknowledged."""
 
     async def use():
@@ -487,7 +487,7 @@ def test_what_is_owed_survives_the_server(tmp_path):
     asyncio.run(use())
 
 
-def test_an_ending_and_the_debt_that_it_makes_are_one_write(tmp_path):
+def test_a_result_and_its_callback_are_one_transaction(tmp_path):
     """One transaction, so that a killed server never loses a callback."""
 
     async def use():
@@ -510,7 +510,7 @@ def test_an_ending_and_the_debt_that_it_makes_are_one_write(tmp_path):
     asyncio.run(use())
 
 
-def test_a_store_of_the_first_version_is_brought_up_to_date(tmp_path):
+def test_a_version_1_store_is_upgraded(tmp_path):
     """Its rows stay, without an owner, and its schema equals that of a new file."""
     old, new = tmp_path / "old.db", tmp_path / "new.db"
 

@@ -28,29 +28,29 @@ def entry(**keys):
 # --- selection of calls -----------------------------------------------------------------------------------
 
 
-def test_every_n_th_call_is_chosen():
+def test_every_n_th_call_is_selected():
     """`every = 3`: calls 3, 6, 9 at this point."""
     assert list(met(entry(at="submit", do="drop", every=3), FaultPoint.SUBMIT, 10)) == [3, 6, 9]
 
 
-def test_the_first_calls_are_chosen():
+def test_the_first_calls_are_selected():
     """`first = 2`: calls 1 and 2."""
     assert list(met(entry(at="submit", do="drop", first=2), FaultPoint.SUBMIT, 10)) == [1, 2]
 
 
-def test_after_spares_the_first_calls_and_counting_begins_behind_them():
+def test_after_skips_the_first_calls():
     """`after = 4, every = 3`: calls 7, 10."""
     assert list(met(entry(at="submit", do="drop", every=3, after=4), FaultPoint.SUBMIT, 11)) == [7, 10]
     assert list(met(entry(at="submit", do="drop", first=2, after=4), FaultPoint.SUBMIT, 11)) == [5, 6]
 
 
-def test_times_bounds_how_often():
+def test_times_limits_the_number_of_faults():
     """`times = 2`: at most two faults."""
     assert list(met(entry(at="submit", do="drop", every=2, times=2), FaultPoint.SUBMIT, 20)) == [2, 4]
     assert len(met(entry(at="submit", do="drop", share=0.5, times=3), FaultPoint.SUBMIT, 100)) == 3
 
 
-def test_a_share_is_about_that_share_and_the_same_calls_in_every_run():
+def test_a_share_is_approximate_and_reproducible():
     """The selection is seeded; another seed selects other calls."""
     text = entry(at="status", do="drop", share=0.1)
     one = met("seed = 1\n" + text, FaultPoint.STATUS, 2000)
@@ -59,7 +59,7 @@ def test_a_share_is_about_that_share_and_the_same_calls_in_every_run():
     assert met("seed = 2\n" + text, FaultPoint.STATUS, 2000) != one
 
 
-def test_moments_count_for_themselves():
+def test_points_are_independent():
     """Calls at one point do not affect the decisions at another."""
     text = entry(at="status", do="drop", share=0.3) + entry(at="submit", do="drop", share=0.3)
     alone, mixed = FaultSequence(parse_faults(text, "f")), FaultSequence(parse_faults(text, "f"))
@@ -72,7 +72,7 @@ def test_moments_count_for_themselves():
     assert any(expected)
 
 
-def test_a_call_meets_the_first_fault_of_the_file_that_chooses_it():
+def test_a_call_gets_the_first_matching_fault():
     """A call gets one fault; one that was not used does not count for `times`."""
     text = entry(at="submit", do="drop", every=2) + entry(at="submit", do="late", seconds=1, every=3, times=2)
     found = met(text, FaultPoint.SUBMIT, 12)
@@ -89,7 +89,7 @@ def test_every_is_arithmetic(every, after, times, calls):
     assert chosen == list(range(after + every, calls + 1, every))[:times]
 
 
-def test_how_a_fault_happens_is_drawn_apart_from_whether():
+def test_variants_are_drawn_independently_of_the_selection():
     """Draws are reproducible per seed and fault, and do not affect the selection."""
     text = entry(at="result", do="odd-fields", share=0.5) + entry(at="result", do="odd-fields", every=1)
 
@@ -106,7 +106,7 @@ def test_how_a_fault_happens_is_drawn_apart_from_whether():
     assert len({way for _, way in ways(1)}) == 200
 
 
-def test_nothing_is_met_without_a_fault():
+def test_an_empty_plan_has_no_faults():
     """An empty file is a valid plan."""
     assert parse_faults("", "f.toml") == FaultPlan()
     assert met("", FaultPoint.SUBMIT, 5) == {}
@@ -182,7 +182,7 @@ def test_all_keys_are_read():
         (entry(at="submit", do="drop", every=1) + entry(at="x", do="drop", every=1), ["f.toml: fault 2: unknown at"]),
     ],
 )
-def test_an_error_names_the_place_the_value_and_what_is_allowed(text, words):
+def test_an_error_contains_place_value_and_allowed_values(text, words):
     """The message is one sentence with table, value and allowed values."""
     with pytest.raises(ConfigError) as caught:
         parse_faults(text, "f.toml")

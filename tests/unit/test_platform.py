@@ -73,7 +73,7 @@ def query_of(call):
     ),
     st.one_of(st.none(), st.text("abc=", min_size=1)),
 )
-def test_a_page_that_the_server_writes_is_the_page_that_the_client_reads(items, cursor):
+def test_the_client_reads_the_server_s_page(items, cursor):
     """The page is equal to the microsecond, except that the required `started_at` is filled in."""
     page = read_listing(listing_reply(items, cursor, payloads=True))
     assert page.next_cursor == cursor
@@ -119,13 +119,13 @@ def test_an_item_has_the_documented_members_and_no_empty_ones():
         {"items": [], "has_more": True},
     ],
 )
-def test_a_listing_without_the_documented_shape_is_malformed(body):
+def test_a_listing_in_another_format_is_malformed(body):
     """A malformed page proves nothing."""
     with pytest.raises(Malformed):
         read_listing(json_reply(200, body))
 
 
-def test_the_server_reads_what_the_client_asks():
+def test_the_server_parses_the_client_s_query():
     """The server parses the client's call, times to the microsecond."""
     call = listing_call(FAL, APP_ID, start=NOW - 1.5, end=NOW, cursor=cursor_of(7))
     assert call.url.startswith("https://api.fal.ai/v1/models/requests/by-endpoint?")
@@ -143,7 +143,7 @@ def test_a_listing_query_has_defaults():
     assert (one.start, one.request_id) == (NOW - 90 * DAY, ID)
 
 
-def test_ids_may_be_repeated_or_have_commas_between_them():
+def test_ids_may_be_repeated_or_comma_separated():
     """Ids are deduplicated; dates may lack time and zone; unknown parameters are ignored."""
     asked = read_listing_query(
         [
@@ -185,7 +185,7 @@ def test_ids_may_be_repeated_or_have_commas_between_them():
         ([APP, ("cursor", "2")], "cursor = .*next_cursor"),
     ],
 )
-def test_a_wrong_parameter_is_named(query, words):
+def test_an_invalid_parameter_is_named(query, words):
     """The message contains the parameter, its value and what is allowed."""
     with pytest.raises(Malformed, match=words):
         read_listing_query(query, NOW)
@@ -199,7 +199,7 @@ def test_a_cursor_is_a_page_number(page):
 
 
 @given(st.lists(st.tuples(st.sampled_from(["endpoint_id", "start", "end", "limit", "cursor", "status"]), st.text())))
-def test_no_query_string_is_a_surprise(query):
+def test_any_query_string_is_parsed_or_malformed(query):
     """Any query string is parsed or Malformed."""
     for read in (read_listing_query, read_billing_query):
         try:
@@ -235,7 +235,7 @@ def test_a_billing_event_adds_up(units, price):
     assert (event["output_units"], event["unit_price"], event["percent_discount"]) == (units, price, None)
 
 
-def test_the_price_that_the_server_names_is_the_price_that_the_client_reads():
+def test_the_client_reads_the_server_s_price():
     """The price is per megapixel, in US dollars."""
     assert read_pricing_query(query_of(pricing_call(FAL, APP_ID))) == (APP_ID,)
     assert read_price(pricing_reply({APP_ID: 0.03}), APP_ID) == (0.03, "megapixels")
@@ -245,7 +245,7 @@ def test_the_price_that_the_server_names_is_the_price_that_the_client_reads():
         read_pricing_query([])
 
 
-def test_an_estimate_is_read_in_both_kinds():
+def test_both_kinds_of_estimate_are_parsed():
     """Billing units, or calls."""
     units = {"estimate_type": "unit_price", "endpoints": {APP_ID: {"unit_quantity": 1.5}}}
     assert read_estimate(orjson.dumps(units)) == (EstimateKind.UNIT_PRICE, {APP_ID: 1.5})
@@ -281,7 +281,7 @@ def test_an_estimate_is_read_in_both_kinds():
         ('{"estimate_type": "historical_api_price", "endpoints": {"a/b": {"unit_quantity": 1}}}', "call_quantity"),
     ],
 )
-def test_an_estimate_without_the_documented_shape_is_malformed(body, words):
+def test_an_estimate_in_another_format_is_malformed(body, words):
     """The message contains what is missing or invalid."""
     with pytest.raises(Malformed, match=words):
         read_estimate(body.encode())
@@ -311,7 +311,7 @@ def test_the_documented_models_describe_the_replies(model, reply):
     assert model.model_validate(body).model_dump(exclude_unset=True) == body
 
 
-def test_an_error_has_the_platform_s_own_shape():
+def test_an_error_has_the_platform_s_format():
     """With a request id, if any, also in the header."""
     reply = platform_error_reply(400, PlatformError.VALIDATION, "limit", ID)
     assert (reply.status, reply.headers["x-fal-request-id"]) == (400, ID)
@@ -319,7 +319,7 @@ def test_an_error_has_the_platform_s_own_shape():
     assert read_object(meta_reply(["127.0.0.1/32"]).body) == {"webhook_ip_ranges": ["127.0.0.1/32"]}
 
 
-def test_a_version_7_id_tells_when_it_was_made():
+def test_a_version_7_id_contains_its_time():
     """The time is exact to the millisecond; other ids have none."""
     assert minted_at(uuid7(NOW, 12345)) == NOW
     assert minted_at("6ba7b810-9dad-41d1-80b4-00c04fd430c8") is None

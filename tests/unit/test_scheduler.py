@@ -22,7 +22,7 @@ def scheduler_with(count: int, slots: int = 1) -> Scheduler:
     return scheduler
 
 
-def test_requests_start_in_the_order_of_acceptance_as_far_as_slots_reach():
+def test_requests_start_in_order_up_to_the_slots():
     """Requests start in FIFO order, at most one per slot."""
     scheduler = scheduler_with(3, slots=2)
     assert [scheduler.start(), scheduler.start(), scheduler.start()] == ["r0", "r1", None]
@@ -39,7 +39,7 @@ def test_low_priority_waits_behind_every_normal_request():
     assert scheduler.start() == "quick"
 
 
-def test_a_request_runs_until_its_ending_is_durable():
+def test_a_request_is_in_progress_until_its_outcome_is_durable():
     """The request stays IN_PROGRESS until its outcome is durable; its slot is free before that."""
     scheduler = scheduler_with(2)
     scheduler.start()
@@ -50,7 +50,7 @@ def test_a_request_runs_until_its_ending_is_durable():
     assert scheduler.view(RequestId("r0")) is None
 
 
-def test_nothing_is_started_while_too_many_endings_wait_to_be_written():
+def test_nothing_starts_while_too_many_outcomes_wait_to_be_written():
     """A slow disk must not fill memory with finished images."""
     scheduler = Scheduler(1, ending_limit=1)
     for name in ("a", "b"):
@@ -61,7 +61,7 @@ def test_nothing_is_started_while_too_many_endings_wait_to_be_written():
     assert scheduler.start() == "b"
 
 
-def test_cancel_removes_what_waits_and_signals_what_runs():
+def test_cancel_removes_waiting_and_signals_running_requests():
     """Waiting: removed. Running: asked to stop. Ended: too late."""
     scheduler = scheduler_with(2)
     scheduler.start()
@@ -76,7 +76,7 @@ def test_cancel_removes_what_waits_and_signals_what_runs():
     assert scheduler.cancel(RequestId("r0")) is Cancellation.TOO_LATE
 
 
-def test_a_request_whose_worker_died_is_next_again_but_only_once():
+def test_a_crashed_request_is_retried_once():
     """The second crash is attributed to the request."""
     scheduler = scheduler_with(2)
     scheduler.start()
@@ -88,7 +88,7 @@ def test_a_request_whose_worker_died_is_next_again_but_only_once():
     assert scheduler.start() == "r1"
 
 
-def test_a_cancelled_request_is_not_tried_again_after_a_crash():
+def test_a_cancelled_request_is_not_retried_after_a_crash():
     """A cancelled request is not retried."""
     scheduler = scheduler_with(1)
     scheduler.start()
@@ -107,7 +107,7 @@ def test_only_a_waiting_request_expires():
 
 
 @pytest.mark.parametrize("move", ["release", "finish", "crash"])
-def test_an_illegal_move_raises_and_names_the_phase(move):
+def test_an_illegal_transition_raises_with_the_phase(move):
     """An internal error must be visible."""
     scheduler = scheduler_with(1)
     with pytest.raises(IllegalStep, match="waiting"):
@@ -118,7 +118,7 @@ def test_an_illegal_move_raises_and_names_the_phase(move):
         scheduler.accept(RequestId("r0"), APP_ID)
 
 
-def test_a_step_says_how_long_the_rest_will_take():
+def test_a_step_contains_the_remaining_time():
     """The estimate uses the time since the first step, and is omitted below one second."""
     scheduler = scheduler_with(1)
     scheduler.start()
@@ -129,7 +129,7 @@ def test_a_step_says_how_long_the_rest_will_take():
     assert lines[-1] == "step 40 of 40"
 
 
-def test_steps_are_logged_by_tenths_and_logs_are_a_window():
+def test_steps_are_logged_by_tenths_and_logs_are_bounded():
     """1000 steps give 10 lines, and the log is bounded."""
     scheduler = scheduler_with(1)
     scheduler.start()
@@ -156,7 +156,7 @@ def test_positions_stay_cheap_in_a_long_queue():
 
 
 @given(st.lists(st.sampled_from(["append", "appendleft", "pop", "remove"]), max_size=60), st.randoms())
-def test_a_line_counts_like_a_list(moves, chance):
+def test_a_queue_counts_like_a_list(moves, chance):
     """For any sequence of operations, positions equal those of a plain list."""
     line, model = FifoQueue(), []
     for number, move in enumerate(moves):
@@ -245,7 +245,7 @@ TestSchedulerMachine = SchedulerMachine.TestCase
 
 
 @given(st.floats(0, 2**47 / 1000), st.integers(0, 2**74 - 1))
-def test_request_ids_are_version_7_uuids_that_tell_their_time(now, chance):
+def test_request_ids_are_version_7_uuids_with_their_time(now, chance):
     """48 bits of milliseconds, version 7, variant 10."""
     import uuid
 

@@ -25,7 +25,7 @@ NEVER = [
 
 
 @pytest.mark.parametrize("text", PUBLIC)
-def test_public_addresses_may_be_asked(text):
+def test_public_addresses_are_permitted(text):
     """Both rules permit them."""
     address = ipaddress.ip_address(text)
     assert public_only(address)
@@ -33,7 +33,7 @@ def test_public_addresses_may_be_asked(text):
 
 
 @pytest.mark.parametrize("text", CLOSED)
-def test_private_addresses_are_for_closed_networks(text):
+def test_private_addresses_require_allow_private(text):
     """Loopback, private, unique local and carrier-grade NAT ranges require `--allow-private`."""
     address = ipaddress.ip_address(text)
     assert not public_only(address)
@@ -41,7 +41,7 @@ def test_private_addresses_are_for_closed_networks(text):
 
 
 @pytest.mark.parametrize("text", NEVER)
-def test_some_addresses_are_never_asked(text):
+def test_some_addresses_are_never_permitted(text):
     """Metadata services, link-local, multicast, reserved and documentation ranges are always refused."""
     address = ipaddress.ip_address(text)
     assert not public_only(address)
@@ -50,7 +50,7 @@ def test_some_addresses_are_never_asked(text):
 
 @pytest.mark.parametrize("inside", [text for text in (*PUBLIC, *CLOSED, *NEVER) if ":" not in text])
 @pytest.mark.parametrize("shape", ["::ffff:{}", "64:ff9b::{}", "2002:{}::1"], ids=["mapped", "NAT64", "6to4"])
-def test_an_ipv4_address_inside_of_an_ipv6_one_is_judged_itself(inside, shape):
+def test_an_embedded_ipv4_address_is_checked(inside, shape):
     """Each of the three embeddings gives the same result."""
     number = int(ipaddress.IPv4Address(inside))
     text = f"{number >> 16:x}:{number & 0xFFFF:x}" if shape.startswith("2002") else inside
@@ -60,7 +60,7 @@ def test_an_ipv4_address_inside_of_an_ipv6_one_is_judged_itself(inside, shape):
 
 
 @given(st.ip_addresses())
-def test_the_strict_rule_never_allows_more_than_the_library_does(address):
+def test_the_strict_rule_permits_no_more_than_the_library(address):
     """Addresses that `ipaddress` calls private, loopback, link-local, multicast or unspecified are refused."""
     special = ("is_private", "is_loopback", "is_link_local", "is_multicast", "is_unspecified", "is_reserved")
     inside = address.version == 6 and (address.ipv4_mapped or address.sixtofour)
@@ -96,7 +96,7 @@ def test_allow_private_chooses_the_rule():
         *("169.254.169.254", "2852039166", "0xa9fea9fe", "0251.0376.0251.0376", "[::]", "10.1", "192.168.257"),
     ],
 )
-def test_no_spelling_gets_an_address_past_the_rule(host):
+def test_no_spelling_of_an_address_bypasses_the_rule(host):
     """Decimal, hexadecimal, octal, short, embedded, full-width and percent-encoded spellings are all recognised."""
     with pytest.raises(AddressRefused):
         check_url(f"http://{host}/a.png", public_only)
@@ -106,7 +106,7 @@ def test_no_spelling_gets_an_address_past_the_rule(host):
     ("host", "spelled"),
     [("0x08080808", "8.8.8.8"), ("134744072", "8.8.8.8"), ("8.8.2056", "8.8.8.8"), ("[2606:4700::0:1111]", "")],
 )
-def test_an_old_spelling_of_a_permitted_address_comes_back_in_the_usual_one(host, spelled):
+def test_an_old_spelling_is_normalised(host, spelled):
     """So that no later parser reads a different address."""
     assert check_url(f"https://{host}:8443/a?b=c", public_only).host == (spelled or "2606:4700::1111")
 
@@ -122,7 +122,7 @@ def test_an_old_spelling_of_a_permitted_address_comes_back_in_the_usual_one(host
         *("http://" + "a" * 9000, "http://exa<mple.com/"),
     ],
 )
-def test_a_url_that_is_not_a_plain_web_address_is_refused(url):
+def test_an_unusual_url_is_refused(url):
     """Scheme, credentials, port and host are refused with `AddressRefused`, never another error."""
     with pytest.raises(AddressRefused) as caught:
         check_url(url, private_too)
@@ -132,7 +132,7 @@ def test_a_url_that_is_not_a_plain_web_address_is_refused(url):
 
 
 @pytest.mark.parametrize("port", [80, 443, 1024, 8080, 8443, 65535])
-def test_ports_of_web_servers_are_fine(port):
+def test_ports_of_web_servers_are_permitted(port):
     """80, 443 and unblocked ports above 1023 are permitted."""
     assert check_url(f"http://example.com:{port}/", public_only).port == port
 

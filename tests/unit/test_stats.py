@@ -27,14 +27,14 @@ def completed(at=1000.0, status=200, seconds=None):
         (504, EndKind.FAILED),
     ],
 )
-def test_an_ending_is_counted_as_what_it_was(status, outcome):
+def test_a_result_is_counted_by_outcome(status, outcome):
     """499 counts as cancelled, any other error as failed."""
     tally = ServerStats()
     tally.ended(completed(status=status))
     assert tally.outcomes == {outcome: 1}
 
 
-def test_finished_requests_stand_in_their_second():
+def test_finished_requests_are_counted_per_second():
     """The last value is the newest complete second; the current one is omitted."""
     tally = ServerStats()
     for at in (939.9, 940.0, 999.0, 999.9, 1000.0):
@@ -45,7 +45,7 @@ def test_finished_requests_stand_in_their_second():
 
 
 @given(st.lists(st.floats(0, 500), max_size=300))
-def test_the_last_minute_loses_nothing_and_does_not_grow(times):
+def test_the_last_minute_is_complete_and_bounded(times):
     """At any rate, the counts add up to the requests of the last minute, with one entry per second."""
     tally = ServerStats()
     for at in sorted(times):
@@ -54,7 +54,7 @@ def test_the_last_minute_loses_nothing_and_does_not_grow(times):
     assert len(tally._seconds) <= SHOWN_SECONDS + 1
 
 
-def test_a_clock_that_is_set_back_loses_no_request():
+def test_setting_the_clock_back_loses_no_request():
     """They are counted in the latest second."""
     tally = ServerStats()
     for at in (1000.0, 400.0):
@@ -63,7 +63,7 @@ def test_a_clock_that_is_set_back_loses_no_request():
 
 
 @pytest.mark.parametrize(("seconds", "bucket"), [(0.0, 0), (0.01, 0), (0.011, 1), (300.0, 9), (301.0, 10)])
-def test_a_bound_belongs_to_its_bucket(seconds, bucket):
+def test_a_bound_is_inclusive(seconds, bucket):
     """Prometheus buckets are "less than or equal"."""
     tally = ServerStats()
     tally.ended(completed(seconds=seconds))
@@ -94,6 +94,6 @@ def test_a_bound_belongs_to_its_bucket(seconds, bucket):
         ("OPTIONS", "*", "other"),
     ],
 )
-def test_a_path_belongs_to_one_of_few_groups(method, path, group):
+def test_a_path_belongs_to_a_fixed_set_of_groups(method, path, group):
     """Every form of the queue's paths, and all other paths."""
     assert route_of(method, path) == group

@@ -79,7 +79,7 @@ def application(
         middleware: wraps every handler; fault injection is one.
         share: limits of open connections and files; None: no limits.
     """
-    face = _QueueApi(
+    api = _QueueApi(
         service,
         app_id,
         authenticator,
@@ -89,19 +89,19 @@ def application(
     )
     app = web.Application(client_max_size=BODY_LIMIT_BYTES)
     known = (
-        *read_routes("/health", face.health),
-        *read_routes("/openapi.json", face.schema),
-        ("POST", "/run/{app:.+}", face.run),
+        *read_routes("/health", api.health),
+        *read_routes("/openapi.json", api.schema),
+        ("POST", "/run/{app:.+}", api.run),
         *proxy.routes(),
         *uploads.routes(service, authenticator, None if share is None else share.downloads),
         *metrics.routes(service),
         *page.routes(service, app_id),
         *more,
-        ("*", r"/{path:[\s\S]*}", face.queue),
+        ("*", r"/{path:[\s\S]*}", api.queue),
     )
     for method, path, handler in known:
-        guarded = face.guarded(handler, access_of(method, path))
-        app.router.add_route(method, path, guarded, expect_handler=face.expect)
+        guarded = api.guarded(handler, access_of(method, path))
+        app.router.add_route(method, path, guarded, expect_handler=api.expect)
     if middleware is not None:
         app.middlewares.append(middleware)
     return app
@@ -138,7 +138,7 @@ class _QueueApi:
             answer: web.StreamResponse
             try:
                 if request.method == "OPTIONS":  # a browser's preflight, which has no key
-                    return self._crossed(request, web.Response(status=204))
+                    return self._with_cors(request, web.Response(status=204))
                 self._cors.check(request.host)
                 set_owner(request, self._authenticator.owner(_authorization(request), access))
                 answer = await handler(request)
@@ -162,7 +162,7 @@ class _QueueApi:
                 else:
                     _log.exception("%s %s failed unexpectedly", request.method, request.path)
                     answer = self._refuse(500, "Internal Server Error", "internal_error")
-            self._crossed(request, answer)
+            self._with_cors(request, answer)
             self._service.tally.answered(request.method, request.path, answer.status)
             return answer
 
@@ -327,7 +327,7 @@ class _QueueApi:
                 protocol.REQUEST_ID: request_id,
             }
         )
-        await self._crossed(request, stream).prepare(request)
+        await self._with_cors(request, stream).prepare(request)
         logs, base, last = _wants_logs(request), base_of(request), b""
         while known is not None:
             body = answers.status_reply(base, known.app, request_id, known.state, logs=logs).body
@@ -360,7 +360,7 @@ class _QueueApi:
         """Reject a valid call with 429 before anything is accepted."""
         return self._refuse(429, message, **{"retry-after": _RETRY_SECONDS})
 
-    def _crossed(self, request: web.Request, answer: web.StreamResponse) -> web.StreamResponse:
+    def _with_cors(self, request: web.Request, answer: web.StreamResponse) -> web.StreamResponse:
         """Add the CORS headers if the request has an origin."""
         if (origin := request.headers.get("origin")) is not None:
             self._cors.allow(origin, answer)

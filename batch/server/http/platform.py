@@ -58,14 +58,14 @@ def routes(
         price_usd: price per megapixel.
         clock: Unix seconds.
     """
-    face = _Platform(service, app_id, request_log, price_usd, clock)
+    api = _Platform(service, app_id, request_log, price_usd, clock)
     return [
-        ("GET", "/v1/models/requests/by-endpoint", face.guarded(face.requests)),
-        ("GET", "/v1/models/billing-events", face.guarded(face.charges)),
-        ("GET", "/v1/models/pricing", face.guarded(face.prices)),
-        ("POST", "/v1/models/pricing/estimate", face.guarded(face.estimate)),
-        ("GET", "/v1/meta", face.guarded(face.meta)),
-        ("*", r"/v1/{path:[\s\S]*}", face.guarded(face.nothing)),
+        ("GET", "/v1/models/requests/by-endpoint", api.guarded(api.requests)),
+        ("GET", "/v1/models/billing-events", api.guarded(api.charges)),
+        ("GET", "/v1/models/pricing", api.guarded(api.prices)),
+        ("POST", "/v1/models/pricing/estimate", api.guarded(api.estimate)),
+        ("GET", "/v1/meta", api.guarded(api.meta)),
+        ("*", r"/v1/{path:[\s\S]*}", api.guarded(api.nothing)),
     ]
 
 
