@@ -423,7 +423,7 @@ SERVED = [
     (["--retention", "soon"], ["--retention: 'soon' is not a duration"]),
     (["--engine", "echo", "--service-time", "-1"], ["--service-time: '-1' is not a duration"]),
     (["--data-dir", "file"], ["file is a file; --data-dir must be a folder"]),
-    (["--data-dir", "file/below"], ["cannot use the data dir file/below", "Not a directory"]),
+    (["--data-dir", "file/below"], ["cannot use the data dir file/below", "--data-dir"]),
     (["--data-dir", "/proc/restyle"], ["cannot use the data dir /proc/restyle", "--data-dir"]),
     (["--data-dir", "strange"], ["cannot use the data dir strange", "strange/files"]),
 ]

@@ -232,7 +232,7 @@ def test_every_control_can_be_reached_and_has_a_name(visit, url):
     """Tab goes through the form in order; each control is announced by a label, each image by a text."""
     here = visit(url)
     names = [
-        "Image file", "or its URL", "Prompt", "Strength", "Steps", "Guidance", "Seed", "jpeg", "Restyle",
+        "Image file", "or image URL", "Prompt", "Strength", "Steps", "Guidance", "Seed", "jpeg", "Restyle",
     ]  # fmt: skip
     here.page.get_by_label("Image file").focus()
     for name in names:

@@ -1,4 +1,4 @@
-"""The rules for URLs and addresses that the server may connect to. Pure: no network access.
+"""The rules for URLs and addresses that the server may connect to, without network access.
 
 Defines the addresses outside the public internet, the permitted ports and the spellings of an address.
 `batch.server.egress.http_client` makes the requests.
