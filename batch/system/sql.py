@@ -3,7 +3,7 @@
 The file is plain SQL, so that editors and linters understand it:
 
     -- name: find_job
-    -- Comments may stand anywhere.
+    -- Comments are allowed anywhere.
     SELECT state FROM jobs WHERE key = ?;
 
 A name is followed by one statement or several; each ends with a semicolon.
@@ -42,12 +42,12 @@ class Statements(dict[str, str]):
         raise LookupError(f"{self._path} has no statement named {name!r}; add it, or correct the name")
 
     def begin_with(self, prefix: str) -> list[str]:
-        """The statements whose names begin with `prefix`, in the order of the file."""
+        """Return the statements whose names begin with `prefix`, in the order of the file."""
         return [statement for name, statement in self.items() if name.startswith(prefix)]
 
 
 def load_statements(module_file: str) -> Statements:
-    """Read the statements of a module, whose `__file__` this is: they are in `NAME.sql` beside `NAME.py`."""
+    """Read the statements of a module from `NAME.sql` next to `NAME.py`. `module_file`: the module's `__file__`."""
     return Statements(Path(module_file).with_suffix(".sql"))
 
 

@@ -415,17 +415,17 @@ def test_a_foreign_file_named_like_the_journal_is_left_alone(tmp_path, manifest,
 # --- serve ------------------------------------------------------------------------------------------------
 
 SERVED = [
-    (["--slots", "0"], ["0 slots", "--slots is 1 or more"]),
-    (["--port", "99999"], ["99999", "from 0", "to 65535"]),
-    (["--port", "-1"], ["-1", "from 0", "to 65535"]),
-    (["--host", "\u00fc..b"], ["'\u00fc..b'", "--host"]),
+    (["--slots", "0"], ["invalid --slots 0", "an integer >= 1"]),
+    (["--port", "99999"], ["invalid --port 99999", "0 (any free port) to 65535"]),
+    (["--port", "-1"], ["invalid --port -1"]),
+    (["--host", "\u00fc..b"], ["invalid --host '\u00fc..b'"]),
     (["--host", ""], ["--host is empty"]),
     (["--retention", "soon"], ["--retention: 'soon' is not a duration"]),
     (["--engine", "echo", "--service-time", "-1"], ["--service-time: '-1' is not a duration"]),
-    (["--data-dir", "file"], ["file is a file; --data-dir names the folder"]),
-    (["--data-dir", "file/below"], ["the data dir file/below cannot be used", "Not a directory"]),
-    (["--data-dir", "/proc/restyle"], ["the data dir /proc/restyle cannot be used", "--data-dir"]),
-    (["--data-dir", "strange"], ["the data dir strange cannot be used", "strange/files"]),
+    (["--data-dir", "file"], ["file is a file; --data-dir must be a folder"]),
+    (["--data-dir", "file/below"], ["cannot use the data dir file/below", "--data-dir"]),
+    (["--data-dir", "/proc/restyle"], ["cannot use the data dir /proc/restyle", "--data-dir"]),
+    (["--data-dir", "strange"], ["cannot use the data dir strange", "strange/files"]),
 ]
 
 

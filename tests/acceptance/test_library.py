@@ -93,7 +93,7 @@ def test_an_endpoint_that_does_not_start_is_one_error(tmp_path, manifest):
     (tmp_path / "run" / "endpoint" / "server.db").write_bytes(b"no database" * 1000)
     with pytest.raises(Exception, match="the embedded endpoint did not start") as caught:
         api.run_sync(manifest, tmp_path / "run", settings=SETTINGS)
-    assert "server.db cannot be used" in str(caught.value)
+    assert "server.db as the request database" in str(caught.value)
     assert not isinstance(caught.value, ExceptionGroup)
 
 

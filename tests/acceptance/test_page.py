@@ -150,9 +150,7 @@ def test_a_person_restyles_a_image_and_finds_it_among_the_recent_ones(visit, url
     result, source = here.page.locator("#result-image"), here.page.locator("#input-image")
     assert natural_size(result) == natural_size(source) == [768, 512]
     assert result.get_attribute("src") != source.get_attribute("src")
-    expect(here.page.locator("#made-text")).to_contain_text(
-        re.compile(r"768 . 512 · seed \d+ · [\d.]+ s in the engine")
-    )
+    expect(here.page.locator("#made-text")).to_contain_text(re.compile(r"768 . 512 · seed \d+ · [\d.]+ s engine time"))
     card = here.card(HOSTILE)
     expect(card).to_contain_text("done")
     assert [natural_size(image) for image in card.locator("img").all()] == [[768, 512]] * 2
@@ -175,7 +173,7 @@ def test_the_settings_of_the_form_reach_the_server(visit, url):
     expect(page.locator("#made-text")).to_contain_text(f"seed {seed}")
     assert page.locator("#result-image").get_attribute("src").endswith(".png")
     page.reload()
-    here.card("settings of all kinds").get_by_role("button", name="Use again").click()
+    here.card("settings of all kinds").get_by_role("button", name="Reuse").click()
     expect(page.get_by_label("Prompt")).to_have_value("settings of all kinds")
     expect(page.get_by_label("Seed")).to_have_value(seed)
     assert [page.get_by_label(label).input_value() for label in ("Strength", "Steps", "Guidance")] == [
@@ -207,20 +205,20 @@ def test_the_form_says_what_is_missing(visit, url):
     here = visit(url)
     status = here.page.get_by_role("status")
     here.restyle("a prompt", image=None)
-    expect(status).to_have_text("Choose an image, or give its URL.")
+    expect(status).to_have_text("Choose an image or enter its URL.")
     here.restyle("   ")
     expect(status).to_contain_text("prompt")
     expect(here.page.get_by_label("Prompt")).to_be_focused()
     here.page.get_by_label("Seed").fill("1e5")
     here.restyle("a prompt")
-    expect(status).to_contain_text("whole number")
+    expect(status).to_contain_text("integer")
 
 
 def test_a_request_that_fails_says_why(visit, url):
     """The server's own message as text; the page itself never loads an image from another server."""
     here = visit(url)
-    here.page.get_by_label("or its URL").fill("http://127.0.0.1:9/cat.png")
-    expect(here.page.get_by_text("Lies on another server")).to_be_visible()
+    here.page.get_by_label("or image URL").fill("http://127.0.0.1:9/cat.png")
+    expect(here.page.get_by_text("Image on another server")).to_be_visible()
     here.restyle("a cat from elsewhere", image=None)
     expect(here.page.get_by_role("status")).to_contain_text("http://127.0.0.1:9/cat.png could not be fetched")
     expect(here.card("a cat from elsewhere")).to_contain_text("failed")
@@ -234,7 +232,7 @@ def test_every_control_can_be_reached_and_has_a_name(visit, url):
     """Tab moves through the form in order; each control has a label, each image a text."""
     here = visit(url)
     names = [
-        "Image file", "or its URL", "Prompt", "Strength", "Steps", "Guidance", "Seed", "jpeg", "Restyle",
+        "Image file", "or image URL", "Prompt", "Strength", "Steps", "Guidance", "Seed", "jpeg", "Restyle",
     ]  # fmt: skip
     here.page.get_by_label("Image file").focus()
     for name in names:
@@ -291,20 +289,20 @@ def test_a_waiting_request_shows_its_place_and_can_be_cancelled(visit, tmp_path)
     """Progress by the status stream; a cancelled request is shown as cancelled. The badge shows the missing model."""
     with server(tmp_path, "--engine", "echo", "--slots", "1", "--service-time", "60") as url:
         here = visit(url)
-        expect(here.page.get_by_text("rehearsal: cards, no model runs")).to_be_visible()
+        expect(here.page.get_by_text("echo: test cards, no model runs")).to_be_visible()
         here.restyle("the one that runs")
-        expect(here.page.get_by_role("status")).to_contain_text("At work")
+        expect(here.page.get_by_role("status")).to_contain_text("Running")
         expect(here.page.get_by_role("progressbar")).to_be_visible()
         other = visit(url)
         other.restyle("the one that waits")
-        expect(other.page.get_by_role("status")).to_have_text("In the queue, next in line")
+        expect(other.page.get_by_role("status")).to_have_text("Queued, next to run")
         expect(here.page.locator("#waiting")).to_have_text("1")
         expect(here.page.locator("#running")).to_have_text("1")
         other.page.get_by_role("button", name="Cancel").click()
         expect(other.page.get_by_role("status")).to_have_text("Request was cancelled")
         expect(here.card("the one that waits")).to_contain_text("cancelled")
-        expect(here.card("the one that runs")).to_contain_text("runs")
-        (note,) = other.complaints  # logged by the browser for the result's status
+        expect(here.card("the one that runs")).to_contain_text("running")
+        (note,) = other.complaints  # the browser's own, of the result's status
         assert "499" in note
         other.complaints.clear()
         other.context.close()
@@ -317,11 +315,11 @@ def test_with_keys_the_page_asks_for_one_and_shows_its_owner_s_requests(visit, t
     keys.write_text("".join(f"{name}:{hashlib.sha256(b'secret').hexdigest()}\n" for name in ("ann", "bob")))
     with server(tmp_path, "--engine", "echo", "--keys", str(keys)) as url:
         here = visit(url)
-        page, field = here.page, here.page.get_by_label("This endpoint asks for a key")
+        page, field = here.page, here.page.get_by_label("API key required")
         expect(field).to_be_focused()
         field.fill("ann:wrong")
-        page.get_by_role("button", name="Use it").click()
-        expect(page.get_by_text("This key was refused")).to_be_visible()
+        page.get_by_role("button", name="Sign in").click()
+        expect(page.get_by_text("Key rejected")).to_be_visible()
         field.fill("ann:secret")
         field.press("Enter")
         expect(field).to_be_hidden()
@@ -332,9 +330,9 @@ def test_with_keys_the_page_asks_for_one_and_shows_its_owner_s_requests(visit, t
         page.reload()
         expect(here.card("of ann")).to_be_visible()
         other = visit(url)
-        other.page.get_by_label("This endpoint asks for a key").fill("bob:secret")
-        other.page.get_by_role("button", name="Use it").click()
-        expect(other.page.get_by_text("Nothing yet.")).to_be_visible()
+        other.page.get_by_label("API key required").fill("bob:secret")
+        other.page.get_by_role("button", name="Sign in").click()
+        expect(other.page.get_by_text("No requests yet.")).to_be_visible()
         for one in (here, other):
             assert {complaint.rpartition(" status of ")[2] for complaint in one.complaints} == {"401 (Unauthorized)"}
             one.complaints.clear()

@@ -49,6 +49,7 @@ def check_log(out: Path) -> None:
     """Check the endpoint's log: no stack trace, and one line about the limit."""
     text = (out / "endpoint" / "server.log").read_text()
     assert "Traceback" not in text
+    assert "unexpected error" not in text
     assert len(re.findall(r"open files: [\d,]+ allowed", text)) == 1
 
 

@@ -37,7 +37,7 @@ from batch.system.descriptors import Allowance, lacks_descriptor
 from batch.types import Attempt, JobKey, LocalImage, RequestId, Ticket
 from tests.edges.serving import INPUT, SUBMIT, ScriptedEngine, call, completed, result, serving, submit
 from tests.edges.test_images import image_bytes
-from tests.edges.test_webhooks import BODY, Receiver, sender, settled, wishes
+from tests.edges.test_webhooks import BODY, Receiver, options_with, sender, settled
 
 ATTEMPT = Attempt(JobKey("0" * 32), 1, b'{"prompt": "a"}')
 LARGE = bytes(100_000)
@@ -268,10 +268,10 @@ def test_another_server_is_not_called_unreachable(url):
     """Neither for a connection nor for a look-up: the source image of a request is not at fault."""
 
     async def use():
-        async with SafeHttpClient(private_too) as guard:
-            await guard._lookup("localhost")
+        async with SafeHttpClient(private_too) as client:
+            await client._lookup("localhost")
             with none_free(), pytest.raises(OSError, match="descriptor") as caught:
-                await guard.fetch(url, FetchLimits(1000, 5.0))
+                await client.fetch(url, FetchLimits(1000, 5.0))
             assert lacks_descriptor(caught.value)
 
     in_loop(use)
@@ -290,10 +290,10 @@ def test_waiting_for_a_connection_is_not_part_of_a_fetchs_time():
 
         async with (
             await asyncio.start_server(handle, "127.0.0.1", 0) as server,
-            SafeHttpClient(private_too, limit=2) as guard,
+            SafeHttpClient(private_too, limit=2) as client,
         ):
             url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
-            found = await asyncio.gather(*(guard.fetch(url, FetchLimits(10, 0.8)) for _ in range(12)))
+            found = await asyncio.gather(*(client.fetch(url, FetchLimits(10, 0.8)) for _ in range(12)))
         assert found == [b"x"] * 12
 
     in_loop(use)
@@ -304,18 +304,18 @@ def test_a_webhook_is_sent_when_there_is_a_descriptor(tmp_path, monkeypatch):
     monkeypatch.setattr(webhooks_module, "_DISK_SECONDS", 0.01)
     post, times = SafeHttpClient.post, 10
 
-    async def lacking(guard, *arguments):
+    async def lacking(client, *arguments):
         nonlocal times
         if times:
             times -= 1
             raise OSError(errno.EMFILE, "no descriptor is free")
-        return await post(guard, *arguments)
+        return await post(client, *arguments)
 
     monkeypatch.setattr(SafeHttpClient, "post", lacking)
 
     async def use():
         async with Receiver() as receiver, sender(tmp_path, chance=lambda: 1.0) as (service, store):
-            await service.submit(APP_ID, BODY, wishes(receiver.url))
+            await service.submit(APP_ID, BODY, options_with(receiver.url))
             await receiver.got(1)
             await settled(store)
 
