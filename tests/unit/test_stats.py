@@ -59,7 +59,7 @@ def test_what_ended_more_than_a_minute_ago_takes_no_memory():
     """A server that works for days holds as much as after its first minutes."""
     tally, sizes = ServerStats(), []
     for second in range(10 * SHOWN_SECONDS):
-        tally.ended(ending(1000.0 + second))
+        tally.ended(completed(1000.0 + second))
         sizes.append(len(pickle.dumps(tally)))
     assert max(sizes) < 1.1 * sizes[2 * SHOWN_SECONDS]
 
