@@ -243,7 +243,9 @@ class FakeService:
         self._service_time = service_time if callable(service_time) else (lambda _: service_time)
         shifts = [[(0.0, math.inf)]] * slots if isinstance(slots, int) else slots or []
         self._slots = [_Slot(of_one) for of_one in shifts]
-        self._honours_keys, self._faults, self._round_trip = honours_keys, list(faults), round_trip
+        self._honours_keys, self._round_trip = honours_keys, round_trip
+        self.faults = list(faults)
+        """Those in force; a list that may change while the service is used."""
         self._rejects_repeats, self._start_timeout = rejects_repeats, start_timeout
         self.lists = listing or FakeListing()
         self.before_send: Callable[[Attempt], Awaitable[None]] | None = None
@@ -268,20 +270,24 @@ class FakeService:
         """Return the number of exchanges of a phase that arrived."""
         return self._counts[phase]
 
+    def forget_keys(self) -> None:
+        """Know no `Idempotency-Key` any more, like a service whose keys have expired."""
+        self._by_key.clear()
+
     async def submit(self, attempt: Attempt) -> Ticket:
         """Accept the submit, or apply a fault."""
         if self.before_send is not None:
             await self.before_send(attempt)
         n = await self._arrive("submit")
         self.bodies.append(orjson.loads(attempt.body))
-        for fault in self._faults:
+        for fault in self.faults:
             self._refuse("submit", fault.submitting(attempt, n))
         if attempt.idempotency_key in self._by_key:
             self._refuse("submit", self._rejects_repeats)
         request_id = self._by_key.get(attempt.idempotency_key) if self._honours_keys else None
         if request_id is None:
             request_id = self._accept(attempt)
-        for fault in self._faults:
+        for fault in self.faults:
             fault.accepted(attempt, n)
         return Ticket(request_id, position=self._ahead(self.requests[request_id].starts_at, anyio.current_time()))
 
@@ -308,7 +314,7 @@ class FakeService:
         if request.is_expired:
             timeout = {"x-fal-request-timeout-type": "user"}
             self._refuse("result", request_error_reply(504, "request_timeout", "Not started in time", None, **timeout))
-        for fault in self._faults:
+        for fault in self.faults:
             self._refuse("result", fault.completing(request, self._counts["result"]))
         body = request.body
         count = body.get("num_images")
@@ -347,14 +353,14 @@ class FakeService:
         buffer = io.BytesIO()
         Image.new("RGB", (8, 8), (colour[0], colour[1], colour[2])).save(buffer, "PNG")
         data = buffer.getvalue()
-        for fault in self._faults:
+        for fault in self.faults:
             data = fault.downloading(data, n)
         return data
 
     async def listing(self, start: float, end: float, cursor: str | None, limit: int = PAGE_LIMIT) -> ListingPage:
         """Return a page of the requests between two times, newest first; the cursor is a page number."""
         n = await self._arrive("listing")
-        for fault in self._faults:
+        for fault in self.faults:
             self._refuse("listing", fault.listing(n))
         how, now = self.lists, anyio.current_time()
         for number in range(how.arrivals):
@@ -381,7 +387,7 @@ class FakeService:
 
     async def _arrive(self, phase: str) -> int:
         await anyio.sleep(self._round_trip)
-        for fault in self._faults:
+        for fault in self.faults:
             fault.connecting(phase, self._counts[phase] + 1)
         self._counts[phase] += 1
         return self._counts[phase]
@@ -389,7 +395,7 @@ class FakeService:
     async def _read(self, phase: str, ticket: Ticket) -> FakeRequest:
         await self._arrive(phase)
         self._counts["reads"] += 1
-        for fault in self._faults:
+        for fault in self.faults:
             self._refuse(phase, fault.reading(phase, self._counts["reads"]))
         request = self.requests.get(ticket.request_id)
         if request is None:

@@ -147,7 +147,7 @@ async def test_a_resubmitted_unknown_is_counted_twice():
     """Given up by policy: its reservation counts as spent, and the new attempt reserves again."""
     world = World(FakeService(faults=[DropsAfterAccept()]), price=PRICE, policy=Policy(resubmit_unknown_after=60.0))
     await world.run(jobs(2))
-    world.service._faults.clear()
+    world.service.faults.clear()
     await anyio.sleep(60)
     report = await world.again().run(jobs(2))
     assert report.done == 2
@@ -202,7 +202,7 @@ async def test_an_attempt_that_does_not_fit_waits_for_a_larger_budget():
     assert (report.stopped, report.held) != (None, 0)
     spent, reserved = await money(world)
     assert spent + reserved <= 0.06 + FUZZ
-    world.limit, service._faults = 1.0, []
+    world.limit, service.faults = 1.0, []
     report = await world.again().run(jobs(3))
     assert (await world.journal.counts()).by_state == {State.DONE: 2, State.UNKNOWN: 1}
 

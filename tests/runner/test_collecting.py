@@ -206,7 +206,7 @@ async def test_a_dead_key_ends_the_run_and_a_good_one_goes_on():
         assert "403" in report.stopped.reason or "User is locked" in report.stopped.reason
         assert anyio.current_time() - began < 300
         assert counts.by_state.get(State.ACCEPTED, 0) + report.done == world.service.accepted < 20
-        world.service._faults.clear()
+        world.service.faults.clear()
         report = await world.again().run(jobs(20))
         assert (report.stopped, report.held, world.service.accepted) == (None, 0, 20)
         assert (await world.journal.counts()).by_state == {State.DONE: 20}

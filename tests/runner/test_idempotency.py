@@ -155,7 +155,7 @@ async def test_a_submit_that_a_crash_cut_off_is_looked_up_then_repeated(arrives)
         await world.run(jobs(30))
     sent = world.service.posts
     assert sent > 0
-    world.service._faults.clear()
+    world.service.faults.clear()
     report = await world.again().run(jobs(30))
     assert (report.done, report.failed, report.held, world.service.accepted) == (30, 0, 0, 30)
     assert world.service.posts == (30 if arrives else 30 + sent)
@@ -194,7 +194,7 @@ async def test_a_key_that_the_target_may_have_forgotten_is_not_repeated():
     world = rejecting(LosesReplies(), listing=FakeListing(lag=2 * REPEAT_SECONDS))
     with anyio.move_on_after(0.15):
         await world.run(jobs(1))
-    world.service._by_key.clear()
+    world.service.forget_keys()
     await anyio.sleep(REPEAT_SECONDS)
     assert (await world.again().run(jobs(1))).held == 1
     assert world.service.posts == 1
@@ -233,7 +233,7 @@ async def test_a_stop_leaves_a_doubted_submit_for_the_next_run():
     world = rejecting(LosesReplies(), RefusesSubmits(403, first=2))
     report = await world.run(jobs(1))
     assert (report.stopped.why, report.failed) == (StopCause.ACCOUNT, 0)
-    world.service._faults.clear()
+    world.service.faults.clear()
     report = await world.again().run(jobs(1))
     assert (report.held, world.service.accepted) == (0, 1)
     assert world.journal.state(jobs(1)[0].key) is State.DONE

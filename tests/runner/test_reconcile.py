@@ -249,7 +249,7 @@ async def test_many_windows_of_a_listing_that_is_down_cost_minutes_not_hours():
     assert (await of.run(made)).held == 50
     assert anyio.current_time() - began < 600
     assert of.service.count("listing") - asked < 50
-    of.service._faults.pop()
+    of.service.faults.pop()
     report = await of.again().run(made)
     assert (report.done, report.held, of.service.posts) == (50, 0, 50)
 
@@ -299,7 +299,7 @@ async def test_what_is_not_listed_is_sent_again_where_the_policy_says_so():
     """resubmit-after has passed and nothing is listed: a new attempt, and the old reservation counts as spent."""
     of = world(DropsBeforeAccept(every=5), policy=Policy(resubmit_unknown_after=100.0), price=PRICE)
     assert (await of.run(jobs(10))).held == 2
-    of.service._faults.clear()
+    of.service.faults.clear()
     await anyio.sleep(200)
     report = await of.again().run(jobs(10))
     assert (report.done, report.held, of.service.posts, of.service.accepted) == (2, 0, 12, 10)
@@ -314,10 +314,10 @@ async def test_a_look_up_that_failed_sends_nothing_again():
     of = world(DropsAfterAccept(every=5), listing=FakeListing(lag=60.0), policy=after)
     assert (await of.run(jobs(10))).held == 2
     await anyio.sleep(200)
-    of.service._faults.append(out := FailsPages(status=500))
+    of.service.faults.append(out := FailsPages(status=500))
     assert (await of.again().run(jobs(10))).held == 2
     assert findings(of) >= {"unreadable"}
-    of.service._faults.remove(out)
+    of.service.faults.remove(out)
     of.service.lists.hidden = lambda _: True
     assert (await of.again().run(jobs(10))).held == 2
     of.service.lists.hidden = lambda _: False
@@ -329,7 +329,7 @@ async def test_a_key_that_may_not_list_leaves_only_the_clock():
     """Without access to a listing, only the time set by the user decides."""
     of = world(DropsBeforeAccept(every=5), FailsPages(status=403), policy=Policy(resubmit_unknown_after=100.0))
     assert (await of.run(jobs(10))).held == 2
-    of.service._faults.pop(0)
+    of.service.faults.pop(0)
     assert (await of.again().run(jobs(10))).held == 2, "too early"
     await anyio.sleep(200)
     report = await of.again().run(jobs(10))
@@ -343,7 +343,7 @@ async def test_collecting_only_adopts_and_submits_nothing():
     await of.run(jobs(10))
     await anyio.sleep(100)
     of.service.lists.hidden = lambda request: request.body["seed"] == 9
-    of.service._faults.append(CompletesWith("7 as", 503, "runner_disconnected", times=1))
+    of.service.faults.append(CompletesWith("7 as", 503, "runner_disconnected", times=1))
     report = await of.again().run([], Policy(collect_only=True, resubmit_unknown_after=1.0))
     assert of.service.posts == 10
     assert (report.done, report.failed) == (0, 0), "one input is hidden, and so all of its time stays unknown"
@@ -351,7 +351,7 @@ async def test_collecting_only_adopts_and_submits_nothing():
     report = await of.again().run([], Policy(collect_only=True, resubmit_unknown_after=1.0))
     assert (report.done, report.failed, report.held, of.service.posts) == (4, 0, 0, 10)
     assert await state(of) == {State.DONE: 9, State.PENDING: 1}
-    of.service._faults.clear()
+    of.service.faults.clear()
     report = await of.again().run(jobs(10))
     assert (report.done, of.service.posts) == (1, 11)
 
@@ -437,7 +437,7 @@ async def test_a_look_up_in_doubt_sends_nothing_again_after_a_start_timeout(hidd
     """A hidden input or a failed page may hide the request, however late it is."""
     of = bounded_world(LosesReplyTo("4 as"), listing=FakeListing(hidden=lambda request: request.body["seed"] == 4))
     if not hidden:
-        of.service._faults.append(FailsPages(first=1))
+        of.service.faults.append(FailsPages(first=1))
     assert (await of.run(jobs(10))).held == 1
     await anyio.sleep(OVER + 60.0)
     assert (await of.again().run(jobs(10))).held == 1
@@ -451,7 +451,7 @@ async def test_a_lost_request_that_did_not_start_in_time_is_sent_again_for_free(
     with anyio.move_on_after(0.15):
         await of.again().run(jobs(2))
     assert of.service.accepted == 2
-    of.service._faults.clear()
+    of.service.faults.clear()
     await anyio.sleep(OVER + 60.0)
     report = await of.again().run(jobs(2))
     assert findings(of) - {"absent"} == {"not started"}
@@ -500,7 +500,7 @@ async def test_a_submit_that_is_sent_again_may_be_throttled_and_refused_like_any
     of = bounded_world(LosesRequestOf("4 as"), LosesRequestOf("7 as"))
     assert (await of.run(jobs(10))).held == 2
     await anyio.sleep(OVER + 60.0)
-    of.service._faults[:] = [RefusesSubmits(429, first=11, times=3), RefusesSubmits(422, first=14, times=1)]
+    of.service.faults[:] = [RefusesSubmits(429, first=11, times=3), RefusesSubmits(422, first=14, times=1)]
     report = await of.again().run(jobs(10))
     assert (report.done, report.failed, report.held, of.service.accepted) == (1, 1, 0, 9)
 

@@ -136,7 +136,7 @@ async def test_unknown_is_resubmitted_only_after_the_policy_says():
     world = World(FakeService(faults=[DropsBeforeAccept(every=5)]), policy=Policy(resubmit_unknown_after=3600.0))
     report = await world.run(jobs(10))
     assert (report.done, report.held, world.service.posts) == (8, 2, 10)
-    world.service._faults.clear()
+    world.service.faults.clear()
     assert (await world.again().run(jobs(10))).held == 2
     await anyio.sleep(3600)
     report = await world.again().run(jobs(10))
@@ -175,7 +175,7 @@ async def test_refused_key_stops_submits_and_collects():
     report = await world.run(jobs(100))
     assert report.stopped.why is StopCause.ACCOUNT
     assert report.done == world.service.accepted == 10
-    world.service._faults.clear()
+    world.service.faults.clear()
     report = await world.again().run(jobs(100))
     assert (report.done, report.stopped, world.service.accepted) == (90, None, 100)
 
@@ -210,7 +210,7 @@ async def test_retry_failed_takes_failed_jobs_up_again_once():
     await world.run(made)
     report = await world.again().run(made + made, Policy(retry_failed=True, idempotency=Idempotency.REPLAY))
     assert (report.failed, service.accepted) == (1, 11)
-    service._faults.clear()
+    service.faults.clear()
     report = await world.again().run(made, Policy(retry_failed=True, idempotency=Idempotency.REPLAY))
     assert (report.done, service.accepted) == (1, 12)
 
@@ -366,7 +366,7 @@ async def test_a_doubtful_submit_is_not_sent_again_by_a_run_that_ends_soon(why):
     posts = service.posts
     assert (report.done, report.stopped.why, service.accepted) == (0, why, 4)
     assert anyio.current_time() - began < 21
-    service._faults.clear()
+    service.faults.clear()
     assert (await world.again().run(jobs(100))).done == 100
     assert (service.accepted, service.posts) == (100, posts + 100)
 
