@@ -88,7 +88,7 @@ CASES: dict[int, tuple[str, ...]] = {
 
 
 def node_ids(*cases: int) -> list[str]:
-    """What pytest is given to run these cases, each test once; without a case all of them."""
+    """Return the node ids of these cases for pytest, each test once; without an argument those of all cases."""
     return list(dict.fromkeys(f"tests/{test}" for case in cases or CASES for test in CASES[case]))
 
 

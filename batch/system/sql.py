@@ -1,4 +1,4 @@
-"""SQL statements by name, read from a `.sql` file beside the module that executes them; patience with SQLite. Edge.
+"""SQL statements by name, read from a `.sql` file next to their module; retries while SQLite lacks a descriptor. Edge.
 
 The file is plain SQL, so that editors and linters understand it:
 

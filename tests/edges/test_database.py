@@ -55,7 +55,7 @@ def schema_of(path):
 
 
 def ask(path, *statements):
-    """What the last of the statements says, over a connection of our own."""
+    """Return the rows of the last statement, read over a separate connection."""
     with closing(sqlite3.connect(path)) as connection:
         for statement in statements:
             rows = connection.execute(statement).fetchall()

@@ -20,7 +20,7 @@ JOBS = 40
 SHARE = 0.3
 AT_ONCE = 6
 SECONDS = 60.0 * SPEED
-"""Of the loop: a command that is not over by then hangs."""
+"""Seconds on the loop's clock after which a command counts as hanging."""
 
 
 def carry_out_all(cases: list[Case], folder: Path) -> None:

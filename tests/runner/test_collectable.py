@@ -38,7 +38,7 @@ class Odd(FakeService):
         super().__init__(service_time=2.0, faults=[_Verdicts(self)])
 
     def answers_after(self, seconds):
-        """Each call takes so long from now on."""
+        """Make every later call take this long."""
         self._round_trip = seconds
 
     async def result(self, ticket):

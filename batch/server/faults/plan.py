@@ -59,7 +59,7 @@ class FaultPoint(StrEnum):
 
 
 class FaultAction(StrEnum):
-    """What happens to a call or an execution."""
+    """The effect of a fault on a call or an execution."""
 
     DROP = "drop"
     """The server reads the call and closes the connection without an answer. The call has no effect."""

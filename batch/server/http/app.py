@@ -160,7 +160,7 @@ class _QueueApi:
                 if lacks_descriptor(error):
                     answer = self._no_descriptor(error)
                 else:
-                    _log.exception("%s %s failed in a way that nobody foresaw", request.method, request.path)
+                    _log.exception("%s %s: unexpected error", request.method, request.path)
                     answer = self._refuse(500, "Internal Server Error", "internal_error")
             self._with_cors(request, answer)
             self._service.tally.answered(request.method, request.path, answer.status)

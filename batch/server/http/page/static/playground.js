@@ -109,7 +109,7 @@ function progress(status) {
     const before = status.queue_position;
     say(before === 0 ? "Queued, next to run" : `Queued, ${before} ahead`);
   } else if (status.status === "IN_PROGRESS") {
-    const steps = (status.logs ?? []).map((line) => /^step (\d+) of (\d+)$/.exec(line.message)).findLast(Boolean);
+    const steps = (status.logs ?? []).map((line) => /^step (\d+) of (\d+)/.exec(line.message)).findLast(Boolean);
     if (steps) $("progress").value = steps[1] / steps[2];
     say(steps ? `Running, step ${steps[1]} of ${steps[2]}` : "Running");
   } else {
