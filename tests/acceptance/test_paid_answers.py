@@ -352,7 +352,7 @@ def test_audit_repair_fetches_missing_and_damaged_images_again(tmp_path):
         repaired = restyle("audit", tmp_path / "out", "--repair", quick=True)
         assert repaired.code == 3
         assert "3 images downloaded again, 2 not available" in repaired.out
-        assert "other bytes" in repaired.out
+        assert "different bytes" in repaired.out
         for name in ("missing", "shorter", "same_size", "whole"):
             assert paths[name].read_bytes() == before[name], name
         assert not paths["gone"].exists()
