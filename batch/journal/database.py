@@ -30,7 +30,7 @@ from batch.journal.records import Counts, JobOutcome, KnownJob, OpenJob
 from batch.journal.states import OPEN, State
 from batch.journal.transitions import JobRow, JobTransitions, decode_images, slim_body
 from batch.manifest.types import FileFact, FileKey
-from batch.system.sql import in_open_database, load_statements
+from batch.system.sql import cannot_open, in_open_database, load_statements
 from batch.types import JobKey, RequestId, StoredImage, Ticket
 
 __all__ = [
@@ -393,6 +393,11 @@ class JournalDatabase:
         return self._patiently(_SQL[statement], parameters)
 
     def _patiently(self, statement: str, parameters: Sequence[Any] | Mapping[str, Any]) -> sqlite3.Cursor:
+        try:
+            return self._connection.execute(statement, parameters)
+        except sqlite3.Error as error:
+            if not cannot_open(error):
+                raise
         return in_open_database(partial(self._connection.execute, statement, parameters))
 
     def _all(self, statement: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[tuple[Any, ...]]:

@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from batch.system.descriptors import lacks_descriptor, patiently
 
-__all__ = ["Statements", "in_open_database", "load_statements"]
+__all__ = ["Statements", "cannot_open", "in_open_database", "load_statements"]
 
 Value = TypeVar("Value")
 
@@ -52,16 +52,16 @@ def load_statements(module_file: str) -> Statements:
 
 
 def in_open_database(work: Callable[[], Value]) -> Value:
-    """Do something in a database that is open, and again while SQLite has no descriptor for a temporary file.
+    """Run work on an open database; retry while SQLite has no descriptor for a temporary file.
 
     Args:
         work: one statement, or a transaction that is rolled back when it raises.
     """
-    return patiently(work, time.sleep, lacks=_lacks)
+    return patiently(work, time.sleep, lacks=cannot_open)
 
 
-def _lacks(error: BaseException) -> bool:
-    """SQLite says no more than that it cannot open something."""
+def cannot_open(error: BaseException) -> bool:
+    """Return whether SQLite could not open a file; for an open database this is a temporary file."""
     cause: BaseException | None = error
     while cause is not None:
         code = getattr(cause, "sqlite_errorcode", 0) if isinstance(cause, sqlite3.Error) else 0

@@ -19,6 +19,14 @@ from typing import Any
 from batch.api import run_sync
 
 FEW, MANY = 4, 24
+_ROOTS = {
+    "asyncio.runners",
+    "asyncio.base_events",
+    "anyio._backends._asyncio",
+    "anyio._core._eventloop",
+    "threading",
+    "concurrent.futures.thread",
+}
 _RESUMABLE = inspect.CO_COROUTINE | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 
 
