@@ -44,7 +44,8 @@ class Tracer:
             return
         back: FrameType | None = frame.f_back
         while back is not None and not str(back.f_globals.get("__name__", "")).startswith("batch."):
-            back = back.f_back  # frames of libraries between two modules of `batch` are skipped
+            # Frames of libraries between two modules of `batch` are skipped; an event loop or a thread has no caller.
+            back = None if back.f_globals.get("__name__") in _ROOTS else back.f_back
         if back is not None and back.f_globals["__name__"] != callee:
             self.calls[back.f_globals["__name__"], callee] += 1
 
