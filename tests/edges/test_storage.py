@@ -185,12 +185,12 @@ async def web_server(handler):
         await runner.cleanup()
 
 
-def fetched(root, handler, path="/a.png"):
+def fetched(root, handler, path="/a.png", **limits):
     """What `SourceFetcher.fetch` gives for a path on a server with that handler."""
 
     async def use(storage):
         async with web_server(handler) as origin, SafeHttpClient(private_too) as guard:
-            return await SourceFetcher(storage, guard).fetch(origin + path)
+            return await SourceFetcher(storage, guard, **limits).fetch(origin + path)
 
     return in_storage(root, use)
 
@@ -223,9 +223,8 @@ def test_a_server_that_refuses_is_a_download_error(tmp_path, status, retryable):
 
 
 @pytest.mark.parametrize("told", [True, False], ids=["length told", "length hidden"])
-def test_a_source_above_the_limit_is_cut_off(tmp_path, monkeypatch, told):
+def test_a_source_above_the_limit_is_cut_off(tmp_path, told):
     """`file_too_large` with its limit, whether the server tells the length or not."""
-    monkeypatch.setattr(sources_module, "SOURCE_LIMIT_BYTES", 1000)
 
     async def handler(request):
         if told:
@@ -238,7 +237,7 @@ def test_a_source_above_the_limit_is_cut_off(tmp_path, monkeypatch, told):
         return answer
 
     with pytest.raises(EngineFailure) as caught:
-        fetched(tmp_path, handler)
+        fetched(tmp_path, handler, limit_bytes=1000)
     assert (caught.value.type, caught.value.ctx) == ("file_too_large", {"max_size": 1000})
 
 

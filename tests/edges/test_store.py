@@ -14,7 +14,9 @@ from batch.fal.endpoint import APP_ID
 from batch.server.queue import store as store_module
 from batch.server.queue.records import CompletedRequest, LogLine, Priority, Submission
 from batch.server.queue.store import Store
+from batch.system.sql import load_statements
 from batch.types import RequestId
+from tests.edges.serving import full_disk
 
 
 def submission(name: str, **changes) -> Submission:
@@ -27,11 +29,11 @@ def ending(name: str, **changes) -> CompletedRequest:
     return CompletedRequest(**given)
 
 
-def in_store(path, use):
+def in_store(path, use, **options):
     """Run `use(store)` with a store on `path`, as one server's life."""
 
     async def life():
-        async with await Store.open(path) as store:
+        async with await Store.open(path, **options) as store:
             return await use(store)
 
     return asyncio.run(life())
@@ -134,9 +136,8 @@ def test_an_id_that_was_never_given_out_is_not_found(tmp_path):
     assert in_store(tmp_path / "server.db", use) is None
 
 
-def test_only_the_latest_endings_stay_in_memory(tmp_path, monkeypatch):
+def test_only_the_latest_endings_stay_in_memory(tmp_path):
     """Memory does not grow with the number of requests; older ones are read from disk."""
-    monkeypatch.setattr(store_module, "REMEMBERED", 3)
 
     async def use(store):
         for number in range(5):
@@ -145,19 +146,16 @@ def test_only_the_latest_endings_stay_in_memory(tmp_path, monkeypatch):
         assert [store.recent(RequestId(f"r{n}")) is not None for n in range(5)] == [False, False, True, True, True]
         assert (await store.find(RequestId("r0"))).ending == ending("r0")
 
-    in_store(tmp_path / "server.db", use)
+    in_store(tmp_path / "server.db", use, remembered=3)
 
 
 def test_a_full_disk_refuses_and_accepts_again_when_there_is_room(tmp_path):
     """Nothing of the refused group is kept; the server lives on."""
 
     async def use(store):
-        pages = store._database.execute("PRAGMA page_count").fetchone()[0]
-        store._database.execute(f"PRAGMA max_page_count = {pages}")
-        with pytest.raises(StorageError, match="full"):
-            await store.accept(submission("r1", body=b"x" * 100_000))
+        with full_disk(tmp_path / "server.db", "INSERT"), pytest.raises(StorageError, match="full"):
+            await store.accept(submission("r1"))
         assert store.accepted == 0
-        store._database.execute("PRAGMA max_page_count = 1000000")
         assert (await store.accept(submission("r1"))).fresh
 
     in_store(tmp_path / "server.db", use)
@@ -166,11 +164,12 @@ def test_a_full_disk_refuses_and_accepts_again_when_there_is_room(tmp_path):
 @pytest.mark.parametrize("version", [2, 3])
 def test_a_file_of_an_earlier_version_is_taken_over(tmp_path, version):
     """What it holds stays as it was, and new endings say what executed them."""
-    before = store_module._SQL["schema"]
+    statements = load_statements(store_module.__file__)
+    before = statements["schema"]
     if version < 3:
         before = re.sub(r",([^\n]*)\n    engine TEXT\n", r"\1\n", before)
     with contextlib.closing(sqlite3.connect(tmp_path / "server.db")) as database:
-        database.executescript(before + store_module._SQL["schema_2"])
+        database.executescript(before + statements["schema_2"])
         columns = "request_id, app, accepted_at, body, digest, priority"
         for name in ("r1", "r2"):
             database.execute(f"INSERT INTO request ({columns}) VALUES (?, 'a', 1, x'', x'', 0)", (name,))

@@ -2,8 +2,8 @@
 
 Owns the routes. Every error has the platform's own shape, `{"error": {type, message, request_id}}`. The listing:
 
-- `json_input` is the submitted body. An inline image appears as a data URI, up to `IMAGES_BYTES` per page; further
-  images appear as URLs. Bodies above 1 MiB are omitted.
+- `json_input` is the submitted body. An inline image appears as a data URI, up to `listed_images_bytes` per page;
+  further images appear as URLs. Bodies above 1 MiB are omitted.
 - `json_output` is the result with URLs, or the body of an error; `sync_mode` results are not stored and are omitted.
 - Unfinished requests are not listed, and the listing does not lag, unless a faults file changes that.
 """
@@ -28,15 +28,14 @@ from batch.fal.protocol import Malformed, Reply
 from batch.server.files.storage import content_type_of
 from batch.server.http.auth import owner_of
 from batch.server.http.routing import Handler, Route, base_of, response
+from batch.server.limits import DEFAULT_LIMITS, ServerLimits
 from batch.server.queue import responses as answers
 from batch.server.queue.request_log import LoggedCharge, LoggedRequest, RequestLog
 from batch.server.queue.service import QueueService
 from batch.types import AppId, JsonObject
 
-__all__ = ["IMAGES_BYTES", "routes"]
+__all__ = ["routes"]
 
-IMAGES_BYTES = 32 * 2**20
-"""Total size of the images that one page shows as data URIs."""
 _DEFAULT_UNITS = 1.0
 """Megapixels per call before the first call."""
 _IMAGE = b'"image_url":"/files/'
@@ -48,6 +47,8 @@ def routes(
     history: RequestLog,
     price_usd: float = 0.0,
     clock: Callable[[], float] = time.time,
+    *,
+    limits: ServerLimits = DEFAULT_LIMITS,
 ) -> list[Route]:
     """Build the route table.
 
@@ -57,8 +58,9 @@ def routes(
         history: the log of requests.
         price_usd: of a megapixel.
         clock: Unix seconds.
+        limits: of what a page shows.
     """
-    face = _Platform(service, app_id, history, price_usd, clock)
+    face = _Platform(service, app_id, history, price_usd, clock, limits.listed_images_bytes)
     return [
         ("GET", "/v1/models/requests/by-endpoint", face.guarded(face.requests)),
         ("GET", "/v1/models/billing-events", face.guarded(face.charges)),
@@ -79,12 +81,14 @@ class _Platform:
         history: RequestLog,
         price_usd: float,
         clock: Callable[[], float],
+        images_bytes: int,
     ) -> None:
         self._service = service
         self._app_id = app_id
         self._history = history
         self._price_usd = price_usd
         self._clock = clock
+        self._images_bytes = images_bytes
 
     def guarded(self, handler: Callable[[web.Request], Awaitable[Reply]]) -> Handler:
         """Adapt a handler of replies to aiohttp, with errors in the platform's shape."""
@@ -169,7 +173,7 @@ class _Platform:
     async def _images(self, found: Sequence[LoggedRequest]) -> dict[str, bytes]:
         """Read the inline images of the inputs, by stored path, up to the limit of a page."""
         images: dict[str, bytes] = {}
-        left = IMAGES_BYTES
+        left = self._images_bytes
         for past in found:
             if past.body is None or _IMAGE not in past.body:
                 continue

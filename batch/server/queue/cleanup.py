@@ -45,12 +45,25 @@ class Cleanup:
         store: requests.
         storage: files.
         seconds: how long endings and files stay, more than 0.
+        step: rows or small files in one step.
+        pause: seconds between two steps.
+        round_seconds: time between two rounds.
     """
 
-    def __init__(self, store: Store, storage: Storage, seconds: float) -> None:
+    def __init__(
+        self,
+        store: Store,
+        storage: Storage,
+        seconds: float,
+        *,
+        step: int = STEP,
+        pause: float = _PAUSE_SECONDS,
+        round_seconds: float = ROUND_SECONDS,
+    ) -> None:
         self._store = store
         self._storage = storage
         self._seconds = seconds
+        self._step, self._pause, self._round_seconds = step, pause, round_seconds
 
     async def endings(self, now: float) -> int:
         """Remove ended requests whose time is over; how many.
@@ -59,9 +72,9 @@ class Cleanup:
             StorageError: the disk refused.
         """
         count = 0
-        while removed := await self._store.forget(now, self._seconds, STEP):
+        while removed := await self._store.forget(now, self._seconds, self._step):
             count += removed
-            await asyncio.sleep(_PAUSE_SECONDS)
+            await asyncio.sleep(self._pause)
         return count
 
     async def short_lives(self, now: float) -> int:
@@ -71,9 +84,9 @@ class Cleanup:
             StorageError: the disk refused.
         """
         count = 0
-        while paths := await self._storage.expired(now, STEP):
+        while paths := await self._storage.expired(now, self._step):
             count += await self._storage.remove(paths, math.inf)
-            await asyncio.sleep(_PAUSE_SECONDS)
+            await asyncio.sleep(self._pause)
         return count
 
     async def files(self, now: float) -> int:
@@ -84,7 +97,7 @@ class Cleanup:
         """
         await self._storage.remove_abandoned_parts(now - ABANDONED_SECONDS)
         before, count = now - self._seconds - FILE_MARGIN_SECONDS, 0
-        while paths := await self._storage.old_small(before, STEP):
+        while paths := await self._storage.old_small(before, self._step):
             count += await self._remove(paths, before)
         for shelf in await self._storage.shelves():
             count += await self._remove(await self._storage.old_large(shelf, before), before)
@@ -97,7 +110,7 @@ class Cleanup:
         used = await self._store.sources(paths)
         await self._storage.renew(sorted(used), before + LOOK_AGAIN_SECONDS)
         count = await self._storage.remove([path for path in paths if path not in used], before)
-        await asyncio.sleep(_PAUSE_SECONDS)
+        await asyncio.sleep(self._pause)
         return count
 
     async def run(self, clock: Callable[[], float]) -> None:
@@ -115,7 +128,7 @@ class Cleanup:
                         _log.info("removed %d files that were not used any more", count)
             except (StorageError, OSError) as error:
                 _log.warning("old results and files cannot be removed, trying again: %s", error)
-            await asyncio.sleep(ROUND_SECONDS)
+            await asyncio.sleep(self._round_seconds)
 
 
 @asynccontextmanager

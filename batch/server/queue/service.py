@@ -113,6 +113,7 @@ class QueueService:
         tasks: asyncio.TaskGroup,
         clock: Callable[[], float],
         retention: float,
+        retry_seconds: float,
     ) -> None:
         self.storage = storage
         self.engine = info
@@ -129,6 +130,7 @@ class QueueService:
         self._tasks = tasks
         self._clock = clock
         self._retention = retention
+        self._retry_seconds = retry_seconds
         self._keeping: dict[RequestId, RetentionOptions] = {}
         """Of those that wish something there."""
         self._start_by: dict[RequestId, float] = {}
@@ -403,7 +405,7 @@ class QueueService:
                     continue
                 self.disk_refused(error)
                 _log.error("request %s is executed but cannot be written down, trying again: %s", request_id, error)
-                await asyncio.sleep(_RETRY_SECONDS)
+                await asyncio.sleep(self._retry_seconds)
         self.tally.ended(ending)
         self._broker.finish(request_id)
         self._bodies.pop(request_id, None)
@@ -491,12 +493,14 @@ async def queue_service(
     sources: SourceFetcher,
     clock: Callable[[], float] = time.time,
     retention: float = math.inf,
+    *,
+    retry_seconds: float = _RETRY_SECONDS,
 ) -> AsyncIterator[QueueService]:
     """A queue that works until the block is left; then running work goes back to the store's queue."""
     info = engine.info()
     async with asyncio.TaskGroup() as tasks:
         worker = Executor(engine, storage, sources)
-        service = QueueService(store, storage, worker, info.slots, info, tasks, clock, retention)
+        service = QueueService(store, storage, worker, info.slots, info, tasks, clock, retention, retry_seconds)
         count = await service.recover()
         if count:
             _log.info("%d requests of the last server go on", count)

@@ -58,9 +58,10 @@ _SQL = load_statements(__file__)
 class Store:
     """Requests on disk. Make it with `await Store.open(path)`; it is an async context manager."""
 
-    def __init__(self, database: sqlite3.Connection, retention: float) -> None:
+    def __init__(self, database: sqlite3.Connection, retention: float, remembered: int) -> None:
         self._database = database
         self._retention = retention
+        self._remembered = remembered
         self._writer: GroupCommit[Submission | CompletedRequest | DeliveryOutcome, AcceptedSubmission | None]
         self._writer = GroupCommit(self._write, "store", attempt=in_open_database)
         self._recent: OrderedDict[RequestId, CompletedRequest] = OrderedDict()
@@ -70,12 +71,13 @@ class Store:
         """Callbacks that are owed, now or when their request ends; those that expired since the start included."""
 
     @classmethod
-    async def open(cls, path: Path, retention: float = math.inf) -> Self:
+    async def open(cls, path: Path, retention: float = math.inf, *, remembered: int = REMEMBERED) -> Self:
         """Open or make the file.
 
         Args:
             path: the file.
             retention: seconds that an ending is told, where the request itself wished nothing else.
+            remembered: endings kept in memory.
 
         Raises:
             InputError: it was written by a newer version, or is no database. StorageError: there is no room for it.
@@ -100,7 +102,7 @@ class Store:
         if version > VERSION:
             database.close()
             raise InputError(f"{path} is of version {version}, this restyle knows {VERSION}; upgrade restyle")
-        return cls(database, retention)
+        return cls(database, retention, remembered)
 
     async def __aenter__(self) -> Self:
         return self
@@ -239,7 +241,7 @@ class Store:
 
     def _remember(self, ending: CompletedRequest) -> None:
         self._recent[ending.request_id] = ending
-        if len(self._recent) > REMEMBERED:
+        if len(self._recent) > self._remembered:
             self._recent.popitem(last=False)
 
     # --- in the writer's thread ---------------------------------------------------------------------------

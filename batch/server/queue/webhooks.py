@@ -176,6 +176,7 @@ class Webhooks:
         key: signs.
         clock: Unix seconds.
         chance: a number from 0 to 1, for the pace of retries.
+        disk_seconds: time between two tries at a disk that refuses.
     """
 
     def __init__(
@@ -186,6 +187,8 @@ class Webhooks:
         key: Ed25519PrivateKey,
         clock: Callable[[], float],
         chance: Callable[[], float],
+        *,
+        disk_seconds: float = _DISK_SECONDS,
     ) -> None:
         self._service = service
         self._store = store
@@ -193,6 +196,7 @@ class Webhooks:
         self._key = key
         self._clock = clock
         self._chance = chance
+        self._disk_seconds = disk_seconds
         self._under_way: dict[RequestId, str] = {}
         """With their hosts."""
 
@@ -204,10 +208,10 @@ class Webhooks:
                     await self._round(tasks)
                 except StorageError as error:
                     _log.error("webhooks wait for the disk: %s", error)
-                    await asyncio.sleep(_DISK_SECONDS)
+                    await asyncio.sleep(self._disk_seconds)
                 except Exception:  # the boundary between the callbacks and the server
                     _log.exception("webhooks failed in a way that nobody foresaw")
-                    await asyncio.sleep(_DISK_SECONDS)
+                    await asyncio.sleep(self._disk_seconds)
 
     async def _round(self, tasks: asyncio.TaskGroup) -> None:
         """Start what is due, then wait for something to change."""
@@ -244,7 +248,7 @@ class Webhooks:
                 break
             except StorageError as error:
                 _log.error("the webhook of request %s cannot be noted: %s", delivery.request_id, error)
-                await asyncio.sleep(_DISK_SECONDS)
+                await asyncio.sleep(self._disk_seconds)
         del self._under_way[delivery.request_id]
         self._service.ended.set()
 
@@ -256,7 +260,7 @@ class Webhooks:
                 if not lacks_descriptor(error):
                     raise
                 self._service.lacked_descriptor(error)
-            await asyncio.sleep(_DISK_SECONDS)
+            await asyncio.sleep(self._disk_seconds)
 
     async def _try(self, delivery: Delivery) -> DeliveryOutcome:
         request_id, webhook, tries = delivery
