@@ -268,7 +268,7 @@ def test_another_server_is_not_called_unreachable(url):
 
     async def use():
         async with SafeHttpClient(private_too) as guard:
-            await guard._lookup("localhost")
+            await asyncio.get_running_loop().getaddrinfo("localhost", 80)
             with none_free(), pytest.raises(OSError, match="descriptor") as caught:
                 await guard.fetch(url, FetchLimits(1000, 5.0))
             assert lacks_descriptor(caught.value)

@@ -15,7 +15,6 @@ import pytest
 from PIL import Image
 
 from batch.fal.endpoint import ImageToImageInput
-from batch.server.engines import process_pool as workers
 from batch.server.engines.base import EngineCancelled, EngineFailure, EngineJob, NotReady, WorkerCrashed
 from batch.server.engines.preview.engine import PreviewEngine
 from batch.server.engines.preview.renderer import open_renderer
@@ -192,10 +191,9 @@ async def test_a_place_that_cannot_get_ready_is_told_at_once(tmp_path):
     assert (caught.value.status, caught.value.type, caught.value.retryable) == (500, "internal_server_error", True)
 
 
-async def test_a_place_that_cannot_get_ready_rests_ever_longer(tmp_path, monkeypatch):
+async def test_a_place_that_cannot_get_ready_rests_ever_longer(tmp_path):
     """Its process is ended, and a new one is started there only after a pause that doubles; a success ends that."""
-    monkeypatch.setattr(workers, "_FIRST_REST", 0.2)
-    async with WorkerPool(REFERENCE, [{"greeting": "lost"}]) as pool:
+    async with WorkerPool(REFERENCE, [{"greeting": "lost"}], first_rest=0.2) as pool:
         began = anyio.current_time()
         for started in (1, 2, 3):
             with pytest.raises(NotReady):
@@ -211,11 +209,10 @@ async def test_a_place_that_cannot_get_ready_rests_ever_longer(tmp_path, monkeyp
         assert 0.2 <= anyio.current_time() - again < 1.6, "it began anew with the shortest"
 
 
-async def test_a_resting_place_does_not_hold_up_the_others(tmp_path, monkeypatch):
+async def test_a_resting_place_does_not_hold_up_the_others(tmp_path):
     """While one rests for an hour, every job goes to the other."""
-    monkeypatch.setattr(workers, "_FIRST_REST", 3600)
-    monkeypatch.setattr(workers, "_LONGEST_REST", 3600)
-    async with WorkerPool(REFERENCE, [{"greeting": "lost"}, {"greeting": "fine"}]) as pool:
+    places = [{"greeting": "lost"}, {"greeting": "fine"}]
+    async with WorkerPool(REFERENCE, places, first_rest=3600, longest_rest=3600) as pool:
         with pytest.raises(NotReady):
             await pool.prepare(job("get_ready", str(tmp_path)))
         for _ in range(5):
@@ -404,10 +401,9 @@ async def test_closing_ends_idle_and_busy_workers(tmp_path):
         await run(pool, "greet")
 
 
-async def test_worker_that_hears_nothing_is_killed_when_the_pool_closes(monkeypatch):
+async def test_worker_that_hears_nothing_is_killed_when_the_pool_closes():
     """A stopped process cannot leave by itself; closing does not wait for it."""
-    monkeypatch.setattr(workers, "_GRACE", 0.05)
-    pool = WorkerPool(REFERENCE, size=1)
+    pool = WorkerPool(REFERENCE, size=1, grace=0.05)
     await pool.start(loaded=True)
     (pid,) = pool.pids()
     os.kill(pid, signal.SIGSTOP)

@@ -669,15 +669,13 @@ def test_a_port_or_data_dir_in_use_is_one_clear_sentence(tmp_path):
     """InputError with the value and what to do."""
 
     async def use():
-        impatient = ServerLimits(lock_seconds=0.1)
         async with serving(tmp_path / "a") as session:
             options = ServeOptions(tmp_path / "b", port=session._base_url.port)
             with pytest.raises(InputError, match=rf"port {session._base_url.port} .* --port"):
                 await serve(options, ready=print, engine=ScriptedEngine())
+            options = ServeOptions(tmp_path / "a", port=0, limits=ServerLimits(lock_seconds=0.1))
             with pytest.raises(InputError, match="another server"):
-                await serve(
-                    ServeOptions(tmp_path / "a", port=0, limits=impatient), ready=print, engine=ScriptedEngine()
-                )
+                await serve(options, ready=print, engine=ScriptedEngine())
         with pytest.raises(InputError, match="no engine"):
             await serve(ServeOptions(tmp_path / "c", port=0, engine="magic"), ready=print)
 

@@ -115,11 +115,11 @@ class _WorkerProcess:
         message: Message = pickle.loads(body)  # noqa: S301 - our own child wrote it
         return message
 
-    async def end(self) -> str:
+    async def end(self, grace: float) -> str:
         """Make sure that the process is gone, and say how it went."""
         with anyio.CancelScope(shield=True):
             await self._to.aclose()  # which ends a worker that is well
-            with anyio.move_on_after(_GRACE):
+            with anyio.move_on_after(grace):
                 await self.process.wait()
             if self.alive:
                 self.process.kill()
@@ -136,15 +136,26 @@ class WorkerPool:
         arguments: keyword arguments of that function; JSON. A list has those of each process, which the one that
             replaces it gets as well; `size` is then its length.
         size: processes at most; None: one a core.
+        grace: seconds between asking a worker to leave and killing it.
+        first_rest: seconds for which a place starts no worker after one that could not get ready there.
+        longest_rest: limit of that time, which doubles with each further one.
     """
 
     def __init__(
-        self, reference: str, arguments: JsonObject | Sequence[JsonObject] | None = None, size: int | None = None
+        self,
+        reference: str,
+        arguments: JsonObject | Sequence[JsonObject] | None = None,
+        size: int | None = None,
+        *,
+        grace: float = _GRACE,
+        first_rest: float = _FIRST_REST,
+        longest_rest: float = _LONGEST_REST,
     ) -> None:
         if arguments is None or isinstance(arguments, dict):
             arguments = [arguments or {}] * (usable_cores() if size is None else size)
         self.size = len(arguments)
         self._reference = reference
+        self._grace, self._first_rest, self._longest_rest = grace, first_rest, longest_rest
         self._idle: list[_WorkerProcess] = []
         self._workers: set[_WorkerProcess] = set()
         self._vacant = [_WorkerSlot(one) for one in arguments]
@@ -205,7 +216,7 @@ class WorkerPool:
         self._closed = True
         async with anyio.create_task_group() as tasks:
             for worker in self._workers:
-                tasks.start_soon(worker.end)
+                tasks.start_soon(worker.end, self._grace)
         self._workers.clear()
         self._idle.clear()
 
@@ -311,7 +322,7 @@ class WorkerPool:
             self._vacant.append(place)
             raise
         if self._closed:  # meanwhile
-            await worker.end()
+            await worker.end(self._grace)
             raise WorkerCrashed("the engine is closed")
         self._started += 1
         self._workers.add(worker)
@@ -327,7 +338,7 @@ class WorkerPool:
     async def _rest(self, worker: _WorkerProcess) -> None:
         """End a worker that cannot get ready, and start none in its place for a while."""
         place = worker.place
-        place.rest = min(max(_FIRST_REST, 2 * place.rest), _LONGEST_REST)
+        place.rest = min(max(self._first_rest, 2 * place.rest), self._longest_rest)
         place.rests_until = anyio.current_time() + place.rest
         await self._vacate(worker)
 
@@ -335,6 +346,6 @@ class WorkerPool:
         """Make sure that the worker is gone and its place is free; how it went."""
         self._workers.discard(worker)
         try:
-            return await worker.end()
+            return await worker.end(self._grace)
         finally:
             self._vacant.append(worker.place)
