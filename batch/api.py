@@ -4,8 +4,8 @@
     print(plan_sync("manifests/demo.csv").estimate.render())
     summary = run_sync("manifests/demo.csv", "out/demo")
 
-The plain functions also work inside a running event loop (a notebook): they run in a thread of their own. Ctrl-C
-there is raised when they have ended, see `run`.
+The plain functions also work inside a running event loop (a notebook): they run in their own thread. There, Ctrl-C is
+raised after they have ended, see `run`.
 Every command of `batch.cli.commands` is one of these calls. Settings are those of the config file: pass `config` (a
 path) or `settings` nested like the file, `settings={"input": {"strength": 0.8}}`, or both.
 """
@@ -84,22 +84,22 @@ async def plan(
     live_price: bool = False,
     retry_failed: bool = False,
 ) -> Plan:
-    """What a run would do and cost. Spends nothing, writes nothing, and sends nothing but for a live price.
+    """Return what a run would do and cost. Spends nothing, writes nothing, and sends nothing except for a live price.
 
     Args:
         manifest: CSV, TSV, JSON, JSONL, Parquet or Arrow file; a folder or glob of Parquet or Arrow files; a folder of
             images; a dataset saved with `save_to_disk`; `-` for standard input.
-        out: run directory of an earlier run, to count what is already done there. One of another config is counted
-            too, and `Plan.refusal` says that a run would refuse it.
+        out: run directory of an earlier run, to count what is already done there. If its config differs, it is counted
+            too, and `Plan.refusal` says why a run would be refused.
         config: TOML file.
-        settings: nested like the file; wins over it.
-        live_price: ask the target what it costs at present, and reckon with that. A run does not: it keeps to the
-            configured or built-in price.
-        retry_failed: count as a run does that takes failed jobs up again.
+        settings: nested like the file; overrides it.
+        live_price: ask the target for its current price and use it. A run does not: it uses the configured or built-in
+            price.
+        retry_failed: count like a run that retries failed jobs.
 
     Raises:
-        ConfigError, ManifestError, RunDirectoryError: with a sentence that says what to do.
-        AccountRefused, StoppedEarly: no live price was to be had.
+        ConfigError, ManifestError, RunDirectoryError: the message says what to do.
+        AccountRefused, StoppedEarly: could not fetch the live price.
     """
     resolved = _resolve(config, settings)
     live = None
@@ -127,28 +127,28 @@ async def run(
     confirm: Callable[[Plan], bool] | None = None,
     signals: bool = False,
 ) -> Summary:
-    """Do it, or go on with it: the same call again submits nothing that was accepted before.
+    """Run a manifest, or resume a run. Calling it again submits nothing that was accepted before.
 
     Args:
         manifest: as for `plan`.
-        out: the run directory, created where there is none.
+        out: the run directory, created if missing.
         config: TOML file.
-        settings: nested like the file; wins over it.
-        yes: agree to what a paid run costs; without it a paid run needs a budget or `confirm`.
-        retry_failed: take up jobs again that failed in earlier runs.
-        new_config: accept that the run directory was made with another configuration.
-        observer: is told what happens.
-        tally: counts while it runs; for a display of your own.
-        confirm: is shown the plan and may say no.
-        signals: stop in order on SIGINT and SIGTERM and return the summary; in a process's main thread only.
+        settings: nested like the file; overrides it.
+        yes: agree to the cost of a paid run; without it a paid run needs a budget or `confirm`.
+        retry_failed: retry jobs that failed in earlier runs.
+        new_config: accept that the run directory was created with another configuration.
+        observer: receives events.
+        tally: counts during the run, for your own display.
+        confirm: called with the plan; False ends the run before anything is submitted.
+        signals: stop gracefully on SIGINT and SIGTERM and return the summary; in a process's main thread only.
 
     Raises:
-        InputError: config, manifest or run directory are wrong; nothing was submitted.
-        StoppedEarly: the plan was not confirmed, or a disk refused to be written.
-        RunLocked: another process works in this run directory.
+        InputError: config, manifest or run directory are invalid; nothing was submitted.
+        StoppedEarly: the plan was not confirmed, or a disk could not be written.
+        RunLocked: another process uses this run directory.
 
-    A run that is cancelled stops submitting at once, collects what is in flight for `limits.drain`, writes the results
-    and then raises the cancellation; a second one ends the collecting. So does Ctrl-C in `run_sync`, which raises
+    A cancelled run stops submitting at once, collects jobs in flight for `limits.drain`, writes the results and then
+    raises the cancellation; a second cancellation ends the collecting. Ctrl-C in `run_sync` does the same and raises
     `KeyboardInterrupt` at the end.
     """
     request = RunRequest(
@@ -167,23 +167,23 @@ async def run(
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What a run directory's journal says; `running` is False also for a run that was killed."""
+    """State of a run directory according to its journal; `running` is False also for a run that was killed."""
 
     counts: Counts
     done_per_minute: float | None
-    """Of the last session; None before anything ended."""
+    """Rate of the last session; None before anything ended."""
     target: str
     manifest: str
     running: bool
     waits: Overview | None = None
-    """What open jobs wait for, as the run wrote it down; None where no run works here, or nothing waits yet."""
+    """The waits of open jobs, as the run recorded them; None without a running run, or before its first record."""
     waits_age_seconds: float = 0.0
-    """How long ago that was."""
+    """Age of that record."""
     paused_until: float | None = None
     """Unix seconds; the run submits nothing until then, because the target asked for it or does not answer."""
 
     def to_json(self) -> JsonObject:
-        """Plain JSON values."""
+        """Return the status as JSON values."""
         counts = self.counts
         return {
             "jobs": {str(state): counts.by_state.get(state, 0) for state in State},
@@ -202,25 +202,25 @@ class Status:
 
 
 async def status(out: str | Path) -> Status:
-    """Counts by state, spend, rate, the oldest open request, what open jobs wait for; also while a run works there.
+    """Return counts by state, spend, rate, the oldest open request and what open jobs wait for; also during a run.
 
     Raises:
-        RunDirectoryError: there is no run.
+        RunDirectoryError: the directory has no run.
     """
     return await anyio.to_thread.run_sync(_status, RunDirectory(Path(at_home(out))))
 
 
 async def export(out: str | Path, to: str | Path | None = None, *, manifest: str | Path | None = None) -> Totals:
-    """Rebuild the results from the journal and the manifest; free, and as often as one likes.
+    """Rebuild the results from the journal and the manifest; free, and repeatable.
 
     Args:
         out: the run directory.
         to: another file than its `results.parquet`; its name ends in .parquet.
-        manifest: where the manifest is now, if it has moved.
+        manifest: the current path of the manifest, if it has moved.
 
     Raises:
-        RunDirectoryError: there is no run. ManifestError: the manifest is gone; say where it is.
-        ConfigError: `to` is no place for a table of results.
+        RunDirectoryError: the directory has no run. ManifestError: the manifest is missing; pass its path.
+        ConfigError: `to` is not a valid path for a results table.
     """
     directory = RunDirectory(Path(at_home(out)))
     directory.require()
@@ -230,25 +230,25 @@ async def export(out: str | Path, to: str | Path | None = None, *, manifest: str
 
 
 async def audit(out: str | Path, *, repair: bool = False) -> AuditReport:
-    """Hold journal, results, images and, where the key allows it, the target's bills against each other.
+    """Compare journal, results, images and, if the key allows it, the target's bills.
 
-    Without `repair` it writes nothing and takes no lock; it reads every image again. `AuditReport.add_up` says whether
-    all is well.
+    Without `repair` it writes nothing and takes no lock; it reads every image. `AuditReport.add_up` says whether
+    everything agrees.
 
     Args:
         out: the run directory.
-        repair: first fetch stored images that are missing or damaged on disk again, free; `AuditReport.repair` says
-            what came of it.
+        repair: first download stored images again that are missing or damaged on disk, free; `AuditReport.repair` has
+            the outcome.
 
     Raises:
-        RunDirectoryError: there is no run. RunLocked: it works at present; look when it has ended.
-        ConfigError, StorageError: of a repair; the key is missing, or the disk refused.
+        RunDirectoryError: the directory has no run. RunLocked: it is running; audit it after it has ended.
+        ConfigError, StorageError: during a repair: the key is missing, or the disk refused.
     """
     directory = RunDirectory(Path(at_home(out)))
     directory.require()
     if directory.is_locked():
-        raise RunLocked(f"a run works in {directory.root}; audit it when that has ended")
-    from batch.audit.checks import audited  # with pyarrow behind it, which a run does not wait for
+        raise RunLocked(f"{directory.root} is in use by a run; audit it after the run has ended")
+    from batch.audit.checks import audited  # imports pyarrow, which slows the start of a run
 
     settings, repair_facts = _settings_of(directory), None
     if repair:
@@ -261,15 +261,15 @@ async def audit(out: str | Path, *, repair: bool = False) -> AuditReport:
 
 
 async def reconcile(out: str | Path, *, manifest: str | Path | None = None, signals: bool = False) -> Summary:
-    """Settle submits without a known outcome, and collect what is open; submit nothing.
+    """Settle submits of unknown outcome, and collect what is open; submit nothing.
 
     Args:
         out: the run directory.
-        manifest: where the manifest is now, if it has moved; the results are rewritten from it.
+        manifest: the current path of the manifest, if it has moved; the results are rewritten from it.
         signals: as for `run`.
 
     Raises:
-        RunDirectoryError: there is no run. RunLocked: another process works in it.
+        RunDirectoryError: the directory has no run. RunLocked: another process uses it.
     """
     directory = RunDirectory(Path(at_home(out)))
     directory.require()
@@ -284,18 +284,15 @@ async def reconcile(out: str | Path, *, manifest: str | Path | None = None, sign
 
 
 async def cancel(out: str | Path, *, told: Callable[[Cancelled], None] | None = None) -> Cancelled:
-    """Ask the target to cancel every open request of a run that does not work at present, many at once.
+    """Ask the target to cancel every open request of a run that is not running, many concurrently.
 
-    A cancel is a request, not a fact: what runs already may finish and be billed. The next `run` reads how each
-    ended: a cancelled job is failed then, and runs again only with `retry_failed`. What was not sent yet stays to do.
-    The call may be cancelled and repeated at any time.
-
-    Args:
-        out: the run directory.
-        told: called with the counts so far, after each answer.
+    A cancel is a request: a job that is already executing may finish and be billed. The next `run` reads how each
+    request ended: a cancelled job then counts as failed, and runs again only with `retry_failed`. Jobs that were not
+    sent yet remain to do. The call may be cancelled and repeated at any time. The callback receives the counts so far,
+    after each answer.
 
     Raises:
-        RunDirectoryError: there is no run. RunLocked: it works at present; stop it first.
+        RunDirectoryError: the directory has no run. RunLocked: it is running; stop it first.
         AccountRefused: the target refused the key.
     """
     directory = RunDirectory(Path(at_home(out)))
@@ -332,10 +329,10 @@ def _plan(
 
 
 def _refusal(directory: RunDirectory, settings: Settings) -> str:
-    """Why a run there would not begin without `new_config`; empty where it would.
+    """Return why a run there would need `new_config`; empty if it would not.
 
     Raises:
-        RunDirectoryError: it would not begin with that either.
+        RunDirectoryError: it would be refused even with `new_config`.
     """
     directory.check_config(settings, accept=True)
     try:
@@ -368,7 +365,7 @@ def _status(directory: RunDirectory) -> Status:
 
 
 def _waits_of(directory: RunDirectory) -> tuple[Overview | None, float]:
-    """What open jobs wait for, by the note of the run that works there, and the age of that note."""
+    """Return what open jobs wait for, and the age of that record, as written by the running run."""
     note = directory.read_waits()
     at = None if note is None else note.get("at")
     if note is None or not isinstance(at, int | float):
@@ -378,7 +375,7 @@ def _waits_of(directory: RunDirectory) -> tuple[Overview | None, float]:
 
 
 def _rate(file: JournalDatabase) -> float | None:
-    """Jobs done a minute while the last session worked."""
+    """Return the jobs done per minute during the last session."""
     sessions = file.sessions()
     if not sessions:
         return None
@@ -410,39 +407,39 @@ def _resolve(config: str | Path | None, settings: Mapping[str, Any] | None) -> S
 
 
 def _manifest_of(directory: RunDirectory, given: str | Path | None) -> str | Path | ManifestSource:
-    """Where the manifest is: as given, else where the last run found it, or kept what came by standard input."""
-    said = (directory.read_run() or {}).get("manifest")
-    facts = said if isinstance(said, dict) else {}
+    """Return the manifest's path: the given one, else the one of the last run, or the copy of its standard input."""
+    stored = (directory.read_run() or {}).get("manifest")
+    facts = stored if isinstance(stored, dict) else {}
     source, folder = (at_home(given) if given else None) or facts.get("source"), facts.get("folder")
     if not given and source and folder:
         return ManifestSource(directory.root / Path(str(source)).name, Path(str(folder)))
     if not source:
-        raise RunDirectoryError(f"{directory.run_file} does not say which manifest; name it with --manifest")
+        raise RunDirectoryError(f"{directory.run_file} does not name the manifest; pass it with --manifest")
     return str(source)
 
 
 def _settings_of(directory: RunDirectory, *, contacts_target: bool = True) -> Settings:
-    """The configuration that the run directory was last used with.
+    """Return the configuration that the run directory was last used with.
 
     Raises:
-        ConfigError: it is of another version; or the target is to be contacted, and is one that is refused by now.
+        ConfigError: it belongs to another version; or the target is to be contacted, and is refused by this version.
     """
     config = (directory.read_run() or {}).get("config")
     if not isinstance(config, dict):
-        raise RunDirectoryError(f"{directory.run_file} holds no config; run the `restyle run` command once more")
+        raise RunDirectoryError(f"{directory.run_file} has no config; run the `restyle run` command again")
     target = config.get("target")
     name = target.get("name") if isinstance(target, dict) else None
     if isinstance(target, dict) and isinstance(name, str) and name != "fal" and names_fal(name):
         if contacts_target:
             raise ConfigError(
-                f"{directory.root} was made with one of fal's own hosts as a URL target, which is refused now;"
-                f" `restyle run MANIFEST -o {directory.root} --target fal` continues it and collects what is paid for"
+                f"the target of {directory.root} is a URL of one of fal's own hosts, which is not supported; continue"
+                f" with `restyle run MANIFEST -o {directory.root} --target fal`, which collects what is paid for"
             )
         config = {**config, "target": {**target, "name": "fal"}}
     try:
         return Settings.model_validate(config)
     except ValueError as error:
-        raise ConfigError(f"{directory.run_file} holds a config of another version of restyle: {error}") from error
+        raise ConfigError(f"{directory.run_file} has a config of another version of restyle: {error}") from error
 
 
 # --- plain functions --------------------------------------------------------------------------------------
@@ -451,7 +448,7 @@ def _settings_of(directory: RunDirectory, *, contacts_target: bool = True) -> Se
 def _blocking(
     function: Callable[P, Awaitable[T]], sentence: Callable[[T], str] = lambda _: "interrupted"
 ) -> Callable[P, T]:
-    """The same call without `await`: in a thread and an event loop of its own, see `batch.system.sync_call`."""
+    """Return the function without `await`: it runs in its own thread and event loop, see `batch.system.sync_call`."""
     name = getattr(function, "__name__", "call")
 
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -464,15 +461,15 @@ def _blocking(
 
 
 def _interrupted(summary: Summary) -> str:
-    """What a KeyboardInterrupt says about a run that ended in order."""
-    rest = "nothing is left" if summary.exit_code is ExitCode.COMPLETE else "the same call goes on"
+    """Return the message of a KeyboardInterrupt after a run that stopped gracefully."""
+    rest = "nothing is left to do" if summary.exit_code is ExitCode.COMPLETE else "repeat the call to continue"
     return f"{summary.done} of {summary.rows} rows are done, the results are written; {rest}"
 
 
 def event_loop() -> dict[str, Any]:
-    """Options for `anyio.run`: uvloop where it is installed."""
+    """Return options for `anyio.run`: uvloop if it is installed."""
     try:
-        import uvloop  # noqa: F401 - only whether it is there
+        import uvloop  # noqa: F401 - only to see whether it is installed
     except ImportError:
         return {}
     return {"use_uvloop": True}

@@ -1,7 +1,7 @@
-"""The run directory: where each file lies, who may write in it, and which command it belongs to. Edge: disk.
+"""The run directory: file locations, the lock, and the configuration that it belongs to. Edge: disk.
 
-Owns the lock, `run.json` and `summary.json`. The journal, the results, the images and the log have owners of
-their own; this module only says where they are.
+Owns the lock, `run.json` and `summary.json`. The journal, the results, the images and the log have their own writers;
+this module only defines their paths.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from batch.types import Json, JsonObject
 __all__ = ["RunDirectory", "write_whole"]
 
 _DEFINING = ("manifest", "input", "sweep", "run_seed")
-"""Settings that decide which jobs there are. Limits may change from run to run."""
+"""Settings that determine the jobs. Other settings, such as limits, may change from run to run."""
 
 _LOCK_SECONDS = 0.3
-"""How long a run waits for the lock before it believes that another one works there."""
+"""Lock timeout; after it, another run is assumed to hold the directory."""
 
 
 class RunDirectory:
-    """One `-o`. Nothing is created until `prepare`."""
+    """The directory named by `-o`. Nothing is created before `prepare`."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -52,28 +52,28 @@ class RunDirectory:
         return f"<RunDirectory {self.root}>"
 
     def check_place(self) -> None:
-        """Refuse what cannot be a run directory; it need not exist.
+        """Refuse a path that cannot be a run directory; it need not exist.
 
         Raises:
-            RunDirectoryError: a file lies there, a folder of something else, or a run whose journal is lost.
+            RunDirectoryError: the path is a file, a folder with other content, or a run whose journal is lost.
         """
         if not self.journal.exists() and (lost := self.lost_journal()):
             raise RunDirectoryError(lost)
         if self.root.is_file():
-            raise RunDirectoryError(f"{self.root} is a file; -o names the folder of the run")
+            raise RunDirectoryError(f"{self.root} is a file; name a folder with -o")
         if (
             self.root.is_dir()
             and not self.journal.exists()
             and not self._lock_file.exists()
             and any(self.root.iterdir())
         ):
-            raise RunDirectoryError(f"{self.root} holds other files and no run; name a new or empty folder with -o")
+            raise RunDirectoryError(f"{self.root} is not empty and not a run directory; name an empty folder with -o")
 
     def prepare(self) -> None:
-        """Make it.
+        """Create the directory.
 
         Raises:
-            RunDirectoryError: a file lies there, or a folder of something else, or it cannot be written.
+            RunDirectoryError: the path is a file, a folder with other content, or not writable.
             StorageError: the disk is full.
         """
         self.check_place()
@@ -84,34 +84,34 @@ class RunDirectory:
         except OSError as error:
             full = error.errno in {errno.ENOSPC, errno.EDQUOT}
             advice = "name another folder with -o"
-            if self.journal.exists():  # in another one everything would be submitted, and paid, again
-                advice = "what was done and paid for is in it, so make it writable"
-            advice = f"make room, or {advice}" if full else advice
+            if self.journal.exists():  # in another folder every job would be submitted and paid for again
+                advice = "make it writable: it records what was done and paid for"
+            advice = f"free some space, or {advice}" if full else advice
             kind = StorageError if full else RunDirectoryError
             raise kind(f"{self.root} cannot be written ({error.strerror}); {advice}") from error
 
     def has_begun(self) -> bool:
-        """Whether there is a journal to read, or one that should be there; a first start that was cut off left none."""
+        """Whether a journal exists or should exist; an interrupted first start leaves none."""
         return self.journal.exists() and (self.journal.stat().st_size > 0 or self.lost_journal() is not None)
 
     def lost_journal(self) -> str | None:
-        """What to say if there is no journal; None where there need not be one yet, for no run has begun here.
+        """Return the error message if the journal of an earlier run is lost; None if no run has started here.
 
-        To begin anew in silence would pay for everything again.
+        Starting over silently would pay for every job again.
         """
         if not (self.run_file.exists() or self.results.exists()):  # the journal comes before both
             return None
         return (
-            f"the journal {self.journal} is missing or empty, but a run was here: what it submitted and paid for is not"
-            f" known without it. Put it back, with its {self.journal.name}-wal if there was one; or name another folder"
-            " with -o, where every job is submitted and paid for anew"
+            f"the journal {self.journal} is missing or empty, but this is the directory of an earlier run: only the"
+            f" journal records what was submitted and paid for. Restore it, with its {self.journal.name}-wal if there"
+            " was one, or name another folder with -o, where every job is submitted and paid for again"
         )
 
     def require(self) -> None:
-        """Check that a run is here.
+        """Check that the directory contains a run.
 
         Raises:
-            RunDirectoryError: it is not, or its journal is lost.
+            RunDirectoryError: there is no run, or its journal is lost.
         """
         if not self.journal.exists():
             none = f"there is no run in {self.root}; `restyle run MANIFEST -o {self.root}` starts one"
@@ -119,25 +119,25 @@ class RunDirectory:
 
     @contextmanager
     def locked(self, started_at: str) -> Iterator[None]:
-        """Hold the directory for this process; a dead owner's lock is free, the kernel sees to that.
+        """Lock the directory for this process. The kernel releases the lock of a dead process.
 
         Raises:
-            RunLocked: another process holds it; its host, process id and start are named.
+            RunLocked: another process holds the lock; the message names its host, process id and start.
         """
-        # Not at once: `is_locked` of a `restyle status` holds it for a moment, to see whether it is free.
+        # A timeout, because `is_locked` of a concurrent `restyle status` holds the lock for a moment.
         lock = FileLock(self._lock_file, timeout=_LOCK_SECONDS)
         try:
             lock.acquire(poll_interval=0.02)
         except Timeout:
-            raise RunLocked(f"another run works in {self.root} ({self._owner()}); wait for it, or stop it") from None
+            raise RunLocked(f"another run is active in {self.root} ({self._owner()}); wait for it or stop it") from None
         except OSError as error:
             raise StorageError(
-                f"{self._lock_file} cannot be locked ({error.strerror}); is the disk writable?"
+                f"{self._lock_file} cannot be locked ({error.strerror}); check that the disk is writable"
             ) from error
         try:
             owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": started_at}
             write_whole(self._owner_file, orjson.dumps(owner))
-            self.note_waits(None)  # one of a run that was killed
+            self.note_waits(None)  # left by a killed run
             yield
         finally:
             self._owner_file.unlink(missing_ok=True)
@@ -145,13 +145,13 @@ class RunDirectory:
             lock.release()
 
     def is_locked(self) -> bool:
-        """Whether a process works here now."""
+        """Whether a process holds the lock now."""
         lock = FileLock(self._lock_file, timeout=0)
         try:
             lock.acquire()
         except Timeout:
             return True
-        except OSError:  # a read-only disk: nobody can work on it
+        except OSError:  # a read-only disk: no run can be active on it
             return False
         lock.release()
         return False
@@ -160,14 +160,14 @@ class RunDirectory:
         try:
             owner = orjson.loads(self._owner_file.read_bytes())
         except (OSError, orjson.JSONDecodeError):
-            return "its owner has not said who it is"
+            return "owner unknown"
         return f"process {owner.get('pid')} on {owner.get('host')} since {owner.get('since')}"
 
     def note_waits(self, facts: JsonObject | None) -> None:
-        """Replace the note on what open jobs wait for, or remove it. A disk that refuses costs the note, not the run.
+        """Replace or remove the note about what open jobs wait for. A disk error costs the note, not the run.
 
-        Only the process that holds the lock may call this. The note is not made durable: it is for `restyle status`
-        while that process works.
+        Only the process that holds the lock may call this. The note is not durable: it serves `restyle status` while
+        that process runs.
         """
         with suppress(OSError):
             if facts is None:
@@ -178,7 +178,7 @@ class RunDirectory:
             temporary.replace(self._waits_file)
 
     def read_waits(self) -> JsonObject | None:
-        """The note of the run that works here; None where there is none."""
+        """Return the note of the active run, or None."""
         try:
             value = orjson.loads(self._waits_file.read_bytes())
         except (OSError, orjson.JSONDecodeError):
@@ -186,10 +186,10 @@ class RunDirectory:
         return value if isinstance(value, dict) else None
 
     def read_run(self) -> JsonObject | None:
-        """`run.json`, or None where there is none yet.
+        """Return the content of `run.json`, or None if it is missing.
 
         Raises:
-            RunDirectoryError: it is not readable.
+            RunDirectoryError: the file is unreadable.
         """
         try:
             value = orjson.loads(self.run_file.read_bytes())
@@ -200,11 +200,11 @@ class RunDirectory:
         return value if isinstance(value, dict) else None
 
     def check_config(self, settings: Settings, *, accept: bool) -> None:
-        """Refuse a configuration that would make other jobs than this directory's, unless it is accepted.
+        """Refuse a configuration that would create other jobs than this directory's, unless accepted.
 
         Raises:
-            RunDirectoryError: it differs, and how; or the target is another kind, which is never accepted:
-                results of different services do not belong into one table.
+            RunDirectoryError: the configuration differs (the message says how), or the target is another kind, which is
+                never accepted: results of different services do not belong in one table.
         """
         before = self.read_run()
         config = before.get("config") if before is not None else None
@@ -225,7 +225,7 @@ class RunDirectory:
         if different and not accept:
             raise RunDirectoryError(
                 f"{self.root} was made with another config: {'; '.join(different)}."
-                " Take the old one, or name another folder with -o, or say --new-config to go on with the new one"
+                " Use the old config, name another folder with -o, or accept the new config with --new-config"
             )
 
     def write_run(self, facts: JsonObject) -> None:
@@ -233,12 +233,12 @@ class RunDirectory:
         write_whole(self.run_file, orjson.dumps(facts, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
 
     def write_summary(self, facts: JsonObject) -> None:
-        """Replace `summary.json`: one line, for a cron job's reader."""
+        """Replace `summary.json`: one line, for scripts that run after a cron job."""
         write_whole(self.summary_file, orjson.dumps(facts, option=orjson.OPT_APPEND_NEWLINE))
 
 
 def config_of(settings: Settings) -> dict[str, Any]:
-    """The resolved configuration as JSON values. There is no secret in it: the key is no setting."""
+    """Return the resolved configuration as JSON values. It contains no secret: the API key is not a setting."""
     return settings.model_dump(mode="json")
 
 
@@ -252,12 +252,12 @@ def write_whole(path: Path, data: bytes) -> None:
         write_file(path, data, sync_name=False)
     except OSError as error:
         raise StorageError(
-            f"{path} cannot be written ({error.strerror}); make room or unlock it, and run again"
+            f"{path} cannot be written ({error.strerror}); free some space or make it writable, then run again"
         ) from error
 
 
 def _kind(target: Json) -> Json:
-    """Local, fal or a URL. Runs of version 0.1 may have named a host of fal's by its URL: they go on as fal's."""
+    """Return `local`, `fal` or `a URL`. Runs of version 0.1 may name a fal host by its URL; that counts as fal."""
     if target in {"local", "fal"}:
         return target
     return "fal" if isinstance(target, str) and protocol.names_fal(target) else "a URL"

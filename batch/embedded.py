@@ -1,8 +1,8 @@
-"""The embedded endpoint: our server as a child process of a run, started, watched and ended with it.
+"""The embedded endpoint: our server as a child process of a run.
 
-Owns the child. It listens on loopback, works in a process group of its own (Ctrl-C at the terminal reaches the run
-alone, which then collects what is in flight), and ends when its standard input closes, which the kernel does even for
-a parent that was killed. A child that dies is started again on the same port: URLs and request ids stay good.
+The child listens on loopback and has its own process group, so Ctrl-C at the terminal reaches only the run, which then
+collects the jobs in flight. It ends when its standard input closes, which the kernel does even if the parent is killed.
+A child that dies is restarted on the same port, so URLs and request ids stay valid.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from batch.system.durable import make_folders
 __all__ = ["Endpoint", "embedded_endpoint"]
 
 START_SECONDS = 60.0
-"""How long a child may take until it answers: an engine may have to load a model."""
+"""Time for a child to answer after its start: an engine may have to load a model."""
 STOP_SECONDS = 10.0
-"""How long a child may take to end when it is asked to; then it is killed."""
+"""Time for a child to end after its input is closed; then it is killed."""
 RESTARTS = 5
 RESTART_WINDOW_SECONDS = 60.0
 _LINES_SHOWN = 8
 _TRIES, _PAUSE_SECONDS = 60, 0.5
-"""How often it is tried to start a child while no descriptor is free, and the pause between two tries."""
+"""Tries to start a child while no descriptor is free, and the pause between two tries."""
 
 
 @dataclass(slots=True)
@@ -45,9 +45,9 @@ class Endpoint:
     url: str
     """`http://127.0.0.1:PORT`; it does not change while the endpoint runs."""
     pid: int
-    """Of the present child."""
+    """Process id of the current child."""
     restarts: int = 0
-    """Children that died and were replaced."""
+    """Number of children that died and were replaced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,18 +85,18 @@ async def embedded_endpoint(
     """Run the endpoint as a child process while the block lasts.
 
     Args:
-        data_dir: where its queue, files and last port are kept; requests of an earlier run go on.
+        data_dir: folder of its queue, files and last port; requests of an earlier run continue.
         engine: `preview` or `echo`.
-        slots: requests executed at once; None: what suits the engine.
+        slots: concurrent requests; None: the engine's default.
         service_time: seconds that a job of `echo` takes.
         log_path: the child's log is appended here; None: `data_dir/server.log`.
-        faults: failures that it shall rehearse.
-        restarts: deaths within a minute after which a further one ends the run.
+        faults: file of failures to simulate.
+        restarts: maximum restarts within a minute.
 
     Raises:
-        RestyleError: the child did not start; the last lines of its log are in the message. An InputError where
-            it found fault with what it was given.
-        StorageError: it could not write to its disk any more.
+        RestyleError: the child did not start; the message has the last lines of its log. InputError if it rejected its
+            input.
+        StorageError: it can no longer write to its disk.
         StoppedEarly: it died more than `restarts` times a minute.
     """
     await anyio.to_thread.run_sync(make_folders, data_dir)
@@ -110,11 +110,11 @@ async def embedded_endpoint(
                 tasks.start_soon(_supervise, command, holder, endpoint, log, restarts)
                 try:
                     yield endpoint
-                except Exception as error:  # the block's own: it must leave as it came, not in the group's wrapping
+                except Exception as error:  # raised by the block: the task group would wrap it
                     failure = error
                 tasks.cancel_scope.cancel()
         except BaseExceptionGroup as group:
-            # Only the supervisor is left in the group; what it raises ends the run.
+            # Only the supervisor can have raised.
             raise group.exceptions[0] from None
         finally:
             await _end(holder.child)
@@ -128,18 +128,18 @@ class _Holder:
 
 
 async def _supervise(command: _Command, holder: _Holder, endpoint: Endpoint, log: IO[bytes], restarts: int) -> None:
-    """Replace a child that dies, on the port that its callers know."""
+    """Replace a child that dies, on the same port."""
     port = int(endpoint.url.rpartition(":")[2])
     deaths: deque[float] = deque(maxlen=restarts)
     while True:
         code = await holder.child.wait()
         await holder.child.aclose()
         if code == ExitCode.STOPPED_EARLY:
-            raise StorageError(_no_room(command.data_dir))
+            raise StorageError(_disk_full(command.data_dir))
         now = anyio.current_time()
         earliest = deaths[0] if len(deaths) == restarts else -math.inf
         if now - earliest < RESTART_WINDOW_SECONDS:
-            raise StoppedEarly(_given_up(code, command.log_path, restarts))
+            raise StoppedEarly(_died_too_often(code, command.log_path, restarts))
         deaths.append(now)
         holder.child, replaced = await _start(command, port, log)
         endpoint.pid, endpoint.restarts = replaced.pid, endpoint.restarts + 1
@@ -147,10 +147,10 @@ async def _supervise(command: _Command, holder: _Holder, endpoint: Endpoint, log
 
 async def _start(command: _Command, port: int, log: IO[bytes]) -> tuple[Process, Endpoint]:
     seen = command.log_path.stat().st_size
-    child = await _opened(command.line(port), log)
+    child = await _open_process(command.line(port), log)
     try:
         with anyio.fail_after(START_SECONDS):
-            said = json.loads(await _first_line(child))
+            announced = json.loads(await _first_line(child))
     except BaseException as error:
         await _end(child, STOP_SECONDS if isinstance(error, ValueError) else 0.0)
         if isinstance(error, ValueError | TimeoutError):
@@ -161,16 +161,16 @@ async def _start(command: _Command, port: int, log: IO[bytes]) -> tuple[Process,
             )
             lines = _last_lines(command.log_path, seen)
             if child.returncode == ExitCode.STOPPED_EARLY:
-                raise StorageError(_no_room(command.data_dir)) from error
-            # What it was given is wrong: it said so, and the same command would end so again.
+                raise StorageError(_disk_full(command.data_dir)) from error
+            # The child rejected its input, and the same command would fail again.
             kind = InputError if child.returncode == ExitCode.BAD_INPUT else RestyleError
             raise kind(f"the embedded endpoint did not start {what}; see {command.log_path}\n{lines}") from error
         raise
-    return child, Endpoint(said["url"], said["pid"])
+    return child, Endpoint(announced["url"], announced["pid"])
 
 
-async def _opened(line: list[str], log: IO[bytes]) -> Process:
-    """Start a process; where no descriptor is free for its pipes, a little later."""
+async def _open_process(line: list[str], log: IO[bytes]) -> Process:
+    """Start a process; retry while no descriptor is free for its pipes."""
     for _ in range(_TRIES):
         try:
             return await anyio.open_process(line, stderr=log, start_new_session=True)
@@ -178,11 +178,11 @@ async def _opened(line: list[str], log: IO[bytes]) -> Process:
             if not lacks_descriptor(error):
                 raise
         await anyio.sleep(_PAUSE_SECONDS)
-    raise StoppedEarly("the embedded endpoint cannot be started: too many open files; raise `ulimit -n` and run again")
+    raise StoppedEarly("cannot start the embedded endpoint: too many open files; raise `ulimit -n` and run again")
 
 
 async def _first_line(child: Process) -> bytes:
-    """The child's one line; what came of it where the child ended before."""
+    """Return the child's first line of output, or what it wrote before it ended."""
     assert child.stdout is not None, "it is a pipe"
     line = b""
     async for chunk in child.stdout:
@@ -193,7 +193,7 @@ async def _first_line(child: Process) -> bytes:
 
 
 async def _end(child: Process, grace: float = STOP_SECONDS) -> None:
-    """Close its standard input, which asks it to end; kill it if it does not."""
+    """Close the child's standard input, which asks it to end; kill it if it does not."""
     with anyio.CancelScope(shield=True):
         if child.stdin is not None:
             await child.stdin.aclose()
@@ -205,23 +205,23 @@ async def _end(child: Process, grace: float = STOP_SECONDS) -> None:
         await child.aclose()
 
 
-def _given_up(code: int, log_path: Path, restarts: int) -> str:
+def _died_too_often(code: int, log_path: Path, restarts: int) -> str:
     return (
         f"the embedded endpoint died {restarts + 1} times within {RESTART_WINDOW_SECONDS:.0f} s, last with exit code "
         f"{code}; see {log_path}, then run the same command again\n{_last_lines(log_path, 0)}"
     )
 
 
-def _no_room(data_dir: Path) -> str:
-    """Its log cannot be quoted: it is on the same disk."""
+def _disk_full(data_dir: Path) -> str:
+    """Return the message for a full disk; the child's log is on the same disk and cannot be quoted."""
     return (
-        f"{data_dir} could not be written, so the embedded endpoint gave up; free space on that disk (or raise its "
-        "quota), then run the same command again. What was durable before is still there."
+        f"{data_dir} could not be written, so the embedded endpoint stopped; free space on that disk (or raise its"
+        " quota), then run the same command again. What was durable before is still there."
     )
 
 
 def _last_lines(log_path: Path, since: int) -> str:
-    """The end of what the child has logged after byte `since`."""
+    """Return the last lines that the child logged after byte `since`."""
     with log_path.open("rb") as file:
         file.seek(max(since, log_path.stat().st_size - 8192))
         lines = file.read().decode("utf-8", "replace").splitlines()

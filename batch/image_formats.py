@@ -1,7 +1,7 @@
-"""The image formats that are read and stored, with their content types and suffixes: the one table of them. Pure.
+"""The table of image formats that are read and stored, with content types and suffixes. Pure.
 
-Formats of several images in one file are those of the first image: phones write a photo, its preview and its depth map
-as one JPEG, which Pillow calls MPO; an animated PNG is a PNG.
+A file with several images counts as the format of its first one: phones write a photo, its preview and its depth map as
+one JPEG, which Pillow calls MPO; an animated PNG is a PNG.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ __all__ = ["FORMATS", "READABLE", "ImageFormat", "format_named", "format_of_type
 
 
 class ImageFormat(NamedTuple):
-    """A format as the web knows it."""
+    """An image format of the web."""
 
     name: str
-    """In Pillow."""
+    """Pillow's name."""
     content_type: str
     suffix: str
-    """Of a file's name, with its dot."""
+    """File suffix, with its dot."""
 
 
 FORMATS = (
@@ -31,7 +31,7 @@ FORMATS = (
     ImageFormat("BMP", "image/bmp", ".bmp"),
 )
 READABLE = tuple(known.name for known in FORMATS)
-"""Pillow knows sixty more, one of which starts another program to draw them (EPS)."""
+"""Excludes about sixty other formats of Pillow, one of which (EPS) starts another program."""
 
 _NAMES = {"MPO": "JPEG"}
 _TYPES = {
@@ -46,17 +46,17 @@ _TYPES = {
     "image/x-ms-bmp": "image/bmp",
     "image/x-png": "image/png",
 }
-"""Other names that senders use."""
+"""Other content types in use."""
 _BY_NAME = {known.name: known for known in FORMATS}
 _BY_TYPE = {known.content_type: known for known in FORMATS}
 
 
 def format_named(name: str | None) -> ImageFormat | None:
-    """The format that Pillow says it has read; None for one that is not in the table."""
+    """Return the format with Pillow's name; None if it is not in the table."""
     return None if name is None else _BY_NAME.get(_NAMES.get(name, name))
 
 
 def format_of_type(content_type: str) -> ImageFormat | None:
-    """The format of a content type, under any of its names; None for one that is not in the table."""
+    """Return the format of a content type, under any of its names; None if it is not in the table."""
     plain = content_type.partition(";")[0].strip().lower()
     return _BY_TYPE.get(_TYPES.get(plain, plain))

@@ -1,6 +1,6 @@
-"""One `restyle run` from the lock to the summary: estimate, ask, carry out, project. Assembly.
+"""One `restyle run` from the lock to the summary: estimate, confirm, run, write the results. Assembly.
 
-Everything that one run opens is opened here, in the order in which it is needed, and closed in reverse.
+Everything that a run opens is opened here, in the order of need, and closed in reverse.
 """
 
 from __future__ import annotations
@@ -56,31 +56,31 @@ __all__ = ["Plan", "RunRequest", "Summary", "estimate_of", "open_planner", "run_
 T = TypeVar("T")
 
 _EXAMPLES = 3
-"""Error types that the end of a run shows with an example; `errors` has all of them."""
+"""Error types with an example in the summary; `errors` has all of them."""
 _TO_COLLECT = (State.INTENDED, State.ACCEPTED, State.ANSWERED, State.COLLECTABLE)
 _START_FILES = 24
 """Descriptors that a run needs before it opens a connection."""
 _AUTO_GUESS = 16
-"""Jobs at once that a plan reckons with where the window finds its own size."""
+"""Assumed concurrent jobs in a plan if the window is adaptive."""
 _SHOW_WAITS_EVERY = 2.0
-"""Seconds between two looks at what open jobs wait for."""
+"""Seconds between two updates of what open jobs wait for."""
 
 
 class Plan(NamedTuple):
-    """What a run would do: shown before it does it."""
+    """A plan of a run; shown before it starts."""
 
     profile: TargetProfile
     manifest: Manifest
     estimate: Estimate
     spent_usd: float = 0.0
-    """By earlier sessions of the same run directory."""
+    """Spent by earlier sessions of the same run directory."""
     refusal: str = ""
-    """Why a run would refuse to do it in that directory, where it would: another config, and how to agree to it."""
+    """Why a run in that directory would be refused (its config differs), and how to proceed; empty if it would not."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunRequest:
-    """What the user asked for, besides the settings."""
+    """The user's request, besides the settings."""
 
     manifest: str | Path | ManifestSource
     out: Path
@@ -88,18 +88,18 @@ class RunRequest:
     retry_failed: bool = False
     new_config: bool = False
     collect_only: bool = False
-    """Settle and collect what was submitted before, submit nothing new."""
+    """Settle and collect earlier submits; submit nothing new."""
     signals: bool = False
-    """Whether SIGINT and SIGTERM stop the run in order: a process's main thread only."""
+    """Whether SIGINT and SIGTERM stop the run gracefully; requires the main thread of the process."""
     observer: Observer = field(default_factory=Observer)
     tally: ProgressCounter = field(default_factory=ProgressCounter)
     confirm: Callable[[Plan], bool] | None = None
-    """Asked once the plan is known; False ends the run before anything is submitted."""
+    """Called with the plan; False ends the run before anything is submitted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """How a run ended; `summary.json` holds the same."""
+    """How a run ended; `summary.json` has the same contents."""
 
     exit_code: ExitCode
     rows: int
@@ -109,20 +109,20 @@ class Summary:
     pending: int
     skipped: int
     errors: dict[str, int]
-    """Failed rows by error type, the commonest first."""
+    """Failed rows by error type, the most frequent first."""
     examples: dict[str, tuple[int, str]]
-    """For the three commonest error types, the first row with it and its message."""
+    """For the three most frequent error types: the first row with it, and its message."""
     flagged_images: int
     """Images that the safety checker flagged."""
     collectable: int
     """Failed jobs that are paid for: the next run asks for their answers or images again, free."""
     ended: int
-    """Jobs that this session finished, or that failed in it."""
+    """Jobs that finished or failed in this session."""
     spent_usd: float
-    """By this session; `spent_total_usd` by all of this run directory."""
+    """Spent by this session; `spent_total_usd` is spent by all sessions of this run directory."""
     spent_total_usd: float
     reserved_usd: float
-    """For what is in flight or unknown."""
+    """Reserved for jobs in flight or unknown."""
     seconds: float
     stopped: str | None
     reason: str
@@ -132,7 +132,7 @@ class Summary:
     target: str
 
     def to_json(self) -> JsonObject:
-        """Plain JSON values."""
+        """Return the summary as JSON values."""
         return {
             "exit_code": int(self.exit_code),
             "status": self.exit_code.name.lower(),
@@ -162,7 +162,7 @@ class Summary:
 
 
 async def run_session(request: RunRequest) -> Summary:
-    """Do it, or go on with it; see `batch.api.run`."""
+    """Run a manifest, or resume a run; see `batch.api.run`."""
     return await in_order(partial(_located_session, request), request.observer, wanted=request.signals)
 
 
@@ -177,11 +177,11 @@ async def _session(request: RunRequest, source: ManifestSource, signals: Session
     settings, directory = request.settings, RunDirectory(request.out)
     profile, began, started_at = profile_of(settings), time.monotonic(), _timestamp()
     manifest = await _in_thread(partial(open_manifest, source, settings))
-    await _in_thread(partial(open_planner, manifest, settings, None))  # a wrong column leaves no folder behind
-    if not request.collect_only:  # what is left to collect may need no endpoint
+    await _in_thread(partial(open_planner, manifest, settings, None))  # a wrong column fails before a folder exists
+    if not request.collect_only:  # collecting may not need an endpoint
         await _in_thread(partial(check_faults, settings))
     directory.prepare()
-    with directory.locked(started_at), _noted(directory, started_at):
+    with directory.locked(started_at), _summary_on_disk_error(directory, started_at):
         directory.check_config(settings, accept=request.new_config)
         lost = await _in_thread(directory.lost_journal)
         async with open_journal(directory.journal, version=tool_version(), lost=lost) as journal:
@@ -190,7 +190,7 @@ async def _session(request: RunRequest, source: ManifestSource, signals: Session
             again = request.retry_failed
             found = await _in_thread(partial(estimate_of, planner, settings, profile, journal.file, retry_failed=again))
             plan = Plan(profile, manifest, found, before.spent_usd)
-            _refuse_unasked(plan, request)
+            _require_consent(plan, request)
             if source.is_spooled:
                 source = await _in_thread(partial(keep, source, directory.root))
                 manifest = await _in_thread(partial(open_manifest, source, settings))
@@ -202,15 +202,15 @@ async def _session(request: RunRequest, source: ManifestSource, signals: Session
             report: Report | None = None
             cut_off: BaseException | None = None
             try:
-                report = await _carried_out(request, directory, journal, projection, plan, before, signals, allowed)
+                report = await _run_jobs(request, directory, journal, projection, plan, before, signals, allowed)
             except BaseException as error:
                 if isinstance(error, Exception):
                     raise
-                cut_off = error  # asyncio cancels every task of a loop that it closes: the results are still written
+                cut_off = error  # asyncio cancels all tasks of a closing loop: the results are still written
                 report = _report_of(request.tally, signals)
                 await journal.settled()
             signals.over()
-            after, totals = await journal.to_the_end(partial(_concluded, projection, directory))
+            after, totals = await journal.to_the_end(partial(_write_results, projection, directory))
     summary = _summary(request, directory, report, totals, before, after, began, started_at)
     directory.write_summary(summary.to_json())
     if cut_off is not None:
@@ -218,21 +218,21 @@ async def _session(request: RunRequest, source: ManifestSource, signals: Session
     return summary
 
 
-def _concluded(projection: Export, directory: RunDirectory) -> tuple[Counts, Totals]:
-    """Write the results as the journal has them."""
+def _write_results(projection: Export, directory: RunDirectory) -> tuple[Counts, Totals]:
+    """Write the results from the journal."""
     counts = projection.file.counts()
     return counts, projection.refresh(directory.results, counts.by_state)
 
 
 def _report_of(tally: ProgressCounter, signals: SessionSignals) -> Report:
-    """Of a run that was cut off before it could report."""
+    """Return the report of a run that was cancelled before it could report."""
     stopping = signals.first or StopRequest(StopCause.CANCELLED, "every task of the event loop was cancelled")
     return Report(tally.done, tally.failed, tally.held, stopping)
 
 
 @contextmanager
-def _noted(directory: RunDirectory, started_at: str) -> Iterator[None]:
-    """Let `summary.json` say so too where the run was stopped by a disk: its reader must not see an older end."""
+def _summary_on_disk_error(directory: RunDirectory, started_at: str) -> Iterator[None]:
+    """Write `summary.json` if a disk error stopped the run, so that its reader does not see an older end."""
     try:
         yield
     except StorageError as error:
@@ -244,7 +244,7 @@ def _noted(directory: RunDirectory, started_at: str) -> Iterator[None]:
 
 
 def open_planner(manifest: Manifest, settings: Settings, file: JournalDatabase | None) -> Planner:
-    """The manifest's planner; with a journal the hashes of local images are kept from run to run."""
+    """Return the manifest's planner; with a journal the hashes of local images are kept between runs."""
     images = SourceImages(manifest.folder, settings.limits.max_image_megapixels, file)
     return Planner(manifest, with_columns(manifest, settings), images)
 
@@ -252,7 +252,7 @@ def open_planner(manifest: Manifest, settings: Settings, file: JournalDatabase |
 def estimate_of(
     planner: Planner, settings: Settings, profile: TargetProfile, file: JournalDatabase | None, *, retry_failed: bool
 ) -> Estimate:
-    """Run once through the manifest: counts, problems, cost. A plan shows what it says, a run does it."""
+    """Read the manifest once: counts, problems, cost. A plan shows them, a run does them."""
     wanted = settings.limits.max_in_flight
     at_once = wanted if isinstance(wanted, int) else _guess(window_bounds(wanted))
     return estimate(
@@ -268,7 +268,7 @@ def estimate_of(
 
 
 def _collect_seconds(settings: Settings) -> float:
-    """How long a paid answer is asked for again: no longer than its files are kept, where that is set."""
+    """Return how long a paid answer is asked for again: at most as long as its files are kept."""
     return min(settings.limits.collect_for, settings.target.keep_files or settings.limits.collect_for)
 
 
@@ -276,15 +276,15 @@ def _guess(bounds: tuple[int, int] | None) -> int:
     return _AUTO_GUESS if bounds is None else max(bounds[0], min(_AUTO_GUESS, bounds[1]))
 
 
-# --- asking -----------------------------------------------------------------------------------------------
+# --- confirmation -----------------------------------------------------------------------------------------
 
 
-def _refuse_unasked(plan: Plan, request: RunRequest) -> None:
-    """Money moves only with a yes: a confirmed plan, or a budget.
+def _require_consent(plan: Plan, request: RunRequest) -> None:
+    """Require consent before money is spent: a confirmed plan, or a budget.
 
     Raises:
-        ConfigError: a paid run that nobody agreed to.
-        StoppedEarly: the answer was no.
+        ConfigError: a paid run without consent.
+        StoppedEarly: the plan was rejected.
     """
     if request.confirm is not None:
         if not request.confirm(plan):
@@ -296,14 +296,14 @@ def _refuse_unasked(plan: Plan, request: RunRequest) -> None:
         and request.settings.limits.budget_usd is None
     ):
         raise ConfigError(
-            f"this run would cost ${plan.estimate.dollars_at_most:,.2f} at most; say yes=True (--yes), or set a budget"
+            f"this run would cost up to ${plan.estimate.dollars_at_most:,.2f}; pass yes=True (--yes) or set a budget"
         )
 
 
-# --- carrying out -----------------------------------------------------------------------------------------
+# --- running ----------------------------------------------------------------------------------------------
 
 
-async def _carried_out(
+async def _run_jobs(
     request: RunRequest,
     directory: RunDirectory,
     journal: JournalWriter,
@@ -313,7 +313,7 @@ async def _carried_out(
     signals: SessionSignals,
     allowed: Allowance,
 ) -> Report | None:
-    """Run what is to do; None where there is nothing, and nothing was opened."""
+    """Run the jobs; None if there is nothing to do, and nothing was opened."""
     settings, found = request.settings, plan.estimate
     to_do = 0 if request.collect_only else found.to_do
     is_open = any(before.by_state.get(state) for state in _TO_COLLECT)
@@ -366,13 +366,13 @@ async def _carried_out(
 
 @asynccontextmanager
 async def _showing_waits(runner: Runner, observer: Observer, directory: RunDirectory) -> AsyncIterator[None]:
-    """While the block lasts, show every few seconds what open jobs wait for, to observers and to `restyle status`."""
+    """While the block lasts, report regularly what open jobs wait for, to observers and to `restyle status`."""
     failure: Exception | None = None
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(_show_waits, runner, observer, directory)
         try:
             yield
-        except Exception as error:  # carried around the task group, which would wrap it
+        except Exception as error:  # the task group would wrap it
             failure = error
         tasks.cancel_scope.cancel()
     if failure is not None:
@@ -393,7 +393,7 @@ async def _show_waits(runner: Runner, observer: Observer, directory: RunDirector
 
 
 async def _jobs(planner: Planner) -> AsyncGenerator[Sequence[Job], None]:
-    """The manifest's jobs, a batch at a time; the next is read when this one is used up."""
+    """Yield the manifest's jobs in batches; each is read when the previous one is used up."""
     batches = planner.batches()
     while (batch := await _in_thread(partial(next, batches, None))) is not None:
         yield [item.job for item in batch.items if item.job is not None]
@@ -426,7 +426,7 @@ def _window(at_once: int | str, profile: TargetProfile) -> Window:
 
 
 def _reconciler(target: Connection, journal: JournalWriter, observer: Observer, rng: Random) -> Reconciler | None:
-    """None where a repeated submit finds out what became of the first one, and its request id."""
+    """Return the reconciler; None if a repeated submit returns the request of the first one."""
     if target.idempotency is Idempotency.REPLAY:
         return None
     repeated_for = REPEAT_SECONDS if target.idempotency is Idempotency.REJECT else 0.0

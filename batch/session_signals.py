@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and cancellation of one session, from when it may spend until its summary is written. Assembly."""
+"""SIGINT, SIGTERM and cancellation of one session, from its first possible cost to its summary. Assembly."""
 
 from __future__ import annotations
 
@@ -24,46 +24,46 @@ T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
-_MEANWHILE = "collecting what is in flight; once more stops at once"
+_MEANWHILE = "collecting jobs in flight; repeat to stop at once"
 
 
 class SessionSignals:
-    """What they do: stop the run, in order or at once. What a run leaves is written to its end."""
+    """Stops a run on signals and cancellation: gracefully first, then at once. Its results are always written."""
 
     def __init__(self, observer: Observer, *, wanted: bool) -> None:
-        """`wanted` False: the process's own handlers stay."""
+        """`wanted` False: leave the process's signal handlers alone."""
         self._observer, self._are_wanted = observer, wanted
         self._runner: Runner | None = None
         self._early: list[StopRequest] = []
         self.first: StopRequest | None = None
-        """What stopped the session, where anything did."""
+        """The first stop of the session, or None."""
         self._has_begun = self._is_over = False
         self._begun, self._ready = anyio.Event(), anyio.Event()
         self._scope = anyio.CancelScope()
         self._listening = anyio.CancelScope()
         self._until_the_end = ExitStack()
         self.raised: BaseException | None = None
-        """By the program's own handler of SIGINT, held back until the session has ended."""
+        """Exception of the program's own SIGINT handler, held back until the session has ended."""
         self.ended = anyio.Event()
-        """The session has."""
+        """Set when the session has ended."""
 
     async def begin(self) -> None:
-        """From now on they stop in order; before, they end the session, or the process, as they would any other."""
+        """Stop gracefully from now on. Before this call, a signal or cancellation ends the session as usual."""
         await anyio.lowlevel.checkpoint()
         self._has_begun = self._scope.shield = True
         call = current_call()
-        if call is not None:  # the thread that waits for it receives them
-            call.stopped_by(self._heard)
+        if call is not None:  # the thread that waits for the call receives the signals
+            call.stopped_by(self._on_signal)
         elif self._are_wanted:
             self._begun.set()
             await self._ready.wait()
         else:
             self._loop = asyncio.get_running_loop()
-            self._until_the_end.enter_context(interrupts.deferred(self._hold_back))
+            self._until_the_end.enter_context(interrupts.deferred(self._defer_exception))
 
     @contextmanager
     def stopping(self, runner: Runner) -> Iterator[None]:
-        """While it lasts they stop this run: the first in order, the second at once. So do those that came before."""
+        """Stop this run on signals and cancellation while the block lasts; apply earlier ones at once."""
         self._runner = runner
         for stopping in self._early:
             runner.stop(stopping.why, stopping.reason, _MEANWHILE)
@@ -73,50 +73,50 @@ class SessionSignals:
             self.over()
 
     def over(self) -> None:
-        """There is nothing to stop any more."""
+        """Note that there is nothing left to stop."""
         self._runner, self._is_over = None, True
 
     def cancelled(self) -> None:
-        """The caller's task was cancelled."""
+        """Handle a cancellation of the caller's task."""
         if self._has_begun:
             _log.warning("cancelled: %s", _MEANWHILE)
             self._stop(StopRequest(StopCause.CANCELLED, "the caller cancelled it"))
         else:
             self._scope.cancel()
 
-    def _hold_back(self, raised: BaseException | None) -> None:
-        """SIGINT came, between any two instructions; a handler that raises nothing may cancel the caller instead."""
+    def _defer_exception(self, raised: BaseException | None) -> None:
+        """Handle SIGINT, between any two instructions; a handler that raises nothing may cancel the caller instead."""
         if raised is not None:
             self.raised = self.raised or raised
         if raised is not None or self.first is not None:
-            self._loop.call_soon_threadsafe(self._heard, signal.SIGINT.name)
+            self._loop.call_soon_threadsafe(self._on_signal, signal.SIGINT.name)
 
-    def _heard(self, name: str) -> None:
+    def _on_signal(self, name: str) -> None:
         self._stop(StopRequest(StopCause.SIGNAL, name))
 
     def _stop(self, stopping: StopRequest) -> None:
         self.first = self.first or stopping
         if self._runner is not None:
             self._runner.stop(stopping.why, stopping.reason, _MEANWHILE)
-        elif self._is_over:  # the second Ctrl-C of two often comes so late
-            reason = f"{stopping.reason}: the results are being written; this ends by itself"
+        elif self._is_over:  # typically the second Ctrl-C of two
+            reason = f"{stopping.reason}: writing the results; this takes a moment"
             self._observer.happened("warning", reason=reason)
         else:
             self._early.append(stopping)
 
     async def listen(self) -> None:
-        """Hear them from `begin` on, until the session has ended; then the handlers are what they were before."""
+        """Receive signals from `begin` until the session has ended; then restore the earlier handlers."""
         with self._listening:
             await self._begun.wait()
             with interrupts.restored(), anyio.open_signal_receiver(*interrupts.BOTH) as received:
                 self._ready.set()
                 async for number in received:
-                    self._heard(signal.Signals(number).name)
+                    self._on_signal(signal.Signals(number).name)
 
     async def carry_out(
         self, session: Callable[[SessionSignals], Awaitable[T]], outcome: list[T | BaseException]
     ) -> None:
-        """The session, in a task that the caller's cancellation does not reach once it has begun."""
+        """Run the session in a task that the caller's cancellation does not reach after `begin`."""
         try:
             with self._scope:
                 outcome.append(await session(self))
@@ -129,15 +129,15 @@ class SessionSignals:
 
 
 async def in_order(session: Callable[[SessionSignals], Awaitable[T]], observer: Observer, *, wanted: bool) -> T:
-    """Carry a session out, and let it end in order also where its caller is cancelled.
+    """Run a session; let it shut down gracefully even if its caller is cancelled.
 
     The first cancellation stops it as a signal does, the second stops it at once; it is raised when the results are
     written.
 
     Args:
-        session: what to do; it calls `SessionSignals.begin` before it spends.
-        observer: is told of signals.
-        wanted: hear SIGINT and SIGTERM, in a process's main thread; else the process's own handlers stay.
+        session: coroutine function; it calls `SessionSignals.begin` before it can cost anything.
+        observer: receives warnings.
+        wanted: handle SIGINT and SIGTERM, in a process's main thread; else leave the process's handlers alone.
     """
     signals, outcome = SessionSignals(observer, wanted=wanted), list[T | BaseException]()
     cancelled: BaseException | None = None

@@ -1,4 +1,4 @@
-"""Targets: what each costs and allows, and how it is opened. Assembly: the one place that knows all three."""
+"""Targets: their prices and limits, and how they are opened. Assembly."""
 
 from __future__ import annotations
 
@@ -47,63 +47,63 @@ __all__ = [
 
 _LOCAL_ECHO_SLOTS = 32
 _FAL_SECONDS = 6.0
-"""Of 38 steps at one megapixel on a data-centre GPU, by published figures (4 - 9 s)."""
+"""Duration of 38 steps at one megapixel on a data-centre GPU, by published figures (4 to 9 s)."""
 _FAL_POLLS = 200.0
-"""Status reads a second. fal states no limit; its own clients read ten (Python) or two (JavaScript) times a second for
-each job, so that 20 to 100 jobs of theirs are as much."""
+"""Status reads per second. fal states no limit; its own clients read ten (Python) or two (JavaScript) times a second
+for each job, so this equals 20 to 100 jobs of these clients."""
 _PREVIEW_SECONDS = 0.6
-"""Of one megapixel on one core of 2026."""
+"""Duration of one megapixel on one core of 2026."""
 _PRICE_READS = 4
 _PRICE_SECONDS = 30.0
 _MEGAPIXELS = frozenset({"megapixel", "megapixels", "mp"})
-"""fal's pages say `megapixels`; the word is not written down as a promise."""
+"""fal's pages use `megapixels`, without documenting it as the unit."""
 
 
 @dataclass(frozen=True, slots=True)
 class TargetProfile:
-    """What is known about a target without asking it."""
+    """Facts about a target that are known without contacting it."""
 
     name: str
     price: Price | None
-    """None: nothing costs anything."""
+    """None: jobs are free."""
     submits_per_second: float | None
     window_start: int
     window_ceiling: int
     service_seconds: float
-    """What a plan reckons for one job. A guess; a run learns the truth."""
+    """Estimated duration of one job, for plans only."""
     headline: str
-    """The first line that a person sees: where the images go, and what it costs."""
+    """The first line of output: the target and its price."""
     live: bool = False
-    """Whether the price was asked for just now."""
+    """Whether the price was just fetched from the target."""
     polls_per_second: float | None = None
-    """None: no bound on status reads."""
+    """None: no limit on status reads."""
     slots: int | None = None
-    """Jobs that it executes at once, where that is known."""
+    """Concurrent jobs of the target, if known."""
 
     @property
     def paid(self) -> bool:
-        """Whether a run there is asked about first."""
+        """Whether a run needs the user's consent to its cost."""
         return self.name == "fal" and self.price is not None
 
 
 class LivePrice(NamedTuple):
-    """What the platform API said."""
+    """A price from the platform API."""
 
     price: Price
     read_at: datetime
 
 
 def profile_of(settings: Settings, live: LivePrice | None = None) -> TargetProfile:
-    """The profile of the configured target; `live` takes the place of the configured or built-in price.
+    """Return the profile of the configured target; `live` replaces the configured or built-in price.
 
     Raises:
-        ConfigError: fal, and no price is known for the app; or faults for a target that is not ours to break; or
-            callbacks from a target that cannot know where to.
+        ConfigError: fal without a known price for the app; faults for another target than the embedded endpoint; or
+            callbacks from a target that does not know the address.
     """
     if settings.target.faults is not None and settings.target.name != "local":
         raise ConfigError(
-            f"target.faults = {settings.target.faults!r} is for the embedded endpoint, the target is"
-            f" {settings.target.name}; say --target local, or leave the faults out"
+            f"target.faults = {settings.target.faults!r} is for the embedded endpoint only, but the target is"
+            f" {settings.target.name}; use --target local, or remove the faults"
         )
     _check_updates(settings)
     polls = settings.limits.polls_per_second or (_FAL_POLLS if settings.target.name == "fal" else None)
@@ -113,33 +113,33 @@ def profile_of(settings: Settings, live: LivePrice | None = None) -> TargetProfi
     usual = _price(settings)
     words = "none" if usual is None else f"${usual.usd_per_megapixel:g} as of {usual.as_of}"
     when = f"read at {live.read_at:%Y-%m-%d %H:%M} UTC"
-    return replace(known, headline=f"{known.headline}, {when} (a run reckons with its own price: {words})", live=True)
+    return replace(known, headline=f"{known.headline}, {when} (a run uses its own price: {words})", live=True)
 
 
 def check_faults(settings: Settings) -> None:
-    """Read the faults file where one is named, as the embedded endpoint will.
+    """Validate the faults file, if one is configured, as the embedded endpoint will.
 
     Raises:
-        ConfigError: there is none, or it is not one; the message says where.
+        ConfigError: it is missing or invalid; the message says where.
     """
     if settings.target.faults is not None:
-        from batch.server.faults.plan import read_faults  # a command without faults need not load their table
+        from batch.server.faults.plan import read_faults  # imported only if needed
 
         read_faults(Path(settings.target.faults))
 
 
 def _check_updates(settings: Settings) -> None:
-    """A target elsewhere cannot call a loopback address back."""
+    """Require a public URL if a remote target is to send callbacks."""
     name, url = settings.target.name, settings.webhook.public_url
     if settings.limits.updates != "webhook" or name == "local":
         return
     if url is None and not protocol.is_loopback(protocol.origin_of(name)[1]):
         raise ConfigError(
             f"limits.updates = 'webhook' needs webhook.public_url: the address under which {name} reaches this machine;"
-            " say --updates poll without one"
+            " without one use --updates poll"
         )
     if name == "fal" and url is not None and not url.startswith("https://"):
-        raise ConfigError(f"webhook.public_url = {url!r}: fal sends its callbacks to https addresses only")
+        raise ConfigError(f"webhook.public_url = {url!r}: use an https address; fal does not call others")
 
 
 def _terms_of(settings: Settings, price: Price | None) -> TargetProfile:
@@ -149,7 +149,7 @@ def _terms_of(settings: Settings, price: Price | None) -> TargetProfile:
     if target.name == "fal":
         if price is None:
             raise ConfigError(
-                f"no price is known for {target.app}; set [price] usd_per_megapixel, else no budget can be kept"
+                f"no price is known for {target.app}; set [price] usd_per_megapixel, which a budget needs"
             )
         words = f"target: fal ({target.app}), ${price.usd_per_megapixel:g} a megapixel as of {price.as_of}"
         return TargetProfile("fal", price, rate or 20.0, 16, 1024, _FAL_SECONDS, words)
@@ -157,7 +157,7 @@ def _terms_of(settings: Settings, price: Price | None) -> TargetProfile:
     if target.name == "local":
         what = {
             "preview": "engine preview: filters, no model runs",
-            "echo": f"engine echo: a rehearsal, {target.service_time:g} s a job, no image is restyled",
+            "echo": f"engine echo: simulation, {target.service_time:g} s a job, images are not changed",
         }[target.engine]
         start, seconds = (
             (4, _PREVIEW_SECONDS) if target.engine == "preview" else (2 * _LOCAL_ECHO_SLOTS, target.service_time)
@@ -170,20 +170,20 @@ def _terms_of(settings: Settings, price: Price | None) -> TargetProfile:
 
 
 def _require_not_fal(name: str) -> None:
-    """Refuse a host of fal's as a URL also where settings were made without their checks: no price is known for it."""
+    """Refuse one of fal's hosts as a URL, even if the settings were not validated: its price would be unknown."""
     if name != "fal" and protocol.names_fal(name):
-        raise ConfigError(f"target.name = {name!r} is one of fal's own hosts; use --target fal, which knows the price")
+        raise ConfigError(f"target.name = {name!r} is one of fal's own hosts; use --target fal, which has the price")
 
 
 def _slots(target: TargetSettings) -> int:
-    """What the embedded endpoint executes at once."""
+    """Return the concurrent jobs of the embedded endpoint."""
     return target.slots or (_LOCAL_ECHO_SLOTS if target.engine == "echo" else os.cpu_count() or 1)
 
 
 def _local_cost(settings: Settings) -> str:
-    """What a dollar of the embedded endpoint means."""
+    """Describe the cost of the embedded endpoint."""
     usd = settings.price.usd_per_megapixel
-    return "costs nothing" if usd is None else f"counts ${usd:g} a megapixel to rehearse, nobody is charged"
+    return "costs nothing" if usd is None else f"counts ${usd:g} a megapixel as a simulation; nothing is charged"
 
 
 def _price(settings: Settings) -> Price | None:
@@ -198,21 +198,21 @@ class Connection(NamedTuple):
     client: FalClient
     origins: Origins
     idempotency: Idempotency
-    """What it does with a repeated `Idempotency-Key`."""
+    """How it handles a repeated `Idempotency-Key`."""
     bounds_starts: bool
     """Whether it is known to honour a start timeout."""
     share: ClientShare
-    """What may be open at once."""
+    """Maximum connections and files."""
     keeps_results: bool = False
     """Whether it keeps results until they are fetched, as our own server does."""
     key: SecretStr | None = None
 
 
 class _Health(NamedTuple):
-    """What a server says of itself at /health."""
+    """Properties that a server reports at /health."""
 
     replays_keys: bool | None
-    """None: it does not say."""
+    """None: not reported."""
     bounds_starts: bool
 
 
@@ -223,14 +223,14 @@ _OURS = _Health(replays_keys=True, bounds_starts=True)
 async def open_target(
     settings: Settings, endpoint_directory: Path, *, version: str, run_name: str = ""
 ) -> AsyncIterator[Connection]:
-    """Connect to the configured target; the embedded endpoint is started, and ends with the block.
+    """Connect to the configured target; start the embedded endpoint if it is that, and stop it with the block.
 
     `run_name` labels what is submitted, unless the settings do.
 
     Raises:
-        ConfigError: fal without a key, a server that contradicts `target.idempotency`, or a proxy that cannot be used.
-        InputError: too few files may be open.
-        RestyleError: the embedded endpoint does not start; the end of its log is in the message.
+        ConfigError: fal without a key, a server that contradicts `target.idempotency`, or an unusable proxy.
+        InputError: the limit of open files is too low.
+        RestyleError: the embedded endpoint does not start; the message has the end of its log.
     """
     target, share = settings.target, _share(settings)
     if target.name == "fal":
@@ -253,8 +253,8 @@ async def open_target(
                 settings, (origins := Origins.of_server(endpoint.url)), version, share, key=False, run_name=run_name
             ) as client,
         ):
-            said = _OURS if target.faults is None else await _health(endpoint.url, version)
-            yield _connection(target, client, origins, said, share, None)
+            health = _OURS if target.faults is None else await _health(endpoint.url, version)
+            yield _connection(target, client, origins, health, share, None)
     else:
         _require_not_fal(target.name)
         origins = Origins.of_server(target.name)
@@ -266,30 +266,30 @@ def _connection(
     target: TargetSettings,
     client: FalClient,
     origins: Origins,
-    said: _Health,
+    health: _Health,
     share: ClientShare,
     key: SecretStr | None,
 ) -> Connection:
-    """A server of our own make, or one that may be."""
-    replays = said.replays_keys is True
+    """Return the connection to one of our own servers, or a server of unknown make."""
+    replays = health.replays_keys is True
     if target.idempotency == "auto":
         keys = Idempotency.REPLAY if replays else Idempotency.NONE
     else:
         keys = Idempotency(target.idempotency)
-    if keys is Idempotency.REPLAY and said.replays_keys is False:
+    if keys is Idempotency.REPLAY and health.replays_keys is False:
         raise ConfigError(
-            f"target.idempotency = 'replay', but {target.name} says at /health that it does not honour Idempotency-Key:"
-            " a submit without an answer would be repeated and paid for twice; use auto"
+            f"target.idempotency = 'replay', but {target.name} reports at /health that it ignores Idempotency-Key:"
+            " a repeated submit would be paid for twice; use auto"
         )
-    return Connection(client, origins, keys, said.bounds_starts, share, keeps_results=replays, key=key)
+    return Connection(client, origins, keys, health.bounds_starts, share, keeps_results=replays, key=key)
 
 
 @asynccontextmanager
 async def open_hints(settings: Settings, target: Connection, *, version: str) -> AsyncIterator[CompletionHints | None]:
-    """Whoever tells that a job has ended, as `limits.updates` says; None where reads alone find out.
+    """Open the source of completion hints that `limits.updates` names; None for polling only.
 
     Raises:
-        ConfigError: nothing can listen at `webhook.bind`.
+        ConfigError: cannot listen at `webhook.bind`.
     """
     agent = f"restyle/{version}"
     match settings.limits.updates:
@@ -300,7 +300,7 @@ async def open_hints(settings: Settings, target: Connection, *, version: str) ->
             ) as streams:
                 yield streams
         case "webhook":
-            from batch.fal.webhook_receiver import WebhookReceiver  # a web server, which no other run needs
+            from batch.fal.webhook_receiver import WebhookReceiver  # imports a web server; needed here only
 
             webhook = settings.webhook
             where = webhook.bind, webhook.public_url, target.origins.rest
@@ -313,10 +313,10 @@ async def open_hints(settings: Settings, target: Connection, *, version: str) ->
 
 @asynccontextmanager
 async def open_platform(settings: Settings, *, version: str) -> AsyncIterator[FalClient]:
-    """Connect to the target's platform API (prices, bills) and to nothing else; nothing is sent by opening it.
+    """Connect to the target's platform API (prices, bills) only; opening it sends nothing.
 
     Raises:
-        ConfigError: the target has none, or no key is set for it.
+        ConfigError: the target has no such API, or no key is set for it.
     """
     name = settings.target.name
     if name == "local":
@@ -330,12 +330,12 @@ async def open_platform(settings: Settings, *, version: str) -> AsyncIterator[Fa
 
 
 async def live_price(settings: Settings, *, version: str, now: Callable[[], datetime]) -> LivePrice:
-    """Ask the target what the app costs at present.
+    """Fetch the current price of the app from the target.
 
     Raises:
-        ConfigError: the target has no price for it, or none by the megapixel.
-        AccountRefused: the key is not good for it.
-        StoppedEarly: no answer; another try may help.
+        ConfigError: the target has no price for it, or not per megapixel.
+        AccountRefused: the target refused the key.
+        StoppedEarly: no answer; a retry may help.
     """
     async with open_platform(settings, version=version) as client:
         try:
@@ -346,8 +346,8 @@ async def live_price(settings: Settings, *, version: str, now: Callable[[], date
             raise _unpriced(settings, error) from error
     if unit.lower() not in _MEGAPIXELS:
         raise ConfigError(
-            f"{settings.target.name} prices {settings.target.app} by {unit!r}, not by the megapixel; work out what that"
-            " means and set [price] usd_per_megapixel"
+            f"{settings.target.name} prices {settings.target.app} by {unit!r}, not by the megapixel; convert it"
+            " and set [price] usd_per_megapixel"
         )
     at = now()
     return LivePrice(Price(usd, at.date()), at)
@@ -358,18 +358,18 @@ def _unpriced(settings: Settings, error: CallFailed | TimeoutError) -> RestyleEr
     trouble = error.trouble if isinstance(error, CallFailed) else Trouble("price", "timeout", detail="timeout")
     reply = trouble.reply
     if reply is not None and reply.status in {401, 402, 403}:
-        return AccountRefused(f"{name} refused the key for its price list (HTTP {reply.status}); is FAL_KEY right?")
+        return AccountRefused(f"{name} refused the key for its price list (HTTP {reply.status}); check FAL_KEY")
     without = "or plan without --live-price"
     refused = reply is not None and 400 <= reply.status < 500 and reply.status != 429
     if refused or trouble.transport == "malformed":
         return ConfigError(
             f"{name} has no price for {settings.target.app} ({trouble.detail}); set price.usd_per_megapixel, {without}"
         )
-    return StoppedEarly(f"the price could not be read from {name} ({trouble.detail}); try again, {without}")
+    return StoppedEarly(f"could not fetch the live price from {name} ({trouble.detail}); try again, {without}")
 
 
 def _share(settings: Settings) -> ClientShare:
-    """What a run may open beside what is open already.
+    """Return what a run may open in addition to what is open already.
 
     Raises:
         InputError: too little.
@@ -392,11 +392,11 @@ def _client(
 
 
 def _options(settings: Settings, run_name: str) -> RequestOptions:
-    """What each submit asks for besides its input."""
+    """Return the options of each submit."""
     target = settings.target
     tags = {"run": _tag_value(run_name), **target.tags}
     if shown := next((name for name, value in tags.items() if _holds_key(value)), None):
-        raise ConfigError(f"the tag {shown!r} holds FAL_KEY: bills show tags; remove it from target.tags")
+        raise ConfigError(f"the tag {shown!r} contains FAL_KEY, and bills show tags; remove it from target.tags")
     return RequestOptions(
         start_timeout=settings.limits.start_timeout,
         low_priority=target.priority == "low",
@@ -406,12 +406,12 @@ def _options(settings: Settings, run_name: str) -> RequestOptions:
 
 
 def _tag_value(name: str) -> str:
-    """A name as the value of a tag: printable ASCII without commas."""
+    """Return a name as the value of a tag: printable ASCII without commas."""
     return re.sub(r"[^\x20-\x2b\x2d-\x7e]", "-", name).strip()[:RUN_NAME_LIMIT]
 
 
 def _holds_key(text: str) -> bool:
-    """Whether the API key, or the secret half of it, is in a text."""
+    """Return whether a text contains the API key or its secret half."""
     key = api_key()
     secret = "" if key is None else key.get_secret_value().rpartition(":")[2]
     return bool(secret) and secret in text
@@ -420,19 +420,19 @@ def _holds_key(text: str) -> bool:
 def _key() -> SecretStr | None:
     key = api_key()
     text = "" if key is None else key.get_secret_value()
-    if not (text.isascii() and text.isprintable()):  # no header can carry it: each submit would break as it is sent
-        raise ConfigError("FAL_KEY holds a line break or a letter that no key has; copy it again, key_id:key_secret")
+    if not (text.isascii() and text.isprintable()):  # such a header would break each submit while it is sent
+        raise ConfigError("FAL_KEY contains a line break or an invalid character; copy it again as key_id:key_secret")
     return key
 
 
 async def _health(url: str, version: str) -> _Health:
-    """Ask a server of unknown make; only what it says is relied on. A redirect may lead to another service."""
+    """Ask a server of unknown make. Redirects are not followed: they may lead to another service."""
     http = Http(limit=1, timeout=within(10.0), user_agent=f"restyle/{version}")
     try:
         async with http, http.request("GET", f"{url}/health") as answer:
-            said = orjson.loads(await answer.content.read(65536))
+            health = orjson.loads(await answer.content.read(65536))
     except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
-        said = {}
-    facts = said if isinstance(said, dict) else {}
+        health = {}
+    facts = health if isinstance(health, dict) else {}
     replays = facts.get("honours_idempotency_key")
     return _Health(replays if isinstance(replays, bool) else None, facts.get("honours_start_timeout") is True)

@@ -1,4 +1,4 @@
-"""The version of the installed tool. Knows nothing else, so that `restyle --version` loads nothing else. Pure."""
+"""The version of the installed tool, alone in a module so that `restyle --version` loads nothing else. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["tool_version"]
 
 
 def tool_version() -> str:
-    """Of the installed distribution; `0+unknown` in a bare checkout."""
+    """Return the version of the installed distribution; `0+unknown` in a bare checkout."""
     try:
         return version("restyle-batch")
     except PackageNotFoundError:

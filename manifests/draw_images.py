@@ -1,7 +1,7 @@
-"""Draws the demo's images and manifests, so that nothing here is anybody else's.
+"""Draw the demo's images and manifests, so that the demo contains no third-party material.
 
-`python manifests/draw_images.py [FOLDER]` writes images/, demo.csv, demo.parquet and sweep.jsonl into FOLDER
-(default: the folder of this script). Every number is fixed: drawing again gives the same images.
+`python manifests/draw_images.py [FOLDER]` writes images/, demo.csv, demo.parquet and sweep.jsonl to FOLDER (default:
+the folder of this script). All numbers and seeds are fixed, so the images are reproducible.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from PIL import Image
 __all__ = ["IMAGES", "draw", "write_everything"]
 
 Field: TypeAlias = npt.NDArray[Any]
-"""float32: coverage 0 to 1 with one value a pixel, or RGB 0 to 255 with three."""
+"""float32 array: coverage from 0 to 1 with one value per pixel, or RGB from 0 to 255 with three."""
 Point: TypeAlias = tuple[float, float]
 
 
@@ -33,13 +33,13 @@ Point: TypeAlias = tuple[float, float]
 
 
 def rgb(code: str) -> Field:
-    """`"#rrggbb"` as three floats."""
+    """Return `"#rrggbb"` as three floats."""
     return np.array([int(code[i : i + 2], 16) for i in (1, 3, 5)], np.float32)
 
 
 @functools.cache
 def noise(seed: int, height: int, width: int, cells: float, octaves: int = 1) -> Field:
-    """Smooth noise of about -1 to 1."""
+    """Return smooth noise from about -1 to 1."""
     rng = np.random.default_rng(seed)
     field = np.zeros((height, width), np.float32)
     for octave in range(octaves):
@@ -50,7 +50,7 @@ def noise(seed: int, height: int, width: int, cells: float, octaves: int = 1) ->
 
 
 def smooth(points: Sequence[Point], closed: bool = True, fineness: int = 14) -> list[Point]:
-    """A Catmull-Rom curve through the points."""
+    """Return a Catmull-Rom curve through the points."""
     p = np.array(points, np.float64)
     p = np.vstack([p[-1], p, p[:2]]) if closed else np.vstack([p[0], p, p[-1]])
     t = np.linspace(0, 1, fineness, endpoint=False)[:, None]
@@ -61,7 +61,7 @@ def smooth(points: Sequence[Point], closed: bool = True, fineness: int = 14) -> 
 
 
 class Board:
-    """An RGB image in the making, and the shapes that it can be covered with."""
+    """An RGB canvas, and the shapes to paint on it."""
 
     def __init__(self, width: int, height: int) -> None:
         self.width, self.height = width, height
@@ -69,7 +69,7 @@ class Board:
         self.pixels = np.zeros((height, width, 3), np.float32)
 
     def paint(self, shape: Field, colour: Field | str, opacity: float = 1.0) -> None:
-        """Cover a shape with a colour, or with an image of colours."""
+        """Paint a shape with one colour, or with a colour per pixel."""
         colour = rgb(colour) if isinstance(colour, str) else colour
         rows, columns = np.flatnonzero(shape.any(1)), np.flatnonzero(shape.any(0))
         if len(rows) == 0:
@@ -79,12 +79,12 @@ class Board:
         self.pixels[window] += (shape[window] * opacity)[..., None] * (part - self.pixels[window])
 
     def glow(self, shape: Field, colour: str, strength: float = 1.0) -> None:
-        """Add light: screen blending."""
+        """Add light by screen blending."""
         light = np.clip(rgb(colour) * (shape * strength)[..., None], 0, 255)
         self.pixels = 255 - (255 - self.pixels) * (255 - light) / 255
 
     def blend(self, *stops: tuple[float, str], turn: float = 0.0) -> Field:
-        """Colours from top (0) to bottom (1); `turn` of 1 is from left to right."""
+        """Return a gradient from top (0) to bottom (1); with a `turn` of 1, from left to right."""
         along = self.y / self.height * (1 - turn) + self.x / self.width * turn
         where, colours = [stop for stop, _ in stops], np.array([rgb(code) for _, code in stops])
         return np.stack([np.interp(along, where, colours[:, part]) for part in range(3)], -1).astype(np.float32)
@@ -93,7 +93,7 @@ class Board:
         return noise(seed, self.height, self.width, cells, octaves)
 
     def ellipse(self, cx: float, cy: float, rx: float, ry: float, turn: float = 0.0, soft: float = 1.2) -> Field:
-        """`turn` in radians, `soft` is the width of the edge in pixels."""
+        """Return an ellipse; `turn` is in radians, `soft` is the width of the edge in pixels."""
         field = np.zeros_like(self.x)
         window = self.window(cx, cy, max(rx, ry) + soft * max(rx, ry) / min(rx, ry))
         dx, dy = self.x[window] - cx, self.y[window] - cy
@@ -103,12 +103,12 @@ class Board:
         return field
 
     def window(self, cx: float, cy: float, reach: float) -> tuple[slice, slice]:
-        """The pixels around a point, to save the work on all others."""
+        """Return the pixels around a point, to skip the work on all others."""
         left, top = max(0, int(cx - reach) - 1), max(0, int(cy - reach) - 1)
         return slice(top, max(top, int(cy + reach) + 3)), slice(left, max(left, int(cx + reach) + 3))
 
     def below(self, line: Field, soft: float = 1.2) -> Field:
-        """Everything under a height given for each column."""
+        """Return the area below a line with one height per column."""
         return np.clip(0.5 + (self.y - line[None, :]) / soft, 0, 1)
 
     def polygon(self, points: Iterable[Point]) -> Field:
@@ -118,7 +118,7 @@ class Board:
         return mask.astype(np.float32) / 255
 
     def stroke(self, points: Sequence[Point], start: float, end: float | None = None) -> Field:
-        """A brush stroke that goes from one width to another."""
+        """Return a brush stroke whose width changes along its length."""
         p = np.array(points, np.float64)
         along = np.gradient(p, axis=0)
         normal = np.stack([-along[:, 1], along[:, 0]], -1) / np.maximum(np.hypot(*along.T), 1e-6)[:, None]
@@ -130,7 +130,7 @@ class Board:
         return np.asarray(cv2.GaussianBlur(shape, (0, 0), sigma))
 
     def ball(self, cx: float, cy: float, rx: float, ry: float, dark: str, light: str, gloss: float = 0.6) -> None:
-        """A round thing lit from the upper left."""
+        """Paint a sphere lit from the upper left."""
         window = self.window(cx, cy, max(rx, ry) + 2)
         nx, ny = (self.x[window] - cx) / rx, (self.y[window] - cy) / ry
         nz = np.sqrt(np.clip(1 - nx * nx - ny * ny, 0, 1))
@@ -141,7 +141,7 @@ class Board:
         self.pixels[window] += cover * (body - self.pixels[window])
 
     def finish(self, grain: float = 2.5, corners: float = 0.25, seed: int = 1) -> Image.Image:
-        """Darken the corners a little, add a trace of grain."""
+        """Darken the corners slightly and add fine grain."""
         away = ((self.x / self.width - 0.5) ** 2 + (self.y / self.height - 0.5) ** 2) * 2
         pixels = self.pixels * (1 - corners * away**1.5)[..., None]
         rough = np.random.default_rng(seed).normal(0, grain, (self.height, self.width, 1))
@@ -149,7 +149,7 @@ class Board:
 
 
 def ridge(board: Board, seed: int, height: float, relief: float, cells: float, octaves: int = 5) -> Field:
-    """The skyline of a hill or a range, one height a column."""
+    """Return the skyline of a hill or a mountain range, one height per column."""
     return height + relief * noise(seed, 8, board.width, cells, octaves)[4]
 
 
@@ -199,7 +199,7 @@ def _massif(b: Board, line: Field, seed: int, rock: str) -> None:
 
 
 def _reflect(b: Board, shore: float, water: str, share: float) -> None:
-    """Water from `shore` down, which shows what is above it, rippled."""
+    """Paint water below `shore`, with a rippled reflection of the scene above."""
     depth = np.clip(b.y - shore, 0, None)
     ripple = b.noise(77, 40, 3) * (1 + depth * 0.05) * 2
     mirrored = cv2.remap(b.pixels, b.x + ripple * 0.6, np.clip(2 * shore - b.y + ripple * 2, 0, shore - 2), 1)
@@ -326,7 +326,7 @@ def _tower(
 
 
 def portrait() -> Image.Image:
-    """A woman with a red scarf, looking at us."""
+    """A woman with a red scarf, looking at the viewer."""
     b = Board(576, 768)
     b.paint(np.ones_like(b.x), b.blend((0, "#86a8a4"), (1, "#34505a"), turn=0.4))
     b.paint(np.clip(b.noise(3, 5, 4) + 0.2, 0, 1), "#bfd0c0", 0.35)
@@ -527,7 +527,7 @@ def cat() -> Image.Image:
 
 
 def boat() -> Image.Image:
-    """A sailing boat before a summer sky."""
+    """A sailing boat against a summer sky."""
     b = Board(768, 512)
     b.paint(np.ones_like(b.x), b.blend((0, "#2f7fc4"), (0.45, "#9fd0ec"), (0.62, "#e6f3f2"), (1, "#e6f3f2")))
     puffs = np.clip(b.noise(14, 4.2, 6) * 1.7 - 0.12 + 0.2 * np.exp(-(((b.y - 170) / 90) ** 2)), 0, 1)
@@ -641,7 +641,7 @@ def _branch(
 
 
 def shapes() -> Image.Image:
-    """Glassy shapes on nothing: the one image with transparency."""
+    """Glassy shapes on a transparent background, the only image with transparency."""
     b = Board(640, 640)
     cover = np.zeros_like(b.x)
     b.paint(np.ones_like(b.x), "#ffffff")
@@ -695,7 +695,7 @@ def shapes() -> Image.Image:
 
 
 def flower() -> Image.Image:
-    """A dahlia before a blurred garden."""
+    """A dahlia in front of a blurred garden."""
     b = Board(576, 768)
     b.paint(np.ones_like(b.x), b.blend((0, "#9cc47c"), (0.5, "#4f8a52"), (1, "#1d4a34")))
     rng = np.random.default_rng(61)
@@ -879,7 +879,7 @@ def _window(b: Board, x: float, y: float) -> None:
 
 
 def balloon() -> Image.Image:
-    """Hot-air balloons over hills in the early sun."""
+    """Hot-air balloons over hills in the early morning sun."""
     b = Board(576, 768)
     b.paint(np.ones_like(b.x), b.blend((0, "#3f86c8"), (0.45, "#a8d4ea"), (0.75, "#fdeccb"), (1, "#fdeccb")))
     b.glow(b.ellipse(470, 560, 120, 110, soft=260), "#ffd48a", 0.9)
@@ -994,7 +994,7 @@ IMAGES: dict[str, Callable[[], Image.Image]] = {
 
 # --- the manifests ----------------------------------------------------------------------------------------
 
-_DEMO: list[tuple[str, str, dict[str, float]]] = [  # image, prompt, what this row sets differently
+_DEMO: list[tuple[str, str, dict[str, float]]] = [  # image, prompt, other inputs of the row
     ("mountains.jpg", "a watercolor painting of an alpine lake, soft morning light", {}),
     ("still-life.jpg", "an impasto oil painting of fruit and a clay jug, in the manner of the old masters", {}),
     ("skyline.jpg", "a neon cyberpunk city at night, glowing signs", {}),
@@ -1008,12 +1008,12 @@ _DEMO: list[tuple[str, str, dict[str, float]]] = [  # image, prompt, what this r
     ("house.jpg", "a cottage in deep winter snow, pixel art, 16-bit game", {}),
     ("balloon.jpg", "hot-air balloons in a dream, a fantasy book cover", {"seed": 42}),
 ]
-_PARQUET = [  # image, prompt, caption; the image's bytes travel inside
+_PARQUET = [  # image, prompt, caption; the file contains the image bytes
     ("boat.jpg", "a watercolor painting of a sailing boat at sunset", "a sailing boat"),
     ("balloon.jpg", "a stained glass mosaic of a hot-air balloon", "a hot-air balloon"),
     ("cat.jpg", "a pencil sketch of a sitting cat", "a ginger cat"),
 ]
-_SWEEP = [  # image, and what fills the template "a {animal} as a {style}"
+_SWEEP = [  # image, and the columns of the template "a {animal} as a {style}"
     ("cat.jpg", "cat", "watercolor painting"),
     ("cat.jpg", "fox", "stained glass mosaic"),
     ("cat.jpg", "tiger", "pencil sketch"),
@@ -1021,7 +1021,7 @@ _SWEEP = [  # image, and what fills the template "a {animal} as a {style}"
 
 
 def draw(name: str) -> bytes:
-    """One of `IMAGES` as a file: JPEG of quality 85, or PNG.
+    """Return one of `IMAGES` as the bytes of a file: JPEG of quality 85, or PNG.
 
     Raises:
         KeyError: there is no such image.
@@ -1035,7 +1035,7 @@ def draw(name: str) -> bytes:
 
 
 def write_everything(folder: Path) -> None:
-    """Images and manifests into `folder`."""
+    """Write the images and manifests to `folder`."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     drawn = {name: draw(name) for name in IMAGES}
     for name, data in drawn.items():
@@ -1056,7 +1056,7 @@ def _write_csv(path: Path) -> None:
 
 
 def _write_parquet(path: Path, drawn: dict[str, bytes]) -> None:
-    """With a `{bytes, path}` image column and the feature description that Hugging Face `datasets` writes."""
+    """Write a table with a `{bytes, path}` image column and the feature metadata of Hugging Face `datasets`."""
     features = {
         "image": {"_type": "Image"},
         "prompt": {"dtype": "string", "_type": "Value"},
@@ -1074,7 +1074,7 @@ def _write_parquet(path: Path, drawn: dict[str, bytes]) -> None:
 
 
 def _smaller(data: bytes) -> bytes:
-    """At most 512 px a side: the manifest stays small."""
+    """Scale an image to at most 512 px per side, to keep the manifest small."""
     image, buffer = Image.open(io.BytesIO(data)), io.BytesIO()
     image.thumbnail((512, 512), Image.Resampling.LANCZOS)
     image.save(buffer, "JPEG", quality=85, optimize=True)

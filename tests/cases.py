@@ -72,13 +72,13 @@ CASES: dict[int, tuple[str, ...]] = {
     21: (f"{_TABLES}::test_a_tilde_is_the_home_folder_wherever_a_path_is_given",),
     22: ("acceptance/test_bad_input.py::test_failed_rows_keep_every_input_that_could_be_read",),
     23: (
-        "edges/test_cleanup.py::test_the_key_of_an_answer_that_has_expired_makes_a_new_request",
+        "edges/test_cleanup.py::test_the_key_of_an_expired_result_creates_a_new_request",
         "edges/test_cleanup.py::test_a_repeat_after_the_result_has_expired_is_a_new_request",
     ),
-    24: ("edges/test_bad_requests.py::test_whatever_stands_in_authorization_is_401",),
-    25: ("edges/test_server.py::test_a_call_that_waits_leaves_nothing_behind_with_each_sign_of_life",),
+    24: ("edges/test_bad_requests.py::test_an_invalid_authorization_is_401",),
+    25: ("edges/test_server.py::test_a_waiting_call_leaks_nothing_per_wake_up",),
     26: ("edges/test_images.py::test_a_file_of_several_images_is_of_the_type_of_its_first",),
-    27: ("edges/test_fal_proxy.py::test_a_host_of_fal_s_runs_directly_and_one_of_the_queue_queues",),
+    27: ("edges/test_fal_proxy.py::test_the_host_selects_direct_call_or_queue",),
     28: (
         "unit/test_preview.py::test_the_same_numbers_come_out_wherever_the_arrays_lie",
         "edges/test_process_pool.py::test_one_preview_has_the_same_bytes_from_every_process_of_a_busy_machine",
@@ -88,7 +88,7 @@ CASES: dict[int, tuple[str, ...]] = {
 
 
 def node_ids(*cases: int) -> list[str]:
-    """What pytest is given to run these cases, each test once; without a case all of them."""
+    """Return the node ids of these cases for pytest, each test once; without an argument those of all cases."""
     return list(dict.fromkeys(f"tests/{test}" for case in cases or CASES for test in CASES[case]))
 
 

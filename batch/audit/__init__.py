@@ -1,1 +1,1 @@
-"""Whether journal, results, images and bills agree."""
+"""The audit: whether journal, results, images and bills agree."""

@@ -1,7 +1,7 @@
-"""The target's billing events, held against what a run counted. Assembly.
+"""Comparison of the target's billing events with the costs that a run counted. Assembly.
 
-Owns the reading of their pages and the one comparison with them. That they cannot be had (no key, no scope ADMIN, a
-target that sends none) is a sentence, no error.
+Owns reading the pages of billing events and the comparison. Unavailable billing events (no key, no ADMIN scope, a
+target without them) give an explanation, not an error.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _FUZZ_USD = 1e-6
 _BILL_READS = 5
 _BILL_PAGE_SECONDS = 120.0
 _BILL_LAG = 3600.0
-"""A request that ended less than so long ago may be billed later. fal names no number; this one is ours."""
+"""Seconds. A request that ended more recently may be billed later. fal publishes no number; this one is ours."""
 _BILL_MARGIN = 3600.0
-"""Two clocks differ, and which instant of a request an event bears is not documented."""
+"""Seconds. The clocks differ, and it is undocumented which instant of a request the timestamp of an event is."""
 
 
 async def gather_bills(settings: Settings, scratch: AuditTables, version: str, since: float, now: float) -> str:
-    """Read the target's billing events of the run's time; empty, or why they were not compared."""
+    """Read the target's billing events for the time of the run. Return "" or why it failed."""
     try:
         async with open_platform(settings, version=version) as client:
             start = since - _BILL_MARGIN
@@ -47,11 +47,11 @@ async def gather_bills(settings: Settings, scratch: AuditTables, version: str, s
     except ConfigError as error:
         return str(error)
     except TimeoutError:
-        return "its billing events did not come in time"
+        return "timeout while reading billing events"
     except _BillsRefused as error:
         return str(error)
     except CallFailed as error:
-        return f"its billing events could not be read ({error.trouble.detail})"
+        return f"could not read billing events ({error.trouble.detail})"
     return ""
 
 
@@ -65,10 +65,10 @@ async def _read_page(client: FalClient, start: float, end: float, cursor: str | 
     except CallFailed as error:
         status = None if error.trouble.reply is None else error.trouble.reply.status
         if status in {401, 402, 403}:
-            words = f"not allowed for this key (HTTP {status}): billing events need the scope ADMIN"
+            words = f"this key may not read billing events (HTTP {status}): they need the ADMIN scope"
             raise _BillsRefused(words) from error
         if status in {404, 405, 501}:
-            raise _BillsRefused(f"the target sends no billing events (HTTP {status})") from error
+            raise _BillsRefused(f"the target has no billing events (HTTP {status})") from error
         raise
 
 
@@ -85,22 +85,22 @@ async def _gather_span(client: FalClient, scratch: AuditTables, start: float, en
         if cursor is None:
             return
         if cursor in seen:
-            raise CallFailed(Trouble("billing", "malformed", detail="its pages go round in circles"))
+            raise CallFailed(Trouble("billing", "malformed", detail="the cursor of a page repeats"))
         seen.add(cursor)
 
 
 def charges_check(scratch: AuditTables, why: str, now: float, *, priced: bool) -> tuple[Check, Remark | None]:
-    """What was billed against what was counted, request by request."""
+    """Compare the billed amounts with the counted ones, request by request."""
     if why:
         return Check("charges", why, compared=False), None
-    twice = Mismatch("requests were charged more than once", "ask the service, with the request ids")
+    twice = Mismatch("requests were charged more than once", "ask the service and quote the request ids")
     for request_id, job, times, count in scratch.rows("billed_twice", [EXAMPLES]):
         twice.met(f"request {request_id} of job {job}: {times} times")
         twice.count = count
     limits = {"fuzz": _FUZZ_USD, "count": EXAMPLES, "priced": priced, "before": now - _BILL_LAG}
     otherwise = Mismatch(
-        "requests were charged more, or for other units, than was counted",
-        "has the price changed? `restyle plan --live-price` tells",
+        "requests were charged more, or for other units, than counted",
+        "`restyle plan --live-price` shows whether the price has changed",
     )
     for request_id, job, *amounts, count in scratch.rows("billed_otherwise", limits):
         ours, units, theirs, their_units = amounts
@@ -108,7 +108,7 @@ def charges_check(scratch: AuditTables, why: str, now: float, *, priced: bool) -
         charged = f"${theirs:.6g} for {their_units:g} units"
         otherwise.met(f"request {request_id} of job {job}: {counted} counted, {charged} charged")
         otherwise.count = count
-    unbilled = Mismatch("results say that they are billed, and no charge is there", "look again later: bills may lag")
+    unbilled = Mismatch("results report billed units but have no charge", "check again later: bills may lag")
     for request_id, job, units, count in scratch.rows("unbilled", limits):
         unbilled.met(f"request {request_id} of job {job}: {units:g} units")
         unbilled.count = count
@@ -117,8 +117,8 @@ def charges_check(scratch: AuditTables, why: str, now: float, *, priced: bool) -
     ((_, _, own_usd),) = scratch.rows("count_requests")
     words = f"{billed:,} requests charged, ${usd:,.2f}; counted ${own_usd:,.2f}"
     remark = Remark(
-        f"charges (${foreign_usd:,.2f}) are for requests of this app that the journal does not know: other runs of this"
-        " account, or its unknown submits",
+        f"charges (${foreign_usd:,.2f}) are for requests of this app that are not in the journal: other runs of this"
+        " account, or submits of unknown outcome",
         foreign,
     )
     return Check("charges", words, (twice, otherwise, unbilled)), remark

@@ -1,7 +1,8 @@
-"""Whether a run adds up: journal, results, images and bills held against each other. Assembly.
+"""The audit of a run: compares journal, results, images and bills. Assembly.
 
-Reads only, page by page, and takes no lock; what it has to remember lies in a temporary database (`run.scratch`). What
-was found is a value (`run.books`). The bills are the target's word, everything else is ours.
+Reads page by page, writes nothing to the run and takes no lock; intermediate data is in a temporary database
+(`audit.tables`). The findings are plain values (`audit.report`). The bills come from the target, everything else from
+the run directory.
 """
 
 from __future__ import annotations
@@ -34,24 +35,25 @@ from batch.types import JobKey, StoredImage
 __all__ = ["audited"]
 
 _PAGE = 1000
+_DAMAGED_JOURNAL = "the journal is damaged; please report this"
 _FUZZ_USD = 1e-6
-"""Of one sum; sums of a million floats are granted more."""
+"""Tolerance of one sum; it grows with the number of summands."""
 _HASHED_AT_ONCE = 4
 _COLUMNS = ["job_key", "status", "request_id", "cost_usd", "images.list.element.sha256"]
 _Row = TypeVar("_Row", AuditedJob, AuditedRequest)
 
 
 async def audited(directory: RunDirectory, settings: Settings, *, version: str, now: float) -> AuditReport:
-    """Look at all of a run that does not work at present.
+    """Audit a run that is not running.
 
     Args:
-        directory: of the run.
-        settings: the configuration that it was last used with: its target is asked for bills.
-        version: for the platform's access log.
+        directory: the run directory.
+        settings: the last configuration of the run; its target is asked for bills.
+        version: the tool version, for the platform's access log.
         now: Unix seconds.
 
     Raises:
-        RunDirectoryError: no journal, or none of ours. StorageError: a disk refused.
+        RunDirectoryError: the journal is missing or not a restyle journal. StorageError: a disk refused.
     """
     in_thread = anyio.to_thread.run_sync
     with AuditTables() as scratch:
@@ -67,13 +69,13 @@ async def audited(directory: RunDirectory, settings: Settings, *, version: str, 
 
 
 class _LocalChecks(NamedTuple):
-    """What the run directory itself says."""
+    """Findings from the run directory alone."""
 
     checks: list[Check]
     remarks: list[Remark]
     counts: dict[str, int | float]
     since: float
-    """When the first session began, Unix seconds."""
+    """Start of the first session, Unix seconds."""
 
 
 def _own_books(directory: RunDirectory, scratch: AuditTables) -> _LocalChecks:
@@ -114,7 +116,7 @@ def _own_books(directory: RunDirectory, scratch: AuditTables) -> _LocalChecks:
 
 
 def _pages(read: Callable[[int, int], list[_Row]]) -> Iterator[list[_Row]]:
-    """All rows of the journal that a paged reader gives."""
+    """Yield all rows of a paged reader of the journal."""
     last = 0
     while page := read(last, _PAGE):
         yield page
@@ -125,7 +127,7 @@ def _pages(read: Callable[[int, int], list[_Row]]) -> Iterator[list[_Row]]:
 
 
 def _requests(file: JournalDatabase, scratch: AuditTables) -> int:
-    """Remember every request that ended, of whatever attempt; how many ended without a result."""
+    """Store every request that ended, of any attempt. Return how many ended without a result."""
     lost = 0
     for page in _pages(file.ended_after):
         known = [one for one in page if one.request_id is not None]
@@ -139,13 +141,13 @@ def _requests(file: JournalDatabase, scratch: AuditTables) -> int:
 
 def _submits(jobs: _JobTotals, scratch: AuditTables, accepted: int, lost: int) -> Check:
     done, still = jobs.states[State.DONE], jobs.open
-    unaccounted = Mismatch("submits are accepted and nothing else is known of them", "this journal is damaged")
+    unaccounted = Mismatch("accepted submits are unaccounted for", "the journal is damaged")
     if odd := abs(accepted - done - lost - still):
         unaccounted.met(f"{accepted:,} accepted, {done + lost + still:,} accounted for", odd)
-    shared = Mismatch("request ids belong to several jobs", "one of the jobs shows another's image: please report")
+    shared = Mismatch("request ids belong to several jobs", "a job shows the image of another job; please report this")
     rows = scratch.rows("shared_requests", [EXAMPLES])
     for request_id, job, times, _ in rows:
-        shared.met(f"request {request_id}: {times} jobs, {job} is one")
+        shared.met(f"request {request_id}: {times} jobs, including {job}")
     shared.count = rows[0][-1] if rows else 0
     words = f"{accepted:,} accepted = {done:,} collected + {lost:,} ended without a result + {still:,} open"
     return Check("submits", words, (jobs.uncollected, shared, unaccounted))
@@ -153,14 +155,14 @@ def _submits(jobs: _JobTotals, scratch: AuditTables, accepted: int, lost: int) -
 
 def _money(jobs: _JobTotals, spent: float, counted: float, ended: int) -> Check:
     fuzz = _FUZZ_USD * max(1, ended) ** 0.5
-    sessions = Mismatch("sums of the sessions and of the jobs differ", "this journal is damaged: please report")
+    sessions = Mismatch("sums of the sessions and of the jobs differ", _DAMAGED_JOURNAL)
     if abs(spent - jobs.cost_usd) > fuzz:
         sessions.met(f"sessions ${spent:,.6f}, jobs ${jobs.cost_usd:,.6f}")
-    requests = Mismatch("jobs cost less than their requests", "this journal is damaged: please report")
+    requests = Mismatch("sums of the jobs are less than those of their requests", _DAMAGED_JOURNAL)
     if jobs.cost_usd < counted - fuzz:
         requests.met(f"jobs ${jobs.cost_usd:,.6f}, requests ${counted:,.6f}")
     written_off = max(0.0, jobs.cost_usd - counted)
-    rest = f", ${written_off:,.2f} of it for unknown submits that were given up" if written_off > fuzz else ""
+    rest = f", including ${written_off:,.2f} for abandoned submits of unknown outcome" if written_off > fuzz else ""
     words = f"${spent:,.2f} spent by the sessions = ${jobs.cost_usd:,.2f} cost of the jobs{rest}"
     return Check("money", words, (sessions, requests))
 
@@ -169,7 +171,7 @@ def _money(jobs: _JobTotals, spent: float, counted: float, ended: int) -> Check:
 
 
 class _JobTotals:
-    """Adds up the journal's jobs, page by page, and verifies the images of those that are done."""
+    """Sums over the journal's jobs, page by page; also verifies the images of finished jobs."""
 
     def __init__(self, directory: RunDirectory, scratch: AuditTables) -> None:
         self._root, self._scratch = directory.root, scratch
@@ -178,24 +180,24 @@ class _JobTotals:
         self.cost_usd = self.reserved_usd = 0.0
         self._verified = self._verified_bytes = self._kept_away = 0
         self.uncollected = Mismatch(
-            "accepted requests are not collected", "`restyle run` with the same command collects them"
+            "accepted requests are not collected", "run the same `restyle run` command to collect them"
         )
         self._unknown = Mismatch(
-            "submits have no known outcome and may have been paid for",
+            "submits have an unknown outcome and may have been paid for",
             "`restyle reconcile` looks them up; see limits.on_unknown",
         )
-        self._unstored = Mismatch("jobs are done without a stored answer", "this journal is damaged: please report")
-        self._missing = Mismatch("images are missing", "`restyle audit --repair` fetches them again, free")
+        self._unstored = Mismatch("jobs are done without a stored answer", _DAMAGED_JOURNAL)
+        self._missing = Mismatch("images are missing", "`restyle audit --repair` downloads them again, free")
         self._damaged = Mismatch(
-            "images have another size or SHA-256 than when they were stored",
-            "a file was changed or the disk failed: `restyle audit --repair` fetches them again, free",
+            "images differ from their stored size or SHA-256",
+            "a file was changed or the disk failed; `restyle audit --repair` downloads them again, free",
         )
         self._collectable = Mismatch(
-            "failed jobs are paid for, and their answers or images could not be read",
-            "`restyle run` with the same command asks for them again, free",
+            "failed jobs are paid for, but their answers or images could not be read",
+            "run the same `restyle run` command to request them again, free",
         )
-        self._stray = Mismatch("reservations belong to no open submit", "this journal is damaged: please report")
-        self._unasked = Mismatch("finished jobs are asked for by no row of results.parquet (any more)", "")
+        self._stray = Mismatch("reservations have no open submit", _DAMAGED_JOURNAL)
+        self._unasked = Mismatch("finished jobs have no row in results.parquet (any more)", "")
 
     def __enter__(self) -> Self:
         return self
@@ -207,11 +209,11 @@ class _JobTotals:
 
     @property
     def open(self) -> int:
-        """Accepted, and not collected yet."""
+        """Number of jobs that are accepted and not collected yet."""
         return sum(self.states[state] for state in (State.ACCEPTED, State.ANSWERED, State.COLLECTABLE))
 
     def take(self, page: list[AuditedJob]) -> None:
-        """One page of the journal."""
+        """Add one page of the journal."""
         shown = self._scratch.shown([job.key for job in page])
         self._scratch.add_requests(AuditRequest(job.request_id, job.key) for job in page if job.request_id is not None)
         images: list[tuple[JobKey, StoredImage]] = []
@@ -240,7 +242,7 @@ class _JobTotals:
             self._stray.met(f"{_name(job)}: {job.state}, ${job.reserved_usd:,.4f}")
 
     def _look_at(self, images: list[tuple[JobKey, StoredImage]]) -> None:
-        """Read each file once, however many jobs show it."""
+        """Verify each file once, however many jobs show it."""
         self._kept_away += sum(image.path is None for _, image in images)
         by_path = {image.path: (key, image) for key, image in images if image.path is not None}
         known = self._scratch.files(list(by_path))
@@ -256,25 +258,25 @@ class _JobTotals:
                 self._verified, self._verified_bytes = self._verified + 1, self._verified_bytes + found[0]
 
     def unknown_check(self) -> Check:
-        """Submits that nobody knows the outcome of."""
+        """Return the check of submits with unknown outcome."""
         return Check("unknown", f"{self._unknown.count:,} submits of unknown outcome", (self._unknown,))
 
     def answers_check(self) -> Check:
-        """Every done job has its answer and all of its images noted."""
+        """Return the check that every finished job has its answer and all of its images recorded."""
         return Check("answers", f"{self.states[State.DONE]:,} jobs done", (self._unstored, self._collectable))
 
     def images_check(self) -> Check:
-        """Size and hash of every file that a done job refers to."""
+        """Return the check of size and hash of every file of a finished job."""
         away = f"; {self._kept_away:,} were not downloaded" if self._kept_away else ""
-        words = f"{self._verified:,} files read again, {self._verified_bytes / 1e6:,.1f} MB{away}"
+        words = f"{self._verified:,} files verified, {self._verified_bytes / 1e6:,.1f} MB{away}"
         return Check("images", words, (self._missing, self._damaged))
 
     def reservations_check(self) -> Check:
-        """Money is set aside for open submits only."""
+        """Return the check that only open submits have a reservation."""
         return Check("reservations", f"${self.reserved_usd:,.2f} for open and unknown submits", (self._stray,))
 
     def unasked(self) -> Remark:
-        """Jobs of rows that have left the manifest: no error."""
+        """Return the remark about jobs whose rows have left the manifest."""
         return Remark(self._unasked.what, self._unasked.count, tuple(self._unasked.examples))
 
 
@@ -287,8 +289,8 @@ def _name(job: AuditedJob) -> str:
 
 
 def _orphans(directory: RunDirectory, scratch: AuditTables) -> Remark:
-    """Files in `images/` that no done job refers to: of a run that was killed, or not ours."""
-    found = Mismatch("files in images/ belong to no finished job; they may be deleted", "")
+    """Find files in `images/` that no finished job refers to: left by a killed run, or foreign."""
+    found = Mismatch("files in images/ belong to no finished job and may be deleted", "")
     waiting: list[str] = []
 
     def look() -> None:
@@ -312,25 +314,25 @@ def _orphans(directory: RunDirectory, scratch: AuditTables) -> Remark:
 
 
 def _results(directory: RunDirectory, file: JournalDatabase, scratch: AuditTables) -> Check:
-    """Row by row: the state, request, cost and images that the journal has."""
-    advice = "`restyle export` writes it anew, for free"
+    """Compare state, request, cost and images of each row with the journal."""
+    advice = "`restyle export` rebuilds it, free"
     absent = Mismatch("results.parquet cannot be read", advice)
-    strangers = Mismatch("rows show jobs that the journal does not know", f"is it the journal of these rows? {advice}")
+    unknown = Mismatch("rows show jobs that are not in the journal", f"check that both are of the same run; {advice}")
     behind = Mismatch("rows differ from the journal", advice)
     rows = 0
     try:
         with pq.ParquetFile(directory.results, pre_buffer=False) as table:
             for batch in table.iter_batches(_PAGE, columns=_COLUMNS):
                 rows += len(batch)
-                _compare(batch.to_pylist(), file, scratch, strangers, behind)
+                _compare(batch.to_pylist(), file, scratch, unknown, behind)
     except (OSError, pa.ArrowException, KeyError) as error:
         if file.jobs_after(0, 1):
             absent.met(str(error).splitlines()[0][:200])
-    return Check("results", f"{rows:,} rows of results.parquet", (absent, strangers, behind))
+    return Check("results", f"{rows:,} rows of results.parquet", (absent, unknown, behind))
 
 
 def _compare(
-    rows: list[dict[str, object]], file: JournalDatabase, scratch: AuditTables, strangers: Mismatch, behind: Mismatch
+    rows: list[dict[str, object]], file: JournalDatabase, scratch: AuditTables, unknown: Mismatch, behind: Mismatch
 ) -> None:
     keys = [JobKey(str(row["job_key"])) for row in rows if row["job_key"] is not None]
     known = file.jobs_of(list(dict.fromkeys(keys)))
@@ -339,11 +341,11 @@ def _compare(
         key, status = row["job_key"], row["status"]
         job = known.get(JobKey(str(key)))
         if key is None or (job is None and status == "pending"):
-            continue  # a row that cannot work, or one that no run has come to yet
+            continue  # an invalid row, or one that no run has reached yet
         if job is None:
-            strangers.met(f"job {key}: {status}")
-        elif (told := _differences(row, job)) != "":
-            behind.met(f"job {key}: {told}")
+            unknown.met(f"job {key}: {status}")
+        elif (difference := _differences(row, job)) != "":
+            behind.met(f"job {key}: {difference}")
 
 
 def _differences(row: dict[str, object], job: AuditedJob) -> str:

@@ -1,6 +1,6 @@
-"""Fetches stored images that are missing or damaged on disk again, free. Assembly.
+"""Repair of stored images: downloads missing or damaged files again, free. Assembly.
 
-Owns the search for them and what is no longer available. Only equal bytes take the place of a file: an image that the
+Owns the search for them and the list of unavailable images. A file is replaced only by equal bytes: an image that the
 target serves with other bytes is reported, not stored under the old hash.
 """
 
@@ -39,20 +39,21 @@ _AT_ONCE = 16
 
 @dataclass(frozen=True, slots=True)
 class _Damage:
-    """One image of a done job that is not on disk as it was stored."""
+    """An image of a finished job whose file is missing or damaged."""
 
     key: JobKey
     request_id: RequestId | None
     place: int
-    """In the answer."""
+    """Index in the answer."""
     image: StoredImage
 
 
 async def repaired(directory: RunDirectory, settings: Settings, *, version: str, rng: Random) -> Repair:
-    """Fetch every missing or damaged image of a done job again. The caller holds the lock of the run directory.
+    """Download every missing or damaged image of a finished job again. The caller holds the lock of the run directory.
 
     Raises:
-        RunDirectoryError: no journal, or none of ours. StorageError: a disk refused. ConfigError: no key.
+        RunDirectoryError: the journal is missing or not a restyle journal. StorageError: a disk refused.
+        ConfigError: there is no key.
     """
     found = Repair()
     in_thread = anyio.to_thread.run_sync
@@ -74,7 +75,7 @@ async def repaired(directory: RunDirectory, settings: Settings, *, version: str,
 
 
 def _damages(directory: RunDirectory, file: JournalDatabase) -> Iterator[list[_Damage]]:
-    """Pages of what is missing or damaged; each file is looked at once, however many jobs show it."""
+    """Yield pages of missing or damaged images; each file is checked once, however many jobs show it."""
     seen: set[bytes] = set()
     last = 0
     while jobs := file.jobs_after(last, _PAGE):
@@ -95,7 +96,7 @@ def _damages_of(directory: RunDirectory, job: AuditedJob, seen: set[bytes]) -> I
 
 
 class _Fetcher:
-    """Fetches a page of images at once."""
+    """Downloads a page of images concurrently."""
 
     def __init__(
         self, client: FalClient, directory: RunDirectory, images: ImageFolder, found: Repair, rng: Random
@@ -121,15 +122,15 @@ class _Fetcher:
             self._found.fetched += 1
 
     async def _from(self, url: str, image: StoredImage) -> str:
-        """Fetch it from there; empty, or why that was not possible."""
+        """Download the image. Return an empty string, or the reason why that failed."""
         try:
             data = await reading(partial(self._client.download, url), self._rng, stop=stop_after_attempt(_READS))
         except CallFailed as error:
             return f"{url[:200]}: {error.trouble.detail or error}"
         if hashlib.sha256(data).hexdigest() != image.sha256:
-            return f"{url[:200]}: the target serves other bytes than were stored"
-        assert image.path is not None, "looked for by its path"
-        await anyio.Path(self._root / image.path).unlink(missing_ok=True)  # damaged, maybe of the right size
+            return f"{url[:200]}: the target serves different bytes"
+        assert image.path is not None, "damages have a path"
+        await anyio.Path(self._root / image.path).unlink(missing_ok=True)  # `store` keeps a file of that size
         try:
             await self._images.store(data)
         except ImageError as error:
@@ -137,7 +138,7 @@ class _Fetcher:
         return ""
 
     async def _fresh_url(self, request_id: RequestId, place: int) -> str:
-        """The image's URL in the result as the target shows it now; empty where it does not."""
+        """Return the image's URL in the current result of the target, or an empty string."""
         try:
             read = partial(self._client.result, Ticket(request_id))
             answer = await reading(read, self._rng, stop=stop_after_attempt(1))

@@ -1,6 +1,6 @@
-"""What an audit found: checks with their numbers and examples, as a table and as JSON. Pure.
+"""Findings of an audit: checks with their numbers and examples, as a table and as JSON. Pure.
 
-Owns the words for what adds up and what does not. Refuses to know where the numbers come from (`batch.audit.checks`).
+Owns the wording of the report. The numbers come from `batch.audit.checks`.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ from batch.types import Json, JsonObject
 __all__ = ["EXAMPLES", "AuditReport", "Check", "Mismatch", "Remark", "Repair"]
 
 EXAMPLES = 10
-"""How many examples of one mismatch are shown."""
+"""Number of examples shown per mismatch."""
 
 
 @dataclass(slots=True)
 class Mismatch:
-    """One way in which something does not add up; counted as it is met."""
+    """One kind of mismatch, counted as it occurs."""
 
     what: str
-    """A sentence without its number: `done jobs whose image is missing`."""
+    """A sentence without its number, for example `images are missing`."""
     advice: str
     count: int = 0
     examples: list[str] = field(default_factory=list)
 
     def met(self, example: str, times: int = 1) -> None:
-        """Count it; the first ten are kept."""
+        """Count a mismatch and keep the first ten examples."""
         self.count += times
         if len(self.examples) < EXAMPLES:
             self.examples.append(example)
 
     def to_json(self) -> JsonObject:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         return {"what": self.what, "count": self.count, "advice": self.advice, "examples": list(self.examples)}
 
 
@@ -43,20 +43,20 @@ class Check:
 
     name: str
     sum: str
-    """The numbers in words."""
+    """The numbers, as a sentence."""
     mismatches: tuple[Mismatch, ...] = ()
-    """Those that were looked for; one that was never met has the count 0."""
+    """The kinds that were checked; one without a finding has the count 0."""
     compared: bool = True
-    """False: it could not be looked at, and `sum` says why. That is no error."""
+    """False if the check was not possible; `sum` then says why. This is not an error."""
 
     @property
     def wrong(self) -> int:
-        """Everything that does not add up here."""
+        """Number of mismatches of this check."""
         return sum(mismatch.count for mismatch in self.mismatches)
 
     @property
     def verdict(self) -> str:
-        """In words."""
+        """The verdict, for the table."""
         if not self.compared:
             return "not compared"
         return "does not add up" if self.wrong else "adds up"
@@ -64,7 +64,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Remark:
-    """Something to know that is no error."""
+    """A finding that is not an error."""
 
     text: str
     count: int
@@ -73,44 +73,44 @@ class Remark:
 
 @dataclass(slots=True)
 class Repair:
-    """What came of fetching missing and damaged images again."""
+    """The result of downloading missing and damaged images again."""
 
     fetched: int = 0
     unavailable: list[str] = field(default_factory=list)
-    """Those that could not be had: path, job and why."""
+    """Images that are not available: path, job and reason."""
 
     def to_json(self) -> JsonObject:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         lost: list[Json] = [*self.unavailable]
         return {"fetched": self.fetched, "unavailable": lost}
 
     def render(self) -> str:
-        """A line, and one for each image that is not available."""
-        lines = [f"repair        {self.fetched:,} images fetched again, {len(self.unavailable):,} not available"]
+        """Return a summary line and one line per image that is not available."""
+        lines = [f"repair        {self.fetched:,} images downloaded again, {len(self.unavailable):,} not available"]
         return "\n".join([*lines, *(f"  {lost}" for lost in self.unavailable)])
 
 
 @dataclass(frozen=True, slots=True)
 class AuditReport:
-    """A whole audit."""
+    """The report of an audit."""
 
     run: str
     """The run directory."""
     target: str
     counts: dict[str, int | float]
-    """Numbers by name, for a machine."""
+    """Numbers by name, for programs."""
     checks: Sequence[Check]
     remarks: Sequence[Remark] = ()
     repair: Repair | None = None
-    """What came of fetching images again, where that was asked for."""
+    """The result of the repair, if one was requested."""
 
     @property
     def add_up(self) -> bool:
-        """Whether every check that could be made went well."""
+        """Whether every possible check passed."""
         return not any(check.wrong for check in self.checks)
 
     def to_json(self) -> JsonObject:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         checks: list[Json] = [
             {
                 "name": check.name,
@@ -134,7 +134,7 @@ class AuditReport:
         }
 
     def render(self) -> str:
-        """A table, then each mismatch with its examples, then what else was seen."""
+        """Return the table, then each mismatch with its examples, then the remarks."""
         lines = [] if self.repair is None else [self.repair.render(), ""]
         lines += [f"{check.name:<14}{check.verdict:<17}{check.sum}" for check in self.checks]
         for check in self.checks:

@@ -1,7 +1,7 @@
-"""What an audit has seen: a temporary database on disk, so that a million jobs need no more memory than a hundred.
+"""Temporary database of an audit, so that a million jobs need no more memory than a hundred.
 
-Owns `tables.sql` and nothing that lasts: SQLite deletes the file by itself, also after a kill. An edge; knows nothing
-of journals, results and bills but the few fields that are compared.
+Owns `tables.sql`. Nothing persists: SQLite deletes the file itself, even after a kill. An edge; it knows only the few
+fields of journals, results and bills that are compared.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SQL = load_statements(__file__)
 
 
 class AuditRequest(NamedTuple):
-    """One request as the journal has it. A request that has not ended has no `ended_at`."""
+    """One request of the journal. `ended_at` is None until the request has ended."""
 
     request_id: str
     job_key: str
@@ -33,10 +33,10 @@ class AuditRequest(NamedTuple):
 
 
 class AuditTables:
-    """A context manager. Methods may be called from any thread, one at a time; all raise `StorageError`."""
+    """A context manager. Methods may be called from any thread, one call at a time; all raise `StorageError`."""
 
     def __init__(self) -> None:
-        # The empty name is SQLite's for a temporary database that spills from its cache to the disk.
+        # The empty name means a temporary database that spills from its cache to disk.
         self._connection = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         for pragma in (f"cache_size = -{_CACHE_KIB}", "journal_mode = OFF", "synchronous = OFF"):
             self._connection.execute(f"PRAGMA {pragma}")
@@ -52,32 +52,32 @@ class AuditTables:
         self._connection.close()
 
     def add_requests(self, seen: Iterable[AuditRequest]) -> None:
-        """A request may come several times: its costs add up, another job is noticed."""
+        """Add requests. Costs of a repeated request id add up; other jobs with the same id are counted."""
         names = ("id", "job", "usd", "units", "at")
         self._many("add_request", [dict(zip(names, one, strict=True)) for one in seen])
 
     def add_bills(self, bills: Iterable[tuple[str, float, float, float]]) -> None:
-        """Request id, instant, units, dollars."""
+        """Add bills: request id, Unix seconds, units, US dollars."""
         self._many("add_bill", list(bills))
 
     def add_shown(self, keys: Iterable[str]) -> None:
-        """Jobs that a row of the results shows."""
+        """Add the keys of jobs that have a row in the results."""
         self._many("add_shown", [(key,) for key in keys])
 
     def shown(self, keys: Sequence[str]) -> set[str]:
-        """Those of the keys that were added."""
+        """Return the given keys that were added."""
         return {key for (key,) in self.rows("find_shown", [orjson.dumps(keys).decode()])}
 
     def add_files(self, paths: Iterable[str]) -> None:
-        """Files that a job refers to."""
+        """Add the paths of files that a job refers to."""
         self._many("add_file", [(path,) for path in paths])
 
     def files(self, paths: Sequence[str]) -> set[str]:
-        """Those of the paths that were added."""
+        """Return the given paths that were added."""
         return {path for (path,) in self.rows("find_files", [orjson.dumps(paths).decode()])}
 
     def rows(self, statement: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[tuple[Any, ...]]:
-        """All rows of a statement of `tables.sql`; those that can be many have a limit."""
+        """Return all rows of a statement of `tables.sql`; statements with many rows have a limit."""
         try:
             return self._connection.execute(_SQL[statement], parameters).fetchall()
         except sqlite3.OperationalError as error:
@@ -94,5 +94,5 @@ class AuditTables:
 
 def _refused(error: sqlite3.Error) -> StorageError:
     return StorageError(
-        f"the folder for temporary files was refused ({error}); make room there, or name another in SQLITE_TMPDIR"
+        f"cannot use the folder for temporary files ({error}); free some space, or set SQLITE_TMPDIR to another folder"
     )

@@ -1,7 +1,7 @@
--- The statements of tables.py, by name. The database is temporary and holds what an audit has seen so far.
+-- Statements of the audit's temporary database, by name. `tables.py` parses this file once.
 
 -- name: create_requests
--- Every accepted request that the journal knows, with what we counted for it.
+-- Every accepted request of the journal, with the cost that we counted.
 CREATE TABLE requests (
     id TEXT PRIMARY KEY,
     job TEXT NOT NULL,
@@ -12,7 +12,7 @@ CREATE TABLE requests (
 ) STRICT, WITHOUT ROWID;
 
 -- name: create_bills
--- Pages shift while they are read: the same event twice is one event, another instant is another charge.
+-- Pages shift while they are read: a repeated event counts once, but another instant is another charge.
 CREATE TABLE bills (
     request_id TEXT NOT NULL,
     at REAL NOT NULL,
@@ -57,8 +57,8 @@ FROM requests AS r JOIN bills AS b ON b.request_id = r.id
 GROUP BY r.id HAVING times > 1 ORDER BY r.id LIMIT ?;
 
 -- name: billed_otherwise
--- More than we counted, or other units than the result's header said. Less money is a discount or a reservation that
--- was rounded up. Of a request that has not ended nothing was counted yet; nor of any where no price is known.
+-- More than we counted, or other units than the result's header. A smaller amount is a discount or a reservation that
+-- was rounded up. Nothing is counted for requests that have not ended, or without a known price.
 SELECT r.id, r.job, r.counted_usd, r.units, sum(b.usd), sum(b.units), count(*) OVER ()
 FROM requests AS r JOIN bills AS b ON b.request_id = r.id
 WHERE r.ended_at IS NOT NULL
@@ -68,7 +68,7 @@ HAVING count(*) = 1
 ORDER BY r.id LIMIT :count;
 
 -- name: unbilled
--- Where the result itself said that units were billed; what was counted for want of a word may well cost nothing.
+-- Only results that reported billed units: a cost that we counted without such a report may be zero.
 SELECT r.id, r.job, r.units, count(*) OVER ()
 FROM requests AS r
 WHERE r.units > :fuzz AND r.ended_at < :before

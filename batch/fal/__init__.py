@@ -1,1 +1,1 @@
-"""What the API is: the endpoint's schema, the wire protocol in both roles, and the client edge."""
+"""The API: the endpoint's schema, the wire protocol in both roles, and the client edge."""

@@ -1,7 +1,7 @@
-"""Reading the endpoint's output leniently: what can be read is kept, what is odd is null and named in a note. Pure.
+"""Lenient reading of the endpoint's output: readable fields are kept, odd ones are null and named in a note. Pure.
 
-A paid answer needs its images; every other field may be absent, null, of another type or out of range. What was paid
-for is never thrown away for such a field. Our own server is held to the strict schema (`batch.fal.endpoint`) by tests.
+A paid answer needs its images; every other field may be absent, null, of another type or out of range. A paid result is
+never discarded for such a field. Tests check our own server against the strict schema (`batch.fal.endpoint`).
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from batch.types import Json, JsonObject, StoredImage
 __all__ = ["AnswerFields", "fields_of", "has_images", "images_of", "inference_of", "says_no_images"]
 
 _NOTES_LIMIT = 16
-"""Notes on one answer; a broken service could cause thousands."""
+"""Maximum notes on one answer; a broken service could cause thousands."""
 _SCHEMES = ("https://", "http://", "data:")
-"""What a text among the images has to start with to be taken for one."""
+"""Prefixes of a text in `images` that make it a URL."""
 _INT64 = 2**63
 _ABSENT: Json = "\0absent"
 
 
 class AnswerFields(NamedTuple):
-    """What an output says, beside its images. A field that is not usable is None, and a note names it."""
+    """All fields of an output except its images. An unusable field is None, and a note names it."""
 
     seed: int | None
     flags: list[bool | None] | None
-    """One per image; None where nothing was checked."""
+    """One per image; None if nothing was checked."""
     inference: float | None
     """Seconds of execution."""
     timings: list[tuple[str, float]] | None
@@ -36,41 +36,43 @@ class AnswerFields(NamedTuple):
 
 
 def images_of(output: JsonObject) -> list[StoredImage]:
-    """The images that an output names, at most 16; empty where it names none that has a URL."""
+    """Return the images that an output names, at most 16; empty if none has a URL."""
     images, _ = _images(output)
     return images
 
 
 def has_images(output: JsonObject) -> bool:
-    """Whether an output is usable: it names at least one image with a URL."""
-    said = output.get("images")
-    return (isinstance(said, list) and bool(said) and _is_plain(said[0])) or bool(images_of(output))
+    """Return whether an output is usable: it names at least one image with a URL."""
+    reported = output.get("images")
+    return (isinstance(reported, list) and bool(reported) and _is_plain(reported[0])) or bool(images_of(output))
 
 
 def says_no_images(output: JsonObject) -> bool:
-    """Whether an output says explicitly that there are no images, as opposed to not being an output at all."""
+    """Return whether an output explicitly has no images, as opposed to not being an output at all."""
     return output.get("images") == []
 
 
 def inference_of(output: JsonObject) -> float | None:
-    """Seconds of execution as the output reports them; None where it does not, or not as a number from 0 on."""
+    """Return the seconds of execution that the output reports; None if missing or not a number >= 0."""
     timings = output.get("timings")
     return _seconds(timings.get("inference")) if isinstance(timings, dict) else None
 
 
 def fields_of(output: JsonObject, asked_seed: Json = None) -> AnswerFields:
-    """Everything that an output says beside its images.
+    """Return all fields of an output except its images.
 
     Args:
-        output: the JSON object that the service answered; {} where it is not one.
-        asked_seed: the seed of the request, for a note where the service reports another one.
+        output: the JSON object from the service; {} if the answer is not one.
+        asked_seed: the seed of the request, for a note if the service reports another one.
     """
     notes: list[str] = []
     seed = _seed(output.get("seed", _ABSENT), asked_seed, notes)
     inference, timings = _timings(output.get("timings", _ABSENT), notes)
-    said = output.get("images")
-    if isinstance(said, list) and len(said) <= IMAGES_LIMIT and all(map(_is_plain, said)):  # nearly always
-        count = len(said)
+    reported = output.get("images")
+    if (
+        isinstance(reported, list) and len(reported) <= IMAGES_LIMIT and all(map(_is_plain, reported))
+    ):  # the common case
+        count = len(reported)
     else:
         images, odd = _images(output)
         count = len(images)
@@ -81,37 +83,37 @@ def fields_of(output: JsonObject, asked_seed: Json = None) -> AnswerFields:
     return AnswerFields(seed, flags, inference, timings, tuple(notes))
 
 
-def _seed(said: Json, asked: Json, notes: list[str]) -> int | None:
-    if type(said) is int and 0 <= said <= SEED_LIMIT:
-        if said != asked and type(asked) is int:
-            notes.append(f"seed: the service reports {said}, {asked} was asked for")
-        return said
-    notes.append(f"seed: {_odd(said)}; the column has the seed that was asked for")
+def _seed(reported: Json, asked: Json, notes: list[str]) -> int | None:
+    if type(reported) is int and 0 <= reported <= SEED_LIMIT:
+        if reported != asked and type(asked) is int:
+            notes.append(f"seed: the service reports {reported}, {asked} was asked for")
+        return reported
+    notes.append(f"seed: {_odd(reported)}; the column has the seed that was asked for")
     return None
 
 
-def _flags(said: Json, images: int, notes: list[str]) -> list[bool | None] | None:
-    if not isinstance(said, list):
-        notes.append(f"has_nsfw_concepts: {_odd(said)}")
+def _flags(reported: Json, images: int, notes: list[str]) -> list[bool | None] | None:
+    if not isinstance(reported, list):
+        notes.append(f"has_nsfw_concepts: {_odd(reported)}")
         return None
-    if not said:  # nothing was checked
+    if not reported:  # nothing was checked
         return None
-    flags: list[bool | None] = [flag if flag is True or flag is False else None for flag in said[:IMAGES_LIMIT]]
+    flags: list[bool | None] = [flag if flag is True or flag is False else None for flag in reported[:IMAGES_LIMIT]]
     for place, flag in enumerate(flags):
         if flag is None:
-            notes.append(f"has_nsfw_concepts[{place}]: {_odd(said[place])}")
-    if images and len(said) != images:
-        notes.append(f"has_nsfw_concepts: the number of values, {len(said)}, is not that of the images, {images}")
+            notes.append(f"has_nsfw_concepts[{place}]: {_odd(reported[place])}")
+    if images and len(reported) != images:
+        notes.append(f"has_nsfw_concepts: {len(reported)} values for {images} images")
     return flags if any(flag is not None for flag in flags) else None
 
 
-def _timings(said: Json, notes: list[str]) -> tuple[float | None, list[tuple[str, float]] | None]:
-    if not isinstance(said, dict):
-        notes.append(f"timings: {_odd(said)}")
+def _timings(reported: Json, notes: list[str]) -> tuple[float | None, list[tuple[str, float]] | None]:
+    if not isinstance(reported, dict):
+        notes.append(f"timings: {_odd(reported)}")
         return None, None
     inference: float | None = None
     rest: list[tuple[str, float]] = []
-    for name, value in said.items():
+    for name, value in reported.items():
         seconds = _seconds(value)
         if seconds is None:
             notes.append(f"timings.{name[:40]}: {_odd(value)}")
@@ -133,7 +135,7 @@ def _seconds(value: Json) -> float | None:
 
 
 def _is_plain(image: Json) -> bool:
-    """Whether there is nothing odd about an image; False only costs time."""
+    """Return whether an image has no odd field; a wrong False only costs time."""
     if type(image) is not dict:
         return False
     url, width, height, size = image.get("url"), image.get("width"), image.get("height"), image.get("file_size")
@@ -149,16 +151,16 @@ def _is_plain(image: Json) -> bool:
 
 
 def _images(output: JsonObject) -> tuple[list[StoredImage], list[str]]:
-    """The usable images, and notes on what is odd about them."""
-    said = output.get("images")
-    if not isinstance(said, list):
-        single = output.get("image")  # as endpoints with one image call it
+    """Return the usable images, and notes on odd fields."""
+    reported = output.get("images")
+    if not isinstance(reported, list):
+        single = output.get("image")  # endpoints with one image use this name
         if not isinstance(single, dict | str):
-            return [], []  # the failure says so
-        said = [single]
+            return [], []  # the failure message covers it
+        reported = [single]
     images: list[StoredImage] = []
     notes: list[str] = []
-    for place, item in enumerate(said[:IMAGES_LIMIT]):
+    for place, item in enumerate(reported[:IMAGES_LIMIT]):
         fields: JsonObject = item if isinstance(item, dict) else {"url": item}
         url = fields.get("url")
         if not isinstance(url, str) or not url.strip() or not (isinstance(item, dict) or url.startswith(_SCHEMES)):
@@ -175,8 +177,8 @@ def _images(output: JsonObject) -> tuple[list[StoredImage], list[str]]:
                 _integer(fields, "file_size", where, notes),
             )
         )
-    if len(said) > IMAGES_LIMIT:
-        notes.append(f"images: {len(said)} of them; the first {IMAGES_LIMIT} are kept")
+    if len(reported) > IMAGES_LIMIT:
+        notes.append(f"images: {len(reported)} images; only the first {IMAGES_LIMIT} are kept")
     return images, notes
 
 
@@ -199,7 +201,7 @@ def _text(fields: JsonObject, name: str, where: str, notes: list[str]) -> str | 
 
 
 def _odd(value: Json) -> str:
-    """A value in a few words."""
+    """Describe a value in a few words."""
     if value is _ABSENT:
         return "missing"
     if value is None:

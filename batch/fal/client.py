@@ -1,10 +1,10 @@
-"""The client edge: one exchange with a target over aiohttp, nothing repeated, nothing decided.
+"""The client edge: one exchange with a target over aiohttp, without retries or decisions.
 
-Owns the HTTP session, the key, timeouts and size limits, and the one translation of aiohttp's exceptions
-into `Trouble`. What a trouble means is `batch.run.verdicts`'s; what the bytes mean is `batch.fal.protocol`'s.
+Contains the HTTP session, the key, timeouts and size limits, and the only translation of aiohttp's exceptions into
+`Trouble`. `batch.run.verdicts` decides what a trouble means; `batch.fal.protocol` parses the bytes.
 
-The key is added to a request only where its URL lies on the target's own origins. A read of a status or a result
-follows redirects among these origins; a submit follows none, and nothing else follows one with the key.
+The key is added to a request only if its URL belongs to the target's own origins. A read of a status or a result
+follows redirects among these origins. A submit follows none, and no other request follows one with the key.
 """
 
 from __future__ import annotations
@@ -45,20 +45,20 @@ from batch.types import Answer, AppId, Attempt, Ticket, TicketStatus
 __all__ = ["FalClient", "trouble_of"]
 
 READ_TIMEOUT = 60.0
-"""Seconds of a transfer without a byte."""
+"""Seconds without a byte after which a transfer fails."""
 EXCHANGE_SECONDS = 120.0
-"""From the first byte sent to the last received: who sends a byte a minute never falls silent."""
+"""From the first byte sent to the last received: a server that sends a byte a minute never hits a read timeout."""
 TRANSFER_SECONDS = 900.0
-"""The same where an image goes over the line: 64 MiB at 75 kB/s."""
+"""The same for an exchange with an image: 64 MiB at 75 kB/s."""
 ANSWER_LIMIT_BYTES = 2**20
-"""Of an answer to a submit, a status, a cancel. They are a few hundred bytes, and some hundred log lines more."""
+"""Limit for an answer to a submit, status or cancel. Usually a few hundred bytes plus several hundred log lines."""
 JSON_LIMIT_BYTES = 16 * 2**20
-"""Limit for a page of a listing, and for a result where the limit for an image's file is lower."""
+"""Limit for a page of a listing, and for a result where the limit for an image file is lower."""
 ERROR_LIMIT_BYTES = 64 * 2**10
-"""What is kept of an error's words. The model's own errors quote the input at length, image included."""
+"""Kept bytes of an error body. The model's own errors quote the whole input, image included."""
 LARGE_BODY_BYTES = 2**20
 LARGE_BODIES_AT_ONCE = 8
-"""Larger bodies wait for each other: what is in memory at once does not grow with what is in flight."""
+"""Concurrent reads of larger bodies, so that memory does not grow with the requests in flight."""
 HUGE_BODIES_AT_ONCE = 2
 """The same for bodies of more than `JSON_LIMIT_BYTES`."""
 REDIRECTS = 5
@@ -79,17 +79,17 @@ class FalClient:
         user_agent: str = "restyle",
         options: RequestOptions | None = None,
     ) -> None:
-        """Nothing is opened yet.
+        """Create the client; nothing is opened yet.
 
         Args:
-            origins: of the target.
+            origins: origins of the target.
             app: the endpoint's id.
-            key: None: nothing is sent with one.
-            connections: at once. With fewer than usual none is kept idle to hosts that are not the target's own.
-            download_limit_bytes: of a result image.
-            json_limit_bytes: of an answer.
-            user_agent: what is sent as such.
-            options: go with each submit; the job's key is added to their tags as `job`, unless they have that tag.
+            key: API key; None: requests are sent without one.
+            connections: maximum concurrent connections. With fewer than usual, none to a foreign host is kept idle.
+            download_limit_bytes: maximum size of a result image.
+            json_limit_bytes: maximum size of a JSON answer.
+            user_agent: the `User-Agent` header.
+            options: sent with each submit; the job's key is added to their tags as `job`, unless they have that tag.
         """
         self._origins, self._app, self._key = origins, app, key
         self._options = options or RequestOptions()
@@ -101,9 +101,9 @@ class FalClient:
         self._foreign = Http(limit=connections, timeout=self._exchanging, user_agent=user_agent, keep=keep)
         self._stack = contextlib.AsyncExitStack()
         self.webhook = ""
-        """URL that each submit asks to be called at; empty: none."""
+        """URL that each submit asks the target to call; empty: none."""
         self.before_send: Callable[[Attempt], Awaitable[None]] | None = None
-        # Waiting for a connection is not part of an exchange: here, not in aiohttp's pool, where it would be.
+        # Waiting for a connection must not count as part of an exchange, as it would in aiohttp's pool.
         self._free = asyncio.Semaphore(connections)
         self._large = asyncio.Semaphore(LARGE_BODIES_AT_ONCE)
         self._huge = asyncio.Semaphore(HUGE_BODIES_AT_ONCE)
@@ -143,7 +143,7 @@ class FalClient:
             return protocol.read_status(reply)
 
     async def result(self, ticket: Ticket) -> Answer:
-        """Read the output once; it names an image, and any other field may be odd (`batch.fal.answer`)."""
+        """Read the output once; it has an image, and any other field may be odd (`batch.fal.answer`)."""
         return _answer(await self._read("result", self._ticket_call(ticket, Operation.RESULT)))
 
     async def cancel(self, ticket: Ticket) -> CancelOutcome | None:
@@ -158,7 +158,7 @@ class FalClient:
         return protocol.read_cancel(reply)
 
     async def upload(self, data: bytes, content_type: str, name: str) -> str:
-        """Store an image at the target: initiate with the key, PUT without it. Its URL."""
+        """Store an image at the target and return its URL: initiate with the key, PUT without it."""
         start = Call(
             "POST",
             f"{self._origins.rest}/storage/upload/initiate?storage_type=fal-cdn-v3",
@@ -191,13 +191,13 @@ class FalClient:
             return platform.read_billing(reply)
 
     async def price(self) -> tuple[float, str]:
-        """Read the endpoint's present unit price in US dollars, and its unit."""
+        """Read the endpoint's current unit price in US dollars, and its unit."""
         reply = await self._exchange("price", platform.pricing_call(self._origins, self._app))
         with _reading("price"):
             return platform.read_price(reply, self._app)
 
     async def download(self, url: str) -> bytes:
-        """Fetch a result image, without the key, over at most five redirects, within the size limit."""
+        """Fetch a result image without the key, over at most five redirects, within the size limit."""
         if url.startswith("data:"):
             return _decode_data_uri(url)
         for _ in range(REDIRECTS + 1):
@@ -214,7 +214,7 @@ class FalClient:
         return protocol.ticket_call(self._origins, self._app, ticket, operation)
 
     async def _read(self, phase: str, call: Call) -> Reply:
-        """A GET that may be redirected, at most `REDIRECTS` times, among the target's own origins."""
+        """GET, following at most `REDIRECTS` redirects among the target's own origins."""
         for _ in range(REDIRECTS + 1):
             reply = await self._answered(phase, call, key=True)
             if not 300 <= reply.status < 400:
@@ -234,12 +234,12 @@ class FalClient:
         self, phase: str, call: Call, *, key: bool, before_send: Callable[[], Awaitable[None]] | None = None
     ) -> Reply:
         limit_bytes = self._json_limit_bytes if phase in _LONG_ANSWERS else ANSWER_LIMIT_BYTES
-        if phase == "result":  # it may carry its images itself
+        if phase == "result":  # it may contain its images
             limit_bytes = max(limit_bytes, self._download_limit_bytes)
         return self._without_key(await self._request(phase, call, limit_bytes, key=key, before_send=before_send))
 
     def _without_key(self, reply: Reply) -> Reply:
-        """A service that echoes the key, in an error message say, does not bring it into our journal and log."""
+        """Remove the key from an answer that echoes it, so that it does not reach our journal and log."""
         key = b"" if self._key is None else self._key.get_secret_value().encode()
         if not key or key not in reply.body:
             return reply
@@ -254,7 +254,7 @@ class FalClient:
         key: bool,
         before_send: Callable[[], Awaitable[None]] | None = None,
     ) -> Reply:
-        """One exchange; `before_send` is awaited when a connection is free, before anything is sent."""
+        """Do one exchange; `before_send` is awaited when a connection is free, before anything is sent."""
         headers, is_own = dict(call.headers), self._origins.own(call.url)
         if key and self._key is not None and is_own:
             headers["authorization"] = f"Key {self._key.get_secret_value()}"
@@ -275,16 +275,16 @@ class FalClient:
             raise CallFailed(trouble_of(phase, error)) from error
 
     async def _body(self, response: aiohttp.ClientResponse, phase: str, limit_bytes: int) -> bytes:
-        """The whole body, or a `CallFailed` as soon as it is longer than the limit.
+        """Read the whole body; raise `CallFailed` as soon as it exceeds the limit.
 
-        Of an error's body the beginning will do, for its status decides; but a result's error is the job's own, and
-        what it is called stands in its body.
+        The beginning of an error's body is enough, because its status decides. An error of a result is read in full: it
+        belongs to the job, and its body names it.
         """
         is_error = not 200 <= response.status < 300 and phase != "result"
         limit_bytes = min(limit_bytes, ERROR_LIMIT_BYTES) if is_error else limit_bytes
         length = response.content_length
         if length is not None and length <= min(limit_bytes, LARGE_BODY_BYTES):
-            return await response.read()  # nearly always
+            return await response.read()  # the common case
         if (length or 0) > limit_bytes and not is_error:
             raise _oversize(phase, limit_bytes)
         async with contextlib.AsyncExitStack() as stack:
@@ -309,10 +309,10 @@ _LONG_ANSWERS = frozenset({"result", "listing", "billing"})
 
 
 def _answer(reply: Reply) -> Answer:
-    """The answer in a 2xx result.
+    """Return the answer in a 2xx result.
 
     Raises:
-        CallFailed: no image is in it; what came is in its `answer`, for it may be paid for.
+        CallFailed: it has no image; the error carries the answer, which may be paid for.
     """
     units, engine = _float(reply.headers.get(protocol.BILLABLE_UNITS)), reply.headers.get(protocol.ENGINE)
     try:
@@ -330,27 +330,27 @@ def _answer(reply: Reply) -> Answer:
 
 
 def _oversize(phase: str, limit_bytes: int) -> CallFailed:
-    raised = "; limits.max_download_bytes raises the limit" if phase in {"result", "download"} else ""
-    return CallFailed(Trouble(phase, "oversize", detail=f"an answer of more than {limit_bytes} bytes{raised}"))
+    raised = "; raise it with limits.max_download_bytes" if phase in {"result", "download"} else ""
+    return CallFailed(Trouble(phase, "oversize", detail=f"the answer exceeds the limit of {limit_bytes} bytes{raised}"))
 
 
 def _payload(body: bytes) -> bytes | io.BytesIO | None:
-    """Aiohttp writes bytes in one piece, and warns of large ones; a stream it writes in chunks."""
+    """Wrap a large body in a stream: aiohttp writes bytes in one piece and warns about large ones."""
     return io.BytesIO(body) if len(body) > 2**20 else body or None
 
 
 def _successful(phase: str, reply: Reply) -> Reply:
     if 200 <= reply.status < 300:
         return reply
-    raise CallFailed(Trouble(phase, reply=_in_brief(reply), detail=f"HTTP {reply.status}"))
+    raise CallFailed(Trouble(phase, reply=_shortened(reply), detail=f"HTTP {reply.status}"))
 
 
-def _in_brief(reply: Reply) -> Reply:
-    """An error without what it quotes: it may be held for as long as the next try is waited for."""
+def _shortened(reply: Reply) -> Reply:
+    """Shorten an error that quotes the input: it may be kept in memory until the next try."""
     if len(reply.body) <= ERROR_LIMIT_BYTES:
         return reply
-    said = protocol.error_body_of(reply)
-    body = {"detail": said.message, "error_type": said.type} if said.is_fal else {}
+    parsed = protocol.error_body_of(reply)
+    body = {"detail": parsed.message, "error_type": parsed.type} if parsed.is_fal else {}
     return Reply(reply.status, orjson.dumps(body), reply.headers)
 
 
@@ -375,7 +375,7 @@ def _decode_data_uri(url: str) -> bytes:
     try:
         return base64.b64decode(payload, validate=True)
     except binascii.Error as error:
-        raise CallFailed(Trouble("download", "malformed", detail="the result's data URI is no base64")) from error
+        raise CallFailed(Trouble("download", "malformed", detail="invalid base64 in the result's data URI")) from error
 
 
 def _float(text: str | None) -> float | None:
@@ -414,24 +414,24 @@ _TRANSLATION: tuple[tuple[type[BaseException], str, bool], ...] = (
 
 
 def trouble_of(phase: str, error: BaseException) -> Trouble:
-    """Translate what aiohttp raised. The detail names the kind of fault and the host, never headers.
+    """Translate an exception of aiohttp. The detail names the kind of error and the host, never headers.
 
-    A descriptor is missing before a connection is made: nothing was sent on it.
+    A missing descriptor prevents the connection, so nothing was sent.
     """
     if lacks_descriptor(error):
         return Trouble(phase, "descriptors", sent=False, detail="too many open files; raise `ulimit -n`")
     for kind, name, sent in _TRANSLATION:
         if isinstance(error, kind):
             return Trouble(phase, name, sent=sent, detail=f"{name}: {_detail(error)}")
-    raise AssertionError(f"{error!r} is not aiohttp's") from error
+    raise AssertionError(f"{error!r} is not an exception of aiohttp") from error
 
 
 def _detail(error: BaseException) -> str:
-    if isinstance(error, aiohttp.ClientConnectorCertificateError):  # the one of its family without an OS error
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):  # the only one of its family without `os_error`
         return f"{error.host}:{error.port} ({error.certificate_error})"
     if isinstance(error, aiohttp.ClientConnectorError):
         return f"{error.host}:{error.port} ({error.os_error.strerror or type(error).__name__})"
     if isinstance(error, aiohttp.ClientResponseError):
-        wants = "; the proxy wants a user and a password" if error.status == 407 else ""
+        wants = "; the proxy requires a user and a password" if error.status == 407 else ""
         return f"HTTP {error.status}, {type(error).__name__}{wants}"
     return type(error).__name__

@@ -12,24 +12,24 @@ __all__ = ["CallFailed", "Trouble"]
 
 @dataclass(frozen=True, slots=True)
 class Trouble:
-    """One failed exchange as a value: either a transport event or an answer that is not a success."""
+    """A failed exchange: either a transport error or an answer that is not a success."""
 
     phase: str
     """`submit`, `status`, `result`, `cancel`, `initiate` (an upload, with the key), `upload` or `download`."""
     transport: str | None = None
-    """What the transport did (`connect`, `timeout`, `reset`, `redirect`, `malformed`, ...), else None."""
+    """The transport error (`connect`, `timeout`, `reset`, `redirect`, `malformed`, ...), else None."""
     sent: bool = True
-    """False only where it is certain that no byte of the request left."""
+    """False only if it is certain that no byte of the request was sent."""
     reply: Reply | None = None
-    """The answer, where a complete one came."""
+    """The answer, if a complete one was received."""
     detail: str = ""
-    """A sentence for a person; nothing is decided by it."""
+    """A text for messages; no decision depends on it."""
     answer: Answer | None = None
-    """What came in place of a usable result, where something came."""
+    """An unusable result, if one was received."""
 
 
 class CallFailed(Exception):
-    """A call to the service did not succeed; `trouble` says how."""
+    """A failed call to the service; `trouble` describes it."""
 
     def __init__(self, trouble: Trouble) -> None:
         super().__init__(trouble.detail or trouble.transport or "call failed")

@@ -1,12 +1,12 @@
-"""HTTP sessions of the client's side. All connections of a run are opened here, by the same rules.
+"""HTTP sessions of the client side. Every connection of a run is opened here, by the same rules.
 
-Proxies are those of the environment (`HTTPS_PROXY`, `HTTP_PROXY`, `ALL_PROXY`, `NO_PROXY`), on macOS and Windows those
-of the system where the environment names none. This machine itself is always reached directly. aiohttp's own
-`trust_env` is not used: it asks at each request, sends loopback through the proxy too, and reads `.netrc`, whose
-password it sends to the host, or refuses a request with our key for it.
+Proxies come from the environment (`HTTPS_PROXY`, `HTTP_PROXY`, `ALL_PROXY`, `NO_PROXY`), on macOS and Windows from the
+system if the environment names none. The local machine is always reached directly. aiohttp's own `trust_env` is not
+used: it looks proxies up for each request, sends loopback through the proxy too, and reads `.netrc`, whose password it
+sends to the host, or refuses a request that already has our key.
 
-No cookies are kept, redirects are not followed, and bodies are neither asked for compressed nor unpacked: no small body
-becomes a large one. Certificates are checked against the system's, or those of `SSL_CERT_FILE`.
+Cookies are not kept and redirects are not followed. Compressed bodies are neither requested nor unpacked, so a small
+body cannot become a large one. Certificates are checked against the system's, or those of `SSL_CERT_FILE`.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from batch.system.http_session import open_session
 __all__ = ["Http", "Proxies", "within"]
 
 CONNECT_TIMEOUT = 10.0
-"""Seconds until a connection stands; nothing of the request was sent before."""
+"""Seconds for establishing a connection; nothing of the request is sent before."""
 DIAL_SECONDS = 30.0
-"""The same with the look-up of the name, which has no limit of its own."""
+"""The same including the DNS look-up, which has no limit of its own."""
 KEEP_ALIVE = 8.0
-"""Seconds that an idle connection is kept: well under what servers and balancers keep (15 - 75 s). A server
-that closes one just as a submit is written would leave that submit's outcome unknown."""
+"""Seconds that an idle connection is kept: well below the 15 to 75 s of servers and load balancers. A server that
+closes a connection just as a submit is written would leave the outcome of that submit unknown."""
 _NAMES_SECONDS = 60
-"""For so long a host's addresses are remembered."""
+"""Lifetime of cached DNS answers."""
 
 
 def within(seconds: float | None, silence: float | None = None) -> aiohttp.ClientTimeout:
-    """The limits of one exchange: from its start to its end, and without a byte."""
+    """Return the timeouts of one exchange: total, and without a byte."""
     return aiohttp.ClientTimeout(total=seconds, connect=DIAL_SECONDS, sock_connect=CONNECT_TIMEOUT, sock_read=silence)
 
 
@@ -47,11 +47,11 @@ class Http:
     """One session; an async context manager.
 
     Args:
-        limit: connections at once. Idle ones are not counted: to each host as many may be kept.
-        timeout: of an exchange that names no other.
-        user_agent: what is sent as such.
-        headers: sent with every request.
-        keep: whether idle connections are kept for the next request.
+    limit: maximum concurrent connections. Idle ones do not count: as many may be kept to each host.
+    timeout: default for exchanges without their own.
+    user_agent: the `User-Agent` header.
+    headers: sent with every request.
+    keep: whether idle connections are kept for the next request.
     """
 
     def __init__(
@@ -84,26 +84,26 @@ class Http:
             await self._session.close()
 
     def request(self, method: str, url: str, **options: Any) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
-        """One exchange; the options are aiohttp's `headers`, `data` and `timeout`.
+        """Do one exchange; the options are aiohttp's `headers`, `data` and `timeout`.
 
         Raises:
-            aiohttp.ClientError, TimeoutError, OSError: it failed. aiohttp.InvalidURL: also for a proxy of no use.
+            aiohttp.ClientError, TimeoutError, OSError: it failed. aiohttp.InvalidURL: also for an unusable proxy.
         """
         assert self._session is not None, "use `async with Http(...)`"
         return self._session.request(method, url, allow_redirects=False, proxy=self._proxies.of(url), **options)
 
 
 class Proxies:
-    """What the environment says, asked once for each origin."""
+    """Proxies of the environment, looked up once per origin."""
 
     def __init__(self) -> None:
         self._known: dict[str, URL | None] = {}
 
     def of(self, url: str) -> URL | None:
-        """The proxy for a URL, with its credentials if it has any; None: it is reached directly.
+        """Return the proxy for a URL, with its credentials if it has any; None: no proxy.
 
         Raises:
-            aiohttp.InvalidURL: the proxy is of no use.
+            aiohttp.InvalidURL: the proxy is unusable.
         """
         origin = "/".join(url.split("/", 3)[:3])
         if origin not in self._known:
@@ -114,10 +114,10 @@ class Proxies:
         return self._known[origin]
 
     def check(self, url: str) -> None:
-        """Refuse a proxy that cannot be used, before anything is sent to this URL.
+        """Refuse an unusable proxy before anything is sent to this URL.
 
         Raises:
-            ConfigError: where it stands and what is wrong, without its value: there may be a password in it.
+            ConfigError: names the variable and the fault, without the value, which may contain a password.
         """
         _proxy_of(url)
 
@@ -129,7 +129,7 @@ def _proxy_of(url: str) -> URL | None:
     proxies = getproxies()
     variable = scheme if proxies.get(scheme) else "all"
     proxy = proxies.get(variable)
-    # With its port, as an exception for one port names it; urllib looks for the host alone, too.
+    # With the port, because an exception may name one; urllib also checks the host alone.
     if not proxy or proxy_bypass(f"{host}:{port}") or _in_networks(host, proxies.get("no", "")):
         return None
     return _usable(proxy, f"{variable.upper()}_PROXY", host)
@@ -142,19 +142,18 @@ def _usable(proxy: str, variable: str, host: str) -> URL:
         url = URL()
     if url.scheme.startswith("socks"):
         raise ConfigError(
-            f"{variable} names a SOCKS proxy, which restyle cannot use; name one that begins with http://, or add"
-            f" {host} to NO_PROXY"
+            f"{variable} names a SOCKS proxy, which is not supported; use an http:// proxy, or add {host} to NO_PROXY"
         )
     if url.scheme not in {"http", "https"} or not url.host:
         raise ConfigError(
-            f"{variable} is not the address of a proxy; write it as http://host:port or http://user:password@host:port,"
-            " with %23 for # and %2F for / in a password"
+            f"{variable} is not the address of a proxy; use http://host:port or http://user:password@host:port, with"
+            " %23 for # and %2F for / in a password"
         )
     return url
 
 
 def _is_here(host: str) -> bool:
-    """Whether it is this machine, by whatever name."""
+    """Return whether the host is this machine, under any name."""
     host = host.rstrip(".")
     if host.endswith(".localhost") or protocol.is_loopback(host):
         return True
@@ -164,7 +163,7 @@ def _is_here(host: str) -> bool:
 
 
 def _in_networks(host: str, exceptions: str) -> bool:
-    """Whether an address lies in one of the networks that `NO_PROXY` lists, as in 10.0.0.0/8."""
+    """Return whether an address belongs to a network listed in `NO_PROXY`, such as 10.0.0.0/8."""
     address = _address(host)
     if address is None:
         return False

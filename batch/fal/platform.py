@@ -1,8 +1,8 @@
-"""Reads and writes the platform API's request listing, prices and charges, as client and as server. Pure.
+"""Read and write the platform API's request listing, prices and charges, as client and as server. Pure.
 
-Only the listing tells whether a submit without an answer was accepted: list the endpoint's requests in a window of time
-and compare inputs. Shapes: fal's platform OpenAPI document, August 2026. The document does not say whether a waiting
-request is listed, so absence proves nothing.
+Only the listing shows whether a submit without a response was accepted: list the endpoint's requests in a time window
+and compare inputs. Source: fal's platform OpenAPI document, August 2026. It does not say whether a waiting request is
+listed, so absence proves nothing.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ __all__ = [
 ]
 
 _VALUES_LIMIT = 1_000_000
-"""Values of one page; ten thousand billing events have about ninety thousand."""
+"""Maximum number of JSON values per page; 10,000 billing events have about 90,000."""
 PAGE_LIMIT = 100
-"""Largest page of the listing; the default is half of it."""
+"""Maximum page size of the listing; the default is half of it."""
 BILLING_LIMIT = 10_000
-"""Largest page of billing events."""
+"""Maximum page size of billing events."""
 BILLING_SPAN = 90 * 86400.0
-"""Longest window of one call for billing events."""
+"""Maximum time window of a call for billing events, in seconds."""
 _NANO = 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """One request of the listing. Instants in Unix seconds."""
+    """A request in the listing. Times are Unix seconds."""
 
     request_id: RequestId
     app: AppId
@@ -84,7 +84,7 @@ class ListingPage:
 def listing_call(
     origins: Origins, app: AppId, *, start: float, end: float, cursor: str | None = None, limit: int = PAGE_LIMIT
 ) -> Call:
-    """List the endpoint's requests between two instants (`end` exclusive), with their payloads."""
+    """Build the call that lists the endpoint's requests from `start` to `end` (exclusive), with payloads."""
     query = {
         "endpoint_id": app,
         "start": _iso(start),
@@ -98,10 +98,10 @@ def listing_call(
 
 
 def read_listing(reply: Reply) -> ListingPage:
-    """Read one page.
+    """Read one page of the listing.
 
     Raises:
-        Malformed: the page does not have the documented shape, so it proves nothing.
+        Malformed: the page does not have the documented format, so it proves nothing.
     """
     items, cursor = _page_in(reply, "items")
     return ListingPage(tuple(_listed(item) for item in items), cursor)
@@ -138,7 +138,7 @@ def _listed(item: Json) -> Listed:
 
 @dataclass(frozen=True, slots=True)
 class Bill:
-    """One billing event as its payer reads it."""
+    """A billing event, as the client reads it."""
 
     request_id: RequestId
     at: float
@@ -156,7 +156,7 @@ class BillPage(NamedTuple):
 
 
 def billing_call(origins: Origins, app: AppId, *, start: float, end: float, cursor: str | None = None) -> Call:
-    """Ask for the endpoint's billing events between two instants, at most `BILLING_SPAN` apart; scope ADMIN."""
+    """Build the call for billing events from `start` to `end`, at most `BILLING_SPAN`; requires an ADMIN key."""
     query = {"endpoint_id": app, "start": _iso(start), "end": _iso(end), "limit": str(BILLING_LIMIT)}
     if cursor is not None:
         query["cursor"] = cursor
@@ -164,10 +164,10 @@ def billing_call(origins: Origins, app: AppId, *, start: float, end: float, curs
 
 
 def read_billing(reply: Reply) -> BillPage:
-    """Read one page.
+    """Read one page of billing events.
 
     Raises:
-        Malformed: the page does not have the documented shape, so it proves nothing.
+        Malformed: the page does not have the documented format, so it proves nothing.
     """
     events, cursor = _page_in(reply, "billing_events")
     return BillPage(tuple(_bill(event) for event in events), cursor)
@@ -177,7 +177,7 @@ def _bill(event: Json) -> Bill:
     if not isinstance(event, dict) or not isinstance(event.get("request_id"), str):
         raise Malformed("a billing event has no request_id")
     at, units, usd = instant_of(event.get("timestamp")), event.get("output_units"), event.get("cost_total")
-    if usd is None:  # fal's page shows both; the whole number is exact
+    if usd is None:  # fal returns both; the integer is exact
         nano = event.get("cost_estimate_nano_usd")
         usd = nano / _NANO if _is_amount(nano) else None
     if at is None or not _is_amount(units) or not _is_amount(usd):
@@ -186,12 +186,12 @@ def _bill(event: Json) -> Bill:
 
 
 def _is_amount(value: Json) -> TypeGuard[int | float]:
-    """Whether this is a number of at least 0; orjson reads no NaN."""
+    """Whether a value is a number >= 0; orjson never returns NaN."""
     return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
 
 
 def pricing_call(origins: Origins, app: AppId) -> Call:
-    """Ask for the endpoint's current price."""
+    """Build the call for the endpoint's current price."""
     return Call("GET", f"{origins.platform}/models/pricing?{urlencode({'endpoint_id': app})}")
 
 
@@ -199,7 +199,7 @@ def read_price(reply: Reply, app: AppId) -> tuple[float, str]:
     """Read the unit price in US dollars and its unit.
 
     Raises:
-        Malformed: the answer has no price in US dollars for the app.
+        Malformed: the response contains no price in US dollars for the app.
     """
     prices = read_object(reply.body).get("prices")
     for entry in prices if isinstance(prices, list) else []:
@@ -226,7 +226,7 @@ class PlatformError(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Charge:
-    """One billing event."""
+    """A billing event, as the server writes it."""
 
     request_id: RequestId
     app: AppId
@@ -242,7 +242,7 @@ def listing_reply(
 ) -> Reply:
     """Write one page of the listing.
 
-    `started_at` is required there: without a start, it is the end of the request, or the submit of a waiting one.
+    fal requires `started_at`; for a request that never started it is the end, or the time of the submit.
     """
     listed: list[Json] = [_item(item, payloads=payloads) for item in items]
     return _page_reply("items", listed, next_cursor, request_id)
@@ -302,7 +302,7 @@ def pricing_reply(prices: dict[AppId, float], unit: str = "megapixels", request_
 
 
 def estimate_reply(kind: str, total_usd: float, request_id: RequestId | None = None) -> Reply:
-    """Write a cost estimate; `kind` is the requested one."""
+    """Write a cost estimate. `kind`: the requested estimate type."""
     return json_reply(200, {"estimate_type": kind, "total_cost": total_usd, "currency": "USD"}, request_id)
 
 
@@ -312,7 +312,7 @@ def meta_reply(webhook_ranges: Sequence[str], request_id: RequestId | None = Non
 
 
 def platform_error_reply(status: int, kind: PlatformError, message: str, request_id: RequestId | None = None) -> Reply:
-    """Write an error in the platform API's own shape: `{"error": {type, message, request_id}}`."""
+    """Write an error in the platform API's format: `{"error": {type, message, request_id}}`."""
     error: JsonObject = {"type": kind, "message": message}
     if request_id is not None:
         error["request_id"] = request_id
@@ -324,11 +324,11 @@ def _page_reply(name: str, rows: list[Json], next_cursor: str | None, request_id
     return json_reply(200, body, request_id)
 
 
-# --- instants ---------------------------------------------------------------------------------------------
+# --- times ------------------------------------------------------------------------------------------------
 
 
 def minted_at(request_id: str) -> float | None:
-    """Read the creation time of a version-7 UUID; None for any other id. The time is evidence, not proof."""
+    """Read the creation time of a version-7 UUID; None for any other id. It is evidence, not proof."""
     try:
         value = UUID(request_id)
     except ValueError:
@@ -341,7 +341,7 @@ def _iso(at: float) -> str:
 
 
 def instant_of(value: Json) -> float | None:
-    """Parse an ISO 8601 date or time to Unix seconds, UTC without a zone; None for anything else."""
+    """Parse an ISO 8601 date or time to Unix seconds; None for anything else. Without a zone, it is UTC."""
     if not isinstance(value, str):
         return None
     try:

@@ -1,7 +1,7 @@
-"""Reads the queries of the platform API as a server: query strings and bodies into checked values. Pure.
+"""Parse the queries of the platform API on the server: query strings and bodies into validated values. Pure.
 
-The models also describe the parameters in the OpenAPI document. `platform` writes the answers and makes the same calls
-as a client. Shapes: fal's platform OpenAPI document, August 2026. Unknown parameters are ignored.
+The models also describe the parameters in the OpenAPI document. `platform` writes the responses and builds the same
+calls as a client. Source: fal's platform OpenAPI document, August 2026. Unknown parameters are ignored.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ __all__ = [
 ]
 
 _ID_LIMIT = 50
-"""The most ids that one call may name."""
+"""Maximum number of ids per call."""
 DAY = 86400.0
 _LAST_PAGE = 10**9
-"""No cursor is larger; an offset has to fit an SQLite integer."""
+"""Largest page number; the offset must fit into an SQLite integer."""
 _LISTS = frozenset({"endpoint_id", "expand", "tag"})
 
 
@@ -63,11 +63,11 @@ class RequestOutcome(StrEnum):
     ERROR = "error"
     """The service failed: 5xx."""
     USER_ERROR = "user_error"
-    """The caller made an error: 4xx."""
+    """The request was invalid: 4xx."""
 
 
 class ChargeSource(StrEnum):
-    """Feed of billing events."""
+    """Source of billing events."""
 
     BILLED = "billed"
     TAGGED = "tagged-billed"
@@ -75,7 +75,7 @@ class ChargeSource(StrEnum):
 
 
 class SortBy(StrEnum):
-    """Sort key of the listing, descending; fal does not document the direction, but its search is newest-first."""
+    """Sort key of the listing, descending. fal does not document the direction; its search is newest-first."""
 
     ENDED_AT = "ended_at"
     DURATION = "duration"
@@ -98,7 +98,7 @@ def _digits(text: str) -> str:
 
 
 def cursor_of(page: int) -> str:
-    """The cursor of a page, counted from 1: its number in base64, as fal's example `Mg==` shows it."""
+    """Return the cursor of a page, counted from 1: its number in base64, as in fal's example `Mg==`."""
     return base64.b64encode(str(page).encode()).decode()
 
 
@@ -125,7 +125,7 @@ def _plain_id(text: str) -> str:
 
 
 def _tags(filters: Sequence[str]) -> dict[str, list[str]]:
-    """`key=value` filters: the wanted values of each key."""
+    """Parse `key=value` filters to the accepted values of each key."""
     wanted: dict[str, list[str]] = {}
     for key, found, value in (one.partition("=") for one in filters):
         if not key or not found:
@@ -157,15 +157,15 @@ _Tags = Annotated[
 
 
 class _Model(BaseModel):
-    # A server that starts does not wait for models that the first call of the platform API needs.
+    # Deferred to the first call of the platform API, so that the server starts faster.
     model_config = ConfigDict(frozen=True, defer_build=True)
 
 
 class _Window(_Model):
-    """A page of a window of time. Instants in Unix seconds."""
+    """A page of a time window. Times are Unix seconds."""
 
     now: SkipJsonSchema[float]
-    """The default window depends on it."""
+    """Time of the call, for the default window."""
     end: _Instant = Field(default_factory=lambda given: given["now"], description="Exclusive end. Default: now.")
     limit: int
     page: _Cursor = Field(
@@ -179,10 +179,12 @@ class _Window(_Model):
 
 
 class ListingQuery(_Window):
-    """The query of the request listing."""
+    """The parameters of the request listing."""
 
     apps: _Ids[AppId] = Field(alias="endpoint_id", description="Only these endpoints.")
-    request_id: _Uuid | None = Field(None, description="Only this request; `start` is then 90 days ago by default.")
+    request_id: _Uuid | None = Field(
+        None, description="Only this request. Changes the default of `start` to 90 days ago."
+    )
     start: _Instant = Field(
         default_factory=lambda given: given["now"] - (BILLING_SPAN if given.get("request_id") else DAY),
         description="Default: 24 hours ago.",
@@ -194,7 +196,7 @@ class ListingQuery(_Window):
 
 
 class BillingQuery(_Window):
-    """The query of the billing events."""
+    """The parameters of the billing events."""
 
     apps: _Ids[AppId] = Field(default_factory=tuple, alias="endpoint_id", description="Only these endpoints.")
     """Empty: all."""
@@ -209,12 +211,12 @@ class BillingQuery(_Window):
         alias="tag",
         description="`key=value` or `key=(untagged)`; requires `source=tagged-billed`.",
     )
-    """A request matches if it has, for each key, one of the values; `(untagged)` matches a request without the key."""
+    """For each key, a request must have one of the values; `(untagged)` matches a request without the key."""
     limit: _Limit = Field(BILLING_LIMIT, le=BILLING_LIMIT, description="Events per page.")
 
     @property
     def tagged(self) -> bool:
-        """Whether each event shows the tags of its request."""
+        """Whether events include the tags of their requests."""
         return self.source is ChargeSource.TAGGED
 
     @model_validator(mode="after")
@@ -227,7 +229,7 @@ class BillingQuery(_Window):
 
 
 class PricingQuery(_Model):
-    """The query of the prices."""
+    """The parameters of the prices."""
 
     apps: _Ids[AppId] = Field(alias="endpoint_id", description="Only these endpoints.")
 
@@ -251,16 +253,16 @@ def read_billing_query(query: Sequence[tuple[str, str]], now: float) -> BillingQ
 
 
 def read_pricing_query(query: Sequence[tuple[str, str]]) -> tuple[AppId, ...]:
-    """Read the endpoints whose prices are wanted.
+    """Read the endpoints of a price query.
 
     Raises:
-        Malformed: the query names no endpoint, or too many.
+        Malformed: the query contains no endpoint, or too many.
     """
     return _checked(PricingQuery.model_validate, _given(query, _LISTS)).apps
 
 
 def _given(query: Sequence[tuple[str, str]], lists: frozenset[str]) -> dict[str, Any]:
-    """The parameters that have a value. A list is repeated or comma-separated; otherwise the last value counts."""
+    """Return the non-empty parameters. Lists are repeated or comma-separated; otherwise the last value counts."""
     given: dict[str, Any] = {}
     for name, value in query:
         parts = [part.strip() for part in value.split(",")]
@@ -272,12 +274,12 @@ def _given(query: Sequence[tuple[str, str]], lists: frozenset[str]) -> dict[str,
 
 
 class EstimateKind(StrEnum):
-    """What an estimate counts."""
+    """The type of an estimate."""
 
     UNIT_PRICE = "unit_price"
-    """Billing units, each at its price."""
+    """A number of billing units at the unit price."""
     HISTORICAL = "historical_api_price"
-    """Calls, each at the average cost of earlier calls."""
+    """A number of calls at the average cost of earlier calls."""
 
 
 class UnitQuantity(_Model):
@@ -296,14 +298,14 @@ class CallQuantity(_Model):
 
 
 class UnitEstimate(_Model):
-    """Ask for the cost of billing units."""
+    """A query for the cost of billing units."""
 
     estimate_type: Literal["unit_price"]
     endpoints: dict[AppId, UnitQuantity]
 
 
 class CallEstimate(_Model):
-    """Ask for the cost of calls."""
+    """A query for the cost of calls."""
 
     estimate_type: Literal["historical_api_price"]
     endpoints: dict[AppId, CallQuantity]
@@ -315,7 +317,7 @@ _ESTIMATE: TypeAdapter[UnitEstimate | CallEstimate] = TypeAdapter(
 
 
 class EstimateQuery(NamedTuple):
-    """What an estimate covers."""
+    """The type and quantities of an estimate."""
 
     kind: EstimateKind
     quantities: dict[AppId, float]
@@ -325,7 +327,7 @@ def read_estimate(body: bytes) -> EstimateQuery:
     """Read the body of an estimate.
 
     Raises:
-        Malformed: it does not have the documented shape.
+        Malformed: the body does not have the documented format.
     """
     asked = _checked(_ESTIMATE.validate_python, {"estimate_type": None, **read_object(body)})
     return EstimateQuery(EstimateKind(asked.estimate_type), {app: one.quantity for app, one in asked.endpoints.items()})
@@ -337,10 +339,10 @@ _Value = TypeVar("_Value")
 
 
 def _checked(validate: Callable[[Any], _Value], given: Mapping[str, Any]) -> _Value:
-    """The value, or one sentence about the first parameter that is wrong.
+    """Validate parameters; report the first invalid one.
 
     Raises:
-        Malformed: a parameter is wrong.
+        Malformed: a parameter is invalid.
     """
     try:
         return validate(given)

@@ -1,9 +1,8 @@
-"""The queue protocol without I/O, for both roles: values in, requests and replies out, and back.
+"""The queue protocol without I/O, for client and server: build and parse requests and replies. Pure.
 
-Owns the wire: paths, headers, bodies, status codes. Refuses to know sockets, clocks and storage. The client
-edge (`batch.fal.client`) and our server (`batch.server.http.app`) both speak through it, so that they cannot
-drift apart. Facts are those of fal's reference as read in autumn 2026; where the real service was seen to
-differ from its pages, the comment says so. Pure.
+Contains paths, headers, bodies and status codes, but no sockets, clocks or storage. The client edge
+(`batch.fal.client`) and our server (`batch.server.http.app`) share it, so they cannot diverge. Follows fal's reference
+as read in autumn 2026; comments mark where the real service was seen to differ.
 """
 
 from __future__ import annotations
@@ -79,16 +78,16 @@ __all__ = [
 ]
 
 CONTENT_JSON = "application/json"
-# Header names are lower case everywhere inside; HTTP does not care.
+# Header names are lower case internally; HTTP ignores case.
 REQUEST_ID = "x-fal-request-id"
 ERROR_TYPE = "x-fal-error-type"
 NEEDS_RETRY = "x-fal-needs-retry"  # newer name; values 1, true, false were seen
-RETRYABLE = "x-fal-retryable"  # older name of the same
+RETRYABLE = "x-fal-retryable"  # older name of NEEDS_RETRY
 BILLABLE_UNITS = "x-fal-billable-units"
 IDEMPOTENCY_KEY = "idempotency-key"  # ours: honoured by our server, ignored by fal
-ENGINE = "x-restyle-engine"  # ours: what executed the request
+ENGINE = "x-restyle-engine"  # ours: the engine that executed the request
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
-"""Statuses that name another address in `Location`."""
+"""Statuses with a new address in `Location`."""
 START_TIMEOUT = "x-fal-request-start-timeout"
 START_TIMEOUT_OLD = "x-fal-request-timeout"  # the only name that released clients send
 PRIORITY = "x-fal-queue-priority"
@@ -97,15 +96,15 @@ TAGS = "x-fal-tags"
 
 
 class Malformed(ValueError):
-    """The other side sent something that the protocol does not allow. The message says what."""
+    """The other side violated the protocol. The message says how."""
 
 
 class RedirectRefused(ValueError):
-    """A redirect that is not followed. The message says where it leads, as far as that may be shown."""
+    """A redirect that is not followed. The message names its target as far as it is safe to show."""
 
 
 class Call(NamedTuple):
-    """One HTTP request to make. It carries no key: the edge adds it where the origin is the target's own."""
+    """One HTTP request to make, without a key: the edge adds it if the origin belongs to the target."""
 
     method: str
     url: str
@@ -114,19 +113,19 @@ class Call(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """One HTTP answer. Its headers are asked for by their names in lower case; aiohttp's own mapping will do."""
+    """One HTTP answer. Header look-ups use lower case; aiohttp's mapping works too."""
 
     status: int
     body: bytes = b""
     headers: Mapping[str, str] = MappingProxyType({})
 
 
-# --- where things are -------------------------------------------------------------------------------------
+# --- origins ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Origins:
-    """The origins that belong to one target. Only these ever see its key."""
+    """The origins that belong to one target. Only these receive its key."""
 
     queue: str
     run: str
@@ -134,7 +133,7 @@ class Origins:
     cdn: str
     platform: str
     _prefixes: tuple[str, ...] = field(init=False, repr=False)
-    """Of URLs that lie on these origins beyond doubt: the slash ends the host."""
+    """Prefixes of URLs that certainly belong to these origins: the slash ends the host."""
 
     def __post_init__(self) -> None:
         origins = (self.queue, self.run, self.rest, self.cdn, self.platform)
@@ -142,12 +141,12 @@ class Origins:
 
     @classmethod
     def of_server(cls, url: str) -> Origins:
-        """All roles on one origin, as our own server has them. `url` is `scheme://host[:port][/prefix]`."""
+        """Return the origins of our own server, with all roles on `url`: `scheme://host[:port][/prefix]`."""
         base = url.rstrip("/")
         return cls(queue=base, run=base + "/run", rest=base, cdn=base, platform=base + "/v1")
 
     def own(self, url: str) -> bool:
-        """Whether `url` lies on one of these origins, that is: whether it may be shown the key."""
+        """Return whether `url` belongs to one of these origins, so that it may receive the key."""
         return url.startswith(self._prefixes) or origin_of(url) in {origin_of(own) for own in self._prefixes}
 
 
@@ -160,17 +159,18 @@ FAL = Origins(
 )
 
 _FAL_DOMAINS = ("fal.run", "fal.ai", "fal.media", "fal.dev", "falrun.com")
-"""Everything at or below them is fal's: queue, direct calls, storage, platform, files, tokens, web sockets."""
+"""These domains and their subdomains belong to fal: queue, direct calls, storage, platform, files, tokens, web
+sockets."""
 _IGNORED = re.compile("[\\s\\x00-\\x20\\u034f\\u115f\\u1160\\u180b-\\u180f\\u3164\\ufe00-\\ufe0f]+")
-"""Characters that some readers of URLs pass over, besides those of Unicode's category Cf."""
+"""Characters that some URL parsers skip, in addition to Unicode category Cf."""
 _DECODINGS = 3
-"""A host may be percent-encoded more than once."""
+"""A host may be percent-encoded several times."""
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _UNAMBIGUOUS = re.compile(r"https?://[^/?#@\\\s\x00-\x20]+([/?#][^\\\s\x00-\x20]*)?", re.IGNORECASE)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host, as a URL names it, is this machine itself."""
+    """Return whether a host, as it appears in a URL, is this machine."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -178,10 +178,10 @@ def is_loopback(host: str) -> bool:
 
 
 def origin_of(url: str) -> tuple[str, str, int]:
-    """Scheme, host and port of a URL; `("", "", 0)` for one that has no usable origin.
+    """Return scheme, host and port of a URL; `("", "", 0)` if it has no usable origin.
 
-    Nor has one with a user in it, or with a character that some readers of URLs skip or take for a slash: they
-    would not agree on whose host it names.
+    A URL with a user name, or with a character that some parsers skip or read as a slash, has no usable origin either:
+    parsers would disagree about its host.
     """
     if not _UNAMBIGUOUS.fullmatch(url):
         return ("", "", 0)
@@ -196,10 +196,11 @@ def origin_of(url: str) -> tuple[str, str, int]:
 
 
 def names_fal(url: str) -> bool:
-    """Whether some reader of URLs may take the host of `url` for one of fal's; the scheme may be missing.
+    """Return whether any URL parser might read the host of `url` as one of fal's; the scheme may be missing.
 
-    Judged with caution: in any case and encoding, in the spellings that become the same name (full-width letters,
-    ideographic full stops, trailing dots, invisible characters), before and after a user name. A path does not count.
+    Strict on purpose: considers every case and encoding, spellings that normalize to the same name (full-width letters,
+    ideographic full stops, trailing dots, invisible characters), and text before and after a user name. The path is
+    ignored.
     """
     spellings = [url]
     for _ in range(_DECODINGS):
@@ -224,7 +225,7 @@ def _is_fal(host: str) -> bool:
 
 
 class Operation(StrEnum):
-    """What a queue path asks for."""
+    """The operation of a queue path."""
 
     SUBMIT = "submit"
     STATUS = "status"
@@ -234,7 +235,7 @@ class Operation(StrEnum):
 
 
 class Address(NamedTuple):
-    """A parsed queue path. For everything but SUBMIT `app` may be the owner/alias form or the full id."""
+    """A parsed queue path. Except for SUBMIT, `app` may be the owner/alias form or the full id."""
 
     operation: Operation
     app: AppId
@@ -242,7 +243,7 @@ class Address(NamedTuple):
 
 
 class App(NamedTuple):
-    """An app id in its parts."""
+    """The parts of an app id."""
 
     owner: str
     alias: str
@@ -253,7 +254,7 @@ _PLAIN_ID = re.compile(r"(?=[-_]*[A-Za-z0-9])[A-Za-z0-9_-]{1,200}")
 _NAMESPACES = frozenset({"workflows", "comfy"})
 _TAILS = {
     "": Operation.RESULT,
-    "response": Operation.RESULT,  # older examples end the result URL so
+    "response": Operation.RESULT,  # older examples use this suffix
     "status": Operation.STATUS,
     "status/stream": Operation.STREAM,
     "cancel": Operation.CANCEL,
@@ -269,7 +270,7 @@ _SUFFIXES = {
 
 @lru_cache(maxsize=256)
 def split_app(app: str) -> App:
-    """Split `owner/alias/path`; with `workflows/` or `comfy/` in front the owner has two segments.
+    """Split `owner/alias/path`; after `workflows/` or `comfy/` the owner has two segments.
 
     Raises:
         Malformed: fewer than two segments, or an empty one.
@@ -277,18 +278,18 @@ def split_app(app: str) -> App:
     parts = app.strip("/").split("/")
     head = 2 if parts[0] in _NAMESPACES else 1
     if len(parts) <= head or not all(parts):
-        raise Malformed(f"{app!r} is not an app id: it needs at least owner/alias")
+        raise Malformed(f"invalid app id {app!r}: it needs at least owner/alias")
     return App("/".join(parts[:head]), parts[head], "/".join(parts[head + 1 :]))
 
 
 def request_path(operation: Operation, app: str, request_id: str) -> str:
-    """Path of a read or cancel, in the owner/alias form that the newest reference calls right."""
+    """Return the path of a read or cancel, in the owner/alias form that fal's newest reference uses."""
     owner, alias, _ = split_app(app)
     return f"/{owner}/{alias}/requests/{request_id}{_SUFFIXES[operation]}"
 
 
 def parse_path(path: str) -> Address | None:
-    """Read a queue path: owner/alias or full id, `/response`, trailing slash; None where it is not one.
+    """Parse a queue path: owner/alias or full id, `/response`, trailing slash; None if it is not a queue path.
 
     A path without `/requests/` is a submit to the app that it names.
     """
@@ -307,12 +308,12 @@ def parse_path(path: str) -> Address | None:
     return Address(operation, AppId(app), RequestId(request_id))
 
 
-# --- what a submit asks for besides its input ---------------------------------------------------------------
+# --- options of a submit ------------------------------------------------------------------------------------
 
 TAG_PAIRS = 10
-"""The most tags of one request."""
+"""Maximum tags of one request."""
 TAGS_BYTES = 1024
-"""The most bytes of all keys and values of one request's tags."""
+"""Maximum total bytes of the keys and values of one request's tags."""
 _TAG_KEY = re.compile(r"[a-z0-9._-]{1,64}")
 _TAG_VALUE = re.compile(r"[\x20-\x2b\x2d-\x7e]{0,256}")
 _RESERVED_TAGS = "fal."
@@ -320,20 +321,20 @@ _RESERVED_TAGS = "fal."
 
 @dataclass(frozen=True, slots=True)
 class RequestOptions:
-    """What a submit asks of the service besides its input. Headers carry it: `option_headers`, `options_in`."""
+    """Options of a submit besides its input. They are sent as headers: `option_headers`, `options_in`."""
 
     start_timeout: float | None = None
-    """Seconds from its acceptance: a request that has not started by then ends with 504 and costs nothing."""
+    """Seconds from acceptance: a request that has not started by then ends with 504 and costs nothing."""
     low_priority: bool = False
-    """Whether it waits behind all requests of normal priority."""
+    """Whether the request waits behind all requests of normal priority."""
     file_seconds: float | None = None
-    """Lifetime of its result files. None: the service's default."""
+    """Lifetime of the result files. None: the service's default."""
     tags: Mapping[str, str] = field(default_factory=dict)
-    """Labels for bills, as `checked_tag` returns them. An empty value leaves its tag out."""
+    """Labels for billing, as `checked_tag` returns them. A tag with an empty value is omitted."""
 
 
 def option_headers(options: RequestOptions) -> dict[str, str]:
-    """The headers of a submit that ask for this. The start timeout goes under both names that fal has documented."""
+    """Return the headers for these options. The start timeout is sent under both names that fal has documented."""
     headers = {PRIORITY: "low" if options.low_priority else "normal"}
     if options.start_timeout is not None:
         headers[START_TIMEOUT] = headers[START_TIMEOUT_OLD] = _decimal(options.start_timeout)
@@ -346,7 +347,7 @@ def option_headers(options: RequestOptions) -> dict[str, str]:
 
 
 def options_in(headers: Mapping[str, str]) -> RequestOptions:
-    """What the headers of a submit ask for. Values that make no sense are ignored, as fal ignores them."""
+    """Parse the options in the headers of a submit. Invalid values are ignored, as fal ignores them."""
     return RequestOptions(
         start_timeout=_start_timeout_in(headers),
         low_priority=headers.get(PRIORITY, "").strip().lower() == "low",
@@ -356,10 +357,10 @@ def options_in(headers: Mapping[str, str]) -> RequestOptions:
 
 
 def checked_tag(key: str, value: str) -> tuple[str, str]:
-    """A tag as fal stores it: without spaces around key and value, the key in lower case.
+    """Return a tag as fal stores it: key and value stripped, the key in lower case.
 
     Raises:
-        ValueError: fal would drop it. The message says why.
+        ValueError: fal would drop the tag. The message says why.
     """
     name, text = key.strip().lower(), value.strip()
     if not _TAG_KEY.fullmatch(name):
@@ -374,12 +375,12 @@ def checked_tag(key: str, value: str) -> tuple[str, str]:
 
 
 def _tags_in(packed: str) -> dict[str, str]:
-    """Tags of a header. Those that break a rule or exceed a limit are dropped; of equal keys the last one counts."""
+    """Parse the tags of a header. Invalid or excess tags are dropped; the last of equal keys counts."""
     return dict(_first_tags(packed.split(",")))
 
 
 def _first_tags(parts: Iterable[str]) -> Iterable[tuple[str, str]]:
-    """Valid tags within the limits, which count repeated keys too."""
+    """Yield the valid tags within the limits, which include repeated keys."""
     pairs = size = 0
     for part in parts:
         name, _, text = part.partition("=")
@@ -394,7 +395,7 @@ def _first_tags(parts: Iterable[str]) -> Iterable[tuple[str, str]]:
 
 
 def _start_timeout_in(headers: Mapping[str, str]) -> float | None:
-    """Seconds; the newer name wins. None where it is absent, no number, or at most a tenth of a second."""
+    """Return the seconds; the newer name wins. None if absent, not a number, or at most a tenth of a second."""
     text = headers.get(START_TIMEOUT) or headers.get(START_TIMEOUT_OLD)
     try:
         seconds = float(text) if text else 0.0
@@ -404,7 +405,7 @@ def _start_timeout_in(headers: Mapping[str, str]) -> float | None:
 
 
 def _decimal(seconds: float) -> str:
-    """Seconds with up to three decimals: `30`, `2.5`."""
+    """Format seconds with up to three decimals: `30`, `2.5`."""
     return f"{seconds:.3f}".rstrip("0").rstrip(".")
 
 
@@ -419,10 +420,10 @@ def submit_call(
     webhook: str = "",
     options: RequestOptions | None = None,
 ) -> Call:
-    """The one POST that costs money. `webhook` is called when the request has ended; empty: nobody is.
+    """Return the one POST that costs money. `webhook` is called when the request has ended; empty: no callback.
 
-    Fallback models are switched off under both names that the documentation has used, so that a seed means
-    something; a server that knows neither ignores them.
+    Fallback models would make a seed meaningless, so they are disabled under both documented names; a server that knows
+    neither ignores them.
     """
     return Call(
         "POST",
@@ -439,17 +440,17 @@ def submit_call(
 
 
 def ticket_call(origins: Origins, app: AppId, ticket: Ticket, operation: Operation, *, logs: bool = False) -> Call:
-    """A read or cancel of an accepted request.
+    """Return a read or cancel of an accepted request.
 
-    The URL that the server returned is used where it lies on the target's own origins; a foreign one, or
-    one of a server that has since moved to another port, is rebuilt from the request id.
+    Uses the URL that the server returned if it belongs to the target's own origins. Otherwise (a foreign origin, or a
+    server that has moved to another port) it builds the URL from the request id.
     """
     given = {
         Operation.STATUS: ticket.status_url,
         Operation.RESULT: ticket.response_url,
         Operation.CANCEL: ticket.cancel_url,
     }.get(operation, "")
-    on_target = given.startswith(f"{origins.queue}/")  # which no URL with somebody's user name in it does
+    on_target = given.startswith(f"{origins.queue}/")  # false for any URL with a user name
     url = given if on_target else origins.queue + request_path(operation, app, ticket.request_id)
     if logs and operation in {Operation.STATUS, Operation.STREAM}:
         url += ("&" if "?" in url else "?") + "logs=1"
@@ -457,14 +458,14 @@ def ticket_call(origins: Origins, app: AppId, ticket: Ticket, operation: Operati
 
 
 def redirected(origins: Origins, call: Call, reply: Reply) -> Call:
-    """The same read at the address that a 3xx answer names, where that is one of the target's own.
+    """Return the same read at the address of a redirect, if it belongs to the target.
 
     Raises:
-        RedirectRefused: it leads elsewhere, or nowhere. Only scheme, host and port are named: the rest may be secret.
+        RedirectRefused: it does not. The message has only scheme, host and port: the rest may be secret.
     """
     location = reply.headers.get("location")
     if reply.status not in REDIRECTS or not location:
-        raise RedirectRefused(f"HTTP {reply.status} names no address to read instead")
+        raise RedirectRefused(f"HTTP {reply.status} without a usable Location")
     try:
         url = urljoin(call.url, location)
     except ValueError:
@@ -482,15 +483,15 @@ def redirected(origins: Origins, call: Call, reply: Reply) -> Call:
 
 
 def read_ticket(reply: Reply) -> Ticket:
-    """The ticket in a 2xx answer to a submit.
+    """Return the ticket in a 2xx answer to a submit.
 
     Raises:
-        Malformed: no JSON object, or no `request_id` in it. Whether the job was accepted is then unknown.
+        Malformed: not a JSON object, or without a usable `request_id`. Then it is unknown whether the job was accepted.
     """
     answer = read_object(reply.body)
     request_id = answer.get("request_id")
     if not is_plain_id(request_id):
-        raise Malformed("the answer to the submit has no usable request_id")
+        raise Malformed("the submit response has no usable request_id")
     status_url, response_url, cancel_url = (
         _text(answer.get(name)) or "" for name in ("status_url", "response_url", "cancel_url")
     )
@@ -498,7 +499,7 @@ def read_ticket(reply: Reply) -> Ticket:
     return Ticket(RequestId(request_id), status_url, response_url, cancel_url, position)
 
 
-# Other services of this shape use these words. fal has QueueState's three only. Letters alone count, in any case.
+# Status words of similar services. fal uses only the three of QueueState. Case and non-letters are ignored.
 _QUEUED_WORDS = frozenset({
     "created", "enqueued", "inqueue", "notstarted", "pending", "queued", "received", "scheduled", "submitted",
     "waiting",
@@ -522,22 +523,22 @@ _MEANINGS = {
     **dict.fromkeys(_FAILED_WORDS, (QueueState.COMPLETED, True)),
 }
 _SUBJECTS = frozenset({"execution", "job", "prediction", "request", "run", "state", "status", "task"})
-"""Say nothing: JOB_STATE_FAILED is FAILED."""
+"""Parts without meaning: JOB_STATE_FAILED is FAILED."""
 _DOUBTS = _QUEUED_WORDS | _RUNNING_WORDS | {"no", "not", "progress", "queue", "requested", "without"}
-"""A compound with one of these among its parts does not say that the work failed: ERROR_RETRYING."""
+"""A compound word with one of these parts is not a failure: ERROR_RETRYING."""
 _PART = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _STATUS_WORD_LIMIT = 100
 
 
 def read_status(reply: Reply) -> TicketStatus:
-    """A status answer (202 or 200), whatever its status word is, and also without one.
+    """Parse a status answer (202 or 200) with any status word, or without one.
 
     Raises:
-        Malformed: no JSON object.
+        Malformed: not a JSON object.
     """
     answer = read_object(reply.body)
-    said = answer.get("status")
-    word = said[:_STATUS_WORD_LIMIT] if isinstance(said, str) else ""
+    reported = answer.get("status")
+    word = reported[:_STATUS_WORD_LIMIT] if isinstance(reported, str) else ""
     state, failed = _meaning_of(word)
     metrics, logs = answer.get("metrics"), answer.get("logs")
     inference = metrics.get("inference_time") if isinstance(metrics, dict) else None
@@ -555,7 +556,7 @@ def read_status(reply: Reply) -> TicketStatus:
 
 @lru_cache(maxsize=256)
 def _meaning_of(word: str) -> tuple[QueueState | None, bool]:
-    """The state that a status word stands for, None where it is unknown; and whether it stands for a failure."""
+    """Return the state that a status word means, None if unknown; and whether it means a failure."""
     parts = [part.lower() for part in _PART.findall(word)]
     bare = [part for part in parts if part not in _SUBJECTS]
     meaning = _MEANINGS.get("".join(parts)) or _MEANINGS.get("".join(bare))
@@ -567,23 +568,25 @@ def _meaning_of(word: str) -> tuple[QueueState | None, bool]:
 
 
 def _first_text(*values: Json) -> str | None:
-    """The first of these that says anything: a text, an object with a message, or fal's list of errors."""
+    """Return the first value with a text: a text, an object with a message, or fal's list of errors."""
     for value in values:
-        said = value
-        if isinstance(said, dict):
-            said = next((said[name] for name in ("message", "msg", "detail", "error") if said.get(name)), None)
-        if isinstance(said, list):
-            said = "; ".join(_describe(item) for item in said[:5] if isinstance(item, dict))
-        if isinstance(said, str) and said:
-            return said[:1000]
+        reported = value
+        if isinstance(reported, dict):
+            reported = next(
+                (reported[name] for name in ("message", "msg", "detail", "error") if reported.get(name)), None
+            )
+        if isinstance(reported, list):
+            reported = "; ".join(_describe(item) for item in reported[:5] if isinstance(item, dict))
+        if isinstance(reported, str) and reported:
+            return reported[:1000]
     return None
 
 
 def read_output(body: bytes) -> JsonObject:
-    """The bare model output of a 200 result.
+    """Parse the bare model output of a 200 result.
 
-    Read leniently, for it is paid for: a byte order mark, bytes that are not UTF-8, `NaN` and unpaired surrogates cost
-    only the value that they are in, although JSON forbids them.
+    Lenient, because the result is paid for: a byte order mark, bytes that are not UTF-8, `NaN` and unpaired surrogates
+    affect only their own value, although JSON forbids them.
 
     Raises:
         Malformed: not a JSON object.
@@ -604,7 +607,7 @@ def read_output(body: bytes) -> JsonObject:
 
 
 def _storable(value: Any) -> Any:
-    """A parsed JSON value in which every text can be encoded as UTF-8."""
+    """Return a parsed JSON value in which every text can be encoded as UTF-8."""
     match value:
         case str():
             return value.encode("utf-8", "replace").decode("utf-8")
@@ -617,7 +620,7 @@ def _storable(value: Any) -> Any:
 
 
 class CancelOutcome(StrEnum):
-    """What a cancel may answer. Each is a request, not a fact: a running job may finish all the same."""
+    """Answers to a cancel. None of them is final: a running job may still finish."""
 
     REQUESTED = "CANCELLATION_REQUESTED"
     ALREADY_COMPLETED = "ALREADY_COMPLETED"
@@ -625,22 +628,22 @@ class CancelOutcome(StrEnum):
 
 
 def read_cancel(reply: Reply) -> CancelOutcome | None:
-    """What became of a cancel; None where the answer says nothing of it (401, 5xx, ...)."""
+    """Return the outcome of a cancel; None if the answer is inconclusive (401, 5xx, ...)."""
     if 200 <= reply.status < 300:
         return CancelOutcome.REQUESTED
     return {400: CancelOutcome.ALREADY_COMPLETED, 404: CancelOutcome.NOT_FOUND}.get(reply.status)
 
 
 class ErrorBody(NamedTuple):
-    """What an error answer says, as far as it is fal's own shape."""
+    """The parts of an error answer, as far as it has fal's own shape."""
 
     type: str | None
     """Machine word: `error_type`, else the type of the first model error, else the header."""
     message: str
     is_fal: bool
-    """Whether the body has one of fal's shapes: a proxy's HTML page says nothing about a job."""
+    """Whether the body has one of fal's shapes; a proxy's HTML page says nothing about a job."""
     needs_retry: bool | None
-    """What the service says about another try; None where it says nothing."""
+    """Whether the service recommends a retry; None if it does not say."""
 
 
 def error_body_of(reply: Reply) -> ErrorBody:
@@ -669,18 +672,18 @@ def error_body_of(reply: Reply) -> ErrorBody:
 
 
 def names_webhook(reply: Reply) -> bool:
-    """Whether what an error answer refuses is the callback that was asked for (`fal_webhook`); never raises."""
+    """Return whether an error answer refuses the requested callback (`fal_webhook`); never raises."""
     return "fal_webhook" in _place_of(reply)
 
 
 def names_idempotency_key(reply: Reply) -> bool:
-    """Whether what an error answer refuses is the `Idempotency-Key`, by its type or by its `loc`; never raises."""
+    """Return whether an error answer refuses the `Idempotency-Key`, by its type or its `loc`; never raises."""
     words = (error_body_of(reply).type, *_place_of(reply))
     return any(isinstance(word, str) and "idempotency" in word.lower() for word in words)
 
 
 def _place_of(reply: Reply) -> list[Json]:
-    """The `loc` of the first model error; empty where there is none."""
+    """Return the `loc` of the first model error; empty without one."""
     try:
         detail = read_object(reply.body).get("detail")
     except Malformed:
@@ -701,7 +704,7 @@ def _describe(item: JsonObject) -> str:
 
 
 def accepted_reply(base: str, app: AppId, request_id: RequestId, position: int) -> Reply:
-    """HTTP 200 with all eight fields; `base` is the scheme and host that the caller used."""
+    """Return HTTP 200 with all eight fields; `base` is the scheme and host that the caller used."""
     return json_reply(
         200,
         {
@@ -724,7 +727,7 @@ def progress_reply(
     position: int | None = None,
     logs: list[JsonObject] | None = None,
 ) -> Reply:
-    """HTTP 202 while IN_QUEUE or IN_PROGRESS. Clients subscript `queue_position` and `logs`: always there."""
+    """Return HTTP 202 for IN_QUEUE or IN_PROGRESS. Always has `queue_position` or `logs`, which clients subscript."""
     body: JsonObject = {"status": state, **_request_urls(base, app, request_id)}
     if state is QueueState.IN_QUEUE:
         body["queue_position"] = position or 0
@@ -743,7 +746,7 @@ def completed_reply(
     error_type: str | None = None,
     logs: list[JsonObject] | None = None,
 ) -> Reply:
-    """HTTP 200: the work ended. A failure is COMPLETED too, with `error` (and `error_type`)."""
+    """Return HTTP 200: the work ended. A failure is COMPLETED too, with `error` (and `error_type`)."""
     body: JsonObject = {
         "status": QueueState.COMPLETED,
         **_request_urls(base, app, request_id),
@@ -758,7 +761,7 @@ def completed_reply(
 
 
 def cancel_reply(outcome: CancelOutcome, request_id: RequestId) -> Reply:
-    """202, 400 or 404 with the status word."""
+    """Return 202, 400 or 404 with the status word."""
     status = {CancelOutcome.REQUESTED: 202, CancelOutcome.ALREADY_COMPLETED: 400}.get(outcome, 404)
     return json_reply(status, {"status": outcome}, request_id)
 
@@ -766,7 +769,7 @@ def cancel_reply(outcome: CancelOutcome, request_id: RequestId) -> Reply:
 def request_error_reply(
     status: int, error_type: str | None, detail: str, request_id: RequestId | None = None, **headers: str
 ) -> Reply:
-    """An infrastructure error: `{"detail": text, "error_type": word}` and the header of the same name."""
+    """Return an infrastructure error: `{"detail": text, "error_type": word}` and the header of the same name."""
     body: JsonObject = {"detail": detail}
     if error_type is not None:
         body["error_type"] = error_type
@@ -777,7 +780,7 @@ def request_error_reply(
 def model_error_reply(
     status: int, errors: list[JsonObject], request_id: RequestId | None = None, **headers: str
 ) -> Reply:
-    """A model error: `{"detail": [{loc, msg, type, url, ctx, input}, ...]}`."""
+    """Return a model error: `{"detail": [{loc, msg, type, url, ctx, input}, ...]}`."""
     return json_reply(status, {"detail": list(errors)}, request_id, headers)
 
 
@@ -796,14 +799,14 @@ def _request_urls(base: str, app: AppId, request_id: RequestId) -> JsonObject:
 def json_reply(
     status: int, body: JsonObject, request_id: RequestId | None = None, headers: Mapping[str, str] | None = None
 ) -> Reply:
-    """Any JSON answer, with the request id that clients look for."""
-    # Python's official client retries errors that lack a request id as "ingress errors": always set one.
+    """Return a JSON answer with the request id that clients look for."""
+    # Python's official client retries errors without a request id as "ingress errors", so it is always set.
     own = {"content-type": CONTENT_JSON, REQUEST_ID: request_id or ""}
     return Reply(status, orjson.dumps(body), own | dict(headers or {}))
 
 
 def lifetime_in(headers: Mapping[str, str]) -> float | None:
-    """Seconds that files shall live, as the lifecycle header wishes; None where nothing, or no number, is said."""
+    """Return the requested lifetime of files in seconds; None if missing or not a number."""
     text = headers.get(LIFECYCLE) or headers.get("x-fal-object-lifecycle")
     if not text:
         return None
@@ -814,18 +817,18 @@ def lifetime_in(headers: Mapping[str, str]) -> float | None:
     return float(seconds) if _number(seconds) and 0 < seconds < 1e10 else None
 
 
-# --- reading foreign JSON ---------------------------------------------------------------------------------
+# --- parsing JSON -----------------------------------------------------------------------------------------
 
 
 VALUES_LIMIT = 100_000
-"""In one answer. Each takes up to a hundred bytes of memory for its two on the wire; a result has a few dozen."""
+"""Maximum values in one answer. Two bytes on the wire can take a hundred bytes of memory; a result has a few dozen."""
 
 
 def read_object(body: bytes, *, values: int = VALUES_LIMIT) -> JsonObject:
-    """A body that has to be a JSON object of at most so many values (commas and brackets inside texts count too).
+    """Parse a JSON object of at most `values` values (commas and brackets inside texts count too).
 
     Raises:
-        Malformed: it is none.
+        Malformed: it is not one.
     """
     if _too_many_values(body, values):
         raise Malformed(f"more than {values} values")
@@ -834,7 +837,7 @@ def read_object(body: bytes, *, values: int = VALUES_LIMIT) -> JsonObject:
     except orjson.JSONDecodeError as error:
         raise Malformed(f"not JSON: {body[:80]!r}") from error
     if not isinstance(value, dict):
-        raise Malformed(f"a JSON object was expected, not {body[:80]!r}")
+        raise Malformed(f"expected a JSON object, not {body[:80]!r}")
     return value
 
 
@@ -855,5 +858,5 @@ def _number(value: Json) -> TypeGuard[int | float]:
 
 
 def is_plain_id(text: Json) -> TypeGuard[str]:
-    """A request id becomes part of URLs that we build: up to 200 letters, digits, dashes and underscores only."""
+    """Return whether a text may be used as a request id in URLs: up to 200 letters, digits, dashes and underscores."""
     return isinstance(text, str) and _PLAIN_ID.fullmatch(text) is not None

@@ -21,7 +21,7 @@ from batch.types import Json, JsonObject
 __all__ = ["LEEWAY_SECONDS", "BadSignature", "jwks_of", "keys_in", "sign", "verify"]
 
 LEEWAY_SECONDS = 300.0
-"""A timestamp further off than this is refused, in either direction."""
+"""Maximum difference of a timestamp, in either direction."""
 
 _REQUEST_ID = "x-fal-webhook-request-id"
 _USER_ID = "x-fal-webhook-user-id"
@@ -30,17 +30,17 @@ _SIGNATURE = "x-fal-webhook-signature"
 
 
 class BadSignature(ValueError):
-    """A callback that must not be believed. The message says which check it failed."""
+    """A callback that must not be trusted. The message names the failed check."""
 
 
 def sign(key: Ed25519PrivateKey, *, request_id: str, user_id: str, timestamp: int, body: bytes) -> dict[str, str]:
-    """The four headers of one callback; `timestamp` in whole Unix seconds.
+    """Return the four headers of one callback; `timestamp` in whole Unix seconds.
 
     Raises:
-        ValueError: an id with a line break in it: it could be read as another message.
+        ValueError: an id contains a line break, so the signature could be read as one of another message.
     """
     if "\n" in request_id + user_id:
-        raise ValueError("an id with a line break cannot be signed")
+        raise ValueError("cannot sign an id that contains a line break")
     signature = key.sign(_message(request_id, user_id, str(timestamp), body))
     return {
         _REQUEST_ID: request_id,
@@ -51,16 +51,16 @@ def sign(key: Ed25519PrivateKey, *, request_id: str, user_id: str, timestamp: in
 
 
 def verify(headers: Mapping[str, str], body: bytes, keys: list[Ed25519PublicKey], *, now: float) -> str:
-    """Check a callback against every key; the request id that it is about.
+    """Check a callback against every key. Return its request id.
 
     Args:
         headers: of the callback, names in any case.
-        body: as it came, before any parsing.
-        keys: from `keys_in`; may be cached for a day at most.
+        body: the raw bytes, before any parsing.
+        keys: from `keys_in`; may be cached for at most a day.
         now: Unix seconds.
 
     Raises:
-        BadSignature: a header is missing, no number, no hex or has a line break, the time is off, or no key fits.
+        BadSignature: a header is missing, invalid or contains a line break; the time is off; or no key matches.
     """
     given = {name.lower(): value for name, value in headers.items()}
     try:
@@ -72,9 +72,9 @@ def verify(headers: Mapping[str, str], body: bytes, keys: list[Ed25519PublicKey]
     try:
         at, raw = int(timestamp), binascii.unhexlify(signature)
     except ValueError:
-        raise BadSignature("the timestamp is no number, or the signature is no hex") from None
+        raise BadSignature("invalid timestamp, or the signature is not hexadecimal") from None
     if "\n" in request_id + user_id + timestamp:
-        raise BadSignature("a header has a line break in it")
+        raise BadSignature("a header contains a line break")
     if abs(now - at) > LEEWAY_SECONDS:
         raise BadSignature(f"the timestamp is {abs(now - at):.0f} s off, more than {LEEWAY_SECONDS:.0f} s")
     message = _message(request_id, user_id, timestamp, body)
@@ -84,11 +84,11 @@ def verify(headers: Mapping[str, str], body: bytes, keys: list[Ed25519PublicKey]
         except InvalidSignature:
             continue
         return request_id
-    raise BadSignature(f"none of {len(keys)} keys fits the signature")
+    raise BadSignature(f"the signature matches none of {len(keys)} keys")
 
 
 def jwks_of(keys: list[Ed25519PublicKey]) -> JsonObject:
-    """The key set as it is published."""
+    """Return the key set in its published form."""
     published: list[Json] = []
     for key in keys:
         raw = key.public_bytes(Encoding.Raw, PublicFormat.Raw)
@@ -99,7 +99,7 @@ def jwks_of(keys: list[Ed25519PublicKey]) -> JsonObject:
 
 
 def keys_in(jwks: JsonObject) -> list[Ed25519PublicKey]:
-    """The usable keys of a published set; what is no Ed25519 key is passed over."""
+    """Return the Ed25519 keys of a published set; other keys are ignored."""
     found = []
     keys = jwks.get("keys")
     for entry in keys if isinstance(keys, list) else []:

@@ -1,8 +1,8 @@
-"""Status streams: the target reports the end of a request at once. One connection for each job in flight.
+"""Status streams: the target reports the end of a request at once. One connection per job in flight.
 
-Implements `batch.run.interfaces.CompletionHints`. An event is a hint only: what it says is not passed on, only that it
-is time to read. A stream that is refused, breaks, falls silent or talks nonsense is not opened again: its job is read
-as if there were none. Streams have connections of their own, so that no other exchange waits for one.
+Implements `batch.run.interfaces.CompletionHints`. An event is only a hint to read; its contents are not used. A stream
+that is refused, breaks, falls silent or sends invalid data is not reopened: its job is then polled as if there were no
+streams. Streams use their own connections, so no other exchange waits for one.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from batch.types import AppId, QueueState, RequestId, Ticket, TicketStatus
 __all__ = ["StatusStreams"]
 
 SILENCE = 35.0
-"""Seconds. fal says something every 15, our own server every 10: two of those may be lost."""
+"""Seconds without data. fal sends a keep-alive every 15 s, our own server every 10 s: one or two may be lost."""
 EVENT_LIMIT_BYTES = 2**18
-"""Of one event. A status without logs is a few hundred bytes."""
+"""Maximum size of one event. A status without logs is a few hundred bytes."""
 
 
 class _JobStream:
@@ -37,21 +37,21 @@ class _JobStream:
 
     def __init__(self, *, is_open: bool) -> None:
         self.is_open = is_open
-        """Whether anything can still be heard."""
+        """Whether the stream is still open."""
         self.is_over = False
-        """Whether it said that the job has ended, and nobody was told yet."""
+        """Whether it reported the end of the job, and no waiter has seen that yet."""
         self.changed = anyio.Event()
-        """One of the two changed."""
+        """Set when `is_open` or `is_over` changes."""
         self.scope = anyio.CancelScope()
 
 
 class StatusStreams:
-    """Listens for every request that is waited for, while the block lasts."""
+    """Listens for the end of every awaited request; an async context manager."""
 
     def __init__(
         self, origins: Origins, app: AppId, key: SecretStr | None, *, user_agent: str = "restyle", most: int = HINTS
     ) -> None:
-        """At `most` streams are open at once; further jobs are read only."""
+        """Open at most `most` streams at once; further jobs are only polled."""
         self._origins, self._app, self._key = origins, app, key
         self._most = most
         headers = {"accept": "text/event-stream"}
@@ -77,7 +77,7 @@ class StatusStreams:
         await self._stack.__aexit__(None, None, None)
 
     async def wait(self, ticket: Ticket, usual: float, longest: float) -> bool:
-        """See `Hints`: up to `longest` while the stream lives, up to `usual` where it does not."""
+        """See `CompletionHints`: waits up to `longest` with a stream, up to `usual` without."""
         line = self._lines.get(ticket.request_id) or self._listen_to(ticket)
         began = anyio.current_time()
         if line.is_open and not line.changed.is_set():
@@ -106,15 +106,15 @@ class StatusStreams:
         return line
 
     async def _listen(self, ticket: Ticket, line: _JobStream) -> None:
-        """One stream until it ends, in whatever way."""
+        """Read one stream until it ends for any reason."""
         try:
             with line.scope:
                 async for status in self._events(ticket):
                     if status.state is QueueState.COMPLETED:
                         line.is_over = True
-                    if status.state in {QueueState.COMPLETED, None}:  # a word that is unknown may be an end, or not
+                    if status.state in {QueueState.COMPLETED, None}:  # an unknown word may mean an end
                         break
-        except Exception:  # noqa: S110 - nothing depends on a stream: whatever it dies of, the job is read
+        except Exception:  # noqa: S110 - nothing depends on a stream: without it, the job is polled
             pass
         finally:
             self._open -= 1
@@ -122,10 +122,10 @@ class StatusStreams:
             line.changed.set()
 
     async def _events(self, ticket: Ticket) -> AsyncIterator[TicketStatus]:
-        """The statuses of one stream.
+        """Yield the statuses of one stream.
 
         Raises:
-            Malformed: it is no stream of statuses. aiohttp.ClientError, TimeoutError, OSError: it broke.
+            Malformed: it is not a stream of statuses. aiohttp.ClientError, TimeoutError, OSError: it broke.
         """
         call = protocol.ticket_call(self._origins, self._app, ticket, Operation.STREAM)
         headers = {}
@@ -133,14 +133,14 @@ class StatusStreams:
             headers["authorization"] = f"Key {self._key.get_secret_value()}"
         async with self._http.request("GET", call.url, headers=headers) as response:
             if response.status != 200 or response.content_type != "text/event-stream":
-                raise Malformed(f"HTTP {response.status}, {response.content_type}: no stream")
+                raise Malformed(f"HTTP {response.status}, {response.content_type}: not a stream")
             data = b""
             async for line in response.content:
                 field, _, value = line.rstrip(b"\r\n").partition(b":")
                 if field == b"data":
                     data += value
                     if len(data) > EVENT_LIMIT_BYTES:
-                        raise Malformed("an event without end")
+                        raise Malformed(f"an event exceeds {EVENT_LIMIT_BYTES} bytes")
                 elif not line.strip() and data:  # an empty line ends an event; comments keep the connection alive
                     yield protocol.read_status(Reply(200, data))
                     data = b""

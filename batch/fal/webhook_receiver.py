@@ -1,8 +1,8 @@
-"""Callbacks: a small server that the target calls when a request has ended. Owns its socket and the target's keys.
+"""Callbacks: a small server that the target calls when a request has ended.
 
-Implements `batch.run.interfaces.CompletionHints`. A callback is believed only where its signature fits one of the
-target's published keys and its time is near; and then only that it is time to read: its payload is never used. One for
-a request that nobody waits for is acknowledged and kept in mind for a while, for it may be faster than the answer to
+Implements `batch.run.interfaces.CompletionHints`. A callback is trusted only if its signature matches one of the
+target's published keys and its time is recent; even then it only causes a read, and its payload is never used. A
+callback for an unknown request is acknowledged and remembered for a while, because it may arrive before the answer to
 the submit.
 """
 
@@ -32,19 +32,19 @@ __all__ = ["WebhookReceiver"]
 
 KEYS_PATH = "/.well-known/jwks.json"
 KEYS_SECONDS = 3600.0
-"""For so long the target's keys are believed; fal allows a day."""
+"""Lifetime of the cached keys; fal allows a day."""
 KEYS_AGAIN = 60.0
-"""A signature that no key fits makes them be fetched again, if they are older."""
+"""Minimum age of the cached keys before an unmatched signature causes another fetch."""
 KEYS_TIMEOUT = 10.0
 BODY_LIMIT_BYTES = 8 * 2**20
-"""Of a callback. A result has some hundred bytes; one with its images inside is fetched anyway."""
+"""Maximum size of a callback. A result is a few hundred bytes; one with embedded images is polled anyway."""
 KEYS_LIMIT_BYTES = 2**18
 EARLY = 4096
-"""Callbacks kept in mind for which nobody waits yet."""
+"""Maximum remembered callbacks without a waiting job."""
 
 
 class WebhookReceiver:
-    """Receives while the block lasts; `url` is then where."""
+    """Receives callbacks at `url`; an async context manager."""
 
     def __init__(
         self,
@@ -58,17 +58,17 @@ class WebhookReceiver:
         early: int = EARLY,
         body_limit: int = BODY_LIMIT_BYTES,
     ) -> None:
-        """Nothing listens yet.
+        """Create the receiver; it does not listen yet.
 
         Args:
-            bind: `address:port`; port 0: any that is free.
-            public_url: under which the target reaches it; None: as it is bound.
+            bind: `address:port`; port 0: any free port.
+            public_url: URL under which the target reaches it; None: as it is bound.
             target_url: the origin that publishes the keys.
-            now: Unix seconds.
-            most: connections at once; further ones wait.
-            user_agent: sent where the keys are fetched.
-            early: callbacks kept in mind for which nobody waits yet.
-            body_limit: bytes of a callback.
+            now: clock, in Unix seconds.
+            most: maximum concurrent connections; further ones wait.
+            user_agent: sent when the keys are fetched.
+            early: maximum number of stored callbacks for unknown requests.
+            body_limit: maximum bytes of a callback.
         """
         self._acceptor = Acceptor(most)
         self._http = Http(limit=1, timeout=within(KEYS_TIMEOUT), user_agent=user_agent)
@@ -77,14 +77,14 @@ class WebhookReceiver:
         self._keys: list[Ed25519PublicKey] = []
         self._keys_at = float("-inf")
         self._early_limit, self._body_limit = early, body_limit
-        self._fetching = anyio.Lock()  # many callbacks at once ask for the keys once
+        self._fetching = anyio.Lock()  # concurrent callbacks fetch the keys once
         self._waiting: dict[str, anyio.Event] = {}
         self._early: dict[str, None] = {}
         self._stack = AsyncExitStack()
         self.url = ""
-        """What the target is told."""
+        """URL that the target calls; empty before the start."""
         self.believed = self.refused = 0
-        """Callbacks so far."""
+        """Number of trusted and refused callbacks."""
 
     def __repr__(self) -> str:
         return f"<Callbacks at {self.url or self._bind}: {self.believed} believed, {self.refused} refused>"
@@ -101,7 +101,7 @@ class WebhookReceiver:
             listener = self._stack.enter_context(bound(host.strip("[]"), int(port)))
         except (OSError, OverflowError) as error:
             await self._stack.aclose()
-            raise ConfigError(f"webhook.bind = {self._bind!r}: nothing can listen there ({error})") from error
+            raise ConfigError(f"cannot listen on webhook.bind = {self._bind!r}: {error}") from error
         assert runner.server is not None, "it is set up"
         await self._stack.enter_async_context(self._acceptor.accepting(listener, runner.server))
         await self._stack.enter_async_context(self._http)
@@ -114,28 +114,28 @@ class WebhookReceiver:
         await self._stack.aclose()
 
     async def wait(self, ticket: Ticket, usual: float, longest: float) -> bool:
-        """See `Hints`: up to `longest`, until a callback has come; then up to `usual`."""
-        told = self._waiting.get(ticket.request_id)
-        if told is None:
-            told = self._waiting[ticket.request_id] = anyio.Event()
+        """See `CompletionHints`: waits up to `longest` for the callback; after it, `usual`."""
+        called = self._waiting.get(ticket.request_id)
+        if called is None:
+            called = self._waiting[ticket.request_id] = anyio.Event()
             if ticket.request_id in self._early:
                 del self._early[ticket.request_id]
-                told.set()
+                called.set()
                 return True
-        elif told.is_set():
+        elif called.is_set():
             await anyio.sleep(usual)
             return False
         with anyio.move_on_after(longest):
-            await told.wait()
-        return told.is_set()
+            await called.wait()
+        return called.is_set()
 
     def forget(self, ticket: Ticket) -> None:
-        """Nobody waits for it."""
+        """Stop waiting for this request."""
         self._waiting.pop(ticket.request_id, None)
 
     async def _receive(self, request: web.Request) -> web.Response:
         if request.method != "POST":
-            return web.Response(status=405, text="callbacks are posted")
+            return web.Response(status=405, text="use POST for callbacks")
         body = await request.read()
         try:
             request_id = await self._verified(request, body)
@@ -143,11 +143,11 @@ class WebhookReceiver:
             self.refused += 1
             return web.Response(status=401, text=str(error))
         except (aiohttp.ClientError, TimeoutError, OSError, Malformed):
-            return web.Response(status=503, text="the keys cannot be read; try again")  # it is no fault of the sender
+            return web.Response(status=503, text="cannot read the keys; try again")  # not the sender's fault
         self.believed += 1
-        told = self._waiting.get(request_id)
-        if told is not None:
-            told.set()
+        called = self._waiting.get(request_id)
+        if called is not None:
+            called.set()
         else:
             self._early[request_id] = None
             while len(self._early) > self._early_limit:
@@ -159,13 +159,13 @@ class WebhookReceiver:
         try:
             return verify(request.headers, body, keys, now=self._now())
         except BadSignature:
-            fresh = await self._keys_of_target(KEYS_AGAIN)  # they may have been changed since
+            fresh = await self._keys_of_target(KEYS_AGAIN)  # the keys may have changed since
             if fresh is keys:
                 raise
         return verify(request.headers, body, fresh, now=self._now())
 
     async def _keys_of_target(self, at_most: float) -> list[Ed25519PublicKey]:
-        """Its published keys, not older than so many seconds."""
+        """Return the target's published keys, at most `at_most` seconds old."""
         async with self._fetching:
             if self._now() - self._keys_at > at_most:
                 async with self._http.request("GET", self._keys_url) as response:

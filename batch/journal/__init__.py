@@ -1,1 +1,1 @@
-"""What was asked, accepted, paid and answered: the states of a job and the database that keeps them."""
+"""Durable job state: the states and events of a job, and the SQLite journal that stores them."""

@@ -1,6 +1,6 @@
-"""How a service's answers are stored in the journal. Pure.
+"""Storage format of the service's answers in the journal. Pure.
 
-As they came, packed where they are long, and without data URIs once their bytes are stored as files.
+Answers are stored as received, compressed if long, and without data URIs once the images are stored as files.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from batch.types import Answer, Json, JsonObject
 __all__ = ["answer_of", "output_of", "pack", "shorten_data_uri", "unpack", "without_data_uris"]
 
 _PACK_FROM = 512
-"""Bytes. Packing a shorter answer saves next to nothing, and each job would pay for it."""
+"""Bytes. Compressing a shorter answer saves next to nothing and costs time for each job."""
 _LEVEL = 1
 _MARK = b"x"
-"""The first byte of a zlib stream. A JSON object starts with a brace; what starts with this letter is always packed."""
+"""The first byte of a zlib stream. A JSON object starts with a brace; a body that starts with this byte is always
+compressed, so the prefix is unambiguous."""
 _DATA_URI_FROM = 256
-"""Characters. A shorter data URI holds no image and is not worth replacing."""
+"""Characters. A shorter data URI holds no image and is kept."""
 
 
 def pack(answer: Answer) -> bytes:
-    """The answer's body as it came, for the journal; its output where only that is known."""
+    """Return the answer's body as received, in storage format; without a body, its output as JSON."""
     return _packed(orjson.dumps(answer.output) if answer.raw is None else answer.raw)
 
 
@@ -36,17 +37,17 @@ def _packed(raw: bytes) -> bytes:
 
 
 def unpack(stored: bytes) -> bytes:
-    """The body that `pack` was given."""
+    """Return the body that was passed to `pack`."""
     return zlib.decompress(stored) if stored.startswith(_MARK) else stored
 
 
 def answer_of(stored: bytes, billable_units: float | None, engine: str | None) -> Answer:
-    """The stored answer, read again by what this version can read."""
+    """Parse a stored answer with the parser of this version."""
     return Answer(output_of(stored), billable_units, engine, unpack(stored))
 
 
 def output_of(stored: bytes) -> JsonObject:
-    """The stored answer's output; {} where it is not a JSON object."""
+    """Return the output of a stored answer; {} if it is not a JSON object."""
     try:
         return read_output(unpack(stored))
     except Malformed:
@@ -54,7 +55,7 @@ def output_of(stored: bytes) -> JsonObject:
 
 
 def without_data_uris(stored: bytes) -> bytes:
-    """The stored answer with each data URI shortened; one that is not JSON comes back as it is."""
+    """Return the stored answer with each data URI shortened; an answer that is not JSON is returned unchanged."""
     raw = unpack(stored)
     if b"data:" not in raw:
         return stored
@@ -75,7 +76,7 @@ def _shortened(value: Json) -> Json:
 
 
 def shorten_data_uri(url: str) -> str:
-    """A long data URI without its payload, which is stored as a file; any other URL as it is."""
+    """Return a long data URI without its payload, which is stored as a file; return any other URL unchanged."""
     if not url.startswith("data:") or len(url) < _DATA_URI_FROM:
         return url
     return url.partition(",")[0][:100] + ",…"

@@ -1,8 +1,8 @@
 """The journal's SQLite file: opening, one transaction for a group of events, and reading. Synchronous.
 
-Owns the schema (`database.sql`), durability (WAL, synchronous=FULL: what is committed survives a power cut)
-and the translation of SQLite's errors. What events mean is decided in `ledger`; the awaitable skin is
-`journal`. An edge: imported by the composition root only.
+Owns the schema (`database.sql`), durability (WAL, synchronous=FULL: committed data survives a power cut) and the
+translation of SQLite's errors. `transitions` decides what events mean; `writer` is the async interface. An edge:
+imported by the composition root only.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from batch.journal.records import Counts, JobOutcome, KnownJob, OpenJob
 from batch.journal.states import OPEN, State
 from batch.journal.transitions import JobRow, JobTransitions, decode_images, slim_body
 from batch.manifest.types import FileFact, FileKey
-from batch.system.sql import in_open_database, load_statements
+from batch.system.sql import cannot_open, in_open_database, load_statements
 from batch.types import JobKey, RequestId, StoredImage, Ticket
 
 __all__ = [
@@ -45,15 +45,15 @@ __all__ = [
 ]
 
 APPLICATION_ID = 0x52535459
-"""`RSTY`, in the header of the file: another program's database is refused, not written to."""
+"""`RSTY`, in the file header: a database of another program is refused and never written to."""
 SCHEMA_VERSION = 2
 BUSY_SECONDS = 10.0
 _CACHE_KIB = 16_000
 _WAL_LIMIT_BYTES = 64 * 2**20
 _ROWS_AT_ONCE = 32
-"""Rows of one statement; 17 values each stay under SQLite's oldest limit, 999."""
+"""Rows per statement; 17 values each stay below SQLite's oldest limit of 999 parameters."""
 _READ_AHEAD = 16_384
-"""Outcomes that were read before they were asked for."""
+"""Maximum number of outcomes read ahead."""
 _SQL = load_statements(__file__)
 _STATES = {str(state): state for state in State}
 _INDEXED = OPEN | {State.COLLECTABLE}
@@ -61,45 +61,45 @@ _UNDER_WAY = frozenset({State.INTENDED, State.ACCEPTED, State.ANSWERED})
 
 
 class Session(NamedTuple):
-    """One opening for writing, as a rule one `restyle run`."""
+    """One opening of the journal for writing; usually one `restyle run`."""
 
     number: int
     started_at: float
     ended_at: float | None
-    """None while it runs, and for ever after a kill."""
+    """None while the session runs, and forever after a kill."""
     version: str
     spent_usd: float
     finished: int
-    """Jobs that were done in it."""
+    """Jobs that finished in this session."""
     last_finished_at: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class FinishedJobs:
-    """How many jobs were done, and when the last one was; 0.0 where none was."""
+    """The number of finished jobs and the time of the last finish, 0.0 without one."""
 
     count: int
     last_at: float
 
 
 class AuditedJob(NamedTuple):
-    """One job as an audit looks at it."""
+    """One job as an audit reads it."""
 
     id: int
-    """Rises in the order of first mention."""
+    """Ascending in the order of first mention."""
     key: JobKey
     state: State
     request_id: RequestId | None
     reserved_usd: float
     cost_usd: float | None
     promised: int | None
-    """Images in its stored answer; None where no answer is stored."""
+    """Number of images in the stored answer; None without a stored answer."""
     images: tuple[StoredImage, ...] | None
-    """Images noted when it was finished; None where it was not."""
+    """Images recorded when the job finished; None if it has not finished."""
 
 
 class AuditedRequest(NamedTuple):
-    """How one request, of whatever attempt, was answered or failed."""
+    """The answer or failure of one request of any attempt."""
 
     id: int
     job_key: JobKey
@@ -113,19 +113,19 @@ class AuditedRequest(NamedTuple):
 class JournalDatabase:
     """One open journal; also the planner's `FileFacts`.
 
-    All methods may be called from any thread: a lock keeps one thread's reads and writes out of another
-    thread's transaction, they share the connection. All of them raise `StorageError` where the disk or
-    another process refuses.
+    All methods may be called from any thread: threads share the connection, and a lock keeps the reads and writes of
+    one thread out of the transaction of another. All methods raise `StorageError` if the disk or another process
+    refuses.
     """
 
     def __init__(self, connection: sqlite3.Connection, path: Path, session: int) -> None:
-        """Use `open` or `open_read_only`."""
+        """Wrap an open connection; use `open` or `open_read_only` instead."""
         self._connection, self._path = connection, path
         self._lock = threading.RLock()
         self.session = session
         _, self._last_job, self._last_outcome = self._one("last_ids")
         self._under_way: dict[str, JobRow] = {}
-        """Rows as they are on disk, of jobs that will soon be written again: nobody else writes them."""
+        """Rows as on disk, for jobs that will soon change again. This process is the only writer."""
 
     def __repr__(self) -> str:
         return f"<JournalDatabase {self._path} session={self.session} jobs={self._last_job}>"
@@ -142,11 +142,11 @@ class JournalDatabase:
         lost: str | None = None,
         busy_seconds: float = BUSY_SECONDS,
     ) -> JournalDatabase:
-        """Open for writing, create where there is none, and begin a session of this tool version.
+        """Open for writing, create a missing file, and begin a session of this tool version.
 
         Raises:
-            RunDirectoryError: no journal of ours, one of a newer restyle, or none, or an empty one, where `lost` is
-                given: that is then its sentence.
+            RunDirectoryError: not a restyle journal, or written by a newer restyle; with `lost`, also if the file is
+                missing or empty, with `lost` as the message.
             StorageError: the disk refused.
         """
         if lost is not None and not path.exists():
@@ -174,20 +174,20 @@ class JournalDatabase:
 
     @classmethod
     def open_read_only(cls, path: Path) -> JournalDatabase:
-        """Open for reading, also while a run writes. `session` is the number of the last one.
+        """Open for reading, also while a run writes. `session` is the number of the last session.
 
         Raises:
-            RunDirectoryError: there is no journal, none of ours, or one of a newer restyle.
+            RunDirectoryError: the journal is missing, not a restyle journal, or written by a newer restyle.
             StorageError: the disk refused.
         """
         try:
             path.stat()
         except (FileNotFoundError, NotADirectoryError) as error:
             raise RunDirectoryError(
-                f"there is no journal at {path}; is this the folder that `restyle run -o` named?"
+                f"there is no journal at {path}; name the run directory that was given to `restyle run -o`"
             ) from error
         except OSError as error:
-            raise StorageError(f"the journal {path} cannot be read ({error.strerror}); check permissions") from error
+            raise StorageError(f"the journal {path} is unreadable ({error.strerror}); check permissions") from error
         connection = _connect(path, "ro")
         try:
             with _translated(path):
@@ -200,7 +200,7 @@ class JournalDatabase:
         return journal
 
     def close(self, *, now: float | None = None) -> None:
-        """Close the file; with `now` the session is noted as ended, where the disk still takes it."""
+        """Close the file. With `now`, record the end of the session if the disk allows it."""
         with self._lock:
             try:
                 if now is not None:
@@ -211,7 +211,7 @@ class JournalDatabase:
 
     @contextmanager
     def atomic(self) -> Iterator[None]:
-        """All or nothing: the only way that anything is written."""
+        """Run the block as one transaction: commit it or roll it back. Every write goes through here."""
         with self._lock, _translated(self._path):
             self._connection.execute("BEGIN IMMEDIATE")
             try:
@@ -225,16 +225,16 @@ class JournalDatabase:
     # --- writing ----------------------------------------------------------------------------------------------
 
     def commit(self, calls: Sequence[Sequence[Event]]) -> list[Exception | None]:
-        """Write a group of calls in one transaction; durable when it returns.
+        """Write a group of calls in one transaction; durable on return.
 
         Returns:
-            For each call None, or the `IllegalTransition` or `RequestIdTaken` that kept it, and it alone, from being
-            written.
+            One item per call: None if it was written, or the `IllegalTransition` or `RequestIdTaken` that rejected it.
+            A rejected call does not affect the others.
         """
         ids = [event.ticket.request_id for event in chain.from_iterable(calls) if isinstance(event, Accepted)]
         keys = {event.job_key for event in chain.from_iterable(calls) if not isinstance(event, Uploaded)}
         with self.atomic():
-            # They are changed while the group is taken in: should it not come to be written, they are read again.
+            # The rows change while events are applied. If the transaction fails, the next one reads them from disk.
             rows, self._under_way = self._under_way, {}
             absent = keys - rows.keys()
             loaded = self._all("load_jobs", [_json(absent)]) if absent else []
@@ -267,45 +267,45 @@ class JournalDatabase:
             self._execute("sum_up", {**totals, "session": self.session})
 
     def put_many(self, facts: Mapping[FileKey, FileFact]) -> None:
-        """Remember what reading local images told, so that the next plan need not read them."""
+        """Cache the facts of local images, so that the next plan need not read the files."""
         rows = [(os.fsencode(k.path), k.size_bytes, k.mtime_ns, f.sha256, f.megapixels) for k, f in facts.items()]
         with self.atomic():
             self._put("put_files", rows)
 
     def note(self, name: str, value: str) -> None:
-        """Keep one fact about the run as a whole."""
+        """Store one fact about the whole run."""
         with self.atomic():
             self._execute("put_meta", [name, value])
 
     # --- reading ----------------------------------------------------------------------------------------------
 
     def find(self, keys: Sequence[JobKey]) -> dict[JobKey, KnownJob]:
-        """Those of the keys that the journal knows."""
+        """Return the jobs of the given keys that are in the journal."""
         rows = self._all("find_jobs", [_json(keys)])
         return {key: KnownJob(_STATES[state], *rest) for key, state, *rest in rows}
 
     def entry_ids(self, states: Collection[State]) -> array[int]:
-        """Row ids of the jobs in these states, the one intended first coming first. Eight bytes a job."""
+        """Return the row ids of the jobs in these states, oldest intent first. Eight bytes per job."""
         statement = "open_ids" if _INDEXED.issuperset(states) else "all_ids"
         return array("q", [row_id for (row_id,) in self._all(statement, [_json(states)])])
 
     def read_entries(self, ids: Sequence[int], states: Collection[State]) -> list[OpenJob]:
-        """The jobs of these ids that are in one of the states, in the order of the ids."""
+        """Return the jobs with these ids that are in one of the states, in the order of the ids."""
         rows = self._all("read_entries", {"ids": _json(ids), "states": _json(states)})
         return [_entry(row) for row in rows]
 
     def uploaded(self, sha256: str, since: float) -> str | None:
-        """URL of an image uploaded at or after `since`, or None."""
+        """Return the URL of an image uploaded at or after `since`, or None."""
         rows = self._all("find_upload", [sha256, since])
         return rows[0][0] if rows else None
 
     def requests(self, ids: Sequence[str]) -> set[str]:
-        """Those of the request ids that belong to a job, or to one of its ended attempts. Scans both tables."""
+        """Return the request ids that belong to a job or to one of its ended attempts. Scans both tables."""
         wanted = _json(ids)
         return {request_id for (request_id,) in self._all("find_requests", [wanted, wanted])} if ids else set()
 
     def counts(self) -> Counts:
-        """Totals over all sessions. Reads the narrow table once: about 0.2 s for a million jobs."""
+        """Return totals over all sessions. Scans the narrow table once: about 0.2 s for a million jobs."""
         with self._lock:
             by_state = {_STATES[state]: count for state, count in self._all("count_states")}
             (spent,) = self._one("sum_spent")
@@ -313,30 +313,30 @@ class JournalDatabase:
         return Counts(by_state, spent, reserved, oldest)
 
     def sessions(self) -> list[Session]:
-        """All openings for writing, the first one first."""
+        """Return all sessions, oldest first."""
         return [Session(*row) for row in self._all("read_sessions")]
 
     def finished_since(self, at: float) -> FinishedJobs:
-        """What was done in the sessions that started at or after `at`. Costs nothing."""
+        """Count the jobs finished in sessions that started at or after `at`. Reads the sessions only."""
         count, last_at = self._one("finished_since", [at])
         return FinishedJobs(count, last_at or 0.0)
 
     def outcomes(self, keys: Sequence[JobKey]) -> dict[JobKey, JobOutcome]:
-        """What the results table shows of those of the keys that the journal knows; a few thousand at a time."""
+        """Return the results columns of the given keys that are in the journal; a few thousand keys per call."""
         return self._outcomes(keys, after=0, upto=0)
 
     def outcomes_in_turn(self) -> Callable[[Sequence[JobKey]], dict[JobKey, JobOutcome]]:
-        """`outcomes` for who asks for all jobs, in about the order in which the journal met them, as an export does.
+        """Return a variant of `outcomes` for reading all jobs in about the order of first mention, as an export does.
 
-        The rows are read as they lie, which takes half as long; those that did not lie next to each other are looked
-        up. At most a few thousand are kept for later.
+        It reads rows in table order, which takes half the time, and looks up only the rows that are out of order. It
+        keeps a few thousand rows at most.
         """
         ahead: dict[JobKey, JobOutcome] = {}
         read = 0
 
         def next_of(keys: Sequence[JobKey]) -> dict[JobKey, JobOutcome]:
             nonlocal read
-            if len(ahead) < _READ_AHEAD:  # else the order is another one
+            if len(ahead) < _READ_AHEAD:  # a full buffer means another order
                 lying_next = self._outcomes([], after=read, upto=read + len(keys))
                 read += len(keys)
                 if not ahead and list(lying_next) == list(keys):
@@ -353,22 +353,22 @@ class JournalDatabase:
         return {row[0]: JobOutcome._make(row) for row in self._all("read_outcomes", wanted)}
 
     def jobs_after(self, row_id: int, count: int) -> list[AuditedJob]:
-        """The next jobs behind that row id, at most `count`: all of them, a page at a time."""
+        """Return the next jobs after that row id, at most `count`."""
         return [_kept(row) for row in self._all("jobs_after", [row_id, count])]
 
     def jobs_of(self, keys: Sequence[JobKey]) -> dict[JobKey, AuditedJob]:
-        """Those of the keys that the journal knows; a few thousand at a time."""
+        """Return the jobs of the given keys that are in the journal; a few thousand keys per call."""
         return {row[1]: _kept(row) for row in self._all("jobs_of", [_json(keys)])}
 
     def ended_after(self, row_id: int, count: int) -> list[AuditedRequest]:
-        """The next answers and failures behind that row id, those of earlier attempts included."""
+        """Return the next answers and failures after that row id, including those of earlier attempts."""
         rows = self._all("ended_after", [row_id, count])
         return [
             AuditedRequest(one, key, request, at, bool(failed), *paid) for one, key, request, at, failed, *paid in rows
         ]
 
     def get_many(self, keys: Sequence[FileKey]) -> dict[FileKey, FileFact]:
-        """Those of the local images that were read before and have not changed since."""
+        """Return the facts of the local images that were read before and have not changed since."""
         found: dict[FileKey, FileFact] = {}
         with self._lock:
             for key in keys:
@@ -378,19 +378,20 @@ class JournalDatabase:
         return found
 
     def noted(self, name: str) -> str | None:
-        """A fact about the run as a whole, or None."""
+        """Return a fact about the whole run, or None."""
         rows = self._all("get_meta", [name])
         return rows[0][0] if rows else None
 
     def _put(self, statement: str, rows: Sequence[tuple[Any, ...]]) -> None:
-        """Many rows with few statements.
+        """Write many rows with few statements.
 
-        Python gives its interpreter away for each row that SQLite takes, and waits up to 5 ms until the busy thread
-        of the run lets it have it back: 400 rows one by one took 50 ms.
+        Python releases the GIL for each row that SQLite inserts and waits up to 5 ms for the busy event loop to give it
+        back: 400 single inserts took 50 ms.
         """
         start = 0
         while start < len(rows):
-            count = min(_ROWS_AT_ONCE, 1 << (len(rows) - start).bit_length() - 1)  # few lengths: each is compiled once
+            # Powers of two: few statements to compile.
+            count = min(_ROWS_AT_ONCE, 1 << (len(rows) - start).bit_length() - 1)
             taken = rows[start : start + count]
             self._patiently(_statement_for(statement, count), list(chain.from_iterable(taken)))
             start += count
@@ -401,6 +402,11 @@ class JournalDatabase:
         return self._patiently(_SQL[statement], parameters)
 
     def _patiently(self, statement: str, parameters: Sequence[Any] | Mapping[str, Any]) -> sqlite3.Cursor:
+        try:
+            return self._connection.execute(statement, parameters)
+        except sqlite3.Error as error:
+            if not cannot_open(error):
+                raise
         return in_open_database(partial(self._connection.execute, statement, parameters))
 
     def _all(self, statement: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[tuple[Any, ...]]:
@@ -414,7 +420,7 @@ class JournalDatabase:
 
 @cache
 def _statement_for(name: str, rows: int) -> str:
-    """A statement that takes one row of values, for so many."""
+    """Return the single-row statement extended to `rows` rows of values."""
     head, values, tail = re.split(r"VALUES (\([?, ]+\))", _SQL[name])
     return f"{head}VALUES {', '.join([values] * rows)}{tail}"
 
@@ -458,7 +464,7 @@ def _kept(row: tuple[Any, ...]) -> AuditedJob:
     )
 
 
-# --- SQLite's own ways ------------------------------------------------------------------------------------
+# --- SQLite specifics -------------------------------------------------------------------------------------
 
 
 def _connect(path: Path, mode: str, busy_seconds: float = BUSY_SECONDS) -> sqlite3.Connection:
@@ -466,7 +472,7 @@ def _connect(path: Path, mode: str, busy_seconds: float = BUSY_SECONDS) -> sqlit
     try:
         connection = _try_connect(f"{location}?mode={mode}", busy_seconds)
     except sqlite3.OperationalError as error:
-        # A journal at rest in a folder that may not be written: SQLite cannot make its helper files there.
+        # A closed journal in a read-only folder: SQLite cannot create its -wal and -shm files there.
         if mode != "ro" or path.with_name(path.name + "-wal").exists():
             raise _storage_error(path, error) from error
         with _translated(path):
@@ -482,7 +488,7 @@ def _try_connect(uri: str, busy_seconds: float) -> sqlite3.Connection:
     connection.create_function("slim_answer", 1, without_data_uris, deterministic=True)
     try:
         connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
-        connection.execute("SELECT count(*) FROM sqlite_schema")  # the first thing that reads the file
+        connection.execute("SELECT count(*) FROM sqlite_schema")  # the first statement that reads the file
     except BaseException:
         connection.close()
         raise
@@ -494,11 +500,11 @@ def _is_fresh(connection: sqlite3.Connection) -> bool:
     return bool(tables == 0)
 
 
-_NOT_BEGUN = "the journal {path} is empty: its run stopped before it began, start it again; or its {wal} is lost"
+_NOT_BEGUN = "the journal {path} is empty: its run stopped before it started (run it again), or its {wal} is lost"
 
 
 def _check_ours(connection: sqlite3.Connection, path: Path, *, empty: str | None) -> None:
-    """Raises `RunDirectoryError`; for an empty file with this sentence, or not at all."""
+    """Raise `RunDirectoryError` for a foreign or newer journal; for an empty one only if `empty` gives the message."""
     (application,) = connection.execute("PRAGMA application_id").fetchone()
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if application == 0 and version == 0 and _is_fresh(connection):
@@ -509,8 +515,8 @@ def _check_ours(connection: sqlite3.Connection, path: Path, *, empty: str | None
         raise _foreign(path)
     if version > SCHEMA_VERSION:
         raise RunDirectoryError(
-            f"{path}: journal was written by a newer restyle "
-            f"(version {version}, this one knows {SCHEMA_VERSION}); upgrade"
+            f"{path} was written by a newer restyle "
+            f"(journal version {version}, supported: {SCHEMA_VERSION}); upgrade restyle"
         )
 
 
@@ -522,7 +528,7 @@ def _create(connection: sqlite3.Connection) -> None:
 
 
 def _upgrade(connection: sqlite3.Connection) -> None:
-    """Bring a journal of an earlier version up to date, inside the transaction of the caller."""
+    """Upgrade a journal of an earlier version inside the caller's transaction."""
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if version == SCHEMA_VERSION:
         return
@@ -535,7 +541,7 @@ def _upgrade(connection: sqlite3.Connection) -> None:
 
 @contextmanager
 def _translated(path: Path) -> Iterator[None]:
-    """The one place where SQLite's errors become ours. Its errors about our statements are defects and pass."""
+    """Translate SQLite's errors to `StorageError`. Errors about our statements are bugs and pass unchanged."""
     try:
         yield
     except sqlite3.OperationalError as error:
@@ -547,21 +553,21 @@ def _translated(path: Path) -> Iterator[None]:
 
 
 _ADVICE = {
-    "SQLITE_FULL": "the disk is full; free some space and run the same command again",
-    "SQLITE_IOERR": "the disk failed; look at its health and space, then run the same command again",
-    "SQLITE_READONLY": "it may not be written; check the permissions of the folder",
-    "SQLITE_CANTOPEN": "it cannot be opened; check the folder, its permissions and the limit of open files",
-    "SQLITE_BUSY": "another process is writing to it; wait until that has ended",
-    "SQLITE_CORRUPT": "the file is damaged; restore it from a copy, it knows what was paid for",
-    "SQLITE_NOTADB": "the file is damaged; restore it from a copy, it knows what was paid for",
+    "SQLITE_FULL": "the disk is full; free some space, then run the same command again",
+    "SQLITE_IOERR": "I/O error; check the health and free space of the disk, then run the same command again",
+    "SQLITE_READONLY": "it is read-only; check the permissions of the folder",
+    "SQLITE_CANTOPEN": "it cannot be opened; check the folder, its permissions and the open-file limit",
+    "SQLITE_BUSY": "another process is writing to it; wait until that process ends",
+    "SQLITE_CORRUPT": "the file is damaged; restore it from a backup, it records what was paid for",
+    "SQLITE_NOTADB": "the file is damaged; restore it from a backup, it records what was paid for",
 }
 
 
 def _storage_error(path: Path, error: sqlite3.Error) -> StorageError:
-    name = getattr(error, "sqlite_errorname", "")  # absent where Python itself refused
+    name = getattr(error, "sqlite_errorname", "")  # missing if Python itself raised it
     advice = next((text for code, text in _ADVICE.items() if name.startswith(code)), "run the same command again")
-    return StorageError(f"the journal {path} was refused ({error}): {advice}. What was durable before is still there.")
+    return StorageError(f"cannot use the journal {path} ({error}): {advice}. Durable data is safe.")
 
 
 def _foreign(path: Path) -> RunDirectoryError:
-    return RunDirectoryError(f"{path} is not a journal of restyle; name another folder with -o, or move that file away")
+    return RunDirectoryError(f"{path} is not a restyle journal; name another folder with -o, or move that file away")

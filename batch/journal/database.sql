@@ -1,4 +1,4 @@
--- The statements of database.py, by name. It executes no others.
+-- The journal's statements, by name. `database.py` parses this file once and runs nothing else.
 -- Instants are Unix seconds, durations seconds, money US dollars.
 
 -- name: create_meta
@@ -8,8 +8,8 @@ CREATE TABLE meta (
 ) STRICT, WITHOUT ROWID;
 
 -- name: create_sessions
--- One row for each time that the journal was opened for writing. `spent_usd` is what was settled in it,
--- `finished` the jobs that were done in it, the last one at `last_finished_at`.
+-- One row per opening for writing. `spent_usd` is the money settled in the session, `finished` the number of jobs
+-- finished in it, `last_finished_at` the time of the last finish.
 CREATE TABLE sessions (
     number INTEGER PRIMARY KEY,
     started_at REAL NOT NULL,
@@ -21,9 +21,9 @@ CREATE TABLE sessions (
 ) STRICT;
 
 -- name: create_jobs
--- Narrow on purpose: it is written at every step of a job. `id` counts up in the order of first mention;
--- `answer_id` and `end_id` point at the outcomes that count, those of earlier attempts stay where they are.
--- `cost_usd` is what the job has cost so far, failed attempts included.
+-- Narrow on purpose: each step of a job writes it. `id` ascends in the order of first mention. `answer_id` and
+-- `end_id` refer to the outcomes of the last attempt; those of earlier attempts stay in `outcomes`. `cost_usd` is the
+-- cost of the job so far, including failed attempts.
 CREATE TABLE jobs (
     id INTEGER PRIMARY KEY,
     key TEXT NOT NULL UNIQUE,
@@ -44,24 +44,24 @@ CREATE TABLE jobs (
 ) STRICT;
 
 -- name: create_open_jobs
--- Small whatever the size of the run: it holds only what was sent and has not ended, or can still be collected.
+-- Small for a run of any size: it holds only requests that have not ended or can still be collected.
 CREATE INDEX IF NOT EXISTS open_jobs ON jobs (intended_at, id)
 WHERE state IN ('intended', 'accepted', 'answered', 'unknown', 'collectable');
 
 -- name: create_request_ids
--- Two jobs never share a request id. Ids rise with time, so that new ones lie next to each other.
+-- Two jobs never share a request id. Ids ascend with time, so new ones are adjacent in the index.
 CREATE INDEX IF NOT EXISTS request_ids ON jobs (request_id) WHERE request_id IS NOT NULL;
 
 -- name: create_bodies
--- What was intended last, for each job. Read only when a job is taken up again.
+-- The last intended body of each job. Read only when a job is resumed.
 CREATE TABLE bodies (
     job_id INTEGER PRIMARY KEY,
     body BLOB NOT NULL
 ) STRICT;
 
 -- name: create_start_timeouts
--- Of submits with a start timeout, until they have ended. Versions without this table pass it over and may intend a job
--- again: a row holds only for the intent of its own instant. Made where it is missing.
+-- Start timeouts of submits that have not ended. Older versions ignore this table and may intend a job again, so a row
+-- is valid only for the intent with the same `intended_at`. Created if missing.
 CREATE TABLE IF NOT EXISTS start_timeouts (
     job_id INTEGER PRIMARY KEY,
     intended_at REAL NOT NULL,
@@ -69,8 +69,8 @@ CREATE TABLE IF NOT EXISTS start_timeouts (
 ) STRICT;
 
 -- name: create_outcomes
--- Append-only: one row for each answer, each finish, each failure, and each time that an answer or its images could not
--- be collected. `output` is the answer's body as it came (`batch.journal.answers`). `images` is a JSON list of lists
+-- Append-only: one row per answer, finish, failure, and failed attempt to collect an answer or its images. `output` is
+-- the answer's body as received (`batch.journal.answers`). `images` is a JSON list of lists
 -- [url, width, height, content_type, file_name, file_size, path, sha256].
 CREATE TABLE outcomes (
     id INTEGER PRIMARY KEY,
@@ -93,7 +93,7 @@ CREATE TABLE outcomes (
 ) STRICT;
 
 -- name: create_failed_request_ids
--- Those of attempts that failed; the job may have another one since.
+-- Request ids of failed attempts; the job may have a newer one.
 CREATE INDEX IF NOT EXISTS failed_request_ids ON outcomes (request_id)
 WHERE happening = 'fail' AND request_id IS NOT NULL;
 
@@ -105,7 +105,7 @@ CREATE TABLE uploads (
 ) STRICT, WITHOUT ROWID;
 
 -- name: create_files
--- What is known of local images, good as long as size and time of change stay the same.
+-- Facts about local images, valid while size and modification time stay the same.
 CREATE TABLE files (
     path BLOB PRIMARY KEY,
     size_bytes INTEGER NOT NULL,
@@ -115,7 +115,7 @@ CREATE TABLE files (
 ) STRICT, WITHOUT ROWID;
 
 -- name: upgrade_1
--- Version 1 had no state `collectable`: it called such jobs failed.
+-- Version 1 had no state `collectable`: it stored such jobs as failed.
 DROP INDEX IF EXISTS open_jobs;
 
 -- name: upgrade_1_outcomes
@@ -198,7 +198,7 @@ SELECT request_id FROM jobs WHERE request_id IN (SELECT value FROM json_each(?))
 UNION SELECT request_id FROM outcomes WHERE request_id IN (SELECT value FROM json_each(?));
 
 -- name: find_owners
--- Jobs that a request id belongs to, or belonged to in an attempt that failed.
+-- Jobs to which a request id belongs, or belonged in a failed attempt.
 SELECT request_id, key FROM jobs WHERE request_id IN (SELECT value FROM json_each(:ids)) AND request_id IS NOT NULL
 UNION ALL
 SELECT o.request_id, j.key FROM outcomes AS o JOIN jobs AS j ON j.id = o.job_id
@@ -226,7 +226,7 @@ WHERE j.state IN (SELECT value FROM json_each(:states))
 ORDER BY wanted.key;
 
 -- name: read_outcomes
--- In the order of `batch.journal.records.JobOutcome`: of jobs by their keys, and of those of a range of ids.
+-- Columns in the order of `batch.journal.records.JobOutcome`, for jobs by key and for a range of ids.
 WITH wanted (id) AS (
     SELECT known.id FROM json_each(:keys) AS asked CROSS JOIN jobs AS known ON known.key = asked.value
     UNION ALL

@@ -1,4 +1,4 @@
-"""The events of a job's life, as the run records them. Pure.
+"""Events of a job, as the run records them. Pure.
 
 All instants are Unix seconds, all durations seconds.
 """
@@ -28,7 +28,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Intended:
-    """A submit is about to be sent. Durable before the first byte leaves."""
+    """A submit is about to be sent. Durable before the first byte is sent."""
 
     job_key: JobKey
     at: float
@@ -36,13 +36,13 @@ class Intended:
     body: bytes = field(repr=False)
     reserved_usd: float = 0.0
     start_timeout: float | None = None
-    """Seconds from its acceptance after which the target starts it no more. None: it may start at any time."""
+    """Seconds after acceptance; the target does not start the request later than that. None: no limit."""
     kind = EventKind.INTEND
 
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """The server gave a request id."""
+    """The server returned a request id."""
 
     job_key: JobKey
     at: float
@@ -52,7 +52,7 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """The submit was certainly not accepted; the same attempt may be tried again. Frees the reservation."""
+    """The submit was certainly not accepted; the same attempt may be retried. Releases the reservation."""
 
     job_key: JobKey
     at: float
@@ -62,7 +62,7 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """Whether the submit was accepted is not known."""
+    """It is unknown whether the submit was accepted."""
 
     job_key: JobKey
     at: float
@@ -72,7 +72,7 @@ class Lost:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """The endpoint's output is here; its images are still to be fetched."""
+    """The endpoint's output has arrived; its images are still to be downloaded."""
 
     job_key: JobKey
     at: float
@@ -107,25 +107,25 @@ class FailedForGood:
 
 @dataclass(frozen=True, slots=True)
 class Uncollected:
-    """The request ended, and its answer or an image of it could not be read: it can be collected later, free."""
+    """The request has ended, but its answer or an image could not be read: it can be collected later, free."""
 
     job_key: JobKey
     at: float
     failure: Failed
     ended_at: float
-    """When we learned that the request had ended: a later try to collect it does not change it."""
+    """When we learned that the request had ended; a later attempt to collect it does not change this."""
     cost_usd: float | None = None
-    """What the request cost; None where an earlier event said so."""
+    """Cost of the request; None if an earlier event recorded it."""
     answer: Answer | None = None
-    """What came in place of a usable answer, where something came."""
+    """The unusable answer, if there is one."""
     images: tuple[StoredImage, ...] = ()
-    """Those of a usable answer; `path` is None where the file could not be stored."""
+    """The images of a usable answer; `path` is None if the file could not be stored."""
     kind = EventKind.UNCOLLECTED
 
 
 @dataclass(frozen=True, slots=True)
 class Retried:
-    """A failed job is taken up again, as a new attempt: its number grows by one here."""
+    """A failed job is retried with a new attempt: its attempt number increases by one."""
 
     job_key: JobKey
     at: float
@@ -134,10 +134,10 @@ class Retried:
 
 @dataclass(frozen=True, slots=True)
 class Uploaded:
-    """A local image now has a URL at the target. Not a job's event."""
+    """A local image now has a URL at the target. Not an event of a job."""
 
     sha256: str
-    """Of its content, with the target's name in front."""
+    """SHA-256 of the content, prefixed with the target's name."""
     at: float
     url: str
 

@@ -1,4 +1,4 @@
-"""What the journal answers when it is asked about jobs. Pure.
+"""Records that the journal returns about jobs. Pure.
 
 All instants are Unix seconds, all durations seconds.
 """
@@ -15,56 +15,56 @@ __all__ = ["Counts", "JobOutcome", "KnownJob", "OpenJob", "RequestIdTaken"]
 
 
 class RequestIdTaken(Exception):
-    """The service gave a request id that it had given to another job: whose result it will show is not known."""
+    """The service returned a request id of another job, so it is unclear whose result it will return."""
 
 
 class KnownJob(NamedTuple):
-    """The little that deciding about a manifest row needs."""
+    """The few facts that decide about a manifest row."""
 
     state: State
     session: int
-    """Number of the `restyle run` that last changed it; the present one is `Journal.session`."""
+    """Number of the `restyle run` that last changed the job; the current one is `Journal.session`."""
     attempt: int = 1
-    """The last attempt's number; of a PENDING job, the number that its next attempt gets."""
+    """Number of the last attempt; for a PENDING job, the number of its next attempt."""
     ended_at: float | None = None
-    """When we learned that its request had ended; of a COLLECTABLE job only."""
+    """When we learned that the request had ended; None unless the job is COLLECTABLE."""
 
 
 @dataclass(frozen=True, slots=True)
 class OpenJob:
-    """Everything about a job that is not finished, so that it can be taken up again."""
+    """Everything needed to resume an unfinished job."""
 
     job_key: JobKey
     state: State
     attempt: int
     intended_at: float
     body: bytes = field(repr=False)
-    """As it was intended; empty where the job was never intended."""
+    """The request body as intended; empty if the job was never intended."""
     accepted_at: float | None = None
     ticket: Ticket | None = None
     answer: Answer | None = None
     reserved_usd: float = 0.0
     ended_at: float | None = None
-    """When we learned that its request had ended; None where that is not known yet."""
+    """When we learned that the request had ended; None if it has not ended as far as we know."""
     start_timeout: float | None = None
-    """As it was intended."""
+    """Seconds, as intended; None without a start timeout."""
 
 
 class JobOutcome(NamedTuple):
-    """What the results table shows of one job: flat, and its JSON as it is stored, for an export has a million."""
+    """One job's columns in the results table. Flat, with JSON as stored, because an export reads a million of them."""
 
     job_key: JobKey
     state: State
     attempts: int
     request_id: RequestId | None = None
     submitted_at: float | None = None
-    """When the submit was sent, of the last attempt."""
+    """When the submit of the last attempt was sent."""
     completed_at: float | None = None
-    """When we learned that it had ended."""
+    """When we learned that the job had ended."""
     output: bytes | None = None
-    """The endpoint's answer as it is stored (`batch.journal.answers.unpack`); None where there was none."""
+    """The stored answer of the endpoint (see `batch.journal.answers.unpack`); None without an answer."""
     images: bytes | None = None
-    """The stored images, as `batch.journal.transitions.encode_images` has them; None where the job is not done."""
+    """The stored images in the format of `batch.journal.transitions.encode_images`; None unless the job is done."""
     queue_seconds: float | None = None
     total_seconds: float | None = None
     download_seconds: float | None = None
@@ -72,13 +72,13 @@ class JobOutcome(NamedTuple):
     cost_usd: float | None = None
     engine: str | None = None
     error_type: str | None = None
-    """Why it failed; `unknown` where the outcome of its submit is."""
+    """The reason for the failure; `unknown` if the outcome of the submit is unknown."""
     error_message: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """How many jobs are in each state, and the money: spent is settled, reserved is still open."""
+    """The number of jobs in each state and the money: `spent_usd` is settled, `reserved_usd` is open."""
 
     by_state: dict[State, int]
     spent_usd: float = 0.0

@@ -1,7 +1,7 @@
-"""The life of a job as one table. Everything that decides a job's next state stands here. Pure.
+"""The state machine of a job: one table decides each transition. Pure.
 
-The journal applies these events and nothing else; an illegal one raises and names state and event. A job
-that the journal has never heard of is PENDING.
+The journal applies only these events. An illegal event raises and names the state and the event. A job without a row in
+the journal is PENDING.
 """
 
 from __future__ import annotations
@@ -12,78 +12,78 @@ __all__ = ["OPEN", "TABLE", "TERMINAL", "EventKind", "IllegalTransition", "State
 
 
 class State(StrEnum):
-    """Where a job is. Kept by the journal as these words."""
+    """The state of a job. The journal stores these words."""
 
     PENDING = "pending"
-    """Nothing of it was sent, or what was sent was certainly not accepted."""
+    """Nothing was sent, or the submit was certainly not accepted."""
     INTENDED = "intended"
-    """The submit is about to be sent, or was; its outcome is not written down yet."""
+    """The submit is about to be sent or was sent; its outcome is not recorded yet."""
     ACCEPTED = "accepted"
-    """The server gave a request id. It is, or will be, paid for."""
+    """The server returned a request id. The request is, or will be, paid for."""
     ANSWERED = "answered"
-    """Its output is in the journal; the images are not all stored yet."""
+    """The output is in the journal; not all images are stored yet."""
     DONE = "done"
     FAILED = "failed"
     UNKNOWN = "unknown"
     """The submit may or may not have been accepted."""
     COLLECTABLE = "collectable"
-    """The request ended and is paid for, but its answer or an image could not be read. It failed as far as the results
-    go, and it is asked for again, free, for as long as the target may keep it."""
+    """The request has ended and is paid for, but its answer or an image could not be read. The results show it as
+    failed. Later runs request the answer again, free, for as long as the target may keep it."""
 
 
 class EventKind(StrEnum):
-    """What can happen to a job."""
+    """An event in the life of a job."""
 
     INTEND = "intend"
     ACCEPT = "accept"
     REFUSE = "refuse"
-    """The submit was certainly not accepted, and may be tried again."""
+    """The submit was certainly not accepted and may be retried."""
     LOSE = "lose"
-    """The submit's outcome is not known, and not just for a moment."""
+    """The outcome of the submit is unknown, and an immediate retry cannot settle it."""
     ANSWER = "answer"
     FINISH = "finish"
     FAIL = "fail"
     UNCOLLECTED = "uncollected"
-    """The request ended, and its answer or an image of it could not be read; not by a verdict of the service."""
+    """The request has ended, but its answer or an image could not be read. This is not a verdict of the service."""
     RETRY = "retry"
-    """A failed job is taken up again: a new attempt."""
+    """A failed job is retried with a new attempt."""
 
 
 _S, _K = State, EventKind
 
 TABLE: dict[tuple[State, EventKind], State] = {
     (_S.PENDING, _K.INTEND): _S.INTENDED,
-    (_S.PENDING, _K.FAIL): _S.FAILED,  # its image cannot be read: nothing was sent
+    (_S.PENDING, _K.FAIL): _S.FAILED,  # the source image cannot be read: nothing was sent
     (_S.INTENDED, _K.ACCEPT): _S.ACCEPTED,
     (_S.INTENDED, _K.REFUSE): _S.PENDING,
-    (_S.INTENDED, _K.FAIL): _S.FAILED,  # refused for good, 422 at the gateway for instance
+    (_S.INTENDED, _K.FAIL): _S.FAILED,  # permanent refusal, for example 422 from the gateway
     (_S.INTENDED, _K.LOSE): _S.UNKNOWN,
     (_S.UNKNOWN, _K.ACCEPT): _S.ACCEPTED,  # adopted by reconciliation
-    (_S.UNKNOWN, _K.INTEND): _S.INTENDED,  # resubmitted, where policy or an idempotency key allows it
+    (_S.UNKNOWN, _K.INTEND): _S.INTENDED,  # resubmitted, if the policy or an idempotency key allows it
     (_S.ACCEPTED, _K.ANSWER): _S.ANSWERED,
     (_S.ACCEPTED, _K.FAIL): _S.FAILED,
     (_S.ANSWERED, _K.FINISH): _S.DONE,
-    (_S.ANSWERED, _K.FAIL): _S.FAILED,  # its files can no longer be had
+    (_S.ANSWERED, _K.FAIL): _S.FAILED,  # its files are no longer available
     (_S.FAILED, _K.RETRY): _S.PENDING,
     (_S.ACCEPTED, _K.UNCOLLECTED): _S.COLLECTABLE,
     (_S.ANSWERED, _K.UNCOLLECTED): _S.COLLECTABLE,
     (_S.COLLECTABLE, _K.UNCOLLECTED): _S.COLLECTABLE,
     (_S.COLLECTABLE, _K.ANSWER): _S.ANSWERED,
-    (_S.COLLECTABLE, _K.FINISH): _S.DONE,  # its stored answer was readable after all
-    (_S.COLLECTABLE, _K.FAIL): _S.FAILED,  # the service's own verdict, or it is no longer kept
+    (_S.COLLECTABLE, _K.FINISH): _S.DONE,  # this version can read the stored answer
+    (_S.COLLECTABLE, _K.FAIL): _S.FAILED,  # the service's own verdict, or the answer has expired
 }
 
 TERMINAL = frozenset({State.DONE, State.FAILED, State.COLLECTABLE})
 OPEN = frozenset({State.INTENDED, State.ACCEPTED, State.ANSWERED, State.UNKNOWN})
-"""Something was sent and its end is not written down: collected before anything new is submitted."""
+"""A submit was sent and its end is not recorded. These jobs are collected before anything new is submitted."""
 
 
 class IllegalTransition(RuntimeError):
-    """A defect of ours: an event that the table does not allow."""
+    """A bug in restyle: the table does not allow this event."""
 
 
 def advance(state: State, kind: EventKind) -> State:
-    """The next state.
+    """Return the next state.
 
     Raises:
         IllegalTransition: the table has no such row.

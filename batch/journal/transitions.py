@@ -1,7 +1,7 @@
-"""What a group of events makes of the jobs' rows: the journal's decisions, without its database. Pure.
+"""Decisions of the journal, without its database: how a group of events changes the rows of jobs. Pure.
 
-Owns which columns each event changes and when money counts as spent. Refuses to know SQL, files and threads:
-`journal_file` loads the rows that a group touches, lets a `JobTransitions` work on them and writes back what it left.
+Owns the columns that each event changes and when money counts as spent. Contains no SQL, files or threads: `database`
+loads the rows of a group, applies its events to a `JobTransitions` and writes the result.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from batch.types import Answer, JobKey, Json, StoredImage
 __all__ = ["JobRow", "JobTransitions", "OutcomeRow", "decode_images", "encode_images", "slim_body", "taken"]
 
 Value: TypeAlias = str | bytes | int | float | None
-"""What SQLite stores in one field."""
+"""A value of one SQLite field."""
 
 _LONG_STRING = 4096
-"""Characters. A longer string in a body can only be a data URI: the journal keeps its hash."""
+"""Characters. A longer string in a body can only be a data URI; the journal keeps its hash instead."""
 _STATES = {str(state): state for state in State}
 
 
 class JobRow:
-    """One row of `jobs`, being changed. Attributes have the names of the columns."""
+    """A row of `jobs` in memory. The attributes have the names of the columns."""
 
     __slots__ = (
         "accepted_at",
@@ -62,7 +62,7 @@ class JobRow:
     )
 
     def __init__(self, id: int, key: str) -> None:  # noqa: A002 - the column's name
-        """A job that was never heard of."""
+        """Create the row of a new job."""
         self.id, self.key, self.state = id, key, State.PENDING
         self.session = self.attempt = 0
         self.intended_at: float | None = None
@@ -71,7 +71,7 @@ class JobRow:
         self.forget()
 
     def forget(self) -> None:
-        """Leave the last attempt behind; what it cost stays."""
+        """Clear the fields of the last attempt; its cost stays."""
         self.accepted_at: float | None = None
         self.request_id: str | None = None
         self.urls: tuple[str | None, str | None, str | None] = (None, None, None)
@@ -81,7 +81,7 @@ class JobRow:
 
     @classmethod
     def of(cls, row: tuple[Value, ...]) -> JobRow:
-        """From the columns of the statement `load_jobs`."""
+        """Create a row from the columns of the statement `load_jobs`."""
         job = cls.__new__(cls)
         (
             job.id, job.key, state, job.session, job.attempt, job.intended_at, job.accepted_at, job.request_id,
@@ -92,7 +92,7 @@ class JobRow:
         return job
 
     def columns(self) -> tuple[Value, ...]:
-        """In the order of the statement `put_jobs`."""
+        """Return the columns in the order of the statement `put_jobs`."""
         return (
             self.id, self.key, self.state.value, self.session, self.attempt, self.intended_at, self.accepted_at,
             self.request_id, *self.urls, self.reserved_usd, self.cost_usd, self.reason, self.answer_id, self.end_id,
@@ -100,7 +100,7 @@ class JobRow:
 
 
 class OutcomeRow(NamedTuple):
-    """A new row of `outcomes`, in the order of the statement `put_outcomes`."""
+    """A new row of `outcomes`, with the columns in the order of the statement `put_outcomes`."""
 
     id: int
     job_id: int
@@ -122,9 +122,9 @@ class OutcomeRow(NamedTuple):
 
 
 class JobTransitions:
-    """The rows that one group of events touches, and the new rows that it adds.
+    """The rows that one group of events changes, and the new rows that it adds.
 
-    Each call in the group is taken whole or not at all; what one call did is what the next one finds.
+    Each call is applied completely or not at all, and sees the changes of the calls before it.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class JobTransitions:
         last_outcome: int,
         owners: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """`owners` has the job of each request id in the group that the journal knows already."""
+        """Start from loaded rows; `owners` maps the request ids of the group that the journal knows to their jobs."""
         self.jobs: dict[str, JobRow] = {job.key: job for job in jobs}
         self._owners = dict(owners)
         self.session, self.last_job, self.last_outcome = session, last_job, last_outcome
@@ -144,9 +144,9 @@ class JobTransitions:
         self.bodies: list[tuple[int, bytes]] = []
         self.start_timeouts: list[tuple[int, float, float]] = []
         self.slimmed: list[int] = []
-        """Jobs that ended: their bodies are needed whole only to be sent again."""
+        """Jobs that ended: their full bodies are needed only for another submit."""
         self.stored_answers: list[int] = []
-        """Outcomes whose answers carried images themselves, which are files now."""
+        """Outcomes whose answers contained images that are now files."""
         self.outcomes: list[OutcomeRow] = []
         self.uploads: list[tuple[str, float, str]] = []
         self.spent_usd = 0.0
@@ -154,7 +154,7 @@ class JobTransitions:
         self.last_finished_at: float | None = None
 
     def take(self, events: Sequence[Event]) -> IllegalTransition | RequestIdTaken | None:
-        """Apply the events of one call; the error, with nothing applied, where one of them is illegal."""
+        """Apply the events of one call. If one of them is illegal, apply nothing and return the error."""
         states: dict[JobKey, State] = {}
         steps: list[tuple[Event, State, State]] = []
         for event in events:
@@ -176,7 +176,7 @@ class JobTransitions:
         return None
 
     def _other_owner(self, event: Accepted) -> str | None:
-        """Another job with the same request id, where there is one."""
+        """Return another job with the same request id, or None."""
         owner = self._owners.setdefault(event.ticket.request_id, event.job_key)
         return None if owner == event.job_key else owner
 
@@ -188,7 +188,7 @@ class JobTransitions:
         match event:
             case Intended():
                 if before is State.UNKNOWN and event.attempt > job.attempt:
-                    self._spend(job, job.reserved_usd)  # the submit that it replaces may have been accepted
+                    self._spend(job, job.reserved_usd)  # the replaced submit may have been accepted
                 job.forget()
                 job.attempt, job.intended_at, job.reserved_usd = event.attempt, event.at, event.reserved_usd
                 self.bodies.append((job.id, event.body))
@@ -214,7 +214,7 @@ class JobTransitions:
                 self.finished, self.last_finished_at = self.finished + 1, event.at
             case FailedForGood():
                 job.reserved_usd = 0.0
-                if before is not State.ANSWERED:  # else its answer has settled the cost
+                if before is not State.ANSWERED:  # an earlier answer has settled the cost
                     self._spend(job, event.cost_usd)
                 job.end_id = self._fail(job, event)
                 self.slimmed.append(job.id)
@@ -293,24 +293,24 @@ class JobTransitions:
 
 
 def taken(request_id: str, owner: str) -> RequestIdTaken:
-    """The refusal of a request id that is another job's."""
-    return RequestIdTaken(f"the service answered with request id {request_id[:80]}, which is that of job {owner}")
+    """Return the error for a request id that belongs to another job."""
+    return RequestIdTaken(f"the service returned request id {request_id[:80]}, which belongs to job {owner}")
 
 
 def encode_images(images: Sequence[StoredImage]) -> bytes:
-    """Stored images as JSON: a list of lists, each with the fields of `StoredImage` in their order."""
+    """Return stored images as JSON: a list of lists, each with the fields of `StoredImage` in order."""
     return orjson.dumps([tuple(image) for image in images])
 
 
 def decode_images(data: bytes) -> tuple[StoredImage, ...]:
-    """What `encode_images` made."""
+    """Return the images that `encode_images` encoded."""
     return tuple([StoredImage(*image) for image in orjson.loads(data)])
 
 
 def slim_body(body: bytes) -> bytes:
-    """The body with each string value of more than 4096 characters replaced by `sha256:<hex of its UTF-8>`.
+    """Return the body with each string longer than 4096 characters replaced by `sha256:<hex of its UTF-8>`.
 
-    A body that is not JSON comes back as it is.
+    A body that is not JSON is returned unchanged.
     """
     if len(body) <= _LONG_STRING:
         return body
@@ -333,5 +333,5 @@ def _slim(value: Json) -> Json:
 
 
 def _storable(text: str) -> str:
-    """Text that UTF-8 can carry: messages may quote file names with undecodable bytes."""
+    """Replace characters that UTF-8 cannot encode: messages may quote file names with undecodable bytes."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")

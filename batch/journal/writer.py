@@ -1,7 +1,7 @@
-"""The journal that the runner awaits: calls from many tasks, committed in groups by one thread.
+"""The async journal of the runner: calls from many tasks, committed in groups by one thread.
 
-Owns how long a transaction waits for more calls and how long the end waits for the disk; the grouping itself is
-`batch.system.group_commit`'s. Refuses to know SQL; `batch.journal.database` does the writing.
+Sets how long a transaction waits for more calls and how long the end waits for the disk. `batch.system.group_commit`
+forms the groups; `batch.journal.database` writes. Contains no SQL.
 """
 
 from __future__ import annotations
@@ -28,37 +28,37 @@ from batch.types import JobKey
 __all__ = ["JournalStatistics", "JournalWriter", "open_journal"]
 
 _PAGE = 256
-"""Entries read at a time."""
+"""Jobs per read."""
 _GATHER_SECONDS = 0.008
-"""How long a transaction waits for more calls. Each costs as much as some twenty of its events: a busy run has a tenth
-of the transactions so, and a job, four of them long, is 30 ms longer under way."""
+"""Delay before a commit, to collect more calls. A transaction costs as much as about twenty of its events. The delay
+cuts a busy run's transactions to a tenth and adds 30 ms to a job, which needs four of them."""
 _LARGEST_GROUP = 512
 """Calls in a transaction, on a disk that is not slow."""
 _SLOW_SECONDS = 0.2
-"""After a transaction that took longer the next one takes all calls: a stop waits for the last of them."""
+"""After a slower transaction the next one takes all pending calls: a stop waits for the last of them."""
 _SETTLE_SECONDS = 30.0
-"""How long the end of a run, and closing, wait for the disk."""
+"""How long the end of a run and closing wait for the disk."""
 
 _T = TypeVar("_T")
 
 
 class JournalStatistics(NamedTuple):
-    """What one open journal has done so far."""
+    """Counters of one open journal."""
 
     events: int
-    """Handed over and on disk."""
+    """Events on disk."""
     commits: int
-    """Transactions that took."""
+    """Successful transactions."""
     largest_group: int
-    """Calls in one transaction."""
+    """Most calls in one transaction."""
 
 
 def _late() -> StorageError:
-    return StorageError("the disk did not take the last journal entries in time; run the same command again")
+    return StorageError("the disk did not write the last journal entries in time; run the same command again")
 
 
 class JournalWriter:
-    """Implements `batch.run.interfaces.Journal` on a file. Made by `open_journal`."""
+    """A `batch.run.interfaces.Journal` on a file. Created by `open_journal`."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class JournalWriter:
         settle_seconds: float = _SETTLE_SECONDS,
     ) -> None:
         self.file = file
-        """The synchronous core, for the planner's and the projection's threads."""
+        """The synchronous core, for the threads of the planner and the export."""
         self.session = file.session
         self._one_at_a_time = anyio.CapacityLimiter(1)
         self._group: GroupCommit[tuple[Event, ...], None] = GroupCommit(
@@ -88,17 +88,17 @@ class JournalWriter:
         return f"<Journal {state} session={self.session} pending={self._group.waiting}>"
 
     def statistics(self) -> JournalStatistics:
-        """Counters since it was opened."""
+        """Return the counters since the journal was opened."""
         return JournalStatistics(self._events, self._commits, self._largest_group)
 
     async def record(self, *events: Event) -> None:
-        """Write events in this order; durable when it returns.
+        """Write events in this order; durable on return.
 
-        Once called the events are written even if the caller is cancelled while it waits.
+        The events are written even if the caller is cancelled while it waits.
 
         Raises:
             StorageError: the disk refused; nothing of this call is written.
-            IllegalTransition: an event that the lifecycle does not allow; nothing of this call is written.
+            IllegalTransition: the state machine does not allow an event; nothing of this call is written.
             RuntimeError: the journal is closed.
         """
         if self._closed:
@@ -110,10 +110,10 @@ class JournalWriter:
             raise type(error)(*error.args) from error
 
     async def settled(self) -> None:
-        """Wait until all that was recorded is on disk, also what nobody waits for any more.
+        """Wait until all recorded events are on disk, including those whose callers were cancelled.
 
         Raises:
-            StorageError: the disk refused some of it, or did not take it within 30 s.
+            StorageError: the disk refused some events, or did not write them within 30 s.
         """
         with anyio.move_on_after(self._settle_seconds) as scope:
             await self._group.settled()
@@ -123,14 +123,13 @@ class JournalWriter:
             raise StorageError(*self._refused.args) from self._refused
 
     async def find(self, keys: Sequence[JobKey]) -> dict[JobKey, KnownJob]:
-        """Those of the keys that the journal knows."""
+        """Return the jobs of the given keys that are in the journal."""
         return await self._in_thread(partial(self.file.find, keys))
 
     async def entries(self, states: Collection[State]) -> AsyncGenerator[OpenJob, None]:
-        """Jobs in these states, the one intended first coming first; read in pages.
+        """Yield the jobs in these states, oldest intent first; read in pages.
 
-        A job is met at most once: those that were in one of the states at the start and still are when
-        their page is read.
+        Each job appears at most once: it must be in one of the states at the start and when its page is read.
         """
         ids = await self._in_thread(partial(self.file.entry_ids, states))
         for start in range(0, len(ids), _PAGE):
@@ -139,21 +138,21 @@ class JournalWriter:
                 yield entry
 
     async def uploaded(self, sha256: str, since: float) -> str | None:
-        """URL of an image uploaded at or after `since`, or None."""
+        """Return the URL of an image uploaded at or after `since`, or None."""
         return await self._in_thread(partial(self.file.uploaded, sha256, since))
 
     async def requests(self, ids: Sequence[str]) -> set[str]:
-        """Those of the request ids that belong to a job, or to one of its ended attempts."""
+        """Return the request ids that belong to a job or to one of its ended attempts."""
         return await self._in_thread(partial(self.file.requests, ids))
 
     async def counts(self) -> Counts:
-        """Totals over all sessions."""
+        """Return totals over all sessions."""
         return await self._in_thread(self.file.counts)
 
     async def aclose(self, clock: Callable[[], float]) -> None:
-        """Commit what was recorded, then note the end of the session and close the file.
+        """Commit all recorded events, then record the end of the session and close the file.
 
-        Calls that the disk does not take within 30 s get a `StorageError`. A cancellation takes effect after that.
+        Calls that the disk does not write within 30 s get a `StorageError`. A cancellation takes effect after that.
         """
         self._closed = True
         cancelled: asyncio.CancelledError | None = None
@@ -176,9 +175,9 @@ class JournalWriter:
             raise cancelled
 
     async def to_the_end(self, work: Callable[[], _T]) -> _T:
-        """Do this in a thread and wait until it has ended; a cancellation meanwhile has no effect.
+        """Run `work` in a thread and wait until it ends; a cancellation in the meantime has no effect.
 
-        Where `asyncio.run` ends on a second Ctrl-C it cancels every task of its loop, and no shield holds that off.
+        On a second Ctrl-C `asyncio.run` cancels every task of its loop, even inside a shield.
         """
         result = self._group.call(work)
         with anyio.CancelScope(shield=True):
@@ -214,21 +213,21 @@ async def open_journal(
     slow_seconds: float = _SLOW_SECONDS,
     settle_seconds: float = _SETTLE_SECONDS,
 ) -> AsyncIterator[JournalWriter]:
-    """Open a journal for writing, create where there is none; a new session begins.
+    """Open a journal for writing, create it if missing, and begin a session.
 
-    On leaving, what is pending is flushed, shielded from cancellation for at most 30 s.
+    On exit pending events are flushed, shielded from cancellation for at most 30 s.
 
     Args:
         path: the SQLite file; its folder exists.
-        version: of the tool, noted with the session.
-        clock: Unix seconds, for the session's start and end.
-        lost: what to say where there is none, or an empty one; None: then it is made.
+        version: version of the tool, stored with the session.
+        clock: returns Unix seconds, for the session's start and end.
+        lost: error message for a missing or empty file; None creates the file instead.
         busy_seconds: how long a transaction waits for another process that writes.
         slow_seconds: after a transaction that took longer, the next one takes all calls.
         settle_seconds: how long the end waits for the disk.
 
     Raises:
-        RunDirectoryError: no journal of ours, one of a newer restyle, or none where there should be one.
+        RunDirectoryError: not a restyle journal, written by a newer restyle, or missing while `lost` is given.
         StorageError: the disk refused.
     """
     opening = partial(JournalDatabase.open, path, now=clock(), version=version, lost=lost, busy_seconds=busy_seconds)

@@ -163,7 +163,7 @@ class _Contents:
     others: Counter[str] = field(default_factory=Counter)
     """Number of all other files by suffix."""
     skipped: list[str] = field(default_factory=list)
-    """Run directories and linked folders."""
+    """Descriptions of run directories and symlinked folders."""
 
 
 def _in_folder(folder: Path, named: str | None) -> FoundManifest:

@@ -44,7 +44,7 @@ _BINARY = {b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff\xff": "arrow",
 
 
 class Kind(NamedTuple):
-    """The format of a file."""
+    """The format and compression of a file."""
 
     name: str
     packing: str = ""

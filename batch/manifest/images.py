@@ -79,13 +79,13 @@ class SourceImages:
         return f"SourceImages({str(self._folder)!r}, max_megapixels={self._max_megapixels})"
 
     def resolve(self, references: Sequence[object]) -> list[Resolved | CellError]:
-        """One answer for each cell, in order; never raises for what a cell holds.
+        """Resolve cells in order; the value of a cell never raises.
 
-        A cell is text (URL, data URI, path, `file://`), bytes, a mapping with `bytes` and `path` as Hugging
-        Face datasets write it, or None. Only `http(s)` URLs stay unknown in size: nothing is downloaded.
+        A cell is text (URL, data URI, path, `file://`), bytes, a mapping with `bytes` and `path` as in Hugging Face
+        datasets, or None. Only the size of `http(s)` images is unknown, because nothing is downloaded.
         """
         with warnings.catch_warnings():
-            # Pillow warns of odd metadata; whether the image can be used is all that matters here.
+            # Pillow's warnings about odd metadata do not matter here, only whether the image is usable.
             warnings.filterwarnings("ignore", module="PIL")
             return self._resolve(references)
 

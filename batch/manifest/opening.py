@@ -1,4 +1,4 @@
-"""From what a user calls the manifest to an opened one: files as they are, standard input kept in a file. Assembly."""
+"""Opening of the manifest that a user names; standard input is copied to a file first. Assembly."""
 
 from __future__ import annotations
 
@@ -27,28 +27,27 @@ STDIN = ("-", "/dev/stdin")
 
 @dataclass(frozen=True, slots=True)
 class ManifestSource:
-    """Where a manifest is."""
+    """Location of a manifest."""
 
     path: str | Path
     folder: Path | None = None
-    """Where relative paths of images start, if not at the file: the working directory of a manifest from standard
-    input."""
+    """Base of relative image paths, if not the manifest's folder: the working directory, for standard input."""
     is_spooled: bool = False
     """Whether the file is temporary."""
 
 
 @asynccontextmanager
 async def located(named: str | Path | ManifestSource, settings: Settings) -> AsyncIterator[ManifestSource]:
-    """The manifest of that name. Standard input is copied into a temporary file, which lasts for the block.
+    """Locate the named manifest. Standard input is copied to a temporary file, which exists during the block.
 
     Raises:
-        ManifestError, StorageError: standard input cannot be read or kept.
+        ManifestError: standard input cannot be read. StorageError: it cannot be stored.
     """
     if isinstance(named, ManifestSource) or str(named) not in STDIN:
         yield named if isinstance(named, ManifestSource) else ManifestSource(named)
         return
     with TemporaryDirectory(prefix="restyle-", ignore_cleanup_errors=True) as folder:
-        # Abandoned on Ctrl-C: whoever writes to the pipe may take hours.
+        # Abandoned on Ctrl-C: the writer of the pipe may take hours.
         path = await anyio.to_thread.run_sync(
             partial(spool, Path(folder), settings.manifest.format), abandon_on_cancel=True
         )
@@ -59,16 +58,16 @@ async def located(named: str | Path | ManifestSource, settings: Settings) -> Asy
 
 
 def open_manifest(source: ManifestSource, settings: Settings) -> Manifest:
-    """Open it as the settings say.
+    """Open the manifest with these settings.
 
     Raises:
-        ManifestError: it cannot be used.
+        ManifestError: the manifest is unusable.
     """
     return Manifest.open(source.path, settings.limits.rows, dialect_of(settings), source.folder)
 
 
 def keep(source: ManifestSource, root: Path) -> ManifestSource:
-    """Copy a temporary file into a run directory, so that `export` and `reconcile` find it.
+    """Copy a temporary manifest into the run directory, so that `export` and `reconcile` find it.
 
     Raises:
         StorageError: the disk refused.
@@ -80,15 +79,15 @@ def keep(source: ManifestSource, root: Path) -> ManifestSource:
             with path.open("rb") as original, replacing(kept, sync_name=False) as copy:
                 shutil.copyfileobj(original, copy)
     except OSError as error:
-        raise StorageError(f"{kept} cannot be written ({error.strerror}); make room, and run again") from error
+        raise StorageError(f"{kept} cannot be written ({error.strerror}); free some space, then run again") from error
     return ManifestSource(kept, source.folder)
 
 
 def with_columns(manifest: Manifest, settings: Settings) -> Settings:
-    """The settings with the prompt's column of a folder of images, whose captions are often called `text`.
+    """Return the settings with the prompt column of a folder of images, where captions are often called `text`.
 
     Raises:
-        ManifestError: no setting and no column gives its images a prompt.
+        ManifestError: neither a setting nor a column provides the prompts.
     """
     name = settings.manifest.prompt
     is_given = name != type(settings.manifest).model_fields["prompt"].default or name in manifest.schema
@@ -98,5 +97,5 @@ def with_columns(manifest: Manifest, settings: Settings) -> Settings:
         mapped = settings.manifest.model_copy(update={"prompt": "text"})
         return settings.model_copy(update={"manifest": mapped})
     if settings.input.prompt is None:
-        raise ManifestError(f"the images of {manifest.source} have no prompts; give one for all with --prompt")
+        raise ManifestError(f"the images of {manifest.source} have no prompts; set one prompt for all with --prompt")
     return settings

@@ -1,1 +1,1 @@
-"""What comes out: the columns of `results.parquet` and the sink that writes it."""
+"""The results table: its columns, the writer of `results.parquet`, and the export from the journal."""

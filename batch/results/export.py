@@ -1,6 +1,6 @@
-"""Manifest and journal as one table, `results.parquet`: made again only when it would show something else. Assembly.
+"""Export of manifest and journal to `results.parquet`, rebuilt only if its content would change. Assembly.
 
-Everything here blocks, and is for a worker thread.
+All functions block and are meant for a worker thread.
 """
 
 from __future__ import annotations
@@ -32,20 +32,21 @@ from batch.version import tool_version
 __all__ = ["Export", "identity_of", "loading_sink", "require_apart", "require_place"]
 
 _NOTE = "projected"
-"""The journal's note of what `results.parquet` shows, and the totals of it; empty while it may be behind."""
+"""Name of the journal's note with the content mark and totals of `results.parquet`; empty while the table may be
+outdated."""
 _LOAD_AFTER = 1.0
-"""Seconds after which the first jobs are on their way."""
+"""Delay in seconds; by then the first jobs are in flight."""
 
 
 def identity_of(manifest: Manifest, settings: Settings) -> JsonObject:
-    """What the results are made from, besides the journal."""
+    """Return the identity of the results' inputs, except the journal."""
     config = orjson.dumps(config_of(settings), option=orjson.OPT_SORT_KEYS)
     return {"fingerprint": manifest.fingerprint(), "rows": manifest.rows, "config": content_hash(config)}
 
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """The results of one run directory."""
+    """The export of one run directory."""
 
     planner: Planner
     manifest: Manifest
@@ -54,18 +55,18 @@ class Export:
     identity: JsonObject
 
     def outdate(self) -> None:
-        """From now on the journal may be ahead of the table."""
+        """Mark the table as outdated before the journal changes."""
         self.file.note(_NOTE, "")
 
     def refresh(self, path: Path, jobs: Mapping[State, int]) -> Totals:
-        """Write the table, unless it is there and was noted to show all of this already.
+        """Write the table, unless the note says that it already shows this state.
 
-        `jobs` are the journal's counts, as a check on the note: should the journal be ahead of it, this shows.
+        `jobs` are the journal's counts. They check the note: if the journal is ahead of it, the counts differ.
         """
         shown = {**self.identity, "jobs": {str(state): count for state, count in jobs.items()}}
         mark = orjson.dumps(shown, option=orjson.OPT_SORT_KEYS).decode() + "\n"
         noted = self.file.noted(_NOTE) or ""
-        if path.exists() and noted.startswith(mark) and b'"examples"' in noted.encode():  # else of an older version
+        if path.exists() and noted.startswith(mark) and b'"examples"' in noted.encode():  # missing in older versions
             return _totals_of(noted.removeprefix(mark))
         totals = self.write(path)
         kept = orjson.dumps(totals._asdict(), option=orjson.OPT_NON_STR_KEYS).decode()
@@ -73,7 +74,7 @@ class Export:
         return totals
 
     def write(self, path: Path) -> Totals:
-        """Write the table. Free, and as often as one likes; the journal is only read."""
+        """Write the table. Free and repeatable; the journal is only read."""
         from batch.results.writer import write_results  # with pyarrow; see `loading_sink`
 
         metadata = {
@@ -95,42 +96,42 @@ class Export:
 
 
 def require_place(path: Path) -> None:
-    """Refuse a place where an export cannot be, or had better not be, before anything is read.
+    """Refuse an unsuitable output path before anything is read.
 
     Raises:
-        ConfigError: it has another format's name, is a folder, or its folder is not there.
+        ConfigError: the path has another format's suffix, is a folder, or its folder is missing or read-only.
     """
     try:
         _check_place(path)
     except OSError as error:  # a name that is too long
-        raise ConfigError(f"{path} cannot be written: {error.strerror}; name another place") from error
+        raise ConfigError(f"{path} cannot be written: {error.strerror}; use another path") from error
 
 
 def require_apart(path: Path, manifest: Manifest) -> None:
-    """Refuse a place among the files that the results are made from.
+    """Refuse an output path that is one of the export's input files.
 
     Raises:
-        ConfigError: it is one of them, or would be one the next time.
+        ConfigError: the path is part of the manifest, or would be part of it on the next run.
     """
     if path.exists() and any(path.samefile(file) for file in manifest.files):
-        raise ConfigError(f"{path} is the manifest, which the results are made from; name another file with -o")
+        raise ConfigError(f"{path} is the manifest of this run; name another file with -o")
     if manifest.source.is_dir() and path.parent.resolve().is_relative_to(manifest.source.resolve()):
-        raise ConfigError(f"{path} would be a part of the manifest {manifest.source}; name another folder with -o")
+        raise ConfigError(f"{path} would become part of the manifest {manifest.source}; name another folder with -o")
 
 
 def _check_place(path: Path) -> None:
     if path.is_dir():
-        raise ConfigError(f"{path} is a folder; name a file in it with -o, like {path / 'results.parquet'}")
+        raise ConfigError(f"{path} is a folder; name a file with -o, for example {path / 'results.parquet'}")
     if path.suffix.lower() not in {".parquet", ".pq"}:
         raise ConfigError(
-            f"{path} does not end in .parquet, and the results are Parquet: there are lists and structs in them. Name"
-            f' a .parquet file; python -c "import polars; polars.read_parquet({str(path.with_suffix(".parquet"))!r})'
-            f'.write_ndjson({str(path.with_suffix(".jsonl"))!r})" makes lines of JSON of it'
+            f"{path} does not end in .parquet, the only output format (results contain lists and structs). Name a"
+            f' .parquet file; to get JSON lines: python -c "import polars; polars.read_parquet('
+            f'{str(path.with_suffix(".parquet"))!r}).write_ndjson({str(path.with_suffix(".jsonl"))!r})"'
         )
     if not path.parent.is_dir():
-        raise ConfigError(f"{path} cannot be written: there is no folder {path.parent}; make it, or name another place")
+        raise ConfigError(f"{path} cannot be written: there is no folder {path.parent}; create it or use another path")
     if not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"{path} cannot be written: nothing may be written in {path.parent}; name another place")
+        raise ConfigError(f"{path} cannot be written: {path.parent} is read-only; use another path")
 
 
 def _totals_of(kept: str) -> Totals:
@@ -140,13 +141,13 @@ def _totals_of(kept: str) -> Totals:
 
 
 def _load_sink() -> None:
-    with suppress(Exception):  # whatever is in the way, too many open files say: it is loaded again when it is needed
+    with suppress(Exception):  # for example too many open files: `write` imports it again
         import_module("batch.results.writer")
 
 
 @contextmanager
 def loading_sink() -> Iterator[None]:
-    """Load what writes the results while jobs are under way: it takes 0.2 s, which would come on top at the end."""
+    """Import the writer while jobs are in flight: it takes 0.2 s, which would delay the end of the run."""
     timer = Timer(_LOAD_AFTER, _load_sink)
     timer.daemon = True
     timer.start()

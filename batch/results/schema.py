@@ -1,7 +1,7 @@
-"""The columns of `results.parquet`: their schema, and how planned rows and outcomes become them. Pure.
+"""Columns of `results.parquet`: their schema, and their values from planned rows and outcomes. Pure.
 
-Owns names, order, types and the meaning of each column. Refuses to know the journal, files and row groups:
-`sink` brings batches and outcomes, and writes what comes back. Needs pyarrow and numpy for the arrays.
+Owns the names, order, types and meaning of the columns. Knows nothing of the journal, files or row groups: `writer`
+supplies batches and outcomes and writes the result. Needs pyarrow and numpy for the arrays.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _INSTANT = pa.timestamp("us", tz="UTC")
 _UNHEARD = JobOutcome(JobKey(""), State.PENDING, attempts=0)
 _NOTHING: JsonObject = {}
 _NO_FIELDS = AnswerFields(None, None, None, None, ())
-_UNDECIDED = "its submit may have been accepted, nobody knows; `restyle reconcile` or the next run settles it"
+_UNDECIDED = "the submit may have been accepted; `restyle reconcile` or the next run settles it"
 
 IMAGE = pa.struct(
     [
@@ -62,7 +62,7 @@ TIMINGS = pa.struct([(name, pa.float64()) for name in ("inference", "queue", "to
 """Seconds."""
 
 TIMING = pa.struct([("name", pa.string()), ("seconds", pa.float64())])
-"""One of the endpoint's other timings. A list of them, not a map: `datasets` refuses to load a file with a map."""
+"""One of the endpoint's other timings. The column is a list of them, not a map: `datasets` cannot load a map."""
 
 _INPUTS = [
     ("prompt", pa.string()),
@@ -75,7 +75,7 @@ _INPUTS = [
     ("acceleration", pa.string()),
 ]
 INPUT_COLUMNS = tuple(name for name, _ in _INPUTS)
-"""The effective input, but for the image (the manifest's own column) and the seed (a column of its own)."""
+"""The effective input without the image (a manifest column) and the seed (a separate column)."""
 
 _INPUT_VALUES = itemgetter(*INPUT_COLUMNS)
 _NO_INPUT: JsonObject = dict.fromkeys((*INPUT_COLUMNS, "seed"))
@@ -105,7 +105,7 @@ OWN_SCHEMA = pa.schema(
         ("notes", pa.list_(pa.string())),
     ]
 )
-"""Our columns, behind those of the manifest. The same for every run: a column without values keeps its type."""
+"""The columns of restyle, after those of the manifest. Every run has the same ones: an empty column keeps its type."""
 
 _FAILED = frozenset({State.FAILED, State.COLLECTABLE})
 _STATUS = {
@@ -121,14 +121,14 @@ _STATUS = {
 
 
 def status_of(state: State) -> str:
-    """The word for a job's state in the column `status`."""
+    """Return the value of the column `status` for a job's state."""
     return _STATUS[state]
 
 
 def results_schema(manifest: pa.Schema) -> pa.Schema:
-    """The schema of the results of a manifest: its columns, then ours.
+    """Return the results schema of a manifest: its columns, then ours.
 
-    A manifest column with one of our names gets the suffix `_manifest`, as often as it takes to be unique.
+    A manifest column with the name of one of ours gets the suffix `_manifest`, repeated until the name is unique.
     """
     own = set(OWN_SCHEMA.names)
     taken = own | set(manifest.names)
@@ -151,14 +151,14 @@ def record_batch(
     target: str,
     on_bad_row: OnBadRow,
 ) -> pa.Table:
-    """The results of one planned batch, a record for each of its items, in their order.
+    """Return the results of one planned batch: one record per item, in order.
 
     Args:
         batch: planned rows.
-        outcomes: of their jobs; one that is missing is pending.
-        schema: what `results_schema` made for the manifest.
-        target: the name for the column `target`.
-        on_bad_row: whether a row that cannot work is called failed or skipped.
+        outcomes: outcomes of their jobs; a missing job is pending.
+        schema: the manifest's `results_schema`.
+        target: the value of the column `target`.
+        on_bad_row: whether the status of an invalid row is failed or skipped.
 
     Raises:
         pyarrow.ArrowInvalid: a manifest column does not fit its type in the schema.
@@ -199,7 +199,7 @@ def _own_columns(
         "job_key": [None if job is None else job.key for job in jobs],
         "status": statuses,
         **_by_name(INPUT_COLUMNS, map(_INPUT_VALUES, inputs)),
-        # The one that the endpoint reports, else the one that was asked for.
+        # The seed reported by the endpoint, otherwise the requested one.
         "seed": [seed if one.seed is None else one.seed for one, seed in zip(fields, asked, strict=True)],
         "has_nsfw_concepts": [one.flags for one in fields],
         "timings_extra": [None if one.timings is None else list(map(_timing, one.timings)) for one in fields],
@@ -219,7 +219,7 @@ def _own_columns(
 
 
 def _by_name(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> dict[str, Sequence[Any]]:
-    """A column for each name."""
+    """Return the columns by name."""
     columns = list(zip(*rows, strict=True)) or [()] * len(names)
     return dict(zip(names, columns, strict=True))
 
@@ -228,7 +228,7 @@ def _array(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
     try:
         return pa.array(values, kind)
     except (TypeError, ValueError, OverflowError):
-        # Outputs are kept as they came, and an integer of JSON has no bound: what does not fit is null.
+        # Outputs are stored as received, and JSON integers are unbounded: a value that does not fit becomes null.
         return pa.array([_fitting(value, kind) for value in values], kind)
 
 
@@ -253,21 +253,21 @@ def _timing(timing: tuple[str, float]) -> dict[str, str | float]:
 
 
 def _known_images(state: State, stored: bytes | None, output: JsonObject) -> bytes | None:
-    """The stored images; of a failed job those that its answer names, for they are paid for and can be fetched."""
+    """Return the stored images; for a failed job, those of its answer, which are paid for and still available."""
     if stored is None and output and state in _FAILED:
         return encode_images(images_of(output)) if has_images(output) else None
     return stored
 
 
 def _timings(*seconds: Sequence[Json]) -> pa.Array:
-    """One sequence for each field of `TIMINGS`; null where a job has none of them."""
+    """Build the struct array from one sequence per field of `TIMINGS`; null if a job has none of them."""
     children = [_array(values, pa.float64()) for values in seconds]
     nothing = np.logical_and.reduce([child.is_null().to_numpy(zero_copy_only=False) for child in children])
     return pa.StructArray.from_arrays(children, fields=list(TIMINGS), mask=pa.array(nothing))
 
 
 def _images(encoded: Sequence[bytes | None]) -> pa.Array:
-    """A list for each job whose images are known, null for any other."""
+    """Build one list per job with known images, null for other jobs."""
     lists = [() if images is None else orjson.loads(images) for images in encoded]
     said = _by_name([field.name for field in IMAGE], chain.from_iterable(lists))
     values = pa.StructArray.from_arrays([_array(said[field.name], field.type) for field in IMAGE], fields=list(IMAGE))

@@ -1,4 +1,4 @@
-"""What a results table adds up to. Apart from `sink`, so that who only shows it need not load pyarrow. Pure."""
+"""Totals of a results table. Separate from `writer`, so that displaying them does not load pyarrow. Pure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["Totals"]
 
 
 class Totals(NamedTuple):
-    """What the written table holds."""
+    """Totals of the written table."""
 
     rows: int
     done: int
@@ -18,10 +18,10 @@ class Totals(NamedTuple):
     pending: int
     skipped: int
     errors: Counter[str]
-    """Failed rows by error type."""
+    """Number of failed rows by error type."""
     cost_usd: float
-    """Sum over the rows: a job that serves several rows counts with each of them."""
+    """Sum over the rows: a job that serves several rows counts once per row."""
     flagged: int = 0
-    """Images that the safety checker flagged."""
+    """Number of images flagged by the safety checker."""
     examples: dict[str, tuple[int, str]] = {}  # noqa: RUF012 - never changed
-    """For each error type the first row with it, and its message."""
+    """The first failed row of each error type, with its message."""

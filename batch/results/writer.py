@@ -1,7 +1,7 @@
-"""Writes `results.parquet`: whole to a temporary name, fsynced, renamed. An edge; the only writer of that file.
+"""The writer of `results.parquet`: written to a temporary name, fsynced, renamed. An edge.
 
-Owns row groups, compression and the care with which the file appears. Refuses to know what a column means
-(`columns`) and where outcomes come from: they are asked for, batch by batch.
+Owns row groups, compression and the atomic replacement of the file. `schema` knows what a column means; the caller
+supplies the outcomes, batch by batch.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from batch.types import JobKey
 __all__ = ["write_results"]
 
 _GROUP_ROWS = 16_384
-"""Two groups are in memory at once: with four times as many rows a large run took 80 MB more, for 8% of the file."""
+"""Two groups are in memory at once: groups of four times the size took 80 MB more and made the file 8% smaller."""
 _GROUP_BYTES = 64 * 2**20
-"""In memory, before compression: manifests that carry their images fill a row group with few rows."""
+"""In memory, before compression: embedded images fill a row group with few rows."""
 _SLICE_ROWS = 8_192
 _SLICE_BYTES = 32 * 2**20
 
@@ -50,22 +50,22 @@ def write_results(
     group_bytes: int = _GROUP_BYTES,
     slice_bytes: int = _SLICE_BYTES,
 ) -> Totals:
-    """Write the results table. The old file stays as it is until the new one is complete and on disk.
+    """Write the results table. The old file stays unchanged until the new one is complete and on disk.
 
     Args:
-        path: the file to appear.
-        batches: what is planned, in manifest order.
-        outcomes: the outcomes of those of some thousand keys that are known.
-        manifest_schema: types of the manifest's own columns.
-        target: for the column `target`.
-        on_bad_row: whether a row that cannot work is called failed or skipped.
-        metadata: of the file, text by key.
+        path: the output file.
+        batches: planned rows in manifest order.
+        outcomes: returns the known outcomes of a few thousand keys.
+        manifest_schema: types of the manifest's columns.
+        target: the value of the column `target`.
+        on_bad_row: whether the status of an invalid row is failed or skipped.
+        metadata: key-value metadata of the file.
         group_rows: of a row group, about.
         group_bytes: of a row group in memory, about.
         slice_bytes: in memory, of the rows that become results at once.
 
     Raises:
-        StorageError: the disk refused; the old file is untouched.
+        StorageError: the disk refused; the old file is unchanged.
     """
     schema = results_schema(manifest_schema).with_metadata(dict(metadata))
     statuses: Counter[str] = Counter()
@@ -110,7 +110,7 @@ def _tables(
 
 
 def _slices(batch: PlannedBatch, slice_bytes: int) -> Iterator[PlannedBatch]:
-    """Parts of a batch that are small in memory: a sweep repeats each row, and a row may carry its image."""
+    """Yield parts of a batch that need little memory: a sweep repeats each row, and a row may contain its image."""
     row_bytes = max(1, int(batch.frame.estimated_size()) // max(1, len(batch.frame)))
     step = max(1, min(_SLICE_ROWS, slice_bytes // row_bytes))
     for start in range(0, len(batch.items), step):
@@ -133,7 +133,7 @@ def _row_groups(tables: Iterable[pa.Table], group_rows: int, group_bytes: int) -
 
 @contextmanager
 def _one_behind(write: Callable[[pa.Table], None]) -> Iterator[Callable[[pa.Table], None]]:
-    """Write in a thread while the next row group is made: compressing needs the interpreter for a moment only."""
+    """Write in a thread while the next row group is built: compression releases the GIL."""
     with ThreadPoolExecutor(1, "restyle results") as thread:
         under_way: list[Future[None]] = []
 
@@ -142,7 +142,7 @@ def _one_behind(write: Callable[[pa.Table], None]) -> Iterator[Callable[[pa.Tabl
                 under_way.pop().result()
             try:
                 under_way.append(thread.submit(write, table))
-            except RuntimeError:  # the main thread has ended: executors take nothing more, other threads go on
+            except RuntimeError:  # the main thread has ended, so executors refuse work; this thread still runs
                 write(table)
 
         yield put
@@ -152,7 +152,7 @@ def _one_behind(write: Callable[[pa.Table], None]) -> Iterator[Callable[[pa.Tabl
 
 @contextmanager
 def _collector_paused() -> Iterator[None]:
-    """No search for cycles: millions of small values pass here, none in a cycle, and it took a quarter of the time."""
+    """Disable the garbage collector: scanning millions of acyclic values took a quarter of the time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -167,7 +167,7 @@ def _tally(column: pa.ChunkedArray) -> Counter[str]:
 
 
 def _add_examples(examples: dict[str, tuple[int, str]], failed: pa.Table) -> None:
-    """Add the first row of each error type that has none yet."""
+    """Add the first row of each new error type."""
     if not len(failed):
         return
     firsts = failed.select(["error_type", "row", "error_message"]).group_by("error_type", use_threads=False)
@@ -177,7 +177,7 @@ def _add_examples(examples: dict[str, tuple[int, str]], failed: pa.Table) -> Non
 
 @contextmanager
 def _appearing(path: Path, schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
-    """Write row groups under a temporary name beside `path`; it takes that place on success, else it is removed."""
+    """Write row groups to a temporary file next to `path`; rename it on success, otherwise remove it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")  # `restyle export` may write it at the same time
     with ExitStack() as stack:
         with _refusals(path):
@@ -202,7 +202,7 @@ def _appearing(path: Path, schema: pa.Schema) -> Iterator[Callable[[pa.Table], N
 
 @contextmanager
 def _refusals(path: Path) -> Iterator[None]:
-    """The disk's errors become ours; those of the manifest's reader, who is at work between row groups, do not."""
+    """Translate errors of the disk. Errors of the manifest's reader, which runs between row groups, stay unchanged."""
     try:
         yield
     except OSError as error:
@@ -210,15 +210,15 @@ def _refusals(path: Path) -> Iterator[None]:
 
 
 _ADVICE = {
-    errno.ENOSPC: "free some space, then `restyle export` writes it for free",
-    errno.EDQUOT: "free some space, then `restyle export` writes it for free",
-    errno.EROFS: "the file system is read-only; name another place with `restyle export -o FILE`",
-    errno.EACCES: "check the permissions of the folder, or name another place with `restyle export -o FILE`",
-    errno.EIO: "the disk failed; look at its health, then `restyle export` writes it again for free",
+    errno.ENOSPC: "free some space, then run `restyle export` (free)",
+    errno.EDQUOT: "free some space, then run `restyle export` (free)",
+    errno.EROFS: "the file system is read-only; use another path with `restyle export -o FILE`",
+    errno.EACCES: "check the permissions of the folder, or use another path with `restyle export -o FILE`",
+    errno.EIO: "I/O error; check the health of the disk, then run `restyle export` (free)",
 }
 
 
 def _storage_error(path: Path, error: OSError) -> StorageError:
     reason = error.strerror or str(error)
-    advice = _ADVICE.get(error.errno or 0, "name another place with `restyle export -o FILE`")
-    return StorageError(f"{path} could not be written ({reason}): {advice}. The journal has everything.")
+    advice = _ADVICE.get(error.errno or 0, "use another path with `restyle export -o FILE`")
+    return StorageError(f"{path} could not be written ({reason}): {advice}. The journal is complete.")

@@ -1,1 +1,1 @@
-"""How a plan is carried out: lifecycle, verdicts, pacing, budget, journal, images, runner."""
+"""Running a plan: admission, submits, polling, verdicts, transfers, observers."""

@@ -1,7 +1,7 @@
-"""Ask the target to cancel every open request, many at once. Waits.
+"""Ask the target to cancel every open request, many concurrently.
 
-A cancel may be repeated: one that gets no answer is asked again a few times, and all of them by the next call. Writes
-nothing: how a request ended is read by the next run.
+A cancel may be repeated: one without an answer is retried a few times, then left to the next call. Writes nothing to
+the journal; the next run reads how each request ended.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from batch.types import Ticket
 __all__ = ["AT_ONCE", "Cancelled", "cancel_open"]
 
 AT_ONCE = 64
-"""Cancels under way at once: 10,000 at 100 ms each take 16 s."""
+"""Concurrent cancels: 10,000 at 100 ms each take 16 s."""
 _TRIES = 4
 _PATIENCE_SECONDS = 60.0
-"""For one request, all tries together."""
+"""For one request, all tries included."""
 _SILENCE = 2 * AT_ONCE
-"""So many in a row without an answer: the target is not there, and the rest is not asked."""
+"""Consecutive requests without an answer after which the target counts as unreachable; the rest is not asked."""
 _ACCOUNT = frozenset({401, 402, 403})
 _FIELDS = {
     CancelOutcome.REQUESTED: "requested",
@@ -43,55 +43,55 @@ _FIELDS = {
 
 @dataclass(frozen=True, slots=True)
 class Cancelled:
-    """Answers to the cancel requests of one call."""
+    """Outcomes of one call of `cancel_open`."""
 
     asked: int = 0
-    """All of the following together."""
+    """Sum of the four outcomes below."""
     requested: int = 0
     too_late: int = 0
-    """The request had ended before."""
+    """The request had already ended."""
     unanswered: int = 0
     not_found: int = 0
-    """The target does not know the request, or not any more."""
+    """The target does not know the request (any more)."""
     open: int = 0
-    """Requests that were open when the call began."""
+    """Requests that were open at the start of the call."""
 
     @property
     def left(self) -> int:
-        """Requests whose cancel has no answer: the next call asks them."""
+        """Requests without an answer to their cancel; the next call asks for them."""
         return self.open - self.asked + self.unanswered
 
 
 async def cancel_open(
-    service: Service, journal: Journal, rng: Random, told: Callable[[Cancelled], None] | None = None
+    service: Service, journal: Journal, rng: Random, report: Callable[[Cancelled], None] | None = None
 ) -> Cancelled:
-    """Ask for each open request of the journal, `AT_ONCE` at once.
+    """Ask for the cancellation of each open request of the journal, `AT_ONCE` concurrently.
 
     Args:
         service: the target.
-        journal: the run's.
-        rng: for the pace of repeats.
-        told: called with the counts so far, after each answer.
+        journal: journal of the run.
+        rng: for the backoff.
+        report: called with the counts so far, after each answer.
 
     Raises:
         AccountRefused: the target refused the key.
     """
-    return await _Round(service, journal, rng, told or (lambda _: None)).run()
+    return await _Round(service, journal, rng, report or (lambda _: None)).run()
 
 
 class _Round:
-    def __init__(self, service: Service, journal: Journal, rng: Random, told: Callable[[Cancelled], None]) -> None:
-        self._service, self._journal, self._rng, self._told = service, journal, rng, told
+    def __init__(self, service: Service, journal: Journal, rng: Random, report: Callable[[Cancelled], None]) -> None:
+        self._service, self._journal, self._rng, self._report = service, journal, rng, report
         self._counts = Cancelled()
         self._silent = 0
-        """Requests without an answer since the last one with an answer."""
+        """Consecutive requests without an answer."""
         self._refusal: int | None = None
         """HTTP status."""
 
     async def run(self) -> Cancelled:
         counts = await self._journal.counts()
         self._counts = Cancelled(open=counts.by_state.get(State.ACCEPTED, 0))
-        self._told(self._counts)
+        self._report(self._counts)
         free = anyio.Semaphore(AT_ONCE)
         async with anyio.create_task_group() as tasks, aclosing(self._journal.entries({State.ACCEPTED})) as entries:
             async for entry in entries:
@@ -101,7 +101,7 @@ class _Round:
                     break
                 tasks.start_soon(self._ask, entry.ticket, free)
         if self._refusal is not None:
-            raise AccountRefused(f"the target refused the key for cancels (HTTP {self._refusal}); is FAL_KEY right?")
+            raise AccountRefused(f"the target refused the key for cancels (HTTP {self._refusal}); check FAL_KEY")
         return self._counts
 
     async def _ask(self, ticket: Ticket, free: anyio.Semaphore) -> None:
@@ -112,10 +112,10 @@ class _Round:
         self._silent = self._silent + 1 if outcome is None else 0
         field, asked = _FIELDS[outcome], self._counts.asked + 1
         self._counts = replace(self._counts, asked=asked, **{field: getattr(self._counts, field) + 1})
-        self._told(self._counts)
+        self._report(self._counts)
 
     async def _answer(self, ticket: Ticket) -> CancelOutcome | None:
-        """None where there is none after all tries."""
+        """Return the outcome, None if all tries failed."""
         try:
             with anyio.fail_after(_PATIENCE_SECONDS):
                 call = partial(self._service.cancel, ticket)

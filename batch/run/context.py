@@ -1,4 +1,4 @@
-"""What the parts of one run share: its edges, its policy, its clock and its source of randomness."""
+"""The shared context of one run: edges, policy, clock and random source."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ __all__ = ["Policy", "RunContext"]
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What the user decided; durations in seconds."""
+    """The user's settings for a run; durations in seconds."""
 
     download: bool = True
     attempts: int = 3
     idempotency: Idempotency = Idempotency.NONE
-    """What the target does with a repeated key: unless it ignores keys, a submit of unknown outcome may be repeated."""
+    """How the target handles a repeated key. Unless it ignores keys, a submit of unknown outcome may be repeated."""
     start_timeout: float | None = None
-    """Seconds from its acceptance after which the target does not start a request any more. None: it may, or a submit
-    is repeated under its key, so that nobody knows when it was accepted."""
+    """Seconds from acceptance after which the target no longer starts a request. None: unknown, because the target has
+    no limit or because a repeated submit hides the time of its acceptance."""
     file_seconds: float | None = None
-    """Lifetime of result files that each submit asks for."""
+    """Lifetime of result files that each submit requests."""
     retry_failed: bool = False
     collect_only: bool = False
-    """Settle and collect what was submitted before; no attempt is submitted that was not begun before."""
+    """Settle and collect earlier submits only; begin no new attempt."""
     resubmit_unknown_after: float | None = None
     drain: float = 60.0
     collect_for: float = COLLECT_SECONDS
-    """How long after its end a request whose answer or images could not be read is asked for again, free, before it
-    counts as lost."""
+    """How long after its end a request with an unreadable answer or image is still collected (free) before it counts as
+    lost."""
     deadline: float | None = None
     max_failures: int | None = None
     max_failure_share: float | None = None
     keeps_results: bool = False
-    """Whether the target keeps results until they are fetched, as our own server does: then none can be late."""
+    """Whether the target keeps results until they are fetched, as our own server does; then no result can expire."""
     target: str = "local"
-    """Uploaded images are remembered under its name: another target does not have them."""
+    """Name under which uploaded images are remembered: another target does not have them."""
 
 
 @dataclass(slots=True)
 class RunContext:
-    """The parts that `Runner`, `JobDriver`, `Submitter`, `Poller` and `Transfers` of one run share."""
+    """Objects that `Runner`, `JobDriver`, `Submitter`, `Poller` and `Transfers` of one run share."""
 
     service: Service
     journal: Journal
@@ -56,10 +56,10 @@ class RunContext:
     admission: Admission
     policy: Policy
     now: Callable[[], float]
-    """Wall time in Unix seconds, for what is recorded. Waits use anyio's clock."""
+    """Wall time in Unix seconds, for records. Waits use anyio's clock."""
     rng: Random
     waits: Waits = field(default_factory=Waits)
-    """What each accepted job waits for."""
+    """The stage of each accepted job."""
     expiry: Expiry = field(init=False)
     """Warns before a result or a file expires at the target."""
 
@@ -72,5 +72,5 @@ class RunContext:
             self.observer.happened("warning", reason=sentence)
 
     def read_failed(self, verdict: Verdict) -> None:
-        """Report a read that failed and is repeated."""
-        self.admission.notice("unreachable", f"{verdict.reason}; it is tried again")
+        """Report a failed read that will be retried."""
+        self.admission.notice("unreachable", f"{verdict.reason}; retrying")

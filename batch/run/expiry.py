@@ -1,11 +1,11 @@
-"""How long the target keeps what was paid for, and when somebody has to be told that it may not be long enough. Pure.
+"""How long the target keeps results and files, and when to warn that they may expire. Pure.
 
-Owns the periods, each with its source, and the sentences. Refuses to know the runner: it is told what was read and
-when, and answers with a warning or None. A target that keeps results for good (our own server) has no clock.
+Contains the retention periods, each with its source, and the texts of the warnings. Each method takes an event and its
+time and returns a warning or None. A target that keeps results for good (our own server) never causes a warning.
 
 Sources: fal's pages "queue/result", "inference/webhooks", "data-retention" and the FAQ, read in autumn 2026. With
-payload storage on, which is the default and never switched off by us, results are promised for 30 days; that the
-result URL itself answers for so long was measured by nobody we know, so the floor is what counts.
+payload storage on, which is the default and which we never turn off, results are promised for 30 days. We know of no
+measurement that the result URL itself works for 30 days, so the guaranteed minimum counts.
 """
 
 from __future__ import annotations
@@ -21,102 +21,102 @@ __all__ = [
 ]
 
 RESULT_SECONDS = 3600.0
-"""From its completion a result below `LARGE_RESULT_BYTES` can be fetched for so long in any case."""
+"""Guaranteed lifetime, from its completion, of a result below `LARGE_RESULT_BYTES`."""
 LARGE_RESULT_BYTES = 10_000
 LARGE_RESULT_SECONDS = 360.0
-"""The same for any larger one: "about six minutes"."""
+"""Guaranteed lifetime of a larger result: "about six minutes"."""
 FILE_SECONDS = 7 * 86400.0
-"""Result files are promised for so long; an expired one cannot be recovered. Their clock is one of their own."""
+"""Promised lifetime of result files; an expired file cannot be recovered. Independent of the result's lifetime."""
 COLLECT_SECONDS = FILE_SECONDS
-"""An answer or a file that could not be read is asked for again within this time; after it, it counts as lost. fal
-keeps payloads longer (30 days by default) and promises less for the result's URL; an attempt to read costs nothing."""
-_TELL_AT = 0.5
-"""Share of a period that may pass before it is worth a warning: then there is still time to do something."""
+"""How long an unreadable answer or file is asked for again before it counts as lost. fal keeps payloads longer (30 days
+by default) but promises less for the result's URL; a read costs nothing."""
+_WARN_AT = 0.5
+"""Share of a period that passes before a warning, so that there is still time to act."""
 
 
 def result_seconds(size_bytes: int) -> float:
-    """For how long a result of this size is certain to be kept after its completion."""
+    """Return the guaranteed lifetime, in seconds after its completion, of a result of this size."""
     return LARGE_RESULT_SECONDS if size_bytes >= LARGE_RESULT_BYTES else RESULT_SECONDS
 
 
 class Expiry:
-    """What is waiting at the target, against its clocks. Each kind of warning is given once.
+    """Compares the age of unread results and files with their guaranteed lifetimes. Warns once for each kind.
 
-    All instants are Unix seconds. A method that can warn answers with a sentence for a person, or None.
+    All instants are Unix seconds. A method that can warn returns a sentence for the user, or None.
     """
 
     def __init__(self, *, for_good: bool = False, file_seconds: float | None = None) -> None:
-        """Make it for one run.
+        """Create the tracker of one run.
 
         Args:
-            for_good: the target keeps everything until it is fetched, hence never a warning.
-            file_seconds: lifetime of result files that each submit asked for; it holds at any target.
+            for_good: the target keeps everything until it is fetched, so there is never a warning.
+            file_seconds: lifetime of result files that each submit requests; it applies at any target.
         """
         self._for_good = for_good
         self._files_for_good = for_good and file_seconds is None
         self._file_seconds = FILE_SECONDS if file_seconds is None else file_seconds
         self._floor = RESULT_SECONDS
         self._unread_since: float | None = None
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
     def resumed(self, intended_at: float, now: float, *, answered: bool) -> str | None:
-        """A job of an earlier run is taken up again, the oldest first; `answered`: only its files are to be fetched."""
+        """Note a job resumed from an earlier run, oldest first; `answered`: only its files are still to be fetched."""
         age, kept = now - intended_at, self._file_seconds if answered else self._floor
         if age <= kept:
             return None
-        what = "images of a stored answer" if answered else "result of an open request"
+        what = "images of a stored answer are" if answered else "result of an open request is"
         return self._once(
             f"resumed {answered}",
-            f"the {what} is {_span(age)} old, and the target promises to keep it for {_span(kept)} only; what is there"
-            " is collected now, the oldest first",
+            f"the {what} {_span(age)} old, and the target guarantees only {_span(kept)}; collecting what still exists,"
+            " oldest first",
             files=answered,
         )
 
     def read(self) -> None:
-        """A status or a result was answered: from here on an outage counts anew, and is told anew."""
+        """Note an answered status or result: the next outage counts from zero and warns again."""
         self._unread_since = None
-        self._told.discard("unread")
+        self._warned.discard("unread")
 
     def unread(self, now: float) -> str | None:
-        """A status or result read failed once more."""
+        """Note one more failed read of a status or result."""
         if self._unread_since is None:
             self._unread_since = now
         silent = now - self._unread_since
-        if silent < _TELL_AT * self._floor:
+        if silent < _WARN_AT * self._floor:
             return None
         return self._once(
             "unread",
-            f"no request could be read for {_span(silent)}; finished results are certain to be kept for"
-            f" {_span(self._floor)} only: look at the network and the key",
+            f"no request could be read for {_span(silent)}; finished results are guaranteed for {_span(self._floor)}"
+            " only: check the network and the key",
         )
 
     def collected(self, waited: float, size_bytes: int) -> str | None:
-        """A result of so many bytes was fetched; it had been finished for at most `waited` seconds."""
+        """Note a fetched result; it had been finished for at most `waited` seconds."""
         self._floor = min(self._floor, result_seconds(size_bytes))
-        if waited < _TELL_AT * result_seconds(size_bytes):
+        if waited < _WARN_AT * result_seconds(size_bytes):
             return None
         return self._once(
             "late",
-            f"a finished result of {size_bytes:,} bytes may have waited {_span(waited)} for us, and is certain to be"
-            f" kept for {_span(result_seconds(size_bytes))} only: lower --max-in-flight",
+            f"a finished result of {size_bytes:,} bytes may have waited {_span(waited)}, and is guaranteed for"
+            f" {_span(result_seconds(size_bytes))} only: lower --max-in-flight",
         )
 
     def undownloaded(self, failing_since: float, now: float) -> str | None:
-        """An image's download failed once more; `failing_since`: its first failure."""
+        """Note one more failed download of an image; `failing_since`: the time of its first failure."""
         failing = now - failing_since
-        if failing < _TELL_AT * self._file_seconds:
+        if failing < _WARN_AT * self._file_seconds:
             return None
         return self._once(
             "undownloaded",
-            f"the download of an image has failed for {_span(failing)}; files are promised for"
-            f" {_span(self._file_seconds)} only: is its host reachable from here?",
+            f"the download of an image has failed for {_span(failing)}; files are guaranteed for"
+            f" {_span(self._file_seconds)} only: check that its host is reachable",
             files=True,
         )
 
     def _once(self, kind: str, sentence: str, *, files: bool = False) -> str | None:
-        if (self._files_for_good if files else self._for_good) or kind in self._told:
+        if (self._files_for_good if files else self._for_good) or kind in self._warned:
             return None
-        self._told.add(kind)
+        self._warned.add(kind)
         return sentence
 
 

@@ -1,7 +1,7 @@
-"""The image files of a run: local sources read and verified, results decoded and stored by content.
+"""The image files of a run: read and verify local sources, decode results and store them by content.
 
-Owns `images/` in the run directory; the only writer there. Knows no network. All blocking work runs in
-worker threads; Pillow and hashlib release the interpreter lock for the long parts.
+The only writer of `images/` in the run directory. Does not use the network. All blocking work runs in worker threads;
+Pillow and hashlib release the interpreter lock for the long parts.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ __all__ = ["ImageFolder", "decode", "sum_of"]
 
 _CHUNK_BYTES = 2**20
 _PNG_END = b"IEND\xaeB`\x82"
-"""Pillow calls a PNG whole when it has all pixels; one without this was cut off at the end."""
+"""Pillow accepts a PNG that has all pixels; a file without this chunk is truncated."""
 _HARD_LIMIT_PIXELS = 400_000_000
-"""No image of more is ever decoded, whatever the configuration says: it would be several GB in memory."""
+"""Larger images are never decoded, whatever the configuration says: they take several GB of memory."""
 
 
 class Decoded(NamedTuple):
-    """What decoding an image proved."""
+    """Facts about an image that was decoded."""
 
     width: int
     height: int
     format: str
     content_type: str
     suffix: str
-    """Of its file's name, with the dot."""
+    """The suffix of its file name, with the dot."""
 
 
 _RESULT_LIMIT_PIXELS = 100_000_000
-"""Of a result. The endpoint answers with four megapixels at most; a small file can claim any number of them."""
+"""Limit for results. The endpoint returns at most four megapixels, but a small file can claim any size."""
 _ALONE_FROM_PIXELS = 16_000_000
-"""A larger image is decoded while no other large one is: 64 MB and more of memory each."""
+"""Larger images are decoded one at a time: each takes 64 MB of memory or more."""
 
 
 @cache
@@ -70,7 +70,7 @@ def decode(
         alone: held while a large one is decoded.
 
     Raises:
-        ImageError: `image_load_error` for bytes that are no complete image, `image_too_large` for one of
+        ImageError: `image_load_error` for bytes that are not a complete image, `image_too_large` for one of
             more than `limit_pixels` (refused before it is decoded).
     """
     try:
@@ -108,7 +108,7 @@ class ImageFolder:
         self._alone = threading.Lock()  # protects memory: one large image is decoded at a time
         self._names = NameSync(run_directory)
         self._numbers = itertools.count()
-        # Beside the images, so that a rename moves it there; what a killed run left in it is of no use.
+        # On the same file system as the images, so that a rename moves a file there. Files of a killed run are useless.
         self._parts = run_directory / "images" / ".part"
         shutil.rmtree(self._parts, ignore_errors=True)
 

@@ -1,7 +1,7 @@
-"""What the runner sees of the world: Protocols and the records that pass through them. Pure.
+"""Interfaces of the runner: Protocols and the records that pass through them. Pure.
 
-The runner imports this module and never aiohttp, sqlite3 or a file system; `batch.api` plugs the real edges
-in, the tests plug in the fakes of `batch.testing`. All instants are Unix seconds, all durations seconds.
+The runner imports this module and never aiohttp, sqlite3 or a file system; `batch.api` supplies the real edges,
+the tests supply the fakes of `batch.testing`. All instants are Unix seconds, all durations seconds.
 """
 
 from __future__ import annotations
@@ -26,50 +26,47 @@ __all__ = [
     "Service",
 ]
 
-# --- what the journal is told ------------------------------------------------------------------------------
-
-
-# --- what the journal tells --------------------------------------------------------------------------------
+# --- the journal -------------------------------------------------------------------------------------------
 
 
 class Journal(Protocol):
-    """The only truth about what was asked, accepted, paid and answered."""
+    """The single source of truth about what was asked, accepted, paid and answered."""
 
     session: int
 
     async def record(self, *events: Event) -> None:
-        """Write events in this order; durable when it returns.
+        """Write events in this order; they are durable when this returns.
 
         Raises:
             StorageError: the disk refused; nothing of this call is written.
-            IllegalTransition: an event that the lifecycle does not allow.
-            RequestIdTaken: an acceptance under a request id that is another job's.
+            IllegalTransition: an event that the states of its job do not allow.
+            RequestIdTaken: the acceptance has the request id of another job.
         """
 
     async def settled(self) -> None:
-        """Wait until all that was recorded is durable, also what its callers, cancelled, do not wait for any more.
+        """Wait until all recorded events are durable, including those whose callers were cancelled.
 
         Raises:
-            StorageError: the disk refused some of it, or takes too long.
+            StorageError: the disk refused some of them, or takes too long.
         """
 
     async def find(self, keys: Sequence[JobKey]) -> dict[JobKey, KnownJob]:
-        """Those of the keys that the journal knows."""
+        """Return those of the keys that the journal knows."""
 
     def entries(self, states: Collection[State]) -> AsyncGenerator[OpenJob, None]:
-        """Jobs in these states, the one intended first coming first."""
+        """Yield the jobs in these states, ordered by the time of their intent."""
 
     async def uploaded(self, sha256: str, since: float) -> str | None:
-        """URL of an image uploaded at or after `since`, or None."""
+        """Return the URL of an image uploaded at or after `since`, or None."""
 
     async def requests(self, ids: Sequence[str]) -> set[str]:
-        """Those of the request ids that belong to a job, or to one of its ended attempts."""
+        """Return those of the request ids that belong to a job or to one of its ended attempts."""
 
     async def counts(self) -> Counts:
-        """Totals over all sessions."""
+        """Return totals over all sessions."""
 
 
-# --- what the service does ---------------------------------------------------------------------------------
+# --- the service -------------------------------------------------------------------------------------------
 
 
 class HeldBack(Exception):
@@ -77,50 +74,50 @@ class HeldBack(Exception):
 
 
 class Service(Protocol):
-    """The target's queue API. Each method is one exchange: no retries inside. All raise `CallFailed`."""
+    """The target's queue API. Each method is one exchange without retries. All raise `CallFailed`."""
 
     before_send: Callable[[Attempt], Awaitable[None]] | None
-    """Awaited before the first byte of each submit, when nothing else is left to wait for; may raise `HeldBack`."""
+    """Awaited before the first byte of each submit, as the last wait; may raise `HeldBack`."""
 
     async def submit(self, attempt: Attempt) -> Ticket:
-        """The POST that costs money.
+        """Send the POST that costs money.
 
         Raises:
-            HeldBack: `before_send` did; nothing was sent.
+            HeldBack: raised by `before_send`; nothing was sent.
         """
 
     async def status(self, ticket: Ticket) -> TicketStatus:
-        """One status read."""
+        """Read the status once."""
 
     async def result(self, ticket: Ticket) -> Answer:
-        """The output of a completed request, checked against the endpoint's schema."""
+        """Fetch the output of a completed request, checked against the endpoint's schema."""
 
     async def cancel(self, ticket: Ticket) -> CancelOutcome | None:
-        """Ask for cancellation; None where the answer says nothing."""
+        """Ask for cancellation; None if the answer is inconclusive."""
 
     async def upload(self, data: bytes, content_type: str, name: str) -> str:
-        """Store bytes at the target; its URL."""
+        """Store bytes at the target and return their URL."""
 
     async def download(self, url: str) -> bytes:
-        """The bytes of a result image, bounded; the key is never sent."""
+        """Fetch the bytes of a result image, up to the size limit; the key is never sent."""
 
 
 class CompletionHints(Protocol):
-    """Who may know earlier than the next read that a request has ended: a stream, a callback. Never who decides."""
+    """Early notice that a request has ended, by stream or callback. A hint only triggers a read; it never decides."""
 
     async def wait(self, ticket: Ticket, usual: float, longest: float) -> bool:
-        """Sleep until a word about the request comes, at most `longest` seconds; True where one came.
+        """Sleep until a hint about the request arrives, at most `longest` seconds; True if one arrived.
 
-        Where no word can be expected (any more) it sleeps for `usual` seconds from the call on, no longer. One word
-        a request is enough: after it, it only sleeps.
+        Where no hint can be expected (any more) it sleeps for `usual` seconds from the call on. Each request gets one
+        hint: after it, this only sleeps.
         """
 
     def forget(self, ticket: Ticket) -> None:
-        """The request is settled, or given up: nobody waits for it any more."""
+        """Drop a request that is settled or given up."""
 
 
 class ImageError(Exception):
-    """Bytes that are not a usable image. `type` is the endpoint's word for it (`image_load_error`, ...)."""
+    """Bytes that are not a usable image. `type` is the endpoint's error type (`image_load_error`, ...)."""
 
     def __init__(self, type: str, message: str) -> None:  # noqa: A002 - the wire's own word
         super().__init__(message)
@@ -128,7 +125,7 @@ class ImageError(Exception):
 
 
 class LoadedImage(NamedTuple):
-    """A local image, read and verified: ready to be uploaded."""
+    """A local image, read and verified, ready for upload."""
 
     data: bytes
     content_type: str
@@ -142,26 +139,26 @@ class Images(Protocol):
         """Read a manifest image, check its hash and decode it.
 
         Raises:
-            ImageError: it cannot be used; a message for the row.
+            ImageError: it is unusable; the message is for the row.
         """
 
     async def store(self, data: bytes) -> StoredImage:
-        """Decode, hash, write, fsync, rename. Equal bytes are stored once. `url` of the answer is empty.
+        """Decode, hash, write, fsync, rename. Equal bytes are stored once. The result has an empty `url`.
 
         Raises:
-            ImageError: the bytes are no complete image.
+            ImageError: the bytes are not a complete image.
             StorageError: the disk refused.
         """
 
 
-# --- who watches -------------------------------------------------------------------------------------------
+# --- observers ---------------------------------------------------------------------------------------------
 
 
 class Observer:
-    """Does nothing; override what you want to see. `action` is one of the words in `docs/results.md`."""
+    """An observer that ignores everything; override what you need. `docs/results.md` lists the `action` words."""
 
     def happened(self, action: str, **facts: Json) -> None:
-        """Something happened to one job or to the run; facts are JSON values."""
+        """Take an event of one job or of the run; facts are JSON values."""
 
     def expected(self, jobs: int, already_done: int) -> None:
-        """How many jobs this run has to do, and how many were done before it."""
+        """Take the number of jobs of this run, and of jobs done before it."""

@@ -1,4 +1,4 @@
-"""One job on its way, in memory, and the three ways in which its way can end early. Pure."""
+"""The state of one job in memory, and the three exceptions that end its attempt early. Pure."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["JobFailed", "JobRun", "OutcomeUnknown", "RunStopping"]
 
 
 class JobFailed(Exception):
-    """This attempt ended without a result; `new_attempt` says whether another may go better.
+    """The attempt ended without a result; `new_attempt` says whether another may succeed.
 
-    `collectable`: it is not the service's own verdict, so what is paid for may be collected later, free. `answer` is
-    what came in place of a usable one, `images` what is known and stored of its images.
+    `collectable`: the failure is not the service's own verdict, so the paid result may be collected later, free.
+    `answer` is an unusable answer, `images` are the images as far as they are known and stored.
     """
 
     def __init__(
@@ -35,46 +35,46 @@ class JobFailed(Exception):
 
 
 class OutcomeUnknown(Exception):
-    """The submit's outcome is unknown, and that is written down."""
+    """The outcome of the submit is unknown, and recorded as such."""
 
 
 class RunStopping(Exception):
-    """The run is stopping: this job was not submitted."""
+    """The run is stopping; the job was not submitted."""
 
 
 @dataclass(slots=True)
 class JobRun:
-    """Where one job is on its way. The journal is the truth; this is what its task holds in hand."""
+    """Progress of one job, as its task holds it. The journal is the source of truth."""
 
     key: JobKey
     job: Job | None
-    """None where the job comes from the journal: its body is there."""
+    """None for a job from the journal, which has its body."""
     attempt: int = 1
     body: bytes = field(default=b"", repr=False)
     state: State = State.PENDING
     ticket: Ticket | None = None
     answer: Answer | None = None
     images: tuple[StoredImage, ...] = ()
-    """As they were noted at its end."""
+    """As recorded at its end."""
     intended_at: float = 0.0
     accepted_at: float = 0.0
     reserved_usd: float = 0.0
     ended_at: float | None = None
-    """When we learned that its request had ended, where that is in the journal."""
+    """When we saw that its request had ended, if the journal has it."""
     start_timeout: float | None = None
-    """Of its last submit, in seconds from acceptance."""
+    """Start timeout of its last submit, in seconds from acceptance."""
     repeats: bool = False
-    """Whether its submit of an earlier session goes out again under the same key: the first intent's time counts."""
+    """Whether a submit of an earlier session is sent again under its key: the time of the first intent counts."""
     resumed: bool = False
-    """Whether an earlier session submitted it: its times teach nothing about the service's pace."""
+    """Whether an earlier session submitted it: its times say nothing about the service's speed."""
     timings: JobTimings = field(default_factory=JobTimings)
-    """What the reads of its request have told."""
+    """Observations of the reads of its request."""
     came_as: int = 0
-    """How many were in flight when the window let it in, itself included; 0: it holds no place there."""
+    """How many jobs were in flight, itself included, when the window admitted it; 0: it holds no place."""
 
     @classmethod
     def of_entry(cls, entry: OpenJob) -> JobRun:
-        """Go on with what the journal says."""
+        """Continue from a journal entry."""
         return cls(
             key=entry.job_key,
             job=None,
@@ -82,7 +82,7 @@ class JobRun:
             body=entry.body,
             state=entry.state,
             ticket=entry.ticket,
-            # What an earlier version could not read may be readable now; if not, it is asked for again.
+            # An answer that an earlier version could not read may be readable now; if not, it is fetched again.
             answer=entry.answer if entry.answer is not None and has_images(entry.answer.output) else None,
             intended_at=entry.intended_at,
             accepted_at=entry.accepted_at or entry.intended_at,
@@ -94,12 +94,12 @@ class JobRun:
         )
 
     def renew(self) -> None:
-        """A new attempt at the same job."""
+        """Begin a new attempt."""
         self.attempt += 1
         self.start_over()
 
     def start_over(self) -> None:
-        """Nothing of this attempt is at the target: it is sent as if for the first time."""
+        """Reset the attempt: the target has nothing of it, so it is sent as if for the first time."""
         self.state, self.ticket, self.answer, self.resumed = State.PENDING, None, None, False
         self.ended_at = None
         self.timings = JobTimings()

@@ -1,7 +1,7 @@
-"""One job's whole life, read from top to bottom in `JobDriver.drive`: submit once, wait, keep the answer, store images.
+"""The whole life of one job, in order, in `JobDriver.drive`: submit once, wait, keep the answer, store the images.
 
-Sees Protocols only (`batch.run.interfaces`). Decides nothing about answers (`verdicts`), pace and money (`admission`)
-or legal states (`journal.states`): it asks them, does the one thing they say, and records it before it goes on.
+Depends on Protocols only (`batch.run.interfaces`). `verdicts` judges answers, `admission` decides pace and money,
+`journal.states` the legal states. Each step is recorded before the next one begins.
 """
 
 from __future__ import annotations
@@ -27,51 +27,50 @@ from batch.types import Answer, Failed, JobKey, JsonObject, StoredImage, Ticket
 __all__ = ["JobDriver"]
 
 _JUDGE_FAILURES_FROM = 20
-"""A percentage of failures means nothing among fewer ended jobs."""
+"""Ended jobs before a failure percentage is meaningful."""
 _REASONS_SHOWN = 3
 
 
 class JobDriver:
-    """Carries out single jobs, and counts how they end."""
+    """Drives single jobs, and counts how they end."""
 
     def __init__(self, context: RunContext, submitter: Submitter, poller: Poller, transfers: Transfers) -> None:
         self._context, self._submitter, self._poller, self._transfers = context, submitter, poller, transfers
         self.done = self.failed = 0
         self._errors: Counter[str] = Counter()
         self.lost: set[JobKey] = set()
-        """Jobs that an earlier session paid for and that the target no longer keeps: only a new attempt gives a
-        result."""
+        """Jobs paid for by an earlier session whose results the target no longer keeps: they need a new attempt."""
 
     async def drive(self, job_run: JobRun) -> None:
-        """One job's whole life: submit it once, wait for it, keep its answer, store its images.
+        """Submit the job once, wait for it, keep its answer and store its images.
 
         Raises:
-            OutcomeUnknown: the outcome of its submit is unknown, and written down as such.
-            RunStopping: the run is stopping, and it was not submitted.
+            OutcomeUnknown: the outcome of its submit is unknown, and recorded as such.
+            RunStopping: the run is stopping, and the job was not submitted.
             StorageError: the disk refused.
         """
         if job_run.state is State.FAILED:
-            await self._take_up_again(job_run)
+            await self._start_new_attempt(job_run)
         while True:
             try:
                 ticket = job_run.ticket or await self._submitter.submit(job_run)
-                answer = await self._answered(job_run, ticket)
-                await self._finished(job_run, answer)
+                answer = await self._await_answer(job_run, ticket)
+                await self._finish(job_run, answer)
             except JobFailed as error:
-                if await self._another_attempt(job_run, error):
+                if await self._fail_or_retry(job_run, error):
                     continue
             return
 
-    async def _answered(self, job_run: JobRun, ticket: Ticket) -> Answer:
+    async def _await_answer(self, job_run: JobRun, ticket: Ticket) -> Answer:
         """Wait for the request to end and fetch its output; durable when this returns."""
         if job_run.answer is not None:
-            return await self._renewed(job_run, ticket, job_run.answer)
+            return await self._refreshed_answer(job_run, ticket, job_run.answer)
         answer = await self._poller.answer(job_run, ticket)
-        await self._keep(job_run, answer)
+        await self._record_answer(job_run, answer)
         return answer
 
-    async def _keep(self, job_run: JobRun, answer: Answer) -> None:
-        """Write the answer down, and what it cost."""
+    async def _record_answer(self, job_run: JobRun, answer: Answer) -> None:
+        """Record the answer and its cost."""
         now, timings = self._context.now(), job_run.timings
         age = now - job_run.accepted_at
         at = job_run.ended_at = job_run.ended_at or now
@@ -79,7 +78,7 @@ class JobDriver:
         self._context.warn(self._context.expiry.collected(waited, len(answer.raw or b"")))
         total = at - job_run.intended_at
         queued = None if timings.executed is None else max(0.0, total - timings.executed)
-        # Of a request that ended before, what it cost is settled.
+        # A collectable request ended before: its cost is already settled.
         cost = (
             None
             if job_run.state is State.COLLECTABLE
@@ -89,15 +88,15 @@ class JobDriver:
         if self._context.policy.download:
             await self._context.journal.record(answered)
             job_run.state = State.ANSWERED
-        else:  # with nothing to store there is nothing between the two
+        else:  # without images to store, answered and done are one step
             job_run.images = tuple(images_of(answer.output))
             await self._context.journal.record(answered, Finished(job_run.key, now, job_run.images, None))
             job_run.state = State.DONE
         job_run.answer = answer
         self._context.admission.answered(job_run, self._poller.queued(timings))
 
-    async def _renewed(self, job_run: JobRun, ticket: Ticket, kept: Answer) -> Answer:
-        """A kept answer whose images were not stored: fresh URLs where the target still has them."""
+    async def _refreshed_answer(self, job_run: JobRun, ticket: Ticket, kept: Answer) -> Answer:
+        """Return a fresh answer with new image URLs if the target still has it, else the stored one."""
         self._context.admission.answered(job_run)
         self._context.waits.put(job_run.key, Stage.DOWNLOADING, self._context.now())
         try:
@@ -105,8 +104,8 @@ class JobDriver:
         except CallFailed:
             return kept
 
-    async def _finished(self, job_run: JobRun, answer: Answer) -> None:
-        """Store every image, then call the job done."""
+    async def _finish(self, job_run: JobRun, answer: Answer) -> None:
+        """Store every image, then record the job as done."""
         if job_run.state is not State.DONE:
             started, images = anyio.current_time(), images_of(answer.output)
             if self._context.policy.download:
@@ -119,15 +118,15 @@ class JobDriver:
             "done", job=job_run.key, attempt=job_run.attempt, images=[i.path for i in job_run.images]
         )
 
-    async def _stored(self, said: list[StoredImage]) -> list[StoredImage]:
-        """Every image, downloaded and stored. One that cannot be had does not keep the others from being stored.
+    async def _stored(self, facts: list[StoredImage]) -> list[StoredImage]:
+        """Download and store every image. A failed image does not keep the others from being stored.
 
         Raises:
-            JobFailed: the first of those that could not be stored; with all images, stored or not.
+            JobFailed: the first failure; it carries all images, stored or not.
         """
         images: list[StoredImage] = []
         failed: JobFailed | None = None
-        for image in said:
+        for image in facts:
             try:
                 images.append(await self._transfers.stored(image))
             except JobFailed as error:
@@ -137,28 +136,28 @@ class JobDriver:
             raise JobFailed(failed.failure, collectable=failed.collectable, images=tuple(images)) from failed
         return images
 
-    async def _another_attempt(self, job_run: JobRun, error: JobFailed) -> bool:
-        """Write the failure down; whether a new attempt follows, and its pause is over."""
+    async def _fail_or_retry(self, job_run: JobRun, error: JobFailed) -> bool:
+        """Record the failure. Return whether a new attempt follows, after its backoff."""
         failure, was = error.failure, job_run.state
-        if error.collectable and await self._collected_later(job_run, error):
+        if error.collectable and await self._defer_collection(job_run, error):
             return False
-        # What was never accepted costs nothing; what was, costs what the service says or was reserved.
+        # Without acceptance there is no cost; with it, the cost is what the service reports, or the reservation.
         units = failure.billable_units if job_run.state is State.ACCEPTED else 0.0
         cost = self._context.admission.settle(job_run, units)
         await self._context.journal.record(FailedForGood(job_run.key, self._context.now(), failure, cost))
-        said = {"job": job_run.key, "error_type": failure.error_type, "message": failure.message}
-        # What was taken up to be collected, free, is not paid for again in the same breath.
+        facts = {"job": job_run.key, "error_type": failure.error_type, "message": failure.message}
+        # A job resumed only to be collected, free, is not paid for again in the same run.
         may_retry = error.new_attempt and was is not State.COLLECTABLE
-        if may_retry and job_run.attempt < self._context.policy.attempts:  # where the run stops: in the next one
-            await self._take_up_again(job_run)
-            self._context.observer.happened("retried", attempt=job_run.attempt, **said)
+        if may_retry and job_run.attempt < self._context.policy.attempts:  # if the run stops, the next one goes on
+            await self._start_new_attempt(job_run)
+            self._context.observer.happened("retried", attempt=job_run.attempt, **facts)
             await anyio.sleep(backoff(job_run.attempt, self._context.rng, base=1.0))
             return True
         self._count_failure(job_run, failure)
         return False
 
-    async def _collected_later(self, job_run: JobRun, error: JobFailed) -> bool:
-        """Write down that what is paid for can be asked for again; False where that is over."""
+    async def _defer_collection(self, job_run: JobRun, error: JobFailed) -> bool:
+        """Record that the paid result can be asked for again; False if it is too late for that."""
         at, was = self._context.now(), job_run.state
         ended_at = job_run.ended_at or at
         if at - ended_at > self._context.policy.collect_for:
@@ -176,15 +175,15 @@ class JobDriver:
         return True
 
     def _count_failure(self, job_run: JobRun, failure: Failed, *, collectable: bool = False) -> None:
-        said: JsonObject = {"error_type": failure.error_type, "message": failure.message}
+        facts: JsonObject = {"error_type": failure.error_type, "message": failure.message}
         if collectable:
-            said["collectable"] = True
+            facts["collectable"] = True
         self.failed += 1
         self._errors[failure.error_type] += 1
-        self._context.observer.happened("failed", job=job_run.key, attempt=job_run.attempt, **said)
+        self._context.observer.happened("failed", job=job_run.key, attempt=job_run.attempt, **facts)
         self._stop_if_all_fails()
 
-    async def _take_up_again(self, job_run: JobRun) -> None:
+    async def _start_new_attempt(self, job_run: JobRun) -> None:
         await self._context.journal.record(Retried(job_run.key, self._context.now()))
         job_run.renew()
 

@@ -1,7 +1,7 @@
-"""Watching a run: one small Observer, and the three that people look at. Edge: writes lines and a bar.
+"""Observers of a run: progress bar, plain lines and log. Edge: writes to streams and files.
 
-The runner tells an observer what happens and never waits for it; an observer decides nothing. Log lines
-carry a stable `action` word, so that they can be searched.
+The runner calls an observer for each event and never waits for it; an observer decides nothing. Log lines have a stable
+`action` word, so that they can be searched.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["CountBar", "JsonLog", "ObserverGroup", "PlainLines", "ProgressBar", 
 
 
 class ObserverGroup(Observer):
-    """Hands everything on to each of its observers, in order."""
+    """Passes everything on to each of its observers, in order."""
 
     def __init__(self, *observers: Observer) -> None:
         self._observers = observers
@@ -47,7 +47,7 @@ class ObserverGroup(Observer):
 
 @dataclass(slots=True)
 class ProgressCounter(Observer):
-    """Counts what a person wants to know while it runs."""
+    """Counts what a progress display shows."""
 
     jobs: int = 0
     already_done: int = 0
@@ -56,22 +56,22 @@ class ProgressCounter(Observer):
     held: int = 0
     in_flight: int = 0
     spent_usd: float = 0.0
-    """By this run; `spent_total_usd` by all runs of its directory."""
+    """Spent by this run; `spent_total_usd` is spent by all runs of its directory."""
     spent_total_usd: float = 0.0
     errors: Counter[str] = field(default_factory=Counter)
     note: str = ""
-    """The last thing that slows the run down: a pause, a refused key, a service that does not answer."""
+    """The last thing that slowed the run down: a pause, a refused key, an unreachable service."""
     waits: Overview = field(default_factory=lambda: Overview({}))
-    """What open jobs wait for, as of a few seconds ago."""
+    """The waits of open jobs, a few seconds old."""
     paused_until: str = ""
-    """End of the pause that holds all submits, as ISO 8601 in UTC; empty where none does."""
+    """End of the current pause of all submits, as ISO 8601 in UTC; empty without a pause."""
 
     def expected(self, jobs: int, already_done: int) -> None:
         """Remember the totals."""
         self.jobs, self.already_done = jobs, already_done
 
     def happened(self, action: str, **facts: Json) -> None:
-        """Count it."""
+        """Count the event."""
         match action:
             case "started":
                 self.in_flight += 1
@@ -100,7 +100,7 @@ class ProgressCounter(Observer):
                 pass
 
     def line(self) -> str:
-        """One line for a person."""
+        """Return the progress as one line."""
         parts = [f"{self.done}/{self.jobs} done", f"{self.failed} failed", f"{self.in_flight} in flight"]
         if self.held:
             parts.append(f"{self.held} unknown")
@@ -120,7 +120,7 @@ class ProgressBar(Observer):
 
     _SHOWN = frozenset({"done", "failed", "held", "paused", "stopping", "unreachable", "waiting", "warning"})
     _SILENT = frozenset({"pausing", "resumed"})
-    """Only the numbers beside the bar change."""
+    """Actions that change only the numbers next to the bar."""
 
     def __init__(self, tally: ProgressCounter, stream: TextIO) -> None:
         self._tally, self._stream = tally, stream
@@ -128,7 +128,7 @@ class ProgressBar(Observer):
         self._waits = ""
 
     def expected(self, jobs: int, already_done: int) -> None:
-        """Draw it; what was done before is in the count from the start."""
+        """Draw the bar; jobs done earlier are counted from the start."""
         self._bar = tqdm(
             total=already_done + jobs,
             initial=already_done,
@@ -139,7 +139,7 @@ class ProgressBar(Observer):
         )
 
     def happened(self, action: str, **facts: Json) -> None:
-        """Move it on for each job that ended; tqdm itself decides when to redraw."""
+        """Advance for each ended job; tqdm decides when to redraw."""
         is_bounded = action == "open_files" and facts.get("bounded")
         if self._bar is None or not (is_bounded or action in self._SHOWN | self._SILENT):
             return
@@ -163,31 +163,31 @@ class ProgressBar(Observer):
         elif action == "waiting":
             return
         else:
-            self._bar.write(_told(action, facts), file=self._stream)
+            self._bar.write(_message(action, facts), file=self._stream)
 
     def close(self) -> None:
-        """Leave the last state standing."""
+        """Close the bar; its last state stays visible."""
         if self._bar is not None:
             self._bar.close()
 
 
 class CountBar:
-    """A tqdm bar for a plain count."""
+    """A tqdm bar for a single count."""
 
     def __init__(self, total: int, unit: str, stream: TextIO) -> None:
         self._bar: tqdm[Never] = tqdm(total=total, unit=unit, file=stream, dynamic_ncols=True, smoothing=0.1)
 
     def at(self, count: int) -> None:
-        """Move on to that count; tqdm itself decides when to redraw."""
+        """Advance to that count; tqdm decides when to redraw."""
         self._bar.update(count - self._bar.n)
 
     def close(self) -> None:
-        """Leave the last state standing."""
+        """Close the bar; its last state stays visible."""
         self._bar.close()
 
 
 class PlainLines(Observer):
-    """One plain line every `every` seconds, for logs and cron; nothing while nothing happens and nothing waits."""
+    """One plain line every `every` seconds, for logs and cron; silent while nothing happens."""
 
     def __init__(
         self,
@@ -202,10 +202,10 @@ class PlainLines(Observer):
         self._next = clock() + every
 
     def happened(self, action: str, **facts: Json) -> None:
-        """Print when it is time, and at once what a person has to know."""
+        """Print when it is time; print warnings, pauses and stops at once."""
         is_bounded = action == "open_files" and facts.get("bounded")
         if is_bounded or action in {"paused", "stopping", "unreachable", "warning"}:
-            self._print(action, _told(action, facts))
+            self._print(action, _message(action, facts))
         elif self._clock() >= self._next:
             self._next = self._clock() + self._every
             self._print("progress", self._tally.line())
@@ -231,16 +231,16 @@ class PlainLines(Observer):
 
 
 class JsonLog(Observer):
-    """`log.jsonl`: a line for everything that happened, appended over all sessions.
+    """`log.jsonl`: one line for each event, appended over all sessions.
 
-    Written through a buffer that is flushed every second at the latest while things happen, and at the end:
-    the journal is the truth, this is for reading.
+    Buffered; flushed at least every second while events occur, and at the end. The journal is the source of truth, the
+    log is for reading.
     """
 
     FLUSH_SECONDS = 1.0
     LIVE = frozenset({"started", "ended", "pausing", "spent", "waiting"})
     _AT_ONCE = frozenset({"paused", "resumed"})
-    """Perhaps the last for an hour, and what `restyle status` looks for."""
+    """Possibly the last line for an hour, and `restyle status` looks for it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -250,7 +250,7 @@ class JsonLog(Observer):
     def __enter__(self) -> Self:
         try:
             self._file = self._path.open("ab")
-            if _is_torn(self._path):  # a full disk cut the last line off: the next one is not lost with it
+            if _is_torn(self._path):  # a full disk cut the last line off; keep it separate from the next one
                 self._file.write(b"\n")
         except OSError as error:
             raise StorageError(f"{self._path} cannot be written: {error.strerror}; free or unlock the disk") from error
@@ -263,10 +263,10 @@ class JsonLog(Observer):
             try:
                 self._file.close()
             except OSError:
-                return  # the log is no promise: a full disk was already reported by the journal
+                return  # the log is best effort: the journal already reported a full disk
 
     def happened(self, action: str, **facts: Json) -> None:
-        """Append one line; what only a live display needs is left out."""
+        """Append one line; events that only a live display needs are left out."""
         if self._file is None or action in self.LIVE:
             return
         line = orjson.dumps({"at": _timestamp(), "action": action, **facts}, option=orjson.OPT_APPEND_NEWLINE)
@@ -275,7 +275,7 @@ class JsonLog(Observer):
             if (now := time.monotonic()) - self._flushed_at > self.FLUSH_SECONDS or action in self._AT_ONCE:
                 self._file.flush()
                 self._flushed_at = now
-        except OSError:  # a full disk stops the run through the journal, with a sentence
+        except OSError:  # the journal reports a full disk and stops the run
             with suppress(OSError):
                 self._file.close()
             self._file = None
@@ -286,13 +286,13 @@ class JsonLog(Observer):
 
 
 _LOG_TAIL_BYTES = 4 * 2**20
-"""How far back a pause is looked for: some 20,000 jobs may have ended in it."""
+"""How far back a pause is looked for: about 20,000 ended jobs."""
 
 
 def pause_in(path: Path, now: float) -> float | None:
-    """The end, in Unix seconds, of the pause that a log says holds at `now`; None where none does.
+    """Return the end, in Unix seconds, of the pause in effect at `now` according to a log; None without one.
 
-    True of a run that works; one that was killed leaves its last pause behind.
+    Valid for a run in progress; a killed run leaves its last pause in the log.
     """
     try:
         with path.open("rb") as file:
@@ -310,13 +310,13 @@ def pause_in(path: Path, now: float) -> float | None:
 
 
 def _until_of(line: bytes) -> float | None:
-    """The end of the pause that a line begins, 0 where it ends one; None where it is about something else."""
+    """Return the end of the pause that a line begins, 0 if it ends one; None if it is about something else."""
     try:
-        said = orjson.loads(line)
-        if said["action"] in {"resumed", "session"}:
+        event = orjson.loads(line)
+        if event["action"] in {"resumed", "session"}:
             return 0.0
-        return datetime.fromisoformat(said["until"]).timestamp() if said["action"] == "paused" else None
-    except (ValueError, KeyError, TypeError):  # torn, or of an older version
+        return datetime.fromisoformat(event["until"]).timestamp() if event["action"] == "paused" else None
+    except (ValueError, KeyError, TypeError):  # torn, or written by an older version
         return None
 
 
@@ -324,8 +324,8 @@ def _clock_time(iso: str) -> str:
     return f"{iso[11:19]} UTC"
 
 
-def _told(action: str, facts: Mapping[str, Json]) -> str:
-    """A line for a person; a limit speaks for itself."""
+def _message(action: str, facts: Mapping[str, Json]) -> str:
+    """Return a line for the terminal; the reason of an open-files limit is complete without its action."""
     return str(facts["reason"]) if action == "open_files" else f"{action}: {facts.get('reason', '')}"
 
 
@@ -338,5 +338,5 @@ def _is_torn(path: Path) -> bool:
 
 
 def _timestamp() -> datetime:
-    """As orjson writes it: `2026-11-22T16:20:18.090123+00:00`."""
+    """Return the time now; orjson writes it as `2026-11-22T16:20:18.090123+00:00`."""
     return datetime.now(UTC)

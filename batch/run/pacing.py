@@ -1,7 +1,7 @@
 """How fast submits are sent: token bucket and pauses. Pure.
 
-No clock and no sleep: every method takes `now` (seconds, any monotonic origin) and says what to do. The
-runner does the waiting.
+No clock and no sleep: every method takes `now` (seconds, any monotonic origin) and returns how long to wait. The caller
+sleeps.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ __all__ = ["Pauses", "TokenBucket", "bucket_for"]
 class TokenBucket:
     """At most `rate` permits a second on average, at most `burst` at once.
 
-    It hands out places in time: the n-th caller is told how long to wait, so callers are served in order and
-    none is passed over.
+    Each call reserves the next free instant and returns the wait until then, so callers are served in order.
     """
 
     def __init__(self, rate: float, burst: float = 1.0) -> None:
@@ -26,7 +25,7 @@ class TokenBucket:
 
     @property
     def period(self) -> float:
-        """Seconds from one permit to the next where many ask."""
+        """Seconds between two permits under load."""
         return 1.0 / self._rate
 
     def another(self) -> TokenBucket:
@@ -34,19 +33,19 @@ class TokenBucket:
         return TokenBucket(self._rate, self._burst)
 
     def reserve(self, now: float) -> float:
-        """Take one permit; the seconds to wait until it is valid (0.0 where there is one now)."""
+        """Take one permit; return the seconds until it is valid (0.0 if it is valid now)."""
         wait = self.wait(now)
         # `_free_at` is the moment at which the bucket would hold exactly `burst` tokens again.
         self._free_at = max(self._free_at, now) + 1.0 / self._rate
         return wait
 
     def wait(self, now: float) -> float:
-        """The seconds that a permit taken now would have to wait; none is taken."""
+        """Return the seconds that a permit taken now would have to wait; take none."""
         return max(0.0, max(self._free_at, now) + 1.0 / self._rate - self._burst / self._rate - now)
 
 
 class Pauses:
-    """Times in which no submit is sent: after a 429, while nothing answers, while the key is refused."""
+    """Pauses of all submits: after a 429, while the service is unreachable, while the key is refused."""
 
     def __init__(self, rng: Random, *, base: float = 0.5, cap: float = 60.0) -> None:
         self._rng, self._base, self._cap = rng, base, cap
@@ -54,8 +53,8 @@ class Pauses:
         self._in_a_row = 0
 
     def begin(self, now: float, retry_after: float | None = None) -> float:
-        """A submit was turned away: pause for what the service asked, or a growing random time. The seconds."""
-        if now < self._until:  # one pause at a time, however many submits were turned away together
+        """Pause after a refused submit: the requested time plus exponential backoff. Return the seconds."""
+        if now < self._until:  # one pause at a time, however many submits were refused together
             self._until = max(self._until, now + (retry_after or 0.0))
             return self._until - now
         self._in_a_row += 1
@@ -66,15 +65,15 @@ class Pauses:
 
     @property
     def begun(self) -> bool:
-        """Whether there was any: without one nobody need look at the clock."""
+        """Whether any pause ever began; without one the clock need not be read."""
         return self._until > float("-inf")
 
     def succeeded(self) -> None:
-        """A submit was accepted: the next pause starts small again."""
+        """Reset the backoff after an accepted submit."""
         self._in_a_row = 0
 
     def left(self, now: float) -> float:
-        """Seconds until submits may go on; 0.0 where they may now."""
+        """Return the seconds until submits may continue; 0.0 if they may now."""
         return max(0.0, self._until - now)
 
 

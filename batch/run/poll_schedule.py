@@ -1,11 +1,11 @@
-"""When to read a status next: learned from how long finished jobs took, and from places in the queue. Pure.
+"""When to read the status of a job next, learned from the durations of finished jobs. Pure.
 
-No clock: all seconds count from the acceptance of the job. The runner sleeps and reads (`batch.run.poller`). No wait is
-without an end: a job that takes ten times as long as usual has its result read whatever its status says.
+No clock: all seconds count from the acceptance of the job; `batch.run.poller` sleeps and reads. Every wait is bounded:
+a job that takes ten times as long as usual has its result read whatever its status says.
 
-Reads and lateness are two ends of one rope: who reads at each tenth of a job's time reads often and is late by a
-twentieth. Here the middle of the known distribution is walked in `STEPS` steps of equal ratio; a service that always
-takes the same time is read once.
+More reads mean less delay: reading at each tenth of a job's duration costs many reads and is late by a twentieth on
+average. The schedule divides the central 80 % of the known durations into `STEPS` steps of equal ratio. A service with
+a constant duration is read once per job.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ __all__ = ["JobTimings", "PollSchedule"]
 
 
 class JobTimings:
-    """What the reads of one job have told so far."""
+    """Observations of the reads of one job."""
 
     __slots__ = (
         "ended",
         "executed",
+        "hinted",
         "inference",
         "noticed",
         "overdue_next",
@@ -29,45 +30,44 @@ class JobTimings:
         "queued",
         "resumed",
         "starts_at",
-        "told",
         "unfinished",
         "unreadable",
     )
 
     def __init__(self, position: int | None = None, *, resumed: bool = False) -> None:
-        """What is known when it is accepted.
+        """Create the timings of an accepted job.
 
         Args:
-            position: its place in the queue, from 0; None where the service does not say.
-            resumed: an earlier run submitted it: its age says nothing about the service's pace.
+            position: its place in the queue, from 0; None if the service does not report it.
+            resumed: an earlier run submitted it, so its age says nothing about the service's speed.
         """
         self.resumed = resumed
         self.position = position
-        """As last read."""
+        """As read last."""
         self.queued: float | None = None
-        """When a read last said that it was queued."""
+        """Age at the last read that reported it as queued."""
         self.unfinished: float | None = None
-        """When a read last said that it was not finished."""
+        """Age at the last read that reported it as unfinished."""
         self.starts_at: float | None = None
-        """When its turn comes, as its places in the queue foretell it; None where they do not."""
+        """Age at which its execution should start, extrapolated from its places in the queue; None if unknown."""
         self.inference: float | None = None
-        """For how long it was executed, as its status said at the end; None where it did not, or was not read."""
+        """Seconds of execution as its final status reported them; None if it did not, or was not read."""
         self.executed: float | None = None
-        """The same, or where its status was not read what the output says: at least so long."""
-        self.told = False
-        """Whether the last read was made because somebody said that it had ended."""
+        """The same; where the status was not read, the seconds from the output, which are a lower bound."""
+        self.hinted = False
+        """Whether a hint that it had ended caused the last read."""
         self.noticed: float | None = None
-        """When a read first said that it had ended."""
+        """Age at the first read that reported its end."""
         self.ended: float | None = None
-        """When it is taken to have ended; None until its end has taught something."""
+        """Estimated age at its end; None until it was used for learning."""
         self.unreadable: float | None = None
-        """Since when no read of its status succeeds; None where the last one did."""
+        """Age since which every status read has failed; None if the last one succeeded."""
         self.overdue_next = 0.0
-        """When its result may be read again whatever its status says; 0.0 before the first such read."""
+        """Age from which the result may be read again whatever its status says; 0.0 before the first such read."""
 
 
 class _Recent:
-    """The last so many values, also in order."""
+    """The last `size` values, in order of arrival and sorted."""
 
     def __init__(self, size: int) -> None:
         self._values: deque[float] = deque()
@@ -81,49 +81,49 @@ class _Recent:
         insort(self.sorted, value)
 
     def at(self, share: float) -> float:
-        """The value below which such a share of them lies."""
+        """Return the quantile at this share."""
         return self.sorted[int(share * (len(self.sorted) - 1))]
 
 
 class PollSchedule:
-    """Learns from jobs that ended, and says when to read those that have not.
+    """Learns from ended jobs when to read the others.
 
-    Knowing nothing, all jobs together feel for the end of the first: no two are read at the same age. Knowing some,
-    a job is read when the next earliest end is over and all others that follow within one step are too.
+    Before the first job has ended, all jobs together search for its end: no two are read at the same age. After that, a
+    job is read when its next likely end is over, together with all other ends that follow within one step.
     """
 
     FIRST = 0.05
-    """Of the very first read, seconds: our own echo engine answers within milliseconds."""
+    """Seconds until the very first read: our own echo engine answers within milliseconds."""
     SHARE = 0.25
-    """Longest step beyond all that is known, as a share of the time already taken."""
+    """Longest step beyond all known durations, as a share of the job's age."""
     FINEST = 0.02
-    """No two reads of one job come closer, seconds, nor closer than `CLOSEST` of the time it already took."""
+    """Shortest interval between two reads of one job, in seconds; at least `CLOSEST` times its age."""
     CLOSEST = 0.03
     LONGEST = 10.0
     LONGEST_QUEUED = 600.0
-    """The same while its place in the queue foretells a longer wait: the service's numbers may be wrong."""
+    """Longest interval while the queue position predicts a longer wait: the prediction may be wrong."""
     OVERDUE = 10.0
-    """Times the usual duration after which a job that has not ended has its result read whatever its status says."""
+    """Factor of the usual duration after which the result of an unfinished job is read whatever its status says."""
     OVERDUE_SECONDS = 600.0
-    """The least that this can be."""
+    """Lower bound of that duration, in seconds."""
     OVERDUE_GROWTH = 1.5
-    """From one such read to the next, as a factor of the job's age."""
+    """From one overdue read to the next, as a factor of the job's age."""
     OVERDUE_LONGEST = 1800.0
-    """Longest interval between two such reads, seconds: half of the hour for which fal keeps a result in any case."""
+    """Longest interval between two overdue reads, in seconds: half of the hour for which fal guarantees a result."""
     MEMORY = 128
-    """Finished jobs that are remembered. The service's speed changes: one that becomes six times as fast is
-    followed within some 300 jobs."""
+    """Remembered ended jobs. The service's speed changes: after a speed-up by a factor of six, the schedule has adapted
+    within about 300 jobs."""
     STEPS = 9.0
-    """From the tenth to the ninetieth hundredth of the distribution."""
+    """Steps from the 10th to the 90th percentile of the distribution."""
     EARLY = 0.05
-    """Share of the possible ends that a read need not be in time for: the rare early ones cost the most reads."""
+    """Share of possible ends that a read may miss: the rare early ones would cost the most reads."""
     MARGIN = 1.005
-    """A read aims so much beyond the end that it waits for: two journeys through the network differ."""
+    """Factor by which a read is later than the end it waits for: network delays vary."""
     SURE = 0.8
-    """Share of the last some sixteen reads that found their job ended."""
+    """Share of successful reads from which `sure` is true; an average over about the last 16."""
     GUESS = 0.8
-    """Where the end of a job is taken to lie, as a share of when it was noticed, if the first read already
-    found it finished and nothing more is known. Below 1, so that reads move forward when the service becomes faster."""
+    """Estimated end of a job as a share of the age at which it was noticed, if the first read already found it finished
+    and nothing else is known. Below 1, so that reads become earlier when the service becomes faster."""
 
     _READS = 16
 
@@ -133,11 +133,11 @@ class PollSchedule:
         self._inference = _Recent(self.MEMORY)
         self._step = 1.0 + self.CLOSEST
         self._found = 0.0
-        """Share of reads that found what they were made for; old ones fade."""
+        """Share of reads that found what they were made for, with exponential decay."""
         self._frontier = 0.0
-        """Nothing is known: the greatest age at which some job will have been read."""
+        """Before the first end: the greatest age at which a read is planned."""
         self._unfinished = 0.0
-        """Nothing is known: the greatest age at which some job was not finished."""
+        """Before the first end: the greatest age at which a job was seen unfinished."""
 
     @property
     def knows(self) -> bool:
@@ -146,23 +146,23 @@ class PollSchedule:
 
     @property
     def sure(self) -> bool:
-        """Whether nearly every read of late found its job ended: then its result may be asked for straight away.
+        """Whether most recent reads found their job ended; then its result may be read without its status.
 
-        A result that is not there yet costs a request, one that is there saves one: even at one half.
+        A missing result costs one request, an existing one saves one, so this pays from a share of one half on.
         """
         return self._found >= self.SURE
 
     def came(self, *, in_time: bool) -> None:
-        """A read that was due was made; whether it found what it was made for."""
+        """Note whether a due read found what it was made for."""
         self._found += (float(in_time) - self._found) / self._READS
 
     @property
     def execution(self) -> float | None:
-        """For how long jobs are executed as a rule, as their statuses say; None where they do not."""
+        """Median execution time according to the statuses, in seconds; None if they do not report it."""
         return self._inference.at(0.5) if self._inference.sorted else None
 
     def pending(self, timings: JobTimings, age: float, *, queued: bool, position: int | None) -> None:
-        """A read at that age found it unfinished."""
+        """Note that a read at this age found the job unfinished."""
         if queued:
             if position is not None and timings.position is not None and position < timings.position:
                 pace = (age - (timings.queued or 0.0)) / (timings.position - position)
@@ -173,7 +173,7 @@ class PollSchedule:
             self._unfinished = max(self._unfinished, age)
 
     def took(self, timings: JobTimings, noticed: float) -> None:
-        """It was seen to have ended at the age of `noticed`; whether that is to teach anything is the caller's."""
+        """Learn from a job that was seen ended at age `noticed`; the caller decides whether it is representative."""
         least = timings.unfinished or (0.0 if self.knows else self._unfinished)
         found_at_once = least == 0.0
         if timings.inference is not None:
@@ -181,12 +181,12 @@ class PollSchedule:
         if timings.executed is not None:
             least = max(least, (timings.queued or 0.0) + timings.executed)
         least = min(least, noticed)
-        if timings.told:
+        if timings.hinted:
             timings.ended = noticed
             self._ends.add(noticed)
         elif found_at_once:
             timings.ended = max(least, noticed * self.GUESS)
-            # Half way to the earliest that it can have been, so that what is read late is not learned late.
+            # Half way to its earliest possible end, so that late reads do not make later reads later still.
             self._ends.add(timings.ended if least == 0.0 else (least + timings.ended) / 2)
         else:
             timings.ended = (least + noticed) / 2
@@ -195,13 +195,13 @@ class PollSchedule:
         self._step = max(1.0 + self.CLOSEST, (high / low) ** (1.0 / self.STEPS) if high > low else 1.0)
 
     def due(self, timings: JobTimings) -> float:
-        """The age at which to read it next; it may have passed already."""
+        """Return the age at which to read the job next; it may be in the past."""
         last = timings.unfinished or 0.0
         if not self.knows:
-            return min(last + self.LONGEST, self._feel(timings, last))
+            return min(last + self.LONGEST, self._probe(timings, last))
         aim = self._next(last)
         longest = self.LONGEST
-        if timings.queued is not None and timings.queued == last:  # it had not even begun
+        if timings.queued is not None and timings.queued == last:  # it had not started
             starts_at = max(last, timings.starts_at or 0.0)
             longest = max(longest, min(self.LONGEST_QUEUED, (starts_at - last) / 2))
             aim = max(aim, starts_at + (self._inference.at(self.EARLY) if self._inference.sorted else 0.0))
@@ -209,19 +209,19 @@ class PollSchedule:
 
     @property
     def patience(self) -> float:
-        """Seconds that a job may take until its result is read whatever its status says."""
+        """Seconds that a job may take before its result is read whatever its status says."""
         return max(self.OVERDUE_SECONDS, self.OVERDUE * self._ends.at(0.5) if self.knows else 0.0)
 
     def overdue(self, timings: JobTimings) -> float:
-        """The age from which on its result is read whatever its status says."""
+        """Return the age from which its result is read whatever its status says."""
         return max(timings.overdue_next, (timings.unreadable or 0.0) + self.patience)
 
     def overdue_read(self, timings: JobTimings, age: float) -> None:
-        """Such a read was made at that age, and brought no result: the next one comes later and later."""
+        """Note an overdue read at this age that returned no result: the interval to the next one grows."""
         timings.overdue_next = min(max(age, 1.0) * self.OVERDUE_GROWTH, age + self.OVERDUE_LONGEST)
 
-    def _feel(self, timings: JobTimings, last: float) -> float:
-        """Ages grow by a fixed ratio over all jobs that may be the first to end: many feel more finely than one."""
+    def _probe(self, timings: JobTimings, last: float) -> float:
+        """Return the next age of a search shared by all jobs that may end first: together they search more finely."""
         if timings.resumed:
             return max(self.FIRST, last * (1.0 + self.SHARE))
         if timings.queued is not None and timings.queued == last:
@@ -230,10 +230,10 @@ class PollSchedule:
         return self._frontier
 
     def _next(self, last: float) -> float:
-        """When to read a job that was not finished at that age, by what others took."""
+        """Return when to read a job that was unfinished at this age, according to the known durations."""
         ends = self._ends.sorted
         shorter = bisect_right(ends, last) if last > 0 else 0
-        if shorter == len(ends):  # slower than all that we know: small steps first
+        if shorter == len(ends):  # slower than all known jobs: small steps first
             return last + min(max(last - ends[-1], last * self.CLOSEST), last * self.SHARE)
         first = ends[shorter + int((len(ends) - shorter) * self.EARLY)]
         return ends[bisect_right(ends, first * self._step) - 1] * self.MARGIN

@@ -1,11 +1,10 @@
-"""Unknown submits: find out through the platform's request listing whether they were accepted.
+"""Unknown submits: look them up in the platform's request listing to find out whether they were accepted.
 
-`match` is pure and decides; `Reconciler` reads pages and has the adoption written down. A job is adopted only
-where exactly one listed request bears every key that was sent, in its window of time, and no other unknown
-submit lays claim to it. Everything else, two matches, a request whose input is not shown, a page that failed,
-leaves it unknown: absence proves nothing, because requests that still wait may not be listed and the listing
-lags. A start timeout ends that: once a submit can neither wait nor run any more, a listing that demonstrably covers its
-time shows it, or it was not accepted.
+`match` is pure and decides; `Reconciler` reads pages and records adoptions. A job is adopted only if exactly one listed
+request has every key that was sent, lies in its time window, and matches no other unknown submit. Otherwise (two
+matches, a request without its input, an unreadable page) it stays unknown. Absence proves nothing, because queued
+requests may not be listed and the listing lags. A start timeout changes that: once a submit can no longer be queued or
+running, it appears in a listing that demonstrably covers its time, or it was not accepted.
 """
 
 from __future__ import annotations
@@ -46,57 +45,57 @@ __all__ = [
 ]
 
 BEFORE_SECONDS = 300.0
-"""The clocks of two machines differ, and which of its instants the listing filters on is not documented."""
+"""Clocks differ, and it is not documented which timestamp the listing filters on."""
 AFTER_SECONDS = 900.0
-"""A submit may have hung for its whole timeout before it was accepted, and the listing filter may mean the end."""
+"""A submit may hang for its whole timeout before acceptance, and the listing may filter on the end of the request."""
 LATE_SECONDS = 300.0
-"""A submit may be accepted so long after its intent: the client waits 120 s for its answer, and clocks differ."""
+"""Longest time from intent to acceptance: the client waits 120 s for an answer, and clocks differ."""
 OVER_SECONDS = 5400.0
-"""From its last possible start to its entry in the listing: fal executes a request for an hour at most, and the listing
+"""From the last possible start to the entry in the listing: fal executes a request for at most an hour, and the listing
 may lag."""
 COVERED_SECONDS = 14 * 86400.0
-"""An older submit may have left the listing. fal keeps inputs for 30 days; other services do not say."""
+"""An older submit may have left the listing. fal keeps inputs for 30 days; other services do not document it."""
 _NOT_STARTED_STATUS = 504
 _AT_ONCE_SECONDS = 60.0
-"""The first submits of a run go out together: none was sent before the others."""
+"""The first submits of a run are concurrent: none was sent before the others."""
 _WITNESSES = 50
-"""Requests at each end of a window that may be this run's."""
+"""Requests kept at each end of a window, to find some of this run."""
 _READS = 5
-"""Tries at one page. A page that cannot be read leaves its window's jobs unknown."""
+"""Tries at one page. An unreadable page leaves its window's jobs unknown."""
 _PAGE_SECONDS = 60.0
-"""For all tries at one page, whatever `Retry-After` says: a listing that is not to be had must not hold up a run."""
+"""For all tries at one page, whatever `Retry-After` says: an unavailable listing must not block the run."""
 _PAGE_SIZES = (PAGE_LIMIT, 10, 1)
-"""Requests a page. Inputs that carry their image make a page too large to be read: then fewer are asked for."""
+"""Requests per page. Inputs that contain their image can make a page too large; then fewer are requested."""
 _PAGES = 10_000
-"""Of one window; a listing of more does not end."""
-_NOT_FOR_US = frozenset({401, 403, 404, 405, 501})
-"""Answers, after all tries, of a platform that lists nothing to this key, or has no listing."""
+"""Maximum pages of one window, against a listing without an end."""
+_NO_ACCESS = frozenset({401, 403, 404, 405, 501})
+"""HTTP statuses, after all tries, of a platform without a listing for this key, or without one at all."""
 _UNREADABLE_WINDOWS = 3
-"""So many, and the rest of this time's are not tried: the listing is out of order, and each try takes its time."""
+"""Unreadable windows after which the remaining ones are skipped: the listing is down, and each try takes time."""
 
 
 class Finding(StrEnum):
-    """What the listing says of one unknown submit."""
+    """Outcome of the look-up of one unknown submit."""
 
     ADOPTED = "adopted"
     ABSENT = "absent"
-    """Not listed. No proof: it may still wait, or the listing may lag."""
+    """Not listed. This proves nothing: it may still be queued, or the listing may lag."""
     NOT_ACCEPTED = "not accepted"
-    """Not listed, although it can no longer wait or run, and the listing shows this run's requests around its time."""
+    """Not listed, although it can no longer be queued or running and the listing covers its time."""
     NOT_STARTED = "not started"
-    """Accepted, and over without a start: HTTP 504, which costs nothing."""
+    """Accepted, and ended without a start: HTTP 504, which costs nothing."""
     AMBIGUOUS = "ambiguous"
     """Two or more requests match."""
     HIDDEN = "hidden"
-    """A request of the window has no input to compare with."""
+    """A request in the window has no input to compare with."""
     UNREADABLE = "unreadable"
     """A page of the listing could not be read."""
     REFUSED = "refused"
-    """The listing is not shown to this key, or there is none: no look-up will ever find it."""
+    """This key may not read the listing, or there is no listing: no look-up will ever find the submit."""
 
 
 class FoundRequest(NamedTuple):
-    """A finding, and the request where there is exactly one."""
+    """A finding, with the request if exactly one matches."""
 
     finding: Finding
     request_id: RequestId | None = None
@@ -104,7 +103,7 @@ class FoundRequest(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SearchWindow:
-    """A span of time and the unknown submits in it; `end` is exclusive."""
+    """A time span and its unknown submits; `end` is exclusive."""
 
     start: float
     end: float
@@ -113,10 +112,10 @@ class SearchWindow:
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """What one reconciliation did."""
+    """Result of one reconciliation."""
 
     at: float
-    """Wall time, in Unix seconds, before the first page was asked for."""
+    """Wall time, in Unix seconds, just before the first page was requested."""
     adopted: int
     still_unknown: dict[JobKey, Finding]
 
@@ -126,15 +125,15 @@ class Settled:
         return len(self.still_unknown)
 
     def missed(self, key: JobKey, intended_at: float, after: float) -> bool:
-        """Whether a submit had `after` seconds to show up in a listing that was read to its end, and did not.
+        """Return whether a complete listing did not show a submit at least `after` seconds after its intent.
 
-        A listing that is refused for good counts as read: there is nothing more to wait for. One that could not be
-        read, or that shows requests which may be this one, says nothing, however late it is.
+        A listing that is refused permanently counts as complete: waiting longer changes nothing. A listing that could
+        not be read, or that shows possible matches, never counts.
         """
         return self.still_unknown.get(key) in _MISSED and self.at - intended_at >= after
 
     def clears(self, key: JobKey) -> bool:
-        """Whether a submit is certain not to be billed: the same attempt may be sent again."""
+        """Return whether a submit is certain not to be billed, so that the same attempt may be sent again."""
         return self.still_unknown.get(key) in _CLEARED
 
 
@@ -143,12 +142,12 @@ _CLEARED = frozenset({Finding.NOT_ACCEPTED, Finding.NOT_STARTED})
 
 
 def bounded(after: float, start_timeout: float | None) -> float:
-    """Seconds that a submit gets to show up: as asked for, but none while it may still start."""
+    """Return the seconds a submit has to show up: `after`, but at least until it can no longer start."""
     return after if start_timeout is None else max(after, start_timeout + LATE_SECONDS)
 
 
 def _is_over(entry: OpenJob, at: float) -> bool:
-    """Whether a look-up that began then shows the submit if it was accepted, whatever became of it."""
+    """Return whether a look-up that began at `at` would show the submit if it was accepted, whatever its end."""
     if entry.start_timeout is None:
         return False
     age = at - entry.intended_at
@@ -156,7 +155,7 @@ def _is_over(entry: OpenJob, at: float) -> bool:
 
 
 def same_input(sent: JsonObject, listed: JsonObject) -> bool:
-    """Whether every key that we sent is listed with an equal value; other keys are the service's defaults.
+    """Return whether every key that we sent is listed with an equal value; other keys are the service's defaults.
 
     Numbers are compared as numbers (1 equals 1.0), but a boolean never equals a number.
     """
@@ -170,9 +169,9 @@ def match(
 
     Args:
         entry: the job, with the body as it was sent.
-        listed: every request of its window, all pages read.
-        known: request ids that already belong to a job or to an earlier attempt.
-        after: seconds from its intent in which it can have been accepted.
+        listed: every request of its window, from all pages.
+        known: request ids that already belong to a job or an earlier attempt.
+        after: seconds from its intent within which it can have been accepted.
     """
     sent = orjson.loads(entry.body)
     candidates = [item for item in listed if item.request_id not in known and _in_time(entry, item, after)]
@@ -185,7 +184,7 @@ def match(
 
 
 def windows(entries: Sequence[OpenJob], now: float, *, after: float = AFTER_SECONDS) -> list[SearchWindow]:
-    """The spans to list, each with its submits: spans that touch are one, and none ends in the future."""
+    """Return the spans to list, each with its submits. Overlapping spans are merged; none ends in the future."""
     spans: list[list[OpenJob]] = []
     for entry in sorted(entries, key=lambda entry: entry.intended_at):
         if spans and entry.intended_at - BEFORE_SECONDS <= spans[-1][-1].intended_at + after:
@@ -199,12 +198,11 @@ def windows(entries: Sequence[OpenJob], now: float, *, after: float = AFTER_SECO
 
 
 class Search:
-    """One window's search: is given its pages, keeps what may be one of its submits, and concludes at the end.
+    """Search of one window: takes its pages, keeps possible matches, and decides at the end.
 
-    A busy account has many more requests in a window than unknown submits: only those that bear one's seed, or
-    show no input at all, are kept. Every job has a seed before it is sent. Where a submit has a start timeout, the
-    first and last requests of the window are kept too: those of this run among them show which time the listing
-    covers.
+    A busy account has many more requests in a window than unknown submits, so only requests with the seed of a submit,
+    or without any input, are kept. Every job has a seed before it is sent. If a submit has a start timeout, the first
+    and last requests of the window are kept too: those that belong to this run show which time the listing covers.
     """
 
     def __init__(self, entries: Sequence[OpenJob], *, after: float = AFTER_SECONDS) -> None:
@@ -217,7 +215,7 @@ class Search:
         self._shown: set[RequestId] = set()
 
     def take(self, items: Iterable[Listed]) -> None:
-        """One page. Pages shift while they are read: a request that comes twice counts once, as it was shown last."""
+        """Add one page. Pages shift between reads: a request seen twice counts once, in its latest version."""
         for item in items:
             if self._bounded and (at := _instant_of(item)) is not None:
                 self._edges[item.request_id] = at
@@ -232,11 +230,11 @@ class Search:
             self._edges = dict(inwards[:_WITNESSES] + inwards[-_WITNESSES:])
 
     def ids(self) -> list[RequestId]:
-        """Of everything that was kept."""
+        """Return the ids of all kept requests."""
         return [*dict.fromkeys((*self._shown, *self._hidden, *self._edges))]
 
     def findings(self, known: Collection[str], at: float = 0.0) -> dict[JobKey, FoundRequest]:
-        """Decide about each submit of the window; `known` as for `match`, `at`: before the first page was asked for."""
+        """Decide about each submit of the window; `known` as for `match`, `at` just before the first page request."""
         hidden = [item for item in self._hidden.values() if item.request_id not in self._shown]
         covered = [instant for request_id, instant in self._edges.items() if request_id in known]
         found: dict[JobKey, FoundRequest] = {}
@@ -244,7 +242,7 @@ class Search:
             listed = self._by_seed[seed]
             finding = match(entry, [*listed.values(), *hidden], known, after=self._after)
             if _is_over(entry, at):
-                finding = _concluded(entry, finding, listed, covered)
+                finding = _conclude(entry, finding, listed, covered)
             found[entry.job_key] = finding
         claims = Counter(finding.request_id for finding in found.values() if finding.request_id is not None)
         for key, finding in found.items():
@@ -253,12 +251,12 @@ class Search:
         return found
 
 
-def _concluded(
+def _conclude(
     entry: OpenJob, found: FoundRequest, listed: Mapping[RequestId, Listed], covered: Sequence[float]
 ) -> FoundRequest:
-    """What a finding proves of a submit that can neither wait nor run any more.
+    """Return what a finding proves about a submit that can no longer be queued or running.
 
-    `covered` has the instants of listed requests that are known to be this run's.
+    `covered` contains the times of listed requests known to belong to this run.
     """
     sent = entry.intended_at
     if found.finding is Finding.ABSENT and covered and min(covered) - _AT_ONCE_SECONDS <= sent <= max(covered):
@@ -272,7 +270,7 @@ _NO_SEED = ""
 
 
 def _seed_of(values: JsonObject) -> str:
-    """The same for equal numbers, whatever their type. What is no whole number is left to the comparison."""
+    """Return the seed as text, equal for equal numbers of any type; empty if it is not a whole number."""
     seed = values.get("seed")
     if isinstance(seed, int | float) and not isinstance(seed, bool) and seed == int(seed):
         return str(int(seed))
@@ -283,23 +281,23 @@ class RequestListing(Protocol):
     """The platform's request listing; raises `CallFailed`."""
 
     async def listing(self, start: float, end: float, cursor: str | None, limit: int) -> ListingPage:
-        """One page of at most so many requests, payloads included."""
+        """Return one page of at most `limit` requests, payloads included."""
 
 
 class _Unreadable(Exception):
-    """A window's listing could not be read to its end: nothing may be concluded from it."""
+    """A window's listing could not be read completely, so nothing may be concluded from it."""
 
 
 class _ListingRefused(_Unreadable):
-    """The listing is not for this key."""
+    """This key may not read the listing."""
 
 
 class _ListingTooLarge(Exception):
-    """A page is larger than the client takes."""
+    """A page is larger than the client accepts."""
 
 
 class Reconciler:
-    """Settles what is unknown in a journal."""
+    """Settles the unknown submits of a journal."""
 
     def __init__(
         self,
@@ -311,13 +309,13 @@ class Reconciler:
         *,
         repeated_for: float = 0.0,
     ) -> None:
-        """`repeated_for`: seconds from its intent in which a submit may have been repeated under its key."""
+        """`repeated_for`: seconds from its intent within which a submit may have been repeated under its key."""
         self._listing, self._journal, self._observer = listing, journal, observer
         self._now, self._rng = now, rng
         self._after = AFTER_SECONDS + repeated_for
 
     async def settle(self) -> Settled:
-        """Look every unknown submit up; those that are found are accepted in the journal when this returns.
+        """Look up every unknown submit; those found are accepted in the journal when this returns.
 
         Raises:
             StorageError: the disk refused.
@@ -344,7 +342,7 @@ class Reconciler:
         return Settled(at, adopted, rest)
 
     async def _search(self, window: SearchWindow, at: float) -> dict[JobKey, FoundRequest]:
-        """What the listing says of a window's submits, all pages read.
+        """Return what the listing shows of a window's submits.
 
         Raises:
             _Unreadable: a page failed.
@@ -359,7 +357,7 @@ class Reconciler:
         raise _Unreadable
 
     async def _all_pages(self, window: SearchWindow, limit: int, search: Search) -> None:
-        """The cursor encodes a page number, and new requests shift pages: `end` stays the same for all of them."""
+        """Read all pages with the same `end`: the cursor encodes a page number, and new requests would shift pages."""
         cursor: str | None = None
         seen: set[str] = set()
         for _ in range(_PAGES):
@@ -368,7 +366,7 @@ class Reconciler:
             cursor = page.next_cursor
             if cursor is None:
                 return
-            if cursor in seen:  # pages that go round in circles never end
+            if cursor in seen:  # a cycle of pages never ends
                 break
             seen.add(cursor)
         raise _Unreadable
@@ -389,16 +387,16 @@ class Reconciler:
             raise _Unreadable from error
         except CallFailed as error:
             reply = error.trouble.reply
-            raise (_ListingRefused if reply is not None and reply.status in _NOT_FOR_US else _Unreadable) from error
+            raise (_ListingRefused if reply is not None and reply.status in _NO_ACCESS else _Unreadable) from error
 
 
 def _instant_of(item: Listed) -> float | None:
-    """When a request was sent, as far as the listing or its id says."""
+    """Return when a request was sent, according to the listing or its id."""
     return minted_at(item.request_id) if item.sent_at is None else item.sent_at
 
 
 def _in_time(entry: OpenJob, item: Listed, after: float) -> bool:
-    """Whether a request can be this submit, by each instant that is known of it."""
+    """Return whether a request can be this submit, by every known timestamp."""
     earliest, latest = entry.intended_at - BEFORE_SECONDS, entry.intended_at + after
     instants = (minted_at(item.request_id), item.sent_at)
     return all(at is None or earliest <= at <= latest for at in instants)

@@ -1,4 +1,4 @@
-"""Reads that are repeated until their verdict is not `READ_AGAIN`, with tenacity. Never a submit."""
+"""Retry reads with tenacity until their verdict is not `READ_AGAIN`. Never for a submit."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ async def reading(
     stop: stop_base = stop_never,
     now: Callable[[], float] | None = None,
 ) -> Answered:
-    """Do a read (or an upload: repeating one costs bandwidth only) until its verdict is not READ_AGAIN.
+    """Call a read, or an upload (repeating one costs bandwidth only), until its verdict is not READ_AGAIN.
 
-    Never for a submit. `notice` is told of each fault that is read again; `now` is Unix seconds, as for `judge`. Ends
-    with the answer, with the `CallFailed` that ended it, or by cancellation.
+    Never for a submit. `notice` is called for each error that is retried; `now` is Unix seconds, as for `judge`.
+    Returns the answer, or raises the `CallFailed` that ended it.
     """
     try:
-        return await call()  # nearly always: the machinery below is for the bad days
+        return await call()  # the common case, without tenacity's overhead
     except CallFailed as error:
         return await _read_again(call, error, rng, notice, stop, now or (lambda: None))
 

@@ -1,7 +1,7 @@
-"""The run: it lets jobs in, drives each in a task of its own (`job_driver`), and ends.
+"""The run: admits jobs, drives each in its own task (`job_driver`), and ends.
 
-Sees Protocols only (`batch.run.interfaces`); every wait is `anyio.sleep` or an event, so that its tests run in
-virtual time.
+Depends on Protocols only (`batch.run.interfaces`); every wait is `anyio.sleep` or an event, so its tests run in virtual
+time.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ class Report(NamedTuple):
     done: int
     failed: int
     held: int
-    """Jobs whose submit has no known outcome."""
+    """Jobs with a submit of unknown outcome."""
     stopped: StopRequest | None
 
 
 class Runner:
-    """Carries out jobs against a service, with a journal; see `run`."""
+    """Runs jobs against a service, with a journal; see `run`."""
 
     def __init__(
         self,
@@ -58,10 +58,10 @@ class Runner:
         """Build the parts of a run.
 
         Args:
-            context: what they share.
-            reconciler: looks up submits of unknown outcome; for targets that do not honour idempotency keys.
-            polls: bounds status reads over all jobs; None: no bound.
-            hints: may wake jobs that wait for a status; None: only the schedule does.
+            context: what the parts share.
+            reconciler: looks up submits of unknown outcome; for targets that ignore idempotency keys.
+            polls: limits status reads over all jobs; None: no limit.
+            hints: may wake jobs before their next status read; None: polling only.
         """
         self._context, self._reconciler = context, reconciler
         self._looked_up: Settled | None = None
@@ -69,7 +69,7 @@ class Runner:
         self._handled: set[JobKey] = set()
         self.waits = context.waits
         self._patience = max(context.policy.drain, 3 * PollSchedule.LONGEST)
-        """Seconds for which an account may be refused at every read until the run gives up for now."""
+        """Seconds for which every read may refuse the account before the run stops."""
         self._transfers = Transfers(context)
         self._submitter = Submitter(context, self._transfers)
         self._poller = Poller(context, polls=polls, hints=hints, patience=self._patience)
@@ -80,33 +80,33 @@ class Runner:
         return f"<Runner {len(self._underway)} under way, {self._driver.done} done, {self._driver.failed} failed>"
 
     async def run(self, source: AsyncGenerator[Sequence[Job], None]) -> Report:
-        """Collect what is open in the journal, then do the source's jobs that are not done.
+        """Collect what is open in the journal, then run the source's jobs that are not done.
 
         Args:
-            source: batches of jobs in manifest order; duplicates are allowed and done once.
+            source: batches of jobs in manifest order; duplicates are allowed and run once.
 
         Raises:
-            StorageError: the disk refused; what was durable before is still there.
+            StorageError: the disk refused; what was durable before is kept.
         """
         async with anyio.create_task_group() as watch:
-            watch.start_soon(self._bound_the_end)
+            watch.start_soon(self._limit_shutdown)
             with self._scope:
                 try:
                     await self._work(source)
-                except* StorageError as errors:  # not of a job's task: of the reading and settling between them
-                    self.stop(StopCause.STORAGE, _words(errors))
+                except* StorageError as errors:  # raised outside the jobs' tasks: while reading or settling
+                    self.stop(StopCause.STORAGE, _first_message(errors))
             watch.cancel_scope.cancel()
         stopping = self._context.admission.stopping
         if stopping is not None and stopping.why is StopCause.STORAGE:
             raise StorageError(stopping.reason)
-        await self._context.journal.settled()  # a stop leaves calls behind that nobody waits for: they count
+        await self._context.journal.settled()  # cancelled tasks may have left pending writes; they count
         held = (await self._context.journal.counts()).by_state.get(State.UNKNOWN, 0)
         return Report(self._driver.done, self._driver.failed, held, stopping)
 
     async def _work(self, source: AsyncGenerator[Sequence[Job], None]) -> None:
         await self._mark_interrupted_submits_unknown()
         await self._reconcile()
-        if self._context.policy.retry_failed:  # what is lost for good is known before the manifest's jobs are fed
+        if self._context.policy.retry_failed:  # lost results must be known before the manifest's jobs are read
             async with anyio.create_task_group() as jobs:
                 await self._resume(jobs, {State.COLLECTABLE})
         async with anyio.create_task_group() as jobs:
@@ -119,9 +119,9 @@ class Runner:
                 await self._resume(jobs, {State.ACCEPTED})
 
     def stop(self, why: StopCause, reason: str, meanwhile: str = "") -> None:
-        """Submit nothing more and collect what is in flight. Called a second time: give that up too.
+        """Submit nothing more and collect the jobs in flight. A second call stops collecting, too.
 
-        A run that stops already, for its budget say, collects for `Policy.drain` from the first call on.
+        If the run is already stopping, for its budget for example, the first call limits collecting to `Policy.drain`.
         """
         if self._context.admission.hurried or why is StopCause.STORAGE:
             self._scope.cancel()
@@ -130,8 +130,8 @@ class Runner:
         self._context.admission.hurried = True
         self._context.admission.stop(why, reason, meanwhile)
 
-    async def _bound_the_end(self) -> None:
-        """Stop in time for the deadline, and give a bounded stop its last moment."""
+    async def _limit_shutdown(self) -> None:
+        """Stop in time for the deadline, and limit the time of a bounded stop."""
         drain, deadline = self._context.policy.drain, self._context.policy.deadline
         if deadline is not None:
             drain = min(drain, deadline / 4)
@@ -146,14 +146,14 @@ class Runner:
             self._scope.cancel()
 
     async def _while_reads_succeed(self) -> None:
-        """A refused account may still be shown its results, or not."""
+        """Wait as long as reads still succeed: a refused account may or may not read its results."""
         seen = -1
         while (answered := self._poller.reads + self._transfers.fetched) != seen:
             seen = answered
             await anyio.sleep(self._patience)
 
     async def _mark_interrupted_submits_unknown(self) -> None:
-        """A submit that a crash cut off is unknown, unless it may be repeated under its key."""
+        """Mark submits interrupted by a crash as unknown, unless they may be repeated under their key."""
         if self._context.policy.idempotency is Idempotency.REPLAY:
             return
         async with aclosing(self._context.journal.entries({State.INTENDED})) as entries:
@@ -163,14 +163,14 @@ class Runner:
                 )
 
     async def _reconcile(self) -> bool:
-        """Look up what is unknown; whether any of it was found, and is accepted now."""
+        """Look up unknown submits; return whether any was found and accepted."""
         if self._reconciler is None:
             return False
         self._looked_up = await self._reconciler.settle()
         return self._looked_up.adopted > 0
 
     async def _resume(self, jobs: anyio.abc.TaskGroup, states: Collection[State]) -> None:
-        """What was submitted before comes first, oldest first: its results do not wait for ever."""
+        """Resume earlier submits, oldest first: their results may expire."""
         async with aclosing(self._context.journal.entries(states)) as entries:
             async for entry in entries:
                 job_run = JobRun.of_entry(entry)
@@ -179,11 +179,11 @@ class Runner:
                     self._context.warn(
                         self._context.expiry.resumed(job_run.intended_at, self._context.now(), answered=is_answered)
                     )
-                if not self._held_back(job_run):
-                    await self._let_in(job_run, jobs)
+                if not self._stays_unknown(job_run):
+                    await self._admit(job_run, jobs)
 
-    def _held_back(self, job_run: JobRun) -> bool:
-        """Whether an unknown submit has to stay unknown for now."""
+    def _stays_unknown(self, job_run: JobRun) -> bool:
+        """Return whether an unknown submit must stay unknown for now."""
         if job_run.state is not State.UNKNOWN or self._context.policy.idempotency is Idempotency.REPLAY:
             return False
         if not self._context.policy.collect_only:
@@ -194,7 +194,7 @@ class Runner:
             if self._context.policy.idempotency is Idempotency.REJECT and self._submitter.may_repeat(job_run):
                 job_run.repeats = True
                 return False
-        if self._context.policy.collect_only or not self._given_up(job_run):
+        if self._context.policy.collect_only or not self._may_resubmit(job_run):
             self._submitter.hold(job_run, "the outcome of its submit is unknown")
             return True
         self._context.admission.settle(job_run, None)  # it may have been accepted: its reservation counts as spent
@@ -202,12 +202,12 @@ class Runner:
         job_run.state = State.UNKNOWN
         return False
 
-    def _given_up(self, job_run: JobRun) -> bool:
-        """Whether an unknown submit had the time that the user set to show up, and did not."""
+    def _may_resubmit(self, job_run: JobRun) -> bool:
+        """Return whether an unknown submit did not show up within the time set by the user."""
         after = self._context.policy.resubmit_unknown_after
         if (
             after is None or self._context.policy.idempotency is Idempotency.REJECT
-        ):  # its repeats may have proved otherwise
+        ):  # a repeated submit can show whether the first was accepted
             return False
         after = bounded(after, job_run.start_timeout)
         if self._looked_up is None:
@@ -217,7 +217,7 @@ class Runner:
     async def _feed(self, source: AsyncGenerator[Sequence[Job], None], jobs: anyio.abc.TaskGroup) -> None:
         async with aclosing(source) as batches:
             async for batch in batches:
-                # What was started before this look-up and is no longer under way is in the journal by now.
+                # A job that ended before this look-up is in the journal by now.
                 self._handled = set(self._underway)
                 known = await self._context.journal.find([job.key for job in batch])
                 for job in batch:
@@ -225,10 +225,10 @@ class Runner:
                         return
                     job_run = None if job.key in self._handled else self._due(job, known.get(job.key))
                     if job_run is not None:
-                        await self._let_in(job_run, jobs)
+                        await self._admit(job_run, jobs)
 
     def _due(self, job: Job, known: KnownJob | None) -> JobRun | None:
-        """The job's course where it still has to be driven."""
+        """Return the job's run, None if the job is finished."""
         if known is None:
             return JobRun(job.key, job)
         again = self._context.policy.retry_failed and (
@@ -238,14 +238,14 @@ class Runner:
             return JobRun(job.key, job, known.attempt, state=known.state)
         return None
 
-    async def _let_in(self, job_run: JobRun, jobs: anyio.abc.TaskGroup) -> None:
+    async def _admit(self, job_run: JobRun, jobs: anyio.abc.TaskGroup) -> None:
         if await self._context.admission.enter(job_run):
             self._handled.add(job_run.key)
             self._underway.add(job_run.key)
-            jobs.start_soon(self._guard, job_run)
+            jobs.start_soon(self._run_job, job_run)
 
-    async def _guard(self, job_run: JobRun) -> None:
-        """One task of the run: a disk that refuses ends the run in order, anything else is a defect."""
+    async def _run_job(self, job_run: JobRun) -> None:
+        """Drive one job as a task: a disk error stops the run gracefully, any other exception is a defect."""
         self._context.observer.happened("started", job=job_run.key)
         try:
             await self._driver.drive(job_run)
@@ -260,8 +260,8 @@ class Runner:
             self._context.observer.happened("ended", job=job_run.key)
 
 
-def _words(errors: BaseExceptionGroup[StorageError]) -> str:
-    """The first sentence in a group."""
+def _first_message(errors: BaseExceptionGroup[StorageError]) -> str:
+    """Return the message of the first error in a group."""
     first: BaseException = errors
     while isinstance(first, BaseExceptionGroup):
         first = first.exceptions[0]

@@ -1,7 +1,7 @@
-"""Images on the move: sources up to the target once each, results down, verified, stored.
+"""Image transfers: upload each source once; download, verify and store results.
 
-Repeats what may be repeated (it costs bandwidth only), on anyio's clock, through the `Service` and `Images`
-Protocols. Knows nothing of queues, money or states; an image that cannot be had is a `JobFailed`.
+Retries are safe here (they cost bandwidth only). Uses anyio's clock and the `Service` and `Images` Protocols. Knows
+nothing of queues, money or states; an unavailable image is a `JobFailed`.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from batch.types import Failed, Job, LocalImage, StoredImage
 
 __all__ = ["Transfers"]
 
-Gain = TypeVar("Gain")
+T = TypeVar("T")
 
 _UPLOAD_VALID = 3 * 86400.0
-"""Seconds for which an uploaded source image is used again; fal promises its files for seven days."""
+"""Seconds for which an uploaded source image is reused; fal promises to keep files for seven days."""
 _DOWNLOAD_TRIES = 16
 _DOWNLOAD_PAUSE = 2.0
-"""Seconds, the longest between two of them."""
+"""Longest pause between two downloads, in seconds."""
 _DESCRIPTOR_PAUSE = 2.0
-"""Seconds, the longest until a file is tried again for which no descriptor was free."""
+"""Longest pause, in seconds, before a file is opened again after a lack of descriptors."""
 _DOWNLOADS_AT_ONCE = 16
 _UPLOADS_AT_ONCE = 16
-"""Source images in memory, from their reading to their arrival; with hundreds in flight it was all of them."""
+"""Limits the source images in memory, from reading to the end of the upload."""
 
 
 class Transfers:
-    """The images of one run."""
+    """Transfers the images of one run."""
 
     def __init__(self, context: RunContext) -> None:
         self._context = context
@@ -51,10 +51,10 @@ class Transfers:
         self._late_downloads = anyio.Semaphore(_DOWNLOADS_AT_ONCE)
         self._uploading = anyio.Semaphore(_UPLOADS_AT_ONCE)
         self.fetched = 0
-        """Files that arrived."""
+        """Number of downloaded files."""
 
     async def uploaded(self, job: Job) -> str:
-        """The image's URL at the target; uploaded once, however many jobs wait for it."""
+        """Return the image's URL at the target; uploaded once, however many jobs need it."""
         image = job.image
         assert image is not None, "only a local image is uploaded"
         name = f"{self._context.policy.target} {image.sha256}"
@@ -65,7 +65,7 @@ class Transfers:
             known = await self._context.journal.uploaded(name, self._context.now() - _UPLOAD_VALID)
             if known is not None:
                 return known
-            url = await self._sent(image)
+            url = await self._upload(image)
             await self._context.journal.record(Uploaded(name, self._context.now(), url))
         except ImageError as error:
             raise JobFailed(Failed(error.type, str(error))) from error
@@ -81,8 +81,8 @@ class Transfers:
             ready.set()
         return url
 
-    async def _sent(self, image: LocalImage) -> str:
-        """Its URL. An image that is refused is let go, and leaves its place to others, until it is tried again."""
+    async def _upload(self, image: LocalImage) -> str:
+        """Upload an image and return its URL. A refused image is freed and gives its place to others before a retry."""
 
         async def once() -> str:
             async with self._uploading:
@@ -94,7 +94,7 @@ class Transfers:
         )
 
     async def _unless_stopped(self, call: Callable[[], Awaitable[str]]) -> str:
-        """A stop does not wait for an upload: its job was never submitted.
+        """Run an upload; a stop ends it, because its job was never submitted.
 
         Raises:
             RunStopping: the run is stopping.
@@ -110,7 +110,7 @@ class Transfers:
             tasks.start_soon(watch)
             try:
                 url = await call()
-            except (CallFailed, ImageError) as error:  # carried around the task group, which would wrap it
+            except (CallFailed, ImageError) as error:  # the task group would wrap it in an exception group
                 failure = error
             tasks.cancel_scope.cancel()
         if failure is not None:
@@ -119,13 +119,13 @@ class Transfers:
             raise RunStopping
         return url
 
-    async def stored(self, said: StoredImage) -> StoredImage:
-        """Download, verify by decoding, store. A damaged file is fetched again: transfers break.
+    async def stored(self, reported: StoredImage) -> StoredImage:
+        """Download an image, decode it and store it. A damaged file is downloaded again.
 
-        What failed once leaves the line: it holds up none of the others, and does not queue behind them again.
+        A failed download moves to a second queue, so it blocks no other and does not wait behind the others again.
         """
         with suppress(CallFailed, ImageError):
-            return await self._fetched(said, self._downloads)
+            return await self._download_once(reported, self._downloads)
         tries, since = 1, self._context.now()
 
         def notice(verdict: Verdict) -> None:
@@ -133,7 +133,7 @@ class Transfers:
             self._context.warn(self._context.expiry.undownloaded(since, self._context.now()))
 
         async def once_more() -> StoredImage:
-            return await self._fetched(said, self._late_downloads)
+            return await self._download_once(reported, self._late_downloads)
 
         while True:
             await anyio.sleep(backoff(tries, self._context.rng, cap=_DOWNLOAD_PAUSE))
@@ -144,21 +144,21 @@ class Transfers:
                 is_large = error.trouble.transport == "oversize"
                 word = "result_file_too_large" if is_large else "result_file_gone"
                 reason = error.trouble.detail or final(error.trouble).reason
-                failure = Failed(word, f"{said.url[:200]}: {reason}")
+                failure = Failed(word, f"{reported.url[:200]}: {reason}")
                 raise JobFailed(failure, collectable=True) from error
             except ImageError as error:
                 if tries >= _DOWNLOAD_TRIES:
-                    failure = Failed("result_file_damaged", f"{said.url[:200]}: {error}")
+                    failure = Failed("result_file_damaged", f"{reported.url[:200]}: {error}")
                     raise JobFailed(failure, collectable=True) from error
 
-    async def _fetched(self, said: StoredImage, line: anyio.Semaphore) -> StoredImage:
-        async with line:
-            data = await self._context.service.download(said.url)
+    async def _download_once(self, reported: StoredImage, slots: anyio.Semaphore) -> StoredImage:
+        async with slots:
+            data = await self._context.service.download(reported.url)
             self.fetched += 1
-            return _joined(said, await self._with_descriptor(lambda: self._context.images.store(data)))
+            return _merged(reported, await self._with_descriptor(lambda: self._context.images.store(data)))
 
-    async def _with_descriptor(self, work: Callable[[], Awaitable[Gain]]) -> Gain:
-        """Read or write a file, as often as it takes: where no descriptor is free neither job nor disk is at fault."""
+    async def _with_descriptor(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Read or write a file, retrying without limit while no descriptor is free."""
         tries = 0
         while True:
             try:
@@ -171,14 +171,14 @@ class Transfers:
             await anyio.sleep(backoff(tries, self._context.rng, cap=_DESCRIPTOR_PAUSE))
 
 
-def _joined(said: StoredImage, kept: StoredImage) -> StoredImage:
-    """What the endpoint said of an image, and what its bytes proved."""
+def _merged(reported: StoredImage, kept: StoredImage) -> StoredImage:
+    """Combine what the endpoint said of an image with what its bytes show."""
     return StoredImage(
-        url=shorten_data_uri(said.url),
+        url=shorten_data_uri(reported.url),
         width=kept.width,
         height=kept.height,
-        content_type=said.content_type or kept.content_type,
-        file_name=said.file_name,
+        content_type=reported.content_type or kept.content_type,
+        file_name=reported.file_name,
         file_size=kept.file_size,
         path=kept.path,
         sha256=kept.sha256,

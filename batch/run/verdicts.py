@@ -1,7 +1,7 @@
-"""What a failed exchange means for its job: one table, decided by status and type, never by text. Pure.
+"""Verdicts on failed exchanges: one table, decided by status and type, never by text. Pure.
 
-A verdict is a value; nothing here sleeps. The submit POST has no row that says "send it again" unless it is
-certain that it was not accepted. Source: `docs/design-notes.md`, "What an answer proves".
+A verdict is a value; nothing here sleeps. A submit is sent again only where it is certain that it was not accepted.
+Source: `docs/design-notes.md`, "What an answer proves".
 """
 
 from __future__ import annotations
@@ -40,29 +40,29 @@ Answered = TypeVar("Answered")
 
 
 class Idempotency(StrEnum):
-    """What a target does with a submit whose `Idempotency-Key` it has seen before."""
+    """How a target handles a submit whose `Idempotency-Key` it has seen before."""
 
     REPLAY = "replay"
-    """It answers with the request that the first one made."""
+    """It answers with the request created by the first submit."""
     REJECT = "reject"
-    """It refuses, which proves that the first one was accepted. If it accepts, the first one was not."""
+    """It refuses, which proves that the first submit was accepted. If it accepts, the first one was not."""
     NONE = "none"
-    """It ignores keys: each submit is a new request."""
+    """It ignores keys: each submit creates a new request."""
 
 
 class Action(StrEnum):
-    """What to do next."""
+    """The next step."""
 
     READ_AGAIN = "read again"
-    """It says nothing about the job."""
+    """The answer says nothing about the job."""
     SUBMIT_AGAIN = "submit again"
     """The submit was certainly not accepted; waiting may help."""
     UNKNOWN = "unknown"
     """The submit may have been accepted."""
     REPEAT = "repeat"
-    """The submit may have been accepted, and the target knows its key: the same POST again finds out."""
+    """The submit may have been accepted, and the target knows its key: sending the same POST again shows which."""
     DUPLICATE = "duplicate"
-    """The submit was accepted before; its request id is not known."""
+    """The submit was accepted before; its request id is unknown."""
     JOB_FAILED = "job failed"
     STOP_ACCOUNT = "stop: account refused"
     STOP_TARGET = "stop: no such endpoint"
@@ -75,22 +75,22 @@ class Verdict:
     action: Action
     reason: str
     retry_after: float | None = None
-    """Seconds that the service asked for."""
+    """Seconds that the service asked to wait."""
     new_attempt: bool = False
-    """With JOB_FAILED: whether another attempt may go better."""
+    """With JOB_FAILED: whether another attempt may succeed."""
     collectable: bool = False
-    """With JOB_FAILED: whether it is not the service's own verdict. What was paid for may be collected later, free."""
+    """With JOB_FAILED: not the service's own verdict, so the paid result may be collected later, free."""
     account: bool = False
-    """With READ_AGAIN: it was the account that was refused. That says nothing about the job, but about the run."""
+    """With READ_AGAIN: the account was refused, which concerns the run, not the job."""
 
 
 REPEAT_SECONDS = 3600.0
-"""How long after its first POST a submit is repeated under its key, where a repeated key is rejected: a target that has
-forgotten the key accepts the job a second time. Services that document it keep keys for a day."""
-# Gateways and our own server speak of a 4xx as a complete, considered refusal; these cannot have been queued.
+"""How long after its first POST a submit is repeated under its key, where repeated keys are rejected: a target that has
+forgotten the key would accept the job a second time. Services that document it keep keys for a day."""
+# Gateways and our own server send these 4xx after judging the whole request, so it cannot have been queued.
 _REFUSED = frozenset({400, 405, 406, 410, 411, 413, 414, 415, 422, 431})
 _ACCOUNT = frozenset({401, 402, 403})
-# Infrastructure failures that fal's pages call transient: the job ended, another try may work.
+# Infrastructure failures that fal's pages call transient: the job ended, another attempt may succeed.
 _TRANSIENT_TYPES = frozenset({
     "request_timeout",
     "startup_timeout",
@@ -103,26 +103,26 @@ _TRANSIENT_TYPES = frozenset({
     "runner_server_error",
     "internal_error",
 })  # fmt: skip
-# On a read these are about the key, the gateway or our pace, never about the job.
+# On a read these concern the key, the gateway or our request rate, never the job.
 _SAYS_NOTHING = frozenset({401, 402, 403, 407, 408, 409, 423, 425, 429})
 _CONFIRMATIONS = 12
-"""A 5xx with a fal body must be seen so often, each after a fresh COMPLETED: a gateway's 503 may look alike, and behind
-it lies a result that is paid for. Where every second read is answered so, one in 4,000 jobs is given up."""
+"""Reads, each after a fresh COMPLETED, that must return a 5xx with a fal body before it is accepted: a gateway's 503
+may look alike, and would hide a paid result. If every second read is such an answer, one in 4,000 jobs is given up."""
 _NOT_FOUND_LIMIT = 16
-"""A request id that the server once gave and now does not know: believed after so many reads. It is paid for: where
-every second read is answered wrongly, one in 65,000 jobs is given up."""
+"""Reads that must answer 404 before a known request id counts as lost. It is paid for: if every second read is wrong,
+one in 65,000 jobs is given up."""
 _MALFORMED_LIMIT = 16
 _CERTAIN_LIMIT = 3
-"""A result that says that it has no images, or that is too large: believed sooner than one that is not a result."""
+"""For a result that says it has no images, or is too large: accepted sooner than an answer that is not a result."""
 _CERTAIN = frozenset({"no images", "oversize"})
 _UNANSWERED_LIMIT = 6
-"""After a status that says that the work failed: so many reads of its result may go unanswered."""
+"""Unanswered reads of the result after a status that reports a failure."""
 _GATEWAY = frozenset({502, 503, 504})
 _REDIRECT = "redirect"
 _MISSHAPEN = frozenset({"malformed", "oversize"})
-_HOPELESS = _MISSHAPEN | {"bad url", _REDIRECT}
-"""Of a file: neither a better network nor a server that comes back makes another URL, or a smaller file, of it."""
-_HOPELESS_LIMIT = 6
+_PERMANENT = _MISSHAPEN | {"bad url", _REDIRECT}
+"""Errors of a file transfer that neither a better network nor a restarted server can fix."""
+_PERMANENT_LIMIT = 6
 _FILES = frozenset({"initiate", "upload", "download"})
 _REFUSED_FILE = frozenset({401, 402, 403, 404, 410})
 _CALLS = {
@@ -130,34 +130,34 @@ _CALLS = {
     "upload": "upload of a source image",
     "download": "result image",
 }
-"""What a person calls them; the others are called what they are."""
+"""Names of exchanges in messages; other phases use their own name."""
 _OUTPUT_WORDS = {"malformed": "malformed_output", "oversize": "malformed_output", "no images": "no_images"}
-_OFTEN = max(_CONFIRMATIONS, _NOT_FOUND_LIMIT, _MALFORMED_LIMIT, _HOPELESS_LIMIT)
+_MOST_READS = max(_CONFIRMATIONS, _NOT_FOUND_LIMIT, _MALFORMED_LIMIT, _PERMANENT_LIMIT)
 _WORD_LIMIT = 100
-"""Characters of an error type: it is counted by, and printed."""
+"""Maximum length of an error type, which is counted and printed."""
 _LONGEST_WAIT = 3600.0
-"""Seconds. Who asks for more is asked again after so many: a hostile or broken header stops no run for a week."""
+"""Longest honoured `Retry-After`, in seconds: a hostile or broken header must not stop a run for a week."""
 _COUNTED_CAP = 2.0
-"""Longest pause between reads that are counted up to a limit: all of them together take about 14 s."""
+"""Longest pause, in seconds, between reads that are counted up to a limit: about 14 s in total."""
 _REFUSED_CAP = 0.5
-"""The same for an account that may not upload, about 4 s: mostly the key is wrong, and somebody sits before it."""
+"""The same for an account that may not upload, about 4 s in total: usually the key is wrong and a user is waiting."""
 _CONFIRMED_CAP = 1.0
-"""The same for an error that is to be confirmed, about 5 s: most are the job's own, and its next attempt waits."""
+"""The same for an error to be confirmed, about 5 s in total: usually the job has failed, and a new attempt waits."""
 
 
 def final(trouble: Trouble) -> Verdict:
-    """The verdict that ended `reading`: as often as it took, it was the same."""
-    return judge(trouble, seen=_OFTEN)
+    """Return the verdict that ended `reading`, where the same answer was repeated up to its limit."""
+    return judge(trouble, seen=_MOST_READS)
 
 
 def judge(trouble: Trouble, *, seen: int = 1, overdue: bool = False, now: float | None = None) -> Verdict:
-    """The verdict on one failed exchange.
+    """Return the verdict on one failed exchange.
 
     Args:
-        trouble: what went wrong.
+        trouble: the error.
         seen: equal answers for this job so far, this one included.
         overdue: whether they have been equal for longer than any job takes.
-        now: Unix seconds, for a `Retry-After` that is a date; None: such a date says nothing.
+        now: Unix seconds, for a `Retry-After` with a date; None: such a date is ignored.
     """
     if trouble.phase == "submit":
         return _judge_submit(trouble, now)
@@ -169,7 +169,7 @@ def judge(trouble: Trouble, *, seen: int = 1, overdue: bool = False, now: float 
             return Verdict(Action.JOB_FAILED, words, collectable=True)
         if trouble.phase == "result" and trouble.transport in _CERTAIN and seen >= _CERTAIN_LIMIT:
             return Verdict(Action.JOB_FAILED, trouble.detail, collectable=True)
-        if trouble.transport in _HOPELESS and trouble.phase in _FILES and seen >= _HOPELESS_LIMIT:
+        if trouble.transport in _PERMANENT and trouble.phase in _FILES and seen >= _PERMANENT_LIMIT:
             return Verdict(Action.JOB_FAILED, trouble.detail or str(trouble.transport), collectable=True)
         words = trouble.detail or trouble.transport or "no answer"
         return Verdict(Action.READ_AGAIN, f"{_CALLS.get(trouble.phase, trouble.phase)}: {words}")
@@ -182,26 +182,26 @@ def judge(trouble: Trouble, *, seen: int = 1, overdue: bool = False, now: float 
         return Verdict(Action.JOB_FAILED, "the target does not know this request (any more)", collectable=True)
     if trouble.phase == "initiate" and trouble.reply.status in _ACCOUNT and seen >= _NOT_FOUND_LIMIT:
         return Verdict(Action.STOP_ACCOUNT, f"HTTP {trouble.reply.status}")
-    if trouble.phase in _FILES and _for_good(trouble.reply, seen):
+    if trouble.phase in _FILES and _is_permanent(trouble.reply, seen):
         return Verdict(Action.JOB_FAILED, f"HTTP {trouble.reply.status}", collectable=trouble.phase == "download")
-    return Verdict(Action.READ_AGAIN, answer + _too_long(trouble.reply, now), retry_after_of(trouble.reply, now))
+    return Verdict(Action.READ_AGAIN, answer + _excess_note(trouble.reply, now), retry_after_of(trouble.reply, now))
 
 
 def judge_submit(
     trouble: Trouble, keys: Idempotency = Idempotency.NONE, *, repeated: bool = False, now: float | None = None
 ) -> Verdict:
-    """The verdict on one failed submit.
+    """Return the verdict on one failed submit.
 
     Args:
-        trouble: its exchange.
-        keys: what the target does with a repeated key.
-        repeated: an earlier POST of the same attempt may have been accepted. A refusal is then about this POST alone:
+        trouble: the error.
+        keys: how the target handles a repeated key.
+        repeated: an earlier POST of the same attempt may have been accepted. Then a refusal concerns this POST only:
             the job neither fails nor counts as not accepted.
         now: as for `judge`.
     """
     verdict = _judge_submit(trouble, now)
     if keys is Idempotency.REJECT and trouble.reply is not None and _is_duplicate(trouble.reply, repeated=repeated):
-        words = f"HTTP {trouble.reply.status}: the target has accepted it before, and its request id is not known"
+        words = f"HTTP {trouble.reply.status}: the target accepted it before; its request id is unknown"
         return Verdict(Action.DUPLICATE, words)
     if not repeated and verdict.action is not Action.UNKNOWN:
         return verdict
@@ -211,10 +211,10 @@ def judge_submit(
 
 
 def _is_duplicate(reply: Reply, *, repeated: bool) -> bool:
-    """Whether a target that rejects repeated keys refuses this one as repeated.
+    """Return whether a target that rejects repeated keys refuses this one as repeated.
 
-    409 says so even to the first POST of an attempt, which a proxy may have sent twice. A plain 422 to a first POST is
-    about its input.
+    409 means that even for the first POST of an attempt, which a proxy may have sent twice. A plain 422 to a first POST
+    concerns its input.
     """
     if reply.status == 409 or (reply.status == 422 and repeated):
         return True
@@ -232,44 +232,44 @@ def _judge_submit(trouble: Trouble, now: float | None) -> Verdict:
     if status == 404:
         return Verdict(Action.STOP_TARGET, "HTTP 404")
     if status == 429:
-        words = f"HTTP 429{_too_long(trouble.reply, now)}"
+        words = f"HTTP 429{_excess_note(trouble.reply, now)}"
         return Verdict(Action.SUBMIT_AGAIN, words, retry_after_of(trouble.reply, now))
     if status == 407:
-        return Verdict(Action.SUBMIT_AGAIN, "HTTP 407: the proxy wants a user and a password")
-    if status in _REFUSED and names_webhook(trouble.reply):  # the run's own wish, not the job's
+        return Verdict(Action.SUBMIT_AGAIN, "HTTP 407: the proxy requires a user and a password")
+    if status in _REFUSED and names_webhook(trouble.reply):  # the webhook is an option of the run, not of the job
         return Verdict(Action.STOP_TARGET, f"HTTP {status}")
     if status in _REFUSED:
         return Verdict(Action.JOB_FAILED, f"HTTP {status}")
-    words = f"HTTP {status} says nothing certain about a submit{_too_long(trouble.reply, now)}"
+    words = f"HTTP {status} says nothing certain about a submit{_excess_note(trouble.reply, now)}"
     return Verdict(Action.UNKNOWN, words, retry_after_of(trouble.reply, now))
 
 
 def _judge_result(reply: Reply, seen: int, now: float | None) -> Verdict:
     error = error_body_of(reply)
     if reply.status in _SAYS_NOTHING or reply.status < 400:
-        words = f"HTTP {reply.status}{_too_long(reply, now)}"
+        words = f"HTTP {reply.status}{_excess_note(reply, now)}"
         return Verdict(Action.READ_AGAIN, words, retry_after_of(reply, now))
     if reply.status == 404:
         gone = seen >= _NOT_FOUND_LIMIT
         return Verdict(Action.JOB_FAILED if gone else Action.READ_AGAIN, "HTTP 404", collectable=gone)
     if reply.status == 400 and error.type in {None, "bad_request"}:
-        # "Request is still in progress": only a repeated one, after COMPLETED each time, is the job's own.
+        # "Request is still in progress": it concerns the job only if repeated, each time after COMPLETED.
         final = seen >= _NOT_FOUND_LIMIT
         return Verdict(Action.JOB_FAILED if final else Action.READ_AGAIN, "HTTP 400", collectable=final)
     if not error.is_fal:
         return Verdict(Action.READ_AGAIN, f"HTTP {reply.status} without fal's body", retry_after_of(reply, now))
     if reply.status >= 500 and seen < _CONFIRMATIONS:
         return Verdict(Action.READ_AGAIN, f"HTTP {reply.status}, to be confirmed", retry_after_of(reply, now))
-    return Verdict(Action.JOB_FAILED, f"HTTP {reply.status}", new_attempt=_may_go_better(reply, error))
+    return Verdict(Action.JOB_FAILED, f"HTTP {reply.status}", new_attempt=_may_succeed(reply, error))
 
 
 def judge_failed(trouble: Trouble, status: TicketStatus, *, seen: int) -> tuple[Verdict, Failed]:
-    """What a result that cannot be read means after a status that says itself that the work failed.
+    """Return what an unreadable result means after a status that reports a failure.
 
-    One answer is enough: an error in fal's form is the job's own, anything else leaves the status word as the reason.
+    One answer is enough: an error in fal's form belongs to the job; otherwise the status word is the reason.
 
     Args:
-        trouble: of the read of the result.
+        trouble: error of the read of the result.
         status: its `failed` is set.
         seen: reads of this result so far, this one included.
     """
@@ -277,7 +277,7 @@ def judge_failed(trouble: Trouble, status: TicketStatus, *, seen: int) -> tuple[
     if _is_unanswered(trouble) and seen < _UNANSWERED_LIMIT:
         return Verdict(Action.READ_AGAIN, judge(trouble).reason), _failure_by_word(status, trouble)
     if reply is not None:
-        verdict = judge(trouble, seen=_OFTEN)
+        verdict = judge(trouble, seen=_MOST_READS)
         error = error_body_of(reply)
         if error.is_fal and verdict.action is Action.JOB_FAILED and not _is_not_there(reply, error):
             return verdict, failure_of(trouble, verdict)
@@ -285,42 +285,43 @@ def judge_failed(trouble: Trouble, status: TicketStatus, *, seen: int) -> tuple[
 
 
 def _is_unanswered(trouble: Trouble) -> bool:
-    """Whether it says nothing about the request: no answer, or one about the network, the key or our pace."""
+    """Return whether the read says nothing about the request: no answer, or one about network, key or request rate."""
     if trouble.reply is None:
-        return trouble.transport not in _HOPELESS
+        return trouble.transport not in _PERMANENT
     status = trouble.reply.status
     return status in _SAYS_NOTHING or (status in _GATEWAY and not error_body_of(trouble.reply).is_fal)
 
 
 def _is_not_there(reply: Reply, error: ErrorBody) -> bool:
-    """An answer that says only that there is no result, not why."""
+    """Return whether an answer says only that there is no result, not why."""
     return reply.status == 404 or (reply.status == 400 and error.type in {None, "bad_request"})
 
 
 def _failure_by_word(status: TicketStatus, trouble: Trouble) -> Failed:
-    """The row's error where nothing but the status says that the work failed."""
+    """Return the row's error where only the status reports a failure."""
     word = _printable(status.word)
-    said, billable = trouble.detail or str(trouble.transport), None
+    reported, billable = trouble.detail or str(trouble.transport), None
     if trouble.reply is not None:
         error = error_body_of(trouble.reply)
-        said = f"HTTP {trouble.reply.status}" + (f", {error.message}" if error.is_fal and error.message else "")
+        reported = f"HTTP {trouble.reply.status}" + (f", {error.message}" if error.is_fal and error.message else "")
         billable = _amount(trouble.reply.headers.get("x-fal-billable-units", ""))
     why = f": {status.error}" if status.error else ""
     kind = _printable(status.error_type or "") or re.sub(r"\W+", "_", word.lower()).strip("_")
-    return Failed(kind[:_WORD_LIMIT], _printable(f"status {word}{why} (result: {said})"), billable)
+    return Failed(kind[:_WORD_LIMIT], _printable(f"status {word}{why} (result: {reported})"), billable)
 
 
 def concerns_request(trouble: Trouble) -> bool:
-    """Whether a status read that fails so for longer than any job takes is about the request: then its result decides.
+    """Return whether a status read that has failed this way for too long concerns the request; then its result decides.
 
-    Not where nothing answers, a gateway does, or the answer is about the key or our pace: that may pass.
+    It does not if nothing answers, if a gateway answers, or if the answer concerns the key or the request rate: these
+    errors are temporary.
     """
     if trouble.reply is None:
         return trouble.transport == _REDIRECT
     return trouble.reply.status < 500 and trouble.reply.status not in _SAYS_NOTHING
 
 
-def _may_go_better(reply: Reply, error: ErrorBody) -> bool:
+def _may_succeed(reply: Reply, error: ErrorBody) -> bool:
     if reply.headers.get("x-fal-request-timeout-type") == "user" or reply.status == 499:
         return False
     if error.needs_retry is not None:
@@ -328,15 +329,15 @@ def _may_go_better(reply: Reply, error: ErrorBody) -> bool:
     return reply.status >= 500 and error.type in _TRANSIENT_TYPES
 
 
-def _for_good(reply: Reply, seen: int) -> bool:
-    """An upload refused as such, or a file that is gone and stays gone; storages call that forbidden, too."""
+def _is_permanent(reply: Reply, seen: int) -> bool:
+    """Return whether an upload is refused for good, or a file is gone; some storages answer 403 for a missing file."""
     if reply.status in _REFUSED_FILE:
         return seen >= _NOT_FOUND_LIMIT
     return 400 <= reply.status < 500 and reply.status not in _SAYS_NOTHING
 
 
 def failure_of(trouble: Trouble, verdict: Verdict) -> Failed:
-    """The row's error, from the service's own words where it has any."""
+    """Return the row's error, in the service's own words where it has any."""
     if trouble.reply is None:
         word = trouble.transport or "no_answer"
         if trouble.phase == "result":
@@ -351,12 +352,12 @@ def failure_of(trouble: Trouble, verdict: Verdict) -> Failed:
 
 
 def _printable(text: str) -> str:
-    """A service's words as they may be shown on a terminal: what would move its cursor is a space."""
+    """Replace unprintable characters by spaces, so that a service's text cannot move a terminal's cursor."""
     return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
 
 
 def _amount(text: str) -> float | None:
-    """A number from 0 on; None for anything else: not-a-number would poison every sum after it."""
+    """Return a number >= 0, None for anything else; NaN would spoil every later sum."""
     try:
         value = float(text)
     except ValueError:
@@ -365,10 +366,10 @@ def _amount(text: str) -> float | None:
 
 
 def retry_after_of(reply: Reply, now: float | None = None) -> float | None:
-    """Seconds to wait as `Retry-After` says, an hour at most; 0 for a date of the past, None where nothing is said.
+    """Return the `Retry-After` in seconds, at most an hour; 0 for a date in the past, None without a valid header.
 
-    `now` in Unix seconds is for a date in one of the three forms of RFC 9110; without it a date says nothing. Neither
-    does a negative number, or anything else. (fal documents no such header.)
+    `now` in Unix seconds is needed for a date in one of the three forms of RFC 9110; without it a date is ignored. A
+    negative number and any other text are ignored, too. (fal does not document this header.)
     """
     seconds = _asked_wait(reply, now)
     return None if seconds is None else min(seconds, _LONGEST_WAIT)
@@ -386,30 +387,30 @@ def _asked_wait(reply: Reply, now: float | None) -> float | None:
 def _seconds_until(text: str, now: float | None) -> float | None:
     try:
         at = parsedate_to_datetime(text)
-    except (ValueError, TypeError, IndexError, OverflowError):  # by what is wrong with it
+    except (ValueError, TypeError, IndexError, OverflowError):  # depends on the malformed date
         return None
     at = at if at.tzinfo else at.replace(tzinfo=UTC)  # the oldest form names no zone
     return None if now is None else max(0.0, at.timestamp() - now)
 
 
-def _too_long(reply: Reply, now: float | None) -> str:
-    """What to say where more is asked for than is waited."""
+def _excess_note(reply: Reply, now: float | None) -> str:
+    """Return a note for a message if the requested wait exceeds the limit, else an empty text."""
     seconds = _asked_wait(reply, now)
     if seconds is None or seconds <= _LONGEST_WAIT:
         return ""
-    return f", asks to wait {seconds:,.0f} s: {_LONGEST_WAIT:,.0f} s at most"
+    return f", asks to wait {seconds:,.0f} s (limited to {_LONGEST_WAIT:,.0f} s)"
 
 
 def backoff(tries: int, rng: Random, *, base: float = 0.2, cap: float = 30.0) -> float:
-    """Full jitter: uniform in [0, min(cap, base * 2^(tries-1))] seconds, for tries from 1 on.
+    """Return full jitter: uniform in [0, min(cap, base * 2^(tries-1))] seconds, for tries >= 1.
 
-    The whole delay is drawn at random, so that hundreds of requests in step do not come back in step.
+    The whole delay is random, so that hundreds of synchronized requests do not return synchronized.
     """
     return rng.uniform(0.0, min(cap, base * 2.0 ** min(tries - 1, 30)))
 
 
 def pause_after(trouble: Trouble, tries: int, rng: Random) -> float:
-    """Seconds until the next read: `backoff`, kept short where only so many of them are believed in."""
+    """Return the seconds until the next read: `backoff`, with a lower cap where a limited number of reads is made."""
     kind = kind_of(trouble)
     reply = trouble.reply
     if trouble.phase == "result" and reply is not None and reply.status >= 500 and error_body_of(reply).is_fal:
@@ -423,5 +424,5 @@ def pause_after(trouble: Trouble, tries: int, rng: Random) -> float:
 
 
 def kind_of(trouble: Trouble) -> str:
-    """Which troubles count as "the same again"."""
+    """Return the kind of an error; errors of one kind count as equal."""
     return trouble.transport or (f"{trouble.reply.status}" if trouble.reply else "")

@@ -1,7 +1,7 @@
-"""What the open jobs of a run wait for, and for how long: kept job by job, shown as a few numbers. Pure.
+"""The waits of the open jobs of a run: stored per job, summarized as a few numbers. Pure.
 
-The follower and the runner say where each job is; a display or `restyle status`, which is another process, reads the
-overview, as JSON.
+The poller and the runner update the jobs; a display or `restyle status`, which is another process, reads the overview
+as JSON.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from batch.types import JobKey, Json, JsonObject, QueueState, TicketStatus
 __all__ = ["NOTICEABLE_SECONDS", "Overview", "Positions", "Stage", "Waiting", "Waits", "duration", "stage_of"]
 
 NOTICEABLE_SECONDS = 30.0
-"""A job that has waited for less is not worth a word in the progress line."""
+"""A shorter wait is not mentioned in the progress line."""
 
 
 class Stage(StrEnum):
-    """What an accepted job waits for."""
+    """The stage of an accepted job, named after its wait."""
 
     IN_QUEUE = "in_queue"
     IN_PROGRESS = "in_progress"
     RESULT = "result"
-    """Its status says that it has ended; its result is not read yet."""
+    """Its status says that it has ended; its result has not been read yet."""
     DOWNLOADING = "downloading"
     UNKNOWN = "unknown"
-    """No status was read yet, the last read failed, or the service used an unknown word."""
+    """No status has been read yet, the last read failed, or the service used an unknown word."""
 
 
 _WORDS = {Stage.RESULT: "ended and unread", Stage.UNKNOWN: "of unknown status"}
@@ -39,7 +39,7 @@ def _named(stage: Stage) -> str:
 
 
 def stage_of(status: TicketStatus) -> Stage:
-    """What a job waits for after this status."""
+    """Return what a job waits for after this status."""
     if status.state is None:
         return Stage.UNKNOWN
     return {QueueState.IN_QUEUE: Stage.IN_QUEUE, QueueState.IN_PROGRESS: Stage.IN_PROGRESS}.get(
@@ -55,7 +55,7 @@ class Waiting(NamedTuple):
 
 
 class Positions(NamedTuple):
-    """Places in the service's queue, 0-based, as it reported them last."""
+    """Positions in the service's queue, 0-based, as last reported."""
 
     lowest: int
     median: int
@@ -63,19 +63,19 @@ class Positions(NamedTuple):
 
 
 class Overview(NamedTuple):
-    """What the open jobs wait for at one moment. A stage without jobs is left out."""
+    """The waits of the open jobs at one moment. Stages without jobs are omitted."""
 
     stages: Mapping[Stage, Waiting]
     positions: Positions | None = None
-    """None where the service reports none."""
+    """None if the service reports none."""
 
     @property
     def oldest_seconds(self) -> float:
-        """The longest wait of all; 0.0 where nothing waits."""
+        """The longest wait; 0.0 if nothing waits."""
         return max((waiting.oldest_seconds for waiting in self.stages.values()), default=0.0)
 
     def to_json(self) -> JsonObject:
-        """Plain JSON values: each stage with its number of jobs and the longest wait."""
+        """Return JSON values: each stage with its number of jobs and its longest wait."""
         found: JsonObject = {
             str(stage): {
                 "jobs": self.stages[stage].jobs if stage in self.stages else 0,
@@ -88,11 +88,11 @@ class Overview(NamedTuple):
 
     @classmethod
     def of_json(cls, value: Mapping[str, Json]) -> Overview:
-        """The overview that `to_json` wrote; what cannot be read is left out."""
+        """Read what `to_json` wrote; unreadable parts are omitted."""
         stages: dict[Stage, Waiting] = {}
         for stage in Stage:
-            said = value.get(stage)
-            count, oldest = (said.get("jobs"), said.get("oldest_seconds")) if isinstance(said, dict) else (0, 0.0)
+            entry = value.get(stage)
+            count, oldest = (entry.get("jobs"), entry.get("oldest_seconds")) if isinstance(entry, dict) else (0, 0.0)
             if isinstance(count, int) and count > 0 and isinstance(oldest, int | float):
                 stages[stage] = Waiting(count, float(oldest))
         places = value.get("queue_positions")
@@ -101,7 +101,7 @@ class Overview(NamedTuple):
         return cls(stages, Positions(*whole) if len(whole) == len(Positions._fields) else None)
 
     def lines(self, *, least: float = 0.0) -> list[tuple[str, int, str]]:
-        """A line for each stage with a wait of at least so many seconds: its name, number of jobs, and the rest."""
+        """Return name, number of jobs and details of each stage with a wait of at least `least` seconds."""
         found = []
         for stage, waiting in self.stages.items():
             if waiting.oldest_seconds < least:
@@ -115,19 +115,19 @@ class Overview(NamedTuple):
         return found
 
     def brief(self, *, least: float = NOTICEABLE_SECONDS) -> str:
-        """The stage with the longest wait, in a few words; empty where nothing has waited for so long."""
+        """Return the stage with the longest wait in a few words; empty if no wait reaches `least` seconds."""
         if self.oldest_seconds < least or not self.stages:
             return ""
         stage, waiting = max(self.stages.items(), key=lambda item: item[1].oldest_seconds)
         return f"{waiting.jobs:,} {_named(stage)} {duration(waiting.oldest_seconds)}"
 
     def sentence(self, *, least: float = NOTICEABLE_SECONDS) -> str:
-        """The lines as one clause; empty where nothing has waited for so long."""
+        """Return the lines as one clause; empty if no wait reaches `least` seconds."""
         return "; ".join(f"{count:,} {name} {rest}" for name, count, rest in self.lines(least=least))
 
 
 class _JobWait(NamedTuple):
-    """Where one job is."""
+    """The stage of one job."""
 
     stage: Stage
     since: float
@@ -135,7 +135,7 @@ class _JobWait(NamedTuple):
 
 
 class Waits:
-    """Where each accepted job of a run is. Instants are Unix seconds."""
+    """The stage of each accepted job of a run. Instants are Unix seconds."""
 
     def __init__(self) -> None:
         self._places: dict[JobKey, _JobWait] = {}
@@ -144,15 +144,15 @@ class Waits:
         return f"<Waits {len(self._places)} jobs>"
 
     def put(self, key: JobKey, stage: Stage, since: float, position: int | None = None) -> None:
-        """A job waits for this, and has waited since then."""
+        """Set what a job waits for, and since when."""
         self._places[key] = _JobWait(stage, since, position if stage is Stage.IN_QUEUE else None)
 
     def drop(self, key: JobKey) -> None:
-        """A job does not wait any longer."""
+        """Remove a job that no longer waits."""
         self._places.pop(key, None)
 
     def overview(self, now: float) -> Overview:
-        """All of them together. Takes time in proportion to the jobs in flight."""
+        """Summarize all jobs. Takes time proportional to the jobs in flight."""
         counts: dict[Stage, int] = {}
         oldest: dict[Stage, float] = {}
         positions: list[int] = []
@@ -168,7 +168,7 @@ class Waits:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: 45 s, 12 min, 3.2 h, 4 days."""
+    """Format seconds for a message: 45 s, 12 min, 3.2 h, 4 days."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 5400:

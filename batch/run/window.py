@@ -1,4 +1,4 @@
-"""How many jobs are in flight at once: a window that learns from what the service does. Pure.
+"""How many jobs are in flight at once: a window that adapts to the service. Pure.
 
 No clock: every method takes `now`, in seconds from any monotonic origin.
 """
@@ -11,23 +11,23 @@ __all__ = ["NOTICING", "Window", "WindowChange", "queued_share"]
 
 
 class WindowChange(NamedTuple):
-    """A new size of the window, and why."""
+    """A new size of the window, and the reason."""
 
     size: int
     reason: str
 
 
 NOTICING = 0.25
-"""Seconds that reads and transfers may add to a job's stay without it having been queued."""
+"""Seconds that reads and transfers may add to a job's stay although it was not queued."""
 
 
 def queued_share(stay: float, inference: float | None, last_queued: float | None) -> float:
-    """The share of a finished job's stay at the service in which it waited in the queue, from 0 to 1.
+    """Return the share of a finished job's stay at the service that it spent in the queue, from 0 to 1.
 
     Args:
-        stay: seconds from acceptance to its end, as far as that is known.
-        inference: seconds that it was executed, as the service says; None where it does not.
-        last_queued: seconds from acceptance to the last read that said IN_QUEUE; None where none did.
+        stay: seconds from acceptance to its end, as far as known.
+        inference: seconds of execution according to the service; None if it does not report them.
+        last_queued: seconds from acceptance to the last read that said IN_QUEUE; None without one.
     """
     if stay <= 0:
         return 0.0
@@ -37,22 +37,22 @@ def queued_share(stay: float, inference: float | None, last_queued: float | None
 
 
 class Window:
-    """How many jobs may be in flight.
+    """Limit of the jobs in flight: a fixed size, or one that adapts.
 
-    A fixed size, or one that finds itself. A job that came in as the n-th and was queued for a share q of its stay
-    tells that the service works at n (1 - q) of ours at once; the window aims at so many more that `AIM` of a stay is
-    queueing, which bridges the time until an end is noticed. One that was hardly queued at all tells that n are not
-    too many: twice as many are tried. Each end moves the size by one at most. A 429 cuts it by `CUT`, at most once a
-    second; from there on it grows by one place for each window of ends.
+    A job that entered as the n-th in flight and was queued for a share q of its stay shows that the service executes
+    n (1 - q) of our jobs at once. The window aims at more than that, so that a share `AIM` of a stay is queueing: this
+    bridges the time until an end is noticed. A job that was hardly queued shows that n is not too many, so twice as
+    many are tried. Each end moves the size by at most one. A 429 cuts it by the factor `CUT`, at most once a second;
+    above that size it grows by one place for each window of ends.
     """
 
     HARDLY = 0.10
-    """Share of its stay that a job may be queued and count as not queued."""
+    """Share of its stay up to which a job counts as not queued."""
     AIM = 0.35
     CLOSE = 0.2
-    """Share of the size by which the aim may be missed: a size that never rests makes every stay another length."""
+    """Tolerated distance from the aim, as a share of the size: a size that changes constantly changes every stay."""
     SPEED = 10.0
-    """The last jobs count, so many to a window: more would follow chance, fewer the past."""
+    """Each end moves the aim by `SPEED` / size of the distance: a higher value follows noise, a lower one old data."""
     CUT = 0.8
 
     def __init__(self, size: int, *, floor: int = 1, ceiling: int | None = None) -> None:
@@ -62,11 +62,11 @@ class Window:
         self._floor, self._ceiling = floor, ceiling
         self._cut_at = float("-inf")
         self._brake = float("inf")
-        """From this size on it grows slowly: what was too much is come near with care."""
+        """From this size on the window grows slowly: it is where a 429 cut it."""
 
     @property
     def size(self) -> int:
-        """Places."""
+        """Number of places."""
         return int(self._size)
 
     @property
@@ -75,26 +75,26 @@ class Window:
         return self.in_flight >= self.size
 
     def entered(self) -> int:
-        """A job was let in; how many are in flight with it."""
+        """Add a job; return how many are in flight, itself included."""
         self.in_flight += 1
         return self.in_flight
 
     def left(self, came_as: int, queued: float | None) -> WindowChange | None:
-        """A job is out of the service's hands; the new size, where it changes.
+        """Remove a job whose request has ended; return the new size if it changes.
 
         Args:
-            came_as: what `entered` said of it.
-            queued: the share of its stay that it was queued, None where it teaches nothing.
+            came_as: what `entered` returned for it.
+            queued: the share of its stay that it was queued, None if it must not affect the size.
         """
         self.in_flight -= 1
         if self._ceiling is None or queued is None:
             return None
         if queued < self.HARDLY:
-            wanted, why = max(2.0 * came_as, self._size), f"the {_th(came_as)} job at once was hardly queued"
+            wanted, why = max(2.0 * came_as, self._size), f"the {_th(came_as)} concurrent job was hardly queued"
         else:
             wanted = came_as * (1.0 - queued) / (1.0 - self.AIM)
-            why = f"the {_th(came_as)} job at once was queued for {queued:.0%} of its time"
-        # The last tenth of a window counts: fewer would follow chance, more the past.
+            why = f"the {_th(came_as)} concurrent job was queued for {queued:.0%} of its time"
+        # About the last tenth of a window counts: fewer jobs would be noise, more would be old data.
         self._target += (wanted - self._target) * min(0.5, self.SPEED / self._size)
         by = self._target - self._size
         if abs(by) < max(1.0, self._size * self.CLOSE):
@@ -103,7 +103,7 @@ class Window:
         return self._move(up if by > 0 else -1.0, why)
 
     def throttled(self, now: float) -> WindowChange | None:
-        """The service answered 429."""
+        """Shrink after a 429."""
         if self._ceiling is None or now - self._cut_at < 1.0:
             return None
         self._cut_at = now

@@ -1,1 +1,1 @@
-"""The endpoint, ours: the same protocol on your own machine."""
+"""The self-hosted endpoint: fal's protocol on your own machine."""

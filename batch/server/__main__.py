@@ -1,7 +1,7 @@
-"""`python -m batch.server`: the embedded endpoint's process.
+"""`python -m batch.server`: the process of an embedded endpoint.
 
-Says where it listens as one JSON line on standard output, logs to standard error, and with `--with-parent` ends when
-its standard input closes: whatever becomes of the process that started it, even kill -9, it is not left behind.
+Writes its URL as one JSON line to standard output and logs to standard error. With `--with-parent` it exits when its
+standard input closes, so that it never outlives the process that started it, even after kill -9.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from batch.server.serve import ServeOptions, run_server
 __all__ = ["main"]
 
 _DISK_PATIENCE = 5.0
-"""Seconds for which an embedded endpoint waits for room on its disk."""
+"""Seconds that an embedded endpoint waits for free disk space."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a server; the process's exit code."""
-    parser = argparse.ArgumentParser(prog="python -m batch.server", description="The endpoint, on your own machine.")
+    """Run a server and return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m batch.server", description="Serve the endpoint on this machine.")
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=0, help="0: the last one, if it is free, else any")
+    parser.add_argument("--port", type=int, default=0, help="0: the previous port if free, else any")
     parser.add_argument("--engine", default="preview")
     parser.add_argument("--slots", type=int, default=None)
-    parser.add_argument("--service-time", type=float, default=0.0, help="seconds that a job of echo takes")
-    parser.add_argument("--model", help="of the engine flux: a folder or a hub id")
-    parser.add_argument("--devices", help="of the engine flux: cuda:0,cuda:1 or cpu")
-    parser.add_argument("--safety-checker", help="of the engine flux: a folder or a hub id")
-    parser.add_argument("--quantize", help="of the engine flux: fp8")
-    parser.add_argument("--offload", help="of the engine flux: model, sequential or none")
-    parser.add_argument("--warm-up", help="of the engine flux: 1024x1024,768x1344 or none")
-    parser.add_argument("--allow-private", action="store_true", help="fetch from loopback and private addresses too")
-    parser.add_argument("--price", type=float, default=0.0, help="US dollars a megapixel, for the platform API")
-    parser.add_argument("--faults", type=Path, default=None, help="commit the faults of this file on purpose")
-    parser.add_argument("--keys", type=Path, default=None, help="file with the keys of those who may ask")
-    parser.add_argument("--with-parent", action="store_true", help="end when standard input closes")
+    parser.add_argument("--service-time", type=float, default=0.0, help="engine echo: seconds per job")
+    parser.add_argument("--model", help="engine flux: folder or hub id")
+    parser.add_argument("--devices", help="engine flux: cuda:0,cuda:1 or cpu")
+    parser.add_argument("--safety-checker", help="engine flux: folder or hub id")
+    parser.add_argument("--quantize", help="engine flux: fp8")
+    parser.add_argument("--offload", help="engine flux: model, sequential or none")
+    parser.add_argument("--warm-up", help="engine flux: 1024x1024,768x1344 or none")
+    parser.add_argument("--allow-private", action="store_true", help="permit loopback and private addresses")
+    parser.add_argument("--price", type=float, default=0.0, help="US dollars per megapixel, for the platform API")
+    parser.add_argument("--faults", type=Path, default=None, help="faults file: failures to inject")
+    parser.add_argument("--keys", type=Path, default=None, help="file with API keys")
+    parser.add_argument("--with-parent", action="store_true", help="exit when standard input closes")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     try:
@@ -62,9 +62,9 @@ def main(arguments: list[str] | None = None) -> int:
             allow_private=given.allow_private,
             price_usd=given.price,
             faults=given.faults,
-            # An embedded endpoint is its parent's alone: the variable belongs to another server on this machine.
+            # An embedded endpoint serves its parent only; the variable is meant for another server on this machine.
             keys=load_keys(given.keys, {} if given.with_parent else os.environ),
-            # The run it works for writes to the same disk, and can say so at once.
+            # The parent run writes to the same disk and reports the problem immediately.
             disk_patience=_DISK_PATIENCE if given.with_parent else None,
         )
         run_server(options, ready=_say, stop=partial(_stop_event, with_parent=given.with_parent))

@@ -1,7 +1,7 @@
-"""The server as a process: lock, store, engine, socket, and the way down. The server's composition root.
+"""Run the server: lock, store, engine, socket and shutdown. The server's composition root.
 
-Owns what is outside of any request: the data dir's lock, the port, signals. A server that is stopped lets go of
-what it executes; the next one on the same data dir goes on with it.
+Handles everything outside of requests: the data dir's lock, the port, signals. Shutdown interrupts running requests;
+the next server with the same data dir executes them again.
 """
 
 from __future__ import annotations
@@ -61,44 +61,44 @@ __all__ = ["ServeOptions", "run_server", "serve"]
 _log = logging.getLogger(__name__)
 
 DRAIN_SECONDS = 2.0
-"""How long open calls may take to end when the server goes down."""
+"""Seconds that open calls have to finish during shutdown."""
 _DISK_LOOK_SECONDS = 0.5
 _KEEP_ALIVE_SECONDS = 75.0
-"""How long a connection may be idle. Precedent: nginx."""
+"""Idle timeout of a connection. Source: nginx's default."""
 _START_FILES = 30
-"""Descriptors that a server needs before it has a connection."""
+"""File descriptors that a server needs before the first connection."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
-    """How to run a server."""
+    """Options of a server."""
 
     data_dir: Path
     host: str = "127.0.0.1"
     port: int = 8787
-    """0: the one that this data dir had last, if it is free, else any."""
+    """0: the port that this data dir used last if it is free, else any."""
     engine: str = "preview"
     slots: int | None = None
-    """Requests executed at once; None: what suits the engine."""
+    """Requests executed at once; None: the engine's default."""
     service_time: float = 0.0
-    """Seconds that a job of the `echo` engine takes."""
+    """Seconds per job of the `echo` engine."""
     flux: FluxOptions | None = None
-    """What the `flux` engine is to run, and where; with it `engine` has to be `flux`."""
+    """Model and devices of the `flux` engine; requires `engine` to be `flux`."""
     allow_private: bool = False
     """Whether source images may be fetched from, and webhooks sent to, loopback and private addresses."""
     keys: Keys = field(default_factory=Keys)
-    """None of them: everybody may ask, and it listens on loopback only."""
+    """API keys. Without any, the server requires no key and listens on loopback only."""
     price_usd: float = 0.0
-    """Of a megapixel, as the price list and the billing events tell it."""
+    """Price per megapixel in the price list and the billing events."""
     faults: Path | None = None
-    """A faults file: failures on purpose, to rehearse."""
+    """A faults file: failures to inject."""
     retention: float = DEFAULT_SECONDS
-    """Seconds that finished results and files stay."""
+    """Seconds that results and files are kept."""
     tls_cert: Path | None = None
-    """PEM files of certificate (and chain) and its key: https instead of http."""
+    """PEM file of the certificate and its chain; with `tls_key`, the server uses https."""
     tls_key: Path | None = None
     disk_patience: float | None = None
-    """Seconds after which a server gives up that can write nothing any more; None: it waits for room."""
+    """Seconds of failed writes after which the server exits; None: it waits for free space."""
     limits: ServerLimits = DEFAULT_LIMITS
 
 
@@ -112,24 +112,24 @@ async def serve(
     """Serve until cancelled, until SIGTERM or SIGINT, or until `stop` is set.
 
     Args:
-        options: see there.
-        ready: is told the server's URL as soon as it answers.
-        engine: one that is made already; `options.engine` is then only a name.
-        stop: ends the server when it is set.
+        options: the options of the server.
+        ready: called with the server's URL when it accepts requests.
+        engine: an existing engine; `options.engine` is then only its name.
+        stop: stops the server when set.
 
     Raises:
-        StorageError: nothing could be written for `disk_patience`, or there is no room to begin with.
-        InputError: the port or the data dir is in use or cannot be used, the engine is not known or cannot work, an
-            option is out of its range, the faults file is wrong, or too few files may be open.
+        StorageError: the disk is full at the start, or writes failed for `disk_patience`.
+        InputError: the port or the data dir is in use or unusable, the engine is unknown or unusable, an option or the
+            faults file is invalid, or the limit of open files is too low.
     """
     allowed = allowance()
     require(allowed, _START_FILES)
     stop = stop or asyncio.Event()
-    logging.getLogger("aiohttp.server").addFilter(_one_line_for_nonsense)
+    logging.getLogger("aiohttp.server").addFilter(_one_line_for_bad_http)
     _check(options)
-    rehearsal = FaultInjection(read_faults(options.faults)) if options.faults is not None else None
-    if rehearsal is not None:
-        _log.warning("this server fails on purpose, as %s says", options.faults)
+    fault_injection = FaultInjection(read_faults(options.faults)) if options.faults is not None else None
+    if fault_injection is not None:
+        _log.warning("injecting faults from %s", options.faults)
     tls = _tls(options.tls_cert, options.tls_key)
     async with contextlib.AsyncExitStack() as stack:
         with _usable(options.data_dir):
@@ -142,34 +142,34 @@ async def serve(
             signer = webhooks.signing_key(options.data_dir / "webhook-key.pem")
         share, limits = _share(allowed, options, own_engine=engine is not None)
         rule = address_rule(allow_private=options.allow_private)
-        guard = await stack.enter_async_context(SafeHttpClient(rule, limit=share.outgoing))
-        sources = SourceFetcher(storage, guard, limit_bytes=options.limits.source_bytes)
+        client = await stack.enter_async_context(SafeHttpClient(rule, limit=share.outgoing))
+        source_fetcher = SourceFetcher(storage, client, limit_bytes=options.limits.source_bytes)
         engine = engine or _engine(options, share)
-        if rehearsal is not None:
-            engine = rehearsal.engine(engine)
-        rules = rehearsal.listing if rehearsal is not None else None
-        history = await stack.enter_async_context(
+        if fault_injection is not None:
+            engine = fault_injection.engine(engine)
+        rules = fault_injection.listing if fault_injection is not None else None
+        request_log = await stack.enter_async_context(
             RequestLog(options.data_dir / "server.db", rules, listed_bytes=options.limits.listed_bytes)
         )
         stack.push_async_callback(engine.aclose)
         await engine.start()
         service = await stack.enter_async_context(
-            queue_service(store, storage, engine, sources, time.time, options.retention)
+            queue_service(store, storage, engine, source_fetcher, time.time, options.retention)
         )
         await stack.enter_async_context(cleaning_up(Cleanup(store, storage, options.retention), time.time))
-        sender = webhooks.Webhooks(service, store, guard, signer, time.time, random.random)
+        sender = webhooks.Webhooks(service, store, client, signer, time.time, random.random)
         await stack.enter_async_context(webhooks.sending(sender))
         stack.enter_context(_signals(stop))
         authenticator = Authenticator(options.keys, storage.derived(b"cdn tokens"), APP_ID, time.time)
-        listed = listing.routes(service, APP_ID, history, options.price_usd, limits=options.limits)
+        listed = listing.routes(service, APP_ID, request_log, options.price_usd, limits=options.limits)
         more = [*listed, *webhooks.routes(signer)]
         app = application(
             service,
             authenticator,
-            guard.permitted,
+            client.permitted,
             more=more,
-            idempotency=rehearsal is None or rehearsal.idempotency,
-            middleware=None if rehearsal is None else rehearsal.middleware(service, APP_ID),
+            idempotency=fault_injection is None or fault_injection.idempotency,
+            middleware=None if fault_injection is None else fault_injection.middleware(service, APP_ID),
             share=share,
             limits=options.limits,
         )
@@ -180,20 +180,20 @@ async def serve(
         )
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
-        stack.callback(service.stop)  # first of all, so that nobody waits on a stream while the calls drain
-        stack.callback(listener.close)  # whoever connects now is refused, and does not wait for nothing
-        assert runner.server is not None, "it is set up"
+        stack.callback(service.stop)  # runs early, so that no stream blocks the shutdown
+        stack.callback(listener.close)  # runs first: new connections are refused at once
+        assert runner.server is not None, "the runner is set up"
         await stack.enter_async_context(acceptor.accepting(listener, runner.server))
         _log.info(limits)
         ready(_url(options.host, listener, "http" if tls is None else "https"))
         refusal = await _stopped(stop, service, options.disk_patience)
         _log.info("stopping")
-    if refusal is not None:  # raised here: in there it would come out wrapped by the groups of tasks that it ends
+    if refusal is not None:  # outside of the stack, whose task groups would wrap it in an ExceptionGroup
         raise StorageError(refusal)
 
 
 async def _stopped(stop: asyncio.Event, service: QueueService, disk_patience: float | None) -> str | None:
-    """Wait for the end, at most so long against a disk that refuses; what was refused, where that is the end."""
+    """Wait for `stop`; return the last error if writes fail for `disk_patience` seconds, else None."""
     while disk_patience is not None and not stop.is_set():
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), _DISK_LOOK_SECONDS)
@@ -204,11 +204,11 @@ async def _stopped(stop: asyncio.Event, service: QueueService, disk_patience: fl
     return None
 
 
-def _one_line_for_nonsense(record: logging.LogRecord) -> bool:
-    """What is no HTTP is its sender's fault, and answered with 400: aiohttp would log it as a crash of ours."""
+def _one_line_for_bad_http(record: logging.LogRecord) -> bool:
+    """Log invalid HTTP, which gets a 400, as one line; aiohttp would log it as a server error with a traceback."""
     error = record.exc_info[1] if record.exc_info else None
     if isinstance(error, BadHttpMessage | web.RequestPayloadError):
-        record.msg, record.args = "a request that is no HTTP was refused: %s", (" ".join(str(error).split())[:200],)
+        record.msg, record.args = "rejected invalid HTTP: %s", (" ".join(str(error).split())[:200],)
         record.exc_info, record.levelno, record.levelname = None, logging.WARNING, "WARNING"
     return True
 
@@ -216,19 +216,19 @@ def _one_line_for_nonsense(record: logging.LogRecord) -> bool:
 def run_server(
     options: ServeOptions, *, ready: Callable[[str], None], stop: Callable[[], asyncio.Event] | None = None
 ) -> None:
-    """`serve` in an event loop of its own, uvloop's where there is one.
+    """Run `serve` in a new event loop, uvloop if installed.
 
     Args:
-        options: see there.
+        options: the options of the server.
         ready: see `serve`.
-        stop: makes the event that ends the server; called inside the loop.
+        stop: creates the event that stops the server; called inside the loop.
     """
 
     async def main() -> None:
         await serve(options, ready=ready, stop=stop() if stop is not None else None)
 
-    # What is dropped here goes by its count of references; the collector would walk through all that waits, and
-    # through every module, many times a second (7 % of the time of a busy server, and its longest pauses).
+    # Reference counting frees almost everything; the garbage collector would scan all waiting requests and all modules
+    # many times a second (7 % of a busy server's time, and its longest pauses).
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
     try:
@@ -240,29 +240,31 @@ def run_server(
 
 
 def _check(options: ServeOptions) -> None:
-    """Refuse numbers that no server can work with, before anything is opened."""
+    """Reject invalid options before anything is opened."""
     if not 0 <= options.port < 65536:
-        raise InputError(f"{options.port} is no port; --port is a number from 0 (any free one) to 65535")
-    if not options.host:  # which a socket takes for every address there is
-        raise InputError("--host is empty; name the address to listen at, for instance 127.0.0.1")
+        raise InputError(f"invalid --port {options.port}: use 0 (any free port) to 65535")
+    if not options.host:  # a socket would bind to every address
+        raise InputError("--host is empty; use an address such as 127.0.0.1")
     if options.slots is not None and options.slots < 1:
-        raise InputError(f"a server with {options.slots} slots executes nothing; --slots is 1 or more")
+        raise InputError(f"invalid --slots {options.slots}: use an integer >= 1")
     if not 0 <= options.service_time < math.inf:
-        raise InputError(f"a job cannot take {options.service_time:g} s; say for instance --service-time 2s")
+        raise InputError(f"invalid --service-time {options.service_time:g} s: use a non-negative time, for example 2s")
     if not 0 <= options.price_usd < math.inf:
-        raise InputError(f"{options.price_usd} is no price of a megapixel; say US dollars, for instance --price 0.03")
+        raise InputError(
+            f"invalid --price {options.price_usd}: use a non-negative number of US dollars, for example 0.03"
+        )
     if not options.retention > 0:
-        raise InputError(f"results cannot be kept for {options.retention:g} s; say for instance --retention 30d")
+        raise InputError(f"invalid --retention {options.retention:g} s: use a positive time, for example 30d")
 
 
 def _share(allowed: Allowance, options: ServeOptions, *, own_engine: bool) -> tuple[ServerShare, str]:
-    """What the limit of open files leaves with the data dir open, and a line that says it."""
+    """Return the server's share of the open files that remain, and a log line about it."""
     wanted = 0 if own_engine else _processes(options)
     share = server_share(replace(allowed, in_use=allowance().in_use), wanted)
     words = described(allowed, share.connections)
     if share.workers < wanted:
         words = f"{words}, and {share.workers} of {wanted} worker processes"
-        if options.flux is not None:  # a device each: none can be left out
+        if options.flux is not None:  # one process per device, all required
             raise InputError(f"{words}; raise the limit, for example with `ulimit -n 1024`")
     if share.threads < _THREADS:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(share.threads, "files"))
@@ -270,19 +272,19 @@ def _share(allowed: Allowance, options: ServeOptions, *, own_engine: bool) -> tu
 
 
 def _processes(options: ServeOptions) -> int:
-    """Worker processes that the engine would start."""
+    """Return the number of worker processes that the engine starts."""
     if options.flux is not None:
         return len(options.flux.devices)
     return (options.slots or usable_cores()) if options.engine == "preview" else 0
 
 
 _THREADS = min(32, (os.cpu_count() or 1) + 4)
-"""Of the executor that `asyncio.to_thread` uses otherwise."""
+"""Default size of asyncio's thread pool."""
 
 
 def _engine(options: ServeOptions, share: ServerShare) -> Engine:
     if options.flux is not None and options.engine != "flux":
-        raise ConfigError(f"a model is given and the engine is {options.engine}; say --engine flux, or leave it out")
+        raise ConfigError(f"a model requires --engine flux, not --engine {options.engine}")
     try:
         slots = share.workers if options.engine == "preview" else options.slots
         return engine_of(options.engine, slots, options.service_time, options.flux)
@@ -291,7 +293,7 @@ def _engine(options: ServeOptions, share: ServerShare) -> Engine:
 
 
 def _listen(options: ServeOptions) -> socket.socket:
-    """A listening socket. With port 0 the data dir's last port is tried first, so that URLs given out stay valid."""
+    """Bind a socket. Port 0 tries the data dir's last port first, so that earlier URLs stay valid."""
     memory = options.data_dir / "port"
     last = _last_port(memory) if options.port == 0 else None
     try:
@@ -303,12 +305,10 @@ def _listen(options: ServeOptions) -> socket.socket:
             listener = bound(options.host, 0)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise InputError(
-                f"port {options.port} of {options.host} is in use by another program; choose another with --port"
-            ) from error
+            raise InputError(f"port {options.port} of {options.host} is in use; choose another with --port") from error
         raise InputError(f"cannot listen on {options.host}:{options.port}: {error}; check host and port") from error
-    except TypeError as error:  # what the standard library says of a name that no address can have
-        raise InputError(f"{options.host!r} is no name of a host ({error}); check --host") from error
+    except TypeError as error:  # the standard library's error for an invalid host name
+        raise InputError(f"invalid --host {options.host!r}: {error}") from error
     try:
         memory.write_text(str(listener.getsockname()[1]), "ascii")
     except OSError:
@@ -318,10 +318,10 @@ def _listen(options: ServeOptions) -> socket.socket:
 
 
 def _check_exposure(options: ServeOptions, listener: socket.socket) -> None:
-    """Without keys nobody but this machine may reach the server; judged by what it is really bound to."""
+    """Require keys unless the bound address is loopback."""
     if not options.keys and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
         raise ConfigError(
-            f"without keys the endpoint listens on loopback only, not on {options.host}; make a key with"
+            f"without keys, the server listens on loopback only, not on {options.host}; create a key with"
             f" `restyle serve --keys FILE --new-key NAME` and start with --keys FILE (or {ENVIRONMENT})"
         )
 
@@ -338,14 +338,14 @@ def _tls(certificate: Path | None, key: Path | None) -> ssl.SSLContext | None:
     if certificate is None and key is None:
         return None
     if certificate is None or key is None:
-        raise ConfigError("https needs both a certificate and its key: --tls-cert FILE --tls-key FILE")
+        raise ConfigError("https requires a certificate and its key: --tls-cert FILE --tls-key FILE")
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
-        context.load_cert_chain(certificate, key, password=lambda: "")  # else OpenSSL asks at the terminal
+        context.load_cert_chain(certificate, key, password=lambda: "")  # otherwise OpenSSL prompts on the terminal
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{certificate} and {key} cannot be used as certificate and key: {error}; give two PEM files that belong"
-            " together, the key without a passphrase"
+            f"cannot use {certificate} and {key} as certificate and key: {error}; use two matching PEM files, the key"
+            " without a passphrase"
         ) from error
     return context
 
@@ -357,13 +357,14 @@ def _url(host: str, listener: socket.socket, scheme: str) -> str:
 
 @contextlib.contextmanager
 def _usable(data_dir: Path) -> Iterator[None]:
-    """What the disk refuses in the block, said as a sentence about the data dir.
+    """Translate disk errors of the block into messages about the data dir.
 
     Raises:
-        StorageError: it is full. InputError: no server can work there.
+        StorageError: the disk is full.
+        InputError: the data dir is unusable.
     """
     if data_dir.is_file():
-        raise InputError(f"{data_dir} is a file; --data-dir names the folder of the server")
+        raise InputError(f"{data_dir} is a file; --data-dir must be a folder")
     try:
         yield
     except (OSError, sqlite3.Error) as error:
@@ -371,27 +372,25 @@ def _usable(data_dir: Path) -> Iterator[None]:
             raise
         number, code = getattr(error, "errno", None), getattr(error, "sqlite_errorcode", None)
         if number in {errno.ENOSPC, errno.EDQUOT} or code == sqlite3.SQLITE_FULL:
-            raise StorageError(
-                f"the data dir {data_dir} cannot be written: {error}; make room and start again"
-            ) from error
+            raise StorageError(f"cannot write the data dir {data_dir}: {error}; free disk space and restart") from error
         raise InputError(
-            f"the data dir {data_dir} cannot be used: {error}; name a folder that can be written with --data-dir"
+            f"cannot use the data dir {data_dir}: {error}; choose a writable folder with --data-dir"
         ) from error
 
 
 @contextlib.asynccontextmanager
 async def _locked(data_dir: Path, seconds: float) -> AsyncIterator[None]:
-    """Hold the data dir: two servers would each execute every request. The kernel frees the lock of a dead process.
+    """Lock the data dir against a second server. The kernel releases the lock when the process dies.
 
     Raises:
         InputError: another server still holds it after `seconds`.
     """
-    # Without threads: an attempt does not block, and the number of threads is not decided yet.
+    # Without a thread: an attempt does not block, and the size of the thread pool is not set yet.
     lock = AsyncFileLock(data_dir / "lock", timeout=seconds, run_in_executor=False)
     try:
         await lock.acquire()
     except Timeout as error:
-        raise InputError(f"{data_dir} is in use by another server; stop it or choose another data dir") from error
+        raise InputError(f"{data_dir} is in use by another server; stop it or choose another --data-dir") from error
     try:
         yield
     finally:
@@ -400,7 +399,7 @@ async def _locked(data_dir: Path, seconds: float) -> AsyncIterator[None]:
 
 @contextlib.contextmanager
 def _signals(stop: asyncio.Event) -> Iterator[None]:
-    """SIGTERM and SIGINT end the server; left alone where this is not the main thread."""
+    """Stop the server on SIGTERM and SIGINT; does nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,9 +1,9 @@
-"""Accepting connections within the limit of open files. Owns a listening socket's queue, not the socket.
+"""Accept connections within the limit of open files. Owns a listening socket's queue, not the socket.
 
-An event loop's own server takes every connection that comes. Without a free descriptor asyncio then logs a stack trace
-a second, and uvloop accepts connections and closes them, so that nobody knows whether a submit arrived. Here at most
-`limit` connections are open, further ones wait in the kernel's queue. When it gets crowded, answers close their
-connection, and idle connections are closed for those that wait.
+The server of an event loop accepts every connection. Without a free descriptor asyncio then logs a stack trace each
+second, and uvloop accepts connections and closes them, so a client cannot know whether its submit arrived. Here at most
+`limit` connections are open, further ones wait in the kernel's queue. Near the limit, answers close their connection,
+and idle connections are closed in favour of waiting ones.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ _log = logging.getLogger(__name__)
 
 BACKLOG = 2048
 _CROWDED = 0.75
-"""Share of the limit from which on an answer closes its connection."""
+"""Share of the limit from which an answer closes its connection."""
 IDLE_SECONDS = 1.0
-"""An idle connection is not closed earlier: a request may be on its way."""
+"""Minimum idle time before a connection is closed: a request may be on its way."""
 _LOOK_SECONDS = 0.02
-"""Between two looks whether there is room."""
+"""Between two checks for room."""
 _PAUSE_SECONDS = 0.1
 """After a connection could not be accepted."""
-_SAY_EVERY = 60.0
-"""Seconds between two log lines about it."""
+_WARN_EVERY = 60.0
+"""Seconds between two log lines about the limit."""
 _RECOUNT = 64
-"""Connections accepted between two counts, at least: a count looks at all of them."""
+"""Minimum accepted connections between two counts: a count visits all of them."""
 _HANDSHAKE_SECONDS = 20.0
 _END_SECONDS = 1.0
-"""How long connections may take to be opened when the server goes down."""
+"""Time for pending handshakes when the server stops."""
 _NOT_LISTENING = frozenset({errno.EBADF, errno.EINVAL, errno.ENOTSOCK})
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """A listening socket.
+    """Return a listening socket.
 
     Raises:
-        OSError, TypeError: nothing can listen there.
+        OSError, TypeError: cannot listen at this address.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
@@ -67,9 +67,9 @@ class Acceptor:
     """Hands connections to an aiohttp server. Use: `watch` its application, then `accepting`.
 
     Args:
-        limit: connections at once.
-        tls: for https.
-        clock: seconds.
+    limit: maximum concurrent connections.
+    tls: for https.
+    clock: in seconds.
     """
 
     def __init__(
@@ -79,10 +79,10 @@ class Acceptor:
         self._server: web.Server | None = None
         self._opening: set[asyncio.Task[None]] = set()
         self._idle: dict[web.RequestHandler, float] = {}
-        """Connections without a request under way, and since when. Some of them are closed by now."""
+        """Connections without a current request, and since when. Some of them may be closed already."""
         self._counted = self._since = 0
-        """Connections at the last count, and how many were accepted since."""
-        self._said_at = float("-inf")
+        """Connections at the last count, and the number accepted since."""
+        self._warned_at = float("-inf")
 
     def __repr__(self) -> str:
         return f"<Acceptor {self._counted + self._since} of {self._limit}>"
@@ -93,7 +93,7 @@ class Acceptor:
         return self._counted + self._since >= _CROWDED * self._limit
 
     def watch(self, app: web.Application) -> None:
-        """Learn from an application which connections are idle, and have it close them when it is crowded."""
+        """Track the idle connections of an application, and let it close connections near the limit."""
 
         @web.middleware
         async def noting(
@@ -109,14 +109,14 @@ class Acceptor:
         async def sparing(_: web.Request, response: web.StreamResponse) -> None:
             if self.crowded:
                 response.force_close()
-                response.headers["connection"] = "close"  # the headers were made before
+                response.headers["connection"] = "close"  # the headers were built earlier
 
         app.middlewares.insert(0, noting)
         app.on_response_prepare.append(sparing)
 
     @asynccontextmanager
     async def accepting(self, listener: socket.socket, server: web.Server) -> AsyncIterator[None]:
-        """Accept while the block lasts; connections that are open then stay so."""
+        """Accept while the block lasts; connections open at its end stay open."""
         self._server = server
         task = asyncio.create_task(self._accept(listener))
         try:
@@ -126,7 +126,7 @@ class Acceptor:
             opening = [task, *self._opening]
             await asyncio.wait(opening, timeout=_END_SECONDS)
             for one in opening:
-                one.cancel()  # a handshake that takes longer
+                one.cancel()  # a slow handshake
             await asyncio.gather(*opening, return_exceptions=True)
 
     async def _accept(self, listener: socket.socket) -> None:
@@ -140,9 +140,9 @@ class Acceptor:
             except OSError as error:
                 if error.errno in _NOT_LISTENING:
                     raise
-                # Any other is one connection's own, broken before it was accepted, or a missing descriptor.
+                # Anything else is a missing descriptor, or a connection broken before it was accepted.
                 if lacks_descriptor(error):
-                    self._say(f"no descriptor is free ({error.strerror})")
+                    self._warn(f"no descriptor is free ({error.strerror})")
                     self._count()
                     self._close_idle()
                 await asyncio.sleep(_PAUSE_SECONDS)
@@ -152,7 +152,7 @@ class Acceptor:
             task = asyncio.create_task(self._open(connection))
             self._opening.add(task)
             task.add_done_callback(self._opening.discard)
-            await asyncio.sleep(0)  # a flood of them must not hold up everything else
+            await asyncio.sleep(0)  # lets other tasks run during a flood of connections
 
     async def _open(self, connection: socket.socket) -> None:
         assert self._server is not None, "use `async with acceptor.accepting(...)`"
@@ -162,21 +162,21 @@ class Acceptor:
             _, handler = await loop.connect_accepted_socket(
                 self._server, connection, ssl=self._tls, ssl_handshake_timeout=seconds
             )
-        except (OSError, TimeoutError):  # no TLS, or gone: its sender's affair
+        except (OSError, TimeoutError):  # no TLS, or gone: the client's problem
             connection.close()
         else:
             self._idle[handler] = self._clock()
 
     async def _room(self, listener: socket.socket) -> None:
-        """Wait until one more may be open."""
+        """Wait until another connection may be open."""
         if self._since >= max(_RECOUNT, self._counted):
             self._count()
         while self._counted + self._since >= self._limit:
             self._count()
             if self._counted < self._limit:
                 return
-            await _readable(listener)  # nobody is closed while nobody waits
-            self._say(f"all {self._limit:,} connections that the limit of open files allows are in use")
+            await _readable(listener)  # close idle connections only if another one waits
+            self._warn(f"all {self._limit:,} connections allowed by the limit of open files are in use")
             self._close_idle()
             await asyncio.sleep(_LOOK_SECONDS)
 
@@ -187,17 +187,17 @@ class Acceptor:
         self._counted, self._since = len(alive) + len(self._opening), 0
 
     def _close_idle(self) -> None:
-        """Close those that have been idle longest, a few at a time."""
+        """Close the connections with the longest idle time, a few at a time."""
         before = self._clock() - IDLE_SECONDS
         waiting = [(since, connection) for connection, since in self._idle.items() if since <= before]
         waiting.sort(key=lambda pair: pair[0])
         for _, connection in [pair for pair in waiting if _awaits_request(pair[1])][: max(1, self._limit // 8)]:
             connection.force_close()
 
-    def _say(self, what: str) -> None:
+    def _warn(self, what: str) -> None:
         now = self._clock()
-        if now - self._said_at >= _SAY_EVERY:
-            self._said_at = now
+        if now - self._warned_at >= _WARN_EVERY:
+            self._warned_at = now
             _log.warning("%s: new ones wait until others are closed; raise `ulimit -n` to serve more at once", what)
 
 
@@ -217,8 +217,8 @@ async def _readable(listener: socket.socket) -> None:
 
 
 def _awaits_request(connection: web.RequestHandler) -> bool:
-    """Whether it has answered, to the last byte, all that came. A handler has returned before its file is sent."""
-    with suppress(AttributeError):  # nothing public says it; aiohttp's own keep-alive timer looks at the same
+    """Return whether all requests are answered completely. A handler returns before its file is sent."""
+    with suppress(AttributeError):  # no public API; aiohttp's own keep-alive timer uses the same attribute
         waiter = connection._waiter  # noqa: SLF001
         return waiter is not None and not waiter.done()
     return False

@@ -1,8 +1,8 @@
-"""File descriptors: how many connections, files and processes a process may have open, and who gets them. Pure.
+"""File descriptors: how many connections, files and processes a process may open, and what each part gets. Pure.
 
-A process without a free descriptor cannot connect, accept, read a file, import a module or start a process. So all that
-a run or a server opens is bounded by what its limit allows. Should one be missing all the same (the limit is also
-one of the whole machine), the work waits and is done again: it is never a job's fault.
+A process without a free descriptor cannot connect, accept, read a file, import a module or start a process. So a run or
+a server limits everything it opens. If a descriptor is missing nevertheless (the whole machine has a limit too), the
+work waits and is repeated; the job does not fail.
 """
 
 from __future__ import annotations
@@ -30,76 +30,76 @@ __all__ = [
 T = TypeVar("T")
 
 ENOUGH = 65_536
-"""A limit above it is not asked for: nothing here needs more, and some programs look at every number up to theirs."""
+"""Highest limit requested: nothing here needs more, and some programs loop over all descriptors up to the limit."""
 _COMMON = 10_240
-"""What macOS grants at most where it calls its hard limit unlimited."""
+"""Highest limit that macOS grants where its hard limit is unlimited."""
 
 CONNECTIONS, HINTS, IMAGE_FILES = 256, 512, 8
-"""What a run opens where the limit leaves it the choice."""
+"""Preferred numbers for a run, if the limit allows them."""
 _CLIENT_RESERVE = 14
 """Opened later by a run: the pipes and the log of its endpoint, the results, a manifest file, a module."""
 _SERVER_RESERVE = 10
 """Opened later by a server: the listing's database, SQLite's temporary files, a module, a key file."""
 _WORKER = 3
-"""Of one worker process: two pipes, and on some systems a descriptor of the process itself."""
+"""Descriptors of one worker process: two pipes, and on some systems one of the process itself."""
 _OUTGOING = 2
-"""Of one outgoing request: its connection, and what the look-up of its host opens."""
+"""Descriptors of one outgoing request: its connection, and the DNS look-up."""
 _LEAST = 4
-"""Connections below which nothing works any more."""
+"""Minimum connections for a working run or server."""
 _ADVICE = "raise the limit, for example with `ulimit -n 256`"
 
 PATIENCE = 30.0
-"""Seconds for which a thread waits for a descriptor."""
+"""Seconds that a thread waits for a descriptor."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 0.5
 _NONE_FREE = frozenset({errno.EMFILE, errno.ENFILE})
 _WORDS = "Too many open files"
-"""The loader of compiled modules has no error numbers."""
+"""The loader of compiled modules raises ImportError without an error number."""
 
 
 @dataclass(frozen=True, slots=True)
 class Allowance:
-    """What one process may open."""
+    """The limit of one process and its use."""
 
     allowed: int | None
-    """Descriptors at once; None: this system has no such limit."""
+    """Maximum open descriptors; None: the system has no such limit."""
     before: int | None = None
-    """What it was before it was raised."""
+    """The limit before it was raised."""
     in_use: int = 0
 
     @property
     def free(self) -> int:
-        """How many more; many where there is no limit."""
+        """How many more may be opened; a large number without a limit."""
         return (ENOUGH if self.allowed is None else self.allowed) - self.in_use
 
 
 class ClientShare(NamedTuple):
-    """What a run may open at once."""
+    """Maximum numbers that a run may have open."""
 
     connections: int
     hints: int
-    """Status streams, or connections of webhooks."""
+    """Status streams, or webhook connections."""
     files: int
-    """Images that are read or written."""
+    """Images being read or written."""
     is_bounded: bool
-    """Whether the limit, and not our own choice, decided it."""
+    """Whether the limit reduced any of these numbers."""
 
 
 class ServerShare(NamedTuple):
-    """What a server may open at once."""
+    """Maximum numbers that a server may have open."""
 
     connections: int
     outgoing: int
     """Requests to other servers: source images, webhooks."""
     downloads: int
-    """Files that are sent to callers."""
+    """Files being sent to clients."""
     threads: int
     """Threads that read and write files."""
     workers: int
-    """Processes of the engine."""
+    """Worker processes of the engine."""
 
 
 def limits_to_try(soft: int, hard: int, infinity: int) -> list[int]:
-    """Soft limits worth asking for, the best first; those up to the present one are not worth it."""
+    """Return soft limits above the current one to request, best first."""
     if soft == infinity:
         return []
     best = ENOUGH if hard == infinity else min(hard, ENOUGH)
@@ -107,23 +107,23 @@ def limits_to_try(soft: int, hard: int, infinity: int) -> list[int]:
 
 
 def client_share(allowance: Allowance, *, hints: bool, nearby: bool) -> ClientShare:
-    """What a run may open.
+    """Return what a run may open.
 
     Args:
         allowance: of its process.
-        hints: whether it hears of ends by streams or webhooks, which have connections of their own.
-        nearby: whether its target is the embedded endpoint: one host, under the same limit.
+        hints: whether it uses streams or webhooks, which have their own connections.
+        nearby: whether its target is the embedded endpoint: a single host, under the same limit.
 
     Raises:
-        InputError: too little is free for any run.
+        InputError: too few descriptors for any run.
     """
     room = allowance.free - _CLIENT_RESERVE
     files = _within(room // 6, 1, IMAGE_FILES)
     heard = min(HINTS, (room - files) // 2) if hints else 0
-    # Idle connections to one host are kept while there are active ones to another: three times as many in all.
+    # Up to `connections` idle ones to one host are kept while others are active: three times as many in total.
     hosts = 1 if nearby else 3
     connections = min(CONNECTIONS, (room - files - heard) // hosts)
-    if nearby and allowance.allowed is not None:  # its endpoint has to take them all
+    if nearby and allowance.allowed is not None:  # the endpoint accepts all of them, under the same limit
         connections = min(connections, allowance.allowed // 5)
         heard = min(heard, allowance.allowed // 10)
     if connections < _LEAST:
@@ -132,14 +132,14 @@ def client_share(allowance: Allowance, *, hints: bool, nearby: bool) -> ClientSh
 
 
 def server_share(allowance: Allowance, workers: int = 0) -> ServerShare:
-    """What a server may open.
+    """Return what a server may open.
 
     Args:
         allowance: of its process.
-        workers: processes that its engine would start; it gets at least one of them.
+        workers: worker processes that its engine would start; it gets at least one.
 
     Raises:
-        InputError: too little is free for any server.
+        InputError: too few descriptors for any server.
     """
     room = allowance.free - _SERVER_RESERVE
     started = min(workers, max(1, room // 4 // _WORKER))
@@ -162,7 +162,7 @@ def require(allowance: Allowance, more: int) -> None:
 
 
 def described(allowance: Allowance, connections: int) -> str:
-    """Say what the limit allows, in one line."""
+    """Describe the limit in one line."""
     if allowance.allowed is None:
         return f"open files: no limit; at most {connections:,} connections at once"
     is_raised = allowance.before is not None and allowance.before < allowance.allowed
@@ -171,7 +171,7 @@ def described(allowance: Allowance, connections: int) -> str:
 
 
 def lacks_descriptor(error: BaseException | None) -> bool:
-    """Whether an error, or one that it was raised from, says that no descriptor was free."""
+    """Return whether an error, or one of its causes, means that no descriptor was free."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _NONE_FREE:
             return True
@@ -190,13 +190,13 @@ def patiently(
     lacks: Callable[[BaseException], bool] = lacks_descriptor,
     seconds: float = PATIENCE,
 ) -> T:
-    """Do `work`, and again while it fails for want of a descriptor: others close theirs every moment.
+    """Do `work`; repeat it while it fails for lack of a descriptor, since others are closed all the time.
 
     Args:
         work: leaves nothing half done when it raises.
         sleep: waits that many seconds.
         lacks: whether an error means that no descriptor was free.
-        seconds: for which it is done again; then its error is raised.
+        seconds: time limit; then the error is raised.
     """
     pause, waited = _FIRST_PAUSE, 0.0
     while True:

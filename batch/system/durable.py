@@ -25,7 +25,7 @@ def replacing(
 
     Args:
         path: the file to replace or to create; its folder exists.
-        temporary: the name until then, in the same file system; None: `.NAME.part` beside `path`. A file that a
+        temporary: the name until then, in the same file system; None: `.NAME.part` next to `path`. A file that a
             killed process left there is removed.
         mode: permissions of the file, before the umask.
         sync_name: whether to sync the folder of `path`. Without it a power cut can bring the old file back.
@@ -39,13 +39,13 @@ def replacing(
             file.flush()
             os.fsync(file.fileno())
         except BaseException:
-            with suppress(OSError):  # closing writes what is still buffered, which the disk may refuse once more
+            with suppress(OSError):  # closing flushes the buffer, which may fail again
                 file.close()
             raise
         file.close()
         temporary.replace(path)
     except BaseException:
-        with suppress(OSError):  # the error that is being raised matters more
+        with suppress(OSError):  # must not hide the error that is being raised
             temporary.unlink(missing_ok=True)
         raise
     if sync_name:
@@ -61,8 +61,8 @@ def write_file(
 
 
 def sync(path: Path) -> None:
-    """Put the bytes of a file, or the names in a folder, on the disk."""
-    if os.name == "nt" and path.is_dir():  # Windows cannot open a folder, and keeps names without being asked
+    """Fsync a file or a folder."""
+    if os.name == "nt" and path.is_dir():  # Windows cannot open a folder, and syncs names itself
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -72,11 +72,10 @@ def sync(path: Path) -> None:
 
 
 class NameSync:
-    """Syncs the names of files in folders below `root`; the folders that lead to one of them only the first time.
+    """Syncs folders below `root`; the parents of each folder only once. Thread-safe.
 
-    Files that appear in one folder at the same time need a sync each: none of them knows which names an earlier sync
-    has covered. Folders stay, so one sync of theirs is enough, even if an earlier process created them and was killed
-    before it came to that. Threads may share it.
+    Each new file needs its own sync of its folder, because an earlier sync may not have covered its name. The parent
+    folders are never removed, so one sync per process covers them, even if a killed process created them unsynced.
     """
 
     def __init__(self, root: Path) -> None:
@@ -84,7 +83,7 @@ class NameSync:
         self._known: set[Path] = set()
 
     def sync(self, folder: Path) -> None:
-        """Put the names in `folder`, which is below the root, on the disk."""
+        """Sync `folder`, which is below `root`."""
         sync(folder)
         if folder in self._known:
             return
@@ -96,7 +95,7 @@ class NameSync:
 
 
 def make_folders(folder: Path) -> None:
-    """Create a folder and those above it that are missing, and sync their names."""
+    """Create a folder and its missing parents, and sync their names."""
     if folder.is_dir():
         return
     parent = folder.absolute().parent

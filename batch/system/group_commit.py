@@ -138,7 +138,7 @@ class GroupCommit(Generic[Item, Gain]):
             del task, done, work  # else they live until the next one comes
 
     def _timed(self, items: list[Item]) -> tuple[Sequence[Gain | Exception], float]:
-        """In the thread: seconds of a busy event loop are none of the disk's."""
+        """Write a group and measure the time, in the thread: a busy event loop must not look like a slow disk."""
         began = time.perf_counter()
         return self._attempt(partial(self._work, items)), time.perf_counter() - began
 

@@ -1,4 +1,4 @@
-"""Paths that begin with `~`, as a shell expands them; in `--out=~/run` and in quotes it does not. Edge."""
+"""Expand `~` in paths like a shell, which does not do it in quotes and in `--out=~/run`. Edge."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ P = TypeVar("P", bound=str | Path)
 
 
 def at_home(path: P) -> P:
-    """The path with `~` or `~name` at its start replaced by that user's home folder; any other as it is.
+    """Replace `~` or `~name` at the start by that user's home folder; return any other path unchanged.
 
     Raises:
-        ConfigError: there is no such user, nor a folder with that very name; or the home folder is not known.
+        ConfigError: there is neither such a user nor a folder of that name, or the home folder is unknown.
     """
     text = str(path)
     if not text.startswith("~"):
@@ -26,7 +26,7 @@ def at_home(path: P) -> P:
     if expanded == text:
         first, slash, _ = text.partition("/")
         if first == "~":
-            raise ConfigError(f"{text}: the home folder of this user is not known; set HOME, or write the whole path")
+            raise ConfigError(f"{text}: the home folder is unknown; set HOME, or write the whole path")
         if slash and not os.path.lexists(first):
             raise ConfigError(f"{text}: there is no user {first[1:]!r}; write the whole path")
     return type(path)(expanded)

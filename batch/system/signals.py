@@ -1,7 +1,7 @@
-"""SIGINT and SIGTERM of the command, outside of the part of a run that collects what is in flight. Edge: the process.
+"""SIGINT and SIGTERM of a command, except while a run collects jobs in flight. Edge: the process.
 
-Both mean the same: stop, say so, exit code 4. While modules are loaded they are only noted: compiled ones that are
-interrupted may take the process with them. `deferred` is for the library: there the handlers are the program's own.
+Both mean: stop, report it, exit code 4. During imports they are only recorded, because interrupting a compiled module
+may crash the process. `deferred` is for the library, where the handlers belong to the program.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ __all__ = ["BOTH", "at_once", "deferred", "postpone", "restored", "take"]
 
 BOTH = (signal.SIGINT, signal.SIGTERM)
 _noted: list[int] | None = None
-"""Those that came since `postpone`; None where it was not called."""
+"""Signals since `postpone`; None if it was not called."""
 
 _listeners: list[Callable[[BaseException | None], None]] = []
 _before: Any = None
-"""The handler of SIGINT before the first of the listeners."""
+"""The SIGINT handler before the first listener."""
 
 
 def postpone() -> None:
-    """Note them until `take`."""
-    global _noted  # noqa: PLW0603 - handlers belong to the process, and so does this
+    """Record signals until `take`."""
+    global _noted  # noqa: PLW0603 - like the handlers, it belongs to the process
     _noted = []
     for number in BOTH:
         signal.signal(number, _note)
 
 
 def take() -> None:
-    """From now on they interrupt; one that came before does so now. Nothing where none were postponed.
+    """Let signals interrupt again, and apply a recorded one now. Does nothing without `postpone`.
 
     Raises:
-        KeyboardInterrupt: one came.
+        KeyboardInterrupt: a signal was recorded.
     """
     global _noted
     if _noted is None:
@@ -50,7 +50,7 @@ def take() -> None:
 
 @contextmanager
 def at_once() -> Iterator[None]:
-    """While it lasts they interrupt whatever waits, also inside of an event loop: a question on the terminal, say."""
+    """Let signals interrupt any wait while the block lasts, also in an event loop: a prompt, for example."""
     with restored():
         for number in BOTH:
             signal.signal(number, signal.default_int_handler)
@@ -59,13 +59,13 @@ def at_once() -> Iterator[None]:
 
 @contextmanager
 def restored() -> Iterator[None]:
-    """Whoever takes them over in the block: after it their handlers are what they were before."""
+    """Restore the signal handlers after the block."""
     before = {number: signal.getsignal(number) for number in BOTH}
     try:
         yield
     finally:
         for number, handler in before.items():
-            if handler is not None:  # None: it is not Python's
+            if handler is not None:  # None: not installed by Python
                 signal.signal(number, handler)
 
 
@@ -75,18 +75,18 @@ def _note(number: int, _: FrameType | None) -> None:
 
 
 def _interrupt(*_: object) -> None:
-    signal.raise_signal(signal.SIGINT)  # whose handler an event loop may have taken over
+    signal.raise_signal(signal.SIGINT)  # an event loop may have taken over its handler
 
 
 @contextmanager
 def deferred(heard: Callable[[BaseException | None], None]) -> Iterator[None]:
-    """While it lasts SIGINT raises nothing in the main thread's event loop, where it could strike any instruction.
+    """While the block lasts, SIGINT raises nothing in the main thread's event loop, where it could hit any instruction.
 
-    The program's own handler is called as before. What it raises is given to `heard`, else None; `heard` is called
-    between two instructions, as a signal handler is. Several blocks may overlap and end in any order. In another
-    thread, or where nothing of Python's hears SIGINT, this does nothing.
+    The program's own handler is called as before. Its exception, or None, is passed to `heard`, which is called between
+    two instructions, like a signal handler. Blocks may overlap and end in any order. In another thread, or without a
+    Python handler of SIGINT, this does nothing.
     """
-    global _before  # noqa: PLW0603 - handlers belong to the process, and so does this
+    global _before  # noqa: PLW0603 - like the handlers, it belongs to the process
     if threading.current_thread() is not threading.main_thread() or not callable(signal.getsignal(signal.SIGINT)):
         yield
         return
@@ -112,6 +112,6 @@ def _deferring(number: int, frame: FrameType | None) -> None:
 
 
 def _is_stale(handler: Any) -> bool:
-    """Whether it is that of an `asyncio.run` which has ended, and could not put Python's own back itself."""
+    """Return whether the handler belongs to an `asyncio.run` that has ended and could not restore Python's own."""
     task = getattr(handler, "keywords", {}).get("main_task")
     return task is not None and bool(task.done())

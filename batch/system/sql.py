@@ -1,9 +1,9 @@
-"""SQL statements by name, read from a `.sql` file beside the module that executes them; patience with SQLite. Edge.
+"""SQL statements by name, read from a `.sql` file next to their module; retries while SQLite lacks a descriptor. Edge.
 
 The file is plain SQL, so that editors and linters understand it:
 
     -- name: find_job
-    -- Comments may stand anywhere.
+    -- Comments are allowed anywhere.
     SELECT state FROM jobs WHERE key = ?;
 
 A name is followed by one statement or several; each ends with a semicolon.
@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from batch.system.descriptors import lacks_descriptor, patiently
 
-__all__ = ["Statements", "in_open_database", "load_statements"]
+__all__ = ["Statements", "cannot_open", "in_open_database", "load_statements"]
 
 Value = TypeVar("Value")
 
@@ -42,26 +42,26 @@ class Statements(dict[str, str]):
         raise LookupError(f"{self._path} has no statement named {name!r}; add it, or correct the name")
 
     def begin_with(self, prefix: str) -> list[str]:
-        """The statements whose names begin with `prefix`, in the order of the file."""
+        """Return the statements whose names begin with `prefix`, in the order of the file."""
         return [statement for name, statement in self.items() if name.startswith(prefix)]
 
 
 def load_statements(module_file: str) -> Statements:
-    """Read the statements of a module, whose `__file__` this is: they are in `NAME.sql` beside `NAME.py`."""
+    """Read the statements of a module from `NAME.sql` next to `NAME.py`. `module_file`: the module's `__file__`."""
     return Statements(Path(module_file).with_suffix(".sql"))
 
 
 def in_open_database(work: Callable[[], Value]) -> Value:
-    """Do something in a database that is open, and again while SQLite has no descriptor for a temporary file.
+    """Run work on an open database; retry while SQLite has no descriptor for a temporary file.
 
     Args:
         work: one statement, or a transaction that is rolled back when it raises.
     """
-    return patiently(work, time.sleep, lacks=_lacks)
+    return patiently(work, time.sleep, lacks=cannot_open)
 
 
-def _lacks(error: BaseException) -> bool:
-    """SQLite says no more than that it cannot open something."""
+def cannot_open(error: BaseException) -> bool:
+    """Return whether SQLite could not open a file; for an open database this is a temporary file."""
     cause: BaseException | None = error
     while cause is not None:
         code = getattr(cause, "sqlite_errorcode", 0) if isinstance(cause, sqlite3.Error) else 0

@@ -1,8 +1,8 @@
-"""A coroutine for a thread that waits for it, with Ctrl-C as a user of Python expects it. Edge: the process.
+"""Run a coroutine while a thread waits for it, with the usual behaviour of Ctrl-C. Edge: the process.
 
-The coroutine runs in a thread and an event loop of its own, so that it also works inside a running loop (a notebook).
-The caller's thread waits. An interrupt there does not leave the coroutine behind: it is passed on, and raised once the
-coroutine has ended.
+The coroutine runs in its own thread and event loop, so it also works inside a running loop (a notebook). The caller's
+thread waits. An interrupt there does not abandon the coroutine: it is passed on, and raised after the coroutine has
+ended.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 _PATIENCE = 1.0
-"""Seconds that an interrupt waits for a call that leaves nothing to be finished, such as a plan."""
+"""Seconds that an interrupt waits for a call that has nothing to finish, such as a plan."""
 _LOOK_EVERY = 0.25
-"""Seconds between two looks at what no signal tells."""
+"""Seconds between two checks for an end without a signal."""
 _SIGINT = signal.SIGINT.name
 
 
@@ -44,39 +44,39 @@ class BlockingCall(Generic[T]):
     """One call of a coroutine function, and the thread that waits for it."""
 
     def __init__(self, function: Callable[[], Awaitable[T]], sentence: Callable[[T], str], *, signals: bool) -> None:
-        """Not started yet.
+        """Create the call; it does not start yet.
 
         Args:
-            function: makes the coroutine.
-            sentence: what a KeyboardInterrupt says about the result.
+            function: creates the coroutine.
+            sentence: returns the KeyboardInterrupt's message for a result.
             signals: SIGINT and SIGTERM stop the call and raise nothing; its result says that it was stopped.
         """
         self._function, self._sentence, self._are_wanted = function, sentence, signals
         self._outcome: Future[T] = Future()
         self._words: SimpleQueue[str | None] = SimpleQueue()
-        """Names of signals that came, in the caller's thread; None: the call has ended."""
+        """Signal names received in the caller's thread; None: the call has ended."""
         self._interrupts: deque[str] = deque()
-        """Those of them that the call's own thread has not dealt with."""
+        """Signal names that the call's own thread has not handled yet."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._scope: anyio.CancelScope | None = None
         self._stop: Callable[[str], None] | None = None
         self._interrupted_at: float | None = None
 
     def stopped_by(self, stop: Callable[[str], None]) -> None:
-        """From now on an interrupt calls this, with its name, and is raised when the call has ended.
+        """Pass interrupts, by name, to `stop` from now on; they are raised when the call has ended.
 
-        Before, it cancels the call, and the caller does not wait for its end.
+        Before this call, an interrupt cancels the coroutine, and the caller does not wait for its end.
         """
         self._stop = stop
 
     # --- the caller's thread -------------------------------------------------------------------------------
 
     def result(self, name: str, backend_options: dict[str, Any]) -> T:
-        """Carry the call out in a thread of this name and wait for it.
+        """Run the call in a thread of this name and wait for it.
 
         Raises:
-            KeyboardInterrupt: there was one, or whatever a signal handler of the caller's own raised; the call has
-                ended before where it has something to finish.
+            KeyboardInterrupt: it was interrupted; or the exception of the caller's own signal handler. If the call has
+                something to finish, it has ended before.
             ValueError: signals are wanted, but this is not the main thread, which alone receives them.
         """
         if self._are_wanted and not _is_main():
@@ -90,11 +90,11 @@ class BlockingCall(Generic[T]):
         if raised is None and has_ended and self._are_wanted:
             return self._outcome.result()
         failure = self._outcome.exception() if has_ended else None
-        told = [self._sentence(self._outcome.result())] if has_ended and failure is None else []
-        raise raised or KeyboardInterrupt(*told) from failure
+        message = [self._sentence(self._outcome.result())] if has_ended and failure is None else []
+        raise raised or KeyboardInterrupt(*message) from failure
 
     def _wait_for_the_end(self) -> BaseException | None:
-        """What a signal handler of the caller's own raised first meanwhile."""
+        """Wait for the end; return the first exception of the caller's own signal handler, or None."""
         raised: BaseException | None = None
         while True:
             try:
@@ -106,7 +106,7 @@ class BlockingCall(Generic[T]):
                 return raised
 
     def _wait(self) -> None:
-        """Until the call has ended, or need not be waited for."""
+        """Wait until the call has ended, or need not be waited for."""
         while True:
             try:
                 word = self._words.get(timeout=_LOOK_EVERY)
@@ -121,10 +121,10 @@ class BlockingCall(Generic[T]):
                 return
 
     def _is_left_alone(self) -> bool:
-        """Whether Ctrl-C ended the main thread while this one, which receives no signal, waits."""
+        """Return whether Ctrl-C ended the main thread while this thread, which receives no signals, waits."""
         if _is_main() or self._interrupted_at is not None:
             return False
-        # The second is true while the threads of executors are waited for, the first only after that.
+        # The second is true while executor threads are joined, the first only afterwards.
         is_over = not threading.main_thread().is_alive() or getattr(threading, "_SHUTTING_DOWN", False)
         return is_over and isinstance(getattr(sys, "last_value", None), KeyboardInterrupt)
 
@@ -132,18 +132,18 @@ class BlockingCall(Generic[T]):
         if self._interrupted_at is None:
             self._interrupted_at = time.monotonic()
             if self._stop is not None:
-                _log.warning("%s: collecting what is in flight; interrupt once more to stop at once", name)
+                _log.warning("%s: collecting jobs in flight; interrupt again to stop at once", name)
         self._interrupts.append(name)
         if self._loop is not None:
-            with suppress(RuntimeError):  # it is closed: the call has just ended
+            with suppress(RuntimeError):  # the loop is closed: the call has just ended
                 self._loop.call_soon_threadsafe(self._pass_on)
 
     @contextmanager
     def _noting_signals(self) -> Iterator[None]:
-        """Note signals for the call while the block lasts.
+        """Record signals for the call while the block lasts.
 
-        A handler of the caller's own stays where nothing else is wanted. One that comes with an event loop (of
-        `asyncio.run`, of a notebook's kernel) does not: it can only wake the loop, which this call holds up.
+        The caller's own handler stays unless signals are wanted. The handler of an event loop (of `asyncio.run`, of a
+        notebook's kernel) is replaced: it can only wake the loop, which this call blocks.
         """
         numbers: tuple[signal.Signals, ...] = ()
         if self._are_wanted:
@@ -157,7 +157,7 @@ class BlockingCall(Generic[T]):
             yield
         finally:
             for number, handler in before.items():
-                if handler is not None and signal.getsignal(number) == self._note:  # None: it was not Python's
+                if handler is not None and signal.getsignal(number) == self._note:  # None: not installed by Python
                     signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
@@ -173,12 +173,12 @@ class BlockingCall(Generic[T]):
         else:
             for result in results:
                 self._outcome.set_result(result)
-            self._outcome.cancel()  # where there is none
+            self._outcome.cancel()  # without a result
         finally:
             self._words.put(None)
 
     async def _main(self) -> list[T]:
-        """The result; empty where the call was cancelled."""
+        """Return the result; empty if the call was cancelled."""
         _current.set(self)
         self._loop = asyncio.get_running_loop()
         with anyio.CancelScope() as self._scope:
@@ -199,21 +199,21 @@ _current: ContextVar[BlockingCall[Any] | None] = ContextVar("_current", default=
 
 
 def current_call() -> BlockingCall[Any] | None:
-    """The call that this coroutine is carried out for, where a thread waits for it."""
+    """Return the blocking call that runs this coroutine, if any."""
     return _current.get()
 
 
 def _let_interrupt() -> None:
-    """Have SIGINT interrupt a main thread that waits for this one, as Python has it.
+    """Let SIGINT interrupt a main thread that waits for this one, as Python does by default.
 
-    polars takes the handler over when it is imported, and with its flags `Thread.join` would not notice the signal.
+    polars replaces the handler when it is imported, and with its flags `Thread.join` would not notice the signal.
     """
     if callable(signal.getsignal(signal.SIGINT)):
         signal.siginterrupt(signal.SIGINT, True)
 
 
 def _is_in_loop() -> bool:
-    """Whether an event loop runs in this thread."""
+    """Return whether an event loop runs in this thread."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

@@ -1,1 +1,1 @@
-"""Fakes that ship: users test their own code with them, and we hold them to the real things by contract."""
+"""Fakes that are part of the package, for users' tests; contract tests check them against the real parts."""

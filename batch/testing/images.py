@@ -1,4 +1,4 @@
-"""`MemoryImages`: the image files of a run in memory, decoded for real."""
+"""`MemoryImages`: the image files of a run in memory, really decoded."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ class MemoryImages:
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
-        """Stored images by their path."""
+        """Stored images by path."""
 
     async def load(self, image: LocalImage) -> LoadedImage:
-        """The image that the manifest itself carried."""
+        """Return an image that the manifest itself contains."""
         if image.data is None:
             raise ImageError("image_load_error", f"{image.name} has no bytes in memory")
         seen = decode(image.data)
         return LoadedImage(image.data, seen.content_type, seen.width * seen.height / 1e6)
 
     async def store(self, data: bytes) -> StoredImage:
-        """Keep it under its hash."""
+        """Store it under its hash."""
         seen = decode(data)
         digest = hashlib.sha256(data).hexdigest()
         path = f"images/{digest[:2]}/{digest}"

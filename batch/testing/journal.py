@@ -1,7 +1,7 @@
-"""A journal in memory, for tests in virtual time: no threads, no file, every event kept for assertions.
+"""A journal in memory, for tests in virtual time: no threads, no file, and every event is kept for assertions.
 
-It runs the same transitions as `batch.journal.writer`, and is held to the same contract by
-`tests/contract/test_journal.py`. Nothing survives it.
+Runs the same transitions as `batch.journal.writer`; `tests/contract/test_journal.py` checks both against the same
+contract. Nothing is persistent.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ __all__ = ["MemoryJournal"]
 
 
 class MemoryJournal:
-    """Implements `batch.run.interfaces.Journal`. `events` holds everything that was recorded, in order.
+    """Implements `batch.run.interfaces.Journal`. `events` has everything recorded, in order.
 
-    `reopened` is the journal of the next run of the same command.
+    `reopened` returns the journal of the next run of the same command.
     """
 
     def __init__(self, session: int = 1) -> None:
@@ -41,7 +41,7 @@ class MemoryJournal:
 
     @property
     def session(self) -> int:
-        """Number of the run that records now, from 1 on."""
+        """Number of the current session, from 1."""
         return self._rows.session
 
     @session.setter
@@ -49,17 +49,17 @@ class MemoryJournal:
         self._rows.session = number
 
     def reopened(self) -> MemoryJournal:
-        """The same content in the next session, as after a crash; the old journal no longer changes it."""
+        """Return a copy in the next session, as after a crash; later changes do not affect each other."""
         journal = copy.deepcopy(self)
         journal.session += 1
         return journal
 
     async def record(self, *events: Event) -> None:
-        """Keep events in this order, all of them or none.
+        """Record events in this order, all of them or none.
 
         Raises:
-            IllegalTransition: an event that the states do not allow.
-            RequestIdTaken: an acceptance under a request id that is another job's.
+            IllegalTransition: an event that the states of its job do not allow.
+            RequestIdTaken: the acceptance has the request id of another job.
         """
         if (refusal := self._rows.take(events)) is not None:
             raise refusal
@@ -68,7 +68,7 @@ class MemoryJournal:
         await anyio.lowlevel.checkpoint()
 
     def _store(self) -> None:
-        """Do with new rows what the database does."""
+        """Apply new rows like the database does."""
         rows = self._rows
         self._bodies.update(rows.bodies)
         self._outcomes.update({row.id: row for row in rows.outcomes})
@@ -83,7 +83,7 @@ class MemoryJournal:
             batch.clear()
 
     async def find(self, keys: Sequence[JobKey]) -> dict[JobKey, KnownJob]:
-        """Those of the keys that the journal knows."""
+        """Return those of the keys that the journal knows."""
         await anyio.lowlevel.checkpoint()
         jobs = {key: self._rows.jobs[key] for key in keys if key in self._rows.jobs}
         return {
@@ -92,7 +92,7 @@ class MemoryJournal:
         }
 
     async def entries(self, states: Collection[State]) -> AsyncGenerator[OpenJob, None]:
-        """Jobs in these states, the one intended first coming first."""
+        """Yield the jobs in these states, ordered by the time of their intent."""
         wanted = [job for job in self._rows.jobs.values() if job.state in states]
         wanted.sort(key=lambda job: -math.inf if job.intended_at is None else job.intended_at)
         for job in wanted:
@@ -101,22 +101,22 @@ class MemoryJournal:
                 yield self._open_job(job)
 
     async def uploaded(self, sha256: str, since: float) -> str | None:
-        """URL of an image uploaded at or after `since`, or None."""
+        """Return the URL of an image uploaded at or after `since`, or None."""
         await anyio.lowlevel.checkpoint()
         at, url = self._uploads.get(sha256, (-math.inf, None))
         return None if at < since else url
 
     async def requests(self, ids: Sequence[str]) -> set[str]:
-        """Those of the request ids that belong to a job, or to one of its ended attempts."""
+        """Return those of the request ids that belong to a job or to one of its ended attempts."""
         given = {event.ticket.request_id for event in self.events if isinstance(event, Accepted)}
         return {request_id for request_id in ids if request_id in given}
 
     async def settled(self) -> None:
-        """Return at once: what is recorded here is kept."""
+        """Return at once: everything recorded is kept."""
         await anyio.lowlevel.checkpoint()
 
     async def counts(self) -> Counts:
-        """Totals over all sessions."""
+        """Return totals over all sessions."""
         await anyio.lowlevel.checkpoint()
         jobs = self._rows.jobs.values()
         is_open = [job for job in jobs if job.state in OPEN]
@@ -128,11 +128,11 @@ class MemoryJournal:
         )
 
     def state(self, key: JobKey) -> State:
-        """The state of one job; PENDING where the journal does not know it."""
+        """Return the state of one job; PENDING if the journal does not know it."""
         return self._rows.jobs[key].state if key in self._rows.jobs else State.PENDING
 
     def outcomes(self, keys: Sequence[JobKey]) -> dict[JobKey, JobOutcome]:
-        """What the results table shows of those of the keys that the journal knows."""
+        """Return what the results table shows of those of the keys that the journal knows."""
         return {key: self._outcome(key, self._rows.jobs[key]) for key in keys if key in self._rows.jobs}
 
     def _collectable_since(self, job: JobRow) -> float | None:

@@ -1,4 +1,4 @@
-"""`RecordingObserver`: everything that happened, for assertions."""
+"""`RecordingObserver`: records all events, for assertions."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ __all__ = ["RecordingObserver"]
 
 
 class RecordingObserver(Observer):
-    """Keeps `(action, facts)` in order."""
+    """Records `(action, facts)` in order."""
 
     def __init__(self) -> None:
         self.events: list[tuple[str, dict[str, Json]]] = []
 
     def happened(self, action: str, **facts: Json) -> None:
-        """Keep it."""
+        """Record the event."""
         self.events.append((action, facts))
 
     def actions(self, action: str) -> list[dict[str, Json]]:
-        """The facts of all events of one kind."""
+        """Return the facts of all events with this action."""
         return [facts for name, facts in self.events if name == action]

@@ -1,7 +1,7 @@
-"""`FakeService`: the queue API in memory, on anyio's clock, with faults named for what they do.
+"""`FakeService`: the queue API in memory, on anyio's clock, with faults named after their effect.
 
-Implements `batch.run.interfaces.Service`. Under Trio's MockClock a run of hours takes milliseconds. It counts what
-matters: POSTs that arrived, requests accepted (each would be billed), reads, uploads.
+Implements `batch.run.interfaces.Service`. Under Trio's MockClock a run of hours takes milliseconds. Counts the POSTs
+that arrived, the accepted requests (each would be billed), reads and uploads.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = [
 
 @dataclass(slots=True)
 class FakeRequest:
-    """One accepted request of the fake."""
+    """One accepted request."""
 
     id: RequestId
     body: JsonObject
@@ -53,58 +53,58 @@ class FakeRequest:
     is_expired: bool = False
     """Whether it did not start in time: it ended with 504, and is not billed."""
     noticed_at: float | None = None
-    """When a status read first said that it had ended."""
+    """Time of the first status read that reported its end."""
 
 
 class Fault:
-    """Does nothing; a fault overrides the moment at which it strikes. `n` counts that moment from 1."""
+    """Does nothing; a fault overrides the event at which it occurs. `n` counts that event from 1."""
 
     def connecting(self, phase: str, n: int) -> None:
-        """Before any byte is sent."""
+        """Called before any byte is sent."""
 
     def submitting(self, attempt: Attempt, n: int) -> Reply | None:
-        """A submit arrived: the reply that is given instead of accepting it."""
+        """Return a reply for a submit that arrived, instead of accepting it."""
 
     def accepted(self, attempt: Attempt, n: int) -> None:
-        """A submit was accepted, its answer is about to be sent."""
+        """Called after a submit was accepted, before its answer is sent."""
 
     def reading(self, phase: str, n: int) -> Reply | None:
-        """A status or result read arrived: the reply given instead."""
+        """Return a reply for a status or result read, instead of the real one."""
 
     def completing(self, request: FakeRequest, n: int) -> Reply | None:
-        """A result is about to be answered: the job's own failure instead."""
+        """Return a failure of the job, instead of its result."""
 
     def downloading(self, data: bytes, n: int) -> bytes:
-        """A file is about to be sent."""
+        """Return the bytes to send for a file."""
         return data
 
     def listing(self, n: int) -> Reply | None:
-        """A page of the request listing was asked for: the reply given instead."""
+        """Return a reply for a page of the request listing, instead of the real one."""
 
 
 @dataclass(slots=True)
 class FakeListing:
-    """How the fake lists its requests; the defaults are those of an obliging service."""
+    """How the fake lists its requests; the defaults are those of an ideal service."""
 
     lag: float = 0.0
     """Seconds until an accepted request is listed."""
     waiting: bool = True
-    """Whether requests are listed that have not ended."""
+    """Whether unfinished requests are listed."""
     hidden: Callable[[FakeRequest], bool] = lambda _: False
-    """Whose input is not shown."""
+    """Whether a request's input is hidden."""
     page_limit: int = PAGE_LIMIT
-    """The most requests a page, whatever is asked for."""
+    """Maximum requests per page, whatever is asked for."""
     arrivals: int = 0
-    """Other people's requests that come in before each page is read, and shift what follows."""
+    """Requests of other users that arrive before each page is read, and shift the pages."""
     page_bytes: int | None = None
-    """What a page may weigh until it is too large for the client."""
+    """Size of a page above which it is too large for the client."""
     others: list[Listed] = field(default_factory=list)
-    """Requests that are no jobs of this run."""
+    """Requests that do not belong to this run."""
 
 
 @dataclass(slots=True)
 class RefusesConnection(Fault):
-    """No connection between two moments of the clock: certainly nothing was sent."""
+    """Refuses connections between two times: certainly nothing was sent."""
 
     since: float
     until: float
@@ -117,7 +117,7 @@ class RefusesConnection(Fault):
 
 @dataclass(slots=True)
 class DropsAfterAccept(Fault):
-    """The submit is accepted, and the connection drops before the answer: the costly one."""
+    """Drops the connection after the submit was accepted, before the answer: the expensive case."""
 
     every: int = 1
 
@@ -129,7 +129,7 @@ class DropsAfterAccept(Fault):
 
 @dataclass(slots=True)
 class DropsBeforeAccept(Fault):
-    """The submit's bytes were sent, and the connection drops before it was accepted; nobody can tell."""
+    """Drops the connection after the submit was sent, before it was accepted; the client cannot know."""
 
     every: int = 1
 
@@ -142,7 +142,7 @@ class DropsBeforeAccept(Fault):
 
 @dataclass(slots=True)
 class RefusesSubmits(Fault):
-    """Answers submits with a status, from the `first`-th on, `times` of them."""
+    """Answers `times` submits with a status, starting with the `first`-th."""
 
     status: int
     first: int = 1
@@ -165,13 +165,13 @@ class AnswersReadsWith(Fault):
     body: bytes = b"<html>nginx</html>"
 
     def reading(self, phase: str, n: int) -> Reply | None:
-        """Answer it."""
+        """Return the wrong reply."""
         return Reply(self.status, self.body) if n % self.every == 0 else None
 
 
 @dataclass(slots=True)
 class CompletesWith(Fault):
-    """Jobs whose prompt contains a word end with an error of the job's own, the first `times` times."""
+    """Ends jobs whose prompt contains `word` with an error of the job itself, the first `times` times."""
 
     word: str
     status: int
@@ -182,7 +182,7 @@ class CompletesWith(Fault):
     _ids: set[str] = field(default_factory=set)
 
     def completing(self, request: FakeRequest, n: int) -> Reply | None:
-        """Fail it."""
+        """Return the error."""
         if self.word not in str(request.body["prompt"]):
             return None
         if request.id not in self._ids:
@@ -198,18 +198,18 @@ class CompletesWith(Fault):
 
 @dataclass(slots=True)
 class SendsDamagedFiles(Fault):
-    """Every `every`-th download is cut in half."""
+    """Cuts every `every`-th download in half."""
 
     every: int = 2
 
     def downloading(self, data: bytes, n: int) -> bytes:
-        """Cut it."""
+        """Cut the file."""
         return data[: len(data) // 2] if n % self.every == 0 else data
 
 
 @dataclass(slots=True)
 class _Slot:
-    """Executes one request at a time, and begins none outside its shifts."""
+    """Executes one request at a time; starts requests only during its shifts."""
 
     shifts: Sequence[tuple[float, float]]
     free_at: float = 0.0
@@ -220,12 +220,12 @@ class _Slot:
 
 
 class FakeService:
-    """See the module.
+    """The fake queue API.
 
-    `slots` None: every request runs at once. A number: so many at once. Else each slot's shifts, as spans of the clock
-    in which it begins requests: `[[(0, 100)], [(50, math.inf)]]`; some slot has to stay. `rejects_repeats`: the answer
-    to a submit whose key it has seen; None: it replays the first one where it `honours_keys`, else it ignores keys.
-    `start_timeout`: seconds that a request may wait before it ends with 504.
+    `slots` None: every request executes at once. A number: that many concurrently. Otherwise the shifts of each slot,
+    as time spans in which it starts requests: `[[(0, 100)], [(50, math.inf)]]`; at least one slot must be unlimited.
+    `rejects_repeats`: the reply to a submit with a known key; None: it replays the first answer if it `honours_keys`,
+    else it ignores keys. `start_timeout`: seconds that a request may wait before it ends with 504.
     """
 
     def __init__(
@@ -258,16 +258,16 @@ class FakeService:
 
     @property
     def accepted(self) -> int:
-        """Requests accepted: each would be billed."""
+        """Number of accepted requests: each would be billed."""
         return len(self.requests)
 
     @property
     def posts(self) -> int:
-        """Submit POSTs that arrived."""
+        """Number of submit POSTs that arrived."""
         return self._counts["submit"]
 
     def count(self, phase: str) -> int:
-        """Exchanges of a phase that arrived."""
+        """Return the number of exchanges of a phase that arrived."""
         return self._counts[phase]
 
     def forget_keys(self) -> None:
@@ -275,7 +275,7 @@ class FakeService:
         self._by_key.clear()
 
     async def submit(self, attempt: Attempt) -> Ticket:
-        """Accept, or commit a fault."""
+        """Accept the submit, or apply a fault."""
         if self.before_send is not None:
             await self.before_send(attempt)
         n = await self._arrive("submit")
@@ -292,7 +292,7 @@ class FakeService:
         return Ticket(request_id, position=self._ahead(self.requests[request_id].starts_at, anyio.current_time()))
 
     async def status(self, ticket: Ticket) -> TicketStatus:
-        """Where the request is by the clock."""
+        """Return the state of the request at the current time."""
         request = await self._read("status", ticket)
         request.reads += 1
         now = anyio.current_time()
@@ -304,16 +304,16 @@ class FakeService:
         return TicketStatus(QueueState.IN_QUEUE, position=self._ahead(request.starts_at, now))
 
     async def result(self, ticket: Ticket) -> Answer:
-        """The output; one image whose pixels come from the input."""
+        """Return the output; its images are determined by the input."""
         request = await self._read("result", ticket)
         now = anyio.current_time()
         if now < request.ends_at:
-            request.reads += 1  # in vain, like that of a status which says the same
+            request.reads += 1  # too early, counted like a status read with the same answer
             self._refuse("result", Reply(400, b'{"detail":"Request is still in progress"}'))
         request.noticed_at = now if request.noticed_at is None else request.noticed_at
         if request.is_expired:
-            said = {"x-fal-request-timeout-type": "user"}
-            self._refuse("result", request_error_reply(504, "request_timeout", "Not started in time", None, **said))
+            timeout = {"x-fal-request-timeout-type": "user"}
+            self._refuse("result", request_error_reply(504, "request_timeout", "Not started in time", None, **timeout))
         for fault in self.faults:
             self._refuse("result", fault.completing(request, self._counts["result"]))
         body = request.body
@@ -332,7 +332,7 @@ class FakeService:
         return Answer(output, 0.5, raw=orjson.dumps(output))
 
     async def cancel(self, ticket: Ticket) -> CancelOutcome | None:
-        """Cancel what has not ended."""
+        """Cancel a request that has not ended."""
         request = await self._read("cancel", ticket)
         if anyio.current_time() >= request.ends_at:
             return CancelOutcome.ALREADY_COMPLETED
@@ -340,12 +340,12 @@ class FakeService:
         return CancelOutcome.REQUESTED
 
     async def upload(self, data: bytes, content_type: str, name: str) -> str:
-        """A URL by content."""
+        """Return a URL derived from the content."""
         await self._arrive("upload")
         return f"fake://uploads/{hashlib.sha256(data).hexdigest()}"
 
     async def download(self, url: str) -> bytes:
-        """A small PNG whose colour comes from the URL's request and the seed."""
+        """Return a small PNG whose colour is determined by the seed and the URL."""
         n = await self._arrive("download")
         request_id = url.removeprefix("fake://").partition("/")[0]
         seed = self.requests[RequestId(request_id)].body["seed"]
@@ -358,7 +358,7 @@ class FakeService:
         return data
 
     async def listing(self, start: float, end: float, cursor: str | None, limit: int = PAGE_LIMIT) -> ListingPage:
-        """A page of the requests between two instants, the newest first; the cursor is a page number."""
+        """Return a page of the requests between two times, newest first; the cursor is a page number."""
         n = await self._arrive("listing")
         for fault in self.faults:
             self._refuse("listing", fault.listing(n))
@@ -420,7 +420,7 @@ class FakeService:
         return request_id
 
     def _ahead(self, starts_at: float, now: float) -> int:
-        """How many wait that will start before."""
+        """Return the number of waiting requests that will start earlier."""
         return max(0, bisect_left(self._starts, starts_at) - bisect_right(self._starts, now))
 
     def _refuse(self, phase: str, reply: Reply | None) -> None:

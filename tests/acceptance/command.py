@@ -1,4 +1,4 @@
-"""The real command in a process of its own, and looks at what it left: results, journal, endpoint."""
+"""Runs the real command in a separate process and reads its results, journal and endpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FROM_OUTSIDE = ("FAL_", "RESTYLE_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "
 
 @dataclass(frozen=True)
 class Ended:
-    """A command that has ended."""
+    """A finished command."""
 
     code: int
     out: str
@@ -34,7 +34,7 @@ class Ended:
 
 
 def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
-    """This process's variables without those that the command would take for its own."""
+    """Return this process's environment without the variables that the command reads."""
     kept = {name: value for name, value in os.environ.items() if not name.upper().startswith(_FROM_OUTSIDE)}
     return kept | {"PYTHONPATH": str(REPOSITORY)} | (extra or {})
 
@@ -48,7 +48,7 @@ def start(
 ) -> subprocess.Popen[str]:
     """Start `restyle ...`; the caller ends it.
 
-    `through` is a command that executes it, a shell with a limit say. With `quick` its pauses are short ones: see
+    `through` is a wrapper command, for example a shell with a limit. With `quick` its pauses are short: see
     `tests.quick_time`.
     """
     return subprocess.Popen(
@@ -63,7 +63,7 @@ def start(
 
 
 def restyle(*arguments: object, env: dict[str, str] | None = None, timeout: float = 90, **options: object) -> Ended:
-    """Run `restyle ...` to its end. No command of ours ever shows a stack trace."""
+    """Run `restyle ...` to its end. No command may print a stack trace."""
     with start(*arguments, env=env, **options) as process:
         ended = finish(process, timeout)
     assert "Traceback" not in ended.text, ended.text
@@ -71,7 +71,7 @@ def restyle(*arguments: object, env: dict[str, str] | None = None, timeout: floa
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 90) -> Ended:
-    """Wait for a started command."""
+    """Wait for a started command to end."""
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -85,7 +85,7 @@ def finish(process: subprocess.Popen[str], timeout: float = 90) -> Ended:
 def started(
     *arguments: object, env: dict[str, str] | None = None, **options: object
 ) -> Iterator[subprocess.Popen[str]]:
-    """The same for a block, killed at its end where it still runs."""
+    """Start a command for a block and kill it at the end if it still runs."""
     with start(*arguments, env=env, **options) as process:
         try:
             yield process
@@ -96,7 +96,7 @@ def started(
 
 
 def wait_for(condition: Callable[[], object], what: str, timeout: float = 60) -> None:
-    """Look again and again at another process's doing: there is nothing of ours to wait on."""
+    """Poll until a condition about another process holds: there is no event to wait for."""
     end = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < end, f"{what} did not happen within {timeout} s"
@@ -104,23 +104,23 @@ def wait_for(condition: Callable[[], object], what: str, timeout: float = 60) ->
 
 
 def children(pid: int) -> list[int]:
-    """Process ids of the direct children."""
+    """Return the process ids of the direct children."""
     listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
     pairs = (line.split() for line in listed.splitlines())
     return [int(child) for child, parent in pairs if int(parent) == pid]
 
 
-# --- what goes in -----------------------------------------------------------------------------------------
+# --- inputs -----------------------------------------------------------------------------------------------
 
 
 def write_manifest(path: Path, rows: Iterable[int]) -> Path:
-    """A CSV whose n-th image lies on a server that nobody asks: the echo engine fetches nothing."""
+    """Write a CSV with image URLs that are never requested: the echo engine fetches nothing."""
     lines = [f"{n},https://images.example/{n}.jpg,image {n} as a watercolor" for n in rows]
     path.write_text("\n".join(["name,image_url,prompt", *lines]) + "\n")
     return path
 
 
-# --- what comes out ---------------------------------------------------------------------------------------
+# --- outputs ----------------------------------------------------------------------------------------------
 
 
 def results(run_directory: Path) -> pa.Table:
@@ -129,7 +129,7 @@ def results(run_directory: Path) -> pa.Table:
 
 def summary(run_directory: Path) -> dict:
     text = (run_directory / "summary.json").read_text()
-    assert text.count("\n") == 1, "one line, for a cron job's reader"
+    assert text.count("\n") == 1, "summary.json has one line"
     return json.loads(text)
 
 
@@ -138,12 +138,12 @@ def log(run_directory: Path) -> list[dict]:
 
 
 def accepted(run_directory: Path) -> int:
-    """What the embedded endpoint has accepted ever, by its own durable counter: each would have been billed."""
+    """Return the number of requests that the embedded endpoint has ever accepted, by its durable counter."""
     return _query(run_directory / "endpoint" / "server.db", "SELECT value FROM counter WHERE name = 'accepted'") or 0
 
 
 def jobs_in(run_directory: Path, *states: str) -> int:
-    """Jobs of the journal in these states; without one all jobs."""
+    """Return the number of jobs in these states; without a state, of all jobs."""
     where = f"WHERE state IN ({', '.join(map(repr, states))})" if states else ""
     return _query(run_directory / "journal.db", f"SELECT count(*) FROM jobs {where}") or 0
 
@@ -154,7 +154,7 @@ def _query(path: Path, statement: str) -> int | None:
     connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=10)
     try:
         row = connection.execute(statement).fetchone()
-    except sqlite3.OperationalError:  # its tables are just being made
+    except sqlite3.OperationalError:  # its tables do not exist yet
         return None
     finally:
         connection.close()

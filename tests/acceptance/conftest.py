@@ -15,14 +15,14 @@ from tests.acceptance.command import restyle, write_manifest
 
 
 class FinishedRun(NamedTuple):
-    """Forty rows through the echo engine, done; tests only read it."""
+    """Forty finished rows of the echo engine; tests only read this run."""
 
     manifest: Path
     directory: Path
 
 
 class ImageServer(NamedTuple):
-    """A folder that is served as it is at the moment of each request."""
+    """A folder on a web server; each request serves its current content."""
 
     url: str
     folder: Path

@@ -1,4 +1,4 @@
-"""`restyle serve` as a process of its own, with a key, and somebody who listens for its callbacks."""
+"""`restyle serve` in a separate process with a key, and a receiver of its callbacks."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class Endpoint:
 
     url: str
     key: str
-    """Of its one caller; empty where none is asked for."""
+    """The key of its only caller; empty if it needs none."""
     process: subprocess.Popen[str]
 
 
 @contextmanager
 def endpoint(folder: Path, *options: object, keyed: bool = True, **process_options: object) -> Iterator[Endpoint]:
-    """Run `restyle serve` in `folder` while the block lasts. Without `keyed` it asks for no key."""
+    """Run `restyle serve` in `folder` during the block. Without `keyed` it needs no key."""
     key, flags = "", [*map(str, options)]
     if keyed:
         keys = folder / "keys"
@@ -64,7 +64,7 @@ def endpoint(folder: Path, *options: object, keyed: bool = True, **process_optio
         try:
             line = process.stdout.readline()
             found = re.search(r"https?://\S+", line)
-            assert found, f"it did not start: {line}{log.read_text()}"
+            assert found, f"the server did not start: {line}{log.read_text()}"
             yield Endpoint(found[0], key, process)
         finally:
             process.send_signal(signal.SIGTERM)
@@ -76,14 +76,14 @@ def endpoint(folder: Path, *options: object, keyed: bool = True, **process_optio
 
 
 def image_bytes(color: str = "orange") -> bytes:
-    """A small PNG."""
+    """Return a small PNG."""
     buffer = io.BytesIO()
     Image.new("RGB", (320, 256), color).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def large_file(path: Path, mebibytes: int) -> Path:
-    """A file of that size, sparse but for a few bytes in each MiB: two parts in the wrong order would show."""
+    """Write a file of this size, sparse except a few bytes per MiB, so that swapped parts are detected."""
     marks = random.Random(7)
     with path.open("wb") as file:
         for number in range(mebibytes):
@@ -94,7 +94,7 @@ def large_file(path: Path, mebibytes: int) -> Path:
 
 
 def is_same(url: str, path: Path) -> bool:
-    """Whether a URL serves exactly this file; neither is held in memory."""
+    """Whether a URL serves exactly this file; neither is loaded into memory."""
     with urllib.request.urlopen(url) as answer, path.open("rb") as file:
         while chunk := file.read(1 << 20):
             if answer.read(len(chunk)) != chunk:
@@ -104,21 +104,21 @@ def is_same(url: str, path: Path) -> bool:
 
 @dataclass
 class Callbacks:
-    """What a receiver of webhooks got: headers and raw body of each call."""
+    """Received webhooks: headers and raw body of each call."""
 
     url: str
     received: list[tuple[dict[str, str], bytes]] = field(default_factory=list)
     came: threading.Event = field(default_factory=threading.Event)
 
     def one(self) -> tuple[dict[str, str], bytes]:
-        """Wait for the first."""
-        assert self.came.wait(20), "no callback came"
+        """Wait for the first call."""
+        assert self.came.wait(20), "no callback arrived"
         return self.received[0]
 
 
 @contextmanager
 def callbacks() -> Iterator[Callbacks]:
-    """Listen on loopback while the block lasts."""
+    """Listen on loopback during the block."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
@@ -144,7 +144,7 @@ def callbacks() -> Iterator[Callbacks]:
 
 @contextmanager
 def tunnel(port: int) -> Iterator[tuple[str, list[str]]]:
-    """A CONNECT proxy on loopback that leads every name to a port of this machine; its URL, and the names asked for."""
+    """Run a CONNECT proxy on loopback that maps every name to a local port; yield its URL and the requested names."""
     names: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -180,7 +180,7 @@ def tunnel(port: int) -> Iterator[tuple[str, list[str]]]:
 
 
 def believed(server: Endpoint, headers: dict[str, str], body: bytes) -> dict:
-    """The callback, its signature checked with the keys that the server publishes."""
+    """Return the callback after checking its signature with the keys that the server publishes."""
     with urllib.request.urlopen(server.url + "/.well-known/jwks.json") as answer:
         keys = keys_in(json.load(answer))
     said = json.loads(body)

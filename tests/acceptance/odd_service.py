@@ -1,4 +1,4 @@
-"""A service that speaks the queue protocol over real HTTP and answers as oddly as a test wants. In a thread."""
+"""A service with the queue protocol over real HTTP and with odd responses as needed. Runs in a thread."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from PIL import Image
 from batch.fal.endpoint import APP_ID
 
 Sent = tuple[int, bytes, dict[str, str]]
-"""Status, body and headers of one answer."""
+"""Status, body and headers of a response."""
 
 
 def answer(body: Any, status: int = 200, **headers: str) -> Sent:
-    """An answer with a JSON body; bytes are sent as they are."""
+    """Return a response with a JSON body; bytes are sent unchanged."""
     return status, body if isinstance(body, bytes) else json.dumps(body).encode(), headers
 
 
 def jpeg(seed: int) -> bytes:
-    """A whole image whose pixels come from a number."""
+    """Return a complete image whose pixels depend on a number."""
     buffer = io.BytesIO()
     Image.new("RGB", (64, 48), (seed % 256, seed * 7 % 256, 40)).save(buffer, "JPEG")
     return buffer.getvalue()
@@ -34,33 +34,33 @@ def jpeg(seed: int) -> bytes:
 
 @dataclass
 class OddService:
-    """Replace a member with a function of your own to make the service odd; `counts` has what arrived."""
+    """Replace a member with a function to make the service odd; `counts` has the received requests."""
 
     url: str = ""
     counts: Counter[str] = field(default_factory=Counter)
     inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """By request id."""
+    """Requests by id."""
     name: Callable[[int], str] = lambda n: f"request-{n}"
-    """The id of the n-th submit, from 1."""
+    """Returns the id of the n-th submit, from 1."""
     change: dict[str, Any] = field(default_factory=dict)
-    """Fields of the output that are replaced; `...` removes one."""
+    """Replaced fields of the output; `...` removes one."""
     output: Callable[[str], Any] | None = None
-    """The whole output of a request."""
+    """Returns the whole output of a request."""
     status: Callable[[str, int], Sent] = lambda _, __: answer({"status": "COMPLETED"})
-    """The n-th status read of a request."""
+    """Returns the response to the n-th status read of a request."""
     result: Callable[[str, int], Sent | None] = lambda _, __: None
-    """The n-th result read of a request; None: its output."""
+    """Returns the response to the n-th result read of a request; None: its output."""
     image: Callable[[str, int], Sent | None] = lambda _, __: None
-    """The n-th read of a request's image; None: the image."""
+    """Returns the response to the n-th read of a request's image; None: the image."""
     submit: Callable[[int], Sent | None] = lambda _: None
-    """The n-th submit; None: accepted."""
+    """Returns the response to the n-th submit; None: accepted."""
 
     @property
     def posts(self) -> int:
         return self.counts["submit"]
 
     def ok(self, request: str) -> dict[str, Any]:
-        """The output as it should be, with the changes."""
+        """Return the regular output with the changes."""
         given = self.inputs[request]
         whole = {
             "images": [
@@ -74,7 +74,7 @@ class OddService:
         return {name: value for name, value in (whole | self.change).items() if value is not ...}
 
     def reply(self, method: str, path: str, body: bytes) -> Sent:
-        """The answer to one request."""
+        """Return the response to a request."""
         path = path.partition("?")[0]
         if method == "POST" and path == f"/{APP_ID}":
             self.counts["submit"] += 1
@@ -107,7 +107,7 @@ class OddService:
 
 @contextmanager
 def odd_service(**odd: Any) -> Iterator[OddService]:
-    """Serve while the block lasts."""
+    """Serve during the block."""
     service, lock = OddService(**odd), threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):

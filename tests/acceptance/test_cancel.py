@@ -1,4 +1,4 @@
-"""`restyle cancel` against a slow target over real HTTP: many at once, counted by outcome, left and begun again."""
+"""`restyle cancel` with a slow target over real HTTP: concurrent, counted by outcome, interrupted and repeated."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ NEXT = "`restyle run` reads how they ended"
 
 
 def asked(target: Target) -> list[str]:
-    """Ids of the requests that a cancel came for, in order."""
+    """Ids of cancelled requests, in order."""
     return [path.split("/")[-2] for method, path, _, _ in target.seen if method == "PUT" and path.endswith("/cancel")]
 
 
 def outcome(number: int):
-    """Every tenth had ended, every tenth is not known; the rest is cancelled."""
+    """Every tenth request has ended, every tenth is unknown; the others are cancelled."""
     words = {1: (400, "ALREADY_COMPLETED"), 2: (404, "NOT_FOUND")}
     return words.get(number % 10, (202, "CANCELLATION_REQUESTED"))
 
@@ -38,7 +38,7 @@ async def slow_cancel(target, request, asked_for):
 
 
 def left_open(tmp_path, target, count):
-    """A run directory of a run that was killed with so many requests open."""
+    """Return the directory of a run that was killed with `count` requests open."""
     directory = tmp_path / "run"
     ended = restyle("run", write_manifest(tmp_path / "m.csv", range(1)), "-o", directory, "--target", target.url)
     assert ended.code == 0, ended.text
@@ -60,14 +60,14 @@ def left_open(tmp_path, target, count):
 
 
 def test_hundreds_are_cancelled_in_seconds_and_counted_by_outcome(tmp_path):
-    """640 of 100 ms each would take 64 s one by one; not found is not too late."""
+    """640 cancellations of 100 ms take 64 s one by one; "not found" differs from "too late"."""
     with serving(cancel=slow_cancel) as target:
         directory = left_open(tmp_path, target, 640)
         began = time.monotonic()
         found = api.cancel_sync(directory)
         took = time.monotonic() - began
         assert found == api.Cancelled(asked=640, requested=512, too_late=64, not_found=64, open=640)
-        assert took < 16, "a quarter of what one by one takes"
+        assert took < 16, "a quarter of the sequential time"
         assert len(asked(target)) == len(set(asked(target))) == 640
         ended = restyle("cancel", directory)
     assert ended.code == 0, ended.text
@@ -75,11 +75,11 @@ def test_hundreds_are_cancelled_in_seconds_and_counted_by_outcome(tmp_path):
     assert first == ("640 open requests: 512 cancellations requested, 64 too late, 64 not found, 0 without an answer")
     assert second.startswith("not found: the target does not know these requests")
     assert third.startswith(NEXT)
-    assert jobs_in(directory, "accepted") == 640, "how they ended is read by the next run"
+    assert jobs_in(directory, "accepted") == 640, "the next run reads how they ended"
 
 
 def test_a_target_without_answers_is_said_and_exit_code_4(tmp_path):
-    """The same command asks again, and then all is well."""
+    """The same command asks again and then succeeds."""
 
     async def broken(target, request, asked_for):
         return answer({"detail": "bad gateway"}, 502)
@@ -96,7 +96,7 @@ def test_a_target_without_answers_is_said_and_exit_code_4(tmp_path):
 
 
 def test_a_refused_key_is_exit_code_6(tmp_path):
-    """With a sentence."""
+    """With an error message."""
 
     async def refused(target, request, asked_for):
         return answer({"detail": "No user found for Key ID and Secret"}, 401)
@@ -109,7 +109,7 @@ def test_a_refused_key_is_exit_code_6(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_says_how_far_it_came_and_the_same_command_goes_on(tmp_path, number):
-    """Exit 4 at once, with the counts so far; nothing is lost, the lock is free."""
+    """Exit 4 at once with the counts so far; nothing is lost, the lock is free."""
     with serving(cancel=slow_cancel) as target:
         directory = left_open(tmp_path, target, 3000)
         with started("cancel", directory) as process:

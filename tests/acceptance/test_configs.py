@@ -105,7 +105,7 @@ def test_fal_plans_without_a_key_and_sends_nothing(checkout):
 def test_the_service_unit_starts_an_endpoint_that_runs_can_use(checkout):
     """The unit's ExecStart, on a free port, serves a run with `--target URL`."""
     unit = configparser.ConfigParser(interpolation=None)
-    unit.optionxform = str  # the names in a unit have capitals
+    unit.optionxform = str  # keep the case of option names
     unit.read(CONFIGS / "restyle-serve.service")
     words = shlex.split(unit["Service"]["ExecStart"])[1:]
     words[words.index("--port") + 1] = "0"

@@ -1,6 +1,6 @@
-"""kill -9 at any moment: the same command then completes, and the endpoint has accepted every job exactly once.
+"""Kill -9 at any moment: the same command then completes, and the endpoint has accepted every job exactly once.
 
-Eight moments here; `SOAK_MOMENTS=50 pytest tests/acceptance/test_crash.py` takes as many of each kind.
+Tests eight moments; `SOAK_MOMENTS=50 pytest tests/acceptance/test_crash.py` tests 50 of each kind.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MOMENTS = int(os.environ.get("SOAK_MOMENTS", "0"))
 
 
 def moments(count: int) -> list[int]:
-    """So many progress counts from the first acceptance to nearly the last, evenly spread."""
+    """Return evenly spread progress counts from the first acceptance almost to the last."""
     count = MOMENTS or count
     return [1 + round(n * (ROWS - 10) / max(1, count - 1)) for n in range(count)]
 
@@ -42,7 +42,7 @@ def begin(tmp_path: Path) -> tuple[Path, tuple[object, ...]]:
 
 
 def kill(*pids: int) -> None:
-    """Kill -9 of all of them; the first is stopped first, so that it cannot react to the others' death."""
+    """Kill all processes with -9; the first is stopped first, so that it cannot react to the others' death."""
     os.kill(pids[0], signal.SIGSTOP)
     for pid in reversed(pids):
         with suppress(ProcessLookupError):
@@ -55,7 +55,7 @@ def reached(directory: Path, process: subprocess.Popen[str], count: int, *states
 
 
 def complete(directory: Path, command: tuple[object, ...]) -> None:
-    """The same command: everything is done, everything was accepted once, every image is there and whole."""
+    """Repeat the command: every job is done and was accepted once, and every image is complete."""
     again = restyle(*command)
     assert again.code == 0, again.text
     rows = results(directory).to_pylist()
@@ -66,12 +66,12 @@ def complete(directory: Path, command: tuple[object, ...]) -> None:
     for row in rows:
         (image,) = row["images"]
         assert (directory / image["path"]).stat().st_size == image["file_size"]
-    assert not [path for path in directory.rglob("*.part*") if path.is_file()], "nothing half-written stays behind"
+    assert not [path for path in directory.rglob("*.part*") if path.is_file()], "a partial file is left"
 
 
 @pytest.mark.parametrize("count", moments(4))
 def test_a_killed_run_goes_on_and_pays_for_nothing_twice(tmp_path, count):
-    """Kill -9 of the runner when so many jobs are in its journal; the endpoint ends with it and keeps its word."""
+    """Kill the runner with -9 when this many jobs are in its journal; the endpoint ends with it and loses nothing."""
     directory, command = begin(tmp_path)
     with start(*command) as process:
         reached(directory, process, count)
@@ -82,7 +82,7 @@ def test_a_killed_run_goes_on_and_pays_for_nothing_twice(tmp_path, count):
 
 @pytest.mark.parametrize("count", moments(4))
 def test_runner_and_endpoint_killed_together(tmp_path, count):
-    """As a power cut does it, when so many jobs are done: neither has time for a word."""
+    """As in a power cut, when this many jobs are done: neither process can clean up."""
     directory, command = begin(tmp_path)
     with start(*command, "--service-time", "0.02s") as process:
         reached(directory, process, count, "done")
@@ -92,7 +92,7 @@ def test_runner_and_endpoint_killed_together(tmp_path, count):
 
 
 def test_a_run_killed_again_and_again_completes(tmp_path):
-    """Each session gets a little further; what it costs to start over is nothing."""
+    """Each session makes some progress; restarting costs nothing."""
     directory, command = begin(tmp_path)
     for count in (60, 150, 240, 330, 420):
         with start(*command) as process:
@@ -104,7 +104,7 @@ def test_a_run_killed_again_and_again_completes(tmp_path):
 
 @pytest.mark.parametrize("count", moments(2))
 def test_a_run_outlives_its_endpoint(tmp_path, count):
-    """The embedded endpoint alone is killed: it is started again, and the run goes on to its end."""
+    """Only the embedded endpoint is killed: it is restarted, and the run completes."""
     directory, command = begin(tmp_path)
     with start(*command, "--service-time", "0.02s") as process:
         reached(directory, process, count, "done")
@@ -118,7 +118,7 @@ def test_a_run_outlives_its_endpoint(tmp_path, count):
 
 
 def test_nothing_is_left_running(tmp_path):
-    """The endpoint of a killed run ends by itself, although nobody told it to."""
+    """The endpoint of a killed run ends by itself."""
     directory, command = begin(tmp_path)
     with start(*command, "--service-time", "0.02s") as process:
         reached(directory, process, 10, "done")

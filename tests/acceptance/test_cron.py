@@ -1,4 +1,4 @@
-"""The cron line of configs/cron.toml, run by a shell as cron runs it: growing manifests, overlaps, dead owners."""
+"""The cron line of configs/cron.toml, run by a shell like in cron: growing manifests, overlaps, dead owners."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ SLOW = {**QUICK, "RESTYLE_TARGET__SERVICE_TIME": "4s"}
 
 
 def cron_line() -> str:
-    """The command of the crontab line, behind its five fields."""
+    """Return the command of the crontab line, without its five time fields."""
     (line,) = re.findall(r"^# +\d+ \* \* \* \* +(.+)$", CONFIG, re.MULTILINE)
     return line
 
 
 def unit(name: str) -> configparser.ConfigParser:
-    """A systemd unit out of the comments."""
+    """Return a systemd unit from the comments."""
     text = CONFIG.partition(f"/etc/systemd/system/{name}:")[2]
     found = re.match(r"(?:\n#(?: {3}.*)?)+", text)
     assert found is not None
     parser = configparser.ConfigParser(interpolation=None)
-    parser.optionxform = str  # the names in a unit have capitals
+    parser.optionxform = str  # keys in a unit are case-sensitive
     parser.read_string(found[0].replace("\n#", "\n").replace("\n   ", "\n"))
     return parser
 
 
 class Site:
-    """A checkout at another place than /srv/restyle, with the command where the line expects it."""
+    """Prepare a checkout in another folder than /srv/restyle, with the command at the path in the line."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.directory, self.manifest = root, root / "out/cron", root / "manifests/demo.csv"
@@ -55,7 +55,7 @@ class Site:
         self.rows = 12
 
     def grow(self, count: int) -> None:
-        """Append rows: new prompts for an image that is there."""
+        """Append rows: new prompts for an existing image."""
         with self.manifest.open("a") as file:
             for number in range(self.rows, self.rows + count):
                 file.write(f"cat-{number},images/cat.jpg,cat number {number},,\n")
@@ -89,7 +89,7 @@ def site(tmp_path) -> Site:
 
 
 def test_three_runs_of_a_growing_manifest_one_with_an_overlap(site):
-    """Each run does what is new; the one that came too early says who works there and disturbs nothing."""
+    """Each run processes the new rows; an overlapping one names the owner of the lock and changes nothing."""
     assert site.run(QUICK) == 0
     assert accepted(site.directory) == 12
     first = results(site.directory)
@@ -119,12 +119,12 @@ def test_three_runs_of_a_growing_manifest_one_with_an_overlap(site):
         "complete: 12 done", "complete: 15 done", "complete: 17 done",
     ]  # fmt: skip
     (refusal,) = (line for line in lines if not line.startswith("complete"))
-    assert f"another run works in out/cron (process {owner['pid']} on {socket.gethostname()} since 20" in refusal
+    assert f"another run is active in out/cron (process {owner['pid']} on {socket.gethostname()} since 20" in refusal
     assert len(lines) == 4
 
 
 def test_a_dead_owners_lock_is_taken_over(site):
-    """Kill -9 leaves the note of its owner; the next run does not believe it, and pays for nothing twice."""
+    """Kill -9 leaves the owner's note; the next run ignores it and pays for nothing twice."""
     with site.started(SLOW) as first:
         wait_for(lambda: jobs_in(site.directory, "accepted") == 12, "all jobs in flight")
         dead = site.owner()["pid"]
@@ -137,7 +137,7 @@ def test_a_dead_owners_lock_is_taken_over(site):
 
 
 def test_lines_for_a_machine_are_json_each_of_them(site):
-    """`--log-format json` beside the line's own flags: progress and summary, on both streams."""
+    """`--log-format json` in addition to the line's own flags: progress and summary, on both streams."""
     assert site.run(QUICK, "--log-format", "json") == 0
     lines = [json.loads(line) for line in site.log()]
     assert lines[0]["action"] == "plan"
@@ -145,7 +145,7 @@ def test_lines_for_a_machine_are_json_each_of_them(site):
 
 
 def test_the_key_file_is_read_where_there_is_one(site):
-    """The shell exports what stands in it: a wrong setting there is seen by the command."""
+    """The shell exports the variables of the key file: the command sees an invalid setting in it."""
     (site.root / "etc").mkdir()
     (site.root / "etc/key").write_text("RESTYLE_LIMITS__BUDGET_USD=nonsense\n")
     assert site.run(QUICK) == 2
@@ -153,7 +153,7 @@ def test_the_key_file_is_read_where_there_is_one(site):
 
 
 def test_cron_and_systemd_do_the_same():
-    """One command in both; every exit code that the next run mends is no failure of the unit."""
+    """Both use the same command; exit codes that the next run resolves are not failures of the unit."""
     service, timer = unit("restyle.service"), unit("restyle.timer")
     start = shlex.split(service["Service"]["ExecStart"])
     assert start[1:] == shlex.split(cron_line().partition(".venv/bin/restyle ")[2].partition(">>")[0])

@@ -1,4 +1,4 @@
-"""A host of fal's given as a URL: refused by every command before anything is sent, money least of all."""
+"""A fal host given as a URL: every command refuses it before anything is sent or paid."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def manifest(tmp_path):
 
 @pytest.fixture
 def door():
-    """Through which everything that is sent would go, and what came."""
+    """A proxy for all traffic, and the requests that it received."""
     with doorkeeper() as (url, heard):
         yield {"FAL_KEY": "id:secret", "HTTPS_PROXY": url, "HTTP_PROXY": url, "ALL_PROXY": url}, heard
 
@@ -48,7 +48,7 @@ def test_a_host_of_fals_is_refused_before_anything_is_sent(tmp_path, manifest, d
 
 
 def test_a_run_made_with_such_a_url_asks_nothing_more_of_it(tmp_path, manifest, door):
-    """Commands that would contact it say how to go on; what needs no target works as before."""
+    """Commands that contact the target say how to continue; commands without a target work as before."""
     env, heard = door
     directory = tmp_path / "run"
     assert restyle("run", manifest, "-o", directory, "--engine", "echo", "--no-download").code == 0
@@ -64,7 +64,7 @@ def test_a_run_made_with_such_a_url_asks_nothing_more_of_it(tmp_path, manifest, 
 
 
 def test_the_library_refuses_it_too(tmp_path, manifest):
-    """By its settings, and also where they were made without checks."""
+    """In its settings, also if they were created without validation."""
     settings = {"target": {"name": URL}}
     for call in (
         lambda: plan_sync(manifest, settings=settings),
@@ -76,7 +76,7 @@ def test_the_library_refuses_it_too(tmp_path, manifest):
 
 @pytest.mark.anyio
 async def test_settings_without_checks_open_nothing(tmp_path):
-    """The last door."""
+    """The last check before a connection."""
     unchecked = Settings.model_construct(
         **{**dict(Settings()), "target": TargetSettings.model_construct(**{**dict(TargetSettings()), "name": URL})}
     )

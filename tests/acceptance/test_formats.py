@@ -105,7 +105,7 @@ def test_a_folder_of_images_with_one_prompt_for_all(photos):
     command = ("run", photos, "-o", photos / "out", *ECHO)
     refused = restyle(*command)
     assert refused.code == 2
-    assert f"the images of {photos} have no prompts; give one for all with --prompt" in refused.err
+    assert f"the images of {photos} have no prompts; set one prompt for all with --prompt" in refused.err
     assert not (photos / "out").exists()
     for left_out in ("", ", the run directory out"):
         ended = restyle(*command, "--prompt", "as a watercolor")

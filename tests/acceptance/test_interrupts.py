@@ -1,4 +1,4 @@
-"""Stopped from outside at any moment, also before there is a run to stop: an exit code of the table and a sentence."""
+"""Stopped by a signal at any moment, even before the run has started: a documented exit code and a message."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.acceptance.command import environment, finish, jobs_in, start, summar
 
 
 def heeds_signals(pid: int) -> bool:
-    """Whether a process has a handler for SIGTERM by now; before our first line it is ended by it."""
+    """Whether a process has a SIGTERM handler yet; before its first line the signal ends it."""
     status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     return bool(int(status["SigCgt"], 16) >> (signal.SIGTERM - 1) & 1)
 
@@ -27,7 +27,7 @@ def heeds_signals(pid: int) -> bool:
 @pytest.mark.parametrize("after", [0.0, 0.2, 0.5, 1.1])
 @pytest.mark.parametrize("command", ["plan", "run"])
 def test_an_early_stop_is_told(tmp_path, number, after, command):
-    """While modules are loaded, while the manifest is read: exit 4 and one sentence, never a trace, never silence."""
+    """While modules load and while the manifest is read: exit 4 and one message, no stack trace."""
     manifest = write_manifest(tmp_path / "m.csv", range(200_000))
     where = ("-o", tmp_path / "run", "--engine", "echo", "--quiet") if command == "run" else ()
     with start(command, manifest, *where) as process:
@@ -41,7 +41,7 @@ def test_an_early_stop_is_told(tmp_path, number, after, command):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_while_the_endpoint_starts_is_not_forgotten(tmp_path, number):
-    """Between the plan and the first submit: the run ends without one, or collects the few that were sent."""
+    """Between the plan and the first submit: the run ends without a submit, or collects the few that were sent."""
     manifest = write_manifest(tmp_path / "m.csv", range(200))
     where = ("-o", tmp_path / "run", "--engine", "echo", "--service-time", "1s", "--max-in-flight", "4")
     with start("run", manifest, *where) as process:
@@ -58,7 +58,7 @@ def test_a_stop_while_the_endpoint_starts_is_not_forgotten(tmp_path, number):
 
 @pytest.mark.parametrize("answer", [signal.SIGINT, signal.SIGTERM, b"\x04", b"n\n"])
 def test_a_question_is_left_in_any_way(tmp_path, answer):
-    """Ctrl-C, SIGTERM, Ctrl-D and no, at "Go on?": exit 4, and nothing was sent."""
+    """Ctrl-C, SIGTERM, Ctrl-D and "no" at "Go on?": exit 4, and nothing was sent."""
     manifest = write_manifest(tmp_path / "m.csv", range(3))
     terminal, stdin = pty.openpty()
     command = [sys.executable, "-m", "batch", "run", str(manifest), "-o", str(tmp_path / "run"), "--target", "fal"]
@@ -86,7 +86,7 @@ def test_a_question_is_left_in_any_way(tmp_path, answer):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_with_nothing_in_flight_ends_at_once(tmp_path, number):
-    """Nobody listens at the target and the images are still to be uploaded: there is nothing to collect."""
+    """The target is unreachable and the images are not uploaded yet: there is nothing to collect."""
     with socket.socket() as unheard:
         unheard.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unheard.getsockname()[1]}"
@@ -102,8 +102,8 @@ def test_a_stop_with_nothing_in_flight_ends_at_once(tmp_path, number):
     assert time.monotonic() - began < 10
     assert (ended.code, jobs_in(directory, "pending", "intended", "accepted")) == (4, 0), ended.text
     assert line.startswith("unreachable: upload of a source image: connect: 127.0.0.1:")
-    assert line.endswith("; it is tried again\n")
+    assert line.endswith("; retrying\n")
     name = signal.Signals(number).name
-    assert f"stopping: {name}: collecting what is in flight; once more stops at once" in ended.err
+    assert f"stopping: {name}: collecting jobs in flight; repeat to stop at once" in ended.err
     assert f"stopped early (signal): {name}; run the same command to resume" in ended.out
     assert summary(directory)["reason"] == name

@@ -1,4 +1,4 @@
-"""What a submit carries besides its input, and what is done with repeated keys: the real command, over real HTTP."""
+"""Headers of a submit, and the treatment of repeated keys: the real command, over real HTTP."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ KEY = "key-id:a-long-secret"
 
 
 def submits(target) -> list[dict[str, str]]:
-    """Headers of the POSTs that arrived."""
+    """Return the headers of the received POSTs."""
     return [headers for method, path, headers, _ in target.seen if method == "POST" and path == f"/{honest.APP}"]
 
 
 def command(tmp_path, target, config="", name="run"):
-    """Manifest, config and run directory for a target."""
+    """Write manifest and config; return the command for a target."""
     (tmp_path / "config.toml").write_text(f'[target]\nname = "{target.url}"\n{config}')
     manifest = write_manifest(tmp_path / "rows.csv", range(ROWS))
     return "run", manifest, "-o", tmp_path / name, "-c", tmp_path / "config.toml"
@@ -44,7 +44,7 @@ async def loses_every_third(target, request, asked):
 
 
 def rejecting(status):
-    """Loses every third answer, and answers a repeated key with a status; a repeat makes no request."""
+    """Loses every third response, and answers a repeated key with a status; a repeat creates no request."""
     keys: set[str] = set()
 
     async def submit(target, request, asked):
@@ -58,11 +58,11 @@ def rejecting(status):
     return submit
 
 
-# --- what is sent -----------------------------------------------------------------------------------------
+# --- headers ----------------------------------------------------------------------------------------------
 
 
 def test_every_submit_is_labelled_with_its_run_and_its_job(tmp_path):
-    """By default: the run directory's name and the job's key, normal priority, no deadline, no lifetime."""
+    """Default: the run directory's name and the job's key, normal priority, no deadline, no lifetime."""
     with serving() as target:
         ended = restyle(*command(tmp_path, target, name="läufe, 1"))
         assert ended.code == 0, ended.text
@@ -73,7 +73,7 @@ def test_every_submit_is_labelled_with_its_run_and_its_job(tmp_path):
 
 
 def test_a_submit_carries_what_the_settings_ask_for(tmp_path):
-    """Both names of the start timeout, priority, lifetime, tags of the user's own; reads carry none of it."""
+    """Both names of the start timeout, priority, lifetime, custom tags; reads have none of them."""
     config = """idempotency = "none"
 priority = "low"
 keep_files = "30d"
@@ -95,7 +95,7 @@ start_timeout = "90s"
 
 
 def test_a_tag_that_holds_the_api_key_is_refused(tmp_path):
-    """Bills and their readers would see it. Nothing is sent, and the key is not in the message."""
+    """It would appear on bills. Nothing is sent, and the key is not in the message."""
     with serving() as target:
         ended = restyle(*command(tmp_path, target, 'tags = {who = "a-long-secret"}'), env={"FAL_KEY": KEY})
         assert not submits(target)
@@ -105,7 +105,7 @@ def test_a_tag_that_holds_the_api_key_is_refused(tmp_path):
 
 
 def test_our_own_server_bills_by_run_and_job(tmp_path):
-    """Its billing events, asked for with tags, say which run and which job each dollar is of."""
+    """Its billing events with tags identify the run and the job of each dollar."""
     manifest = write_manifest(tmp_path / "rows.csv", range(3))
     with endpoint(tmp_path, "--engine", "echo", "--price", 0.03) as server:
         key = {"FAL_KEY": server.key, "RESTYLE_TARGET__TAGS": '{"team": "design"}'}
@@ -126,7 +126,7 @@ def test_our_own_server_bills_by_run_and_job(tmp_path):
 
 @pytest.mark.parametrize("status", [409, 422])
 def test_a_target_that_rejects_repeats_has_accepted_the_first(tmp_path, status):
-    """Every third answer lost: the repeat is rejected, the request found in the listing, nothing paid twice."""
+    """Every third response lost: the repeat is rejected, the request is found in the listing, nothing is paid twice."""
     with serving(submit=rejecting(status)) as target:
         ended = restyle(*command(tmp_path, target, 'idempotency = "reject"'))
         assert ended.code == 0, ended.text
@@ -140,7 +140,7 @@ def test_a_target_that_rejects_repeats_has_accepted_the_first(tmp_path, status):
 
 
 def test_a_server_that_says_that_it_ignores_keys_is_not_sent_repeats(tmp_path):
-    """`idempotency = "replay"` against its own word: exit 2, before anything is submitted."""
+    """`idempotency = "replay"` contradicts the server: exit 2 before any submit."""
     with serving(health=health(honours_idempotency_key=False)) as target:
         ended = restyle(*command(tmp_path, target, 'idempotency = "replay"'))
         assert not submits(target)
@@ -150,7 +150,7 @@ def test_a_server_that_says_that_it_ignores_keys_is_not_sent_repeats(tmp_path):
 
 @pytest.mark.parametrize(("idempotency", "posts"), [("auto", ROWS), ("none", ROWS), ("replay", ROWS + 4)])
 def test_a_lost_answer_is_repeated_where_the_profile_says_so(tmp_path, idempotency, posts):
-    """A server that says nothing about keys is one that ignores them, unless the user knows better."""
+    """A server that does not mention keys counts as ignoring them, unless the user overrides it."""
     keys: dict[str, str] = {}
 
     async def replays(target, request, asked):
@@ -170,7 +170,7 @@ def test_a_lost_answer_is_repeated_where_the_profile_says_so(tmp_path, idempoten
 
 @pytest.mark.parametrize("says", [True, False])
 def test_a_start_timeout_is_relied_on_only_where_the_target_honours_it(tmp_path, says):
-    """Another server may ignore the header: then absence from its listing proves as little as ever."""
+    """Another server may ignore the header: then absence from its listing proves nothing."""
     config = 'idempotency = "none"\n[limits]\nstart_timeout = "90s"'
 
     async def loses(target, request, asked):
@@ -190,7 +190,7 @@ def test_a_start_timeout_is_relied_on_only_where_the_target_honours_it(tmp_path,
 
 
 def test_an_embedded_endpoint_that_ignores_keys_is_asked_so(tmp_path):
-    """A faults file may say so: its lost answers are looked up, not repeated."""
+    """A faults file may disable keys: then lost responses are looked up, not repeated."""
     faults = tmp_path / "faults.toml"
     faults.write_text('idempotency = false\n[[fault]]\nat = "submit"\ndo = "drop-after-accept"\nevery = 3\n')
     manifest = write_manifest(tmp_path / "rows.csv", range(ROWS))

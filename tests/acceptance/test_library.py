@@ -1,4 +1,4 @@
-"""`batch.api` as a program uses it: awaited, and plainly, also inside a running event loop as in a notebook."""
+"""`batch.api` in a program: async and sync, also inside a running event loop as in a notebook."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def anyio_backend():
 
 @pytest.mark.anyio
 async def test_plan_and_run_are_coroutines(tmp_path, manifest):
-    """The README's three lines, awaited; an observer and a tally see what happens."""
+    """The README's three lines, awaited; an observer and a tally receive the events."""
     from batch.api import plan, run
 
     found = await plan(manifest, settings=SETTINGS)
@@ -52,7 +52,7 @@ async def test_plan_and_run_are_coroutines(tmp_path, manifest):
 
 
 def test_the_plain_twins_need_no_loop(tmp_path, manifest):
-    """For a script."""
+    """In a script."""
     from batch.api import plan_sync, run_sync
 
     assert plan_sync(manifest, settings=SETTINGS).estimate.to_do == 5
@@ -63,7 +63,7 @@ def test_the_plain_twins_need_no_loop(tmp_path, manifest):
 
 
 def test_the_plain_twins_work_inside_a_running_loop(tmp_path, manifest):
-    """A notebook's cell runs in one: no nested loop, no patching, nothing left behind."""
+    """A notebook cell runs in a loop: no nested loop, no patching, no leftovers."""
 
     async def cell():
         assert api.plan_sync(manifest, settings=SETTINGS).estimate.to_do == 5
@@ -76,7 +76,7 @@ def test_the_plain_twins_work_inside_a_running_loop(tmp_path, manifest):
 
 
 def test_an_error_is_the_same_exception_everywhere(tmp_path, manifest):
-    """Plain or awaited, with its sentence: no group around it, no other type."""
+    """Sync or async, with its message: not in an exception group, and with the same type."""
     with pytest.raises(ManifestError, match="there is no manifest"):
         api.plan_sync(tmp_path / "none.csv")
     with pytest.raises(ConfigError, match="did you mean"):
@@ -88,17 +88,17 @@ def test_an_error_is_the_same_exception_everywhere(tmp_path, manifest):
 
 
 def test_an_endpoint_that_does_not_start_is_one_error(tmp_path, manifest):
-    """Raised from deep inside several task groups, it arrives alone, with the end of the server's log."""
+    """Raised inside several task groups, it arrives unwrapped, with the end of the server's log."""
     api.run_sync(manifest, tmp_path / "run", settings=SETTINGS | {"limits": {"rows": 1}})
     (tmp_path / "run" / "endpoint" / "server.db").write_bytes(b"no database" * 1000)
     with pytest.raises(Exception, match="the embedded endpoint did not start") as caught:
         api.run_sync(manifest, tmp_path / "run", settings=SETTINGS)
-    assert "server.db cannot be used" in str(caught.value)
+    assert "server.db as the request database" in str(caught.value)
     assert not isinstance(caught.value, ExceptionGroup)
 
 
 def test_settings_are_those_of_the_file_and_win_over_it(tmp_path, manifest):
-    """Both at once: the file first, then what is passed."""
+    """Both together: the file first, then the arguments."""
     config = tmp_path / "c.toml"
     config.write_text("[input]\nstrength = 0.5\nguidance_scale = 2.0\n")
     api.run_sync(manifest, tmp_path / "run", config=config, settings=SETTINGS | {"input": {"strength": 0.25}})
@@ -116,7 +116,7 @@ def test_money_needs_a_yes(tmp_path, manifest, monkeypatch):
 
 
 def test_confirm_is_shown_the_plan(tmp_path, manifest):
-    """A display of one's own can ask; no is no."""
+    """A custom display can ask; "no" stops the run."""
     seen = []
 
     def confirm(found):
@@ -130,7 +130,7 @@ def test_confirm_is_shown_the_plan(tmp_path, manifest):
 
 
 def test_two_runs_in_one_process_keep_apart(tmp_path):
-    """No module holds state: two run directories at once, each complete."""
+    """No module has state: two concurrent runs are each complete."""
 
     async def both():
         runs = [

@@ -1,5 +1,7 @@
-"""Ctrl-C and cancellation of a run in a program: nothing more is submitted, what is in flight is collected for a
-bounded time, journal and results are whole, and the same call goes on. In a script, a notebook, a thread, a loop.
+"""Ctrl-C and cancellation of a run in a program: in a script, a notebook, a thread, a loop.
+
+Nothing more is submitted, jobs in flight are collected for a bounded time, journal and results are complete, and the
+same call resumes.
 """
 
 from __future__ import annotations
@@ -32,12 +34,12 @@ from tests.faults import target as targets
 ROWS = 16
 AT_ONCE = 2
 SERVICE = 0.3
-OPEN = {"accepted requests are not collected", "submits have no known outcome and may have been paid for"}
-"""What an audit finds of a run that was stopped while requests were open; it is no damage."""
+OPEN = {"accepted requests are not collected", "submits have an unknown outcome and may have been paid for"}
+"""Audit findings of a run that was stopped with open requests; they are not damage."""
 
 
 def slow(seconds: float):
-    """A status that says for so long that the request is worked on."""
+    """Reports for `SERVICE` seconds that the request is in progress."""
 
     async def status(target, request, asked):
         if time.time() < asked.at + seconds:
@@ -57,7 +59,7 @@ def manifest(tmp_path):
 
 @pytest.fixture
 def service():
-    """A target that counts; a job takes `SERVICE` seconds until a test changes that."""
+    """A counting target; a job takes `SERVICE` seconds unless a test changes that."""
     with targets.serving(status=slow(SERVICE)) as target:
         yield target
 
@@ -67,7 +69,7 @@ def settings_for(target, **limits):
 
 
 def require_whole(directory: Path, service, *, collected: bool, stopped: str = "signal", reason: str = "SIGINT"):
-    """The run stopped before its end, and said so; results, journal and what the service accepted agree."""
+    """Check that the run stopped early and reported it, and that results, journal and the service's requests agree."""
     told, table = summary(directory), results(directory)
     assert (told["stopped"], told["reason"], told["exit_code"]) == (stopped, reason, ExitCode.STOPPED_EARLY)
     assert table.num_rows == told["rows"] == ROWS
@@ -84,7 +86,7 @@ def require_whole(directory: Path, service, *, collected: bool, stopped: str = "
 
 
 def require_completion(manifest: Path, directory: Path, service):
-    """The same call does the rest: each job was submitted exactly once over all runs."""
+    """Repeat the call: each job is submitted exactly once over all runs."""
     service.handlers["status"] = targets.status
     ended = api.run_sync(manifest, directory, settings=settings_for(service, max_in_flight=16))
     assert (ended.exit_code, ended.done) == (ExitCode.COMPLETE, ROWS)
@@ -93,13 +95,13 @@ def require_completion(manifest: Path, directory: Path, service):
 
 
 def require_no_submit_after(moment: float, service):
-    """None later than it takes to stop; a run that goes on submits two in each `SERVICE` seconds."""
+    """Check that no submit follows the stop; a running run submits two per `SERVICE` seconds."""
     assert [asked.at - moment for asked in service.requests.values() if asked.at > moment + 0.5] == []
 
 
 @contextmanager
 def interrupting(service, *, after: int = 3, times: int = 1, pause: float = 0.3, number: int = signal.SIGINT):
-    """Send this process a signal when so many submits came; when each was sent."""
+    """Send this process a signal after this many submits; return the time of each signal."""
     moments: list[float] = []
 
     def work():
@@ -142,7 +144,7 @@ print("went on")
 
 
 def interrupted(text: str, service, manifest, out, *, times: int = 1, pause: float = 0.2, **limits):
-    """A script in a process of its own that is sent SIGINT: how it ended, when the first was sent, and the seconds."""
+    """Run a script in a separate process and send SIGINT; return its outcome, the first signal's time, and seconds."""
     values = {"manifest": str(manifest), "out": str(out), "settings": settings_for(service, **limits)}
     command = [sys.executable, "-c", textwrap.dedent(text).format(**values)]
     with subprocess.Popen(
@@ -158,20 +160,20 @@ def interrupted(text: str, service, manifest, out, *, times: int = 1, pause: flo
 
 
 def test_ctrl_c_in_a_script(tmp_path, manifest, service):
-    """In flight is collected, then KeyboardInterrupt: a script that catches nothing ends as Ctrl-C ends any."""
+    """Jobs in flight are collected, then KeyboardInterrupt: a script without a handler ends as after any Ctrl-C."""
     ended, began, _ = interrupted(PLAIN, service, manifest, tmp_path / "run")
     assert (ended.code, ended.out) == (-signal.SIGINT, ""), ended.text
     done = summary(tmp_path / "run")["done"]
-    said = f"KeyboardInterrupt: {done} of {ROWS} rows are done, the results are written; the same call goes on"
+    said = f"KeyboardInterrupt: {done} of {ROWS} rows are done, the results are written; repeat the call to continue"
     assert ended.err.rstrip().splitlines()[-1] == said
-    assert "SIGINT: collecting what is in flight; interrupt once more to stop at once" in ended.err
+    assert "SIGINT: collecting jobs in flight; interrupt again to stop at once" in ended.err
     require_no_submit_after(began, service)
     require_whole(tmp_path / "run", service, collected=True)
     require_completion(manifest, tmp_path / "run", service)
 
 
 def test_a_second_ctrl_c_in_a_script(tmp_path, manifest, service):
-    """The drain is given up at once; journal and results are whole all the same."""
+    """The drain stops at once; journal and results are still complete."""
     service.handlers["status"] = NEVER
     ended, _, seconds = interrupted(PLAIN, service, manifest, tmp_path / "run", times=2, max_in_flight=3)
     assert (ended.code, ended.out, seconds < 10) == (-signal.SIGINT, "", True), ended.text
@@ -180,7 +182,7 @@ def test_a_second_ctrl_c_in_a_script(tmp_path, manifest, service):
 
 
 def test_impatience_in_a_script(tmp_path, manifest, service):
-    """However often it comes, also while the results are written, they are whole."""
+    """After any number of signals, also while the results are written, they are complete."""
     service.handlers["status"] = NEVER
     interrupted(PLAIN, service, manifest, tmp_path / "run", times=100, pause=0.02, max_in_flight=3)
     require_whole(tmp_path / "run", service, collected=False)
@@ -189,16 +191,16 @@ def test_impatience_in_a_script(tmp_path, manifest, service):
 
 @pytest.mark.parametrize("text", [IN_A_THREAD, IN_AN_EXECUTOR])
 def test_ctrl_c_of_the_main_thread_while_another_one_runs(tmp_path, manifest, service, text):
-    """It ends the main thread and reaches no other: a run that Python would now wait for stops in order."""
+    """It ends only the main thread: a run that Python would wait for stops in order."""
     ended, _, _ = interrupted(text, service, manifest, tmp_path / "run")
-    assert ended.code in {-signal.SIGINT, 1}, "Python's own: 1 where it loads a module after that"
+    assert ended.code in {-signal.SIGINT, 1}, "Python exits with 1 if it loads a module after that"
     assert ended.out == ""
     require_whole(tmp_path / "run", service, collected=True)
     require_completion(manifest, tmp_path / "run", service)
 
 
 def test_a_thread_that_outlives_the_main_one(tmp_path, service):
-    """A main thread that has nothing more to do stops nothing: the run goes on to its end, with local images."""
+    """A main thread that ends does not stop the run, which completes, with local images."""
     service.handlers["status"] = targets.status
     for number in range(ROWS):
         Image.new("RGB", (16, 16), (number, 0, 0)).save(tmp_path / f"{number}.png")
@@ -213,7 +215,7 @@ def test_a_thread_that_outlives_the_main_one(tmp_path, service):
 
 
 def test_a_drain_is_bounded(tmp_path, manifest, service):
-    """What does not end within `limits.drain` stays for the next run, and so it is in the results."""
+    """Jobs that do not end within `limits.drain` stay open for the next run, also in the results."""
     service.handlers["status"] = NEVER
     with interrupting(service, after=2) as moments, pytest.raises(KeyboardInterrupt):
         api.run_sync(manifest, tmp_path / "run", settings=settings_for(service, drain=0.5))
@@ -225,7 +227,7 @@ def test_a_drain_is_bounded(tmp_path, manifest, service):
 
 
 def test_handlers_are_what_they_were(tmp_path, manifest, service):
-    """Also those of a program's own; one that raises nothing stops nothing."""
+    """Also a program's own handlers; one that raises nothing stops nothing."""
     heard = []
     mine = {number: lambda number, _: heard.append(number) for number in (signal.SIGINT, signal.SIGTERM)}
     before = {number: signal.signal(number, handler) for number, handler in mine.items()}
@@ -240,7 +242,7 @@ def test_handlers_are_what_they_were(tmp_path, manifest, service):
 
 
 def test_what_a_handler_of_ones_own_raises_stops_the_run_in_order(tmp_path, manifest, service):
-    """As KeyboardInterrupt does; it is raised at the end."""
+    """Like KeyboardInterrupt; the exception is raised at the end."""
 
     def leave(*_):
         raise SystemExit(7)
@@ -258,7 +260,7 @@ def test_what_a_handler_of_ones_own_raises_stops_the_run_in_order(tmp_path, mani
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_that_are_wanted_return_the_summary(tmp_path, manifest, service, number):
-    """`signals=True`: as on the command line, nothing is raised, and the summary says why it stopped."""
+    """`signals=True`: as on the command line, nothing is raised, and the summary has the reason."""
     before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
     with interrupting(service, number=number) as moments:
         ended = api.run_sync(manifest, tmp_path / "run", settings=settings_for(service), signals=True)
@@ -271,7 +273,7 @@ def test_signals_that_are_wanted_return_the_summary(tmp_path, manifest, service,
 
 
 def test_signals_are_wanted_where_none_come(tmp_path, manifest):
-    """Only the main thread has them."""
+    """Only the main thread receives signals."""
     with ThreadPoolExecutor(1) as pool:
         call = pool.submit(api.run_sync, manifest, tmp_path / "run", signals=True)
     assert "main thread" in str(call.exception())
@@ -280,7 +282,7 @@ def test_signals_are_wanted_where_none_come(tmp_path, manifest):
 
 @pytest.mark.parametrize("answer", [True, False])
 def test_ctrl_c_at_a_question_does_not_wait_for_its_answer(tmp_path, manifest, service, answer):
-    """Nothing was begun: it is raised at once, and an answer that comes later starts nothing."""
+    """Nothing has started: it is raised at once, and a later answer starts nothing."""
     asked, go = threading.Event(), threading.Event()
 
     def confirm(_):
@@ -318,7 +320,7 @@ LOOPS = pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_even
 
 @LOOPS
 def test_ctrl_c_under_asyncio_run(tmp_path, manifest, service, loop):
-    """It cancels the main task; the run stops in order, then asyncio raises KeyboardInterrupt."""
+    """It cancels the main task: the run stops in order, then asyncio raises KeyboardInterrupt."""
     with interrupting(service) as moments, pytest.raises(KeyboardInterrupt):
         run_in(loop, api.run(manifest, tmp_path / "run", settings=settings_for(service)))
     require_no_submit_after(moments[0], service)
@@ -340,7 +342,7 @@ def test_ctrl_c_in_a_plain_call_that_holds_up_a_loop(tmp_path, manifest, service
         finally:
             assert signal.getsignal(signal.SIGINT) is handler
 
-    with interrupting(service, after=2, times=times) as moments, pytest.raises(KeyboardInterrupt, match="same call"):
+    with interrupting(service, after=2, times=times) as moments, pytest.raises(KeyboardInterrupt, match="repeat"):
         run_in(loop, main())
     require_no_submit_after(moments[0], service)
     require_whole(tmp_path / "run", service, collected=times == 1)
@@ -350,20 +352,20 @@ def test_ctrl_c_in_a_plain_call_that_holds_up_a_loop(tmp_path, manifest, service
 @LOOPS
 @pytest.mark.parametrize("pause", [0.0, 0.3])
 def test_a_second_ctrl_c_under_asyncio_run(tmp_path, manifest, service, loop, pause):
-    """The drain is given up at once; journal and results are whole all the same, and the handler is Python's again."""
+    """The drain stops at once; journal and results are still complete, and Python's handler is restored."""
     service.handlers["status"] = NEVER
     with interrupting(service, after=2, times=2, pause=pause) as moments, pytest.raises(KeyboardInterrupt):
         run_in(loop, api.run(manifest, tmp_path / "run", settings=settings_for(service, drain=5 if pause else 0.5)))
     assert time.time() - moments[0] < 5
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     told = summary(tmp_path / "run")
-    assert told["stopped"] in {"cancelled", "signal"}, "whichever of the two the loop heard of first"
+    assert told["stopped"] in {"cancelled", "signal"}, "whichever reached the loop first"
     require_whole(tmp_path / "run", service, collected=False, stopped=told["stopped"], reason=told["reason"])
     require_completion(manifest, tmp_path / "run", service)
 
 
 class Interrupts(Observer):
-    """Sends SIGINT from within a job's own step: where it is raised, it is raised there."""
+    """Sends SIGINT during a job's step, so that its exception would be raised there."""
 
     def __init__(self, times: int) -> None:
         self.left = times
@@ -377,7 +379,7 @@ class Interrupts(Observer):
 @LOOPS
 @pytest.mark.parametrize("times", [2, 3])
 def test_ctrl_c_in_the_middle_of_a_step_tears_nothing(tmp_path, manifest, service, loop, times):
-    """KeyboardInterrupt of a second Ctrl-C at any instruction would leave tasks and threads behind: it waits."""
+    """A second Ctrl-C at an arbitrary instruction would leave tasks and threads behind, so it is deferred."""
     service.handlers["status"] = NEVER
     before = threading.active_count()
     with pytest.raises(KeyboardInterrupt):
@@ -397,7 +399,7 @@ def test_ctrl_c_in_the_middle_of_a_step_tears_nothing(tmp_path, manifest, servic
 
 
 def test_ctrl_c_in_a_loop_with_no_handler_of_its_own(tmp_path, manifest, service):
-    """`run_until_complete`: Python's handler would raise inside the loop, and leave the run suspended there."""
+    """`run_until_complete`: Python's handler would raise inside the loop and leave the run suspended."""
     loop = asyncio.new_event_loop()
     try:
         with interrupting(service) as moments, pytest.raises(KeyboardInterrupt):
@@ -411,7 +413,7 @@ def test_ctrl_c_in_a_loop_with_no_handler_of_its_own(tmp_path, manifest, service
 
 
 def test_ctrl_c_while_two_runs_share_a_loop(tmp_path, manifest, service):
-    """Both stop in order; the handler is restored when the later one has ended."""
+    """Both stop in order; the handler is restored after the later one."""
     places = [tmp_path / "a", tmp_path / "b"]
 
     async def both():
@@ -426,7 +428,7 @@ def test_ctrl_c_while_two_runs_share_a_loop(tmp_path, manifest, service):
 
 
 def test_a_loop_that_ends_first_leaves_whole_results(tmp_path, manifest, service):
-    """A task that nobody waits for: the end of the main one cancels every task at once, also those of the run."""
+    """A task without a waiter: the end of the main task cancels every task, including those of the run."""
     service.handlers["status"] = NEVER
 
     async def main():
@@ -443,7 +445,7 @@ def test_a_loop_that_ends_first_leaves_whole_results(tmp_path, manifest, service
 
 
 async def submits(service, count: int = 3) -> float:
-    """Wait for so many; the moment."""
+    """Wait for this many submits; return the time."""
     while len(service.requests) < count:
         await anyio.sleep(0.01)
     return time.time()
@@ -453,7 +455,7 @@ CANCELLED = {"stopped": "cancelled", "reason": "the caller cancelled it"}
 
 
 def test_a_task_that_is_cancelled(tmp_path, manifest, service):
-    """By a program's own code: it is collected first, then the cancellation is raised."""
+    """By the program's code: jobs are collected first, then the cancellation is raised."""
 
     async def main():
         task = asyncio.create_task(api.run(manifest, tmp_path / "run", settings=settings_for(service)))
@@ -471,7 +473,7 @@ def test_a_task_that_is_cancelled(tmp_path, manifest, service):
 
 
 def test_a_task_that_is_cancelled_twice(tmp_path, manifest, service):
-    """The second time the drain is given up."""
+    """The second cancellation stops the drain."""
     service.handlers["status"] = NEVER
 
     async def main():
@@ -490,7 +492,7 @@ def test_a_task_that_is_cancelled_twice(tmp_path, manifest, service):
 
 
 def test_a_timeout_of_asyncio(tmp_path, manifest, service):
-    """`asyncio.timeout` is over when the drain is; its TimeoutError is raised."""
+    """`asyncio.timeout` ends after the drain; its TimeoutError is raised."""
     service.handlers["status"] = NEVER
 
     async def within():
@@ -513,7 +515,7 @@ def test_a_timeout_of_asyncio(tmp_path, manifest, service):
 
 @pytest.mark.parametrize("again", [False, True])
 def test_a_scope_of_anyio_that_is_cancelled(tmp_path, manifest, service, again):
-    """As by `move_on_after`. What comes after the scope goes on; another run in the same loop, say."""
+    """As with `move_on_after`. Code after the scope continues, for example with another run in the same loop."""
 
     async def main():
         with anyio.CancelScope() as scope:
@@ -541,7 +543,7 @@ def test_a_scope_of_anyio_that_is_cancelled(tmp_path, manifest, service, again):
 
 
 def test_a_cancellation_before_anything_was_begun(tmp_path, manifest, service):
-    """While the plan is made: nothing is submitted, no run directory claims a run, the directory is free again."""
+    """While planning: nothing is submitted, no run directory is created, and the directory is free."""
 
     async def main():
         task = asyncio.create_task(
@@ -568,11 +570,11 @@ class Notebook:
         self.client.wait_for_ready(timeout=60)
 
     def start(self, code: str) -> str:
-        """Begin a cell; its id."""
+        """Start a cell and return its id."""
         return self.client.execute(textwrap.dedent(code))
 
     def end(self, cell: str) -> tuple[str, str]:
-        """Wait for a cell: the name of its error, empty where it has none, and all that it printed."""
+        """Wait for a cell. Return the name of its error (empty without one) and its output."""
         error, text, end = "", "", time.monotonic() + 30
         while time.monotonic() < end:
             try:
@@ -620,7 +622,7 @@ def notebook(tmp_path_factory):
     ],
 )
 def test_a_kernel_that_is_interrupted(tmp_path, manifest, service, notebook, call, error, why):
-    """In flight is collected, the cell ends with its error, and the next cell does the rest of the same directory."""
+    """Jobs in flight are collected, the cell ends with its error, and the next cell completes the same directory."""
     text = """
     import asyncio
     from batch import api
@@ -643,7 +645,7 @@ def test_a_kernel_that_is_interrupted(tmp_path, manifest, service, notebook, cal
 
 @pytest.mark.filterwarnings("default")  # of Jupyter's own libraries
 def test_a_kernel_that_is_interrupted_twice(tmp_path, manifest, service, notebook):
-    """The drain is given up at once, and the kernel's own handling of interrupts is as it was."""
+    """The drain stops at once, and the kernel's own interrupt handling is restored."""
     service.handlers["status"] = NEVER
     text = f"api.run_sync({str(manifest)!r}, {str(tmp_path / 'run')!r}, settings={settings_for(service)!r})"
     cell = notebook.start(f"from batch import api\n{text}")

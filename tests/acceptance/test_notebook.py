@@ -1,4 +1,4 @@
-"""The notebook runs from its first cell to its last, and is committed without outputs."""
+"""The notebook runs from the first cell to the last, and is committed without outputs."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ NOTEBOOK = REPOSITORY / "notebooks/quickstart.ipynb"
 
 
 def test_outputs_are_cleared():
-    """What a run prints is not committed."""
+    """Outputs of a run are not committed."""
     cells = nbformat.read(NOTEBOOK, as_version=4).cells
     assert [cell for cell in cells if cell.cell_type == "code" and (cell.outputs or cell.execution_count)] == []
 
 
 @pytest.mark.filterwarnings("default")  # of Jupyter's own libraries
 def test_every_cell_runs(tmp_path, monkeypatch):
-    """In a kernel of its own, next to a copy of the demo material; it shows images and a table."""
+    """In a separate kernel, next to a copy of the demo files; it shows images and a table."""
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))

@@ -1,4 +1,4 @@
-"""The judge from npm: the unmodified `@fal-ai/client` on Node against `restyle serve`, pointed at it in two ways."""
+"""Compatibility with npm's unmodified `@fal-ai/client` on Node: `restyle serve`, configured in two ways."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ INSTALL = ["npm", "ci", "--no-audit", "--no-fund", "--loglevel=error"]
 
 @pytest.fixture(scope="module")
 def modules():
-    """The client as its lock file names it, installed once."""
+    """The client of the lock file, installed once."""
     missing = [program for program in ("node", "npm") if shutil.which(program) is None]
     if missing:
         absent = f"{' and '.join(missing)} not found: fal's JavaScript client needs Node 20 or newer with npm"
@@ -42,14 +42,14 @@ def modules():
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, modules):
-    """Real images, quickly made."""
+    """A server with real, quickly made images."""
     with endpoint(tmp_path_factory.mktemp("preview"), "--slots", "1", "--allow-private") as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory, modules):
-    """One at a time, and that takes for ever."""
+    """A server with one slot and endless jobs."""
     options = ("--engine", "echo", "--slots", "1", "--service-time", "1h")
     with endpoint(tmp_path_factory.mktemp("slow"), *options) as running:
         yield running
@@ -64,7 +64,7 @@ def image(tmp_path):
 
 @pytest.fixture(params=["middleware", "proxy"])
 def ask(request):
-    """Recipes D and E. Gives what the client's script prints."""
+    """Recipes D and E. Returns the output of the client's script."""
 
     def run(running, action, key=None, **options):
         variables = {"ENDPOINT": running.url, "CREDENTIALS": key or running.key, "MODULES": str(MODULES)}
@@ -77,7 +77,7 @@ def ask(request):
 
 
 def given(path, **inputs):
-    """An input whose source is a data URI."""
+    """Return an input whose source is a data URI."""
     return {"image_url": fal_client.encode(path.read_bytes(), "image/png"), "prompt": "a cat as a watercolor", **inputs}
 
 
@@ -90,7 +90,7 @@ def test_it_is_the_client_that_we_name(modules):
 
 @pytest.mark.parametrize("mode", ["polling", "streaming"])
 def test_subscribe_shows_logs_and_gives_the_result(server, ask, image, mode):
-    """Polling, and over the stream of server-sent events: updates with log lines, then the output."""
+    """By polling and by server-sent events: updates with log lines, then the output."""
     said = ask(server, "subscribe", input=given(image, seed=12345), mode=mode)
     assert (said["data"]["seed"], said["data"]["images"][0]["width"]) == (12345, 320)
     assert said["updates"][-1]["status"] == "COMPLETED"
@@ -102,7 +102,7 @@ def test_subscribe_shows_logs_and_gives_the_result(server, ask, image, mode):
 
 
 def test_submit_status_and_result(server, ask, image):
-    """The three calls one by one; the URLs in the answers are our own, also through the proxy."""
+    """The three calls one by one; the URLs in the responses are our own, also through the proxy."""
     said = ask(server, "queue", input=given(image))
     assert said["ticket"]["status"] == "IN_QUEUE"
     assert said["ticket"]["response_url"].startswith(server.url)
@@ -123,7 +123,7 @@ def test_a_running_request_can_be_cancelled(slow, ask):
 
 
 def test_a_blob_in_the_input_is_uploaded_and_used(server, ask, image):
-    """The client puts the upload's URL in its place."""
+    """The client replaces it with the upload's URL."""
     said = ask(server, "blob", path=str(image), type="image/png", input={"prompt": "a cat"})
     assert said["data"]["images"][0]["width"] == 320
 
@@ -137,7 +137,7 @@ def test_a_file_above_the_threshold_is_uploaded_in_parts(server, ask, tmp_path):
 
 
 def test_a_webhook_is_called_and_signed(server, ask, image):
-    """One callback with the result; its signature holds against the keys that the server publishes."""
+    """One callback with the result; its signature is valid for the keys that the server publishes."""
     with callbacks() as receiver:
         ticket = ask(server, "webhook", input=given(image), webhookUrl=receiver.url)
         said = believed(server, *receiver.one())
@@ -154,23 +154,23 @@ def test_a_wrong_input_is_the_client_s_validation_error(server, ask, image):
 
 
 def test_a_image_that_is_none_is_the_client_s_validation_error(server, ask, tmp_path):
-    """`image_load_error`, the model error that fal names for it."""
+    """`image_load_error`, fal's model error for it."""
     path = tmp_path / "not an image.png"
     path.write_bytes(b"<html>not found</html>")
     error = ask(server, "fail", input=given(path))["error"]
     assert (error["name"], error["fieldErrors"][0]["type"]) == ("ValidationError", "image_load_error")
 
 
-@pytest.mark.parametrize("key", ["tester:wrong", "nobody:secret"])
+@pytest.mark.parametrize("key", ["tester:wrong", "unknown:secret"])
 def test_a_wrong_key_is_refused(server, ask, key):
-    """`ApiError` 401 with fal's words."""
+    """`ApiError` 401 with fal's message."""
     error = ask(server, "fail", key=key, input=INPUT)["error"]
     assert (error["isApiError"], error["name"], error["status"]) == (True, "ApiError", 401)
     assert error["body"] == {"detail": "No user found for Key ID and Secret"}
 
 
 def test_a_start_timeout_ends_a_request_that_still_waits(slow, ask):
-    """504 that says it was the user's own deadline: the client does not try again."""
+    """504 that names the user's own deadline: the client does not retry."""
     key = {"authorization": f"Key {slow.key}"}
     holder = httpx.post(f"{slow.url}/{APP}", json=INPUT, headers=key).json()
     error = ask(slow, "fail", input=INPUT, startTimeout=1.01)["error"]

@@ -1,4 +1,4 @@
-"""The judge from PyPI: the unmodified `fal-client` against `restyle serve`, pointed at it as docs/endpoint.md says."""
+"""Compatibility with PyPI's unmodified `fal-client`: `restyle serve`, configured as in docs/endpoint.md."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ HTTPError = fal_client.client.FalClientHTTPError
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """Real images, quickly made."""
+    """A server with real, quickly made images."""
     with endpoint(tmp_path_factory.mktemp("preview"), "--slots", "1", "--allow-private") as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory):
-    """One at a time, and that takes for ever."""
+    """A server with one slot and endless jobs."""
     options = ("--engine", "echo", "--slots", "1", "--service-time", "1h")
     with endpoint(tmp_path_factory.mktemp("slow"), *options) as running:
         yield running
@@ -49,7 +49,7 @@ def slow(tmp_path_factory):
 
 @pytest.fixture
 def point(monkeypatch):
-    """Recipe A: the module's globals. Gives a client for a server."""
+    """Recipe A: the module's globals. Returns a client for a server."""
     clients = []
 
     def client(running, key=None):
@@ -68,12 +68,12 @@ def point(monkeypatch):
 
 
 def test_it_is_the_client_that_we_name():
-    """The newest one from PyPI; docs/endpoint.md says which."""
+    """The newest version on PyPI, as in docs/endpoint.md."""
     assert version("fal-client") == "1.0.3"
 
 
 def test_subscribe_shows_logs_and_gives_the_result(server, point):
-    """From the call to the image: updates with log lines, then the output with the seed that was asked for."""
+    """From the call to the image: updates with log lines, then the output with the requested seed."""
     seen = []
     image = fal_client.encode(image_bytes(), "image/png")
     given = {"image_url": image, "prompt": "a cat as a watercolor", "seed": 2**60}
@@ -87,7 +87,7 @@ def test_subscribe_shows_logs_and_gives_the_result(server, point):
 
 
 def test_submit_status_and_result_by_handle_and_by_id(server, point):
-    """The returned URLs and those that the client builds itself lead to the same answers."""
+    """The returned URLs and those built by the client give the same responses."""
     client = point(server)
     handle = client.submit(APP, {**INPUT, "image_url": fal_client.encode(image_bytes(), "image/png")}, priority="low")
     *_, last = handle.iter_events(with_logs=True)
@@ -125,14 +125,14 @@ def test_a_queued_and_a_running_request_can_be_cancelled(slow, point):
 
 
 def test_uploaded_bytes_can_be_used_as_the_source(server, point):
-    """`upload` gives a URL that the endpoint reads."""
+    """`upload` returns a URL that the endpoint can read."""
     client = point(server)
     url = client.upload(image_bytes("teal"), "image/png", file_name="../a cat.png")
     assert client.subscribe(APP, {**INPUT, "image_url": url})["images"]
 
 
 def test_a_file_above_the_threshold_is_uploaded_in_parts(server, point, tmp_path):
-    """101 MiB in parts that overtake each other; served again byte for byte."""
+    """101 MiB in parts that arrive out of order; served again byte for byte."""
     path = large_file(tmp_path / "large.png", 101)
     url = point(server).upload_file(path)
     assert url.startswith(server.url)
@@ -140,7 +140,7 @@ def test_a_file_above_the_threshold_is_uploaded_in_parts(server, point, tmp_path
 
 
 def test_a_webhook_is_called_and_signed(server, point):
-    """One callback with the result; its signature holds against the keys that the server publishes."""
+    """One callback with the result; its signature is valid for the keys that the server publishes."""
     with callbacks() as receiver:
         given = {**INPUT, "image_url": fal_client.encode(image_bytes(), "image/png")}
         handle = point(server).submit(APP, given, webhook_url=receiver.url)
@@ -161,16 +161,16 @@ def test_a_wrong_input_is_the_client_s_own_error(server, point):
     }
 
 
-@pytest.mark.parametrize("key", ["tester:wrong", "nobody:secret", "no-colon"])
+@pytest.mark.parametrize("key", ["tester:wrong", "unknown:secret", "no-colon"])
 def test_a_wrong_key_is_refused_at_once(server, point, key):
-    """401, told to the caller and not repeated."""
+    """401, raised in the caller and not repeated."""
     with pytest.raises(HTTPError) as refused:
         point(server, key=key).submit(APP, INPUT)
     assert refused.value.status_code == 401
 
 
 def test_a_start_timeout_ends_a_request_that_still_waits(slow, point):
-    """504 that says it was the user's own deadline: the client does not try again."""
+    """504 that names the user's own deadline: the client does not retry."""
     client = point(slow)
     first = client.submit(APP, INPUT)
     with pytest.raises(HTTPError) as late:
@@ -189,7 +189,7 @@ print(json.dumps({"status": type(last).__name__, "result": handle.get(), "url": 
 
 
 def test_environment_variables_alone_point_it_at_a_server_with_tls(tmp_path):
-    """Recipe B: FAL_RUN_HOST, FAL_QUEUE_RUN_HOST and SSL_CERT_FILE; the client always speaks https."""
+    """Recipe B: FAL_RUN_HOST, FAL_QUEUE_RUN_HOST and SSL_CERT_FILE; the client always uses https."""
     cert, key = certificate(tmp_path)
     with endpoint(tmp_path, "--engine", "echo", "--tls-cert", cert, "--tls-key", key) as running:
         assert running.url.startswith("https://127.0.0.1:")
@@ -215,7 +215,7 @@ HOSTS = ("fal.run", "queue.fal.run", "rest.fal.ai", "v3.fal.media")
 
 
 def test_under_fal_s_own_host_names_the_unchanged_client_runs_queues_and_uploads(tmp_path):
-    """Recipe C: all of fal's hosts lead here. `run` is run by its host alone, `subscribe` is queued, under one path."""
+    """Recipe C: all fal hosts resolve to this machine. `run` uses its own host, `subscribe` is queued, same path."""
     cert, key = certificate(tmp_path, *HOSTS)
     with endpoint(tmp_path, "--slots", "1", "--tls-cert", cert, "--tls-key", key) as running:
         port = int(running.url.rpartition(":")[2])

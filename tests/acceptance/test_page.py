@@ -1,4 +1,4 @@
-"""The page at `/` in a real browser: what a person sees, does and is kept safe from."""
+"""The page at `/` in a real browser: content, actions and safety."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def browser():
 
 @contextmanager
 def server(data_dir, *options):
-    """The endpoint as a process of its own; yields its URL."""
+    """The endpoint in a separate process; yields its URL."""
     command = [sys.executable, "-m", "batch.server", "--data-dir", data_dir, "--with-parent", *options]
     with (
         (Path(data_dir) / "server.log").open("wb") as log,
@@ -71,7 +71,7 @@ def url(tmp_path_factory):
 
 
 class Visit:
-    """A page in a fresh browser context that notes everything that must not happen."""
+    """A page in a fresh browser context that records forbidden events."""
 
     def __init__(self, browser, url, **options):
         self.url = url
@@ -99,7 +99,7 @@ class Visit:
             self.foreign.append(request.url)
 
     def restyle(self, prompt, image=IMAGE):
-        """Fill the form as a person does, by its labels, and send it."""
+        """Fill the form by its labels, like a user, and submit it."""
         if image is not None:
             self.page.get_by_label("Image file").set_input_files(image)
         self.page.get_by_label("Prompt").fill(prompt)
@@ -110,7 +110,7 @@ class Visit:
         expect(self.page.get_by_role("status")).to_have_text("Done", timeout=30_000)
 
     def card(self, prompt):
-        """The newest recent request with that prompt."""
+        """Return the newest recent request with that prompt."""
         return self.page.get_by_role("listitem").filter(has_text=prompt).first
 
 
@@ -130,18 +130,18 @@ def visit(browser):
 
 
 def natural_size(image):
-    """Width and height of what the browser has decoded."""
+    """Return width and height of the decoded image."""
     expect(image).to_be_visible()
     return image.evaluate("image => image.decode().then(() => [image.naturalWidth, image.naturalHeight])")
 
 
 def sideways(page):
-    """Pixels by which the page is wider than the window."""
+    """Return by how many pixels the page is wider than the window."""
     return page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
 
 
 def test_a_person_restyles_a_image_and_finds_it_among_the_recent_ones(visit, url):
-    """Form, progress, result beside the input, and the same images in the list; a hostile prompt is text."""
+    """Form, progress, result next to the input, and the same images in the list; a hostile prompt is shown as text."""
     here = visit(url)
     expect(here.page.get_by_text("preview: filters, no model runs")).to_be_visible()
     expect(here.page.get_by_text("not checked")).to_be_visible()
@@ -150,9 +150,7 @@ def test_a_person_restyles_a_image_and_finds_it_among_the_recent_ones(visit, url
     result, source = here.page.locator("#result-image"), here.page.locator("#input-image")
     assert natural_size(result) == natural_size(source) == [768, 512]
     assert result.get_attribute("src") != source.get_attribute("src")
-    expect(here.page.locator("#made-text")).to_contain_text(
-        re.compile(r"768 . 512 · seed \d+ · [\d.]+ s in the engine")
-    )
+    expect(here.page.locator("#made-text")).to_contain_text(re.compile(r"768 . 512 · seed \d+ · [\d.]+ s engine time"))
     card = here.card(HOSTILE)
     expect(card).to_contain_text("done")
     assert [natural_size(image) for image in card.locator("img").all()] == [[768, 512]] * 2
@@ -162,7 +160,7 @@ def test_a_person_restyles_a_image_and_finds_it_among_the_recent_ones(visit, url
 
 
 def test_the_settings_of_the_form_reach_the_server(visit, url):
-    """Strength, steps, guidance, a seed of 63 bits and the format; all can be taken up again from the list."""
+    """Strength, steps, guidance, a 63-bit seed and the format; the list can load all of them into the form."""
     here = visit(url)
     page, seed = here.page, str(2**63 - 2)
     page.get_by_label("Strength").fill("0.4")
@@ -175,7 +173,7 @@ def test_the_settings_of_the_form_reach_the_server(visit, url):
     expect(page.locator("#made-text")).to_contain_text(f"seed {seed}")
     assert page.locator("#result-image").get_attribute("src").endswith(".png")
     page.reload()
-    here.card("settings of all kinds").get_by_role("button", name="Use again").click()
+    here.card("settings of all kinds").get_by_role("button", name="Reuse").click()
     expect(page.get_by_label("Prompt")).to_have_value("settings of all kinds")
     expect(page.get_by_label("Seed")).to_have_value(seed)
     assert [page.get_by_label(label).input_value() for label in ("Strength", "Steps", "Guidance")] == [
@@ -191,7 +189,7 @@ def test_the_settings_of_the_form_reach_the_server(visit, url):
 
 
 def test_what_other_clients_send_shows_up_by_itself(visit, url):
-    """The page is live: nobody reloads it."""
+    """The page updates without a reload."""
     here = visit(url)
     expect(here.page.locator("#waiting")).to_have_text("0")
     body = {"image_url": "data:image/png;base64,AAAA", "prompt": "sent by a script"}
@@ -203,38 +201,38 @@ def test_what_other_clients_send_shows_up_by_itself(visit, url):
 
 
 def test_the_form_says_what_is_missing(visit, url):
-    """In words that are read out, with the focus where the remedy is; nothing is sent."""
+    """By accessible messages, with the focus on the field to fix; nothing is sent."""
     here = visit(url)
     status = here.page.get_by_role("status")
     here.restyle("a prompt", image=None)
-    expect(status).to_have_text("Choose an image, or give its URL.")
+    expect(status).to_have_text("Choose an image or enter its URL.")
     here.restyle("   ")
     expect(status).to_contain_text("prompt")
     expect(here.page.get_by_label("Prompt")).to_be_focused()
     here.page.get_by_label("Seed").fill("1e5")
     here.restyle("a prompt")
-    expect(status).to_contain_text("whole number")
+    expect(status).to_contain_text("integer")
 
 
 def test_a_request_that_fails_says_why(visit, url):
-    """The server's own words, as text; an image on another server is never loaded by the page itself."""
+    """The server's own message as text; the page itself never loads an image from another server."""
     here = visit(url)
-    here.page.get_by_label("or its URL").fill("http://127.0.0.1:9/cat.png")
-    expect(here.page.get_by_text("Lies on another server")).to_be_visible()
+    here.page.get_by_label("or image URL").fill("http://127.0.0.1:9/cat.png")
+    expect(here.page.get_by_text("Image on another server")).to_be_visible()
     here.restyle("a cat from elsewhere", image=None)
     expect(here.page.get_by_role("status")).to_contain_text("http://127.0.0.1:9/cat.png could not be fetched")
     expect(here.card("a cat from elsewhere")).to_contain_text("failed")
-    # The browser itself notes the 422 that the result answers; nothing else may be there.
+    # The browser logs the 422 of the result; nothing else may be logged.
     (note,) = here.complaints
     assert "422" in note
     here.complaints.clear()
 
 
 def test_every_control_can_be_reached_and_has_a_name(visit, url):
-    """Tab goes through the form in order; each control is announced by a label, each image by a text."""
+    """Tab moves through the form in order; each control has a label, each image a text."""
     here = visit(url)
     names = [
-        "Image file", "or its URL", "Prompt", "Strength", "Steps", "Guidance", "Seed", "jpeg", "Restyle",
+        "Image file", "or image URL", "Prompt", "Strength", "Steps", "Guidance", "Seed", "jpeg", "Restyle",
     ]  # fmt: skip
     here.page.get_by_label("Image file").focus()
     for name in names:
@@ -251,7 +249,7 @@ def test_every_control_can_be_reached_and_has_a_name(visit, url):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_follows_the_system_s_colors(visit, url, scheme):
-    """Text stands out from its ground by at least 7:1 in both (WCAG AAA), soft text by 4.5:1."""
+    """The contrast of text is at least 7:1 in both themes (WCAG AAA), of soft text 4.5:1."""
     here = visit(url, color_scheme=scheme)
     text, ground, soft = (here.page.evaluate(LUMINANCE, name) for name in ("--text", "--ground", "--soft"))
     assert (ground > text) == (scheme == "light")
@@ -270,7 +268,7 @@ LUMINANCE = """name => {
 
 
 def contrast(one, other):
-    """As WCAG defines it, from two relative luminances."""
+    """Return WCAG's contrast ratio of two relative luminances."""
     light, dark = max(one, other), min(one, other)
     return (light + 0.05) / (dark + 0.05)
 
@@ -288,22 +286,22 @@ def test_a_phone_never_scrolls_sideways(visit, url):
 
 
 def test_a_waiting_request_shows_its_place_and_can_be_cancelled(visit, tmp_path):
-    """Progress over the status stream; the end of a cancelled request is told as such. No model: the badge says so."""
+    """Progress by the status stream; a cancelled request is shown as cancelled. The badge shows the missing model."""
     with server(tmp_path, "--engine", "echo", "--slots", "1", "--service-time", "60") as url:
         here = visit(url)
-        expect(here.page.get_by_text("rehearsal: cards, no model runs")).to_be_visible()
+        expect(here.page.get_by_text("echo: test cards, no model runs")).to_be_visible()
         here.restyle("the one that runs")
-        expect(here.page.get_by_role("status")).to_contain_text("At work")
+        expect(here.page.get_by_role("status")).to_contain_text("Running")
         expect(here.page.get_by_role("progressbar")).to_be_visible()
         other = visit(url)
         other.restyle("the one that waits")
-        expect(other.page.get_by_role("status")).to_have_text("In the queue, next in line")
+        expect(other.page.get_by_role("status")).to_have_text("Queued, next to run")
         expect(here.page.locator("#waiting")).to_have_text("1")
         expect(here.page.locator("#running")).to_have_text("1")
         other.page.get_by_role("button", name="Cancel").click()
         expect(other.page.get_by_role("status")).to_have_text("Request was cancelled")
         expect(here.card("the one that waits")).to_contain_text("cancelled")
-        expect(here.card("the one that runs")).to_contain_text("runs")
+        expect(here.card("the one that runs")).to_contain_text("running")
         (note,) = other.complaints  # the browser's own, of the result's status
         assert "499" in note
         other.complaints.clear()
@@ -312,16 +310,16 @@ def test_a_waiting_request_shows_its_place_and_can_be_cancelled(visit, tmp_path)
 
 
 def test_with_keys_the_page_asks_for_one_and_shows_its_owner_s_requests(visit, tmp_path):
-    """A wrong key is refused in words; a good one is kept by the tab alone, and all the page does goes with it."""
+    """A wrong key is refused with a message; a good one is stored per tab and sent with every request of the page."""
     keys = tmp_path / "keys"
     keys.write_text("".join(f"{name}:{hashlib.sha256(b'secret').hexdigest()}\n" for name in ("ann", "bob")))
     with server(tmp_path, "--engine", "echo", "--keys", str(keys)) as url:
         here = visit(url)
-        page, field = here.page, here.page.get_by_label("This endpoint asks for a key")
+        page, field = here.page, here.page.get_by_label("API key required")
         expect(field).to_be_focused()
         field.fill("ann:wrong")
-        page.get_by_role("button", name="Use it").click()
-        expect(page.get_by_text("This key was refused")).to_be_visible()
+        page.get_by_role("button", name="Sign in").click()
+        expect(page.get_by_text("Key rejected")).to_be_visible()
         field.fill("ann:secret")
         field.press("Enter")
         expect(field).to_be_hidden()
@@ -332,9 +330,9 @@ def test_with_keys_the_page_asks_for_one_and_shows_its_owner_s_requests(visit, t
         page.reload()
         expect(here.card("of ann")).to_be_visible()
         other = visit(url)
-        other.page.get_by_label("This endpoint asks for a key").fill("bob:secret")
-        other.page.get_by_role("button", name="Use it").click()
-        expect(other.page.get_by_text("Nothing yet.")).to_be_visible()
+        other.page.get_by_label("API key required").fill("bob:secret")
+        other.page.get_by_role("button", name="Sign in").click()
+        expect(other.page.get_by_text("No requests yet.")).to_be_visible()
         for one in (here, other):
             assert {complaint.rpartition(" status of ")[2] for complaint in one.complaints} == {"401 (Unauthorized)"}
             one.complaints.clear()

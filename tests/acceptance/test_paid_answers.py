@@ -1,6 +1,6 @@
-"""A paid answer is never thrown away and never paid for twice: odd answers of a real service.
+"""A paid answer is never discarded and never paid for twice: odd answers of a real service.
 
-What is refused is read up to sixteen times, with pauses: most runs have a quick clock (`tests.quick_time`).
+A refused read is repeated up to sixteen times, with pauses: most runs use the quick clock of `tests.quick_time`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ ODD_FIELDS = [
 
 
 def test_cases_1_2_3_an_odd_field_costs_that_field_only(tmp_path):
-    """Null, missing, of another type or out of range: done, the column is null, and the row says so."""
+    """Null, missing, of another type or out of range: done, the column is null, and the row has a note."""
     names = [f"n{number}" for number in range(len(ODD_FIELDS))]
     with odd_service() as service:
 
@@ -76,7 +76,7 @@ def test_cases_1_2_3_an_odd_field_costs_that_field_only(tmp_path):
 
 
 def test_case_3_what_is_a_number_among_the_timings_is_kept(tmp_path):
-    """A nested object among them costs itself."""
+    """A nested object among them is dropped alone."""
     with odd_service(change={"timings": {"inference": 0.25, "load": 2, "nested": {"a": 1}}}) as service:
         ((row,), _) = run(tmp_path, service)
     assert row["timings"]["inference"] == 0.25
@@ -85,7 +85,7 @@ def test_case_3_what_is_a_number_among_the_timings_is_kept(tmp_path):
 
 
 def test_case_4_an_answer_without_images_is_kept_and_not_paid_for_again_without_a_word(tmp_path):
-    """Failed `no_images`; the plan says what is free; asked again, it is still one request."""
+    """Failed with `no_images`; the plan shows that it is free; after another read it is still one request."""
     with odd_service(change={"images": []}) as service:
         ((row,), _) = run(tmp_path, service, code=3, quick=False)
         assert (row["status"], row["error_type"], row["images"]) == ("failed", "no_images", None)
@@ -103,7 +103,7 @@ def test_case_4_an_answer_without_images_is_kept_and_not_paid_for_again_without_
 
 @pytest.mark.parametrize("flag", [[], ["--retry-failed"]])
 def test_case_5_a_file_that_is_refused_for_a_while_is_fetched_later_free(tmp_path, flag):
-    """The row keeps URL and sizes; the next run, with or without --retry-failed, fetches the file again."""
+    """The row keeps URL and sizes; the next run, with or without --retry-failed, downloads the file."""
     statuses = (403, 404, 410, 401)
     with odd_service() as service:
         service.image = lambda request, _: answer({"detail": "no"}, int(service.inputs[request]["prompt"].split()[0]))
@@ -127,7 +127,7 @@ def test_case_5_a_file_that_is_refused_for_a_while_is_fetched_later_free(tmp_pat
 
 
 def test_case_6_a_damaged_file_is_fetched_later_free(tmp_path):
-    """Cut short, another thing, or nothing: whole the next day."""
+    """Truncated, something else, or empty: complete the next day."""
     bodies = {"cut": jpeg(3)[:200], "html": b"<html>maintenance</html>", "empty": b""}
     with odd_service() as service:
         service.image = lambda request, _: (200, bodies[service.inputs[request]["prompt"].split()[0]], {})
@@ -140,7 +140,7 @@ def test_case_6_a_damaged_file_is_fetched_later_free(tmp_path):
 
 
 def test_case_8_two_jobs_never_share_a_request_id(tmp_path):
-    """The later submit is unknown with the reason; no row shows another row's image."""
+    """The later submit is unknown with the reason; no row shows the image of another row."""
     with odd_service(name=lambda _: "the-same") as service:
         rows, _ = run(tmp_path, service, "--max-in-flight", 1, names=("a", "b"), code=4)
         assert [row["status"] for row in rows] == ["done", "unknown"]
@@ -149,7 +149,7 @@ def test_case_8_two_jobs_never_share_a_request_id(tmp_path):
         assert service.posts == 2
 
 
-# --- answers that are no answer ---------------------------------------------------------------------------
+# --- unreadable answers -----------------------------------------------------------------------------------
 
 
 NO_ANSWERS = {
@@ -167,7 +167,7 @@ NO_ANSWERS = {
 
 
 def test_an_answer_that_is_none_is_kept_raw_and_read_again(tmp_path):
-    """What came is in the journal; the next run asks for it again, free."""
+    """The response is in the journal; the next run requests it again, free."""
     with odd_service() as service:
         service.result = lambda request, _: (200, NO_ANSWERS[service.inputs[request]["prompt"].split()[0]], {})
         rows, _ = run(tmp_path, service, names=NO_ANSWERS, code=3)
@@ -183,7 +183,7 @@ def test_an_answer_that_is_none_is_kept_raw_and_read_again(tmp_path):
 
 
 def test_json_that_is_nearly_right_is_read(tmp_path):
-    """A byte order mark, NaN, a Latin-1 letter and half a surrogate cost only the value that they are in."""
+    """A byte order mark, NaN, a Latin-1 letter and an unpaired surrogate affect only their own value."""
     with odd_service() as service:
 
         def result(request, _):
@@ -198,7 +198,7 @@ def test_json_that_is_nearly_right_is_read(tmp_path):
 
 
 def test_an_answer_of_50_mb_is_read(tmp_path):
-    """It is paid for; its size is its only oddity."""
+    """It is paid for, and only its size is odd."""
     with odd_service(change={"padding": "x" * 50_000_000}) as service:
         ((row,), _) = run(tmp_path, service)
         assert (row["status"], service.posts) == ("done", 1)
@@ -206,7 +206,7 @@ def test_an_answer_of_50_mb_is_read(tmp_path):
 
 
 def test_an_answer_over_the_limit_is_collected_with_a_larger_one(tmp_path):
-    """Failed with a sentence that names the setting; then free."""
+    """Failed with a message that names the setting; then free."""
     config = tmp_path / "c.toml"
     config.write_text("[limits]\nmax_download_bytes = 1000000\n")
     with odd_service(change={"padding": "x" * 18_000_000}) as service:
@@ -227,7 +227,7 @@ def test_images_with_the_same_url_twice_are_two_images_of_one_file(tmp_path):
 
 
 def test_one_bad_file_of_several_does_not_cost_the_others(tmp_path):
-    """What could be stored is stored and shown; the rest is fetched later."""
+    """Good files are stored and shown; the others are downloaded later."""
     with odd_service() as service:
 
         def output(request):
@@ -241,7 +241,7 @@ def test_one_bad_file_of_several_does_not_cost_the_others(tmp_path):
 
 
 def test_a_data_uri_is_stored_and_leaves_the_journal(tmp_path):
-    """The image that an answer carries itself is a file afterwards, and nowhere twice."""
+    """An embedded image becomes a file and is not stored twice."""
     import base64
 
     uri = "data:image/jpeg;base64," + base64.b64encode(jpeg(9)).decode()
@@ -255,11 +255,11 @@ def test_a_data_uri_is_stored_and_leaves_the_journal(tmp_path):
     assert uri.encode() not in outcome.output
 
 
-# --- after the target's word, and after the time is over --------------------------------------------------
+# --- final verdicts and expired results -------------------------------------------------------------------
 
 
 def test_the_services_own_verdict_is_paid_for_again_only_when_asked(tmp_path):
-    """A 422 of the model is final: the next run leaves it, --retry-failed submits a new attempt."""
+    """A 422 of the model is final: the next run skips it, --retry-failed submits a new attempt."""
     odd = answer({"detail": [{"loc": ["body"], "msg": "too small", "type": "image_too_small"}]}, 422)
     with odd_service(result=lambda _, __: odd) as service:
         ((row,), _) = run(tmp_path, service, code=3)
@@ -272,7 +272,7 @@ def test_the_services_own_verdict_is_paid_for_again_only_when_asked(tmp_path):
 
 
 def test_after_its_time_a_lost_file_is_paid_for_again_only_when_asked(tmp_path):
-    """`limits.collect_for` is over: one last free try, then --retry-failed submits a new attempt, as its plan said."""
+    """After `limits.collect_for`: one last free attempt, then --retry-failed submits a new one, as planned."""
     config = tmp_path / "c.toml"
     config.write_text("[limits]\ncollect_for = 0\n")
     gone = "request-1"
@@ -299,11 +299,11 @@ def test_a_result_that_is_not_shown_is_asked_for_again(tmp_path):
         assert (row["status"], service.posts) == ("done", 1)
 
 
-# --- what an older version refused ------------------------------------------------------------------------
+# --- journals of older versions ---------------------------------------------------------------------------
 
 
 def test_a_journal_of_0_1_0_is_opened_and_its_refused_answers_are_collected(tmp_path):
-    """Made by 0.1.0: a null seed, a file that was gone, one that was damaged, a failure, an empty answer, one done."""
+    """Created by 0.1.0: a null seed, a missing file, a damaged one, a failure, an empty answer, a finished job."""
     names = ("ok", "nullseed", "gone", "damaged", "failed", "empty")
     with odd_service() as service:
         given = {1: "ok", 4: "nullseed", 2: "gone", 3: "damaged", 5: "failed", 6: "empty"}
@@ -321,7 +321,7 @@ def test_a_journal_of_0_1_0_is_opened_and_its_refused_answers_are_collected(tmp_
         status = restyle("status", out)
         rows, _ = run(tmp_path, service, names=names, code=3)
         assert service.posts == 0
-    assert "failed                 4" in status.out  # read as it is: only a run brings it up to date
+    assert "failed                 4" in status.out  # read unchanged: only a run upgrades it
     assert {row["prompt"].split()[0]: row["status"] for row in rows} == {
         "ok": "done", "nullseed": "done", "gone": "done", "damaged": "done", "failed": "failed", "empty": "done",
     }  # fmt: skip
@@ -329,11 +329,11 @@ def test_a_journal_of_0_1_0_is_opened_and_its_refused_answers_are_collected(tmp_
     assert any("seed" in note for note in nullseed["notes"])
 
 
-# --- what was stored, and is gone ---------------------------------------------------------------------------
+# --- lost files -----------------------------------------------------------------------------------------------
 
 
 def test_audit_repair_fetches_missing_and_damaged_images_again(tmp_path):
-    """Free; only equal bytes take the place of a file, and what is no longer available is listed."""
+    """Free; a file is replaced only by equal bytes, and unavailable images are listed."""
     names = ("missing", "shorter", "same_size", "gone", "other", "whole")
     with odd_service() as service:
         rows, _ = run(tmp_path, service, names=names)
@@ -351,8 +351,8 @@ def test_audit_repair_fetches_missing_and_damaged_images_again(tmp_path):
         assert "restyle audit --repair" in audited.out
         repaired = restyle("audit", tmp_path / "out", "--repair", quick=True)
         assert repaired.code == 3
-        assert "3 images fetched again, 2 not available" in repaired.out
-        assert "other bytes" in repaired.out
+        assert "3 images downloaded again, 2 not available" in repaired.out
+        assert "different bytes" in repaired.out
         for name in ("missing", "shorter", "same_size", "whole"):
             assert paths[name].read_bytes() == before[name], name
         assert not paths["gone"].exists()
@@ -363,7 +363,7 @@ def test_audit_repair_fetches_missing_and_damaged_images_again(tmp_path):
 
 
 def test_audit_repair_asks_the_result_for_a_fresh_url(tmp_path):
-    """The stored URL has expired; the target shows the image under another one."""
+    """The stored URL has expired; the target has the image under another one."""
     with odd_service() as service:
         ((row,), _) = run(tmp_path, service)
         path = tmp_path / "out" / row["images"][0]["path"]

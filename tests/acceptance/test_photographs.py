@@ -1,4 +1,4 @@
-"""Photographs that scikit-image ships, as image URLs of a web server, through the preview engine."""
+"""Photographs from scikit-image as image URLs of a web server, through the preview engine."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tests.acceptance.command import accepted, restyle, results
 skimage = pytest.importorskip("skimage")
 
 SIZES = {
-    # file: size in px of the source, and of the result: at most 1440 x 1440 of area, sides of 256 px at least and
-    # multiples of 16
+    # file: size in px of the source and of the result: an area of at most 1440 x 1440, sides of at least 256 px that
+    # are multiples of 16
     "astronaut.png": ((512, 512), (512, 512)),
     "coffee.png": ((600, 400), (608, 400)),
     "camera.png": ((512, 512), (512, 512)),  # grey
@@ -32,7 +32,7 @@ PROMPTS = ["an oil painting", "a pencil sketch", "a pop art print", "a watercolo
 
 @pytest.fixture
 def photographs(image_server, tmp_path):
-    """A manifest of the photographs by URL."""
+    """Write a manifest of the photographs' URLs."""
     bundled = Path(skimage.__file__).parent / "data"
     rows = []
     for number, name in enumerate([*SIZES, TOO_SMALL]):
@@ -44,7 +44,7 @@ def photographs(image_server, tmp_path):
 
 
 def images(directory: Path) -> dict[str, tuple[dict, Image.Image]]:
-    """What the results say of each row's image, and the file."""
+    """Return the results of each row's image, and the file."""
     found = {}
     for row in results(directory).to_pylist():
         for image in row["images"] or []:
@@ -55,7 +55,7 @@ def images(directory: Path) -> dict[str, tuple[dict, Image.Image]]:
 
 
 def test_photographs_become_previews_and_the_same_again(photographs, tmp_path, image_server):
-    """Sizes follow the rule, bytes the seed: a fresh run of the same manifest gives the same files."""
+    """Sizes follow the rule and bytes the seed: a fresh run of the same manifest gives the same files."""
     for name in ("one", "two"):
         ended = restyle("run", photographs, "-o", tmp_path / name)
         assert ended.code == 3, ended.text
@@ -80,7 +80,7 @@ def test_photographs_become_previews_and_the_same_again(photographs, tmp_path, i
 
 
 def test_a_result_still_shows_its_source(photographs, tmp_path, image_server):
-    """Light and dark stay where they were at a low strength; at a high one less so."""
+    """Light and dark areas stay at a low strength; less so at a high one."""
     config = tmp_path / "c.toml"
     config.write_text("[sweep]\nstrength = [0.1, 0.95]\n")
     assert restyle("run", photographs, "-c", config, "-o", tmp_path / "run", "--limit", 3).code == 0
@@ -97,7 +97,7 @@ def test_a_result_still_shows_its_source(photographs, tmp_path, image_server):
 
 
 def test_seeds_make_images_and_png_is_png(photographs, tmp_path):
-    """Another seed is another image, the same seed the same one; `output_format` decides the file."""
+    """Another seed gives another image, the same seed the same one; `output_format` determines the file."""
     config = tmp_path / "c.toml"
     config.write_text('[input]\noutput_format = "png"\n[sweep]\nseed = [1, 2]\n')
     assert restyle("run", photographs, "-c", config, "-o", tmp_path / "run", "--limit", 2).code == 0

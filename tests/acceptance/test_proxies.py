@@ -1,4 +1,4 @@
-"""Runs behind a proxy: everything for another host goes through it, nothing for this machine does."""
+"""Runs behind a proxy: all requests to other hosts use it, none to this machine."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tests.certificate import certificate
 from tests.edges.proxying import proxy
 
 FAR = "far.test"
-"""A host that only the proxy finds."""
+"""A host name that only the proxy resolves."""
 
 
 def local_images(folder: Path) -> Path:
-    """A manifest whose two images have to be uploaded."""
+    """Write a manifest with two images to upload."""
     for number in range(2):
         Image.new("RGB", (64, 64), (90 * number, 90, 60)).save(folder / f"{number}.png")
     path = folder / "m.csv"
@@ -28,7 +28,7 @@ def local_images(folder: Path) -> Path:
 
 
 def kinds(asked: list[tuple[str, str]]) -> set[str]:
-    """What the requests were for."""
+    """Return the purposes of the requests."""
     known = {
         r"POST http://\S+/fal-ai/flux/dev/image-to-image": "submit",
         r"GET http://\S+/requests/[^/]+/status(\?\S*)?": "status",
@@ -45,7 +45,7 @@ def kinds(asked: list[tuple[str, str]]) -> set[str]:
 
 
 def test_every_call_to_another_host_goes_through_the_proxy(tmp_path):
-    """Submit, status, stream, result, upload, download and price, and whether the server honours keys."""
+    """Submit, status, stream, result, upload, download, price, and the check for idempotency keys."""
     with (
         endpoint(tmp_path, "--engine", "echo", "--service-time", "700ms", "--price", 0.03) as server,
         proxy(int(server.url.rpartition(":")[2]), "me:pass-word") as between,
@@ -66,7 +66,7 @@ def test_every_call_to_another_host_goes_through_the_proxy(tmp_path):
 
 
 def test_a_tunnel_is_used_for_https(tmp_path):
-    """CONNECT, with the certificate of the target checked inside of it: the proxy sees no key."""
+    """CONNECT, with the target's certificate verified inside the tunnel: the proxy sees no key."""
     cert, key = certificate(tmp_path, FAR)
     with (
         endpoint(tmp_path, "--engine", "echo", "--tls-cert", cert, "--tls-key", key) as server,
@@ -81,7 +81,7 @@ def test_a_tunnel_is_used_for_https(tmp_path):
 
 
 def test_nothing_for_this_machine_goes_through_the_proxy(tmp_path):
-    """The embedded endpoint, and a server at localhost; the images that either fetches itself, too."""
+    """The embedded endpoint and a server at localhost, and the images that they fetch."""
     manifest = write_manifest(tmp_path / "m.csv", range(2))
     with (
         endpoint(tmp_path, "--engine", "echo", keyed=False) as server,
@@ -97,7 +97,7 @@ def test_nothing_for_this_machine_goes_through_the_proxy(tmp_path):
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_a_proxy_that_refuses_the_user_leaves_submits_unsent(tmp_path, scheme):
-    """It was not passed on: no job is unknown. The reason is said, the password is not."""
+    """The request was not forwarded, so no job is unknown. The message has the reason, not the password."""
     manifest, out = write_manifest(tmp_path / "m.csv", range(2)), tmp_path / "out"
     with proxy(1, "me:right") as between:
         env = {"FAL_KEY": "id:key-secret", f"{scheme.upper()}_PROXY": between.with_user("me:wrong-word")}
@@ -105,14 +105,14 @@ def test_a_proxy_that_refuses_the_user_leaves_submits_unsent(tmp_path, scheme):
         ended = restyle(*command, env=env)
     assert ended.code == 4, ended.text
     assert jobs_in(out, "unknown") == 0
-    assert "the proxy wants a user and a password" in ended.err
+    assert "the proxy requires a user and a password" in ended.err
     text = ended.text + (out / "log.jsonl").read_text()
     assert "wrong-word" not in text
     assert "key-secret" not in text
 
 
 def test_a_proxy_that_is_not_there_is_said_without_its_password(tmp_path):
-    """Nothing listens at its port: submits wait, and the message has host and port alone."""
+    """Its port is closed: submits wait, and the message has only host and port."""
     manifest, out = write_manifest(tmp_path / "m.csv", range(2)), tmp_path / "out"
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))
@@ -126,7 +126,7 @@ def test_a_proxy_that_is_not_there_is_said_without_its_password(tmp_path):
 
 
 def test_a_socks_proxy_stops_the_run_before_anything_is_sent(tmp_path):
-    """It is not passed by in silence; a run on this machine needs none."""
+    """It is not bypassed silently; a run on this machine needs no proxy."""
     manifest, env = write_manifest(tmp_path / "m.csv", range(2)), {"ALL_PROXY": "socks5://me:pass-word@127.0.0.1:1"}
     ended = restyle("run", manifest, "-o", tmp_path / "out", "--target", f"http://{FAR}", env=env)
     assert ended.code == 2, ended.text

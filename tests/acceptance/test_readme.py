@@ -1,7 +1,7 @@
-"""The commands and Python blocks of README and quickstart are run, and print what the page says.
+"""The commands and Python blocks of README and quickstart run and print the documented output.
 
-What stands for money is replaced: `--target fal` of a run becomes `--target local` with fal's price, so that budgets
-count; a plan against fal sends nothing and is run as it stands. The echo engine stands in for images.
+Paid parts are replaced: `--target fal` of a run becomes `--target local` with fal's price, so that budgets apply; a
+plan for fal sends nothing and runs unchanged. The echo engine makes the images.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LANGUAGES = {"console", "python", "csv", ""}
 
 
 class Command(NamedTuple):
-    """A `$ ` line and what the page says it prints; empty where it says nothing."""
+    """A `$ ` line and its documented output; empty if the page shows none."""
 
     words: list[str]
     printed: str
@@ -66,7 +66,7 @@ def matches(printed: str, expected: str) -> bool:
 
 @pytest.fixture
 def checkout(tmp_path) -> Path:
-    """What a user has in front of him, without the environment that `make` would build."""
+    """The directory of a new user, without the environment that `make` builds."""
     for name in ("manifests", "configs", "notebooks"):
         shutil.copytree(REPOSITORY / name, tmp_path / name)
     for name in ("Makefile", "pyproject.toml"):
@@ -76,7 +76,7 @@ def checkout(tmp_path) -> Path:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_the_commands_print_what_the_page_says(page, checkout):
-    """Each command ends with 0 and its output is the one on the page, … standing for anything."""
+    """Each command ends with 0 and prints the output on the page, where … matches anything."""
     given = {"RESTYLE_TARGET__ENGINE": "echo"}
     for words, expected in commands(page):
         if words[0] == "export":
@@ -86,7 +86,7 @@ def test_the_commands_print_what_the_page_says(page, checkout):
             menu = subprocess.run(["make", "-n", *words[1:]], cwd=checkout, capture_output=True, text=True, timeout=30)
             assert menu.returncode == 0, menu.stderr
         else:
-            assert words[0] == "restyle", f"{words[0]} is no command that this test knows"
+            assert words[0] == "restyle", f"{words[0]} is not a command of this test"
             paid = spends(words)
             ended = restyle(
                 *(without_money(words) if paid else words)[1:], env=given | (PRICE if paid else {}), cwd=checkout
@@ -97,7 +97,7 @@ def test_the_commands_print_what_the_page_says(page, checkout):
 
 
 def test_the_python_blocks_run_one_after_the_other(checkout):
-    """The README's Python, with `local` for `fal`, plans, runs and reads the results."""
+    """The README's Python, with `local` instead of `fal`, plans, runs and reads the results."""
     code = "".join(blocks("README.md", "python")).replace('"fal"', '"local"')
     env = environment({"RESTYLE_TARGET__ENGINE": "echo", **PRICE})
     ended = subprocess.run(
@@ -109,7 +109,7 @@ def test_the_python_blocks_run_one_after_the_other(checkout):
 
 
 def test_nothing_on_the_pages_escapes_this_test():
-    """A fenced block is a console, Python, a table to look at, or the map; and there are some of each that count."""
+    """Each fenced block is a console, Python, an example table, or the map; and there are enough of each."""
     for page in PAGES:
         languages = set(
             re.findall(r"^```(\w*)\n.*?^```$", (REPOSITORY / page).read_text("utf-8"), re.MULTILINE | re.DOTALL)
@@ -119,7 +119,7 @@ def test_nothing_on_the_pages_escapes_this_test():
 
 
 def test_paths_on_all_pages_exist():
-    """A link or a path that a page names is there."""
+    """Every link and path on a page exists."""
     for page in [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]:
         text = page.read_text("utf-8")
         named = re.findall(r"`((?:batch|configs|docs|notebooks|manifests|tests)/[\w./-]*)`", text)

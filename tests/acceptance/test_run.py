@@ -1,4 +1,4 @@
-"""`restyle run` and its companions as a user meets them: the real command, the embedded endpoint, real files."""
+"""`restyle run` and the commands around it: the real command, the embedded endpoint, real files."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from tests.acceptance.command import (
 
 ECHO = ("--engine", "echo")
 OF_THE_RUN = ["request_id", "submitted_at", "completed_at", "timings", "timings_extra"]
-"""Columns that are about one run, not about its images."""
+"""Columns that depend on the run, not on its images."""
 
 
-# --- a run and what it leaves -----------------------------------------------------------------------------
+# --- a run and its files ------------------------------------------------------------------------------------
 
 
 def test_the_demo_needs_nothing_but_the_package(tmp_path):
-    """`restyle run manifests/demo.csv`: twelve images, no key, no cost, no network; local is said first."""
+    """`restyle run manifests/demo.csv`: twelve images, no key, no cost, no network; the first line says "local"."""
     ended = restyle("run", REPOSITORY / "manifests" / "demo.csv", "-o", tmp_path / "demo")
     assert ended.code == 0, ended.text
     assert ended.out.startswith("target: local, the embedded endpoint (engine preview")
@@ -49,13 +49,13 @@ def test_the_demo_needs_nothing_but_the_package(tmp_path):
 
 
 def processor_seconds() -> float:
-    """Of all commands that have ended: what else this machine does, does not count."""
+    """Return the CPU seconds of all finished commands; other load on the machine does not count."""
     used = os.times()
     return used.children_user + used.children_system
 
 
 def test_two_thousand_rows_are_submitted_once_and_the_same_command_then_submits_nothing(tmp_path):
-    """The endpoint's own durable counter is the judge; going on with a complete run takes under 3 s of a processor."""
+    """Counted by the endpoint's durable counter; resuming a complete run takes less than 3 s of CPU time."""
     manifest, directory = write_manifest(tmp_path / "m.csv", range(2000)), tmp_path / "run"
     command = ("run", manifest, "-o", directory, *ECHO)
     assert restyle(*command).code == 0
@@ -77,7 +77,7 @@ def test_two_thousand_rows_are_submitted_once_and_the_same_command_then_submits_
 
 
 def test_results_are_the_manifest_then_our_columns_in_manifest_order(finished_run):
-    """The schema is fixed: every column has its type, with values or without."""
+    """The schema is fixed: every column has its type, even without values."""
     table = results(finished_run.directory)
     manifest = Manifest.open(finished_run.manifest)
     assert table.schema.equals(results_schema(manifest.schema.to_frame().to_arrow().schema))
@@ -95,7 +95,7 @@ def test_results_are_the_manifest_then_our_columns_in_manifest_order(finished_ru
 
 
 def test_results_say_in_their_metadata_how_they_came_about(finished_run):
-    """Config, versions, run seed and the manifest's fingerprint travel with the file."""
+    """Config, versions, run seed and the manifest's fingerprint are in the file."""
     metadata = json.loads(pq.read_schema(finished_run.directory / "results.parquet").metadata[b"restyle"])
     assert metadata["run_seed"] == 0
     assert metadata["config"]["target"]["engine"] == "echo"
@@ -104,7 +104,7 @@ def test_results_say_in_their_metadata_how_they_came_about(finished_run):
 
 
 def test_images_lie_under_the_hash_of_their_content(finished_run):
-    """What the table says of an image is true of the file."""
+    """The table's facts about an image match the file."""
     import hashlib
 
     for row in results(finished_run.directory).to_pylist():
@@ -117,7 +117,7 @@ def test_images_lie_under_the_hash_of_their_content(finished_run):
 
 
 def test_a_fresh_run_gives_the_same_table(finished_run, tmp_path):
-    """All but times, request ids and URLs is equal: seeds, keys, images by hash."""
+    """Everything except times, request ids and URLs is equal: seeds, keys, images by hash."""
     again = tmp_path / "again"
     assert restyle("run", finished_run.manifest, "-o", again, *ECHO).code == 0
 
@@ -131,7 +131,7 @@ def test_a_fresh_run_gives_the_same_table(finished_run, tmp_path):
 
 
 def test_the_summary_is_one_line_of_json(finished_run):
-    """For a cron job's reader: counts, money, times, exit code."""
+    """For scripts after a cron job: counts, money, times, exit code."""
     said = summary(finished_run.directory)
     assert (said["exit_code"], said["status"], said["rows"], said["done"], said["failed"]) == (0, "complete", 40, 40, 0)
     assert (said["ended"], said["spent_usd"], said["stopped"], said["target"]) == (40, 0, None, "local")
@@ -141,7 +141,7 @@ def test_the_summary_is_one_line_of_json(finished_run):
 
 
 def test_the_log_tells_each_job_by_stable_words(finished_run):
-    """One JSON object a line: the session, each acceptance, each end."""
+    """One JSON object per line: the session, each acceptance, each end."""
     lines = log(finished_run.directory)
     actions = [line["action"] for line in lines]
     assert actions.count("session") == actions.count("expected") == 1
@@ -152,7 +152,7 @@ def test_the_log_tells_each_job_by_stable_words(finished_run):
 
 
 def test_run_json_holds_the_resolved_config_and_the_manifest(finished_run):
-    """What was run can be read without the config file."""
+    """The run is documented without the config file."""
     facts = json.loads((finished_run.directory / "run.json").read_text())
     assert facts["config"]["input"]["strength"] is None
     assert facts["config"]["limits"]["max_in_flight"] == "auto"
@@ -160,11 +160,11 @@ def test_run_json_holds_the_resolved_config_and_the_manifest(finished_run):
     assert facts["manifest"]["source"] == str(finished_run.manifest)
 
 
-# --- manifests that change, and rows that failed ----------------------------------------------------------
+# --- changed manifests and failed rows ----------------------------------------------------------------------
 
 
 def test_a_growing_manifest_pays_for_what_is_new_only(tmp_path):
-    """New rows are added, vanished rows leave the results and stay in the journal, order is the manifest's."""
+    """New rows are added, removed rows leave the results and stay in the journal, the order is the manifest's."""
     manifest, directory = write_manifest(tmp_path / "m.csv", range(30)), tmp_path / "run"
     command = ("run", manifest, "-o", directory, *ECHO)
     assert restyle(*command).code == 0
@@ -186,7 +186,7 @@ def test_a_growing_manifest_pays_for_what_is_new_only(tmp_path):
 
 
 def test_equal_rows_are_one_job(tmp_path):
-    """Two rows that ask for the same are paid once and both get the image."""
+    """Two rows with the same input are paid for once, and both show the image."""
     manifest, directory = write_manifest(tmp_path / "m.csv", [1, 2]), tmp_path / "run"
     lines = manifest.read_text().splitlines()
     manifest.write_text("\n".join([*lines, lines[1]]) + "\n")
@@ -199,7 +199,7 @@ def test_equal_rows_are_one_job(tmp_path):
 
 
 def test_failed_rows_stay_failed_until_they_are_asked_for_again(tmp_path, image_server):
-    """A URL that answers 404 fails its row (exit 3), is not tried again by itself, and is by `--retry-failed`."""
+    """A URL with a 404 fails its row (exit 3); only `--retry-failed` retries it."""
     source = REPOSITORY / "manifests" / "images" / "cat.jpg"
     (image_server.folder / "there.jpg").write_bytes(source.read_bytes())
     manifest, directory = tmp_path / "m.csv", tmp_path / "run"
@@ -229,7 +229,7 @@ def test_failed_rows_stay_failed_until_they_are_asked_for_again(tmp_path, image_
 
 
 def test_without_downloads_the_urls_are_kept(tmp_path):
-    """`--no-download`: no file, no hash, the endpoint's own words."""
+    """`--no-download`: no file, no hash, the endpoint's own values."""
     manifest, directory = write_manifest(tmp_path / "m.csv", range(3)), tmp_path / "run"
     assert restyle("run", manifest, "-o", directory, *ECHO, "--no-download").code == 0
     assert not (directory / "images").exists()
@@ -242,7 +242,7 @@ def test_without_downloads_the_urls_are_kept(tmp_path):
 
 
 def test_limit_takes_the_first_rows_only(tmp_path):
-    """A taste of a manifest; the whole of it then goes on where the taste ended."""
+    """The first rows of a manifest; the complete run then resumes after them."""
     manifest, directory = write_manifest(tmp_path / "m.csv", range(12)), tmp_path / "run"
     assert restyle("run", manifest, "-o", directory, *ECHO, "--limit", 5).code == 0
     assert results(directory)["name"].to_pylist() == ["0", "1", "2", "3", "4"]
@@ -252,7 +252,7 @@ def test_limit_takes_the_first_rows_only(tmp_path):
 
 
 def test_quiet_says_one_line(tmp_path):
-    """And nothing on standard error."""
+    """Nothing on standard error."""
     manifest = write_manifest(tmp_path / "m.csv", range(3))
     ended = restyle("run", manifest, "-o", tmp_path / "run", *ECHO, "--quiet")
     assert ended.err == ""
@@ -262,7 +262,7 @@ def test_quiet_says_one_line(tmp_path):
 
 
 def test_json_output_is_json_on_every_line(tmp_path):
-    """For machines: standard output holds the summary, standard error what happens on the way."""
+    """For programs: the summary on standard output, progress on standard error."""
     manifest, directory = write_manifest(tmp_path / "m.csv", range(40)), tmp_path / "run"
     ended = restyle("run", manifest, "-o", directory, *ECHO, "--log-format", "json", "--deadline", "1s",
                     "--service-time", "0.5s", "--slots", "1")  # fmt: skip
@@ -279,7 +279,7 @@ def test_json_output_is_json_on_every_line(tmp_path):
 
 
 def test_flags_win_over_environment_over_file_over_defaults(tmp_path):
-    """Each place where a setting can stand, one below the other."""
+    """Each source of a setting, in order of precedence."""
     manifest, config = write_manifest(tmp_path / "m.csv", range(3)), tmp_path / "c.toml"
     config.write_text('[limits]\nmax_in_flight = 3\n[target]\nengine = "echo"\n[input]\nstrength = 0.5\n')
 
@@ -299,7 +299,7 @@ def test_flags_win_over_environment_over_file_over_defaults(tmp_path):
 
 
 def test_a_column_wins_over_the_config_and_a_sweep_over_both(tmp_path):
-    """Three cells a row, each with its id; the row's own seed holds in all of them."""
+    """Three cells per row, each with its id; the row's own seed applies to all of them."""
     manifest, config = tmp_path / "m.jsonl", tmp_path / "c.toml"
     manifest.write_text('{"image_url": "https://p.example/1.jpg", "prompt": "a", "seed": 9, "guidance_scale": 2.0}\n')
     config.write_text("[input]\nguidance_scale = 7.0\nstrength = 0.2\n[sweep]\nstrength = [0.5, 0.6, 0.7]\n")
@@ -321,7 +321,7 @@ def slow(tmp_path, *, rows, seconds, slots):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_submits_and_collects_what_is_in_flight(tmp_path, number):
-    """Exit 4, what was accepted is done, the rest pending; the same command goes on and pays for nothing twice."""
+    """Exit 4, accepted jobs are done, the rest is pending; the same command resumes and pays for nothing twice."""
     directory, command, pace = slow(tmp_path, rows=60, seconds=0.5, slots=4)
     with started(*command, *pace) as process:
         wait_for(lambda: jobs_in(directory, "done") >= 4, "the first jobs done")
@@ -343,7 +343,7 @@ def test_a_signal_stops_submits_and_collects_what_is_in_flight(tmp_path, number)
 
 
 def test_a_second_signal_stops_at_once_and_loses_nothing(tmp_path):
-    """What is in flight stays accepted in the journal; the next run collects it without a new submit."""
+    """Jobs in flight stay accepted in the journal; the next run collects them without a new submit."""
     directory, command, pace = slow(tmp_path, rows=12, seconds=60, slots=8)
     with started(*command, *pace) as process:
         wait_for(lambda: jobs_in(directory, "accepted") == 8, "eight jobs in flight")
@@ -361,9 +361,9 @@ def test_a_second_signal_stops_at_once_and_loses_nothing(tmp_path):
 
 
 def test_a_deadline_stops_in_time(tmp_path):
-    """The run is over by then, with what it had in flight collected: exit 4, resumable."""
+    """The run ends by the deadline, with its jobs in flight collected: exit 4, resumable."""
     directory, command, pace = slow(tmp_path, rows=500, seconds=0.2, slots=2)
-    ended = restyle(*command, *pace, "--deadline", "2s", timeout=30)  # all of it would take 50 s
+    ended = restyle(*command, *pace, "--deadline", "2s", timeout=30)  # the whole run would take 50 s
     assert ended.code == 4, ended.text
     assert "stopped early (deadline): the deadline of 2 s is near" in ended.out
     done = jobs_in(directory, "done")
@@ -372,7 +372,7 @@ def test_a_deadline_stops_in_time(tmp_path):
 
 
 def test_too_many_failures_stop_the_run(tmp_path):
-    """`--max-failures 2`: the third failure is the last submit that is worth its price."""
+    """`--max-failures 2`: no submits after the third failure."""
     manifest, directory = tmp_path / "m.csv", tmp_path / "run"
     rows = "".join(f"http://127.0.0.1:1/{n}.jpg,a cat\n" for n in range(30))
     manifest.write_text("image_url,prompt\n" + rows)
@@ -385,7 +385,7 @@ def test_too_many_failures_stop_the_run(tmp_path):
 
 
 def two_failed(tmp_path):
-    """A run of three rows of which two failed: its directory, and the command without the faults."""
+    """A run of three rows, two of them failed: its directory, and the command without the faults."""
     manifest, directory = write_manifest(tmp_path / "m.csv", range(3)), tmp_path / "run"
     (tmp_path / "faults.toml").write_text('[[fault]]\nat = "execute"\ndo = "content-policy"\nfirst = 2\n')
     command = ("run", manifest, "-o", directory, *ECHO)
@@ -395,7 +395,7 @@ def two_failed(tmp_path):
 
 
 def test_what_a_plan_says_is_to_do_is_what_a_run_does(tmp_path):
-    """Failed rows are to do where they are taken up again: in the plan, the run's first lines, its log and its end."""
+    """Failed rows count as jobs to do if they are retried: in the plan, the run's first lines, its log and its end."""
     directory, command = two_failed(tmp_path)
     usual = restyle(*command)
     assert "3 rows, 0 jobs to do, 1 done before, 2 failed before" in usual.out
@@ -412,10 +412,10 @@ def test_what_a_plan_says_is_to_do_is_what_a_run_does(tmp_path):
 
 
 def test_failed_rows_are_taken_up_again_for_money_only_with_a_yes(tmp_path):
-    """They cost like any other job: exit 2 off a terminal, with the sum; nothing is sent."""
+    """They cost as much as any job: exit 2 without a terminal, with the sum; nothing is sent."""
     directory, command = two_failed(tmp_path)
     facts = json.loads((directory / "run.json").read_text())
-    facts["config"]["target"] |= {"name": "fal", "faults": None}  # a paid run's directory, without paying for one
+    facts["config"]["target"] |= {"name": "fal", "faults": None}  # simulates the directory of a paid run
     (directory / "run.json").write_text(json.dumps(facts))
     ended = restyle(*command, "--target", "fal", "--retry-failed", env={"FAL_KEY": "id:secret"})
     assert ended.code == 2, ended.text
@@ -426,7 +426,7 @@ def test_failed_rows_are_taken_up_again_for_money_only_with_a_yes(tmp_path):
 
 
 def test_two_runs_at_once_and_a_dead_owner(tmp_path):
-    """The second is told who is at work (exit 5) and harms nothing; a killed owner's lock is free."""
+    """The second one names the owner of the lock (exit 5) and harms nothing; a killed owner's lock is free."""
     directory, command, pace = slow(tmp_path, rows=6, seconds=60, slots=6)
     with started(*command, *pace) as process:
         wait_for(lambda: jobs_in(directory, "accepted") == 6, "six jobs in flight")
@@ -448,11 +448,11 @@ def test_two_runs_at_once_and_a_dead_owner(tmp_path):
     assert accepted(directory) == jobs_in(directory, "done") == 6
 
 
-# --- companions -------------------------------------------------------------------------------------------
+# --- other commands ---------------------------------------------------------------------------------------
 
 
 def test_status_counts_by_state(finished_run):
-    """For a person and for a machine."""
+    """As text and as JSON."""
     text = restyle("status", finished_run.directory)
     assert text.code == 0
     assert "not running (target local)" in text.out
@@ -464,7 +464,7 @@ def test_status_counts_by_state(finished_run):
 
 
 def test_export_rebuilds_the_results_from_the_journal(finished_run, tmp_path):
-    """The same table elsewhere, also with a manifest that has moved."""
+    """The same table at another path, also after the manifest has moved."""
     ended = restyle("export", finished_run.directory, "-o", tmp_path / "copy.parquet")
     assert ended.code == 0, ended.text
     assert "40 rows, 40 done" in ended.out
@@ -478,7 +478,7 @@ def test_export_rebuilds_the_results_from_the_journal(finished_run, tmp_path):
 
 
 def test_export_puts_lost_results_back(tmp_path):
-    """`results.parquet` is a projection: it can be deleted."""
+    """`results.parquet` is an export: it can be deleted."""
     manifest, directory = write_manifest(tmp_path / "m.csv", range(3)), tmp_path / "run"
     assert restyle("run", manifest, "-o", directory, *ECHO).code == 0
     before = results(directory)
@@ -492,7 +492,7 @@ def test_export_puts_lost_results_back(tmp_path):
 
 
 def test_cancel_empties_the_queue_and_the_next_run_reads_how_each_ended(tmp_path):
-    """What waited is cancelled, what ran may still end well: a cancel is a request. Nothing is submitted again."""
+    """Queued requests are cancelled, running ones may still succeed. Nothing is submitted again."""
     directory, command, _ = slow(tmp_path, rows=6, seconds=60, slots=2)
     with started(*command, "--service-time", "60s", "--slots", 2, "--max-in-flight", 6) as process:
         wait_for(lambda: jobs_in(directory, "accepted") == 6, "six jobs accepted")
@@ -525,7 +525,7 @@ def test_a_companion_without_a_run_says_how_to_start_one(tmp_path, command):
 
 
 def test_plan_writes_and_sends_nothing(tmp_path):
-    """It may be called at any time, in a folder that may not be written too."""
+    """It works at any time, also in a read-only folder."""
     manifest = write_manifest(tmp_path / "m.csv", range(3))
     ended = restyle("plan", manifest, "--target", "fal")
     assert ended.code == 0, ended.text
@@ -535,7 +535,7 @@ def test_plan_writes_and_sends_nothing(tmp_path):
 
 
 def test_a_plan_reckons_with_the_slots_of_the_target(tmp_path):
-    """Twenty jobs of a second on two slots are ten seconds, however many would be in flight."""
+    """Twenty one-second jobs on two slots take ten seconds, with any number in flight."""
     manifest = write_manifest(tmp_path / "m.csv", range(20))
     planned = restyle("plan", manifest, "--engine", "echo", "--service-time", "1s", "--slots", "2", "--json")
     facts = json.loads(planned.out)

@@ -1,4 +1,4 @@
-"""The key reaches the target in one header, and nothing and nobody else."""
+"""The key is sent to the target only, in one header."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KEY = f"marker-id-77:{SECRET}"
 
 @dataclass
 class Server:
-    """A loopback server and what it received: (method, path, Authorization)."""
+    """A loopback server and the requests that it received: (method, path, Authorization)."""
 
     url: str
     received: list[tuple[str, str, str | None]] = field(default_factory=list)
@@ -37,7 +37,7 @@ Answer = Callable[[str, str], tuple[int, dict[str, str], bytes]]
 
 @contextmanager
 def serving(answer: Answer) -> Iterator[Server]:
-    """`answer` makes (status, headers, body) from a method and a path."""
+    """`answer` returns (status, headers, body) for a method and a path."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -76,12 +76,12 @@ def image_bytes() -> bytes:
 
 
 def store(method: str, path: str) -> tuple[int, dict[str, str], bytes]:
-    """Somebody else's server: it takes and gives images, and would love a key."""
+    """A third party's server: it receives and serves images, and must not get a key."""
     return 200, {"content-type": "image/png"}, image_bytes() if method == "GET" else b""
 
 
 def target(elsewhere: str, **special: tuple[int, dict[str, str], bytes]) -> Answer:
-    """Just enough of the queue protocol; every URL that it gives away points elsewhere."""
+    """The minimum of the queue protocol; all of its URLs point elsewhere."""
 
     def said(value: object) -> tuple[int, dict[str, str], bytes]:
         return 200, {"content-type": "application/json"}, json.dumps(value).encode()
@@ -111,7 +111,7 @@ def run(tmp_path, server: Server, *options: str, local_image: bool = False):
 
 
 def nothing_kept(tmp_path, ended) -> None:
-    """Not in any file of the run directory, byte by byte, nor on the terminal."""
+    """Check that the key is neither in a file of the run directory nor on the terminal."""
     assert SECRET not in ended.text
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert {"journal.db", "log.jsonl", "run.json"} <= {path.name for path in files}
@@ -120,7 +120,7 @@ def nothing_kept(tmp_path, ended) -> None:
 
 
 def test_the_key_goes_to_the_target_only_and_is_written_nowhere(tmp_path):
-    """Submit, status, result and the start of an upload carry it; foreign URLs in the answers get nothing."""
+    """Submit, status, result and the start of an upload have it; foreign URLs in the responses do not."""
     with serving(store) as elsewhere, serving(target(elsewhere.url)) as own:
         ended = run(tmp_path, own, local_image=True)
         assert ended.code == 0, ended.text
@@ -137,7 +137,7 @@ def test_the_key_goes_to_the_target_only_and_is_written_nowhere(tmp_path):
 
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_refused_key_stops_the_run_and_is_not_repeated(tmp_path, status):
-    """Exit 6 after one submit, with the service's words; also where those words hold the key."""
+    """Exit 6 after one submit, with the service's message, even if it contains the key."""
     body = json.dumps({"detail": f"Cannot access application: key {KEY} is not authorized"}).encode()
     refusal = (status, {"content-type": "application/json"}, body)
     with serving(store) as elsewhere, serving(target(elsewhere.url, submit=refusal)) as own:
@@ -151,7 +151,7 @@ def test_a_refused_key_stops_the_run_and_is_not_repeated(tmp_path, status):
 
 
 def test_an_error_of_the_job_that_echoes_the_key_is_kept_without_it(tmp_path):
-    """A service that logs carelessly must not make our journal do so."""
+    """A careless service must not put the key into our journal."""
     body = json.dumps({"detail": [{"loc": ["header"], "msg": f"Authorization: Key {KEY}", "type": "odd"}]}).encode()
     with (
         serving(store) as elsewhere,
@@ -165,7 +165,7 @@ def test_an_error_of_the_job_that_echoes_the_key_is_kept_without_it(tmp_path):
 
 @pytest.mark.parametrize("phase", ["submit", "status", "result"])
 def test_a_redirect_to_another_origin_gets_no_key(tmp_path, phase):
-    """It is not followed at all: an answer that points elsewhere says nothing about the job."""
+    """It is not followed: a response from elsewhere says nothing about the job."""
     with serving(store) as elsewhere:
         redirect = (302, {"location": f"{elsewhere.url}/catch"}, b"")
         with serving(target(elsewhere.url, **{phase: redirect})) as own:
@@ -178,7 +178,7 @@ def test_a_redirect_to_another_origin_gets_no_key(tmp_path, phase):
 
 
 def test_without_a_key_none_is_sent(tmp_path):
-    """A server of one's own needs none."""
+    """A self-hosted server needs no key."""
     with serving(store) as elsewhere, serving(target(elsewhere.url)) as own:
         ended = restyle(
             "run", write_manifest(tmp_path / "m.csv", range(2)), "-o", tmp_path / "run", "--target", own.url
@@ -188,7 +188,7 @@ def test_without_a_key_none_is_sent(tmp_path):
 
 
 def test_the_embedded_endpoint_is_never_given_the_key(tmp_path):
-    """It is ours and asks for none; its log and its files are as clean as the rest."""
+    """It needs no key, and its log and files do not contain one."""
     manifest = write_manifest(tmp_path / "m.csv", range(2))
     ended = restyle("run", manifest, "-o", tmp_path / "run", "--engine", "echo", env={"FAL_KEY": KEY})
     assert ended.code == 0, ended.text

@@ -1,4 +1,4 @@
-"""The endpoint is killed with -9 again and again in the middle of its work: every accepted request ends once."""
+"""The endpoint is killed with -9 repeatedly during its work: every accepted request ends once."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ JOBS = 1000
 KILLS = 20
 WORKERS = 32
 GONE = (aiohttp.ClientError, OSError, TimeoutError)
-"""What a call to a killed server raises."""
+"""Exceptions of a call to a killed server."""
 
 
 class Server:
-    """The server's process; started again it takes the same port."""
+    """The server's process; after a restart it uses the same port."""
 
     def __init__(self, folder):
         self._command = [sys.executable, "-m", "batch.server", "--data-dir", str(folder), "--engine", "echo"]
@@ -43,7 +43,7 @@ class Server:
 
 
 class Caller:
-    """A loop as anybody would write it: whatever fails is asked again, the submit with the same idempotency key."""
+    """A simple client loop: each failed call is repeated, a submit with the same idempotency key."""
 
     def __init__(self, session):
         self._session = session
@@ -75,7 +75,7 @@ class Caller:
 
 
 async def killed_while_working(folder):
-    """Work all jobs off, kill the server at even distances; the caller, and the ids of a second submit of each."""
+    """Process all jobs, kill the server at even intervals; return the client and the ids of each second submit."""
     server = Server(folder)
     await server.start()
     numbers = iter(range(JOBS))
@@ -91,7 +91,7 @@ async def killed_while_working(folder):
                 while len(caller.results) < (kill + 0.5) * JOBS / KILLS:
                     await asyncio.sleep(0.001)
                 await server.end(signal.SIGKILL)
-                assert len(caller.results) < JOBS, "all was done before the last kill"
+                assert len(caller.results) < JOBS, "all jobs were done before the last kill"
                 await server.start()
 
         async with asyncio.TaskGroup() as tasks:
@@ -106,7 +106,7 @@ async def killed_while_working(folder):
 
 
 def test_a_server_killed_twenty_times_loses_nothing_and_does_nothing_twice(tmp_path):
-    """1,000 jobs: 1,000 results, each its own, none twice, and the ids that were given out stay good."""
+    """1,000 jobs: 1,000 correct results, none twice, and returned ids stay valid."""
     caller, again, health = asyncio.run(killed_while_working(tmp_path))
     assert {number: output["seed"] for number, output in caller.results.items()} == {n: n for n in range(JOBS)}
     assert caller.ids == again

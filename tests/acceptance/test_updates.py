@@ -1,4 +1,4 @@
-"""`--updates stream` and `--updates webhook` as a user has them: the same table, and kill -9 pays for nothing twice."""
+"""`--updates stream` and `--updates webhook`: the same table, and after kill -9 nothing is paid for twice."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def begin(tmp_path, mode, *more):
 
 
 def whole(directory):
-    """Every row done, every job accepted once."""
+    """Check that every row is done and every job was accepted once."""
     assert results(directory).column("status").to_pylist() == ["done"] * ROWS
     assert accepted(directory) == ROWS
 
@@ -34,7 +34,7 @@ def test_a_run_that_is_told_of_its_ends_is_a_run_like_any_other(tmp_path, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_killed_run_that_was_told_pays_for_nothing_twice(tmp_path, mode):
-    """Kill -9 in the middle; the same command goes on, reads what is open, and submits only what is missing."""
+    """Kill -9 halfway: the same command resumes, reads open requests and submits only missing jobs."""
     directory, command = begin(tmp_path, mode, "--service-time", "0.5s")
     with start(*command) as process:
         reached(directory, process, ROWS // 3, "done")
@@ -46,7 +46,7 @@ def test_a_killed_run_that_was_told_pays_for_nothing_twice(tmp_path, mode):
 
 
 def test_callbacks_need_an_address_that_the_target_reaches(tmp_path):
-    """Said before anything is done, with what to do."""
+    """Refused before the run starts, with what to do."""
     manifest = write_manifest(tmp_path / "m.csv", range(3))
     ended = restyle("run", manifest, "-o", tmp_path / "run", "--target", "http://gpu-box:8787", "--updates", "webhook")
     assert ended.code == 2
@@ -56,11 +56,11 @@ def test_callbacks_need_an_address_that_the_target_reaches(tmp_path):
 
 @pytest.mark.parametrize("private", [True, False])
 def test_a_server_of_ones_own_on_this_machine_calls_back_where_it_may(tmp_path, private):
-    """With --allow-private it does; without, the run ends at its first submit with the reason: no row is to blame."""
+    """With --allow-private it does; otherwise the run ends at its first submit with the reason, and no row fails."""
     manifest = write_manifest(tmp_path / "m.csv", range(20))
     with endpoint(tmp_path, "--engine", "echo", *(["--allow-private"] if private else []), keyed=False) as server:
         ended = restyle("run", manifest, "-o", tmp_path / "run", "--target", server.url, "--updates", "webhook")
     assert ended.code == (0 if private else 2), ended.text
     assert {row["status"] for row in results(tmp_path / "run").to_pylist()} == {"done" if private else "pending"}
-    assert private or "This webhook cannot be called" in ended.out
+    assert private or "Invalid webhook URL" in ended.out
     assert private or "--allow-private" in ended.out

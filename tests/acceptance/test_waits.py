@@ -1,4 +1,4 @@
-"""No wait is endless, by the command: odd statuses, redirects, and what `restyle status` shows of open jobs."""
+"""Every wait of the command ends: odd statuses, redirects, and what `restyle status` shows of open jobs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def manifest_of(folder: Path, prompts) -> Path:
 
 
 def ran(folder: Path, target, prompts, *options):
-    """Run the command; how it ended, its rows by prompt, and for how long it ran."""
+    """Run the command; return its outcome, its rows by prompt, and its duration."""
     began = time.monotonic()
     command = ("run", manifest_of(folder, prompts), "-o", folder / "run", "--target", target.url, *options)
     ended = restyle(*command, env={"FAL_KEY": KEY})
@@ -34,7 +34,7 @@ def ran(folder: Path, target, prompts, *options):
 
 
 def by_prompt(table, phase):
-    """A handler that answers what the table says for the row's prompt, else as a good target does."""
+    """Return a handler with the table's response for the row's prompt, otherwise a good target's."""
 
     async def handle(target, request, asked):
         said = table.get(asked.body.get("prompt"))
@@ -57,7 +57,7 @@ NO_RESULT = {
 
 
 def test_final_words_that_fal_does_not_use_end_their_jobs(tmp_path):
-    """The result is asked for once and believed; else the row is failed with the word as its reason. Quickly: no deadline."""  # noqa: E501
+    """The result is requested once and believed; otherwise the row fails with the word as its reason. No deadline."""
     own = {"own": lambda *_: answer({"detail": [{"loc": ["body"], "msg": "no", "type": "image_too_small"}]}, 422)}
     statuses = {word: {"status": word, "error": "the GPU fell off"} for word in WORDS}
     statuses |= {name: {"status": "FAILED"} for name in (*NO_RESULT, *own, "lies")}
@@ -78,14 +78,14 @@ def test_final_words_that_fal_does_not_use_end_their_jobs(tmp_path):
     assert (rows["own"]["status"], rows["own"]["error_type"]) == ("failed", "image_too_small")
     done = {prompt for prompt, row in rows.items() if row["status"] == "done"}
     assert done == {"lies", "end SUCCEEDED", "end success", "end completed", "end OK"}
-    for prompt, row in rows.items():  # each once, or twice where it was asked for without a status at first
+    for prompt, row in rows.items():  # each once, or twice if first requested without a status
         assert sum(row["request_id"] in path and "status" not in path for path in reads) <= 2, prompt
     assert summary(tmp_path / "run")["errors"]["failed"] == len(NO_RESULT) + 1
 
 
 @pytest.mark.parametrize("word", ["FAILED", "Cancelled"])
 def test_a_service_whose_status_always_says_failed_ends_the_command_quickly(tmp_path, word):
-    """All jobs, and no result anywhere: seconds, and the same command again asks for nothing."""
+    """All jobs without a result: it takes seconds, and the same command requests nothing again."""
     gone = {str(n): NO_RESULT["404"] for n in range(30)}
     with serving(
         status=by_prompt({str(n): {"status": word} for n in range(30)}, "status"), result=by_prompt(gone, "result")
@@ -105,7 +105,7 @@ def test_a_service_whose_status_always_says_failed_ends_the_command_quickly(tmp_
 
 
 def test_reads_are_redirected_inside_the_target_and_nowhere_else(tmp_path):
-    """A status and a result that have moved are found, with the key; another server is never asked, and it is said."""
+    """A moved status and result are found, with the key; another server is never contacted, and the message says so."""
 
     def moved(target, request, asked):
         return web.Response(status=307, headers={"location": f"{request.path}?moved=1"})
@@ -130,11 +130,11 @@ def test_reads_are_redirected_inside_the_target_and_nowhere_else(tmp_path):
     assert any(path.endswith("/status?moved=1") for path in target.keys_shown())
 
 
-# --- what is waited for -----------------------------------------------------------------------------------
+# --- waits ------------------------------------------------------------------------------------------------
 
 
 def test_status_says_what_open_jobs_wait_for(tmp_path):
-    """By stage, with the oldest of each and the queue positions, from another process; nothing once the run is over."""
+    """By stage, with the oldest of each and the queue positions, from another process; nothing after the run."""
     said = {
         "first": {"status": "IN_QUEUE", "queue_position": 3},
         "second": {"status": "queued", "queue_position": 40},
@@ -180,5 +180,5 @@ def test_status_says_what_open_jobs_wait_for(tmp_path):
     assert "  of unknown status    1 for up to" in text
     assert not note.exists()
     assert status_sync(directory).to_json()["waits"] is None
-    note.write_text(json.dumps({"at": time.time(), **waits}))  # as a run leaves it that is killed
+    note.write_text(json.dumps({"at": time.time(), **waits}))  # as left by a killed run
     assert status_sync(directory).to_json()["waits"] is None

@@ -36,7 +36,7 @@ def run(checkout: Path, folder: Path, manifest: Path, url: str, *options: str) -
 
 @contextmanager
 def scenario(name: str) -> Iterator[dict[str, Callable[[Path], Measured]]]:
-    """What one scenario measures, by title."""
+    """Yield the figures of one scenario, by title."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         manifest = write_manifest(folder / "m.csv", JOBS[name])

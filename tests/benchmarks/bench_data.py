@@ -1,4 +1,4 @@
-"""Images and rows: scenarios (e) downloads, (f) uploads, (g) plans, resumes and exports of large manifests."""
+"""Scenarios (e) downloads, (f) uploads, and (g) plans, resumes and exports of large manifests."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ IMAGE_BYTES = 150_000
 
 
 def jpeg(side: int, quality: int, seed: int = 0) -> bytes:
-    """An image that does not compress to nothing."""
+    """Return a JPEG of noise, which compresses little."""
     noise = np.random.default_rng(seed).integers(0, 255, (side // 4, side // 4, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(noise).resize((side, side), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=quality)
@@ -34,7 +34,7 @@ def jpeg(side: int, quality: int, seed: int = 0) -> bytes:
 
 
 def downloads(rounds: int, jobs: int = 10_000) -> str:
-    """(e): each result another image of 150 kB; against loops that fetch, hash and write without a check."""
+    """Scenario (e): distinct results of 150 kB, compared with loops that download, hash and write without checks."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "image.jpg").write_bytes(jpeg(768, 75))
@@ -53,8 +53,8 @@ def downloads(rounds: int, jobs: int = 10_000) -> str:
         [f"`restyle run`, {jobs:,} images of {size / 1000:.0f} kB, synced to disk", f"{rate:,.0f}/s", "", ""],
         ["bare loop: submit, status, result, download, hash, write", f"{with_requests:,.0f}/s", "", ""],
         ["bare loop: download, hash, write", f"{alone:,.0f}/s", "", ""],
-        bar("over the loop with the same requests", rate / with_requests, 0.7, "x"),
-        bar("over the loop that only downloads", rate / alone, 0.7, "x"),
+        bar("relative to the loop with the same requests", rate / with_requests, 0.7, "x"),
+        bar("relative to the loop that only downloads", rate / alone, 0.7, "x"),
     )
 
 
@@ -69,7 +69,7 @@ def _into(folder: Path, carry_out):
 
 
 def uploads(count: int = 2_000) -> str:
-    """(f): local images of 1 MB, a tenth of them copies under other names."""
+    """Scenario (f): local images of 1 MB, of which a tenth are copies with other names."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         image, distinct = jpeg(1400, 96), count * 9 // 10
@@ -86,7 +86,7 @@ def uploads(count: int = 2_000) -> str:
         ["figure", "measured", "bar", ""],
         [f"{count:,} local images of {len(image) / 1e6:.1f} MB", f"{run.wall:.1f} s", "", ""],
         ["peak memory", f"{run.peak_mb:.0f} MB", "", ""],
-        ["POSTs of bytes", f"{counts['uploads']:,}", f"{distinct:,}, one a distinct image",
+        ["uploads", f"{counts['uploads']:,}", f"{distinct:,}, one per distinct image",
          "kept" if counts["uploads"] == distinct else "**missed**"],
     )  # fmt: skip
 
@@ -95,12 +95,12 @@ def uploads(count: int = 2_000) -> str:
 
 
 def rows(count: int, *, plan_only: bool = False) -> str:
-    """(g): plan, resume with all done, export. The journal is filled as a run fills it, without the service."""
+    """Scenario (g): plan, resume with all jobs done, export. The journal is filled directly, without the service."""
     with tempfile.TemporaryDirectory() as name, standin() as server:
         manifest, run = write_manifest(Path(name) / "m.csv", count), Path(name) / "run"
         found = {"plan": restyle("plan", str(manifest), "--target", server.url)}
         if not plan_only:
-            run_of(server, manifest, run, "--no-download", "--limit", "1")  # makes the run directory
+            run_of(server, manifest, run, "--no-download", "--limit", "1")  # creates the run directory
             filled = subprocess.run(
                 [PYTHON, "-m", "tests.benchmarks.bench_data", str(manifest), str(run), server.url], cwd=REPOSITORY
             )
@@ -109,7 +109,7 @@ def rows(count: int, *, plan_only: bool = False) -> str:
             found["resume, results written"] = again()
             found["resume with all done"] = again()
             found["export"] = restyle("export", str(run), "-o", str(Path(name) / "table.parquet"))
-            assert server.counts()["submits"] == 1, "all was done, and something was submitted"
+            assert server.counts()["submits"] == 1, "all jobs were done, so nothing may be submitted"
     bars = {"plan": 15, "resume with all done": 15, "export": 20} if count == 1_000_000 else {}
     lines = [["", "seconds", "bar", "", "peak MB", "bar", ""]]
     for what, one in found.items():
@@ -120,9 +120,9 @@ def rows(count: int, *, plan_only: bool = False) -> str:
 
 
 def fill(manifest: Path, run: Path, target: str) -> None:
-    """Make every job of a manifest done, with the journal's own writer.
+    """Mark every job of a manifest as done, with the journal's writer.
 
-    In a process of its own: its memory is not the commands'.
+    It runs in a separate process, so that its memory does not count for the commands.
     """
     from batch.config import load_settings
     from batch.manifest.reader import Manifest

@@ -1,9 +1,9 @@
-"""How fast the endpoint is, and how much it can hold: the echo engine on one core, a bare aiohttp loop on the other.
+"""Throughput and capacity of the endpoint: the echo engine on one core, a bare aiohttp loop on another.
 
     python -m tests.benchmarks.bench_endpoint
 
-A job is complete when its submit, a status that says COMPLETED and its result were answered; every acceptance and
-every ending is fsynced before it is told. The waiting line is measured with an engine that never gets to it.
+A job is complete when the client has received the response to its submit, a COMPLETED status and the result. The server
+fsyncs each acceptance and each completion before it responds. The queue is measured with an engine that is always busy.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ JOBS = 12_000
 WARM_UP = 1_000
 IN_FLIGHT = 256
 POLL_SECONDS = 0.1
-"""Before each status: the pace of the official Python client."""
+"""Delay before each status read, as in the official Python client."""
 WAITING = 50_000
 READS = 10_000
 READERS = 8
@@ -43,20 +43,20 @@ _READ = "/fal-ai/flux/requests/"
 
 
 def measure() -> dict[str, float]:
-    """Every figure by name: rates a second, times in ms, memory in MB."""
+    """Return all figures by name: rates per second, times in ms, memory in MB."""
     return {**uvloop.run(_throughput()), **uvloop.run(_waiting())}
 
 
 def render(figures: dict[str, float]) -> str:
-    """The figures as a Markdown table."""
+    """Format the figures as a Markdown table."""
     rows = [
-        ("complete jobs a second", "jobs_per_second", "at least 1,200"),
-        ("HTTP answers a second", "answers_per_second", ""),
+        ("complete jobs per second", "jobs_per_second", "at least 1,200"),
+        ("HTTP responses per second", "answers_per_second", ""),
         ("job from submit to result, median, ms", "job_p50_ms", ""),
         ("job from submit to result, p99, ms", "job_p99_ms", ""),
-        ("CPU time of the server for a job, ms", "server_cpu_ms_per_job", ""),
-        ("server's share of its core, %", "server_core_percent", "tells whether the machine was its own"),
-        ("submits a second while filling the line", "waiting_submits_per_second", ""),
+        ("server CPU time per job, ms", "server_cpu_ms_per_job", ""),
+        ("server's core utilization, %", "server_core_percent", "lower if other processes used the core"),
+        ("submits per second while filling the queue", "waiting_submits_per_second", ""),
         (f"memory with {WAITING:,} waiting, MB", "waiting_rss_mb", "under 400"),
         ("status of a waiting request, median, ms", "waiting_status_p50_ms", ""),
         ("status of a waiting request, p99, ms", "waiting_status_p99_ms", "under 50"),
@@ -67,11 +67,11 @@ def render(figures: dict[str, float]) -> str:
 
 @contextlib.contextmanager
 def _server(*options: str) -> Iterator[tuple[str, int]]:
-    """A server on the first core, this process on the second while it runs; its URL and process id."""
+    """Run a server on the first core and this process on the last; yields URL and process id."""
     cores = sorted(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "batch.server", "--data-dir", folder, "--engine", "echo", *options]
-        os.sched_setaffinity(0, {cores[0]})  # a child inherits it, with every thread that it starts
+        os.sched_setaffinity(0, {cores[0]})  # inherited by the child and its threads
         with Path(folder, "log").open("w") as log:
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
         os.sched_setaffinity(0, {cores[-1]})
@@ -151,7 +151,7 @@ async def _waiting() -> dict[str, float]:
 
     with _server("--slots", "1", "--service-time", "86400") as (url, pid):
         async with _session(url) as session:
-            await put(session)  # this one runs
+            await put(session)  # this request occupies the only slot
             began = time.perf_counter()
             await _all(WAITING, lambda: put(session))
             seconds = time.perf_counter() - began

@@ -1,13 +1,13 @@
-"""How long one full-size FLUX.1 [dev] image takes: plain diffusers, then each optimisation of the engine in turn.
+"""Time per full-size FLUX.1 [dev] image: plain diffusers, then the engine with each optimization enabled in turn.
 
     python -m tests.benchmarks.bench_flux [--images 3] [--seconds 540] [--json FILE]
 
-Needs the extra `flux` and a GPU with 40 GB or more; no download: the 12 billion weights are drawn at random on the
-device, since what they are changes no time. Measures 1024x1024 with the endpoint's defaults (strength 0.95, 40 steps,
-that is 38 executed) and sets the denoising beside the rate at which the device multiplies bf16 matrices. Made to run
-unattended: a stage that fails is reported and the next one measured, and figures are written after each stage.
+Needs the extra `flux` and a GPU with 40 GB or more, but no download: the 12 billion weights are random, because their
+values do not affect the time. Measures 1024x1024 with the endpoint's defaults (strength 0.95, 40 steps, of which 38 are
+executed) and compares the denoising with the device's rate of bf16 matrix products. It can run unattended: if a stage
+fails, the error is recorded and the next stage runs; the figures are written after each stage.
 
-Without a GPU a tiny model runs on the CPU, to show that the script works. Its times mean nothing.
+Without a GPU a tiny model runs on the CPU, as a test of the script. Those times are meaningless.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ PROMPT = "a cat as a watercolor painting on rough paper, soft light, high detail
 OTHER_SIZE = (768, 1344)
 MATRIX = 8192
 BARS = (
-    ("compiled bf16 against plain diffusers", "at least 1.5x"),
-    ("compiled bf16 against the floor of its steps", "at most 1.6x"),
+    ("compiled bf16: speedup over plain diffusers", "at least 1.5x"),
+    ("compiled bf16: time over the floor of its steps", "at most 1.6x"),
     ("fp8, one image", "under 4.3 s"),
 )
 
@@ -60,7 +60,7 @@ Figures = dict[str, Any]
 
 
 def full_size(device: torch.device) -> FluxImg2ImgPipeline:
-    """FLUX.1 [dev] by the published configurations, weights at random, in bf16; 34 GB."""
+    """Build FLUX.1 [dev] from the published configurations, with random bf16 weights; 34 GB."""
     pipeline = tiny.build()
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
@@ -93,7 +93,7 @@ def full_size(device: torch.device) -> FluxImg2ImgPipeline:
 
 
 def matrix_rate(device: torch.device) -> float:
-    """Measured bf16 products of large random matrices, FLOP/s: the median of 20."""
+    """Measure products of large random bf16 matrices and return the median of 20 in FLOP/s."""
     size = MATRIX if device.type == "cuda" else 256
     one, other = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     for _ in range(5):
@@ -106,7 +106,7 @@ def matrix_rate(device: torch.device) -> float:
 
 
 def step_flop(pipeline: Any, width: int, height: int) -> float:
-    """Of one step, counted by torch while it happens: products and attention."""
+    """Return the FLOP of the transformer in one step: matrix products and attention, counted by torch."""
     source = _source(width, height)
     counter = FlopCounterMode(display=False)
     kept = pipeline.transformer.forward
@@ -127,14 +127,14 @@ def step_flop(pipeline: Any, width: int, height: int) -> float:
 
 
 def measure(images: int, seconds: float, report: Callable[[Figures], None]) -> Figures:
-    """All stages, as many as begin within `seconds`; `report` gets what is known after each."""
+    """Measure the stages that start within `seconds`; `report` receives all figures after each stage."""
     began = time.perf_counter()
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
     size = (1024, 1024) if on_gpu else (256, 256)
     figures: Figures = {
         "meaningful": on_gpu,
-        "device": torch.cuda.get_device_name(device) if on_gpu else "CPU, tiny model: these times mean nothing",
+        "device": torch.cuda.get_device_name(device) if on_gpu else "CPU, tiny model: these times are meaningless",
         "torch": torch.__version__,
         "size": list(size),
         "matrix_flops": matrix_rate(device),
@@ -148,13 +148,13 @@ def measure(images: int, seconds: float, report: Callable[[Figures], None]) -> F
     reference = None
     for name, prepare, inputs in _stages(pipeline, device):
         if time.perf_counter() - began > seconds:
-            figures["stages"][name] = {"left_out": "no time was left"}
+            figures["stages"][name] = {"left_out": "out of time"}
             continue
         try:
             stage, image = _stage(pipeline, device, size, images, prepare, inputs)
-        except Exception as error:  # unattended: the next stage may work
+        except Exception as error:  # the next stage may work
             figures["stages"][name] = {"failed": f"{type(error).__name__}: {str(error).splitlines()[:1]}"}
-            with suppress(Exception):  # what failed may have been the attention
+            with suppress(Exception):  # the attention backend may be the cause
                 pipeline.transformer.reset_attention_backend()
             report(figures)
             continue
@@ -168,17 +168,20 @@ def measure(images: int, seconds: float, report: Callable[[Figures], None]) -> F
 
 
 def _stages(pipeline: Any, device: torch.device) -> Iterator[tuple[str, Callable[[], object], dict[str, Any]]]:
-    """Name, what is switched on for it and stays on, and the request's own inputs; empty ones call plain diffusers."""
+    """Yield name, function and inputs of each stage.
+
+    The function enables an optimization, which stays enabled. Empty inputs select plain diffusers.
+    """
     ours = {"acceleration": "none"}
     yield "plain diffusers, bf16", lambda: None, {}
-    yield "the engine, nothing switched on", lambda: None, ours
+    yield "the engine, no optimisation", lambda: None, ours
     yield "+ channels-last VAE", lambda: tuning.channels_last(pipeline.vae), ours
     yield "+ fused QKV", lambda: tuning.fuse_projections(pipeline.transformer), ours
     if device.type == "cuda":
         yield "+ fast attention", lambda: tuning.fast_attention(pipeline.transformer), ours
     yield "+ compiled blocks", lambda: tuning.compile_blocks(pipeline.transformer), ours
     if device.type == "cuda":
-        yield "the same at the first other size", lambda: None, {**ours, "size": OTHER_SIZE}
+        yield "the same at another size, first use", lambda: None, {**ours, "size": OTHER_SIZE}
     yield "acceleration regular (uncompiled)", lambda: None, {"acceleration": "regular"}
     yield "acceleration high (uncompiled)", lambda: None, {"acceleration": "high"}
     if device.type == "cuda":
@@ -198,7 +201,7 @@ def _stage(
     prepare: Callable[[], object],
     inputs: dict[str, Any],
 ) -> tuple[Figures, np.ndarray]:
-    """Medians over some images after a first one that warms up; and the first image."""
+    """Measure one stage; return the medians without the first image, which warms up, and the first image's pixels."""
     prepare()
     width, height = inputs.get("size", size)
     job = _job(width, height, inputs.get("acceleration", "none"))
@@ -230,7 +233,7 @@ def _stage(
 
 
 def _plain(pipeline: Any, source: Image.Image, strength: float = 0.95, num_inference_steps: int = 40) -> Image.Image:
-    """As anybody would call it."""
+    """Call plain diffusers with the endpoint's defaults."""
     return pipeline(
         prompt=PROMPT,
         image=source,
@@ -267,21 +270,21 @@ def _timed(device: torch.device, seconds: list[float]) -> Iterator[None]:
     seconds.append(time.perf_counter() - began)
 
 
-# --- what is shown --------------------------------------------------------------------------------------------
+# --- output ---------------------------------------------------------------------------------------------------
 
 
 def render(figures: Figures) -> str:
-    """The figures as Markdown."""
+    """Format the figures as Markdown."""
     stages = figures["stages"]
     width, height = figures["size"]
     rate, flop = figures["matrix_flops"], figures.get("step_flop", 0.0)
     plain = stages.get("plain diffusers, bf16", {}).get("image_s", 0.0)
     lines = [
         f"{figures['device']}, torch {figures['torch']}; {width}x{height}, strength 0.95, 40 steps (38 executed).",
-        f"One step is {flop / 1e12:,.1f} TFLOP, bf16 matrix products were measured at {rate / 1e12:,.0f} TFLOP/s:",
+        f"One step is {flop / 1e12:,.1f} TFLOP; bf16 matrix products run at {rate / 1e12:,.0f} TFLOP/s (measured):",
         f"the floor of 38 steps is {38 * flop / rate:,.2f} s.",
         "",
-        "| | s an image | denoising, s | share of the matrix rate | against plain | first, s | peak GB | differs by |",
+        "| | s per image | denoising, s | share of the matrix rate | speedup | first, s | peak GB | difference |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name, stage in stages.items():
@@ -298,14 +301,17 @@ def render(figures: Figures) -> str:
             f"{stage['difference']:.2f}",
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += ["", "`differs by`: mean difference of a channel (of 255) from the image of plain diffusers, same seed."]
+    lines += ["", "`speedup` and `difference`: over plain diffusers; mean difference per channel (of 255), same seed."]
     return "\n".join([*lines, *_verdicts(figures, plain)])
 
 
 def _verdicts(figures: Figures, plain: float) -> list[str]:
-    """What came of the bars; without a GPU nothing did."""
+    """Compare the figures with the limits; without a GPU return a note instead."""
     if not figures["meaningful"]:
-        return ["", "No GPU is here: the tiny model ran on the CPU to show that this works. These times mean nothing."]
+        return [
+            "",
+            "There is no GPU: the tiny model ran on the CPU as a test of this script; the times are meaningless.",
+        ]
     compiled = figures["stages"].get("+ compiled blocks", {})
     fp8 = figures["stages"].get("+ fp8, compiled", {})
     floor = 38 * figures["step_flop"] / figures["matrix_flops"]
@@ -319,11 +325,11 @@ def _verdicts(figures: Figures, plain: float) -> list[str]:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the figures."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--images", type=int, default=3, help="images measured in each stage")
-    parser.add_argument("--seconds", type=float, default=540.0, help="no stage is begun after that")
-    parser.add_argument("--json", type=Path, help="write all figures here, after each stage")
+    parser.add_argument("--seconds", type=float, default=540.0, help="start no stage after this time")
+    parser.add_argument("--json", type=Path, help="file to which all figures are written after each stage")
     given = parser.parse_args()
 
     def report(figures: Figures) -> None:

@@ -1,4 +1,4 @@
-"""What the scenarios share: the stand-in server, whole processes under the kernel's own accounting, turns, tables."""
+"""Shared parts of the scenarios: the stand-in server, processes measured by the kernel, rounds and tables."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ PYTHON = sys.executable
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One finished process."""
+    """Measurements of one finished process."""
 
     wall: float
-    """Seconds from its start to its end, interpreter included."""
+    """Seconds from start to end, including the interpreter's start."""
     cpu: float
-    """User and system seconds of it and of those that it waited for."""
+    """User and system seconds of the process and of the children that it waited for."""
     peak_mb: float
     """Largest resident set of the process."""
 
@@ -39,14 +39,14 @@ class Standin:
         self.url = url
 
     def counts(self) -> dict[str, Any]:
-        """What has arrived since it started, and how soon endings were noticed."""
+        """Return the counts of requests since the start, and the delays until completions were noticed."""
         with urllib.request.urlopen(f"{self.url}/counts", timeout=60) as answer:
             return json.load(answer)
 
 
 @contextmanager
 def standin(*options: str) -> Iterator[Standin]:
-    """The benchmarks' server, fresh: it remembers nothing of earlier turns."""
+    """Run a new stand-in server, without state of earlier rounds."""
     command = [PYTHON, "-m", "tests.benchmarks.standin", *options]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPOSITORY) as server:
         assert server.stdin is not None
@@ -59,10 +59,10 @@ def standin(*options: str) -> Iterator[Standin]:
 
 
 def measured(*command: str, may_fail: bool = False, **variables: str) -> Measured:
-    """Run a command to its end.
+    """Run a command and measure it.
 
     Raises:
-        RuntimeError: it failed.
+        RuntimeError: the command failed, unless `may_fail`.
     """
     began = time.perf_counter()
     with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, env={**os.environ, **variables}) as child:
@@ -70,22 +70,22 @@ def measured(*command: str, may_fail: bool = False, **variables: str) -> Measure
         wall = time.perf_counter() - began
         child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode and not may_fail:
-        raise RuntimeError(f"{' '.join(command)} ended with {child.returncode}")
+        raise RuntimeError(f"{' '.join(command)} exited with status {child.returncode}")
     return Measured(wall, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)
 
 
 def restyle(*arguments: str) -> Measured:
-    """One whole `restyle` command."""
+    """Measure one complete `restyle` command."""
     return measured(PYTHON, "-m", "batch", *arguments)
 
 
 def run_of(server: Standin, manifest: Path, out: Path, *options: str) -> Measured:
-    """`restyle run` against the stand-in: journal, results and log as ever."""
+    """Measure `restyle run` against the stand-in, including journal, results and log."""
     return restyle("run", str(manifest), "-o", str(out), "--target", server.url, "--quiet", *options)
 
 
 def in_turn(rounds: int, **contestants: Callable[[], Measured]) -> dict[str, list[Measured]]:
-    """A B A B: what the machine does meanwhile befalls all alike."""
+    """Measure in the order A B A B, so that other load on the machine affects all contestants equally."""
     found: dict[str, list[Measured]] = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, carry_out in contestants.items():
@@ -98,7 +98,7 @@ def median(values: Sequence[float]) -> float:
 
 
 def write_manifest(path: Path, rows: int) -> Path:
-    """So many rows, no two alike."""
+    """Write a manifest with `rows` distinct rows."""
     with path.open("w", newline="") as file:
         lines = csv.writer(file)
         lines.writerow(["image_url", "prompt"])
@@ -107,14 +107,14 @@ def write_manifest(path: Path, rows: int) -> Path:
 
 
 def table(*rows: Sequence[str]) -> str:
-    """Markdown; the first row is the head, columns after the first are numbers."""
+    """Format a Markdown table. The first row is the header; all columns except the first are numbers."""
     head, *rest = rows
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rest))
 
 
 def bar(what: str, value: float, limit: float, unit: str, *, at_most: bool = False) -> list[str]:
-    """A row: figure, value, its bar, and whether it is kept."""
+    """Return a row: figure, value, limit, and whether the value keeps the limit."""
     is_kept = value <= limit if at_most else value >= limit
     words = f"{'at most' if at_most else 'at least'} {limit:g}{unit}"
     return [what, f"{value:.2f}{unit}", words, "kept" if is_kept else "**missed**"]

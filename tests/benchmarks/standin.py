@@ -1,9 +1,9 @@
-"""The service of the benchmarks: the queue protocol in memory, so that it is never what is measured.
+"""The stand-in service of the benchmarks: the queue protocol in memory, so that the service is never the bottleneck.
 
     python -m tests.benchmarks.standin --port 0 [--service-time 1.0 | --log-normal 4.0,0.6] [--slots 32]
 
-Accepts everything, executes nothing: a request starts when a slot is free and ends after its service time. A
-result names one small image. Prints one JSON line with its URL; `GET /counts` tells what arrived.
+It accepts everything and executes nothing: a request starts when a slot is free and completes after its service time.
+Each result has one small image. It prints one JSON line with its URL; `GET /counts` returns the counts of requests.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def application(queue: Queue, loaded: bytes) -> web.Application:
         return answer({"status": "IN_QUEUE", "queue_position": 0, **urls(base, request_id)}, 202)
 
     async def stream(request: web.Request) -> web.StreamResponse:
-        """One event while it is under way, one at its end; a line in between, so that the line is not silent."""
+        """Send an event at least every 5 s while the request runs, and one when it completes."""
         request_id = request.match_info["id"]
         known, urls_of = queue.requests[request_id], urls(f"http://{request.host}", request_id)
         response = web.StreamResponse(headers={"content-type": "text/event-stream"})
@@ -106,7 +106,7 @@ def application(queue: Queue, loaded: bytes) -> web.Application:
 
     async def result(request: web.Request) -> web.Response:
         known, now = queue.requests[request.match_info["id"]], time.monotonic()
-        if now < known.ends:  # a read in vain is a read, whatever it asked for
+        if now < known.ends:  # an early read of the result counts as a status read
             queue.reads += 1
             return answer({"detail": "Request is still in progress"}, 400)
         queue.results += 1
@@ -137,7 +137,7 @@ def application(queue: Queue, loaded: bytes) -> web.Application:
         return web.Response()
 
     async def file(request: web.Request) -> web.Response:
-        # No two alike, or they would be stored once: the name stands in a comment.
+        # A JPEG comment with the name makes each file distinct; equal files would be stored once.
         note = request.match_info["name"].encode()
         comment = b"\xff\xfe" + (len(note) + 2).to_bytes(2, "big") + note
         return web.Response(body=loaded[:2] + comment + loaded[2:], content_type="image/jpeg")
@@ -185,11 +185,11 @@ async def serve(arguments: argparse.Namespace) -> None:
     await site.start()
     port = runner.addresses[0][1]
     print(json.dumps({"url": f"http://127.0.0.1:{port}"}), flush=True)
-    await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)  # ends with who started it
+    await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)  # until the parent closes stdin or ends
 
 
 def main() -> None:
-    gc.disable()  # it keeps every request: walking through a hundred thousand of them would be measured too
+    gc.disable()  # the server keeps all requests in memory, and collections would affect the measurement
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--service-time", type=float, default=0.0)

@@ -1,4 +1,4 @@
-"""What every journal promises: one suite over the SQLite file and over the journal in memory."""
+"""The contract of every journal: one suite over the SQLite file and over the journal in memory."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ async def test_unheard_job_is_not_known(journal):
 
 
 async def test_done_job_tells_everything(journal):
-    """Every field of the events comes back in the outcome."""
+    """The outcome has every field of the events."""
     for event in whole_life():
         await journal.record(event)
     assert await journal.find([B, A]) == {A: KnownJob(State.DONE, journal.session, 1)}
@@ -127,7 +127,7 @@ async def test_done_job_tells_everything(journal):
 
 
 async def test_one_call_may_carry_a_whole_life(journal):
-    """Events of one call apply in their order, also to the same job."""
+    """Events of one call apply in order, also to the same job."""
     await journal.record(*whole_life(A), *whole_life(B, 10.0)[:2])
     assert {key: known.state for key, known in (await journal.find([A, B])).items()} == {
         A: State.DONE,
@@ -136,13 +136,13 @@ async def test_one_call_may_carry_a_whole_life(journal):
 
 
 async def test_record_without_events_returns(journal):
-    """Nothing to write is no error."""
+    """Nothing to write is not an error."""
     await journal.record()
     assert (await journal.counts()).by_state == {}
 
 
 async def test_an_entry_has_the_start_timeout_of_its_last_intent(journal):
-    """A later attempt without one, or with another one, does not inherit it; of a job without one there is none."""
+    """A later attempt without one, or with another one, does not inherit it; a job without one has none."""
     await journal.record(Intended(A, 1.0, 1, b"{}", start_timeout=600.0), Lost(A, 2.0, "reset"))
     await journal.record(intended(B, 1.0), Lost(B, 2.0, "reset"))
     assert [entry.start_timeout for entry in await entries(journal, State.UNKNOWN)] == [600.0, None]
@@ -152,7 +152,7 @@ async def test_an_entry_has_the_start_timeout_of_its_last_intent(journal):
 
 
 async def test_entry_can_be_taken_up(journal):
-    """An entry has all that going on needs."""
+    """An entry has everything needed to continue the job."""
     await journal.record(*whole_life()[:3])
     await journal.record(intended(B, 0.5, attempt=1, usd=0.06))
     assert await entries(journal, State.ANSWERED, State.INTENDED) == [
@@ -173,7 +173,7 @@ async def test_entry_can_be_taken_up(journal):
 
 
 async def test_entries_come_oldest_intended_first(journal):
-    """Paid for longest, collected first; whatever order they became known in, and over several pages."""
+    """Ordered by the time of the intent, in any order of recording and over several pages."""
     keys = [JobKey(f"{i:032x}") for i in range(700)]
     order = sorted(range(700), key=lambda i: i * 7919 % 700)
     await journal.record(*(intended(key, float(at)) for key, at in zip(keys, order, strict=True)))
@@ -183,7 +183,7 @@ async def test_entries_come_oldest_intended_first(journal):
 
 @pytest.mark.slow
 async def test_entries_skip_what_has_moved_on(journal):
-    """A job that leaves the states while others are read is not met, one that is intended anew not twice."""
+    """A job that leaves the states during the iteration is skipped; one that is intended again is not repeated."""
     keys = [JobKey(f"{i:032x}") for i in range(600)]
     for key in keys:
         await journal.record(intended(key, 1.0), Lost(key, 2.0, "reset"))
@@ -196,7 +196,7 @@ async def test_entries_skip_what_has_moved_on(journal):
 
 
 async def test_failed_before_it_was_sent(journal):
-    """An image that cannot be read fails its job without an attempt, and it can be taken up."""
+    """An unreadable image fails its job without an attempt, and the job can be retried."""
     await journal.record(FailedForGood(A, 5.0, Failed("image_load_error", "not an image")))
     assert journal.outcomes([A])[A] == JobOutcome(
         A, State.FAILED, 0, completed_at=5.0, error_type="image_load_error", error_message="not an image"
@@ -207,7 +207,7 @@ async def test_failed_before_it_was_sent(journal):
 
 
 async def test_refusal_frees_the_reservation_and_keeps_the_attempt(journal):
-    """What was certainly not accepted costs nothing and is tried again under its number."""
+    """A submit that was certainly not accepted costs nothing and is sent again under its number."""
     await journal.record(intended(usd=0.03))
     assert (await journal.counts()).reserved_usd == 0.03
     await journal.record(Refused(A, 2.0, "503"))
@@ -219,7 +219,7 @@ async def test_refusal_frees_the_reservation_and_keeps_the_attempt(journal):
 
 
 async def test_lost_submit_stays_reserved_and_says_why(journal):
-    """It may have been accepted: its money stays set aside, and the results can name the reason."""
+    """It may have been accepted: its money stays reserved, and the results have the reason."""
     await journal.record(intended(usd=0.03), Lost(A, 2.0, "timeout after 30 s"))
     counts = await journal.counts()
     assert (counts.reserved_usd, counts.oldest_open_at) == (0.03, 1.0)
@@ -229,7 +229,7 @@ async def test_lost_submit_stays_reserved_and_says_why(journal):
 
 
 async def test_answer_settles_the_cost(journal):
-    """Spent replaces reserved at the answer; finishing changes no money."""
+    """The answer turns reserved into spent money; finishing changes no money."""
     first = whole_life()
     await journal.record(*first[:3])
     counts = await journal.counts()
@@ -239,7 +239,7 @@ async def test_answer_settles_the_cost(journal):
 
 
 async def test_failure_of_an_answered_job_costs_nothing_more(journal):
-    """Its answer has settled the cost; both the answer and the failure are told."""
+    """Its answer has settled the cost; the outcome has both the answer and the failure."""
     await journal.record(*whole_life()[:3])
     await journal.record(FailedForGood(A, 9.0, Failed("result_file_gone", "404"), 0.04))
     outcome = journal.outcomes([A])[A]
@@ -250,7 +250,7 @@ async def test_failure_of_an_answered_job_costs_nothing_more(journal):
 
 
 async def test_retry_replaces_the_outcome_and_keeps_the_spend(journal):
-    """Of a job that was taken up again the last attempt is shown, and all of its money."""
+    """After a retry the outcome has the last attempt, and the cost of all attempts."""
     await journal.record(*whole_life()[:2], FailedForGood(A, 4.0, Failed("generation_timeout", "late", 0.5), 0.01))
     await journal.record(Retried(A, 5.0))
     outcome = journal.outcomes([A])[A]
@@ -272,7 +272,7 @@ async def test_retry_replaces_the_outcome_and_keeps_the_spend(journal):
 
 
 async def test_illegal_event_is_refused_with_its_call(journal):
-    """The lifecycle holds for every event, and a call is written whole or not at all."""
+    """The state table holds for every event, and a call is written completely or not at all."""
     with pytest.raises(IllegalTransition, match="pending cannot accept"):
         await journal.record(intended(B), Uploaded("s", 1.0, "http://u"), Accepted(A, 1.0, TICKET))
     assert await journal.find([A, B]) == {}
@@ -283,7 +283,7 @@ async def test_illegal_event_is_refused_with_its_call(journal):
 
 
 async def test_illegal_event_hurts_its_caller_alone(journal):
-    """Callers of the same moment are written although one of them is wrong."""
+    """Concurrent callers are written although one of them is invalid."""
     failures = []
 
     async def record(event):
@@ -301,7 +301,7 @@ async def test_illegal_event_hurts_its_caller_alone(journal):
 
 
 async def test_cancelled_caller_is_written_all_the_same(journal):
-    """What was handed over becomes durable, whether or not anybody waits for it."""
+    """Events passed to `record` become durable even if its caller no longer waits."""
     with anyio.CancelScope() as scope:
         scope.cancel()
         await journal.record(intended(A))
@@ -311,7 +311,7 @@ async def test_cancelled_caller_is_written_all_the_same(journal):
 
 
 async def test_long_strings_of_a_body_are_kept_by_hash(journal):
-    """Whole while it may have to be sent again; then a data URI's SHA-256 stands for it, up to 4096 characters stay."""
+    """Whole while it may have to be sent again; then replaced by a data URI's SHA-256, and cut to 4096 characters."""
     uri = "data:" + "é" * 4092
     body = orjson.dumps({"image_url": uri, "prompt": "y" * 4096, "nested": [{"x": "z" * 5000}]})
     await journal.record(intended(body=body))
@@ -328,7 +328,7 @@ async def test_long_strings_of_a_body_are_kept_by_hash(journal):
 
 
 async def test_upload_is_found_while_it_is_fresh(journal):
-    """A URL counts from the given instant on, and a newer upload replaces an older one."""
+    """A URL counts from the given time on, and a newer upload replaces an older one."""
     await journal.record(Uploaded("s", 10.0, "http://u/1"))
     assert await journal.uploaded("s", 10.0) == "http://u/1"
     assert await journal.uploaded("s", 10.5) is None
@@ -338,13 +338,13 @@ async def test_upload_is_found_while_it_is_fresh(journal):
 
 
 async def test_messages_with_undecodable_names_are_kept(journal):
-    """An error message may quote a file name that is no UTF-8; it must not stop the run."""
+    """An error message may quote a file name that is not valid UTF-8; it must not stop the run."""
     await journal.record(FailedForGood(A, 1.0, Failed("image_load_error", "no \udcff.jpg")))
     assert journal.outcomes([A])[A].error_message.startswith("no ")
 
 
 async def test_two_jobs_never_share_a_request_id(journal):
-    """The later acceptance is refused, and it alone; an ended attempt's id stays its job's."""
+    """Only the later acceptance is refused; the id of an ended attempt still belongs to its job."""
     await journal.record(*whole_life(A)[:2])
     await journal.record(intended(B, 5.0))
     with pytest.raises(RequestIdTaken, match=rf"r-1.*{A}"):
@@ -365,7 +365,7 @@ async def test_two_jobs_never_share_a_request_id(journal):
 
 
 async def test_two_jobs_of_one_group_never_share_a_request_id(journal):
-    """Neither where both acceptances are written at once."""
+    """Nor if both acceptances are written at once."""
     await journal.record(intended(A), intended(B, 2.0))
     errors = []
 
@@ -383,7 +383,7 @@ async def test_two_jobs_of_one_group_never_share_a_request_id(journal):
 
 
 async def test_what_could_not_be_collected_keeps_what_is_known(journal):
-    """The raw answer, the request, the images, and when it ended; a later try does not change that instant."""
+    """The raw answer, the request, the images, and the time of its end, which a later try does not change."""
     raw = b'{"images": "none", "padding": "' + b"x" * 2000 + b'"}'
     odd = Answer({}, 1.5, "preview", raw)
     await journal.record(*whole_life(A)[:2])
@@ -404,7 +404,7 @@ async def test_what_could_not_be_collected_keeps_what_is_known(journal):
 
 
 async def test_data_uris_are_dropped_once_their_bytes_are_stored():
-    """The answer stays, without the images that it carried: these are files now."""
+    """The answer stays, without its embedded images, which are files now."""
     uri = "data:image/png;base64," + "A" * 5000
     answer = Answer({"images": [{"url": uri}], "seed": 3, "other": uri})
     with tempfile.TemporaryDirectory() as folder:
@@ -466,7 +466,7 @@ def histories(draw):
     return calls
 
 
-async def _told(journal):
+async def _contents(journal):
     counts = await journal.counts()
     return (
         await journal.find(_KEYS),
@@ -481,7 +481,7 @@ async def _told(journal):
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(calls=histories(), together=st.booleans())
 def test_both_journals_tell_the_same_of_any_history(calls, together):
-    """Whatever legal things happen, call by call or all in one group, file and memory cannot be told apart."""
+    """For any legal history, call by call or in one group, file and memory give the same answers."""
 
     async def run():
         with tempfile.TemporaryDirectory() as folder:
@@ -495,16 +495,16 @@ def test_both_journals_tell_the_same_of_any_history(calls, together):
                             await checkpoint()
                         else:
                             await file.record(*call)
-                assert await _told(file) == await _told(memory)
+                assert await _contents(file) == await _contents(memory)
             async with opened_file(Path(folder) / "journal.db") as again:
                 assert again.session == 2
-                assert await _told(again) == await _told(memory)
+                assert await _contents(again) == await _contents(memory)
 
     anyio.run(run)
 
 
 async def test_memory_journal_reopens_in_the_next_session():
-    """What the old session still does is not seen by the new one."""
+    """The new session does not see later changes of the old one."""
     first = MemoryJournal()
     await first.record(intended(A))
     second = first.reopened()
@@ -516,7 +516,7 @@ async def test_memory_journal_reopens_in_the_next_session():
 
 
 async def test_calls_that_wait_together_are_one_transaction(tmp_path):
-    """While one group is on its way to the disk everybody else gathers in the next."""
+    """While one group is being written, later calls gather in the next."""
     async with opened_file(tmp_path / "journal.db") as journal:
         async with anyio.create_task_group() as tasks:
             for number in range(300):
@@ -529,7 +529,7 @@ async def test_calls_that_wait_together_are_one_transaction(tmp_path):
 
 @pytest.mark.parametrize("moment", ["idle", "gathering", "committing"])
 async def test_a_loop_that_cancels_every_task_loses_nothing(tmp_path, moment):
-    """As `asyncio.run` does when it ends on a second Ctrl-C, past every shield: what was handed over is written."""
+    """`asyncio.run` cancels every task after a second Ctrl-C, despite shields: recorded events are still written."""
     reached, go, others, finished = threading.Event(), threading.Event(), asyncio.all_tasks(), 0
     async with open_journal(tmp_path / "journal.db") as journal:
         commit = journal.file.commit
@@ -561,7 +561,7 @@ async def test_a_loop_that_cancels_every_task_loses_nothing(tmp_path, moment):
 
 
 async def test_work_is_waited_for_by_a_task_that_is_cancelled(tmp_path):
-    """Before its thread begins, while it works, and in a scope that is cancelled; it is done once."""
+    """Before its thread starts, while it works, and in a cancelled scope; it is done once."""
     reached, go, done = threading.Event(), threading.Event(), []
 
     def work():

@@ -1,4 +1,4 @@
-"""A real HTTP proxy on loopback: it tunnels CONNECT and passes on plain requests, and remembers for whom."""
+"""A real HTTP proxy on loopback: it tunnels CONNECT, forwards plain requests and records the targets."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ class Proxy:
 
     url: str
     asked: list[tuple[str, str]] = field(default_factory=list)
-    """Method and target of each request, as it came: an authority (CONNECT) or a whole URL."""
+    """Method and target of each request as received; the target is an authority (CONNECT) or a full URL."""
 
     def with_user(self, user: str) -> str:
-        """Its URL with `name:password` in it."""
+        """Return the proxy URL with credentials; `user` is `name:password`."""
         return self.url.replace("http://", f"http://{user}@")
 
 
 @contextmanager
 def proxy(port: int, user: str | None = None) -> Iterator[Proxy]:
-    """Run while the block lasts.
+    """Run a proxy for the duration of the block.
 
     Args:
-        port: where on this machine every host is found, whatever its name and port.
-        user: `name:password` that it insists on.
+        port: local port to which the proxy connects for every target host and port.
+        user: required credentials, `name:password`.
     """
 
     class Handler(socketserver.BaseRequestHandler):
@@ -64,7 +64,7 @@ def proxy(port: int, user: str | None = None) -> Iterator[Proxy]:
         block_on_close = False
 
         def handle_error(self, *_: object) -> None:
-            """A caller that hangs up is no fault."""
+            """Ignore clients that disconnect."""
 
     with Server(("127.0.0.1", 0), Handler) as server:
         running = Proxy(f"http://127.0.0.1:{server.server_address[1]}")

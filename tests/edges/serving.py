@@ -1,4 +1,4 @@
-"""A server for tests: ours, in this process, on loopback, with an engine whose pace the test decides."""
+"""The server in this process, on loopback, with an engine that tests control."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ INPUT = {"image_url": "https://example.com/cat.png", "prompt": "a cat"}
 
 @dataclass
 class ScriptedEngine:
-    """Does what the prompt says: `fail`, `crash`, `crash once`, `boom`, `hold` (until let go), else an image."""
+    """Obeys the prompt: `fail`, `crash`, `crash once`, `boom`, `hold` (until `go` is set); otherwise returns images."""
 
     slots: int = 2
     fetches_source: bool = False
@@ -52,7 +52,7 @@ class ScriptedEngine:
         if prompt == "crash" or (prompt == "crash once" and len(self.seen) == 1):
             raise WorkerCrashed("killed by signal 9")
         if prompt == "boom":
-            raise RuntimeError("nobody foresaw this")
+            raise RuntimeError("unexpected bug")
         while prompt.startswith("hold") and not self.go.is_set():
             if cancelled():
                 raise EngineCancelled
@@ -69,7 +69,7 @@ class ScriptedEngine:
 
 @contextlib.asynccontextmanager
 async def serving(data_dir, engine=None, **options):
-    """A running server; yields an aiohttp session whose base URL it is."""
+    """Run a server; yields an aiohttp session with its base URL."""
     url, stop = asyncio.get_running_loop().create_future(), asyncio.Event()
     given = ServeOptions(data_dir, port=0, **options)
     task = asyncio.create_task(serve(given, ready=url.set_result, engine=engine or ScriptedEngine(), stop=stop))
@@ -97,25 +97,25 @@ def full_disk(database, statement):
 
 
 async def call(session, method, path, **options):
-    """Status, headers and JSON body of one call."""
+    """Send a request and return status, headers and JSON body of the response."""
     async with session.request(method, path, **options) as response:
         return response.status, response.headers, orjson.loads(await response.read() or b"null")
 
 
 async def submit(session, prompt="a cat", headers=None, **inputs):
-    """Submit and give the request id."""
+    """Submit a request and return its id."""
     status, _, body = await call(session, "POST", SUBMIT, json={**INPUT, "prompt": prompt, **inputs}, headers=headers)
     assert status == 200, body
     return body["request_id"]
 
 
 def read(request_id, tail=""):
-    """Path of a read."""
+    """Return the path of a request, with `tail` appended."""
     return f"/fal-ai/flux/requests/{request_id}{tail}"
 
 
 async def completed(session, request_id):
-    """Wait for the end over the status stream; the last status."""
+    """Read the status stream to its end and return the last status."""
     last = None
     async with session.get(read(request_id, "/status/stream?logs=1")) as response:
         async for line in response.content:
@@ -125,6 +125,6 @@ async def completed(session, request_id):
 
 
 async def result(session, request_id):
-    """Wait for the end; status, headers and body of the result."""
+    """Wait for completion and return status, headers and body of the result."""
     assert (await completed(session, request_id))["status"] == "COMPLETED"
     return await call(session, "GET", read(request_id))

@@ -1,4 +1,4 @@
-"""Connections beyond what a server may have open: they wait, idle ones make room, and nothing breaks."""
+"""More connections than a server may open: they wait, idle ones are closed, and nothing breaks."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ SOON = 8.0
 
 @pytest.fixture(params=[asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
 def run(request):
-    """Both event loops: each accepts in its own way, and neither is asked to."""
+    """Both event loops: each accepts in its own way, and neither is used for accepting."""
     return request.param
 
 
 @asynccontextmanager
 async def serving(handler, *, limit=LIMIT, wrapped=lambda listener: listener):
-    """A server of that many connections; yields its port and its Acceptor."""
+    """A server with that many connections; yields its port and its Acceptor."""
     acceptor = Acceptor(limit)
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", handler)
@@ -49,7 +49,7 @@ async def hello(_):
 
 
 class Caller:
-    """One connection, spoken to by hand."""
+    """One raw connection."""
 
     def __init__(self, reader, writer):
         self.reader, self.writer = reader, writer
@@ -77,7 +77,7 @@ class Caller:
 
 
 async def asked(port):
-    """One call on a connection of its own, as most clients make it."""
+    """Make one call on its own connection, as most clients do."""
     caller = await Caller.at(port)
     try:
         return (await caller.ask())[1]
@@ -86,7 +86,7 @@ async def asked(port):
 
 
 def test_more_callers_than_connections_are_all_answered(run):
-    """Ten times as many: the others wait their turn, and never are more open than may be."""
+    """Ten times as many: the others wait, and the limit is never exceeded."""
 
     async def use():
         most = 0
@@ -105,7 +105,7 @@ def test_more_callers_than_connections_are_all_answered(run):
 
 
 def test_idle_connections_make_room_for_those_that_wait(run):
-    """As many as are needed, of those that never said anything too; the others can be used as before."""
+    """As many as needed, including connections without any request; the others stay usable."""
 
     async def use():
         async with serving(hello) as (port, _), asyncio.timeout(SOON):
@@ -124,7 +124,7 @@ def test_idle_connections_make_room_for_those_that_wait(run):
 
 
 def test_what_is_under_way_is_never_cut(run):
-    """A handler at work, an answer and a body on their way: they are not idle, however long they take."""
+    """A handler at work, an answer or a body in transfer: they are not idle, however long they take."""
 
     async def use():
         go = asyncio.Event()
@@ -156,7 +156,7 @@ def test_what_is_under_way_is_never_cut(run):
 
 
 def test_a_crowded_server_says_that_a_connection_ends(run):
-    """So that its caller does not send the next request on one that is about to be closed."""
+    """So that the client does not send its next request on a connection that is about to be closed."""
 
     async def use():
         async with serving(hello) as (port, _), asyncio.timeout(SOON):
@@ -173,7 +173,7 @@ def test_a_crowded_server_says_that_a_connection_ends(run):
 
 
 class Refusing:
-    """A listener whose first tries to accept fail."""
+    """A listener whose first accepts fail."""
 
     def __init__(self, errors, listener):
         self._errors, self._listener = errors, listener
@@ -188,7 +188,7 @@ class Refusing:
 
 
 def test_without_a_descriptor_callers_wait_and_one_line_is_logged(run, caplog):
-    """Neither a trace for each try, nor connections that are accepted and thrown away."""
+    """Neither a traceback for each try, nor connections that are accepted and dropped."""
 
     async def use():
         wrapped = partial(Refusing, [errno.EMFILE, errno.ENFILE, errno.EMFILE])
@@ -203,7 +203,7 @@ def test_without_a_descriptor_callers_wait_and_one_line_is_logged(run, caplog):
 
 
 def test_a_connection_that_broke_before_it_was_accepted_is_nothing_to_log(run, caplog):
-    """Its sender has gone."""
+    """Its client is gone."""
 
     async def use():
         wrapped = partial(Refusing, [errno.ECONNABORTED, errno.EPROTO])
@@ -215,7 +215,7 @@ def test_a_connection_that_broke_before_it_was_accepted_is_nothing_to_log(run, c
 
 
 def test_an_end_leaves_no_socket_behind(run):
-    """Connections that are being opened are closed; pytest fails on those that are forgotten."""
+    """Connections being opened are closed; pytest fails on leaked sockets."""
 
     async def use():
         async with serving(hello) as (port, _):

@@ -1,4 +1,4 @@
-"""`restyle audit`: a clean run adds up; each way in which one can fail to is found, named and counted."""
+"""`restyle audit`: a clean run adds up; each kind of mismatch is found, named and counted."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def finished(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(finished, tmp_path) -> Path:
-    """A copy to do harm to."""
+    """A copy that a test may damage."""
     return shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("endpoint"))
 
 
@@ -86,11 +86,11 @@ def images(run: Path) -> list[Path]:
     return sorted(path for path in (run / "images").rglob("*") if path.is_file())
 
 
-# --- a run that is well -----------------------------------------------------------------------------------
+# --- a clean run ------------------------------------------------------------------------------------------
 
 
 def test_a_clean_run_adds_up_with_the_requests_of_earlier_attempts(finished):
-    """Fifteen requests were accepted for twelve jobs: three ended without a result, none is lost from sight."""
+    """Fifteen requests were accepted for twelve jobs; the three without a result are counted too."""
     books = audit_sync(finished)
     assert books.add_up
     assert found_in(books) == {}
@@ -103,14 +103,14 @@ def test_a_clean_run_adds_up_with_the_requests_of_earlier_attempts(finished):
     assert spent > 0
     sums = {check.name: check.sum for check in books.checks}
     assert sums["submits"] == "15 accepted = 12 collected + 3 ended without a result + 0 open"
-    assert sums["images"].startswith("12 files read again")
+    assert sums["images"].startswith("12 files verified")
     assert sums["results"] == "12 rows of results.parquet"
     (charges,) = (check for check in books.checks if check.name == "charges")
     assert (charges.compared, charges.verdict) == (False, "not compared")
 
 
 def test_nothing_of_the_run_is_written(run):
-    """Every file is what it was; SQLite's own helpers apart, nothing new is there."""
+    """All files keep their content, and no file is added except SQLite's own."""
 
     def contents():
         files = (path for path in run.rglob("*") if path.is_file() and not path.name.endswith(("-shm", "-wal")))
@@ -122,19 +122,19 @@ def test_nothing_of_the_run_is_written(run):
 
 
 def test_a_run_that_works_is_not_audited(run):
-    """Numbers that move add up to nothing: exit code 5, says so."""
-    with RunDirectory(run).locked("now"), pytest.raises(RunLocked, match="audit it when that has ended"):
+    """The numbers of a running run change: the command refuses with exit code 5."""
+    with RunDirectory(run).locked("now"), pytest.raises(RunLocked, match="audit it after the run has ended"):
         audit_sync(run)
 
 
 def test_a_folder_without_a_run_says_how_to_start_one(tmp_path):
-    """As every companion of `run` does."""
+    """Like every command that needs a run."""
     with pytest.raises(RunDirectoryError, match="there is no run"):
         audit_sync(tmp_path)
 
 
 def test_files_that_no_job_refers_to_are_told_and_are_no_error(run):
-    """What a killed run left, or what somebody put there; also names that are no text."""
+    """Left by a killed run, or foreign; also names that are not valid UTF-8."""
     (run / "images" / "ab").mkdir(exist_ok=True)
     (run / "images" / "ab" / "stray.jpg").write_bytes(b"x")
     (run / "images" / ".part").mkdir(exist_ok=True)
@@ -150,7 +150,7 @@ def test_files_that_no_job_refers_to_are_told_and_are_no_error(run):
 
 
 def test_jobs_whose_rows_have_left_the_manifest_are_told_and_are_no_error(run):
-    """They stay in the journal, and were paid for."""
+    """Their jobs stay in the journal and were paid for."""
     path = run / "results.parquet"
     pq.write_table(pq.read_table(path).slice(0, 10), path)
     books = audit_sync(run)
@@ -182,14 +182,14 @@ CONTRADICTIONS = {
     "sessions": ("UPDATE sessions SET spent_usd = spent_usd + 0.01", {"money": 1}),
     "free": (f"UPDATE jobs SET cost_usd = 0 {ONE}", {"money": 2, "results": 1}),
     "reserved": (f"UPDATE jobs SET reserved_usd = 0.03 {ONE}", {"reservations": 1}),
-    "stranger": (f"DELETE FROM jobs {ONE}", {"money": 1, "results": 1}),
+    "foreign": (f"DELETE FROM jobs {ONE}", {"money": 1, "results": 1}),
 }
-"""A statement that harms a good journal, and the checks that see it."""
+"""A statement that damages a good journal, and the checks that find it."""
 
 
 @pytest.mark.parametrize("harm", CONTRADICTIONS)
 def test_a_journal_that_contradicts_itself_or_the_results_is_found(run, harm):
-    """Each harm is seen by the checks that are there for it, and by no others."""
+    """Exactly the checks meant for it find each kind of damage."""
     statement, found = CONTRADICTIONS[harm]
     damage(run, statement)
     books = audit_sync(run)
@@ -198,7 +198,7 @@ def test_a_journal_that_contradicts_itself_or_the_results_is_found(run, harm):
 
 
 def test_images_are_read_again_and_each_fault_has_its_name(run):
-    """One gone, one shorter, one of the same size with another byte; the rest is verified."""
+    """One file missing, one truncated, one with a flipped bit; the rest is verified."""
     gone, shorter, other = images(run)[:3]
     gone.unlink()
     shorter.write_bytes(shorter.read_bytes()[:-5])
@@ -214,11 +214,11 @@ def test_images_are_read_again_and_each_fault_has_its_name(run):
     assert {example.split(" of job ")[0] for example in damaged.examples} == {
         path.relative_to(run).as_posix() for path in (shorter, other)
     }
-    assert check.sum.startswith("9 files read again")
+    assert check.sum.startswith("9 files verified")
 
 
 def test_at_most_ten_examples_are_shown_and_all_are_counted(run):
-    """Twelve images gone: twelve in the count, ten in the list, two more said."""
+    """Twelve missing images: a count of twelve, ten examples, and "2 more"."""
     shutil.rmtree(run / "images")
     books = audit_sync(run)
     (check,) = (check for check in books.checks if check.name == "images")
@@ -228,7 +228,7 @@ def test_at_most_ten_examples_are_shown_and_all_are_counted(run):
 
 @pytest.mark.parametrize("harm", ["missing", "no parquet", "another table", "behind"])
 def test_results_that_are_not_those_of_the_journal_are_found(run, harm):
-    """`restyle export` is the advice: it is free."""
+    """The advice is `restyle export`, which is free."""
     path = run / "results.parquet"
     match harm:
         case "missing":
@@ -243,11 +243,11 @@ def test_results_that_are_not_those_of_the_journal_are_found(run, harm):
             pq.write_table(table.set_column(column, "status", pa.array(["pending"] * JOBS)), path)
     books = audit_sync(run)
     assert found_in(books) == {"results": JOBS if harm == "behind" else 1}
-    assert "`restyle export` writes it anew" in books.render()
+    assert "`restyle export` rebuilds it" in books.render()
 
 
 def test_the_command_prints_a_table_or_json_and_exits_with_three(run, finished):
-    """0 where all adds up, 3 where anything does not; the same facts in both forms."""
+    """Exit code 0 if everything adds up, otherwise 3; both formats show the same facts."""
 
     def command(*words):
         return subprocess.run(
@@ -275,7 +275,7 @@ def test_the_command_prints_a_table_or_json_and_exits_with_three(run, finished):
 
 
 class Biller:
-    """A platform API that sends these charges, or does something else instead."""
+    """A platform API that sends these charges, or an error."""
 
     def __init__(self, charges, *, status=200, body=None, page=10_000, circular=False):
         self.charges, self.status, self.body, self.page, self.circular = charges, status, body, page, circular
@@ -297,7 +297,7 @@ class Biller:
 
 @asynccontextmanager
 async def billed_by(run: Path, biller: Biller):
-    """The run's target is this biller, as far as its config knows."""
+    """Point the run's configuration to this biller."""
     app = web.Application()
     app.router.add_get("/v1/models/billing-events", biller.answer)
     runner = web.AppRunner(app)
@@ -318,7 +318,7 @@ def point_to(run: Path, target: str) -> None:
 
 
 def true_charges(run: Path) -> list[Charge]:
-    """What an honest service bills: the requests that the journal has units for, at its price."""
+    """Return the charges of an honest service: one per request with units in the journal, at its price."""
     found = rows_of(run, "SELECT request_id, at, billable_units FROM outcomes WHERE billable_units > 0 ORDER BY id")
     return [Charge(request, "app", at, units, PRICE) for request, at, units in found]
 
@@ -333,7 +333,7 @@ async def charges_of(run: Path, biller: Biller):
 @pytest.mark.anyio
 @pytest.mark.parametrize("page", [10_000, 5])
 async def test_honest_bills_add_up_page_by_page(run, page):
-    """Every charge belongs to a request, none is missing; the window covers the run, the app is named."""
+    """Every charge belongs to a request and none is missing; the query covers the run and names the app."""
     biller = Biller(true_charges(run), page=page)
     books, check = await charges_of(run, biller)
     assert (books.add_up, check.compared, check.wrong) == (True, True, 0)
@@ -347,7 +347,7 @@ async def test_honest_bills_add_up_page_by_page(run, page):
 
 @pytest.mark.anyio
 async def test_a_page_that_shifts_shows_a_charge_again_and_that_is_no_second_charge(run):
-    """The same instant, units and request are the same event."""
+    """A charge with the same instant, units and request is the same event."""
     true = true_charges(run)
     books, check = await charges_of(run, Biller([*true[:6], *true[4:]]))
     assert books.add_up
@@ -356,7 +356,7 @@ async def test_a_page_that_shifts_shows_a_charge_again_and_that_is_no_second_cha
 
 @pytest.mark.anyio
 async def test_each_kind_of_wrong_bill_is_found(run):
-    """Charged twice; for more than was counted; not at all although the result said so."""
+    """Charged twice, charged more than counted, and not charged although the result reported units."""
     first, second, third, *rest = true_charges(run)
     twice = Charge(first.request_id, first.app, first.at + 60, first.units, PRICE)
     dear = Charge(second.request_id, second.app, second.at, second.units, PRICE * 2)
@@ -379,7 +379,7 @@ async def test_a_bill_that_is_not_there_yet_is_no_mismatch_within_the_hour(run):
 
 @pytest.mark.anyio
 async def test_less_than_was_counted_is_a_discount(run):
-    """The budget was kept all the same."""
+    """Less money than counted is not a mismatch."""
     cheap = [Charge(one.request_id, one.app, one.at, one.units, PRICE / 2) for one in true_charges(run)]
     books, _ = await charges_of(run, Biller(cheap))
     assert books.add_up
@@ -388,7 +388,7 @@ async def test_less_than_was_counted_is_a_discount(run):
 
 @pytest.mark.anyio
 async def test_charges_of_other_runs_are_told_and_are_no_error(run):
-    """The account is one, its runs are many; an unknown submit may hide among them."""
+    """An account has many runs; a submit of unknown outcome may be among them."""
     others = [Charge(f"other-{n}", "app", 1.0, 1.0, PRICE) for n in range(3)]
     books, _ = await charges_of(run, Biller([*true_charges(run), *others]))
     assert books.add_up
@@ -401,18 +401,18 @@ async def test_charges_of_other_runs_are_told_and_are_no_error(run):
 @pytest.mark.parametrize(
     ("biller", "why"),
     [
-        (Biller([], status=401), "not allowed for this key (HTTP 401)"),
-        (Biller([], status=403), "not allowed for this key (HTTP 403)"),
-        (Biller([], status=404), "sends no billing events (HTTP 404)"),
-        (Biller([], status=503), "could not be read (HTTP 503)"),
-        (Biller([], body=b"<html>"), "could not be read (not JSON"),
+        (Biller([], status=401), "this key may not read billing events (HTTP 401)"),
+        (Biller([], status=403), "this key may not read billing events (HTTP 403)"),
+        (Biller([], status=404), "has no billing events (HTTP 404)"),
+        (Biller([], status=503), "could not read billing events (HTTP 503)"),
+        (Biller([], body=b"<html>"), "could not read billing events (not JSON"),
         (Biller([], body=b'{"billing_events": [{"request_id": "a"}], "has_more": false}'), "lacks its time"),
-        (Biller([], circular=True), "round in circles"),
+        (Biller([], circular=True), "cursor of a page repeats"),
     ],
     ids=["401", "403", "404", "503", "html", "no cost", "circles"],
 )
 async def test_bills_that_cannot_be_had_are_not_compared_and_no_error(run, biller, why):
-    """The rest is audited; the sentence says what was in the way."""
+    """The rest is audited, and the line says why the bills are missing."""
     books, check = await charges_of(run, biller)
     assert (books.add_up, check.compared) == (True, False)
     assert why in check.sum
@@ -423,16 +423,16 @@ async def test_bills_that_cannot_be_had_are_not_compared_and_no_error(run, bille
 
 @pytest.mark.anyio
 async def test_a_target_that_is_away_is_not_compared(run):
-    """The port is closed: connect error, no exception."""
+    """The port is closed: a connect error, not an exception."""
     point_to(run, "http://127.0.0.1:1")
     books = await audit(run)
     assert books.add_up
-    assert "could not be read (connect" in books.checks[-1].sum
+    assert "could not read billing events (connect" in books.checks[-1].sum
 
 
 @pytest.mark.anyio
 async def test_fal_without_a_key_is_not_compared(run):
-    """Nothing is sent; how to change that is said."""
+    """Nothing is sent, and the line says how to set the key."""
     point_to(run, "fal")
     books = await audit(run)
     assert books.checks[-1].sum == "FAL_KEY is not set; export FAL_KEY=key_id:key_secret"
@@ -440,7 +440,7 @@ async def test_fal_without_a_key_is_not_compared(run):
 
 @pytest.mark.anyio
 async def test_the_key_goes_to_the_target(run, monkeypatch):
-    """Bills are the account's: the key says whose."""
+    """Bills belong to an account, which the key identifies."""
     monkeypatch.setenv("FAL_KEY", "id:secret")
     biller = Biller(true_charges(run))
     await charges_of(run, biller)
@@ -459,7 +459,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 
 
 def large(finished: Path, folder: Path, jobs: int) -> Path:
-    """A run of so many done jobs without downloads, written without the runner."""
+    """Return a run of `jobs` finished jobs without downloads, written without the runner."""
     folder.mkdir()
     shutil.copy(finished / "run.json", folder)
     JournalDatabase.open(folder / "journal.db", now=1.0, version="test").close(now=2.0)
@@ -491,7 +491,7 @@ def large(finished: Path, folder: Path, jobs: int) -> Path:
 
 
 def test_memory_does_not_grow_with_the_number_of_jobs(finished, tmp_path):
-    """Thirty times the jobs, the same memory: what has to be remembered lies on disk."""
+    """Thirty times the jobs need the same memory: intermediate data is on disk."""
 
     def peak(jobs):
         directory = large(finished, tmp_path / f"run{jobs}", jobs)

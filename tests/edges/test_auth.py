@@ -1,4 +1,4 @@
-"""Who may ask: the keys file, the check of the header, and owners who do not see each other's requests."""
+"""Authentication: the keys file, the Authorization header, and the separation of owners."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def denied(header, access=Access.KEY, **options):
 
 
 def test_a_new_key_works_and_its_secret_is_not_kept(tmp_path):
-    """The file, for its user's eyes only, holds a hash; the key is what `FAL_KEY` takes."""
+    """The file has mode 0600 and contains a hash; the returned key is a valid `FAL_KEY`."""
     path = tmp_path / "keys"
     keys = [add_key(path, name, SECRETS[name]) for name in ("alice", "bob")]
     assert keys == [f"{name}:{SECRETS[name]}" for name in ("alice", "bob")]
@@ -67,8 +67,8 @@ def test_a_new_key_works_and_its_secret_is_not_kept(tmp_path):
     assert [good.check(key) for key in keys] == ["alice", "bob"]
 
 
-def test_an_owner_changes_a_key_by_having_two_for_a_while(tmp_path):
-    """Both lines of one name are good; a line that is taken out is not any more."""
+def test_an_owner_can_rotate_keys(tmp_path):
+    """Both keys of one name are valid; a removed one is not."""
     path = tmp_path / "keys"
     path.write_text("# the team's keys", "ascii")  # without a line break at its end
     old, new = add_key(path, "alice", "old"), add_key(path, "alice", "new")
@@ -80,8 +80,8 @@ def test_an_owner_changes_a_key_by_having_two_for_a_while(tmp_path):
         load_keys(path, {}).check(old)
 
 
-def test_the_variable_holds_the_same_lines(tmp_path):
-    """Separated by commas or white space, and together with a file."""
+def test_the_variable_contains_lines_of_a_keys_file(tmp_path):
+    """Keys are separated by commas or white space, and combined with those of a file."""
     path = tmp_path / "keys"
     in_file = add_key(path, "alice", SECRETS["alice"])
     lines = [Key(name, digest(SECRETS[name])).line for name in ("bob", "eve")]
@@ -97,13 +97,13 @@ def test_the_variable_holds_the_same_lines(tmp_path):
         ("alice", "line 1"),
         ("a b:" + "0" * 64, "line 1"),
         ("alice:" + "0" * 63, "line 1"),
-        ("# nothing\n\n", "holds no key"),
-        (None, "cannot be read"),
-        (b"\xff\xfe", "cannot be read"),
+        ("# nothing\n\n", "contains no key"),
+        (None, "cannot read"),
+        (b"\xff\xfe", "cannot read"),
     ],
 )
-def test_a_keys_file_that_is_none_is_one_clear_sentence(tmp_path, text, words):
-    """With the line, what it has to be, and never its content: it may be a secret."""
+def test_an_invalid_keys_file_is_one_clear_sentence(tmp_path, text, words):
+    """The message contains the line number and the expected format, never the content, which may be a secret."""
     path = tmp_path / "keys"
     if text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -114,8 +114,8 @@ def test_a_keys_file_that_is_none_is_one_clear_sentence(tmp_path, text, words):
 
 
 @pytest.mark.parametrize("name", ["", "a b", "a:b", "-a", "a" * 65, "ä", "a\nb"])
-def test_a_name_that_would_break_the_file_is_refused(tmp_path, name):
-    """Nothing is written."""
+def test_an_invalid_key_name_is_rejected(tmp_path, name):
+    """The file is not created."""
     with pytest.raises(InputError, match="name"):
         add_key(tmp_path / "keys", name, "x")
     assert not (tmp_path / "keys").exists()
@@ -124,8 +124,8 @@ def test_a_name_that_would_break_the_file_is_refused(tmp_path, name):
 # --- the header -------------------------------------------------------------------------------------------
 
 
-def test_a_key_says_whose_the_call_is():
-    """`Key name:secret`, the scheme in any case."""
+def test_a_key_determines_the_owner_of_a_call():
+    """`Key name:secret`; the scheme is case-insensitive."""
     for scheme in ("Key", "key", "KEY"):
         assert authenticator().owner(f"{scheme} alice:{SECRETS['alice']}", Access.KEY) == "alice"
     assert authenticator().owner(None, Access.OPEN) == ""
@@ -145,7 +145,7 @@ def test_a_key_says_whose_the_call_is():
         ("Basic YTpi", 401, "Invalid Key Authorization header format. Expected '<key_id>:<key_secret>'."),
         ("Bearer x", 401, "Invalid Key Authorization header format. Expected '<key_id>:<key_secret>'."),
         ("Key alice:wrong", 401, "No user found for Key ID and Secret"),
-        ("Key nobody:" + "a" * 43, 401, "No user found for Key ID and Secret"),
+        ("Key unknown:" + "a" * 43, 401, "No user found for Key ID and Secret"),
         ("Key alice:" + "b" * 43, 401, "No user found for Key ID and Secret"),
         (f"Key alice:{SECRETS['alice']}, Key alice:{SECRETS['alice']}", 401, "No user found for Key ID and Secret"),
         ("Key \udcff:\udcff", 401, "No user found for Key ID and Secret"),
@@ -156,23 +156,23 @@ def test_a_key_says_whose_the_call_is():
         ("Key eve:wrong", 401, "No user found for Key ID and Secret"),
     ],
 )
-def test_a_wrong_header_is_refused_in_fal_s_words(header, status, detail):
-    """401 without saying whether the name or the secret is wrong; 403 only for a right key that is locked."""
+def test_an_invalid_header_is_rejected_with_fal_s_message(header, status, detail):
+    """401 does not reveal whether the name or the secret is wrong; 403 is only for a valid, locked key."""
     found, words = denied(header)
     assert found == status
     assert words.startswith(detail)
 
 
-def test_the_hash_of_nothing_opens_nothing():
-    """The stand-in that unknown names are compared with is no key."""
-    assert denied("Key nobody:")[0] == 401
+def test_the_hash_of_the_empty_secret_is_not_a_key():
+    """The placeholder that is compared for unknown names is not a valid key."""
+    assert denied("Key unknown:")[0] == 401
     keys = Keys((Key("alice", digest("x")),))
     with pytest.raises(Denied):
         keys.check(":")
 
 
-def test_a_token_stands_in_for_its_owner_s_key_at_uploads_only():
-    """For a day; the server remembers nothing of it, and it ends with the key."""
+def test_a_token_replaces_a_key_for_uploads_only():
+    """It is valid for a day, across restarts, and ends with its owner's key."""
     door = authenticator()
     token = door.token("alice")
     assert token.expires_at == 1000.0 + TOKEN_SECONDS
@@ -193,8 +193,8 @@ def test_a_token_stands_in_for_its_owner_s_key_at_uploads_only():
         *(lambda t: "\udcff", lambda t: "\udcff" + t, lambda t: t + "\udcff", lambda t: "a.1.\udcff"),
     ],
 )
-def test_a_changed_token_is_none(change):
-    """Another owner, another signature, nothing, nonsense, bytes that are not UTF-8."""
+def test_a_changed_token_is_invalid(change):
+    """Another owner, another signature, an empty or malformed token, bytes that are not UTF-8."""
     assert denied(f"Bearer {change(authenticator().token('alice').text)}", Access.UPLOAD)[0] == 401
 
 
@@ -219,16 +219,16 @@ def test_a_changed_token_is_none(change):
         ("GET", "/whatever/comes", Access.KEY),
     ],
 )
-def test_what_is_not_named_as_open_needs_a_key(method, template, access):
-    """A route that somebody adds and forgets to think about is closed."""
+def test_a_route_requires_a_key_unless_it_is_public(method, template, access):
+    """A new route requires a key by default."""
     assert access_of(method, template) is access
 
 
 # --- over HTTP --------------------------------------------------------------------------------------------
 
 
-def test_every_way_in_is_closed_without_a_key(tmp_path):
-    """Submit, direct call, reads, listing, numbers, uploads: 401 as JSON with a request id; health is open."""
+def test_every_route_with_data_requires_a_key(tmp_path):
+    """Submit, direct call, reads, listing, metrics and uploads return 401 JSON with a request id; health is public."""
     closed = [
         ("POST", SUBMIT),
         ("POST", f"/run{SUBMIT}"),
@@ -264,8 +264,8 @@ def test_every_way_in_is_closed_without_a_key(tmp_path):
     asyncio.run(use())
 
 
-def test_one_owner_s_requests_do_not_exist_for_another(tmp_path):
-    """Status, stream, result, cancel, listing and the page: 404 or nothing, never 403, before and after the end."""
+def test_requests_are_invisible_to_other_owners(tmp_path):
+    """Status, stream, result, cancel, listing and the page return 404 or nothing, never 403."""
 
     async def use():
         engine = ScriptedEngine(slots=1)
@@ -295,15 +295,15 @@ def test_one_owner_s_requests_do_not_exist_for_another(tmp_path):
             assert await seen_by("bob") == [nothing] * 4
             assert await listed_by("bob") == (0, 0)
             assert await listed_by("alice") == (1, 1)
-        async with serving(tmp_path, keys=some_keys()) as session:  # and the next server still knows whose it is
+        async with serving(tmp_path, keys=some_keys()) as session:  # the owner is stored
             assert (await call(session, "GET", read(ours), headers=HEADERS["alice"]))[0] == 200
             assert (await call(session, "GET", read(ours), headers=HEADERS["bob"]))[0] == 404
 
     asyncio.run(use())
 
 
-def test_a_request_that_waits_is_its_owner_s_after_a_restart(tmp_path):
-    """The queue remembers owners, not only the results do."""
+def test_a_waiting_request_keeps_its_owner_after_a_restart(tmp_path):
+    """The owner of an unfinished request is restored, too."""
 
     async def use():
         async with serving(tmp_path, keys=some_keys()) as session:
@@ -316,8 +316,8 @@ def test_a_request_that_waits_is_its_owner_s_after_a_restart(tmp_path):
     asyncio.run(use())
 
 
-def test_idempotency_keys_are_each_owner_s_own(tmp_path):
-    """The same key of another owner is another request, with whatever input."""
+def test_idempotency_keys_are_separate_per_owner(tmp_path):
+    """The same key from another owner is a different request."""
 
     async def use():
         async with serving(tmp_path, keys=some_keys()) as session:
@@ -333,8 +333,8 @@ def test_idempotency_keys_are_each_owner_s_own(tmp_path):
     asyncio.run(use())
 
 
-def test_an_upload_takes_a_key_or_the_token_that_a_key_gave(tmp_path):
-    """Python's way in with the official client's own headers; what was uploaded is read by whoever knows its name."""
+def test_an_upload_accepts_a_key_or_its_token(tmp_path):
+    """Upload with the headers of fal's Python client; the file is readable without a key."""
 
     async def use():
         async with serving(tmp_path, keys=some_keys()) as session:
@@ -357,8 +357,8 @@ def test_an_upload_takes_a_key_or_the_token_that_a_key_gave(tmp_path):
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
-def test_without_keys_only_this_machine_may_ask(tmp_path, host):
-    """A server that anybody can reach and that anybody may use is refused, with what to do instead."""
+def test_without_keys_the_server_is_local_only(tmp_path, host):
+    """A server without keys on a public address does not start; the message says how to create a key."""
 
     async def use(**options):
         stop = asyncio.Event()
@@ -379,8 +379,8 @@ def test_without_keys_only_this_machine_may_ask(tmp_path, host):
     assert asyncio.run(use(keys=some_keys()))
 
 
-def test_the_command_makes_a_key_and_refuses_an_open_server(tmp_path, capsys, monkeypatch):
-    """`--new-key` prints the key alone; without keys `--host` of the world is exit code 2 and one sentence."""
+def test_the_command_creates_a_key_and_rejects_an_open_server(tmp_path, capsys, monkeypatch):
+    """`--new-key` prints only the key; a public `--host` without keys ends with exit code 2 and one sentence."""
     path = tmp_path / "keys"
 
     def command(*arguments):
@@ -403,8 +403,8 @@ def test_the_command_makes_a_key_and_refuses_an_open_server(tmp_path, capsys, mo
     assert ENVIRONMENT in said
 
 
-def test_an_embedded_endpoint_does_not_take_the_keys_of_another_server(tmp_path):
-    """A run starts its own endpoint: the variable of a server on the same machine is not for it."""
+def test_an_embedded_endpoint_ignores_the_keys_of_another_server(tmp_path):
+    """`FAL_SERVER_KEYS` of another server on the machine does not affect a run's own endpoint."""
     environment = os.environ | {ENVIRONMENT: Key("alice", digest("x")).line}
     command = [sys.executable, "-m", "batch.server", "--data-dir", str(tmp_path), "--engine", "echo"]
     ended = subprocess.run(

@@ -1,4 +1,4 @@
-"""Whatever is sent: the answer is a refusal that says why, never a 500 or a stack trace, and the server lives on."""
+"""Invalid requests get a clear error, never a 500 or a stack trace, and the server keeps running."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run(coroutine):
 
 
 async def raw(session, data, *, half_close=False, head_only=False):
-    """Send bytes as they are; the status and body of the answer, None where the connection was closed without one."""
+    """Send raw bytes; return status and body of the response, None if the connection closed without one."""
     reader, writer = await asyncio.open_connection(session._base_url.host, session._base_url.port)
     with contextlib.suppress(ConnectionError):
         writer.write(data)
@@ -47,19 +47,19 @@ async def raw(session, data, *, half_close=False, head_only=False):
 
 
 def http(method, path, headers=b"", body=b""):
-    """A request, byte for byte, after which the connection ends."""
+    """Return the bytes of a request with `Connection: close`."""
     start = method + b" " + path + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
     return start + headers + b"Content-Length: %d\r\n\r\n" % len(body) + body
 
 
 async def lives(session):
-    """A good request still works."""
+    """Check that a valid request still works."""
     return (await result(session, await submit(session)))[0] == 200
 
 
 @pytest.fixture(autouse=True)
-def nothing_unforeseen(caplog):
-    """No exception reaches the log."""
+def no_unexpected_error(caplog):
+    """Whether the log contains no exception."""
     yield
     assert [record.getMessage() for record in caplog.records if record.exc_info] == []
 
@@ -82,25 +82,25 @@ BODIES = {
     "deep nesting": (DEEP, (200, 422)),
     "deeper nesting": (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, 422),
     "invalid utf-8": (b'{"image_url":"https://x/","prompt":"\xff\xfe"}', 422),
-    "half a surrogate": (rb'{"image_url":"https://x/","prompt":"\ud800"}', (200, 422)),
+    "lone surrogate": (rb'{"image_url":"https://x/","prompt":"\ud800"}', (200, 422)),
     "a null byte": (b'{"image_url":"https://x/","prompt":"a\x00b"}', 422),
     "an escaped null byte": (rb'{"image_url":"https://x/","prompt":"a\u0000b"}', 200),
     "duplicate keys": (b'{"image_url":"https://x/","prompt":"one","prompt":"two"}', 200),
     "a byte order mark": (b"\xef\xbb\xbf" + GOOD, 422),
     "null everywhere": (b'{"image_url":null,"prompt":null,"seed":null}', 422),
-    "a data uri that is none": (b'{"image_url":"data:","prompt":"a"}', 422),
-    "a source that is no url": (b'{"image_url":"\\\\\\\\server\\\\share","prompt":"a"}', 422),
+    "an empty data uri": (b'{"image_url":"data:","prompt":"a"}', 422),
+    "a source that is not a url": (b'{"image_url":"\\\\\\\\server\\\\share","prompt":"a"}', 422),
     "a source with a broken host": (b'{"image_url":"http://[::1","prompt":"a"}', 422),
     "a source on a file": (b'{"image_url":"file:///etc/passwd","prompt":"a"}', 422),
 }
 
-SOURCES = {"a data uri that is none", "a source that is no url", "a source with a broken host", "a source on a file"}
-"""These are looked at only by an engine that wants the image."""
+SOURCES = {"an empty data uri", "a source that is not a url", "a source with a broken host", "a source on a file"}
+"""Only an engine that fetches the source image checks these."""
 
 
 @pytest.mark.parametrize("keyed", [False, True], ids=["", "with an idempotency key"])
-def test_a_bad_body_is_refused_or_fails_with_422(tmp_path, keyed):
-    """At once where it is no JSON object, else as the request's result; with and without an idempotency key."""
+def test_an_invalid_body_is_rejected_or_fails_with_422(tmp_path, keyed):
+    """Immediately if it is not a JSON object, else as the request's result; with and without an idempotency key."""
 
     async def outcome(session, name, body):
         headers = {"content-type": "text/plain"} | ({"idempotency-key": name} if keyed else {})
@@ -122,8 +122,8 @@ def test_a_bad_body_is_refused_or_fails_with_422(tmp_path, keyed):
         assert found[name] in ((200,) if name in SOURCES else allowed), name
 
 
-def test_a_source_that_cannot_be_one_is_a_model_error(tmp_path):
-    """Where the engine wants the image: `image_load_error` or `file_download_error`, with the field's place."""
+def test_an_invalid_source_is_a_model_error(tmp_path):
+    """If the engine fetches the image: `image_load_error` or `file_download_error` with the field's location."""
 
     async def use():
         async with serving(tmp_path, ScriptedEngine(fetches_source=True)) as session:
@@ -141,23 +141,23 @@ def test_a_source_that_cannot_be_one_is_a_model_error(tmp_path):
 
 
 HEADERS = {
-    "idempotency key that is no text": b"Idempotency-Key: \xff\xfe\r\n",
+    "idempotency key in invalid utf-8": b"Idempotency-Key: \xff\xfe\r\n",
     "long idempotency key": b"Idempotency-Key: " + b"k" * 8000 + b"\r\n",
-    "start timeout that is no number": b"X-Fal-Request-Start-Timeout: soon\r\n",
-    "start timeout that is not a number": b"X-Fal-Request-Start-Timeout: nan\r\n",
+    "start timeout that is a word": b"X-Fal-Request-Start-Timeout: soon\r\n",
+    "start timeout NaN": b"X-Fal-Request-Start-Timeout: nan\r\n",
     "endless start timeout": b"X-Fal-Request-Start-Timeout: 1e400\r\n",
     "unknown priority": b"X-Fal-Queue-Priority: \xff\r\n",
-    "lifecycle that is no json": b"X-Fal-Object-Lifecycle-Preference: {\r\n",
-    "lifecycle that is no text": b"X-Fal-Object-Lifecycle-Preference: \xff\r\n",
-    "lifecycle of nonsense": b'X-Fal-Object-Lifecycle-Preference: {"expiration_duration_seconds": "soon"}\r\n',
+    "lifecycle that is not json": b"X-Fal-Object-Lifecycle-Preference: {\r\n",
+    "lifecycle in invalid utf-8": b"X-Fal-Object-Lifecycle-Preference: \xff\r\n",
+    "lifecycle with a word": b'X-Fal-Object-Lifecycle-Preference: {"expiration_duration_seconds": "soon"}\r\n',
     "endless lifecycle": b'X-Fal-Object-Lifecycle-Preference: {"expiration_duration_seconds": 1e300}\r\n',
-    "key that is no text": b"Authorization: Key \xff\xfe:\xff\r\n",
-    "wrong length of nothing": b"X-Fal-Store-IO: \xff\r\n",
+    "key in invalid utf-8": b"Authorization: Key \xff\xfe:\xff\r\n",
+    "store-io in invalid utf-8": b"X-Fal-Store-IO: \xff\r\n",
 }
 
 
-def test_a_header_of_nonsense_does_no_harm(tmp_path):
-    """It is passed over or refused; the next caller is served."""
+def test_an_invalid_header_is_harmless(tmp_path):
+    """It is ignored or rejected; the next request succeeds."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -192,8 +192,8 @@ AUTHORIZATIONS = {
 
 
 @pytest.mark.parametrize("case", AUTHORIZATIONS)
-def test_whatever_stands_in_authorization_is_401(tmp_path, case):
-    """Where a key is asked for, and where a token does too; only the one right key is let in."""
+def test_an_invalid_authorization_is_401(tmp_path, case):
+    """On routes for keys and for upload tokens, only the valid key is accepted."""
     keys = Keys((Key("alice", hashlib.sha256(b"secret").digest()),))
     paths = (SUBMIT.encode(), b"/run" + SUBMIT.encode(), b"/files/upload", b"/files/upload/multipart", b"/v1/models")
 
@@ -208,7 +208,7 @@ def test_whatever_stands_in_authorization_is_401(tmp_path, case):
     run(use())
 
 
-# Each is decoded, compared or repeated somewhere; what aiohttp refuses before us is a 4xx too.
+# Each one is decoded, compared or repeated somewhere; aiohttp's own rejections are 4xx, too.
 NAMES = (
     *("accept", "accept-encoding", "authorization", "content-encoding", "content-type", "cookie"),
     *("expect", "forwarded", "host", "idempotency-key", "if-match", "if-modified-since", "if-none-match", "if-range"),
@@ -220,8 +220,8 @@ VALUES = (b"\xff\xfe", b"", "é".encode(), b"https://fal.run/\xff", b"bytes=\xff
 
 
 @pytest.mark.parametrize("keyed", [False, True], ids=["open", "with keys"])
-def test_bytes_that_are_not_text_are_never_a_fault_of_ours(tmp_path, keyed):
-    """In any header of any route, in the path and in the query: an answer, and none of 5xx."""
+def test_invalid_utf_8_never_causes_a_5xx(tmp_path, keyed):
+    """In any header, path or query of any route: a response below 500."""
     keys = Keys((Key("alice", hashlib.sha256(b"secret").digest()),) if keyed else ())
 
     async def use():
@@ -263,8 +263,8 @@ def test_bytes_that_are_not_text_are_never_a_fault_of_ours(tmp_path, keyed):
     run(use())
 
 
-def test_an_expectation_is_met_or_refused_in_our_own_form(tmp_path):
-    """`100-continue` before the body; anything else is 417 with a request id."""
+def test_an_expect_header_is_met_or_rejected_with_json(tmp_path):
+    """`100-continue` is answered before the body; anything else returns 417 with a request id."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -293,8 +293,8 @@ QUERIES = [
 ]
 
 
-def test_a_query_of_nonsense_does_no_harm(tmp_path):
-    """On the submit and on a read."""
+def test_an_invalid_query_is_harmless(tmp_path):
+    """Invalid query parameters of a submit and of a read are ignored or rejected."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -310,8 +310,8 @@ def test_a_query_of_nonsense_does_no_harm(tmp_path):
 # --- sizes and stalls -------------------------------------------------------------------------------------
 
 
-def test_a_body_of_100_mb_is_refused(tmp_path):
-    """413 with the limit, announced or in chunks."""
+def test_a_body_of_100_mb_is_rejected(tmp_path):
+    """413 with the limit, with a Content-Length or chunked."""
     piece = b" " * 2**20
 
     async def pieces():
@@ -323,7 +323,7 @@ def test_a_body_of_100_mb_is_refused(tmp_path):
             for data in (io.BytesIO(piece * 100), pieces()):
                 try:
                     status, _, answer = await call(session, "POST", SUBMIT, data=data)
-                except ConnectionError:  # refused before all of it was sent
+                except ConnectionError:  # rejected before the whole body was sent
                     continue
                 assert (status, "72 MiB" in answer["detail"]) == (413, True)
             assert await lives(session)
@@ -331,8 +331,8 @@ def test_a_body_of_100_mb_is_refused(tmp_path):
     run(use())
 
 
-def test_ten_thousand_headers_are_refused_or_borne(tmp_path):
-    """Many short ones, one long one, and one that never ends."""
+def test_ten_thousand_headers_are_rejected_or_accepted(tmp_path):
+    """Many short headers, a long one, and an endless one."""
     many = b"".join(b"X-Header-%d: value\r\n" % number for number in range(10_000))
 
     async def use():
@@ -346,8 +346,8 @@ def test_ten_thousand_headers_are_refused_or_borne(tmp_path):
     run(use())
 
 
-def test_a_body_that_stops_is_given_up(tmp_path):
-    """408 after a while, though the sender keeps the line; nothing is accepted, nothing is left."""
+def test_a_stalled_body_times_out(tmp_path):
+    """408 after the timeout, though the connection stays open; nothing is accepted or left behind."""
     limits = ServerLimits(body_seconds=0.2, silence_seconds=0.2)
 
     async def stop(session, path, framing):
@@ -386,8 +386,8 @@ NO_HTTP = [
 ]
 
 
-def test_what_is_no_http_ends_the_line_only(tmp_path, caplog):
-    """400 or a closed connection, and no trace, in the log neither."""
+def test_invalid_http_ends_only_its_connection(tmp_path, caplog):
+    """400 or a closed connection, without a stack trace in the log."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -398,7 +398,7 @@ def test_what_is_no_http_ends_the_line_only(tmp_path, caplog):
             assert await lives(session)
 
     run(use())
-    assert any("is no HTTP" in record.message for record in caplog.records)
+    assert any("invalid HTTP" in record.message for record in caplog.records)
     assert not any(record.exc_info for record in caplog.records)
 
 
@@ -444,8 +444,8 @@ PATHS = [
 ]
 
 
-def test_no_path_leads_out_or_makes_a_fault(tmp_path):
-    """Dots, slashes, null bytes, what is no UTF-8, other namespaces, unknown ids: refused, and nothing is told."""
+def test_no_path_escapes_or_fails(tmp_path):
+    """Dots, slashes, null bytes, invalid UTF-8, other namespaces and unknown ids are rejected without details."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -461,8 +461,8 @@ def test_no_path_leads_out_or_makes_a_fault(tmp_path):
     run(use())
 
 
-def test_the_name_of_an_uploaded_file_leads_nowhere(tmp_path):
-    """It is never part of a path."""
+def test_the_name_of_an_uploaded_file_is_not_used_as_a_path(tmp_path):
+    """A client's file name is never part of a path."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -485,7 +485,7 @@ def test_the_name_of_an_uploaded_file_leads_nowhere(tmp_path):
 
 
 def png(width, height, *chunks, data=b""):
-    """A PNG of any announced size, with chunks of one's own."""
+    """A PNG with any declared size and extra chunks."""
 
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -507,7 +507,7 @@ def saved(image, form, **options):
 
 
 def turned():
-    """A JPEG that its EXIF data turns by 90 degrees."""
+    """A JPEG whose EXIF data rotates it by 90 degrees."""
     exif = Image.Exif()
     exif[0x0112] = 6
     return saved(Image.new("RGB", (512, 256), "red"), "JPEG", exif=exif)
@@ -553,8 +553,8 @@ GOOD_IMAGES = {
 }
 
 
-def test_every_kind_of_image_is_taken_or_refused_by_name(tmp_path):
-    """Bombs and rubbish are the model error that fal names; all others give a result of the right size."""
+def test_every_kind_of_image_is_accepted_or_a_model_error(tmp_path):
+    """Bombs and invalid files give fal's model error; all others a result of the right size."""
 
     async def one(session, data, *, uri):
         given = "data:image/png;base64," + base64.b64encode(data).decode()
@@ -583,7 +583,7 @@ def test_every_kind_of_image_is_taken_or_refused_by_name(tmp_path):
 
 
 def test_a_source_above_the_limit_is_file_too_large(tmp_path):
-    """As a data URI, as an upload and from elsewhere alike; `max_size` says the limit."""
+    """As a data URI, an upload or a download; `max_size` contains the limit."""
     limits = ServerLimits(source_bytes=10_000)
 
     async def use():
@@ -599,8 +599,8 @@ def test_a_source_above_the_limit_is_file_too_large(tmp_path):
     run(use())
 
 
-def test_sync_mode_answers_with_data_uris(tmp_path):
-    """Each image inside the answer, none by URL."""
+def test_sync_mode_returns_data_uris(tmp_path):
+    """The response contains each image, and no URL."""
 
     async def use():
         async with serving(tmp_path) as session:

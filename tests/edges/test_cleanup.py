@@ -1,4 +1,4 @@
-"""What goes when: with a clock of our own, on real files, and over HTTP where a caller can see it."""
+"""Cleanup of results and files: with a controlled clock on real files, and over HTTP."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SMALL = b"S" * 100
 
 
 class World:
-    """A store, a storage and a sweeper that know what time it is only from us."""
+    """A store, a storage and a cleanup with a controlled clock."""
 
     def __init__(self, store, storage, seconds, **pace):
         self.now = BEGIN
@@ -35,12 +35,12 @@ class World:
         self.sweeper = Cleanup(store, storage, seconds, pause=0.0, **pace)
         self._numbers = itertools.count()
 
-    async def request(self, *, key=None, body=b"{}", source=None, keeping=None, payload=b'{"images":[]}', end=True):
-        """A request that is accepted now, and has ended now unless `end` is false."""
+    async def request(self, *, key=None, body=b"{}", source=None, retention=None, payload=b'{"images":[]}', end=True):
+        """Add a request that is accepted now and, unless `end` is false, also ends now."""
         request_id = RequestId(f"{next(self._numbers):036}")
-        kept = keeping or RetentionOptions()
+        kept = retention or RetentionOptions()
         await self.store.accept(
-            Submission(request_id, APP_ID, self.now, body, b"digest", key, keeping=kept, source=source)
+            Submission(request_id, APP_ID, self.now, body, b"digest", key, retention=kept, source=source)
         )
         if end:
             await self.end(request_id, payload)
@@ -50,18 +50,18 @@ class World:
         await self.store.end(CompletedRequest(request_id, APP_ID, self.now, status, payload, kept_for=kept_for))
 
     async def repeat(self, key, digest=b"digest"):
-        """Another submission with that key: its id, and what became of it."""
+        """Submit again with this idempotency key; return the new id and the result."""
         request_id = RequestId(f"{next(self._numbers):036}")
         return request_id, await self.store.accept(
             Submission(request_id, APP_ID, self.now, b"{}", digest, idempotency_key=key)
         )
 
     async def sweep(self):
-        """One whole round; what went: endings, files with an end of their own, old files."""
+        """Run one round; return the numbers of removed results, expired files and unused files."""
         return (
-            await self.sweeper.endings(self.now),
-            await self.sweeper.short_lives(self.now),
-            await self.sweeper.files(self.now),
+            await self.sweeper.results(self.now),
+            await self.sweeper.expired_files(self.now),
+            await self.sweeper.unused_files(self.now),
         )
 
     async def here(self, path):
@@ -69,7 +69,7 @@ class World:
 
 
 def play(tmp_path, script, seconds=30 * DAY, **pace):
-    """Run a script in such a world."""
+    """Run a script in a `World`."""
 
     async def use():
         world = None
@@ -83,8 +83,8 @@ def play(tmp_path, script, seconds=30 * DAY, **pace):
     asyncio.run(use())
 
 
-def test_an_ending_goes_when_its_time_is_over(tmp_path):
-    """By its end, not by its acceptance; what has not ended stays however old it is."""
+def test_a_result_is_removed_after_its_retention(tmp_path):
+    """The retention starts at the end of a request; an unfinished one is never removed."""
 
     async def script(world):
         old, waiting = await world.request(), await world.request(end=False)
@@ -104,8 +104,8 @@ def test_an_ending_goes_when_its_time_is_over(tmp_path):
         assert database.execute("SELECT count(*) FROM request").fetchone() == (3,)
 
 
-def test_many_endings_go_in_small_steps(tmp_path):
-    """No step holds the writer up for long; a round leaves none behind."""
+def test_many_results_are_removed_in_small_steps(tmp_path):
+    """Each step is bounded; a round removes all expired results."""
 
     async def script(world):
         for _ in range(95):
@@ -118,12 +118,12 @@ def test_many_endings_go_in_small_steps(tmp_path):
 
 
 @pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
-def test_a_file_goes_after_the_result_that_shows_it_never_before(tmp_path, data):
-    """At every hour around its end: as long as the result is told its image is there."""
+def test_a_file_is_never_removed_before_its_result(tmp_path, data):
+    """At every hour around the expiry: as long as the result is available, its image exists."""
 
     async def script(world):
         path = await world.storage.save(data, "image/png")
-        world.now += 60  # the disk refused for a while
+        world.now += 60  # writes failed for a while
         ended_at = world.now
         await world.request(payload=json.dumps({"images": [{"url": path}]}).encode())
         gone = []
@@ -140,8 +140,8 @@ def test_a_file_goes_after_the_result_that_shows_it_never_before(tmp_path, data)
 
 
 @pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
-def test_the_source_of_a_request_stays_as_long_as_the_request(tmp_path, data):
-    """An upload that is older than the retention but was used yesterday, or is still waited for."""
+def test_a_source_image_is_kept_as_long_as_its_request(tmp_path, data):
+    """An upload older than the retention is kept if a stored or waiting request uses it."""
 
     async def script(world):
         path = await world.storage.save(data, "image/png")
@@ -163,8 +163,8 @@ def test_the_source_of_a_request_stays_as_long_as_the_request(tmp_path, data):
 
 
 @pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
-def test_bytes_that_were_saved_again_are_as_good_as_new(tmp_path, data):
-    """Equal bytes are kept once: the younger user's time counts."""
+def test_saving_bytes_again_renews_their_retention(tmp_path, data):
+    """Equal bytes are stored once, with the latest save time."""
 
     async def script(world):
         path = await world.storage.save(data, "image/png")
@@ -183,8 +183,8 @@ def test_bytes_that_were_saved_again_are_as_good_as_new(tmp_path, data):
 
 
 @pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
-def test_a_file_with_an_end_of_its_own_goes_then(tmp_path, data):
-    """And shares its bytes with nobody: the same image of somebody else stays."""
+def test_a_file_with_its_own_expiry_is_removed_then(tmp_path, data):
+    """It is not shared: the same bytes saved by another client stay."""
 
     async def script(world):
         own = await world.storage.save(data, "image/png", 600)
@@ -200,8 +200,8 @@ def test_a_file_with_an_end_of_its_own_goes_then(tmp_path, data):
     play(tmp_path, script)
 
 
-def test_an_idempotency_key_is_good_for_a_day_while_its_request_can_be_answered(tmp_path):
-    """Done, failed or cancelled: the first id within 24 h, then a new request. One that waits is never doubled."""
+def test_an_idempotency_key_is_valid_for_a_day_while_its_result_is_available(tmp_path):
+    """Done, failed or cancelled: the first id for 24 h, then a new request. A waiting one is never duplicated."""
 
     async def script(world):
         firsts = {"waits": await world.request(key="waits", end=False)}
@@ -217,7 +217,7 @@ def test_an_idempotency_key_is_good_for_a_day_while_its_request_can_be_answered(
             late, admission = await world.repeat(key, b"another")
             assert admission == (late, True, True), key
         assert (await world.repeat("waits"))[1] == (firsts["waits"], False, True)
-        assert (await world.store.find(firsts["done"])).ending is not None
+        assert (await world.store.find(firsts["done"])).completed is not None
 
     play(tmp_path, script)
 
@@ -233,12 +233,12 @@ EXPIRIES = {
 
 @pytest.mark.parametrize("swept", [False, True], ids=["still on disk", "swept"])
 @pytest.mark.parametrize("case", EXPIRIES)
-def test_the_key_of_an_answer_that_has_expired_makes_a_new_request(tmp_path, case, swept):
-    """Whatever the input, and once only: the new request holds the key from then on. Before that: the first id."""
-    keeping, ended, life, seconds = EXPIRIES[case]
+def test_the_key_of_an_expired_result_creates_a_new_request(tmp_path, case, swept):
+    """With any input, and only once: the new request then holds the key. Before the expiry: the first id."""
+    retention, ended, life, seconds = EXPIRIES[case]
 
     async def script(world):
-        first = await world.request(key="k", keeping=RetentionOptions(**keeping), end=False)
+        first = await world.request(key="k", retention=RetentionOptions(**retention), end=False)
         await world.end(first, **ended)
         world.now += life - 1
         assert (await world.repeat("k"))[1] == (first, False, True)
@@ -254,10 +254,10 @@ def test_the_key_of_an_answer_that_has_expired_makes_a_new_request(tmp_path, cas
 
 
 def test_a_failed_request_has_no_images_to_expire(tmp_path):
-    """The lifetime of files that were never made frees no key."""
+    """The lifetime of files does not release the key of a request without files."""
 
     async def script(world):
-        first = await world.request(key="k", keeping=RetentionOptions(file_life=600.0), end=False)
+        first = await world.request(key="k", retention=RetentionOptions(file_life=600.0), end=False)
         await world.end(first, status=422)
         world.now += 3600
         assert (await world.repeat("k"))[1] == (first, False, True)
@@ -265,8 +265,8 @@ def test_a_failed_request_has_no_images_to_expire(tmp_path):
     play(tmp_path, script)
 
 
-def test_a_storage_of_the_first_version_is_taken_as_of_now(tmp_path):
-    """Its small files knew no instants; none goes at once."""
+def test_files_of_a_version_1_storage_count_as_saved_now(tmp_path):
+    """Its small files have no save times; none is removed at once."""
     with contextlib.closing(sqlite3.connect(tmp_path / "small.db")) as database:
         schema = "CREATE TABLE small (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, data BLOB NOT NULL) STRICT"
         database.execute(schema)
@@ -284,8 +284,8 @@ def test_a_storage_of_the_first_version_is_taken_as_of_now(tmp_path):
     play(tmp_path, script)
 
 
-def test_a_disk_that_refuses_is_tried_again_in_the_next_round(tmp_path, caplog):
-    """The sweeper does not die of it, and says so."""
+def test_a_failed_round_is_retried_in_the_next_one(tmp_path, caplog):
+    """The cleanup logs the failure and goes on."""
 
     async def script(world):
         await world.request()
@@ -294,7 +294,7 @@ def test_a_disk_that_refuses_is_tried_again_in_the_next_round(tmp_path, caplog):
             task = asyncio.create_task(world.sweeper.run(lambda: world.now))
             while not caplog.records:
                 await asyncio.sleep(0.001)
-            assert "trying again" in caplog.text
+            assert "retrying" in caplog.text
         with contextlib.closing(sqlite3.connect(tmp_path / "server.db")) as database:
             while database.execute("SELECT count(*) FROM request").fetchone() != (0,):
                 await asyncio.sleep(0.001)
@@ -303,11 +303,11 @@ def test_a_disk_that_refuses_is_tried_again_in_the_next_round(tmp_path, caplog):
     play(tmp_path, script, round_seconds=0.0)
 
 
-# --- as a caller sees it ----------------------------------------------------------------------------------
+# --- over HTTP --------------------------------------------------------------------------------------------
 
 
-def test_a_result_is_not_told_any_more_when_its_time_is_over(tmp_path):
-    """404 from the first moment on, swept or not, from memory or from disk."""
+def test_an_expired_result_is_not_found(tmp_path):
+    """An expired result returns 404, removed or not, cached or not."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -325,7 +325,7 @@ def test_a_result_is_not_told_any_more_when_its_time_is_over(tmp_path):
 
 @pytest.mark.parametrize("kind", ["a cat", "fail", "boom"])
 def test_a_repeat_after_the_result_has_expired_is_a_new_request(tmp_path, kind):
-    """On submit an id that can be read, on the direct call the answer itself: no 500, no id that stays 404."""
+    """A submit returns an id that works, a direct call the output; neither returns 500 or an expired id."""
     body, headers = {**INPUT, "prompt": kind}, {"idempotency-key": "k"}
     expected = {"a cat": 200, "fail": 422, "boom": 500}[kind]
 
@@ -348,8 +348,8 @@ def test_a_repeat_after_the_result_has_expired_is_a_new_request(tmp_path, kind):
     asyncio.run(use())
 
 
-def test_a_caller_that_waited_is_told_the_end_however_short_the_retention(tmp_path):
-    """The direct call and the status stream: the result expires before anybody else could ask for it."""
+def test_a_waiting_client_gets_the_result_with_any_retention(tmp_path):
+    """Direct call and status stream return a result that expires immediately."""
 
     async def use():
         async with serving(tmp_path, retention=1e-9) as session:
@@ -367,7 +367,7 @@ def test_a_caller_that_waited_is_told_the_end_however_short_the_retention(tmp_pa
 
 @pytest.mark.parametrize(("prompt", "seconds"), [("a cat", 3600.0), ("a cat " * 2000, 360.0)], ids=["short", "long"])
 def test_store_io_0_keeps_a_result_for_an_hour_or_six_minutes(tmp_path, prompt, seconds):
-    """By its size, as fal's short store; written down with the ending."""
+    """The lifetime depends on the size, as on fal, and is stored with the result."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -380,7 +380,7 @@ def test_store_io_0_keeps_a_result_for_an_hour_or_six_minutes(tmp_path, prompt, 
 
 
 def test_the_lifecycle_header_is_honoured_for_the_images(tmp_path):
-    """Also by a server that was started again in between; uploads have it too; nonsense is passed over."""
+    """Also after a restart, and for uploads; invalid values are ignored."""
     wish = {"X-Fal-Object-Lifecycle-Preference": json.dumps({"expiration_duration_seconds": 60})}
 
     async def use():
@@ -407,8 +407,8 @@ def test_the_lifecycle_header_is_honoured_for_the_images(tmp_path):
     assert lives == [(60.0,), (None,), (None,), (None,), (None,), (60.0,)]
 
 
-def test_a_data_uri_and_a_file_of_ours_are_known_as_sources(tmp_path):
-    """Somebody else's URL is not."""
+def test_data_uris_and_own_files_are_recorded_as_sources(tmp_path):
+    """A URL on another server is not recorded as a source file."""
 
     async def use():
         async with serving(tmp_path) as session:

@@ -1,4 +1,4 @@
-"""The client edge against real loopback servers that commit every fault: each is a `Trouble`, and a POST goes once."""
+"""The client edge against real loopback servers with every fault: each is a `Trouble`, and a POST is sent once."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ OUTPUT = {"images": [{"url": "http://x/y.png"}], "seed": 7, "prompt": "a"}
 
 @pytest.fixture
 def anyio_backend():
-    """Aiohttp lives on asyncio."""
+    """Aiohttp needs asyncio."""
     return "asyncio"
 
 
 @pytest.fixture(autouse=True)
 def _own_surroundings(monkeypatch):
-    """No proxy of the developer's own."""
+    """Clear the developer's own proxy settings."""
     for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
@@ -59,7 +59,7 @@ async def client_at(url: str, *, key: str | None = None, **options):
 
 
 class Requests(list):
-    """What a server received."""
+    """Requests that a server received."""
 
     def posts(self) -> int:
         return sum(request.method == "POST" for request in self)
@@ -67,7 +67,7 @@ class Requests(list):
 
 @asynccontextmanager
 async def answering(answer: Callable[[web.Request], Awaitable[web.StreamResponse]] | web.Response, **options):
-    """A client of a server that gives one answer to everything, and what the server received."""
+    """A client of a server that gives one answer to everything, and the requests that the server received."""
     received = Requests()
 
     async def handle(request: web.Request) -> web.StreamResponse:
@@ -94,7 +94,7 @@ async def answering(answer: Callable[[web.Request], Awaitable[web.StreamResponse
 
 @asynccontextmanager
 async def speaking(talk: Callable[[SocketStream, int], Awaitable[None]], **options):
-    """A client of a raw socket server; `talk` has the connection and its number, the request's head is read."""
+    """A client of a raw socket server; `talk` gets the connection and its number, after the head of the request."""
     connections = []
 
     async def serve(stream: SocketStream) -> None:
@@ -112,7 +112,7 @@ async def speaking(talk: Callable[[SocketStream, int], Awaitable[None]], **optio
 
 
 async def request_of(stream: SocketStream) -> bytes:
-    """One request, head and body."""
+    """Read one request, head and body."""
     data = b""
     while b"\r\n\r\n" not in data:
         data += await stream.receive()
@@ -143,7 +143,7 @@ def free_port() -> int:
 
 
 async def test_a_refused_connection_is_certainly_unsent():
-    """Nobody listens: the submit may be sent again."""
+    """Nothing listens: the submit may be sent again."""
     async with client_at(f"http://127.0.0.1:{free_port()}") as client:
         found = await trouble(client.submit(ATTEMPT))
     assert (found.transport, found.sent) == ("connect", False)
@@ -152,15 +152,15 @@ async def test_a_refused_connection_is_certainly_unsent():
 
 
 async def test_a_name_that_does_not_exist_is_certainly_unsent():
-    """`.invalid` never resolves, with a network and without one."""
-    async with client_at("http://nobody.invalid") as client:
+    """`.invalid` never resolves, with or without a network."""
+    async with client_at("http://missing.invalid") as client:
         found = await trouble(client.submit(ATTEMPT))
     assert (found.transport, found.sent) == ("dns", False)
 
 
 @quickly(http_module.CONNECT_TIMEOUT / 0.3)
 async def test_a_connect_timeout_is_certainly_unsent():
-    """A listener with a full backlog lets nobody in: nothing was written."""
+    """A listener with a full backlog accepts no connection: nothing was written."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(0)
@@ -187,7 +187,7 @@ async def test_a_failed_tls_handshake_is_certainly_unsent():
 
 
 async def test_a_submit_asks_whether_it_may_leave_once_its_connection_is_free():
-    """After all that it waits for, and before its first byte; what is held back was not sent."""
+    """After all other waits, and before its first byte; a submit that is held back was not sent."""
     release, asked = anyio.Event(), []
 
     async def slow(request):
@@ -277,7 +277,7 @@ async def test_a_body_that_stops_in_the_middle_is_a_timeout():
 
 @quickly(module.EXCHANGE_SECONDS / 10.0)
 async def test_a_slow_body_is_no_fault():
-    """A byte at a time arrives, as long as the whole exchange lasts no longer than it may."""
+    """Single bytes are fine, as long as the whole exchange stays within its time."""
     body = orjson.dumps({"request_id": "abc", "padding": "x" * 20})
 
     async def dribble(stream, _):
@@ -302,7 +302,7 @@ async def test_a_slow_body_is_no_fault():
     ids=["short of its length", "an unfinished chunk", "no chunk at all"],
 )
 async def test_a_truncated_answer_leaves_a_submit_unknown(said):
-    """Half an answer proves nothing."""
+    """A truncated answer proves nothing."""
 
     async def cut(stream, _):
         await request_of(stream)
@@ -347,7 +347,7 @@ async def test_ten_megabytes_of_headers_are_refused_early():
 
 @pytest.mark.parametrize("length_is_given", [True, False], ids=["with its length", "chunked"])
 async def test_an_oversize_answer_is_cut_off(length_is_given):
-    """It is dropped at the limit, whether or not it says how long it is."""
+    """It is dropped at the limit, with or without a content length."""
     sent = []
 
     async def large(request):
@@ -369,7 +369,7 @@ async def test_an_oversize_answer_is_cut_off(length_is_given):
 
 
 async def test_a_download_has_a_limit_of_its_own():
-    """`limits.max_download_bytes` bounds a result image."""
+    """`limits.max_download_bytes` limits a result image."""
     async with answering(web.Response(body=b"x" * 1001), download_limit_bytes=1000) as (client, _):
         found = await trouble(client.download(f"{client.url}/a.png"))
     assert found.transport == "oversize"
@@ -379,7 +379,7 @@ async def test_a_download_has_a_limit_of_its_own():
 @pytest.mark.parametrize("location", ["/elsewhere", "{url}/elsewhere", "http://127.0.0.1:1/elsewhere"])
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 async def test_a_redirected_submit_is_not_followed(status, location):
-    """Where the POST went is not where we meant it; whether it was accepted is not known. Also inside the target."""
+    """The POST went to another address than intended, so acceptance is unknown. Also inside the target."""
 
     async def redirect(request):
         return web.Response(status=status, headers={"location": location.format(url=client.url)})
@@ -418,7 +418,7 @@ async def test_a_redirected_submit_is_not_followed(status, location):
     ids=repr,
 )
 async def test_a_submit_answer_without_a_usable_request_id_is_unknown(body):
-    """2xx says that something was accepted; without an id nobody can ask for it. An id never shapes our URLs."""
+    """2xx means accepted, but without an id it cannot be read. An invalid id never becomes part of our URLs."""
     async with answering(web.Response(body=body)) as (client, received):
         found = await trouble(client.submit(ATTEMPT))
     assert (found.transport, found.sent) == ("malformed", True)
@@ -436,7 +436,7 @@ async def test_a_status_outside_the_protocol_is_read_again(body):
 
 
 async def test_odd_fields_of_a_status_are_passed_over():
-    """Only the state counts; what has the wrong type is absent."""
+    """Only the state counts; a value of the wrong type is ignored."""
     said = {"status": "IN_QUEUE", "queue_position": True, "metrics": [], "logs": "x", "error": 7}
     async with answering(json_answer(said, 202)) as (client, _):
         status = await client.status(TICKET)
@@ -457,7 +457,7 @@ async def test_odd_fields_of_a_status_are_passed_over():
     ids=repr,
 )
 async def test_a_result_of_another_shape_is_malformed(output):
-    """It names no image: it is read again, and what came is kept."""
+    """It has no image: it is read again, and the answer is kept."""
     async with answering(json_answer(output)) as (client, _):
         found = await trouble(client.result(TICKET))
     assert found.transport == "malformed"
@@ -468,7 +468,7 @@ async def test_a_result_of_another_shape_is_malformed(output):
 
 
 async def test_a_result_without_images_says_so():
-    """An empty list is believed sooner than another shape; what came is kept."""
+    """An empty list is accepted sooner than another shape; the answer is kept."""
     async with answering(json_answer({"images": [], "seed": 1})) as (client, _):
         found = await trouble(client.result(TICKET))
     assert (found.transport, found.answer.output) == ("no images", {"images": [], "seed": 1})
@@ -481,7 +481,7 @@ async def test_a_result_without_images_says_so():
     [b'{"images": [{"url": "https://x/1"}], "seed": NaN}', b'\xef\xbb\xbf{"images": ["https://x/1"], "a": "\xff"}'],
 )
 async def test_a_result_that_is_nearly_json_is_read(body):
-    """It is paid for: NaN, a byte order mark and bytes that are not UTF-8 cost only the value that they are in."""
+    """It is paid for: NaN, a byte order mark and invalid UTF-8 affect only their own value."""
     async with answering(web.Response(body=body)) as (client, _):
         answer = await client.result(TICKET)
     assert images_of(answer.output)[0].url == "https://x/1"
@@ -490,7 +490,7 @@ async def test_a_result_that_is_nearly_json_is_read(body):
 
 @pytest.mark.parametrize(("said", "units"), [("0.75", 0.75), ("", None), ("many", None), ("nan", None), ("inf", None), ("-1", None)])  # fmt: skip # noqa: E501
 async def test_billable_units_are_a_number_or_nothing(said, units):
-    """What is no amount is as if it were not there: the reservation then counts."""
+    """An invalid amount is ignored: then the reservation counts."""
     async with answering(json_answer(OUTPUT, 200, **{"x-fal-billable-units": said})) as (client, _):
         answer = await client.result(TICKET)
     assert answer.billable_units == units
@@ -502,7 +502,7 @@ async def test_billable_units_are_a_number_or_nothing(said, units):
     [(202, CancelOutcome.REQUESTED), (400, CancelOutcome.ALREADY_COMPLETED), (404, CancelOutcome.NOT_FOUND)],
 )
 async def test_a_cancel_is_answered_by_its_status(status, outcome):
-    """400 and 404 are answers to a cancel, not faults."""
+    """400 and 404 are answers to a cancel, not errors."""
     async with answering(json_answer({}, status)) as (client, received):
         assert await client.cancel(TICKET) is outcome
     assert received[0].method == "PUT"
@@ -510,7 +510,7 @@ async def test_a_cancel_is_answered_by_its_status(status, outcome):
 
 @pytest.mark.parametrize("status", [401, 500, 503])
 async def test_a_cancel_without_an_answer_is_a_fault(status):
-    """Nothing is known about what became of it."""
+    """Its outcome is unknown."""
     async with answering(json_answer({}, status)) as (client, _):
         assert (await trouble(client.cancel(TICKET))).reply.status == status
 
@@ -519,7 +519,7 @@ async def test_a_cancel_without_an_answer_is_a_fault(status):
 
 
 async def test_nothing_packed_is_asked_for():
-    """Bodies are never unpacked, so a server that packs on request must not be asked to."""
+    """Bodies are never unpacked, so compression must not be requested."""
 
     async def packing(request):
         response = web.Response(body=orjson.dumps({"request_id": "abc", "padding": "x" * 5000}))
@@ -532,7 +532,7 @@ async def test_nothing_packed_is_asked_for():
 
 
 async def test_a_gzip_bomb_is_never_unpacked():
-    """A thousand times its size would come out of it; it stays what it is: no JSON, no image."""
+    """It would expand a thousandfold; packed it is neither JSON nor an image."""
     bomb = gzip.compress(b" " * 50_000_000)
 
     async def throw(request):
@@ -548,7 +548,7 @@ async def test_a_gzip_bomb_is_never_unpacked():
 
 @pytest.mark.parametrize("method", ["submit", "cancel"])
 async def test_a_post_on_a_connection_that_the_server_closes_is_sent_once(method):
-    """The kept connection dies as the next request is written: a POST is not repeated, an idempotent PUT may be."""
+    """The kept connection closes as the next request is written: a POST is not repeated, an idempotent PUT may be."""
     ticket = b'{"request_id": "abc"}'
     requests = []
 
@@ -572,7 +572,7 @@ async def test_a_post_on_a_connection_that_the_server_closes_is_sent_once(method
 
 
 async def test_a_submit_carries_its_body_and_its_idempotency_key():
-    """The bytes that were written down are the bytes that are sent; fallback models are switched off."""
+    """The recorded bytes are the sent bytes; fallback models are disabled."""
     bodies = []
 
     async def keep(request):
@@ -618,7 +618,7 @@ async def test_a_redirected_read_is_followed_inside_the_target(phase, status):
 
 @pytest.mark.parametrize("phase", READS)
 async def test_a_read_that_is_redirected_elsewhere_is_refused(phase):
-    """The other server is not asked at all; the sentence names it, and nothing of the path."""
+    """The other server gets no request; the message names it, without the path."""
     read, body = READS[phase]
     async with answering(json_answer(body)) as (other, others):
         location = f"{other.url}/catch?token=secret"
@@ -654,7 +654,7 @@ async def test_a_redirect_that_leads_nowhere_is_given_up(phase, status, headers,
 
 
 async def test_a_redirect_to_an_error_is_that_error():
-    """What the last of them answers counts."""
+    """The last answer counts."""
 
     async def hop(request):
         if request.path == "/there":
@@ -697,7 +697,7 @@ async def test_nothing_else_is_redirected_with_the_key(call):
 )
 @pytest.mark.parametrize("code", [200, 202])
 async def test_an_odd_status_is_read(answer, state, failed, code):
-    """Words that fal does not use, and none at all."""
+    """Words that fal does not use, or none at all."""
     async with answering(json_answer(answer, code)) as (client, _):
         status = await client.status(TICKET)
     assert (status.state, status.failed, status.position) == (state, failed, None)
@@ -707,7 +707,7 @@ async def test_an_odd_status_is_read(answer, state, failed, code):
 
 
 async def test_a_download_follows_a_few_redirects():
-    """Relative and absolute, five at most."""
+    """Relative and absolute, at most five."""
 
     async def hop(request):
         left = int(request.path.strip("/"))
@@ -721,14 +721,14 @@ async def test_a_download_follows_a_few_redirects():
 
 @pytest.mark.parametrize("target", ["file:///etc/hostname", "ftp://127.0.0.1/x", "gopher:x"])
 async def test_a_download_redirected_out_of_the_web_is_refused(target):
-    """Only http and https are ever asked, and nothing local is read."""
+    """Only http and https are requested, and no local file is read."""
     async with answering(web.Response(status=302, headers={"location": target})) as (client, _):
         found = await trouble(client.download(f"{client.url}/a.png"))
     assert found.transport == "bad url"
 
 
 async def test_a_data_uri_is_decoded_here():
-    """Results of `sync_mode` need no network; broken ones are faults."""
+    """Results of `sync_mode` need no network; invalid ones are errors."""
     async with client_at("http://127.0.0.1:1") as client:
         assert await client.download("data:image/png;base64,aGVsbG8=") == b"hello"
         assert (await trouble(client.download("data:image/png;base64,@@@"))).transport == "malformed"
@@ -736,7 +736,7 @@ async def test_a_data_uri_is_decoded_here():
 
 @pytest.mark.parametrize("answer", [{}, {"upload_url": "http://x"}, {"file_url": 1, "upload_url": "http://x"}, []])
 async def test_an_upload_answer_without_its_urls_is_malformed(answer):
-    """Both are needed, as text."""
+    """Both are required, as text."""
     async with answering(json_answer(answer)) as (client, received):
         assert (await trouble(client.upload(b"x", "image/png", "a.png"))).transport == "malformed"
     assert len(received) == 1
@@ -774,7 +774,7 @@ async def test_the_key_goes_to_the_target_and_to_nobody_else():
 
 
 async def test_a_call_to_another_origin_never_carries_the_key():
-    """Whoever builds such a call: the last step looks once more."""
+    """The last step checks again, whatever built the call."""
     async with answering(web.Response()) as (elsewhere, foreign), client_at("http://target.invalid", key=KEY) as client:
         await client._exchange("status", Call("GET", f"{elsewhere.url}/status"))
     assert "authorization" not in foreign[0].headers
@@ -788,9 +788,9 @@ async def test_a_download_from_the_target_itself_needs_no_key():
 
 
 async def test_a_netrc_entry_does_not_get_in_the_way_of_the_key(monkeypatch, tmp_path):
-    """A `.netrc` with an entry for every host is common on shared machines; it is not ours to send."""
+    """A `.netrc` with an entry for every host is common on shared machines; its passwords must not be sent."""
     netrc = tmp_path / "netrc"
-    netrc.write_text("default login somebody password something\n")
+    netrc.write_text("default login alice password something\n")
     netrc.chmod(0o600)
     monkeypatch.setenv("NETRC", str(netrc))
     async with answering(json_answer({"request_id": "abc"}), key=KEY) as (client, received):
@@ -803,7 +803,7 @@ async def test_a_netrc_entry_does_not_get_in_the_way_of_the_key(monkeypatch, tmp
 
 
 async def test_a_proxy_of_the_environment_is_used_except_for_this_machine(monkeypatch):
-    """Corporate networks have one; the embedded endpoint is behind none."""
+    """Corporate networks have one; the embedded endpoint is never behind it."""
     async with answering(json_answer({"request_id": "abc"})) as (proxy, seen):
         monkeypatch.setenv("http_proxy", proxy.url.replace("http://", "http://me:secret@"))
         async with client_at("http://far.invalid") as far:
@@ -816,7 +816,7 @@ async def test_a_proxy_of_the_environment_is_used_except_for_this_machine(monkey
 
 
 async def test_no_proxy_is_honoured(monkeypatch):
-    """A host that is excepted is asked directly: here it does not exist."""
+    """An excepted host is contacted directly; here it does not exist."""
     async with answering(json_answer({"request_id": "abc"})) as (proxy, seen):
         monkeypatch.setenv("http_proxy", proxy.url)
         monkeypatch.setenv("no_proxy", "far.invalid")
@@ -826,7 +826,7 @@ async def test_no_proxy_is_honoured(monkeypatch):
 
 
 async def test_a_proxy_that_is_not_there_leaves_a_submit_unsent(monkeypatch):
-    """The connection to the proxy failed: nothing went on to the target."""
+    """The connection to the proxy failed: nothing reached the target."""
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
     async with client_at("http://far.invalid") as client:
         found = await trouble(client.submit(ATTEMPT))
@@ -837,7 +837,7 @@ async def test_a_proxy_that_is_not_there_leaves_a_submit_unsent(monkeypatch):
 
 
 def _made(kind: type[BaseException]) -> BaseException:
-    """An exception as aiohttp itself makes it."""
+    """Return an exception as aiohttp itself creates it."""
     key = ConnectionKey("host.invalid", 443, True, True, None, None, None)
     certificate = ssl.SSLCertVerificationError("self-signed")
     if issubclass(kind, aiohttp.ClientConnectorCertificateError):
@@ -861,7 +861,7 @@ def _kinds() -> list[type[BaseException]]:
 
 @pytest.mark.parametrize("kind", _kinds(), ids=lambda kind: kind.__name__)
 def test_every_exception_of_aiohttp_is_translated(kind):
-    """None gets through as it is, each says a kind and a sentence, and only those of connecting count as unsent."""
+    """None passes untranslated, each has a kind and a message, and only connection errors count as unsent."""
     found = trouble_of("submit", _made(kind))
     assert found.transport
     assert found.detail.startswith(found.transport)
@@ -871,6 +871,6 @@ def test_every_exception_of_aiohttp_is_translated(kind):
 
 
 def test_what_is_not_aiohttps_is_a_defect():
-    """Nothing unknown is taken for a network fault."""
+    """An unknown exception must not count as a network error."""
     with pytest.raises(AssertionError, match="KeyError"):
         trouble_of("submit", KeyError("x"))

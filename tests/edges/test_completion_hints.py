@@ -1,4 +1,4 @@
-"""Streams and callbacks as they are heard: against our own server, against servers that misbehave, and forgers."""
+"""Streams and callbacks: with our own server, with servers that misbehave, and with forgeries."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.quick_time import quickly
 pytestmark = pytest.mark.anyio
 TICKET = Ticket(RequestId("request-1"))
 LONG = 20.0
-"""Seconds that nothing here takes: who waits for so long has not heard."""
+"""Seconds longer than anything here takes: a longer wait means that no hint arrived."""
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ async def timed(waiting):
 
 
 async def test_a_stream_of_our_server_wakes_at_the_end(tmp_path):
-    """The end of a job is heard as it comes, long before the next read; afterwards it is no news."""
+    """The end of a job is reported at once, long before the next read, and only once."""
     engine = ScriptedEngine()
     async with serving(tmp_path, engine) as session, listening(str(session._base_url)) as streams:
         ticket = Ticket(RequestId(await submit(session, "hold")))
@@ -77,7 +77,7 @@ async def test_a_stream_of_our_server_wakes_at_the_end(tmp_path):
         assert await timed(streams.wait(ticket, 0.0, LONG)) == (False, pytest.approx(0.0, abs=0.5))
         streams.forget(ticket)
         assert "0 open" in repr(streams)
-        assert await asyncio.wait_for(streams.wait(ticket, LONG, LONG), 5) is True  # it listens anew
+        assert await asyncio.wait_for(streams.wait(ticket, LONG, LONG), 5) is True  # it opens a new stream
 
 
 async def served(request, *parts, status=200, kind="text/event-stream", hold=False):
@@ -85,7 +85,7 @@ async def served(request, *parts, status=200, kind="text/event-stream", hold=Fal
     await stream.prepare(request)
     for part in parts:
         await stream.write(part)
-    while hold and request.transport is not None:  # until the caller goes
+    while hold and request.transport is not None:  # until the client disconnects
         await asyncio.sleep(0.05)
     return stream
 
@@ -106,7 +106,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 async def test_a_stream_that_fails_leaves_the_job_to_reading(fault):
-    """Whatever is wrong with it: no exception, no hint, and the usual wait is kept, not the long one."""
+    """For any error: no exception, no hint, and the usual wait, not the longest."""
     opened = []
 
     async def handler(request):
@@ -123,7 +123,7 @@ async def test_a_stream_that_fails_leaves_the_job_to_reading(fault):
 
 @pytest.mark.parametrize("word", ["COMPLETED", "FAILED", "Cancelled", "succeeded"])
 async def test_a_stream_wakes_at_every_word_for_an_end(word):
-    """Also where it is not fal's own."""
+    """Also if the word is not fal's own."""
     async with (
         answering(lambda request: served(request, event("in_progress"), event(word), hold=True)) as url,
         listening(url) as streams,
@@ -133,7 +133,7 @@ async def test_a_stream_wakes_at_every_word_for_an_end(word):
 
 @quickly(SILENCE / 0.3)
 async def test_a_silent_stream_is_given_up():
-    """Nothing for longer than two signs of life: from then on the job is read as usual."""
+    """After two missing keep-alives the job is polled as usual."""
     async with (
         answering(lambda request: served(request, event("IN_QUEUE"), hold=True)) as url,
         listening(url) as streams,
@@ -145,7 +145,7 @@ async def test_a_silent_stream_is_given_up():
 
 @quickly(SILENCE / 0.4)
 async def test_comments_keep_a_stream_alive():
-    """A sign of life is no event, and no end."""
+    """A comment is neither an event nor an end."""
 
     async def handler(request):
         stream = web.StreamResponse(headers={"content-type": "text/event-stream"})
@@ -161,7 +161,7 @@ async def test_comments_keep_a_stream_alive():
 
 
 async def test_only_so_many_streams_are_open():
-    """Who gets none is read as usual."""
+    """A job without a stream is polled as usual."""
     async with (
         answering(lambda request: served(request, event("IN_QUEUE"), hold=True)) as url,
         listening(url, most=1) as streams,
@@ -196,7 +196,7 @@ async def test_the_key_goes_to_the_target_and_its_repr_hides_it():
 
 
 async def test_a_callback_of_our_server_wakes_at_the_end(tmp_path):
-    """Submitted with our address, called when it has ended, verified with the server's own keys."""
+    """Submitted with our address, called at the end, verified with the server's own keys."""
     engine = ScriptedEngine()
     async with serving(tmp_path, engine, allow_private=True) as session:
         url = str(session._base_url).rstrip("/")
@@ -240,7 +240,7 @@ class Target:
 
 @contextlib.asynccontextmanager
 async def called(**options):
-    """A target, the receiver of its callbacks, and a way to call it; yields all three."""
+    """A target, the receiver of its callbacks, and a function to call it; yields all three."""
     target = Target()
     async with (
         answering(target.handle) as url,
@@ -256,7 +256,7 @@ async def called(**options):
 
 
 async def test_a_forged_callback_is_ignored():
-    """Another's key, another body, no signature, an old one: refused, and nobody is woken."""
+    """Another key, another body, no signature, an old one: refused, and no job wakes up."""
     async with called() as (target, callbacks, call):
         waiting = asyncio.create_task(callbacks.wait(TICKET, 1.0, 1.0))
         forger = Ed25519PrivateKey.generate()
@@ -272,14 +272,14 @@ async def test_a_forged_callback_is_ignored():
 
 
 async def test_a_callback_for_nobody_is_acknowledged():
-    """Unknown, or settled long ago: 200, for nothing is gained by its being sent again."""
+    """Unknown, or settled long ago: 200, because sending it again would not help."""
     async with called() as (target, callbacks, call):
-        assert await call(target.signed("somebody-else")) == 200
+        assert await call(target.signed("unknown-request")) == 200
         assert callbacks.believed == 1
 
 
 async def test_a_callback_may_be_faster_than_the_answer_to_its_submit():
-    """It is kept in mind for who comes to wait."""
+    """It is remembered until the job waits for it."""
     async with called() as (target, callbacks, call):
         assert await call(target.signed()) == 200
         assert await timed(callbacks.wait(TICKET, LONG, LONG)) == (True, pytest.approx(0.0, abs=0.5))
@@ -295,7 +295,7 @@ async def test_what_is_kept_in_mind_is_bounded():
 
 
 async def test_the_keys_are_fetched_once_and_again_when_they_have_changed():
-    """Many callbacks, one fetch; a signature that no key fits makes it look again, at most once a minute."""
+    """Many callbacks, one fetch; an unmatched signature causes another fetch, at most once a minute."""
     clock = [time.time()]
     async with called(now=lambda: clock[0]) as (target, _, call):
         assert await asyncio.gather(*(call(target.signed(f"r-{n}")) for n in range(20))) == [200] * 20
@@ -309,7 +309,7 @@ async def test_the_keys_are_fetched_once_and_again_when_they_have_changed():
 
 
 async def test_without_keys_a_callback_is_asked_for_again():
-    """That they cannot be read is no fault of the sender's: 503 makes him try later."""
+    """Unreadable keys are not the sender's fault: 503 asks for a retry."""
     async with called() as (target, callbacks, call):
         target.fails = True
         assert await call(target.signed()) == 503
@@ -319,13 +319,13 @@ async def test_without_keys_a_callback_is_asked_for_again():
 
 
 async def test_a_callback_of_any_length_is_bounded():
-    """What is too long is refused unread."""
+    """A body over the limit is refused unread."""
     async with called(body_limit=1000) as (target, _, call):
         assert await call(target.signed(body=b"x" * 2000), b"x" * 2000) == 413
 
 
 async def test_an_address_that_cannot_be_listened_at_is_the_user_s_mistake():
-    """With the key of the setting."""
+    """The error names the setting."""
     async with WebhookReceiver("127.0.0.1:0", None, "http://127.0.0.1:1") as first:
         bind = first.url.removeprefix("http://").rstrip("/")
         with pytest.raises(ConfigError, match=r"webhook\.bind"):

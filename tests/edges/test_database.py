@@ -1,4 +1,4 @@
-"""The journal's file: what it survives, what it refuses, and what it says."""
+"""The journal's file: durability, refusals and messages."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def schema_of(path):
 
 
 def ask(path, *statements):
-    """What the last of the statements says, over a connection of our own."""
+    """Return the rows of the last statement, read over a separate connection."""
     with closing(sqlite3.connect(path)) as connection:
         for statement in statements:
             rows = connection.execute(statement).fetchall()
@@ -69,7 +69,7 @@ def ask(path, *statements):
 
 
 def test_fresh_schema_is_the_documented_one(path):
-    """Tables and columns are an interface to people with the sqlite3 shell; all of them are STRICT."""
+    """Tables and columns are an interface for users of the sqlite3 shell; all tables are STRICT."""
     opened(path).close()
     schema = schema_of(path)
     assert {name for name, (kind, _) in schema.items() if kind == "table"} == {
@@ -116,7 +116,7 @@ def test_reopening_changes_nothing_but_the_session(path):
 
 
 def test_sessions_know_what_was_spent_and_done_in_them(path):
-    """Spend and finished jobs are counted where they happened."""
+    """Each session counts its own cost and finished jobs."""
     for session in (1, 2):
         file = opened(path, session * 1000.0)
         key = JobKey(f"{session:032x}")
@@ -140,7 +140,7 @@ def test_sessions_know_what_was_spent_and_done_in_them(path):
 
 
 def test_earlier_outcomes_stay_in_the_file(path):
-    """Outcomes are only ever appended: what a failed attempt said and cost can be looked up."""
+    """Outcomes are append-only: error and cost of a failed attempt stay readable."""
     file = opened(path)
     for attempt in (1, 2):
         ticket = Ticket(RequestId(f"r-{attempt}"))
@@ -152,7 +152,7 @@ def test_earlier_outcomes_stay_in_the_file(path):
 
 
 def test_open_jobs_are_found_without_reading_the_others(path):
-    """Looking for what is to be collected uses the small index, whatever the size of the table."""
+    """Finding jobs to collect uses the small index, for a table of any size."""
     file = opened(path)
     file.close()
     statements = load_statements(database_module.__file__)
@@ -164,7 +164,7 @@ def test_open_jobs_are_found_without_reading_the_others(path):
 
 
 def test_facts_of_local_images_are_good_until_the_file_changes(path):
-    """The cache answers for path, size and time of change together, for any file name."""
+    """The cache key is path, size and modification time, for any file name."""
     file = opened(path)
     key = FileKey("/images/\udcff é.jpg", 10, 123)
     file.put_many({key: FileFact("abc", 1.5), FileKey("/b", 1, 1): FileFact("b", 0.5)})
@@ -177,7 +177,7 @@ def test_facts_of_local_images_are_good_until_the_file_changes(path):
 
 
 def test_notes_are_kept(path):
-    """Facts about the run as a whole: one value a name, the last one."""
+    """A note is one value per name; the last one wins."""
     file = opened(path)
     file.note("fingerprint", "a")
     file.note("fingerprint", "b")
@@ -203,7 +203,7 @@ def both_openings(path):
 
 
 def test_newer_journal_is_refused(path):
-    """A journal of a newer tool is left alone, and the sentence says what to do."""
+    """A journal of a newer version is unchanged, and the message says to upgrade."""
     opened(path).close()
     connection = sqlite3.connect(path)
     connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
@@ -211,41 +211,41 @@ def test_newer_journal_is_refused(path):
     for opening in both_openings(path):
         with pytest.raises(
             RunDirectoryError,
-            match=rf"newer restyle \(version {SCHEMA_VERSION + 1}, this one knows {SCHEMA_VERSION}\); upgrade",
+            match=rf"newer restyle \(journal version {SCHEMA_VERSION + 1}, supported: {SCHEMA_VERSION}\); upgrade",
         ):
             opening()
 
 
 def test_foreign_database_is_refused_and_untouched(path):
-    """Another program's SQLite file is not ours to write to."""
+    """Another program's SQLite file is never written to."""
     connection = sqlite3.connect(path)
     connection.execute("CREATE TABLE theirs (a)")
     connection.commit()
     connection.close()
     before = path.read_bytes()
     for opening in both_openings(path):
-        with pytest.raises(RunDirectoryError, match="not a journal of restyle"):
+        with pytest.raises(RunDirectoryError, match="not a restyle journal"):
             opening()
     assert path.read_bytes() == before
 
 
 def test_file_that_is_no_database_is_refused(path):
-    """Neither is a text file."""
+    """A text file is not written to either."""
     path.write_text("hello, this is certainly no database\n" * 100)
     for opening in both_openings(path):
-        with pytest.raises(RunDirectoryError, match="not a journal of restyle"):
+        with pytest.raises(RunDirectoryError, match="not a restyle journal"):
             opening()
 
 
 def test_missing_journal_cannot_be_read(path):
-    """Reading makes no file."""
+    """Reading does not create a file."""
     with pytest.raises(RunDirectoryError, match="there is no journal at"):
         JournalDatabase.open_read_only(path)
     assert not path.exists()
 
 
 def test_journal_that_was_never_begun_is_made_or_refused(path):
-    """A crash before the schema was there leaves an empty file: a run makes it, a reader says so."""
+    """A crash before the schema was committed leaves an empty file: a run creates the schema, a reader says so."""
     path.touch()
     with pytest.raises(RunDirectoryError, match="is empty"):
         JournalDatabase.open_read_only(path)
@@ -254,16 +254,16 @@ def test_journal_that_was_never_begun_is_made_or_refused(path):
 
 
 def test_missing_folder_is_a_sentence(tmp_path):
-    """The folder has to be there."""
+    """The folder must exist."""
     with pytest.raises(StorageError, match="check the folder"):
         opened(tmp_path / "no" / "journal.db")
 
 
 def test_reader_cannot_write(path):
-    """A journal that was opened for reading refuses to change."""
+    """A journal opened for reading cannot be written."""
     opened(path).close()
     reader = JournalDatabase.open_read_only(path)
-    with pytest.raises(StorageError, match="may not be written"):
+    with pytest.raises(StorageError, match="read-only"):
         reader.note("a", "b")
     reader.close()
 
@@ -300,13 +300,13 @@ _WITHOUT_PRIVILEGES = """
 
 
 def openings_without_privileges(path):
-    """What a reader and then a writer, bound by permissions, are told."""
+    """Open for reading and for writing with restricted permissions; return the output lines."""
     command = [sys.executable, "-c", textwrap.dedent(_WITHOUT_PRIVILEGES), str(path)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 def test_folder_that_may_not_be_entered_is_a_sentence():
-    """Permissions are named as what they are, not as a missing journal."""
+    """The message names the permissions, not a missing journal."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o000)
@@ -317,7 +317,7 @@ def test_folder_that_may_not_be_entered_is_a_sentence():
 
 
 def test_read_only_folder_can_be_read_and_is_refused_for_writing():
-    """An archived run can be looked at; a run in it ends with a sentence."""
+    """An archived run is readable; a run in it ends with an error message."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         file = opened(folder / "journal.db")
@@ -337,7 +337,7 @@ def test_read_only_folder_can_be_read_and_is_refused_for_writing():
 
 @pytest.mark.anyio
 async def test_full_disk_is_told_to_every_caller_and_leaves_nothing(path):
-    """Nothing of a group is written when the disk is full; with space again it goes on."""
+    """A full disk writes nothing of a group; with free space the journal works again."""
     async with open_journal(path, clock=lambda: 1.0) as journal:
         await journal.record(intended(0))
         connection = journal.file._connection
@@ -355,7 +355,7 @@ async def test_full_disk_is_told_to_every_caller_and_leaves_nothing(path):
             for number in range(1, 21):
                 tasks.start_soon(record, number)
         assert len(told) == 20
-        assert all("the disk is full; free some space and run the same command again" in text for text in told)
+        assert all("the disk is full; free some space, then run the same command again" in text for text in told)
         assert (await journal.counts()).by_state == {State.INTENDED: 1}
         connection.execute("PRAGMA max_page_count = 100000")
         await journal.record(intended(1))
@@ -377,7 +377,7 @@ async def test_other_writer_is_a_sentence(path):
 
 @pytest.mark.anyio
 async def test_damaged_file_is_a_sentence(path):
-    """A page of garbage is reported as what it is."""
+    """A corrupt page is reported as damage."""
     file = opened(path)
     file.commit([[intended(n) for n in range(200)]])
     file.close()
@@ -391,7 +391,7 @@ async def test_damaged_file_is_a_sentence(path):
 
 @pytest.mark.anyio
 async def test_closing_flushes_what_is_pending(path):
-    """What was handed over before the end is on disk after it, also when the run is cancelled."""
+    """Events recorded before closing are on disk after it, also when the run is cancelled."""
     with anyio.CancelScope() as scope:
         async with open_journal(path, clock=lambda: 5.0) as journal, anyio.create_task_group() as tasks:
             for number in range(50):
@@ -406,7 +406,7 @@ async def test_closing_flushes_what_is_pending(path):
 
 @pytest.mark.anyio
 async def test_what_comes_at_once_is_written_in_parts_and_in_order(path):
-    """Of many thousand calls the first are durable long before the last; a job's own events keep their order."""
+    """The first of many thousand calls are durable long before the last, and the events of a job keep their order."""
     settled = []
 
     async def recorded(number):
@@ -414,7 +414,7 @@ async def test_what_comes_at_once_is_written_in_parts_and_in_order(path):
         settled.append((number, journal.statistics().commits))
         await journal.record(Accepted(intended(number).job_key, 2.0, Ticket(RequestId(str(number)))))
 
-    slow = 60.0  # a busy machine is no slow disk
+    slow = 60.0  # a busy machine must not count as a slow disk
     async with (
         open_journal(path, clock=lambda: 5.0, slow_seconds=slow) as journal,
         anyio.create_task_group() as tasks,
@@ -431,7 +431,7 @@ async def test_what_comes_at_once_is_written_in_parts_and_in_order(path):
 
 @pytest.mark.anyio
 async def test_errors_of_the_block_pass_as_they_are(path):
-    """The journal's task group wraps nobody's exception in a group."""
+    """Exceptions are not wrapped in an exception group."""
     with pytest.raises(ZeroDivisionError):
         async with open_journal(path, clock=lambda: 1.0):
             raise ZeroDivisionError
@@ -439,7 +439,7 @@ async def test_errors_of_the_block_pass_as_they_are(path):
 
 @pytest.mark.anyio
 async def test_closed_journal_takes_nothing(path):
-    """A call after the end is a defect and says so."""
+    """A call after closing is a bug and raises."""
     async with open_journal(path, clock=lambda: 1.0) as journal:
         pass
     with pytest.raises(RuntimeError, match="closed"):
@@ -448,7 +448,7 @@ async def test_closed_journal_takes_nothing(path):
 
 @pytest.mark.anyio
 async def test_stuck_disk_does_not_hold_the_end_for_ever(path):
-    """Closing waits for a bounded time; whoever still waits is told so."""
+    """Closing has a timeout; callers that still wait get an error."""
     disk, ended = threading.Event(), threading.Event()
     told = []
 
@@ -474,7 +474,7 @@ async def test_stuck_disk_does_not_hold_the_end_for_ever(path):
         tasks.start_soon(record, journal, 2)
         await anyio.wait_all_tasks_blocked()
     assert len(told) == 2
-    assert all("did not take" in text for text in told)
+    assert all("did not write" in text for text in told)
     disk.set()
     assert ended.wait(10.0)
     await anyio.to_thread.run_sync(journal.file.close)
@@ -482,9 +482,9 @@ async def test_stuck_disk_does_not_hold_the_end_for_ever(path):
 
 @pytest.mark.anyio
 async def test_what_nobody_waits_for_is_settled_all_the_same(path):
-    """The callers were cancelled; who wants to read what they wrote waits until it is there."""
+    """The callers were cancelled; `settled` waits until their events are on disk."""
     async with open_journal(path, clock=lambda: 1.0) as journal:
-        await journal.settled()  # of nothing
+        await journal.settled()  # with nothing recorded
         real, slow = journal.file.commit, 0.05
         journal.file.commit = lambda calls: (time.sleep(slow), real(calls))[1]
         async with anyio.create_task_group() as tasks:
@@ -498,7 +498,7 @@ async def test_what_nobody_waits_for_is_settled_all_the_same(path):
 
 @pytest.mark.anyio
 async def test_what_the_disk_refused_is_not_settled(path):
-    """Nor what it does not take in time."""
+    """Neither are events that miss the timeout."""
     async with open_journal(path, clock=lambda: 1.0, settle_seconds=0.5) as journal:
         disk, real = threading.Event(), journal.file.commit
         journal.file.commit = lambda calls: (disk.wait(), real(calls))[1]
@@ -506,7 +506,7 @@ async def test_what_the_disk_refused_is_not_settled(path):
             tasks.start_soon(journal.record, intended(1))
             await anyio.sleep(0.02)
             tasks.cancel_scope.cancel()
-        with pytest.raises(StorageError, match="did not take"):
+        with pytest.raises(StorageError, match="did not write"):
             await journal.settled()
         disk.set()
         await journal.settled()
@@ -523,7 +523,7 @@ async def test_what_the_disk_refused_is_not_settled(path):
 
 @pytest.mark.anyio
 async def test_a_slow_disk_gets_all_there_is_in_one_transaction(path):
-    """Else the last of ten thousand would wait for twenty of them."""
+    """Otherwise the last of ten thousand calls would wait for twenty transactions."""
     async with open_journal(path, clock=lambda: 1.0) as journal:
         sizes, real = [], journal.file.commit
         journal.file.commit = lambda calls: (sizes.append(len(calls)), time.sleep(0.25), real(calls))[2]
@@ -561,7 +561,7 @@ _WRITER = """
 
 
 def test_kill_loses_nothing_that_was_recorded(path):
-    """After kill -9 in the middle of recording, everything for which record() had returned is there."""
+    """After kill -9 while recording, every event for which record() returned is on disk."""
     writer = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(_WRITER), str(path)], stdout=subprocess.PIPE, text=True
     )
@@ -593,7 +593,7 @@ def test_kill_loses_nothing_that_was_recorded(path):
 
 
 def test_outcomes_in_turn_are_the_outcomes(tmp_path):
-    """Asked for in the journal's order, in another, twice, with unknown ones between: always the same as key by key."""
+    """Keys in the journal's order, in another order, repeated or unknown give the same rows as single look-ups."""
     file = opened(tmp_path / "journal.db")
     keys = [JobKey(f"{number:032x}") for number in range(300)]
     file.commit([(Intended(key, float(number), 1, b"{}"),) for number, key in enumerate(keys)])
@@ -609,7 +609,7 @@ def test_outcomes_in_turn_are_the_outcomes(tmp_path):
 
 
 def test_a_journal_made_before_start_timeouts_is_taken_over(path):
-    """Its open submits have none; those that are intended from now on have."""
+    """Its open submits have no start timeout; later intents have one."""
     file = opened(path)
     file.commit([[Intended(JobKey("a" * 32), 1.0, 1, b"{}"), Lost(JobKey("a" * 32), 2.0, "reset")]])
     file.close()
@@ -621,7 +621,7 @@ def test_a_journal_made_before_start_timeouts_is_taken_over(path):
 
 
 def test_start_timeouts_are_kept_until_a_job_has_ended(path):
-    """The table holds what is open, whatever the size of the run."""
+    """The table holds open jobs only, for a run of any size."""
     file, key = opened(path), JobKey("a" * 32)
     file.commit([[Intended(key, 1.0, 1, b"{}", start_timeout=60.0)]])
     assert ask(path, "SELECT count(*) FROM start_timeouts") == [(1,)]

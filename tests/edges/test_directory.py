@@ -1,4 +1,4 @@
-"""The run directory on a real disk: who may work there, and whether it is the same command."""
+"""The run directory on a real disk: the lock and the check of the configuration."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def settings(**sections) -> Settings:
 
 
 def test_nothing_is_made_before_it_is_asked_for(tmp_path):
-    """Naming a directory is not making it."""
+    """Constructing a `RunDirectory` creates nothing."""
     RunDirectory(tmp_path / "a" / "b")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_directory_is_made_with_its_parents(tmp_path):
-    """And again without harm."""
+    """A second call changes nothing."""
     directory = RunDirectory(tmp_path / "a" / "b")
     directory.prepare()
     directory.prepare()
@@ -50,23 +50,23 @@ def test_a_run_directory_is_made_with_its_parents(tmp_path):
 
 
 def test_a_file_in_its_place_is_refused(tmp_path):
-    """`-o results.parquet` is a likely slip."""
+    """`-o results.parquet` is a likely mistake."""
     (tmp_path / "results.parquet").write_text("")
-    with pytest.raises(RunDirectoryError, match="is a file; -o names the folder"):
+    with pytest.raises(RunDirectoryError, match="is a file; name a folder with -o"):
         RunDirectory(tmp_path / "results.parquet").prepare()
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
     """`-o .` would mix a run into a user's own files."""
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(RunDirectoryError, match="holds other files and no run"):
+    with pytest.raises(RunDirectoryError, match="not a run directory"):
         RunDirectory(tmp_path).prepare()
 
 
 def test_a_place_where_nothing_can_be_made_is_refused():
-    """The kernel's own folder: nobody may write there, root neither."""
+    """Not even root can create a folder in /proc."""
     with pytest.raises(RunDirectoryError, match="cannot be written") as caught:
-        RunDirectory(Path("/proc/nobody/run")).prepare()
+        RunDirectory(Path("/proc/restyle/run")).prepare()
     assert "-o" in str(caught.value)
 
 
@@ -78,7 +78,7 @@ def test_a_path_through_a_file_is_refused(tmp_path):
 
 
 def test_reading_needs_a_run(root):
-    """An empty folder is none."""
+    """An empty folder is not a run."""
     with pytest.raises(RunDirectoryError, match=r"there is no run in .*restyle run MANIFEST"):
         root.require()
     root.journal.touch()
@@ -101,7 +101,7 @@ with RunDirectory(Path(sys.argv[1])).locked("2026-11-22T09:00:00+00:00"):
 
 @pytest.fixture
 def holder(root):
-    """Another process that works there."""
+    """A process that holds the lock of the directory."""
     command = [sys.executable, "-c", HOLD, str(root.root)]
     with subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "held\n"
@@ -110,17 +110,17 @@ def holder(root):
 
 
 def test_a_second_run_is_told_who_works_there(root, holder):
-    """Process, host and start; and it does not wait long."""
+    """The message names process, host and start, and comes quickly."""
     with pytest.raises(RunLocked) as caught, root.locked("now"):
         pass
     words = str(caught.value)
     assert f"process {holder.pid} on {socket.gethostname()} since 2026-11-22T09:00:00+00:00" in words
-    assert "wait for it, or stop it" in words
+    assert "wait for it or stop it" in words
     assert root.is_locked()
 
 
 def test_a_killed_owner_holds_nothing(root, holder):
-    """The kernel frees the lock; what the owner wrote about itself is passed over."""
+    """The kernel frees the lock; the owner file of a dead process is ignored."""
     holder.kill()
     holder.wait(10)
     assert not root.is_locked()
@@ -130,7 +130,7 @@ def test_a_killed_owner_holds_nothing(root, holder):
 
 
 def test_a_look_at_the_lock_does_not_turn_a_run_away(root):
-    """`restyle status` holds it for a moment: a run that starts just then waits for that moment."""
+    """`restyle status` holds the lock for a moment; a run that starts then waits for it."""
     import threading
 
     from filelock import FileLock
@@ -143,14 +143,14 @@ def test_a_look_at_the_lock_does_not_turn_a_run_away(root):
 
 
 def test_an_owner_that_says_nothing_is_no_fault(root, holder):
-    """It may just be writing it."""
+    """The owner may be writing the file at this moment."""
     (root.root / ".owner.json").write_text("{")
-    with pytest.raises(RunLocked, match="has not said who it is"), root.locked("now"):
+    with pytest.raises(RunLocked, match="owner unknown"), root.locked("now"):
         pass
 
 
 def test_an_error_inside_frees_the_lock(root):
-    """Whatever happens to the run."""
+    """For any exception."""
     with pytest.raises(KeyError), root.locked("now"):
         raise KeyError
     assert not root.is_locked()
@@ -160,7 +160,7 @@ def test_an_error_inside_frees_the_lock(root):
 
 
 def test_a_note_is_read_back_and_ends_with_the_run(root):
-    """Replaced whole; the next run begins without that of a killed one."""
+    """The note is replaced atomically; the next run starts without the note of a killed one."""
     root.note_waits({"at": 1.0})
     with root.locked("now"):
         assert root.read_waits() is None
@@ -175,13 +175,13 @@ def test_a_note_is_read_back_and_ends_with_the_run(root):
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "7"])
 def test_a_note_that_cannot_be_read_is_none(root, text):
-    """It is for a display only."""
+    """It is for display only."""
     (root.root / ".waits.json").write_text(text)
     assert root.read_waits() is None
 
 
 def test_a_note_that_cannot_be_written_is_no_fault(tmp_path):
-    """The journal notices a full disk, and says so."""
+    """The journal reports a full disk."""
     gone = RunDirectory(tmp_path / "gone")
     gone.note_waits({"at": 1.0})
     gone.note_waits(None)
@@ -196,7 +196,7 @@ def made_with(root: RunDirectory, **sections) -> None:
 
 
 def test_the_first_run_may_have_any_config(root):
-    """There is nothing to compare."""
+    """There is no earlier configuration to compare."""
     root.check_config(settings(), accept=False)
 
 
@@ -210,7 +210,7 @@ def test_the_first_run_may_have_any_config(root):
     ],
 )
 def test_how_it_is_run_may_change(root, now):
-    """Limits, pace and downloads make no other jobs."""
+    """Limits, pacing and downloads do not change the jobs."""
     made_with(root)
     root.check_config(settings(**now), accept=False)
 
@@ -226,7 +226,7 @@ def test_how_it_is_run_may_change(root, now):
     ],
 )
 def test_what_is_run_may_change_only_when_that_is_said(root, now, words):
-    """Other jobs than this directory's: named, refused, accepted by `--new-config`."""
+    """A configuration with other jobs is named and refused, and `--new-config` accepts it."""
     made_with(root)
     with pytest.raises(RunDirectoryError) as caught:
         root.check_config(settings(**now), accept=False)
@@ -245,7 +245,7 @@ def test_another_service_is_never_accepted(root, now, accept):
 
 
 def test_a_run_that_named_fals_host_by_its_url_goes_on_as_fals(root):
-    """Version 0.1 took it for a server of one's own; what is paid for there is collected with `--target fal`."""
+    """Version 0.1 treated it as a self-hosted server; its paid requests are collected with `--target fal`."""
     root.write_run(
         {
             "config": {
@@ -260,7 +260,7 @@ def test_a_run_that_named_fals_host_by_its_url_goes_on_as_fals(root):
 
 
 def test_a_server_may_move(root):
-    """One URL or another is the same kind of target: a port changes from run to run."""
+    """All URLs are the same kind of target: a port changes from run to run."""
     made_with(root, target={"name": "http://gpu:1"})
     root.check_config(settings(target={"name": "http://gpu:2"}), accept=False)
 
@@ -269,7 +269,7 @@ def test_a_server_may_move(root):
 
 
 def test_run_json_comes_back_as_it_was_written(root):
-    """JSON, replaced whole."""
+    """JSON, replaced atomically."""
     assert root.read_run() is None
     root.write_run({"a": 1})
     root.write_run({"b": [None, "é"]})
@@ -279,7 +279,7 @@ def test_run_json_comes_back_as_it_was_written(root):
 
 @pytest.mark.parametrize("data", [b"", b"{", b"\xff"])
 def test_a_damaged_run_json_is_said(root, data):
-    """It is not passed over: it says which config the journal belongs to."""
+    """It is not ignored: it contains the configuration of the journal."""
     root.run_file.write_bytes(data)
     with pytest.raises(RunDirectoryError, match=r"run\.json cannot be read"):
         root.read_run()
@@ -292,7 +292,7 @@ def test_the_summary_is_one_line(root):
 
 
 def test_a_refused_write_leaves_the_old_file(root):
-    """A temporary name in the way stands for a disk that refuses."""
+    """A folder with the temporary name simulates a disk error."""
     path = root.root / "x.json"
     write_whole(path, b"old")
     (root.root / ".x.json.part").mkdir()
@@ -302,13 +302,13 @@ def test_a_refused_write_leaves_the_old_file(root):
 
 
 def test_the_config_that_is_kept_has_no_secret(monkeypatch):
-    """The key is no setting."""
+    """The API key is not a setting."""
     monkeypatch.setenv("FAL_KEY", "marker-key")
     assert b"marker-key" not in orjson.dumps(config_of(settings(target={"name": "fal"})))
 
 
 def test_a_run_that_cannot_be_written_is_not_to_be_made_elsewhere(tmp_path, monkeypatch):
-    """In another folder everything would be submitted, and paid, again."""
+    """In another folder every job would be submitted and paid for again."""
     (tmp_path / "journal.db").touch()
 
     def refuse(**options):

@@ -1,4 +1,4 @@
-"""Files that survive a power cut: the order of the calls, and what is left when one of them fails."""
+"""Durable writes: the order of the system calls, and the state after one of them fails."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from batch.system.durable import NameSync, make_folders, replacing, write_file
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What is synced and renamed, in order: names of files and folders."""
-    made = []
+    """The calls of fsync and replace in order, with the names of their files and folders."""
+    recorded = []
 
-    def noted(real, path_of):
+    def recording(real, path_of):
         def call(*arguments):
-            made.append((real.__name__, path_of(arguments)))
+            recorded.append((real.__name__, path_of(arguments)))
             return real(*arguments)
 
         return call
 
     opened = lambda arguments: Path(os.readlink(f"/proc/self/fd/{arguments[0]}")).name  # noqa: E731, PTH115
-    monkeypatch.setattr(os, "fsync", noted(os.fsync, opened))
-    monkeypatch.setattr(os, "replace", noted(os.replace, lambda arguments: Path(arguments[1]).name))
-    return made
+    monkeypatch.setattr(os, "fsync", recording(os.fsync, opened))
+    monkeypatch.setattr(os, "replace", recording(os.replace, lambda arguments: Path(arguments[1]).name))
+    return recorded
 
 
-def test_a_file_is_synced_renamed_and_its_name_synced(tmp_path, calls):
-    """In this order; without the last step where the caller does it for many files at once."""
+def test_a_file_is_synced_then_renamed_then_its_folder_is_synced(tmp_path, calls):
+    """With sync_name=False the last step is left to the caller."""
     write_file(tmp_path / "a", b"1")
     assert calls == [("fsync", ".a.part"), ("replace", "a"), ("fsync", tmp_path.name)]
     calls.clear()
@@ -41,8 +41,8 @@ def test_a_file_is_synced_renamed_and_its_name_synced(tmp_path, calls):
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_a_leftover_gives_neither_bytes_nor_permissions(tmp_path):
-    """A killed process may have left a longer file that everybody can read."""
+def test_a_leftover_part_file_does_not_affect_bytes_or_permissions(tmp_path):
+    """A killed process may have left a longer, world-readable part file."""
     (tmp_path / ".a.part").write_bytes(b"a longer one")
     write_file(tmp_path / "a", b"1", mode=0o600)
     assert (tmp_path / "a").read_bytes() == b"1"
@@ -51,7 +51,7 @@ def test_a_leftover_gives_neither_bytes_nor_permissions(tmp_path):
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_a_failure_keeps_the_old_file_and_leaves_no_other(tmp_path, monkeypatch, step):
-    """Whether the disk fails or the block."""
+    """The error comes from the disk or from the block inside `replacing`."""
     write_file(tmp_path / "a", b"old")
 
     def break_off():
@@ -72,15 +72,15 @@ def test_a_failure_keeps_the_old_file_and_leaves_no_other(tmp_path, monkeypatch,
 
 
 def test_folders_are_created_with_their_names_synced(tmp_path, calls):
-    """Each missing one, from the top; none for those that are there."""
+    """Missing folders are created from the top; existing ones are not synced."""
     make_folders(tmp_path / "a" / "b")
     assert calls == [("fsync", tmp_path.name), ("fsync", "a")]
     make_folders(tmp_path / "a" / "b")
     assert len(calls) == 2
 
 
-def test_the_way_to_a_folder_is_synced_once(tmp_path, calls):
-    """The folder itself each time."""
+def test_parent_folders_are_synced_once(tmp_path, calls):
+    """The folder itself is synced each time."""
     (tmp_path / "a" / "b").mkdir(parents=True)
     names = NameSync(tmp_path)
     names.sync(tmp_path / "a" / "b")

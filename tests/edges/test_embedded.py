@@ -1,4 +1,4 @@
-"""The embedded endpoint: a child that comes, stays and goes with its run."""
+"""The embedded endpoint: a child process that starts and ends with its run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run(coroutine):
 
 
 async def until(happened, seconds=15):
-    """Look every few milliseconds: the one way to learn what becomes of a process that is not ours."""
+    """Poll every few milliseconds: the only way to observe a process that is not ours."""
     deadline = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < deadline, "it did not happen"
@@ -34,7 +34,7 @@ async def until(happened, seconds=15):
 
 
 def is_free(data_dir):
-    """Whether no server holds the data dir; the kernel frees the lock of a dead one."""
+    """Return whether no server locks the data dir; the kernel releases the lock of a dead one."""
     with (data_dir / "lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -73,7 +73,7 @@ def test_the_endpoint_serves_while_the_block_lasts_and_keeps_its_port(tmp_path):
 
 
 def test_what_the_block_raises_leaves_as_it_came(tmp_path):
-    """No exception group around it, and the child is gone."""
+    """Without an exception group, and the child is gone."""
 
     async def use():
         async with embedded_endpoint(tmp_path, "echo", None, 0.0):
@@ -113,13 +113,13 @@ def test_a_child_that_does_not_start_is_explained_by_its_log(tmp_path):
             pytest.fail("it started")
 
     (tmp_path / "server.log").write_text("an old line\n")
-    with pytest.raises(RestyleError, match=r"exit code 2.*server\.log\n.*'magic' is no engine") as caught:
+    with pytest.raises(RestyleError, match=r"exit code 2.*server\.log\n.*'magic'") as caught:
         run(use(tmp_path))
     assert "an old line" not in str(caught.value)
 
 
 def test_a_child_that_dies_is_replaced_on_the_same_port(tmp_path):
-    """Its requests go on under their ids at the same URL."""
+    """Its requests continue under their ids at the same URL."""
 
     async def use():
         async with embedded_endpoint(tmp_path, "echo", 1, 0.3) as endpoint:
@@ -134,7 +134,7 @@ def test_a_child_that_dies_is_replaced_on_the_same_port(tmp_path):
 
 
 def test_a_child_that_dies_again_and_again_ends_the_run(tmp_path):
-    """Resumable, and it says where the log is."""
+    """Resumable, and the error has the path of the log."""
 
     async def use():
         async with embedded_endpoint(tmp_path, "echo", None, 0.0, restarts=1) as endpoint:
@@ -148,7 +148,7 @@ def test_a_child_that_dies_again_and_again_ends_the_run(tmp_path):
 
 
 def test_a_disk_that_takes_nothing_more_ends_the_run(tmp_path):
-    """It could wait for room, but the run has to be told: asked again and again it would only say 503."""
+    """The endpoint could wait for space, but then the run would see nothing but 503."""
     answers = set()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -193,7 +193,7 @@ asyncio.run(main())
 
 
 def test_the_child_loads_nothing_that_it_does_not_need():
-    """It has to start in the time of a breath: no data frames, no command line, no notebooks."""
+    """For a fast start: no data frames, no command line, no notebooks."""
     program = (
         "import sys, batch.server.__main__, batch.embedded\n"
         "print([m for m in ('polars', 'pyarrow', 'cyclopts', 'pandas', 'tqdm', 'torch') if m in sys.modules])"

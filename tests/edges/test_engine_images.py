@@ -1,4 +1,4 @@
-"""Bytes to RGB at output size: real files of every kind that users send, and of the kinds that they should not."""
+"""Decoding of sources to RGB at output size, with valid files of every format and with invalid ones."""
 
 import contextlib
 import io
@@ -29,7 +29,7 @@ def colour_at(image, x, y):
     return image.getpixel((x, y))
 
 
-def refusal_of(data, **options):
+def rejection_of(data, **options):
     with pytest.raises(EngineFailure) as caught:
         read_source(data, **options)
     assert caught.value.status == 422
@@ -39,7 +39,7 @@ def refusal_of(data, **options):
 
 
 def png_header(width, height):
-    """A PNG that claims a size and has no image in it."""
+    """Return a PNG whose header has this size and which contains no pixels."""
 
     def chunk(kind, body):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -63,14 +63,14 @@ def png_header(width, height):
     ],
 )
 def test_output_size_follows_the_source(given_size, size):
-    """Area at most 1440x1440, sides multiples of 16 and at least 256, aspect kept where all that allows it."""
+    """Area at most 1440x1440, sides multiples of 16 and at least 256, aspect ratio kept if both limits allow it."""
     assert output_size(*given_size) == size
     assert output_size(*reversed(given_size)) == tuple(reversed(size))
 
 
 @given(st.integers(1, 200_000), st.integers(1, 200_000))
 def test_output_size_always_keeps_its_bounds(width, height):
-    """Whatever comes in, the model gets a size that it can work with."""
+    """Any source size results in a size that the model supports."""
     size = output_size(width, height)
     assert all(side % 16 == 0 and side >= 256 for side in size)
     assert size.width * size.height <= MAX_AREA_PX * (1 + 8 / 256 + 8 / 256)
@@ -80,7 +80,7 @@ def test_output_size_always_keeps_its_bounds(width, height):
 
 @pytest.mark.parametrize("kind", READABLE)
 def test_usual_formats_are_read(kind):
-    """The colour that went in comes out."""
+    """Every supported format keeps its colour."""
     data = file_of(Image.new("RGB", (320, 272), (200, 60, 40)), kind)
     image = read_source(data)
     assert (image.mode, image.size) == ("RGB", (320, 272))
@@ -88,11 +88,11 @@ def test_usual_formats_are_read(kind):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_image_stands_as_its_exif_says(orientation):
-    """A corner marked red ends where the camera meant it to be."""
+def test_exif_orientation_is_applied(orientation):
+    """A red corner is at the upper left after decoding."""
     upright = Image.new("RGB", (320, 256), "white")
     upright.paste((255, 0, 0), (0, 0, 80, 64))
-    # The transposition that undoes each EXIF orientation, applied backwards: what such a camera stores.
+    # What a camera stores for each orientation: the inverse of the transposition that EXIF prescribes.
     stored = {
         1: upright,
         2: upright.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
@@ -111,11 +111,11 @@ def test_image_stands_as_its_exif_says(orientation):
     assert colour_at(image, 300, 240) == pytest.approx((255, 255, 255), abs=8)
 
 
-def test_broken_exif_does_not_cost_the_image():
-    """An image is worth more than its notes."""
+def test_image_with_damaged_exif_is_read():
+    """Damaged metadata does not make an image unusable."""
     data = file_of(Image.new("RGB", (SIDE, SIDE), "blue"), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow says that the EXIF is corrupt; it is
+        warnings.simplefilter("ignore")  # Pillow warns of the corrupt EXIF
         assert read_source(data).size == (SIDE, SIDE)
 
 
@@ -129,27 +129,27 @@ def with_transparency(mode):
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_transparent_parts_become_white(mode):
-    """Alpha is laid over white, not dropped to black."""
+    """Alpha is composited over white."""
     image = read_source(file_of(with_transparency(mode)))
     assert colour_at(image, 200, 100) == (255, 255, 255)
     assert colour_at(image, 50, 100) != (255, 255, 255)
 
 
 def test_half_transparent_is_half_white():
-    """Alpha of a half mixes half and half."""
+    """An alpha of one half mixes the colour with white in equal parts."""
     image = read_source(file_of(Image.new("RGBA", (SIDE, SIDE), (0, 0, 0, 128))))
     assert colour_at(image, 9, 9) == pytest.approx((127, 127, 127), abs=1)
 
 
 def test_transparent_colour_of_a_png_is_white_too():
-    """PNG's one transparent colour, without an alpha channel."""
+    """A PNG can mark one colour as transparent without an alpha channel."""
     data = file_of(Image.new("RGB", (SIDE, SIDE), (10, 20, 30)), "PNG", transparency=(10, 20, 30))
     assert colour_at(read_source(data), 9, 9) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_sixteen_bits_are_scaled_and_not_clipped(kind):
-    """A ramp over all 65536 levels stays a ramp."""
+    """A ramp over all 65536 levels becomes a ramp over 256 levels."""
     ramp = np.tile(np.linspace(0, 65535, SIDE).astype(np.uint16), (SIDE, 1))
     image = np.asarray(read_source(file_of(Image.fromarray(ramp), kind)))
     assert np.abs(image[9, :, 0].astype(int) - np.arange(SIDE)).max() <= 1
@@ -157,7 +157,7 @@ def test_sixteen_bits_are_scaled_and_not_clipped(kind):
 
 @pytest.mark.parametrize(("top", "kind"), [(1.0, np.float32), (255.0, np.float32), (70_000, np.int32)])
 def test_floats_and_wide_integers_are_scaled(top, kind):
-    """0 to 1, 0 to 255 and wider ranges all end as 0 to 255."""
+    """Ranges of 0 to 1, 0 to 255 and wider become 0 to 255."""
     ramp = np.tile(np.linspace(0, top, SIDE).astype(kind), (SIDE, 1))
     image = np.asarray(read_source(file_of(Image.fromarray(ramp), "TIFF")))
     assert np.abs(image[9, :, 0].astype(int) - np.arange(SIDE)).max() <= 1
@@ -165,7 +165,7 @@ def test_floats_and_wide_integers_are_scaled(top, kind):
 
 @pytest.mark.parametrize(("mode", "colour"), [("CMYK", (0, 255, 255, 0)), ("L", 255), ("1", 1)])
 def test_other_colour_models_become_rgb(mode, colour):
-    """Print colours, grey and black-and-white are converted."""
+    """CMYK, grey and black-and-white images are converted."""
     kind = "JPEG" if mode == "CMYK" else "PNG"
     image = read_source(file_of(Image.new(mode, (SIDE, SIDE), colour), kind))
     expected = (255, 0, 0) if mode == "CMYK" else (255, 255, 255)
@@ -174,7 +174,7 @@ def test_other_colour_models_become_rgb(mode, colour):
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "AVIF", "TIFF", "MPO"])
 def test_animation_gives_its_first_frame(kind):
-    """The first frame, whatever follows."""
+    """Only the first frame is used."""
     frames = [Image.new("RGB", (SIDE, SIDE), colour) for colour in ("red", "lime", "blue")]
     pace = {} if kind in {"TIFF", "MPO"} else {"duration": 50}
     data = file_of(frames[0], kind, save_all=True, append_images=frames[1:], **pace)
@@ -182,7 +182,7 @@ def test_animation_gives_its_first_frame(kind):
 
 
 def test_large_image_is_scaled_down():
-    """12 megapixels come out at two, in their aspect."""
+    """12 megapixels become two, with the same aspect ratio."""
     data = file_of(Image.new("RGB", (4000, 3000), (10, 200, 100)), "JPEG")
     image = read_source(data)
     assert image.size == (1664, 1248)
@@ -190,32 +190,32 @@ def test_large_image_is_scaled_down():
 
 
 @pytest.mark.parametrize("size", [(30_000, 20_000), (12_000, 12_000), (11_000, 9500)])
-def test_image_bomb_is_refused_before_it_is_decoded(size):
-    """A header that claims too many pixels is enough; there is nothing in these files to decode."""
-    refusal = refusal_of(png_header(*size))
-    assert refusal.type == "image_too_large"
-    assert refusal.ctx == {"max_width": 10_000, "max_height": 10_000}
-    assert "100 megapixels" in str(refusal)
+def test_image_bomb_is_rejected_before_decoding(size):
+    """The header is sufficient: these files contain no pixels."""
+    rejection = rejection_of(png_header(*size))
+    assert rejection.type == "image_too_large"
+    assert rejection.ctx == {"max_width": 10_000, "max_height": 10_000}
+    assert "100 megapixels" in str(rejection)
 
 
 def test_pixel_limit_is_an_argument():
-    """A smaller limit refuses smaller images, and says so."""
+    """A smaller limit rejects smaller images."""
     data = file_of(Image.new("RGB", (300, 300)))
-    assert refusal_of(data, max_pixels=89_999).type == "image_too_large"
+    assert rejection_of(data, max_pixels=89_999).type == "image_too_large"
     assert read_source(data, max_pixels=90_000).size == (304, 304)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (15, 400), (400, 15)])
 def test_tracking_pixel_is_too_small(size):
-    """Under 16 px a side there is nothing to restyle."""
-    refusal = refusal_of(file_of(Image.new("RGB", size)))
-    assert refusal.type == "image_too_small"
-    assert refusal.ctx == {"min_width": 16, "min_height": 16}
-    assert f"{size[0]}x{size[1]}" in str(refusal)
+    """A side under 16 px is rejected."""
+    rejection = rejection_of(file_of(Image.new("RGB", size)))
+    assert rejection.type == "image_too_small"
+    assert rejection.ctx == {"min_width": 16, "min_height": 16}
+    assert f"{size[0]}x{size[1]}" in str(rejection)
 
 
 def test_smallest_image_is_scaled_up():
-    """16 px a side are read, at 256."""
+    """16 px per side are accepted and become 256."""
     assert read_source(file_of(Image.new("RGB", (16, 16)))).size == (256, 256)
 
 
@@ -224,10 +224,10 @@ NOISE = Image.fromarray(np.random.default_rng(1).integers(0, 256, (300, 300, 3),
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"])
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.97])
-def test_truncated_file_is_refused(kind, share):
-    """A download that broke off is no image, however much of it came."""
+def test_truncated_file_is_rejected(kind, share):
+    """An incomplete file is an image_load_error, even with 97 % of its bytes."""
     data = file_of(NOISE, kind)
-    assert refusal_of(data[: int(len(data) * share)]).type == "image_load_error"
+    assert rejection_of(data[: int(len(data) * share)]).type == "image_load_error"
 
 
 @pytest.mark.parametrize(
@@ -242,16 +242,16 @@ def test_truncated_file_is_refused(kind, share):
         b"\xff\xd8\xff\xe0" + b"\0" * 50,
     ],
 )
-def test_what_is_no_image_is_refused(data):
-    """Web pages, documents and rubbish are image_load_error; PostScript is never run."""
-    refusal = refusal_of(data)
-    assert refusal.type == "image_load_error"
-    assert "source image" in str(refusal)
+def test_file_that_is_not_an_image_is_rejected(data):
+    """Web pages, documents and other data are an image_load_error; PostScript is never executed."""
+    rejection = rejection_of(data)
+    assert rejection.type == "image_load_error"
+    assert "source image" in str(rejection)
 
 
 @given(st.integers(0, 2000), st.binary(min_size=1, max_size=8))
-def test_damaged_file_is_read_or_refused(position, damage):
-    """Flipped bytes never raise anything but the one error."""
+def test_damaged_file_is_read_or_rejected(position, damage):
+    """Damaged bytes raise no error other than EngineFailure."""
     data = bytearray(file_of(NOISE.crop((0, 0, 40, 40)), "PNG"))
     position %= len(data)
     data[position : position + len(damage)] = damage
@@ -261,7 +261,7 @@ def test_damaged_file_is_read_or_refused(position, damage):
 
 @pytest.mark.parametrize("output_format", ["jpeg", "png"])
 def test_encoded_image_keeps_pixels_size_and_note(output_format):
-    """What is encoded decodes to nearly the same, and carries its note beyond ASCII."""
+    """The encoded image decodes to almost the same pixels and contains its note, also with non-ASCII text."""
     image = read_source(file_of(Image.linear_gradient("L").convert("RGB")))
     loaded = encode(image, output_format, "note: ü")
     again = Image.open(io.BytesIO(loaded.data))

@@ -1,4 +1,4 @@
-"""The proxy route that JavaScript's client can be told to use, and calls across origins."""
+"""The proxy route of fal's JavaScript client, fal's host names, and CORS."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def run(coroutine):
 
 
 def keys():
-    """Of one caller."""
+    """The keys of one owner."""
     import hashlib
 
     return Keys((Key("tester", hashlib.sha256(b"secret").digest()),))
@@ -30,8 +30,8 @@ async def proxied(session, method, target, **options):
     return await call(session, method, PATH, headers=headers, **options)
 
 
-def test_a_request_goes_its_whole_way_through_the_proxy(tmp_path):
-    """Submit, status with its query, result, cancel, upload, direct run: as if asked directly."""
+def test_a_complete_request_works_through_the_proxy(tmp_path):
+    """Submit, status with its query, result, cancel, upload and direct call work as without the proxy."""
 
     async def use():
         queue, rest = "https://queue.fal.run", "https://rest.fal.ai"
@@ -78,8 +78,8 @@ def test_a_request_goes_its_whole_way_through_the_proxy(tmp_path):
     ],
 )
 @pytest.mark.parametrize("method", ["GET", "POST"])
-def test_any_other_target_is_refused(tmp_path, target, method):
-    """400 that says so; nothing is ever asked elsewhere."""
+def test_any_other_target_is_rejected(tmp_path, target, method):
+    """The response is 400, and no other server is contacted."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -101,8 +101,8 @@ def test_any_other_target_is_refused(tmp_path, target, method):
         ("https://v3.fal.media/files/a%2Fb%20c", "/files/a%2Fb%20c"),
     ],
 )
-def test_fal_s_hosts_have_their_place_on_this_server(target, path):
-    """The direct-run host below /run, all others at the root; what is encoded stays so."""
+def test_fal_s_hosts_map_to_paths_of_this_server(target, path):
+    """The direct host maps to /run, all others to the root; encoding is preserved."""
     found = own_path(target)
     assert found is not None
     assert found.raw_path_qs == path
@@ -116,8 +116,8 @@ QUEUED = (
 
 
 @pytest.mark.parametrize(("hosts", "direct"), [(DIRECT, True), (QUEUED, False)], ids=["direct", "queued"])
-def test_a_host_of_fal_s_runs_directly_and_one_of_the_queue_queues(tmp_path, hosts, direct):
-    """The same path under each name; in any case, with and without a port. What a proxy forwards is not believed."""
+def test_the_host_selects_direct_call_or_queue(tmp_path, hosts, direct):
+    """The same path under each name, in any case, with and without a port; forwarded hosts are ignored."""
 
     async def use():
         async with serving(tmp_path, keys=keys()) as session:
@@ -136,8 +136,8 @@ def test_a_host_of_fal_s_runs_directly_and_one_of_the_queue_queues(tmp_path, hos
     run(use())
 
 
-def test_a_direct_host_answers_as_the_direct_path_does(tmp_path):
-    """Errors, wrong methods and unknown apps too; reads are the queue's under every name."""
+def test_a_direct_host_behaves_like_the_direct_path(tmp_path):
+    """Errors, wrong methods and unknown apps too; reads go to the queue under every name."""
 
     async def use():
         async with serving(tmp_path, keys=keys()) as session:
@@ -154,8 +154,8 @@ def test_a_direct_host_answers_as_the_direct_path_does(tmp_path):
     run(use())
 
 
-def test_the_proxy_asked_for_the_proxy_ends(tmp_path):
-    """No loop; an unknown path is not found, a wrong method not allowed."""
+def test_a_proxy_request_for_the_proxy_does_not_loop(tmp_path):
+    """There is no loop; an unknown path is 404, a wrong method 405."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -166,8 +166,8 @@ def test_the_proxy_asked_for_the_proxy_ends(tmp_path):
     run(use())
 
 
-def test_the_proxy_asks_for_a_key_where_the_server_does(tmp_path):
-    """401 without one; with it requests are their owner's."""
+def test_the_proxy_requires_the_server_s_keys(tmp_path):
+    """401 without a key; with it, requests belong to its owner."""
 
     async def use():
         async with serving(tmp_path, keys=keys()) as session:
@@ -180,8 +180,8 @@ def test_the_proxy_asks_for_a_key_where_the_server_does(tmp_path):
     run(use())
 
 
-def test_the_stream_comes_through_the_proxy(tmp_path):
-    """Server-sent events, as they happen."""
+def test_the_stream_works_through_the_proxy(tmp_path):
+    """Server-sent events arrive immediately."""
 
     async def use():
         engine = ScriptedEngine()
@@ -197,12 +197,12 @@ def test_the_stream_comes_through_the_proxy(tmp_path):
     run(use())
 
 
-# --- across origins ---------------------------------------------------------------------------------------
+# --- CORS -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", [SUBMIT, PATH, "/files/upload", "/storage/upload/initiate", "/health", "/v1/meta"])
-def test_a_browser_may_ask_a_server_with_keys_from_any_page(tmp_path, path):
-    """The preflight needs no key and names the headers that the client sends; the answer can be read."""
+def test_any_page_may_call_a_server_with_keys(tmp_path, path):
+    """The preflight requires no key and lists the client's headers; the response is readable."""
 
     async def use():
         asked = {"origin": PAGE, "access-control-request-method": "POST"}
@@ -231,8 +231,8 @@ def test_a_browser_may_ask_a_server_with_keys_from_any_page(tmp_path, path):
         ("http://[", False),
     ],
 )
-def test_without_keys_only_pages_of_this_machine_may_read(tmp_path, origin, allowed):
-    """Else any page that the user looks at could."""
+def test_without_keys_only_local_pages_may_read(tmp_path, origin, allowed):
+    """Otherwise any page in the user's browser could read them."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -244,8 +244,8 @@ def test_without_keys_only_pages_of_this_machine_may_read(tmp_path, origin, allo
     run(use())
 
 
-def test_the_status_stream_can_be_read_by_a_page(tmp_path):
-    """Its headers are gone before its handler returns."""
+def test_a_page_can_read_the_status_stream(tmp_path):
+    """The CORS headers are set before the stream starts."""
 
     async def use():
         async with serving(tmp_path, keys=keys()) as session:
@@ -263,8 +263,8 @@ def test_the_status_stream_can_be_read_by_a_page(tmp_path):
     [("localhost:1", True), ("127.0.0.1", True), ("127.8.8.8:80", True), ("[::1]:8787", True),
      ("evil.example", False), ("evil.example:8787", False), ("127.0.0.1.evil.example", False)],
 )  # fmt: skip
-def test_without_keys_a_foreign_name_is_refused(tmp_path, path, host, welcome):
-    """DNS rebinding: to a browser, evil.example that resolves to 127.0.0.1 is one origin with us."""
+def test_without_keys_a_foreign_host_is_rejected(tmp_path, path, host, welcome):
+    """DNS rebinding: for a browser, evil.example resolving to 127.0.0.1 has the server's origin."""
 
     async def use():
         async with serving(tmp_path) as session, session.get(path, headers={"host": host}) as response:
@@ -275,8 +275,8 @@ def test_without_keys_a_foreign_name_is_refused(tmp_path, path, host, welcome):
     run(use())
 
 
-def test_with_keys_any_name_is_ours(tmp_path):
-    """A key tells friends from strangers; by which name we are known is the reverse proxy's affair."""
+def test_with_keys_any_host_is_accepted(tmp_path):
+    """Keys protect the server, so that any Host from a reverse proxy is accepted."""
 
     async def use():
         async with serving(tmp_path, keys=keys()) as session:

@@ -1,4 +1,4 @@
-"""Every fault on purpose as it is seen on the wire, and a whole run that is rehearsed with the example file."""
+"""Every injected fault on the wire, and a complete run with the example faults file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run(coroutine):
 
 
 def fault(at, do, **keys):
-    """A file with one fault, at the first call unless it says otherwise."""
+    """A faults file with one fault, by default at the first call."""
     keys = keys if keys.keys() & {"every", "share", "first"} else {"first": 1, **keys}
     words = {True: "true", False: "false"}
     lines = [f"{key} = {words[value] if isinstance(value, bool) else repr(value)}" for key, value in keys.items()]
@@ -36,8 +36,8 @@ def fault(at, do, **keys):
 
 
 @contextlib.asynccontextmanager
-async def rehearsing(tmp_path, text, engine=None):
-    """A server that commits these faults."""
+async def injecting(tmp_path, text, engine=None):
+    """Run a server with these faults."""
     path = tmp_path / "faults.toml"
     path.write_text(text)
     async with serving(tmp_path / "data", engine, faults=path) as session:
@@ -49,7 +49,7 @@ async def accepted_by(session):
 
 
 async def path_for(session, moment):
-    """Method and path of a call of that moment which works."""
+    """Return method and path of a successful call at this point."""
     if moment is FaultPoint.SUBMIT:
         return "POST", SUBMIT
     if moment is FaultPoint.UPLOAD:
@@ -67,42 +67,42 @@ async def path_for(session, moment):
 
 
 async def raw(session, method, path):
-    """Status, headers and bytes of a call; a submit has its body."""
-    session._retry_connection = False  # else aiohttp repeats a read that was not answered, and nothing is seen of it
+    """Return status, headers and body of a call; a submit is sent with a body."""
+    session._retry_connection = False  # otherwise aiohttp hides the fault by retrying the read
     body = orjson.dumps(INPUT) if method == "POST" else None
     async with session.request(method, path, data=body) as response:
         return response.status, response.headers, await response.read()
 
 
-# --- a call that meets a fault ----------------------------------------------------------------------------
+# --- faults of calls --------------------------------------------------------------------------------------
 
 CALLS = [moment for moment in FaultPoint if moment is not FaultPoint.EXECUTE]
 
 
 @pytest.mark.parametrize("moment", CALLS)
-def test_a_dropped_call_has_no_answer_and_no_effect(tmp_path, moment):
-    """The connection is closed in order, nothing was done, and the next call works."""
+def test_a_dropped_call_has_no_response_and_no_effect(tmp_path, moment):
+    """The connection is closed cleanly, nothing is executed, and the next call works."""
 
     async def use():
-        async with rehearsing(tmp_path, fault(moment, "drop")) as session:
+        async with injecting(tmp_path, fault(moment, "drop")) as session:
             method, path = await path_for(session, moment)
             before = await accepted_by(session)
             with pytest.raises(aiohttp.ServerDisconnectedError):
                 await raw(session, method, path)
             assert await accepted_by(session) == before
-            assert (await raw(session, method, path))[0] in {200, 400}  # 400: a cancel that comes too late
+            assert (await raw(session, method, path))[0] in {200, 400}  # 400: the cancel was too late
 
     run(use())
 
 
 @pytest.mark.parametrize("do", ["drop-after-accept", "answer-after-accept"])
-def test_a_submit_can_be_accepted_although_its_answer_says_nothing_or_no(tmp_path, do):
-    """Durable before the caller is left alone; its idempotency key finds it again."""
+def test_a_submit_can_be_accepted_without_a_successful_response(tmp_path, do):
+    """The request is durable, and its idempotency key finds it."""
     text = fault("submit", do, **({"status": 503} if do.startswith("answer") else {}))
 
     async def use():
         key = {"idempotency-key": "k"}
-        async with rehearsing(tmp_path, text) as session:
+        async with injecting(tmp_path, text) as session:
             try:
                 async with session.post(SUBMIT, json=INPUT, headers=key) as response:
                     seen = response.status
@@ -118,23 +118,23 @@ def test_a_submit_can_be_accepted_although_its_answer_says_nothing_or_no(tmp_pat
 
 
 @pytest.mark.parametrize("do", ["drop-after-accept", "answer-after-accept"])
-def test_a_submit_that_is_refused_is_refused_all_the_same(tmp_path, do):
-    """What was not accepted cannot be lost: the true refusal is answered."""
+def test_a_rejected_submit_stays_rejected(tmp_path, do):
+    """A rejected submit returns its real error."""
     text = fault("submit", do, **({"status": 503} if do.startswith("answer") else {}))
 
     async def use():
-        async with rehearsing(tmp_path, text) as session:
+        async with injecting(tmp_path, text) as session:
             assert (await call(session, "POST", SUBMIT, data=b"["))[0] == 422
 
     run(use())
 
 
 @pytest.mark.parametrize("moment", [FaultPoint.SUBMIT, FaultPoint.RESULT, FaultPoint.LISTING])
-def test_a_late_answer_is_the_right_one(tmp_path, moment):
-    """So many seconds later; a caller who gives up in between does not undo the acceptance."""
+def test_a_late_response_is_correct(tmp_path, moment):
+    """It is the correct response, `seconds` late."""
 
     async def use():
-        async with rehearsing(tmp_path, fault(moment, "late", seconds=0.2)) as session:
+        async with injecting(tmp_path, fault(moment, "late", seconds=0.2)) as session:
             method, path = await path_for(session, moment)
             began = time.monotonic()
             assert (await raw(session, method, path))[0] == 200
@@ -145,11 +145,11 @@ def test_a_late_answer_is_the_right_one(tmp_path, moment):
     run(use())
 
 
-def test_a_submit_that_is_answered_too_late_was_accepted(tmp_path):
-    """The caller's timeout says nothing about it."""
+def test_a_late_submit_is_accepted(tmp_path):
+    """A client timeout does not undo the acceptance."""
 
     async def use():
-        async with rehearsing(tmp_path, fault("submit", "late", seconds=1)) as session:
+        async with injecting(tmp_path, fault("submit", "late", seconds=1)) as session:
             with pytest.raises(TimeoutError):
                 await session.post(SUBMIT, json=INPUT, timeout=aiohttp.ClientTimeout(total=0.3))
             assert await accepted_by(session) == 1
@@ -158,14 +158,14 @@ def test_a_submit_that_is_answered_too_late_was_accepted(tmp_path):
 
 
 @pytest.mark.parametrize("moment", CALLS)
-def test_an_error_answer_has_the_service_s_own_body(tmp_path, moment):
-    """JSON with a request id; the platform's calls in the platform's shape; nothing was done."""
+def test_an_error_has_the_service_s_body(tmp_path, moment):
+    """JSON with a request id, in the platform API's format for its calls; nothing is executed."""
     words = {401: "No user found", 403: "User is locked", 429: "not accepted", 500: "Internal"}
     kinds = {401: "authorization_error", 403: "authorization_error", 429: "rate_limited", 500: "server_error"}
 
     async def use():
         text = "".join(fault(moment, "answer", status=status, first=n) for n, status in enumerate(words, 1))
-        async with rehearsing(tmp_path, text) as session:
+        async with injecting(tmp_path, text) as session:
             method, path = await path_for(session, moment)
             before = await accepted_by(session)
             for status, said in words.items():
@@ -182,11 +182,11 @@ def test_an_error_answer_has_the_service_s_own_body(tmp_path, moment):
     run(use())
 
 
-def test_an_answer_may_carry_retry_after(tmp_path):
-    """Seconds, as the file says."""
+def test_an_error_can_have_retry_after(tmp_path):
+    """The header contains the seconds from the file."""
 
     async def use():
-        async with rehearsing(tmp_path, fault("submit", "answer", status=429, retry_after=1.5)) as session:
+        async with injecting(tmp_path, fault("submit", "answer", status=429, retry_after=1.5)) as session:
             status, headers, _ = await raw(session, "POST", SUBMIT)
             assert (status, headers["retry-after"]) == (429, "1.5")
             assert await accepted_by(session) == 0
@@ -194,12 +194,12 @@ def test_an_answer_may_carry_retry_after(tmp_path):
     run(use())
 
 
-def test_a_gateway_s_answer_is_a_page_of_nginx(tmp_path):
-    """HTML without a request id: the official Python client tries such a call again."""
+def test_a_gateway_error_is_an_nginx_page(tmp_path):
+    """HTML without a request id, which makes fal's Python client retry."""
 
     async def use():
         text = "".join(fault("status", "answer", status=502 + n, first=n + 1) for n in range(3))
-        async with rehearsing(tmp_path, text) as session:
+        async with injecting(tmp_path, text) as session:
             method, path = "GET", read("x", "/status")
             for status in (502, 503, 504):
                 found, headers, body = await raw(session, method, path)
@@ -210,14 +210,14 @@ def test_a_gateway_s_answer_is_a_page_of_nginx(tmp_path):
     run(use())
 
 
-def test_a_gateway_s_answer_may_look_like_the_job_s_own_failure(tmp_path):
-    """`body = "fal"`: detail, error_type and header; `body = "empty"`: nothing at all."""
+def test_a_gateway_error_can_look_like_a_model_error(tmp_path):
+    """`body = "fal"`: detail, error_type and header; `body = "empty"`: an empty body."""
     text = fault("result", "answer", status=503, body="fal") + fault(
         "result", "answer", status=503, body="empty", first=2
     )
 
     async def use():
-        async with rehearsing(tmp_path, text) as session:
+        async with injecting(tmp_path, text) as session:
             method, path = await path_for(session, FaultPoint.RESULT)
             _, headers, body = await raw(session, method, path)
             assert headers["x-fal-error-type"] == orjson.loads(body)["error_type"] == "runner_scheduling_failure"
@@ -228,12 +228,12 @@ def test_a_gateway_s_answer_may_look_like_the_job_s_own_failure(tmp_path):
 
 
 @pytest.mark.parametrize("moment", [FaultPoint.FILE, FaultPoint.RESULT, FaultPoint.STATUS, FaultPoint.LISTING])
-def test_a_body_can_be_slow_cut_off_or_short(tmp_path, moment):
-    """Slow is whole in the end; cut breaks its Content-Length; short keeps it and is not whole."""
+def test_a_body_can_be_slow_cut_or_short(tmp_path, moment):
+    """`slow` is complete; `cut` ends before its Content-Length; `short` is incomplete with a matching one."""
     text = fault(moment, "slow", seconds=0.2) + fault(moment, "cut", first=2) + fault(moment, "short", first=3)
 
     async def use():
-        async with rehearsing(tmp_path, text) as session:
+        async with injecting(tmp_path, text) as session:
             method, path = await path_for(session, moment)
             began = time.monotonic()
             status, headers, whole = await raw(session, method, path)
@@ -256,12 +256,12 @@ def test_a_body_can_be_slow_cut_off_or_short(tmp_path, moment):
     run(use())
 
 
-def test_a_maimed_answer_that_is_an_error_stays_one(tmp_path):
-    """A file that is not there is 404, cut or not."""
+def test_an_error_is_not_cut(tmp_path):
+    """A missing file returns 404."""
 
     async def use():
         text = fault("file", "cut", every=1) + fault("result", "short", every=1)
-        async with rehearsing(tmp_path, text) as session:
+        async with injecting(tmp_path, text) as session:
             assert (await call(session, "GET", "/files/ab/" + "ab" * 16))[0] == 404
             assert (await call(session, "GET", read("0" * 36)))[0] == 404
 
@@ -272,13 +272,13 @@ TYPES = {"seed": int, "has_nsfw_concepts": list, "timings": dict, "prompt": str}
 
 
 def oddities(right, seen):
-    """The fields that are not as they should be, and how: absent, null or a type."""
+    """Return the wrong fields and how they differ: missing, null or a type."""
     changed = {name for name in right if name not in seen or seen[name] != right[name]}
     return {name: type(seen[name]).__name__ if name in seen else "absent" for name in changed}
 
 
 def test_a_result_can_have_odd_fields(tmp_path):
-    """The images are right, the rest absent, null or of another type; so at every later read. Other results are not."""
+    """Correct images, other fields missing, null or of a wrong type, at every read; other results are correct."""
 
     async def results_of(session, count):
         ids = [await submit(session, f"cat {number}", seed=number + 1) for number in range(count)]
@@ -289,7 +289,7 @@ def test_a_result_can_have_odd_fields(tmp_path):
     async def use(folder, seed):
         (tmp_path / folder).mkdir()
         text = f"seed = {seed}\n" + fault("result", "odd-fields", every=2)
-        async with rehearsing(tmp_path / folder, text) as session:
+        async with injecting(tmp_path / folder, text) as session:
             ids, first = await results_of(session, 60)
             again = [(await call(session, "GET", read(one, "/response")))[2] for one in ids[1::2]]
             assert again == first[1::2]
@@ -314,11 +314,11 @@ def test_a_result_can_have_odd_fields(tmp_path):
     assert found != run(use("b", 4)), "the file's seed chooses"
 
 
-def test_an_odd_result_that_is_an_error_stays_one(tmp_path):
-    """Too early, failed or unknown: the true answer."""
+def test_an_error_has_no_odd_fields(tmp_path):
+    """Unfinished, failed and unknown requests return their real response."""
 
     async def use():
-        async with rehearsing(tmp_path, fault("result", "odd-fields", every=1)) as session:
+        async with injecting(tmp_path, fault("result", "odd-fields", every=1)) as session:
             failed, held = await submit(session, "fail"), await submit(session, "hold")
             status, _, body = await result(session, failed)
             assert (status, body["detail"][0]["type"]) == (422, "image_too_small")
@@ -328,12 +328,12 @@ def test_an_odd_result_that_is_an_error_stays_one(tmp_path):
     run(use())
 
 
-def test_an_odd_result_can_meet_another_fault_too(tmp_path):
-    """Once odd it stays so under a fault of the call."""
+def test_an_odd_result_can_get_another_fault(tmp_path):
+    """A later fault of the call leaves the odd fields as they are."""
     text = fault("result", "odd-fields") + fault("result", "late", seconds=0.05, first=2)
 
     async def use():
-        async with rehearsing(tmp_path, text) as session:
+        async with injecting(tmp_path, text) as session:
             request_id = await submit(session)
             await completed(session, request_id)
             bodies = [(await call(session, "GET", read(request_id)))[2] for _ in range(3)]
@@ -346,10 +346,10 @@ def test_an_odd_result_can_meet_another_fault_too(tmp_path):
 @pytest.mark.parametrize("status", [403, 404])
 @pytest.mark.parametrize(("choice", "chosen"), [({"every": 1}, 3), ({"first": 1}, 1)], ids=["each", "the first"])
 def test_a_file_can_be_refused_for_its_first_reads(tmp_path, status, choice, chosen):
-    """Each chosen file so often; then it is served, and not refused again. The others are served at once."""
+    """Each chosen file is refused for its first reads only; other files are served immediately."""
 
     async def use():
-        async with rehearsing(tmp_path, fault("file", "refuse", status=status, reads=3, **choice)) as session:
+        async with injecting(tmp_path, fault("file", "refuse", status=status, reads=3, **choice)) as session:
             for number in range(3):
                 async with session.post(UPLOAD, data=b"%d" % number * 1000) as response:
                     url = orjson.loads(await response.read())["access_url"]
@@ -365,11 +365,11 @@ def test_a_file_can_be_refused_for_its_first_reads(tmp_path, status, choice, cho
 
 
 def test_a_file_can_be_refused_for_a_while(tmp_path):
-    """From its first refusal on, by the clock; with the body and the headers that the file says."""
+    """For `seconds` from the first refusal, with the body and headers of the faults file."""
     text = fault("file", "refuse", status=403, seconds=0.3, retry_after=1, body="html", every=1)
 
     async def use():
-        async with rehearsing(tmp_path, text) as session:
+        async with injecting(tmp_path, text) as session:
             method, url = await path_for(session, FaultPoint.FILE)
             began, refusals = time.monotonic(), 0
             while (seen := await raw(session, method, url))[0] == 403:
@@ -383,14 +383,14 @@ def test_a_file_can_be_refused_for_a_while(tmp_path):
     run(use())
 
 
-# --- a request that meets a fault -------------------------------------------------------------------------
+# --- faults of requests -----------------------------------------------------------------------------------
 
 
 def test_a_content_policy_rejection_is_completed_without_an_error(tmp_path):
-    """The status tells neither `error` nor `error_type`, also after a restart; the result is 422."""
+    """The status has no `error` and no `error_type`, also after a restart; the result is 422."""
 
     async def use():
-        async with rehearsing(tmp_path, fault("execute", "content-policy")) as session:
+        async with injecting(tmp_path, fault("execute", "content-policy")) as session:
             request_id = await submit(session)
             last = await completed(session, request_id)
             assert (last["status"], "error" in last, "error_type" in last) == ("COMPLETED", False, False)
@@ -405,12 +405,12 @@ def test_a_content_policy_rejection_is_completed_without_an_error(tmp_path):
 
 @pytest.mark.parametrize(("status", "kind"), [(500, "internal_server_error"), (504, "generation_timeout")])
 @pytest.mark.parametrize("retryable", [True, False])
-def test_a_model_failure_says_whether_another_try_helps(tmp_path, status, kind, retryable):
-    """A 5xx with a model error and `X-Fal-Needs-Retry`; nothing is billed."""
+def test_a_model_failure_is_marked_retryable_or_final(tmp_path, status, kind, retryable):
+    """The result is a 5xx with a model error and `X-Fal-Needs-Retry`; nothing is billed."""
     text = fault("execute", "fail", status=status, retryable=retryable)
 
     async def use():
-        async with rehearsing(tmp_path, text) as session:
+        async with injecting(tmp_path, text) as session:
             found, headers, body = await result(session, await submit(session))
             assert (found, body["detail"][0]["type"]) == (status, kind)
             assert headers["x-fal-needs-retry"] == ("true" if retryable else "false")
@@ -421,10 +421,10 @@ def test_a_model_failure_says_whether_another_try_helps(tmp_path, status, kind, 
 
 
 def test_a_result_can_expire(tmp_path):
-    """404 from so many seconds after its end on, as long as the server lives; its status stays COMPLETED."""
+    """The result returns 404 from `seconds` after its end until the server stops; the status stays COMPLETED."""
 
     async def use():
-        async with rehearsing(tmp_path, fault("execute", "expire", seconds=0.3)) as session:
+        async with injecting(tmp_path, fault("execute", "expire", seconds=0.3)) as session:
             request_id, other = await submit(session), await submit(session)
             status, _, _ = await result(session, request_id)
             assert status == 200
@@ -440,12 +440,12 @@ def test_a_result_can_expire(tmp_path):
     run(use())
 
 
-def test_a_request_can_go_back_to_its_queue(tmp_path):
-    """IN_PROGRESS, then IN_QUEUE, then it is executed, under the same id."""
+def test_a_request_can_return_to_the_queue(tmp_path):
+    """IN_PROGRESS, then IN_QUEUE, then executed, with the same id."""
 
     async def use():
         engine = ScriptedEngine()
-        async with rehearsing(tmp_path, fault("execute", "requeue", seconds=0.3), engine) as session:
+        async with injecting(tmp_path, fault("execute", "requeue", seconds=0.3), engine) as session:
             request_id = await submit(session)
             seen = []
             while not seen or seen[-1] != "COMPLETED":
@@ -459,11 +459,11 @@ def test_a_request_can_go_back_to_its_queue(tmp_path):
     run(use())
 
 
-def test_a_request_that_is_to_go_back_can_be_cancelled(tmp_path):
-    """It hears of it while it pretends to run."""
+def test_a_requeued_request_can_be_cancelled(tmp_path):
+    """A cancel is effective while the request pretends to run."""
 
     async def use():
-        async with rehearsing(tmp_path, fault("execute", "requeue", seconds=60)) as session:
+        async with injecting(tmp_path, fault("execute", "requeue", seconds=60)) as session:
             request_id = await submit(session)
             await call(session, "PUT", read(request_id, "/cancel"))
             assert (await result(session, request_id))[0] == 499
@@ -472,22 +472,22 @@ def test_a_request_that_is_to_go_back_can_be_cancelled(tmp_path):
 
 
 @pytest.mark.parametrize(("first", "status"), [(1, 200), (2, 500)])
-def test_an_engine_that_crashes_once_is_forgiven_and_twice_is_not(tmp_path, first, status):
-    """The request is executed again under its id; the second crash is its own fault."""
+def test_a_request_survives_one_crash_and_fails_after_two(tmp_path, first, status):
+    """After the first crash the request is retried with the same id; after the second it fails."""
 
     async def use():
-        async with rehearsing(tmp_path, fault("execute", "crash", first=first)) as session:
+        async with injecting(tmp_path, fault("execute", "crash", first=first)) as session:
             found, _, body = await result(session, await submit(session))
             assert (found, body.get("error_type")) == (status, None if status == 200 else "internal_error")
 
     run(use())
 
 
-# --- the file and the hooks -------------------------------------------------------------------------------
+# --- the file and the middleware --------------------------------------------------------------------------
 
 
-def test_a_server_without_a_faults_file_has_no_hook(tmp_path):
-    """Nothing stands between a call and its handler."""
+def test_a_server_without_a_faults_file_has_no_middleware(tmp_path):
+    """There is no middleware without a faults file."""
     from batch.server.http import app as app_module
 
     made = []
@@ -500,21 +500,21 @@ def test_a_server_without_a_faults_file_has_no_hook(tmp_path):
                 await submit(session)
 
     run(use())
-    assert not [one for one in made[-1].middlewares if "rehearse" in one.__qualname__]
+    assert not [one for one in made[-1].middlewares if "inject" in one.__qualname__]
     path = tmp_path / "faults.toml"
     path.write_text("")
     run(use(faults=path))
-    assert len([one for one in made[-1].middlewares if "rehearse" in one.__qualname__]) == 1
+    assert len([one for one in made[-1].middlewares if "inject" in one.__qualname__]) == 1
 
 
-def test_a_wrong_faults_file_stops_the_server_before_it_begins(tmp_path):
-    """One sentence; the data dir is not even made."""
+def test_an_invalid_faults_file_prevents_the_start(tmp_path):
+    """The error is one sentence, and the data dir is not created."""
 
     async def use(path):
         async with serving(tmp_path / "data", faults=path):
             raise AssertionError("it serves")
 
-    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+    with pytest.raises(ConfigError, match="No such file"):
         run(use(tmp_path / "none.toml"))
     (tmp_path / "bad.toml").write_text("[[fault]]\nat = 'submit'\ndo = 'explode'\nfirst = 1\n")
     with pytest.raises(ConfigError, match="unknown do 'explode' at submit"):
@@ -545,13 +545,13 @@ def test_a_wrong_faults_file_stops_the_server_before_it_begins(tmp_path):
         ("GET", "/", None),
     ],
 )
-def test_each_call_belongs_to_its_moment(method, path, moment):
-    """Health, prices, the direct call and the page are left in peace."""
+def test_each_call_belongs_to_its_point(method, path, moment):
+    """Health, prices, direct calls and the page have no faults."""
     assert fault_point_of(method, path, APP_ID) is moment
 
 
 def test_the_example_file_shows_every_fault():
-    """Each deed, each moment, each way to choose and each key appears in configs/faults.toml."""
+    """configs/faults.toml contains each action, point, selector and key."""
     path = REPOSITORY / "configs" / "faults.toml"
     plan, text = read_faults(path), path.read_text("utf-8")
     assert {one.do for one in plan.faults} == set(FaultAction)
@@ -561,7 +561,7 @@ def test_the_example_file_shows_every_fault():
 
 
 def test_a_whole_run_survives_the_example_file(tmp_path):
-    """200 rows: each is done, or failed for the one reason that is its own; nothing was submitted twice."""
+    """200 rows: each is done, or failed by an injected model error; none is submitted twice."""
     manifest, directory = write_manifest(tmp_path / "m.csv", range(200)), tmp_path / "run"
     file = REPOSITORY / "configs" / "faults.toml"
     ended = restyle("run", manifest, "-o", directory, "--engine", "echo", "--faults", file, timeout=110)
@@ -577,23 +577,23 @@ def test_a_whole_run_survives_the_example_file(tmp_path):
     assert (jobs_in(directory), summary(directory)["unknown"]) == (200, 0)
     committed = (directory / "endpoint" / "server.log").read_text()
     on = {fault.do for fault in read_faults(file).faults}
-    assert [do for do in on if f"on purpose: {do} " not in committed] == []
+    assert [do for do in on if f"injected fault: {do} " not in committed] == []
 
 
-def test_a_run_with_a_wrong_faults_file_or_a_foreign_target_says_so_at_once(tmp_path):
-    """Exit code 2 and one sentence; nothing is submitted."""
+def test_a_run_rejects_an_invalid_faults_file_or_a_foreign_target(tmp_path):
+    """The exit code is 2 with one sentence, and nothing is submitted."""
     manifest = write_manifest(tmp_path / "m.csv", range(2))
     ended = restyle("run", manifest, "-o", tmp_path / "a", "--faults", tmp_path / "none.toml")
-    assert (ended.code, f"{tmp_path / 'none.toml'} cannot be read" in ended.err) == (2, True), ended.text
+    assert (ended.code, f"the faults file {tmp_path / 'none.toml'}: No such file" in ended.err) == (2, True), ended.text
     ended = restyle("run", manifest, "-o", tmp_path / "b", "--target", "http://127.0.0.1:1", "--faults", "x.toml")
     assert (ended.code, "is for the embedded endpoint" in ended.err) == (2, True), ended.text
 
 
-def test_a_call_through_the_proxy_route_meets_the_faults_of_the_call_that_it_stands_for(tmp_path):
-    """The JavaScript client's way meets what the others meet."""
+def test_a_proxied_call_gets_the_faults_of_its_target(tmp_path):
+    """Calls through the proxy route get the same faults as direct ones."""
 
     async def use():
-        async with rehearsing(tmp_path, fault("submit", "answer", status=429)) as session:
+        async with injecting(tmp_path, fault("submit", "answer", status=429)) as session:
             headers = {"x-fal-target-url": f"https://queue.fal.run{SUBMIT}"}
             found = [(await call(session, "POST", "/api/fal/proxy", json=INPUT, headers=headers))[0] for _ in range(2)]
             assert found == [429, 200]
@@ -601,13 +601,11 @@ def test_a_call_through_the_proxy_route_meets_the_faults_of_the_call_that_it_sta
     run(use())
 
 
-def test_a_result_without_images_has_them_later(tmp_path):
-    """At its first reads the list is empty; afterwards it is what it was all along."""
+def test_missing_images_are_temporary(tmp_path):
+    """The list is empty at the first reads, and complete afterwards."""
 
     async def use():
-        async with rehearsing(
-            tmp_path, '[[fault]]\nat = "result"\ndo = "no-images"\nreads = 2\nfirst = 1\n'
-        ) as session:
+        async with injecting(tmp_path, '[[fault]]\nat = "result"\ndo = "no-images"\nreads = 2\nfirst = 1\n') as session:
             one = await submit(session)
             assert (await completed(session, one))["status"] == "COMPLETED"
             found = [(await call(session, "GET", read(one)))[2] for _ in range(4)]

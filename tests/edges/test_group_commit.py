@@ -1,4 +1,4 @@
-"""Writing in groups: what a group holds, who is told what, and how it ends."""
+"""Group commit: the size of a group, the answer to each caller, and closing."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_group_has_a_limit_unless_the_disk_is_slow(slow_seconds, sizes):
 
 
 def test_a_group_waits_for_more():
-    """As long as it is told to, from its first item on."""
+    """It waits `gather_seconds` from its first item."""
     disk = Disk()
 
     async def use():
@@ -96,7 +96,7 @@ def test_what_nobody_waits_for_is_written():
 
 
 def test_giving_up_answers_all_that_is_not_written():
-    """What is being written is told so too, and what it comes to is not told twice."""
+    """Items that are being written fail too, and their later result is ignored."""
     disk = Disk()
 
     async def use():

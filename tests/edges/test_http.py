@@ -1,4 +1,4 @@
-"""Sessions of the client's side: which proxy a request takes, and what is never sent along."""
+"""HTTP sessions of the client side: which proxy a request uses, and what is never sent."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FAR = "http://far.test:8787"
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    """No proxy of the developer's own; gives what sets one."""
+    """Clear the developer's own proxy settings; return a function that sets one."""
     for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
@@ -79,7 +79,7 @@ def test_the_proxy_is_the_one_that_the_environment_names(environment, variables,
     ["127.0.0.1", "127.9.9.9", "localhost", "LOCALHOST", "a.localhost", "[::1]", "0.0.0.0", "[::ffff:127.0.0.1]"],
 )
 def test_this_machine_is_never_reached_through_a_proxy(environment, host):
-    """Whatever `NO_PROXY` says: the embedded endpoint is here, and a proxy elsewhere cannot reach it."""
+    """Whatever `NO_PROXY` says: the embedded endpoint is local, and a remote proxy cannot reach it."""
     environment(HTTP_PROXY="http://p:1", HTTPS_PROXY="http://p:1", ALL_PROXY="http://p:1", NO_PROXY="far.test")
     assert chosen(f"http://{host}:8787/x") is None
     assert chosen(f"https://{host}/x") is None
@@ -97,7 +97,7 @@ def test_this_machine_is_never_reached_through_a_proxy(environment, host):
     ],
 )
 def test_a_proxy_that_cannot_be_used_stops_the_command(environment, value, words):
-    """With the name of the variable, and without its value: nothing is sent around it."""
+    """With the name of the variable, without its value; nothing is sent directly instead."""
     environment(ALL_PROXY=value)
     with pytest.raises(ConfigError, match=words) as caught:
         Proxies().check(FAR)
@@ -114,13 +114,13 @@ def test_a_proxy_that_cannot_be_used_stops_the_command(environment, value, words
         asyncio.run(use())
 
 
-# --- what is sent along -----------------------------------------------------------------------------------
+# --- what is sent -----------------------------------------------------------------------------------------
 
 
 def test_no_password_of_netrc_is_sent_by_any_session(environment, monkeypatch, tmp_path):
-    """Client, streams and the keys of callbacks, each through a proxy: an entry for every host is not ours to send."""
+    """Client, streams and webhook keys, each through a proxy: an entry for every host must not be sent."""
     netrc = tmp_path / "netrc"
-    netrc.write_text("default login somebody password netrc-word\n")
+    netrc.write_text("default login alice password netrc-word\n")
     netrc.chmod(0o600)
     seen = []
 

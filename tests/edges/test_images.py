@@ -1,4 +1,4 @@
-"""Image files on a real disk: what is decoded is what it says, what is stored is whole and stored once."""
+"""Image files on a real disk: format detection, decoding, and durable storage without duplicates."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def image_bytes(kind: str = "PNG", size: tuple[int, int] = (20, 10), mode: str =
 
 
 def png_of(width: int, height: int) -> bytes:
-    """The header of a huge one-bit PNG, and almost nothing in it: cheap to make, dear to unpack."""
+    """Return the header of a huge one-bit PNG with almost no data: tiny, but expensive to decode."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -67,14 +67,14 @@ KINDS = [
 
 @pytest.mark.parametrize(("kind", "mode"), KINDS)
 def test_a_image_proves_its_size_and_format(kind, mode):
-    """By its bytes, not by a name or a header of HTTP."""
+    """Detected from the bytes, not from a name or an HTTP header."""
     seen = decode(image_bytes(kind, (31, 17), mode))
     assert (seen.width, seen.height, seen.format) == (31, 17, kind)
     assert seen.content_type == f"image/{kind.lower()}"
 
 
 def several(kind: str) -> bytes:
-    """A file of two images."""
+    """Return a file with two images."""
     buffer = io.BytesIO()
     first, second = (Image.effect_noise((31, 17), 80).convert("RGB") for _ in range(2))
     first.save(buffer, kind, save_all=True, append_images=[second])
@@ -84,7 +84,7 @@ def several(kind: str) -> bytes:
 @pytest.mark.parametrize(
     ("kind", "content_type", "suffix"),
     [
-        ("MPO", "image/jpeg", ".jpg"),  # as phones make them
+        ("MPO", "image/jpeg", ".jpg"),  # from phones
         ("PNG", "image/png", ".png"),  # animated
         ("GIF", "image/gif", ".gif"),
         ("WEBP", "image/webp", ".webp"),
@@ -93,7 +93,7 @@ def several(kind: str) -> bytes:
     ],
 )
 async def test_a_file_of_several_images_is_of_the_type_of_its_first(folder, tmp_path, kind, content_type, suffix):
-    """As a source, whose type is sent with the upload, and as a result, whose name carries it."""
+    """As a source, uploaded with its type, and as a result, whose file name has its suffix."""
     data = several(kind)
     (tmp_path / "photo").write_bytes(data)
     loaded = await folder.load(local(data, path=tmp_path / "photo", name="photo"))
@@ -106,7 +106,7 @@ async def test_a_file_of_several_images_is_of_the_type_of_its_first(folder, tmp_
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.99])
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_a_image_that_was_cut_off_is_damaged(kind, share):
-    """A transfer that ended early must not become a result."""
+    """A truncated download must not become a result."""
     data = image_bytes(kind, (200, 200))
     with pytest.raises(ImageError) as caught:
         decode(data[: int(len(data) * share)])
@@ -119,14 +119,14 @@ NO_IMAGES = [b"", b"<html>not found</html>", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xf
 @pytest.mark.parametrize("missing", [1, 4, 12, 20, 60])
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_a_few_bytes_missing_at_the_end_are_noticed(kind, missing):
-    """All pixels may be there: the file still is not the one that was made."""
+    """Even if all pixels decode, the file is not the original one."""
     with pytest.raises(ImageError):
         decode(image_bytes(kind, (200, 200))[:-missing])
 
 
 @pytest.mark.parametrize("data", NO_IMAGES, ids=len)
 def test_what_is_no_image_is_refused(data):
-    """With the endpoint's own word for it."""
+    """The error type is the endpoint's own."""
     with pytest.raises(ImageError) as caught:
         decode(data)
     assert caught.value.type == "image_load_error"
@@ -134,21 +134,21 @@ def test_what_is_no_image_is_refused(data):
 
 @pytest.mark.parametrize("side", [20_000, 30_000])
 def test_a_image_of_too_many_pixels_is_never_unpacked(side):
-    """A few kilobytes that would become gigabytes: refused by the header, at Pillow's own limit too."""
+    """A few kilobytes that decode to gigabytes are refused by the header, also at Pillow's limit."""
     with pytest.raises(ImageError) as caught:
         decode(png_of(side, side), limit_pixels=100_000_000)
     assert caught.value.type == "image_too_large"
 
 
 def test_pillows_warning_of_large_images_is_not_ours():
-    """Between its warning and our limit an image is fine."""
+    """An image between Pillow's warning limit and ours is accepted."""
     buffer = io.BytesIO()
     Image.new("1", (10_000, 9_000)).save(buffer, "PNG")
     assert decode(buffer.getvalue()).width == 10_000
 
 
 def test_a_image_with_broken_metadata_is_still_one():
-    """EXIF that nobody can read is no reason to pay twice."""
+    """Unreadable EXIF data is not a reason to pay twice."""
     assert decode(image_bytes("JPEG", exif=b"Exif\x00\x00garbage")).width == 20
 
 
@@ -156,7 +156,7 @@ def test_a_image_with_broken_metadata_is_still_one():
 
 
 async def test_a_result_is_stored_under_the_hash_of_its_content(folder, tmp_path):
-    """`images/ab/abcd....jpg`; the record says what the bytes proved."""
+    """`images/ab/abcd....jpg`; the record has the facts of the decoded bytes."""
     data = image_bytes("JPEG", (64, 48))
     stored = await folder.store(data)
     digest = hashlib.sha256(data).hexdigest()
@@ -168,7 +168,7 @@ async def test_a_result_is_stored_under_the_hash_of_its_content(folder, tmp_path
 
 
 async def test_equal_bytes_are_stored_once(folder, tmp_path):
-    """And a file that is there is not written again."""
+    """An existing file is not written again."""
     data = image_bytes()
     first = await folder.store(data)
     before = (tmp_path / first.path).stat().st_mtime_ns
@@ -178,7 +178,7 @@ async def test_equal_bytes_are_stored_once(folder, tmp_path):
 
 
 async def test_a_file_of_another_length_is_written_again(folder, tmp_path):
-    """Somebody cut it, or a disk did: the name promises the content."""
+    """It was truncated; the name promises the content."""
     data = image_bytes()
     stored = await folder.store(data)
     (tmp_path / stored.path).write_bytes(data[:10])
@@ -187,14 +187,14 @@ async def test_a_file_of_another_length_is_written_again(folder, tmp_path):
 
 
 async def test_a_damaged_result_leaves_no_file(folder, tmp_path):
-    """It is judged before it is written."""
+    """It is verified before it is written."""
     with pytest.raises(ImageError):
         await folder.store(image_bytes()[:-20])
     assert list(tmp_path.iterdir()) == []
 
 
 async def test_a_disk_that_refuses_is_named(tmp_path):
-    """What, where, and what to do; nothing half-written stays."""
+    """The message has the error, the path and the advice; no partial file stays."""
     (tmp_path / "images").write_text("in the way")
     with pytest.raises(StorageError, match="cannot be written") as caught:
         await ImageFolder(tmp_path, limit_megapixels=100).store(image_bytes())
@@ -203,7 +203,7 @@ async def test_a_disk_that_refuses_is_named(tmp_path):
 
 
 async def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
-    """The next one starts clean, and keeps what is whole."""
+    """The next run removes partial files and keeps complete ones."""
     whole = await ImageFolder(tmp_path, limit_megapixels=100).store(image_bytes())
     (tmp_path / "images" / ".part" / "leftover").write_bytes(b"half")
     ImageFolder(tmp_path, limit_megapixels=100)
@@ -211,7 +211,7 @@ async def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
 
 
 async def test_a_image_of_an_earlier_run_makes_no_other_fail(tmp_path):
-    """The run was killed between an image and its row: it comes again, and then another for the same folder."""
+    """A run was killed between an image and its row: the image comes again, then another one for the same folder."""
     images = [image_bytes(size=(4, height)) for height in range(1, 300)]
     by_folder: dict[str, list[bytes]] = {}
     for data in images:
@@ -224,7 +224,7 @@ async def test_a_image_of_an_earlier_run_makes_no_other_fail(tmp_path):
 
 
 async def test_a_folder_that_was_removed_is_made_again(folder, tmp_path):
-    """Somebody moved the first images away while the run goes on."""
+    """A user moved the first images away during the run."""
     data = image_bytes()
     stored = await folder.store(data)
     shutil.rmtree(tmp_path / "images")
@@ -236,7 +236,7 @@ async def test_a_folder_that_was_removed_is_made_again(folder, tmp_path):
 
 
 async def test_a_local_image_is_read_verified_and_measured(folder, tmp_path):
-    """From a file and from the manifest's own bytes alike."""
+    """From a file and from bytes in the manifest."""
     data = image_bytes("JPEG", (1000, 500))
     path = tmp_path / "a.jpg"
     path.write_bytes(data)
@@ -246,7 +246,7 @@ async def test_a_local_image_is_read_verified_and_measured(folder, tmp_path):
 
 
 async def test_a_image_that_changed_since_the_plan_is_refused(folder, tmp_path):
-    """What was planned is what is sent: the key says so."""
+    """The job key contains the hash of the planned image."""
     path = tmp_path / "a.png"
     path.write_bytes(image_bytes())
     with pytest.raises(ImageError, match="changed while the run went on") as caught:
@@ -257,7 +257,7 @@ async def test_a_image_that_changed_since_the_plan_is_refused(folder, tmp_path):
 
 @pytest.mark.parametrize("kind", ["missing", "folder"])
 async def test_a_image_that_cannot_be_read_is_a_fault_of_its_row(folder, tmp_path, kind):
-    """It may have gone between plan and submit."""
+    """The file may disappear between plan and submit."""
     path = tmp_path if kind == "folder" else tmp_path / "gone.png"
     with pytest.raises(ImageError, match="cannot be read") as caught:
         await folder.load(LocalImage("0" * 64, 100, path=path))
@@ -272,7 +272,7 @@ async def test_a_image_that_cannot_be_decoded_is_not_uploaded(folder):
 
 
 async def test_the_users_limit_counts_for_sources(tmp_path):
-    """`limits.max_image_megapixels`; results have only the hard limit."""
+    """`limits.max_image_megapixels` applies to sources; results have only the hard limit."""
     small = ImageFolder(tmp_path, limit_megapixels=0.0001)
     data = image_bytes(size=(20, 10))
     with pytest.raises(ImageError) as caught:

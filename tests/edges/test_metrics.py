@@ -1,4 +1,4 @@
-"""`/metrics` as a Prometheus server reads it, over real HTTP."""
+"""`/metrics` over real HTTP, read with Prometheus' parser."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def run(coroutine):
 
 
 async def samples(session: aiohttp.ClientSession) -> dict[tuple, float]:
-    """Every sample by name and label values."""
+    """Return every sample by name and label values."""
     async with session.get("/metrics") as response:
         assert response.status == 200
         text = await response.text()
@@ -27,8 +27,8 @@ async def samples(session: aiohttp.ClientSession) -> dict[tuple, float]:
     }
 
 
-def test_requests_are_counted_by_how_they_ended(tmp_path):
-    """Accepted, finished, failed, cancelled; a cancelled request is no failure."""
+def test_requests_are_counted_by_outcome(tmp_path):
+    """Accepted, finished, failed, cancelled; a cancelled request does not count as failed."""
 
     async def use():
         async with serving(tmp_path, ScriptedEngine(slots=1)) as session:
@@ -52,7 +52,7 @@ def test_requests_are_counted_by_how_they_ended(tmp_path):
 
 
 def test_the_queue_is_a_gauge(tmp_path):
-    """What waits, what runs, and how much may run at once."""
+    """Waiting requests, running requests and slots."""
 
     async def use():
         async with serving(tmp_path, ScriptedEngine(slots=1)) as session:
@@ -66,7 +66,7 @@ def test_the_queue_is_a_gauge(tmp_path):
 
 
 def test_engine_seconds_are_a_cumulative_histogram(tmp_path):
-    """Results only: a failed request took the engine no time that says anything."""
+    """Only successful requests are measured."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -81,8 +81,8 @@ def test_engine_seconds_are_a_cumulative_histogram(tmp_path):
     assert found["restyle_engine_seconds_bucket", "+Inf"] == 2
 
 
-def test_answers_are_counted_by_route_group_and_status(tmp_path):
-    """No path and no id ever becomes a label: what callers send cannot make the numbers grow."""
+def test_responses_are_counted_by_route_group_and_status(tmp_path):
+    """No path or id becomes a label, so that requests cannot create new series."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -106,8 +106,8 @@ def test_answers_are_counted_by_route_group_and_status(tmp_path):
     }
 
 
-def test_the_build_says_what_runs(tmp_path):
-    """Engine, model and safety checker as labels, so that a dashboard can tell a preview from a model."""
+def test_the_build_metric_describes_the_engine(tmp_path):
+    """Engine, model and safety checker are labels."""
 
     async def use():
         async with serving(tmp_path) as session, session.get("/metrics") as response:
@@ -120,8 +120,8 @@ def test_the_build_says_what_runs(tmp_path):
     assert labels["version"]
 
 
-def test_a_reader_who_prefers_openmetrics_gets_it(tmp_path):
-    """Prometheus itself asks so; its own parser is the judge."""
+def test_openmetrics_is_served_on_request(tmp_path):
+    """Prometheus sends this Accept header; its parser validates the response."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -135,8 +135,8 @@ def test_a_reader_who_prefers_openmetrics_gets_it(tmp_path):
     assert {"restyle_requests_accepted", "restyle_engine_seconds", "restyle_http_answers", "restyle_build"} <= names
 
 
-def test_two_servers_in_one_process_do_not_mix(tmp_path):
-    """Each has a registry of its own; and a counter begins where its process does, whatever the store remembers."""
+def test_two_servers_in_one_process_have_separate_metrics(tmp_path):
+    """Each has its own registry, and counters start at 0, whatever the store contains."""
 
     async def use():
         async with serving(tmp_path / "a") as first, serving(tmp_path / "b") as second:

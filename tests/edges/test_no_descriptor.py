@@ -1,4 +1,4 @@
-"""A time in which this process can open nothing, for real: what is done then waits, and is nobody's fault."""
+"""A process that can open nothing for a while, for real: work waits, and nothing fails."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from batch.system.descriptors import Allowance, lacks_descriptor
 from batch.types import Attempt, JobKey, LocalImage, RequestId, Ticket
 from tests.edges.serving import INPUT, SUBMIT, ScriptedEngine, call, completed, result, serving, submit
 from tests.edges.test_images import image_bytes
-from tests.edges.test_webhooks import BODY, Receiver, sender, settled, wishes
+from tests.edges.test_webhooks import BODY, Receiver, options_with, sender, settled
 
 ATTEMPT = Attempt(JobKey("0" * 32), 1, b'{"prompt": "a"}')
 LARGE = bytes(100_000)
@@ -44,7 +44,7 @@ LARGE = bytes(100_000)
 
 @contextmanager
 def none_free(seconds: float | None = None):
-    """In the block nothing can be opened, or only for so many seconds of it; what is open stays so."""
+    """Prevent any opening in the block, or for the given seconds of it; open files stay open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 
     def restore():
@@ -63,7 +63,7 @@ def none_free(seconds: float | None = None):
 
 
 def in_loop(use):
-    """Run `use()`; the threads and modules that it needs are there before nothing can be opened."""
+    """Run `use()`, with its threads and modules ready before the descriptors run out."""
 
     async def main():
         await asyncio.to_thread(int)
@@ -77,7 +77,7 @@ def in_loop(use):
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "no-such-host.invalid"])
 def test_a_submit_is_certainly_not_sent(host):
-    """Nothing can be connected, nor a name looked up: it is sent again later, and is not of unknown outcome."""
+    """Neither a connection nor a DNS look-up is possible: it is sent later, and its outcome is not unknown."""
 
     async def use():
         async with FalClient(Origins.of_server(f"http://{host}:9"), APP_ID) as client:
@@ -91,7 +91,7 @@ def test_a_submit_is_certainly_not_sent(host):
 
 
 def test_reads_and_files_are_tried_again():
-    """However often it was so: neither a status, a result nor a file is given up."""
+    """However often it happens: neither a status, a result nor a file is given up."""
 
     async def use():
         async with FalClient(Origins.of_server("http://127.0.0.1:9"), APP_ID) as client:
@@ -108,7 +108,7 @@ def test_reads_and_files_are_tried_again():
 
 
 def test_an_image_is_not_at_fault(tmp_path):
-    """It can neither be read nor stored; the error says why, so that it is tried again."""
+    """It can neither be read nor stored; the error has the cause, so that it is retried."""
 
     async def use():
         images = ImageFolder(tmp_path, limit_megapixels=100)
@@ -123,7 +123,7 @@ def test_an_image_is_not_at_fault(tmp_path):
 
 
 def test_a_local_image_of_a_manifest_is_no_bad_row(tmp_path):
-    """Planning waits until it can be read."""
+    """Planning waits until the file can be read."""
     for number in range(10):
         Image.new("RGB", (20, 20), (number, 0, 0)).save(tmp_path / f"{number}.png")
     images = SourceImages(tmp_path, 100.0)
@@ -152,7 +152,7 @@ class Refusing:
 
 
 def test_the_journal_waits_for_sqlite(tmp_path):
-    """It says no more than that it cannot open something; the database itself is open."""
+    """SQLite only reports that it cannot open something; the database itself is open."""
     file = JournalDatabase.open(tmp_path / "journal.db", now=1.0, version="1")
     try:
         refusing = file._connection = Refusing(file._connection, 2)
@@ -163,7 +163,7 @@ def test_the_journal_waits_for_sqlite(tmp_path):
 
 
 def test_the_servers_databases_wait_for_sqlite(tmp_path):
-    """Requests and small files: what is written comes to be written."""
+    """Requests and small files are written eventually."""
 
     async def use():
         async with Storage(tmp_path) as storage:
@@ -181,7 +181,7 @@ def test_the_servers_databases_wait_for_sqlite(tmp_path):
 
 
 class LacksOnce(ScriptedEngine):
-    """Finds no descriptor at its first two tries."""
+    """Lacks a descriptor at its first two tries."""
 
     async def generate(self, job, on_step, cancelled):
         if len(self.seen) < 2:
@@ -191,7 +191,7 @@ class LacksOnce(ScriptedEngine):
 
 
 def test_a_request_is_executed_when_there_is_a_descriptor(tmp_path, caplog):
-    """It is not failed, and the log has one line about it."""
+    """It does not fail, and the log has one line about it."""
 
     async def use():
         async with serving(tmp_path, LacksOnce()) as session:
@@ -205,7 +205,7 @@ def test_a_request_is_executed_when_there_is_a_descriptor(tmp_path, caplog):
 
 
 def test_a_request_that_waits_for_a_descriptor_can_be_cancelled(tmp_path):
-    """It is not tried for ever."""
+    """Retrying must not be endless."""
 
     class Lacks(ScriptedEngine):
         async def generate(self, job, on_step, cancelled):
@@ -227,11 +227,11 @@ def test_a_request_that_waits_for_a_descriptor_can_be_cancelled(tmp_path):
 
 
 def test_large_files_wait_on_their_way_in_and_out(tmp_path):
-    """An upload is no 503, a download no 404."""
+    """An upload does not become a 503, nor a download a 404."""
 
     async def use():
         async with serving(tmp_path) as session:
-            await call(session, "GET", "/health")  # a connection that stays open
+            await call(session, "GET", "/health")  # keeps a connection open
             with none_free(0.4):
                 _, _, body = await call(session, "POST", "/files/upload", data=LARGE)
             url = body["access_url"]
@@ -244,7 +244,7 @@ def test_large_files_wait_on_their_way_in_and_out(tmp_path):
 
 
 def test_a_call_that_finds_no_descriptor_may_come_again(tmp_path, monkeypatch, caplog):
-    """429, which every client repeats and which says for certain that nothing was accepted; neither 500 nor a trace."""
+    """429, which every client retries and which proves that nothing was accepted; neither 500 nor a traceback."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -267,17 +267,17 @@ def test_another_server_is_not_called_unreachable(url):
     """Neither for a connection nor for a look-up: the source image of a request is not at fault."""
 
     async def use():
-        async with SafeHttpClient(private_too) as guard:
+        async with SafeHttpClient(private_too) as client:
             await asyncio.get_running_loop().getaddrinfo("localhost", 80)
             with none_free(), pytest.raises(OSError, match="descriptor") as caught:
-                await guard.fetch(url, FetchLimits(1000, 5.0))
+                await client.fetch(url, FetchLimits(1000, 5.0))
             assert lacks_descriptor(caught.value)
 
     in_loop(use)
 
 
 def test_waiting_for_a_connection_is_not_part_of_a_fetchs_time():
-    """A small machine makes few requests at once; those that wait are not late."""
+    """A small machine allows few concurrent requests; the time in the queue does not count."""
 
     async def use():
         async def handle(reader, writer):
@@ -289,31 +289,31 @@ def test_waiting_for_a_connection_is_not_part_of_a_fetchs_time():
 
         async with (
             await asyncio.start_server(handle, "127.0.0.1", 0) as server,
-            SafeHttpClient(private_too, limit=2) as guard,
+            SafeHttpClient(private_too, limit=2) as client,
         ):
             url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
-            found = await asyncio.gather(*(guard.fetch(url, FetchLimits(10, 0.8)) for _ in range(12)))
+            found = await asyncio.gather(*(client.fetch(url, FetchLimits(10, 0.8)) for _ in range(12)))
         assert found == [b"x"] * 12
 
     in_loop(use)
 
 
 def test_a_webhook_is_sent_when_there_is_a_descriptor(tmp_path, monkeypatch):
-    """What was no try is not counted as one: it does not wait for hours after the tenth."""
+    """A try that could not start does not count: the webhook does not wait for hours after the tenth."""
     post, times = SafeHttpClient.post, 10
 
-    async def lacking(guard, *arguments):
+    async def lacking(client, *arguments):
         nonlocal times
         if times:
             times -= 1
             raise OSError(errno.EMFILE, "no descriptor is free")
-        return await post(guard, *arguments)
+        return await post(client, *arguments)
 
     monkeypatch.setattr(SafeHttpClient, "post", lacking)
 
     async def use():
         async with Receiver() as receiver, sender(tmp_path, chance=lambda: 1.0, disk_seconds=0.01) as (service, store):
-            await service.submit(APP_ID, BODY, wishes(receiver.url))
+            await service.submit(APP_ID, BODY, options_with(receiver.url))
             await receiver.got(1)
             await settled(store)
 
@@ -322,7 +322,7 @@ def test_a_webhook_is_sent_when_there_is_a_descriptor(tmp_path, monkeypatch):
 
 
 def test_an_endpoint_that_died_is_replaced_when_there_is_a_descriptor(tmp_path):
-    """Its pipes need some."""
+    """Its pipes need descriptors."""
 
     async def use():
         async with embedded_endpoint(tmp_path, "echo", None, 0.0) as endpoint:
@@ -336,7 +336,7 @@ def test_an_endpoint_that_died_is_replaced_when_there_is_a_descriptor(tmp_path):
 
 
 def test_a_worker_process_that_cannot_be_started_is_no_failure_of_its_job():
-    """The error says why, so that the job is tried again; its place is free then."""
+    """The error has the cause, so that the job is retried; its slot is free then."""
 
     async def use():
         async with WorkerPool("batch.server.engines.preview.renderer:open_renderer", size=2) as pool:
@@ -350,7 +350,7 @@ def test_a_worker_process_that_cannot_be_started_is_no_failure_of_its_job():
 
 
 def test_connections_that_wait_for_an_end_leave_room_for_the_others(tmp_path, monkeypatch):
-    """Streams and direct calls take at most three quarters; further ones are told so, and a submit is answered."""
+    """Streams and direct calls take at most three quarters; further ones are refused, and a submit is answered."""
     monkeypatch.setattr(serve_module, "allowance", lambda: Allowance(80, 80, 40))
 
     async def use():

@@ -1,4 +1,4 @@
-"""`/openapi.json` against the running server: schemathesis makes the calls, thousands with RESTYLE_SOAK=1."""
+"""`/openapi.json` against a running server, with calls by schemathesis, thousands with RESTYLE_SOAK=1."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ CHECKS = [
     response_headers_conformance,
     response_schema_conformance,
 ]
-"""What the server promises. It accepts more than the schema says: an input is judged when it is executed, as on fal."""
+"""Checks of responses only: a submit accepts more than the schema, because inputs are validated on execution."""
 UNDESCRIBED = re.compile(r"/$|/page|/static|/metrics|/api/fal/proxy|/\{path\}|/v1/\{path\}|/run/\{app\}")
-"""Pages for people and machines that are no part of the API, what stands for other routes, what catches the rest."""
+"""Routes outside of the API: the page, metrics, aliases and fallbacks."""
 
 
 URL_LIMIT = 8000
@@ -52,7 +52,7 @@ def run(coroutine):
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
-    """A real server process with the echo engine."""
+    """Run a server process with the echo engine."""
     command = [sys.executable, "-m", "batch.server", "--engine", "echo", "--with-parent", "--data-dir"]
     folder = tmp_path_factory.mktemp("endpoint")
     with (
@@ -75,15 +75,15 @@ def url(tmp_path_factory):
     suppress_health_check=list(HealthCheck),
 )
 @pytest.mark.timeout(1800 if SOAK else 120)
-def test_the_server_does_what_its_schema_says(case, url):
-    """No 5xx, no status, content type, header or body that is not described."""
+def test_the_server_conforms_to_its_schema(case, url):
+    """No 5xx, and no undocumented status, content type, header or body."""
     if len(requests.Request(**case.as_transport_kwargs(base_url=url)).prepare().url) > URL_LIMIT:
-        return  # refused by the HTTP library, before any route
+        return  # rejected by the HTTP library before routing
     case.call_and_validate(base_url=url, checks=CHECKS, timeout=30)
 
 
-def test_the_schemas_are_schemas():
-    """Each is JSON Schema; every reference leads somewhere; input and output are the endpoint's own."""
+def test_the_schemas_are_valid():
+    """Each is a valid JSON Schema; all references resolve; input and output are the endpoint's models."""
     schemas = DOCUMENT["components"]["schemas"]
     for schema in schemas.values():
         jsonschema.Draft202012Validator.check_schema(schema)
@@ -99,8 +99,8 @@ def operations(item):
     return {method: one for method, one in item.items() if method in {"get", "post", "put", "delete", "head"}}
 
 
-def test_every_route_is_described_and_nothing_else(tmp_path, monkeypatch):
-    """A route that is added has to be told; queue paths are one route that reads them itself."""
+def test_exactly_the_routes_are_documented(tmp_path, monkeypatch):
+    """Every new route must be documented; queue paths are one route that parses them."""
     made, original = [], app_module.web.Application
     monkeypatch.setattr(app_module.web, "Application", lambda **given: made.append(original(**given)) or made[-1])
 
@@ -125,8 +125,8 @@ def test_every_route_is_described_and_nothing_else(tmp_path, monkeypatch):
     assert routes == described
 
 
-def test_a_number_that_json_cannot_write_again_is_told_as_an_error(tmp_path):
-    """It was the end of a whole server once: the error repeats what was sent."""
+def test_a_number_that_json_cannot_represent_is_an_error(tmp_path):
+    """The error repeats the input; such a number once crashed the server."""
 
     async def use():
         body = b'{"image_url": "x", "prompt": "y", "seed": %s}'

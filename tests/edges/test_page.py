@@ -1,4 +1,4 @@
-"""The page over HTTP, without a browser: what it may load, what it tells, and to whom."""
+"""The web page over HTTP, without a browser: security headers, content and access."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ async def text(session, path, **options):
 
 
 async def requests(session, **options):
-    """What the page would list."""
+    """Return the requests that the page lists."""
     status, _, body = await call(session, "GET", "/page/state", **options)
     assert status == 200, body
     return body["requests"]
 
 
 @pytest.mark.parametrize("path", ["/", "/static/page.js", "/page/state"])
-def test_browsers_are_told_to_refuse_whatever_is_not_ours(tmp_path, path):
-    """No inline script or style, no other origin, no frame, no guessing of types, no referrer."""
+def test_security_headers_forbid_foreign_content(tmp_path, path):
+    """No inline script or style, no other origin, no frame, no MIME sniffing, no referrer."""
 
     async def use():
         async with serving(tmp_path) as session, session.get(path) as response:
@@ -52,7 +52,7 @@ def test_browsers_are_told_to_refuse_whatever_is_not_ours(tmp_path, path):
 
 
 def test_the_page_needs_nothing_but_its_own_files(tmp_path):
-    """Each file that the page or a script of it names is there; nothing names another host, or stands inline."""
+    """Each file that the page or its scripts reference exists; there is no other host and no inline code."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -70,8 +70,8 @@ def test_the_page_needs_nothing_but_its_own_files(tmp_path):
     assert re.findall(r"(?:src|href|url\()=?\"?https?:", page + files["page.css"][1]) == []
 
 
-def test_files_are_sent_once(tmp_path):
-    """A browser that has them asks with the ETag and gets 304 with no body."""
+def test_unchanged_files_are_not_sent_again(tmp_path):
+    """A request with the ETag returns 304 without a body."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -88,8 +88,8 @@ def test_files_are_sent_once(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["nothing.js", "..%2froutes.py", "%2fetc%2fpasswd", "page.html"])
-def test_only_the_named_files_are_served(tmp_path, name):
-    """No path leads to anything else on the disk."""
+def test_only_the_page_s_files_are_served(tmp_path, name):
+    """No path reaches other files on the disk."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -98,8 +98,8 @@ def test_only_the_named_files_are_served(tmp_path, name):
     assert run(use()) == 404
 
 
-def test_what_an_engine_says_of_itself_is_text(tmp_path):
-    """Names of models come from files that somebody else wrote."""
+def test_names_from_the_engine_are_escaped(tmp_path):
+    """Model names are untrusted and are escaped."""
 
     class Named(ScriptedEngine):
         def info(self):
@@ -120,8 +120,8 @@ def test_what_an_engine_says_of_itself_is_text(tmp_path):
 @pytest.mark.parametrize(
     ("site", "status"), [("cross-site", 403), ("same-site", 403), ("same-origin", 200), ("none", 200)]
 )
-def test_another_site_in_the_same_browser_learns_nothing(tmp_path, site, status):
-    """Without keys the server trusts its machine, but not every page that is open on it."""
+def test_another_site_cannot_read_the_state(tmp_path, site, status):
+    """Without keys, the server trusts its machine, but not every page open in its browser."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -131,7 +131,7 @@ def test_another_site_in_the_same_browser_learns_nothing(tmp_path, site, status)
 
 
 def test_the_state_follows_a_request_from_the_queue_to_its_end(tmp_path):
-    """Waiting with its place, running, done with its image and seed; the newest one first."""
+    """Waiting with its position, running, done with image and seed; newest first."""
 
     async def use():
         engine = ScriptedEngine(slots=1)
@@ -158,8 +158,8 @@ def test_the_state_follows_a_request_from_the_queue_to_its_end(tmp_path):
     assert (state["finished"], state["failed"], state["waiting"], state["running"]) == (3, 0, 0, 0)
 
 
-def test_of_a_long_queue_its_head_is_shown_and_its_newest(tmp_path):
-    """Where something happens, and what was just sent; in a bounded list."""
+def test_a_long_queue_shows_its_head_and_its_newest_requests(tmp_path):
+    """The list is bounded, with the head of the queue and the newest requests."""
 
     async def use():
         async with serving(tmp_path, ScriptedEngine(slots=1)) as session:
@@ -177,7 +177,7 @@ def test_of_a_long_queue_its_head_is_shown_and_its_newest(tmp_path):
 
 
 def test_the_list_survives_a_restart(tmp_path):
-    """It is the store's: nothing is kept for the page alone."""
+    """The list is read from the store."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -189,8 +189,8 @@ def test_the_list_survives_a_restart(tmp_path):
     assert (one["prompt"], one["state"]) == ("from before", "done")
 
 
-def test_everybody_sees_his_own_requests_and_no_others(tmp_path):
-    """With keys the page itself is open, and what it shows of requests needs one."""
+def test_owners_see_only_their_own_requests(tmp_path):
+    """With keys, the page is public, and its state requires a key."""
     keys = Keys(tuple(Key(name, hashlib.sha256(name.encode()).digest()) for name in ("ann", "bob")))
     ann, bob = ({"authorization": f"Key {name}:{name}"} for name in ("ann", "bob"))
 

@@ -1,4 +1,4 @@
-"""The platform API over real HTTP, from the server's own store."""
+"""The platform API over real HTTP."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run(coroutine):
 
 
 async def listed(session, **query):
-    """The items of one page, and the page."""
+    """Return the items of one page, and the page."""
     status, _, body = await call(session, "GET", LISTING, params={**HERE, **query})
     assert status == 200, body
     return body["items"], body
@@ -45,11 +45,11 @@ def faults(tmp_path, text):
     return path
 
 
-# --- what is listed ---------------------------------------------------------------------------------------
+# --- the listing ------------------------------------------------------------------------------------------
 
 
-def test_requests_are_listed_newest_end_first_with_their_payloads(tmp_path):
-    """Input as submitted, output with URLs, an error's body too; no payloads unless they are asked for."""
+def test_requests_are_listed_by_their_end_with_payloads(tmp_path):
+    """Input as submitted, output with URLs or the body of an error; no payloads by default."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -70,8 +70,8 @@ def test_requests_are_listed_newest_end_first_with_their_payloads(tmp_path):
     run(use())
 
 
-def test_an_input_that_carried_its_image_is_listed_as_it_was_submitted(tmp_path):
-    """The data URI comes back byte for byte; images beyond a page's share stand as URLs that answer them."""
+def test_an_embedded_image_is_listed_as_submitted(tmp_path):
+    """The data URI is identical; images beyond the page's limit are URLs that work."""
     images = [Random(n).randbytes(size) for n, size in enumerate((300, 200_000))]
     uris = [f"data:image/png;base64,{base64.b64encode(one).decode()}" for one in images]
 
@@ -90,8 +90,8 @@ def test_an_input_that_carried_its_image_is_listed_as_it_was_submitted(tmp_path)
     run(use())
 
 
-def test_a_caller_who_wants_nothing_kept_is_listed_without_payloads(tmp_path):
-    """`X-Fal-Store-IO: 0`: such a submit can be listed, and not recognised."""
+def test_a_request_with_store_io_0_is_listed_without_payloads(tmp_path):
+    """`X-Fal-Store-IO: 0`: the request is listed without input and output."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -102,8 +102,8 @@ def test_a_caller_who_wants_nothing_kept_is_listed_without_payloads(tmp_path):
     run(use())
 
 
-def test_what_is_answered_inline_and_what_is_huge_is_not_kept_in_the_listing(tmp_path):
-    """`sync_mode` results and very large bodies, as on fal; the request itself is listed."""
+def test_inline_and_large_payloads_are_not_listed(tmp_path):
+    """`sync_mode` results and very large bodies are omitted, as on fal; the request is listed."""
 
     async def use():
         async with serving(tmp_path, limits=ServerLimits(listed_bytes=1000)) as session:
@@ -116,8 +116,8 @@ def test_what_is_answered_inline_and_what_is_huge_is_not_kept_in_the_listing(tmp
     run(use())
 
 
-def test_a_request_that_was_cancelled_before_it_started_is_a_user_error(tmp_path):
-    """499; it shows its end as its start, since the shape demands one."""
+def test_a_request_cancelled_before_its_start_is_a_user_error(tmp_path):
+    """Its status is 499, and `started_at`, which is required, equals `ended_at`."""
 
     async def use():
         engine = ScriptedEngine(slots=1)
@@ -135,8 +135,8 @@ def test_a_request_that_was_cancelled_before_it_started_is_a_user_error(tmp_path
 
 
 @pytest.mark.parametrize(("status", "prompts"), [("success", ["a cat"]), ("error", ["boom"]), ("user_error", ["fail"])])
-def test_the_status_filter_tells_whose_fault_it_was(tmp_path, status, prompts):
-    """2xx, 5xx and 4xx."""
+def test_the_status_filter_selects_by_outcome(tmp_path, status, prompts):
+    """`success` is 2xx, `error` 5xx, `user_error` 4xx."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -148,8 +148,8 @@ def test_the_status_filter_tells_whose_fault_it_was(tmp_path, status, prompts):
     run(use())
 
 
-def test_a_window_is_of_the_instants_of_the_submits_and_its_end_is_exclusive(tmp_path):
-    """Default: the last day. One request id widens it, and finds it in whatever case it is written."""
+def test_a_window_selects_by_submit_and_its_end_is_exclusive(tmp_path):
+    """The default is the last day. A request id, in any case, extends it."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -160,7 +160,7 @@ def test_a_window_is_of_the_instants_of_the_submits_and_its_end_is_exclusive(tmp
             second = await submit(session)
             await completed(session, second)
             iso = lambda at: at.isoformat()  # noqa: E731
-            # What is listed is rounded to microseconds: a window is judged a few of them away.
+            # Listed times are rounded to microseconds, so that the windows keep a margin.
             assert ids((await listed(session, end=iso(sent - timedelta(microseconds=5))))[0]) == []
             assert ids((await listed(session, end=iso(sent + timedelta(microseconds=5))))[0]) == [first]
             assert ids((await listed(session, start=iso(sent + timedelta(microseconds=5))))[0]) == [second]
@@ -173,8 +173,8 @@ def test_a_window_is_of_the_instants_of_the_submits_and_its_end_is_exclusive(tmp
     run(use())
 
 
-def test_pages_hold_everything_once_in_order(tmp_path):
-    """Cursors are page numbers; the last page says so; the longest request first where that is asked."""
+def test_pages_contain_every_request_once_in_order(tmp_path):
+    """Cursors are page numbers; the last page has none; `sort_by=duration` lists the longest request first."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -201,8 +201,8 @@ def test_pages_hold_everything_once_in_order(tmp_path):
     run(use())
 
 
-def test_the_listing_outlives_the_server(tmp_path):
-    """It is read from disk."""
+def test_the_listing_survives_a_restart(tmp_path):
+    """The listing is read from disk."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -214,8 +214,8 @@ def test_the_listing_outlives_the_server(tmp_path):
     run(use())
 
 
-def test_nobody_sees_what_another_key_asked_for_or_paid(tmp_path):
-    """Listing, by id too, billing events and averages are of the caller's own requests."""
+def test_requests_and_charges_are_separate_per_owner(tmp_path):
+    """Listing, also by id, billing events and averages contain the owner's requests only."""
     names = ("alice", "bob")
     keys = Keys(tuple(Key(name, hashlib.sha256(name.encode()).digest()) for name in names))
     headers = {name: {"authorization": f"Key {name}:{name}"} for name in names}
@@ -243,11 +243,11 @@ def test_nobody_sees_what_another_key_asked_for_or_paid(tmp_path):
     run(use())
 
 
-# --- what fal does not say --------------------------------------------------------------------------------
+# --- behaviour that fal does not document -----------------------------------------------------------------
 
 
-def test_what_has_not_ended_is_not_listed_unless_the_faults_file_says_so(tmp_path):
-    """How fal behaves is not known, so that both can be rehearsed: absent, or there without an end."""
+def test_unfinished_requests_are_listed_only_with_a_faults_file(tmp_path):
+    """Both variants can be tested, because fal's is unknown: missing, or listed without an end."""
 
     async def use(rules):
         engine = ScriptedEngine(slots=1)
@@ -270,8 +270,8 @@ def test_what_has_not_ended_is_not_listed_unless_the_faults_file_says_so(tmp_pat
 
 
 @pytest.mark.parametrize("waiting", ["true", "false"])
-def test_a_listing_that_lags_knows_nothing_of_late_events(tmp_path, waiting):
-    """Neither ends nor submits of the last hour."""
+def test_a_lagging_listing_omits_recent_events(tmp_path, waiting):
+    """Submits and ends of the last hour are not listed."""
 
     async def use():
         rules = faults(tmp_path, f"[listing]\nlag = 3600\nshow_waiting = {waiting}")
@@ -282,8 +282,8 @@ def test_a_listing_that_lags_knows_nothing_of_late_events(tmp_path, waiting):
     run(use())
 
 
-def test_the_window_can_mean_the_ends_instead(tmp_path):
-    """`window = "ended_at"`: a request that waited through the window of its submit is not found in it."""
+def test_the_window_can_select_by_end(tmp_path):
+    """`window = "ended_at"`: a request is listed in the window of its end, not of its submit."""
 
     async def use():
         engine = ScriptedEngine(slots=1)
@@ -302,8 +302,8 @@ def test_the_window_can_mean_the_ends_instead(tmp_path):
 # --- money ------------------------------------------------------------------------------------------------
 
 
-def test_charges_are_the_true_units_at_the_price_of_the_server(tmp_path):
-    """Only what made images costs something; filters by request and endpoint; pages."""
+def test_charges_are_the_measured_units_at_the_server_s_price(tmp_path):
+    """Only requests with images are charged; filters by request and endpoint; paging."""
 
     async def use(**options):
         async with serving(tmp_path, **options) as session:
@@ -329,8 +329,8 @@ def test_charges_are_the_true_units_at_the_price_of_the_server(tmp_path):
 BILLS = "/v1/models/billing-events"
 
 
-def test_tagged_charges_show_and_filter_the_tags_of_their_requests(tmp_path):
-    """Keys are joined with "and", values of one key with "or"; they outlive a restart; the plain feed has none."""
+def test_tagged_charges_contain_and_filter_tags(tmp_path):
+    """Keys combine with "and", values of a key with "or"; tags survive a restart; `source=billed` omits them."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -369,8 +369,8 @@ def test_tagged_charges_show_and_filter_the_tags_of_their_requests(tmp_path):
     run(use())
 
 
-def test_price_and_estimates_are_those_of_the_one_endpoint(tmp_path):
-    """An unknown endpoint is 404; calls cost what calls have cost, a megapixel where there were none."""
+def test_prices_and_estimates_of_the_endpoint(tmp_path):
+    """An unknown endpoint is 404; calls cost the average of earlier calls, or one megapixel without any."""
 
     async def use():
         async with serving(tmp_path, price_usd=0.04) as session:
@@ -410,8 +410,8 @@ def test_price_and_estimates_are_those_of_the_one_endpoint(tmp_path):
         ("POST", "/v1/anything", 404, "not_found"),
     ],
 )
-def test_every_refusal_has_the_platform_s_shape(tmp_path, method, path, status, kind):
-    """`{"error": {type, message, request_id}}`, JSON, and nothing is submitted by a path below /v1."""
+def test_every_error_has_the_platform_s_format(tmp_path, method, path, status, kind):
+    """JSON `{"error": {type, message, request_id}}`; no path below /v1 is a submit."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -423,11 +423,11 @@ def test_every_refusal_has_the_platform_s_shape(tmp_path, method, path, status, 
     run(use())
 
 
-# --- with our own client ----------------------------------------------------------------------------------
+# --- restyle's client -------------------------------------------------------------------------------------
 
 
-def test_our_client_finds_a_submit_whose_answer_was_lost(tmp_path):
-    """The way of a reconciliation: the connection dies after the acceptance, the listing shows the input."""
+def test_the_client_finds_a_submit_with_a_lost_response(tmp_path):
+    """As in a reconciliation: the connection breaks after the acceptance, and the listing shows the input."""
 
     async def use():
         rules = faults(tmp_path, '[[fault]]\nat = "submit"\ndo = "drop-after-accept"\nfirst = 1')
@@ -437,7 +437,7 @@ def test_our_client_finds_a_submit_whose_answer_was_lost(tmp_path):
                 await session.post(SUBMIT, data=orjson.dumps({**INPUT, "seed": 77}))
             async with FalClient(Origins.of_server(str(session._base_url)), APP_ID) as client:
                 page = await client.listing(before, before + 60, None)
-                while not page.items:  # it is listed when it has ended
+                while not page.items:  # it is listed after it has ended
                     page = await client.listing(before, before + 60, None)
             (item,) = page.items
             assert item.input == {**INPUT, "seed": 77}

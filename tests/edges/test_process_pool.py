@@ -1,4 +1,4 @@
-"""Worker processes: real ones, killed for real."""
+"""The process pool, with real processes and real kills."""
 
 import collections
 import io
@@ -23,7 +23,7 @@ from batch.server.engines.process_pool import WorkerPool
 pytestmark = pytest.mark.anyio
 
 RENDERER = '''
-"""A renderer that does what the prompt says, a JSON list."""
+"""A renderer that executes its prompt: a JSON list of a method name and arguments."""
 import json, os, pathlib, signal, time
 from batch.server.engines.base import EngineCancelled, EngineFailure, EngineImage, EngineResult, NotReady
 
@@ -32,10 +32,10 @@ class Renderer:
         self.greeting = greeting
 
     def render(self, job, on_step, cancelled):
-        order, *rest = json.loads(job.input.prompt)
-        said = getattr(self, order)(job, on_step, cancelled, *rest)
+        method, *arguments = json.loads(job.input.prompt)
+        reply = getattr(self, method)(job, on_step, cancelled, *arguments)
         image = EngineImage(job.source or b"", "image/png", 1, 1)
-        return EngineResult((image,), job.seed, (), {"inference": 0.5}, json.dumps([os.getpid(), said]))
+        return EngineResult((image,), job.seed, (), {"inference": 0.5}, json.dumps([os.getpid(), reply]))
 
     def greet(self, job, on_step, cancelled):
         return self.greeting
@@ -69,13 +69,13 @@ class Renderer:
     def refuse(self, job, on_step, cancelled):
         raise EngineFailure(422, "image_too_small", "too small: 3 px", ctx={"min_width": 16})
 
-    def stumble(self, job, on_step, cancelled):
-        raise ZeroDivisionError("a defect")
+    def raise_bug(self, job, on_step, cancelled):
+        raise ZeroDivisionError("a bug")
 
     def get_ready(self, job, on_step, cancelled, folder):
         pathlib.Path(folder, self.greeting).touch()
         if self.greeting == "lost":
-            raise NotReady("the device is lost; see to it")
+            raise NotReady("the device is lost; replace it")
 
     def chatter(self, job, on_step, cancelled):
         print("a library that prints", flush=True)
@@ -92,13 +92,13 @@ REFERENCE = "renderer_for_tests:open_renderer"
 
 @pytest.fixture(params=[False, True], ids=["asyncio", "uvloop"])
 def anyio_backend(request):
-    """The two loops that the server may run on."""
+    """The two event loops that the server supports."""
     return "asyncio", {"use_uvloop": request.param}
 
 
 @pytest.fixture(autouse=True)
 def renderer(tmp_path, monkeypatch):
-    """A module that the workers can import because we can."""
+    """A module on this process's import path, which the workers inherit."""
     folder = tmp_path / "modules"
     folder.mkdir()
     (folder / "renderer_for_tests.py").write_text(RENDERER)
@@ -106,19 +106,19 @@ def renderer(tmp_path, monkeypatch):
     return folder
 
 
-def job(*order, source=None):
-    asked = ImageToImageInput(image_url="http://example.test/", prompt=json.dumps(order), seed=9)
+def job(*call, source=None):
+    asked = ImageToImageInput(image_url="http://example.test/", prompt=json.dumps(call), seed=9)
     return EngineJob("r1", asked, source)
 
 
-async def run(pool, *order, on_step=lambda *_: None, cancelled=lambda: False, source=None):
-    """Process id and answer of one job."""
-    result = await pool.run(job(*order, source=source), on_step, cancelled)
+async def run(pool, *call, on_step=lambda *_: None, cancelled=lambda: False, source=None):
+    """Run one job and return the worker's process id and the method's reply."""
+    result = await pool.run(job(*call, source=source), on_step, cancelled)
     return tuple(json.loads(result.prompt))
 
 
 def ended(pid, within=20.0):
-    """Whether a process that may be nobody's child ends in time; waits on the kernel, not on a clock."""
+    """Return whether a process, possibly not a child, ends in time. Waits with pidfd, without polling."""
     try:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -130,7 +130,7 @@ def ended(pid, within=20.0):
 
 
 async def test_result_and_steps_come_back():
-    """A job's steps are told while it runs, its result is whole."""
+    """The steps of a job arrive while it runs; its result arrives complete."""
     steps = []
     async with WorkerPool(REFERENCE, size=1) as pool:
         result = await pool.run(job("count", 3), lambda *step: steps.append(step), lambda: False)
@@ -139,18 +139,18 @@ async def test_result_and_steps_come_back():
 
 
 async def test_arguments_reach_the_renderer():
-    """What the engine was configured with is what its renderer is made with."""
+    """The renderer is created with the pool's arguments."""
     async with WorkerPool(REFERENCE, {"greeting": "good day"}, size=1) as pool:
         assert (await run(pool, "greet"))[1] == "good day"
 
 
-async def test_each_place_has_its_own_arguments_and_keeps_them(tmp_path):
-    """One process a set of arguments; the one that replaces a killed one gets those that it had."""
+async def test_each_slot_has_its_own_arguments_and_keeps_them(tmp_path):
+    """Each process gets one entry of the list; the replacement of a killed process gets the same entry."""
     async with WorkerPool(REFERENCE, [{"greeting": "first"}, {"greeting": "second"}]) as pool:
         assert pool.size == 2
 
         async def by_greeting():
-            """Two at once, so that both places answer."""
+            """Run two jobs at once, so that both slots reply."""
             meeting = tmp_path / str(len(list(tmp_path.iterdir())))
             meeting.mkdir()
             pids = []
@@ -173,8 +173,8 @@ async def test_each_place_has_its_own_arguments_and_keeps_them(tmp_path):
     assert after["second"] != before["second"]
 
 
-async def test_preparing_reaches_every_place(tmp_path):
-    """Each process executes the job once, before any other."""
+async def test_prepare_runs_in_every_slot(tmp_path):
+    """Each process executes the job once."""
     async with WorkerPool(REFERENCE, [{"greeting": "first"}, {"greeting": "second"}]) as pool:
         seen = tmp_path / "seen"
         seen.mkdir()
@@ -183,17 +183,17 @@ async def test_preparing_reaches_every_place(tmp_path):
         assert pool.statistics() == (2, 0, 2, 0)
 
 
-async def test_a_place_that_cannot_get_ready_is_told_at_once(tmp_path):
-    """With its own words; the others end with the pool."""
+async def test_prepare_raises_the_error_of_a_slot_that_is_not_ready(tmp_path):
+    """The original message is kept."""
     async with WorkerPool(REFERENCE, [{"greeting": "fine"}, {"greeting": "lost"}]) as pool:
-        with pytest.raises(NotReady, match=r"^the device is lost; see to it$") as caught:
+        with pytest.raises(NotReady, match=r"^the device is lost; replace it$") as caught:
             await pool.prepare(job("get_ready", str(tmp_path)))
     assert (caught.value.status, caught.value.type, caught.value.retryable) == (500, "internal_server_error", True)
 
 
-async def test_a_place_that_cannot_get_ready_rests_ever_longer(tmp_path):
-    """Its process is ended, and a new one is started there only after a pause that doubles; a success ends that."""
-    async with WorkerPool(REFERENCE, [{"greeting": "lost"}], first_rest=0.2) as pool:
+async def test_a_slot_that_is_not_ready_backs_off_exponentially(tmp_path):
+    """Its process ends; the next one starts after a backoff that doubles each time and that a success resets."""
+    async with WorkerPool(REFERENCE, [{"greeting": "lost"}], first_backoff=0.2) as pool:
         began = anyio.current_time()
         for started in (1, 2, 3):
             with pytest.raises(NotReady):
@@ -206,21 +206,21 @@ async def test_a_place_that_cannot_get_ready_rests_ever_longer(tmp_path):
             await pool.run(job("get_ready", str(tmp_path)), lambda *_: None, lambda: False)
         again = anyio.current_time()
         assert (await run(pool, "greet"))[1] == "lost"
-        assert 0.2 <= anyio.current_time() - again < 1.6, "it began anew with the shortest"
+        assert 0.2 <= anyio.current_time() - again < 1.6, "the success must reset the backoff"
 
 
-async def test_a_resting_place_does_not_hold_up_the_others(tmp_path):
-    """While one rests for an hour, every job goes to the other."""
-    places = [{"greeting": "lost"}, {"greeting": "fine"}]
-    async with WorkerPool(REFERENCE, places, first_rest=3600, longest_rest=3600) as pool:
+async def test_a_slot_in_backoff_does_not_block_the_others(tmp_path):
+    """While one slot backs off for an hour, every job goes to the other."""
+    slots = [{"greeting": "lost"}, {"greeting": "fine"}]
+    async with WorkerPool(REFERENCE, slots, first_backoff=3600, longest_backoff=3600) as pool:
         with pytest.raises(NotReady):
             await pool.prepare(job("get_ready", str(tmp_path)))
         for _ in range(5):
             assert (await run(pool, "greet"))[1] == "fine"
 
 
-async def test_jobs_run_side_by_side_in_processes_of_their_own(tmp_path):
-    """Three jobs that wait for each other end only if three processes run them at once."""
+async def test_jobs_run_concurrently_in_separate_processes(tmp_path):
+    """Three jobs that wait for each other end only if three processes run them concurrently."""
     meeting = tmp_path / "meeting"
     meeting.mkdir()
     async with WorkerPool(REFERENCE, size=3) as pool, anyio.create_task_group() as tasks:
@@ -229,8 +229,8 @@ async def test_jobs_run_side_by_side_in_processes_of_their_own(tmp_path):
     assert len(list(meeting.iterdir())) == 3
 
 
-async def test_no_more_processes_than_size_and_none_before_it_is_needed():
-    """One job after another needs one process; ten at once get two."""
+async def test_processes_start_on_demand_up_to_the_size():
+    """Sequential jobs need one process; ten concurrent jobs get two."""
     async with WorkerPool(REFERENCE, size=2) as pool:
         for _ in range(3):
             await run(pool, "greet")
@@ -242,8 +242,8 @@ async def test_no_more_processes_than_size_and_none_before_it_is_needed():
         assert len(pool.pids()) == 2
 
 
-async def test_worker_that_dies_costs_its_one_job_only(tmp_path):
-    """A kill -9 raises WorkerCrashed for that job; its neighbour ends well, the next one finds a new process."""
+async def test_a_worker_crash_fails_only_its_own_job(tmp_path):
+    """After kill -9 that job raises WorkerCrashed, a concurrent job completes, and the next job gets a new process."""
     crashed = []
     meeting = tmp_path / "meeting"
     meeting.mkdir()
@@ -268,11 +268,11 @@ async def test_worker_that_dies_costs_its_one_job_only(tmp_path):
         assert (await run(pool, "greet"))[1] == "hello"
         assert pool.statistics().crashed == 2
         assert pool.statistics().busy == 0
-    assert "may be tried again" in crashed[0]
+    assert "can be retried" in crashed[0]
 
 
 async def test_idle_worker_that_was_killed_is_replaced():
-    """A death between two jobs costs no job, once it is noticed."""
+    """A process that died between two jobs is replaced before the next job."""
     async with WorkerPool(REFERENCE, size=1) as pool:
         first, _ = await run(pool, "greet")
         os.kill(first, signal.SIGKILL)
@@ -284,7 +284,7 @@ async def test_idle_worker_that_was_killed_is_replaced():
 
 
 async def test_model_error_comes_back_as_it_was():
-    """Status, type, message, place and limits survive the pipe; the process goes on."""
+    """Status, type, message, location and limits survive the pipe; the process continues."""
     async with WorkerPool(REFERENCE, size=1) as pool:
         before, _ = await run(pool, "greet")
         with pytest.raises(EngineFailure, match="too small: 3 px") as caught:
@@ -295,20 +295,20 @@ async def test_model_error_comes_back_as_it_was():
         assert (await run(pool, "greet"))[0] == before
 
 
-async def test_defect_in_one_job_leaves_the_process_alive(capfd):
-    """It is a 500 for that job, with its trace on stderr and not in the message."""
+async def test_a_bug_in_one_job_keeps_the_process_alive(capfd):
+    """That job gets a 500; the traceback goes to stderr, not into the message."""
     async with WorkerPool(REFERENCE, size=1) as pool:
         before, _ = await run(pool, "greet")
         with pytest.raises(EngineFailure) as caught:
-            await run(pool, "stumble")
+            await run(pool, "raise_bug")
         assert (caught.value.status, caught.value.type) == (500, "internal_server_error")
-        assert str(caught.value) == "the engine failed: ZeroDivisionError: a defect"
+        assert "ZeroDivisionError: a bug" in str(caught.value)
         assert (await run(pool, "greet"))[0] == before
     assert "Traceback" in capfd.readouterr().err
 
 
 async def test_stop_reaches_the_worker_between_steps():
-    """Once cancelled() is true the job ends with EngineCancelled, and the process is kept."""
+    """When cancelled() returns true the job raises EngineCancelled; the process continues."""
     seen = []
     async with WorkerPool(REFERENCE, size=1) as pool:
         with pytest.raises(EngineCancelled):
@@ -324,7 +324,7 @@ async def test_stop_reaches_the_worker_between_steps():
 
 
 async def test_job_cancelled_before_it_starts_is_not_sent():
-    """No process is bothered with it."""
+    """The worker never receives it."""
     async with WorkerPool(REFERENCE, size=1) as pool:
         with pytest.raises(EngineCancelled):
             await run(pool, "die", cancelled=lambda: True)
@@ -332,7 +332,7 @@ async def test_job_cancelled_before_it_starts_is_not_sent():
 
 
 async def test_cancelled_task_frees_its_worker_for_the_next_job():
-    """The caller's own cancellation stops the job too; what it leaves in the pipe confuses nobody."""
+    """Cancelling the calling task stops the job; late messages of that job do not affect the next one."""
     async with WorkerPool(REFERENCE, size=1) as pool:
         before, _ = await run(pool, "greet")
         for _ in range(5):
@@ -343,7 +343,7 @@ async def test_cancelled_task_frees_its_worker_for_the_next_job():
 
 
 async def test_error_in_the_callers_step_handler_stops_the_job():
-    """It is the caller's error and reaches the caller; the worker is free again."""
+    """The error propagates to the caller; the worker accepts the next job."""
 
     def handler(*_):
         raise KeyError("ours")
@@ -355,7 +355,7 @@ async def test_error_in_the_callers_step_handler_stops_the_job():
 
 
 async def test_printing_libraries_do_not_spoil_the_pipe(capfd):
-    """What a worker prints ends on stderr."""
+    """Output of a worker goes to stderr."""
     async with WorkerPool(REFERENCE, size=1) as pool:
         await run(pool, "chatter")
         assert (await run(pool, "greet"))[1] == "hello"
@@ -363,7 +363,7 @@ async def test_printing_libraries_do_not_spoil_the_pipe(capfd):
 
 
 async def test_large_images_pass():
-    """Twelve megabytes each way, byte for byte."""
+    """Twelve megabytes pass unchanged in both directions."""
     source = os.urandom(2**20) * 12
     async with WorkerPool(REFERENCE, size=1) as pool:
         result = await pool.run(job("greet", source=source), lambda *_: None, lambda: False)
@@ -371,7 +371,7 @@ async def test_large_images_pass():
 
 
 async def test_terminal_signals_are_left_to_the_parent():
-    """Ctrl-C and a service manager's stop reach the whole group; the worker goes on until its parent ends it."""
+    """Workers ignore SIGINT and SIGTERM, which reach the whole process group; only the parent ends them."""
     async with WorkerPool(REFERENCE, size=1) as pool:
         before, _ = await run(pool, "greet")
         os.kill(before, signal.SIGINT)
@@ -380,7 +380,7 @@ async def test_terminal_signals_are_left_to_the_parent():
 
 
 async def test_closing_ends_idle_and_busy_workers(tmp_path):
-    """All processes are gone; the job that ran is told; a second close is no error; no job runs any more."""
+    """All processes end, the running job raises, a second close does nothing, and later jobs are rejected."""
     marker = tmp_path / "runs"
     pool = WorkerPool(REFERENCE, size=2)
     await pool.start(2, loaded=True)
@@ -401,9 +401,9 @@ async def test_closing_ends_idle_and_busy_workers(tmp_path):
         await run(pool, "greet")
 
 
-async def test_worker_that_hears_nothing_is_killed_when_the_pool_closes():
-    """A stopped process cannot leave by itself; closing does not wait for it."""
-    pool = WorkerPool(REFERENCE, size=1, grace=0.05)
+async def test_a_worker_that_does_not_exit_is_killed_when_the_pool_closes():
+    """A process after SIGSTOP cannot exit; closing kills it after a timeout."""
+    pool = WorkerPool(REFERENCE, size=1, exit_timeout=0.05)
     await pool.start(loaded=True)
     (pid,) = pool.pids()
     os.kill(pid, signal.SIGSTOP)
@@ -411,10 +411,10 @@ async def test_worker_that_hears_nothing_is_killed_when_the_pool_closes():
     assert ended(pid)
 
 
-async def test_renderer_that_cannot_be_loaded_is_told_at_the_start(capfd):
-    """With `loaded` the start waits, and says that the process left."""
+async def test_start_raises_if_a_renderer_cannot_be_loaded(capfd):
+    """With `loaded` the start waits and reports the exit status of the process."""
     pool = WorkerPool("renderer_for_tests:cannot_open", size=2)
-    with pytest.raises(WorkerCrashed, match="left with exit status 1"):
+    with pytest.raises(WorkerCrashed, match="exited with status 1"):
         await pool.start(2, loaded=True)
     await pool.aclose()
     assert "no weights here" in capfd.readouterr().err
@@ -429,8 +429,8 @@ from batch.server.engines.process_pool import WorkerPool
 async def main():
     pool = WorkerPool("renderer_for_tests:open_renderer", size=2)
     await pool.start(2, loaded=True)
-    order = json.dumps(["meet", sys.argv[1], 99])
-    job = EngineJob("r", ImageToImageInput(image_url="x", prompt=order, seed=1))
+    call = json.dumps(["meet", sys.argv[1], 99])
+    job = EngineJob("r", ImageToImageInput(image_url="x", prompt=call, seed=1))
     await pool.run(job, lambda *_: print(*pool.pids(), flush=True), lambda: False)
 
 anyio.run(main)
@@ -438,7 +438,7 @@ anyio.run(main)
 
 
 def test_workers_end_when_the_parent_is_killed(tmp_path, renderer):
-    """SIGKILL gives the parent no chance to clean up; an idle and a busy worker both leave all the same."""
+    """After SIGKILL the parent cannot clean up; an idle and a busy worker both exit by themselves."""
     environment = {**os.environ, "PYTHONPATH": str(renderer)}
     command = [sys.executable, "-c", PARENT, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as parent:
@@ -449,7 +449,7 @@ def test_workers_end_when_the_parent_is_killed(tmp_path, renderer):
 
 
 async def test_preview_engine_gives_what_its_renderer_gives():
-    """Through the processes come the same bytes as from a direct call."""
+    """The pool returns the same bytes as a direct call of the renderer."""
     buffer = io.BytesIO()
     Image.radial_gradient("L").resize((320, 256)).convert("RGB").save(buffer, "PNG")
     asked = [ImageToImageInput(image_url="x", prompt="a mosaic", seed=seed) for seed in (1, 2)]
@@ -473,7 +473,7 @@ async def test_preview_engine_gives_what_its_renderer_gives():
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_one_preview_has_the_same_bytes_from_every_process_of_a_busy_machine(anyio_backend):
-    """Whatever each process rendered before, with more processes than cores and a neighbour that takes one."""
+    """The bytes do not depend on earlier jobs, with more processes than cores and another process that uses a core."""
     buffer = io.BytesIO()
     Image.radial_gradient("L").resize((288, 192)).convert("RGB").save(buffer, "PNG")
     prompts = ("a blueprint", "neon", "oil", "a rocket", "pixel art")

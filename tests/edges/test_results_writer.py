@@ -1,4 +1,4 @@
-"""The results file: it appears whole or not at all, and every reader reads the same."""
+"""The results file: atomic replacement, and the same content in every reader."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def path(tmp_path):
     return tmp_path / "results.parquet"
 
 
-# --- what is in it ----------------------------------------------------------------------------------------
+# --- content ----------------------------------------------------------------------------------------------
 
 
 def test_every_reader_reads_the_same(path):
@@ -93,7 +93,7 @@ def test_every_reader_reads_the_same(path):
 
 
 def test_totals_count_by_status_and_error(path):
-    """What the summary prints is what the table holds."""
+    """The totals that the summary prints match the table."""
     states = [State.DONE, State.FAILED, State.UNKNOWN, State.INTENDED, State.ACCEPTED, State.PENDING]
     (_, frame), *_ = frames(8)
     batch = batch_of(0, frame)
@@ -113,7 +113,7 @@ def test_totals_count_by_status_and_error(path):
 
 
 def test_manifest_columns_keep_their_types_and_values(path):
-    """Whatever a manifest carries goes through unchanged, images in a struct as Hugging Face writes them too."""
+    """Manifest columns of every type pass unchanged, including images in the struct that Hugging Face writes."""
     manifest = pa.table(
         {
             "image": pa.array(
@@ -140,27 +140,27 @@ def test_manifest_columns_keep_their_types_and_values(path):
 
 
 def test_columns_without_values_keep_their_types(path):
-    """The schema does not depend on what happened."""
+    """The schema does not depend on the outcomes."""
     write(path, [batch_of(start, frame) for start, frame in frames(3)], lambda _: {})
     schema = pq.read_schema(path)
     assert [schema.field(name).type for name in OWN_SCHEMA.names] == OWN_SCHEMA.types
 
 
-def test_empty_plan_makes_an_empty_table(path):
-    """No rows is a table with all columns."""
+def test_empty_plan_gives_an_empty_table(path):
+    """A table without rows has all columns."""
     totals = write(path, [], manifest_schema=pa.schema([("a", pa.int8())]))
     assert totals.rows == 0
     assert pq.read_table(path).schema.names == ["a", *OWN_SCHEMA.names]
 
 
 def test_metadata_is_in_the_file(path):
-    """What made the table can be read from the table."""
+    """The Parquet metadata contains the given entries."""
     write(path, [batch_of(0, frame) for _, frame in frames(1)], metadata={"restyle": '{"run_seed": 7}'})
     assert pq.read_metadata(path).metadata[b"restyle"] == b'{"run_seed": 7}'
 
 
 def test_small_batches_share_row_groups(path):
-    """Row groups are large, whatever the size of batches."""
+    """The size of row groups does not depend on the size of batches."""
     write(path, [batch_of(start, frame) for start, frame in frames(2500)], group_rows=1000)
     metadata = pq.read_metadata(path)
     assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [1000, 1000, 500]
@@ -168,7 +168,7 @@ def test_small_batches_share_row_groups(path):
 
 
 def test_rows_with_images_make_smaller_row_groups(path):
-    """What a row group holds in memory is bounded in bytes too, also when a sweep repeats a heavy row."""
+    """The memory of a row group is also limited in bytes, even if a sweep repeats a large row."""
     frame = pl.DataFrame({"image": [os.urandom(10_000) for _ in range(20)]})
     asked = []
 
@@ -185,7 +185,7 @@ def test_rows_with_images_make_smaller_row_groups(path):
 
 
 def test_journal_and_plan_become_the_table(path, tmp_path):
-    """The real journal's outcomes, projected."""
+    """Outcomes of a real journal appear in the table."""
     journal = JournalDatabase.open(tmp_path / "journal.db", now=0.0, version="")
     life = [
         Intended(key(1), 10.0, 1, b"{}", 0.03),
@@ -202,36 +202,36 @@ def test_journal_and_plan_become_the_table(path, tmp_path):
     journal.close()
 
 
-# --- how it appears ---------------------------------------------------------------------------------------
+# --- replacement and failures -----------------------------------------------------------------------------
 
 
 def test_failure_leaves_the_old_file_and_nothing_else(path):
-    """Until the new table is complete the old one stays as it is."""
+    """The old table stays unchanged until the new one is complete."""
     path.write_bytes(b"the old table")
     enabled = gc.isenabled()
 
     def broken(keys):
-        raise RuntimeError("the journal went away")
+        raise RuntimeError("the journal disappeared")
 
     def planned():
         for start, frame in frames(300):
             if start:
-                raise FileNotFoundError(errno.ENOENT, "manifest went away")
+                raise FileNotFoundError(errno.ENOENT, "manifest disappeared")
             yield batch_of(start, frame)
 
     schema = next(frames(1))[1].to_arrow().schema
     options = {"manifest_schema": schema, "target": "t", "metadata": {}}
-    with pytest.raises(RuntimeError, match="went away"):
+    with pytest.raises(RuntimeError, match="journal disappeared"):
         write_results(path, [batch_of(*next(frames(5)))], broken, **options)
-    with pytest.raises(FileNotFoundError, match="manifest"):  # not the disk's fault, and not called so
+    with pytest.raises(FileNotFoundError, match="manifest"):  # not converted to a StorageError
         write_results(path, planned(), done, **options)
     assert path.read_bytes() == b"the old table"
     assert list(path.parent.iterdir()) == [path]
     assert gc.isenabled() is enabled
 
 
-def test_new_file_replaces_the_old_one_whole(path):
-    """A reader that has the old file open goes on reading the old one."""
+def test_new_file_replaces_the_old_one_atomically(path):
+    """A reader that has the old file open continues to read the old content."""
     path.write_bytes(b"the old table")
     with path.open("rb") as reader:
         write(path, [batch_of(start, frame) for start, frame in frames(5)])
@@ -240,8 +240,8 @@ def test_new_file_replaces_the_old_one_whole(path):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_missing_folder_is_a_sentence(tmp_path):
-    """A place that is not there is named."""
+def test_missing_folder_is_a_storage_error(tmp_path):
+    """The message contains the path and the reason."""
     with pytest.raises(StorageError, match=r"gone/results.parquet could not be written .*No such file"):
         write(tmp_path / "gone" / "results.parquet", [batch_of(*next(frames(1)))])
 
@@ -270,8 +270,8 @@ _WRITES_TOO_MUCH = """
 """
 
 
-def test_disk_that_takes_no_more_is_a_sentence(path):
-    """Running out of room while writing keeps the old table, removes the new one and says what to do."""
+def test_full_disk_keeps_the_old_table(path):
+    """Running out of space keeps the old table, removes the new one and advises what to do."""
     path.write_bytes(b"the old table")
     command = [sys.executable, "-W", "error", "-c", textwrap.dedent(_WRITES_TOO_MUCH), str(path)]
     ended = subprocess.run(command, capture_output=True, text=True)
@@ -288,12 +288,12 @@ def test_disk_that_takes_no_more_is_a_sentence(path):
     [
         (errno.ENOSPC, "free some space"),
         (errno.EROFS, "read-only"),
-        (errno.EIO, "disk failed"),
+        (errno.EIO, "health of the disk"),
         (errno.EACCES, "permis"),
     ],
 )
-def test_advice_fits_the_refusal(number, advice):
-    """Each way in which a disk refuses has its own advice."""
+def test_advice_depends_on_the_error(number, advice):
+    """Each kind of disk error has its own advice."""
     error = sink._storage_error(Path("r.parquet"), OSError(number, os.strerror(number)))
     assert advice in str(error)
     assert os.strerror(number) in str(error)
@@ -315,14 +315,14 @@ _WITHOUT_PRIVILEGES = """
 """
 
 
-def test_read_only_folder_is_a_sentence():
-    """A folder that takes no file ends the projection with a sentence; the old table stays."""
+def test_read_only_folder_is_a_storage_error():
+    """The message advises to check the permissions; the old table stays."""
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "results.parquet"
         path.write_bytes(b"the old table")
         path.parent.chmod(0o555)
         command = [sys.executable, "-c", textwrap.dedent(_WITHOUT_PRIVILEGES), str(path)]
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         path.parent.chmod(0o700)
-        assert "check the permissions" in told
+        assert "check the permissions" in output
         assert path.read_bytes() == b"the old table"

@@ -1,6 +1,6 @@
-"""The one way out, against real web servers on loopback: what is asked, what comes back, what is told of failures.
+"""The SSRF-safe HTTP client, against real web servers on loopback: requests, responses and error messages.
 
-Two loopback addresses stand for the two sides: 127.0.0.1 for the public internet, 127.0.0.2 for our own network.
+Two loopback addresses represent the two sides: 127.0.0.1 the public internet, 127.0.0.2 the private network.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from batch.server.egress import http_client as guard_module
+from batch.server.egress import http_client as http_client_module
 from batch.server.egress.http_client import FetchLimits, ResponseTooLarge, SafeHttpClient, Unreachable
 from batch.server.egress.source_images import SourceFetcher
 from batch.server.egress.ssrf import AddressRefused, private_too, public_only
@@ -28,12 +28,12 @@ LIMITS = FetchLimits(size_bytes=1000, seconds=20.0)
 
 
 def outside_only(address):
-    """A strict rule of the tests' own: 127.0.0.1 is the internet, nothing else is."""
+    """A strict rule for tests: 127.0.0.1 is the internet, everything else is private."""
     return address == ipaddress.ip_address("127.0.0.1")
 
 
 class Server:
-    """A web server on one loopback address that keeps what it was asked."""
+    """A web server on a loopback address that records its requests."""
 
     def __init__(self, handler, host="127.0.0.1", port=0):
         self.seen = []
@@ -61,7 +61,7 @@ async def send_image(request):
 
 
 def names(**addresses):
-    """A resolver that knows these names; a name's answers may be a list of answers, one for each question."""
+    """A resolver for these names; a list of lists gives one answer per lookup."""
     asked = []
 
     async def lookup(host):
@@ -77,79 +77,79 @@ def names(**addresses):
     return lookup
 
 
-async def refused(guard, url, kind=AddressRefused):
+async def refused(client, url, kind=AddressRefused):
     with pytest.raises(kind) as caught:
-        await guard.fetch(url, LIMITS)
+        await client.fetch(url, LIMITS)
     return caught.value
 
 
 # --- addresses --------------------------------------------------------------------------------------------
 
 
-def test_the_strict_rule_is_the_default_and_keeps_loopback_out():
-    """A guard that was told nothing asks the public internet only: by literal and by name."""
+def test_the_default_rule_refuses_loopback():
+    """A client without options connects to public addresses only, for literals and names."""
 
     async def use():
-        async with Server(send_image) as server, SafeHttpClient() as guard:
+        async with Server(send_image) as server, SafeHttpClient() as client:
             for host in ("127.0.0.1", "localhost", "2130706433", "0x7f.1", "[::ffff:127.0.0.1]", "[::1]", "0.0.0.0"):
-                await refused(guard, f"http://{host}:{server.port}/")
+                await refused(client, f"http://{host}:{server.port}/")
             assert server.seen == []
-        async with Server(send_image) as server, SafeHttpClient(private_too) as guard:
+        async with Server(send_image) as server, SafeHttpClient(private_too) as client:
             for host in ("127.0.0.1", "localhost", "2130706433", "0x7f.1"):
-                assert await guard.fetch(f"http://{host}:{server.port}/", LIMITS) == b"image"
+                assert await client.fetch(f"http://{host}:{server.port}/", LIMITS) == b"image"
             assert server.seen[2] == (f"127.0.0.1:{server.port}", "/")
 
     asyncio.run(use())
 
 
-def test_a_name_that_resolves_into_our_network_is_refused_before_anything_is_sent():
-    """The address decides, not the name; a name with several addresses is asked at those that are permitted."""
+def test_a_name_with_a_private_address_is_refused_before_sending():
+    """The address decides, not the name; for several addresses, only permitted ones are used."""
 
     async def use():
         lookup = names(inside=["127.0.0.2"], metadata=["169.254.169.254"], both=["127.0.0.2", "127.0.0.1"])
         async with (
             Server(send_image) as outside,
             Server(send_image, "127.0.0.2", outside.port) as inside,
-            SafeHttpClient(outside_only, lookup) as guard,
+            SafeHttpClient(outside_only, lookup) as client,
         ):
-            await refused(guard, f"http://inside.example:{outside.port}/")
-            await refused(guard, f"http://metadata.example:{outside.port}/latest/meta-data/")
-            assert await guard.fetch(f"http://both.example:{outside.port}/", LIMITS) == b"image"
+            await refused(client, f"http://inside.example:{outside.port}/")
+            await refused(client, f"http://metadata.example:{outside.port}/latest/meta-data/")
+            assert await client.fetch(f"http://both.example:{outside.port}/", LIMITS) == b"image"
             assert inside.seen == []
             assert outside.seen == [(f"both.example:{outside.port}", "/")]
 
     asyncio.run(use())
 
 
-def test_the_address_that_was_judged_is_the_one_that_is_connected_to():
-    """A name that changes between two questions is asked once for each connection, and never again after it."""
+def test_the_client_connects_to_the_checked_address():
+    """A name is resolved once per connection, so that a change between check and connect has no effect."""
 
     async def use():
         lookup = names(rebinds=[["127.0.0.1"], ["127.0.0.2"]])
         async with (
             Server(send_image) as outside,
             Server(send_image, "127.0.0.2", outside.port) as inside,
-            SafeHttpClient(outside_only, lookup) as guard,
+            SafeHttpClient(outside_only, lookup) as client,
         ):
             url = f"http://rebinds.example:{outside.port}/"
-            assert await guard.fetch(url, LIMITS) == b"image"
+            assert await client.fetch(url, LIMITS) == b"image"
             assert lookup.asked == ["rebinds.example"]
-            assert await guard.fetch(url, LIMITS) == b"image"  # over the same connection
+            assert await client.fetch(url, LIMITS) == b"image"  # over the same connection
             assert lookup.asked == ["rebinds.example"]
-        async with SafeHttpClient(outside_only, lookup) as guard, Server(send_image, "127.0.0.2") as inside:
-            await refused(guard, f"http://rebinds.example:{inside.port}/")
+        async with SafeHttpClient(outside_only, lookup) as client, Server(send_image, "127.0.0.2") as inside:
+            await refused(client, f"http://rebinds.example:{inside.port}/")
             assert inside.seen == []
 
     asyncio.run(use())
 
 
-def test_a_literal_that_gets_past_the_check_is_stopped_at_its_socket(monkeypatch):
-    """The last look is at what is really connected to, whatever was checked before."""
+def test_the_socket_check_refuses_an_unchecked_literal(monkeypatch):
+    """The socket checks the address that it connects to, independent of earlier checks."""
 
     async def use():
-        async with Server(send_image, "127.0.0.2") as inside, SafeHttpClient(outside_only) as guard:
-            monkeypatch.setattr(guard_module, "check_url", lambda url, _: aiohttp.client.URL(url))
-            await refused(guard, inside.url, Unreachable)
+        async with Server(send_image, "127.0.0.2") as inside, SafeHttpClient(outside_only) as client:
+            monkeypatch.setattr(http_client_module, "check_url", lambda url, _: aiohttp.client.URL(url))
+            await refused(client, inside.url, Unreachable)
             assert inside.seen == []
 
     asyncio.run(use())
@@ -163,16 +163,16 @@ def test_a_literal_that_gets_past_the_check_is_stopped_at_its_socket(monkeypatch
         *("http://user:secret@127.0.0.1:{port}/", "http://127.0.0.1:22/", "http://[", "gopher://x/"),
     ],
 )
-def test_a_redirect_is_judged_like_the_first_url(location):
-    """To metadata, into our network, by name or number, to another protocol or port: refused, untold where to."""
+def test_a_redirect_is_checked_like_the_first_url(location):
+    """To metadata, private networks, other protocols or ports: refused, without the target in the message."""
 
     async def use():
         async def handler(request):
             return web.Response(status=302, headers={"location": location.format(port=inside.port)})
 
         async with Server(send_image, "127.0.0.2") as inside, Server(handler) as outside:
-            async with SafeHttpClient(outside_only, names(inside=["127.0.0.2"])) as guard:
-                refusal = await refused(guard, outside.url)
+            async with SafeHttpClient(outside_only, names(inside=["127.0.0.2"])) as client:
+                refusal = await refused(client, outside.url)
             assert inside.seen == []
             assert len(outside.seen) == 1
             for secret in ("169.254", "127.0.0.2", "inside", "secret", "passwd"):
@@ -181,8 +181,8 @@ def test_a_redirect_is_judged_like_the_first_url(location):
     asyncio.run(use())
 
 
-def test_redirects_are_followed_within_bounds():
-    """Relative and absolute ones, up to the limit; a loop ends there."""
+def test_redirects_are_followed_up_to_the_limit():
+    """Relative and absolute redirects are followed up to the limit, which also ends a loop."""
 
     async def use():
         async def handler(request):
@@ -194,11 +194,11 @@ def test_redirects_are_followed_within_bounds():
                 return web.Response(status=301 + hops % 2, headers={"location": f"{base}/?hops={hops - 1}"})
             return web.Response(body=b"image")
 
-        async with Server(handler) as outside, SafeHttpClient(outside_only) as guard:
-            assert await guard.fetch(f"{outside.url}/?hops=5", LIMITS) == b"image"
-            await refused(guard, f"{outside.url}/?hops=6", Unreachable)
+        async with Server(handler) as outside, SafeHttpClient(outside_only) as client:
+            assert await client.fetch(f"{outside.url}/?hops=5", LIMITS) == b"image"
+            await refused(client, f"{outside.url}/?hops=6", Unreachable)
             outside.seen.clear()
-            failure = await refused(guard, f"{outside.url}/loop", Unreachable)
+            failure = await refused(client, f"{outside.url}/loop", Unreachable)
             assert "redirects more than 5 times" in str(failure)
             assert len(outside.seen) == 6
 
@@ -208,31 +208,29 @@ def test_redirects_are_followed_within_bounds():
 # --- size and time ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("told", [True, False], ids=["length told", "length hidden"])
-def test_a_body_is_cut_off_at_the_limit(told):
-    """One byte more than the limit is `ResponseTooLarge`, whether or not its length was told; the limit itself is
-    fine.
-    """
+@pytest.mark.parametrize("announced", [True, False], ids=["with length", "without length"])
+def test_a_body_is_cut_off_at_the_limit(announced):
+    """A body one byte above the limit is `ResponseTooLarge`, with or without a Content-Length; the limit is allowed."""
 
     async def use():
         async def handler(request):
             answer = web.StreamResponse()
-            if told:
+            if announced:
                 answer.content_length = int(request.query["size"])
             await answer.prepare(request)
             with contextlib.suppress(ConnectionError):
                 await answer.write(b"x" * int(request.query["size"]))
             return answer
 
-        async with Server(handler) as server, SafeHttpClient(outside_only) as guard:
-            assert len(await guard.fetch(f"{server.url}/?size=1000", LIMITS)) == 1000
-            await refused(guard, f"{server.url}/?size=1001", ResponseTooLarge)
+        async with Server(handler) as server, SafeHttpClient(outside_only) as client:
+            assert len(await client.fetch(f"{server.url}/?size=1000", LIMITS)) == 1000
+            await refused(client, f"{server.url}/?size=1001", ResponseTooLarge)
 
     asyncio.run(use())
 
 
-def test_an_endless_body_is_left_after_the_limit():
-    """What is not wanted is not read: the sender sees the connection close."""
+def test_an_endless_body_is_aborted_at_the_limit():
+    """The client stops reading and closes the connection."""
 
     async def use():
         sent, over = 0, asyncio.Event()
@@ -248,8 +246,8 @@ def test_an_endless_body_is_left_after_the_limit():
             over.set()
             return answer
 
-        async with Server(handler) as server, SafeHttpClient(outside_only) as guard:
-            await refused(guard, server.url, ResponseTooLarge)
+        async with Server(handler) as server, SafeHttpClient(outside_only) as client:
+            await refused(client, server.url, ResponseTooLarge)
             await asyncio.wait_for(over.wait(), 10)
         assert sent < 64 * 2**20
 
@@ -259,8 +257,8 @@ def test_an_endless_body_is_left_after_the_limit():
 @pytest.mark.parametrize(
     ("encoding", "pack"), [("gzip", gzip.compress), ("deflate", zlib.compress), ("X-GZIP", gzip.compress)]
 )
-def test_a_packed_body_is_unpacked_up_to_the_limit(encoding, pack):
-    """The limit is on what comes out: a bomb of 50 MB is dropped after 1001 bytes."""
+def test_a_compressed_body_is_decompressed_up_to_the_limit(encoding, pack):
+    """The limit applies to the decompressed size: a bomb of 50 MB is dropped after 1001 bytes."""
 
     async def use():
         async def handler(request):
@@ -268,32 +266,32 @@ def test_a_packed_body_is_unpacked_up_to_the_limit(encoding, pack):
             body = pack(bytes(size))[: -1 if "cut" in request.query else None]
             return web.Response(body=body, headers={"content-encoding": encoding})
 
-        async with Server(handler) as server, SafeHttpClient(outside_only) as guard:
-            assert await guard.fetch(f"{server.url}/?size=1000", LIMITS) == bytes(1000)
-            await refused(guard, f"{server.url}/?size=1001", ResponseTooLarge)
-            await refused(guard, f"{server.url}/?size=50000000", ResponseTooLarge)
-            await refused(guard, f"{server.url}/?size=1000&cut", Unreachable)
+        async with Server(handler) as server, SafeHttpClient(outside_only) as client:
+            assert await client.fetch(f"{server.url}/?size=1000", LIMITS) == bytes(1000)
+            await refused(client, f"{server.url}/?size=1001", ResponseTooLarge)
+            await refused(client, f"{server.url}/?size=50000000", ResponseTooLarge)
+            await refused(client, f"{server.url}/?size=1000&cut", Unreachable)
 
     asyncio.run(use())
 
 
 @pytest.mark.parametrize("encoding", ["br", "zstd", "gzip, gzip", "compress"])
-def test_a_packing_that_was_not_asked_for_is_refused(encoding):
-    """Only what can be unpacked within bounds is unpacked."""
+def test_an_unknown_content_encoding_is_rejected(encoding):
+    """Only encodings that can be decompressed with a limit are accepted."""
 
     async def use():
         async def handler(request):
             assert request.headers["accept-encoding"] == "identity"
             return web.Response(body=b"x", headers={"content-encoding": encoding})
 
-        async with Server(handler) as server, SafeHttpClient(outside_only) as guard:
-            await refused(guard, server.url, Unreachable)
+        async with Server(handler) as server, SafeHttpClient(outside_only) as client:
+            await refused(client, server.url, Unreachable)
 
     asyncio.run(use())
 
 
-def test_a_slow_body_is_given_up_after_the_whole_time():
-    """A byte now and then does not keep a fetch alive, nor does a redirect start its clock anew."""
+def test_a_slow_body_times_out():
+    """The timeout covers the whole fetch: single bytes and redirects do not extend it."""
 
     async def use():
         over = asyncio.Event()
@@ -310,10 +308,10 @@ def test_a_slow_body_is_given_up_after_the_whole_time():
                         await asyncio.wait_for(over.wait(), 0.02)
             return answer
 
-        async with Server(handler) as server, SafeHttpClient(outside_only) as guard:
+        async with Server(handler) as server, SafeHttpClient(outside_only) as client:
             started = asyncio.get_running_loop().time()
             with pytest.raises(Unreachable, match="took too long") as caught:
-                await guard.fetch(server.url, FetchLimits(10**6, seconds=0.3))
+                await client.fetch(server.url, FetchLimits(10**6, seconds=0.3))
             assert asyncio.get_running_loop().time() - started < 5
             assert caught.value.retryable
             over.set()
@@ -321,39 +319,39 @@ def test_a_slow_body_is_given_up_after_the_whole_time():
     asyncio.run(use())
 
 
-def test_a_lookup_that_hangs_is_within_the_time_too():
-    """DNS is part of the fetch."""
+def test_a_hanging_lookup_times_out():
+    """The timeout includes DNS."""
 
     async def use():
         async def lookup(host):
             await asyncio.Event().wait()
 
-        async with SafeHttpClient(outside_only, lookup) as guard:
+        async with SafeHttpClient(outside_only, lookup) as client:
             with pytest.raises(Unreachable, match="took too long"):
-                await guard.fetch("http://hangs.example/", FetchLimits(1000, seconds=0.1))
+                await client.fetch("http://hangs.example/", FetchLimits(1000, seconds=0.1))
 
     asyncio.run(use())
 
 
-# --- what is told -----------------------------------------------------------------------------------------
+# --- error messages ---------------------------------------------------------------------------------------
 
 
-def test_a_name_of_our_network_cannot_be_told_from_one_that_does_not_exist():
-    """Otherwise the server would say which names our own DNS knows."""
+def test_a_private_name_is_indistinguishable_from_an_unknown_one():
+    """Otherwise a client could find out which names the private DNS knows."""
 
     async def use():
         lookup = names(inside=["10.1.2.3"], empty=[])
-        async with SafeHttpClient(public_only, lookup) as guard:
+        async with SafeHttpClient(public_only, lookup) as client:
             kinds = (AddressRefused, Unreachable)
-            told = [await refused(guard, f"http://{name}.corp/", kinds) for name in ("inside", "missing", "empty")]
+            told = [await refused(client, f"http://{name}.corp/", kinds) for name in ("inside", "missing", "empty")]
         assert len({(str(error), error.retryable) for error in told}) == 1
         assert "10.1" not in str(told[0])
 
     asyncio.run(use())
 
 
-def test_failures_of_the_network_name_no_address():
-    """Refused connections, broken answers, certificates: our own words, not those of the libraries."""
+def test_network_errors_contain_no_address():
+    """Refused connections, invalid responses, certificates: no text of the libraries."""
 
     async def broken(reader, writer):
         await reader.read(1000)
@@ -368,13 +366,13 @@ def test_failures_of_the_network_name_no_address():
             free = server.port
         hello = await asyncio.start_server(broken, "127.0.0.1", 0)
         port = hello.sockets[0].getsockname()[1]
-        async with SafeHttpClient(outside_only, names(name=["127.0.0.1"])) as guard, hello:
+        async with SafeHttpClient(outside_only, names(name=["127.0.0.1"])) as client, hello:
             for url in (
                 f"http://name.example:{free}/",
                 f"http://name.example:{port}/",
                 f"https://name.example:{port}/",
             ):
-                told = await refused(guard, url, Unreachable)
+                told = await refused(client, url, Unreachable)
                 for secret in ("127.0.0.1", "SSH", "secret", "name.example", str(port), "ssl", "Errno"):
                     assert secret not in str(told), url
 
@@ -382,23 +380,23 @@ def test_failures_of_the_network_name_no_address():
 
 
 @pytest.mark.parametrize(("status", "retryable"), [(204, False), (404, False), (403, False), (429, True), (503, True)])
-def test_only_200_is_a_body(status, retryable):
-    """Another try may help where the other server itself is in trouble."""
+def test_only_status_200_has_a_body(status, retryable):
+    """Server errors are retryable."""
 
     async def use():
         async def handler(request):
             return web.Response(status=status)
 
-        async with Server(handler) as server, SafeHttpClient(outside_only) as guard:
-            failure = await refused(guard, server.url, Unreachable)
+        async with Server(handler) as server, SafeHttpClient(outside_only) as client:
+            failure = await refused(client, server.url, Unreachable)
             assert str(status) in str(failure)
             assert failure.retryable is retryable
 
     asyncio.run(use())
 
 
-def test_nothing_of_ours_is_sent_along():
-    """No cookies from one host to the next, no key, no proxy of the environment, no version."""
+def test_no_cookies_or_secrets_are_sent():
+    """No cookies, no key, no proxy from the environment, no version."""
 
     async def use(monkeypatch):
         monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.2:9")
@@ -408,9 +406,9 @@ def test_nothing_of_ours_is_sent_along():
             heads.append(dict(request.headers))
             return web.Response(body=b"x", headers={"set-cookie": "a=b"})
 
-        async with Server(handler) as server, SafeHttpClient(outside_only) as guard:
-            await guard.fetch(server.url, LIMITS)
-            await guard.fetch(server.url, LIMITS)
+        async with Server(handler) as server, SafeHttpClient(outside_only) as client:
+            await client.fetch(server.url, LIMITS)
+            await client.fetch(server.url, LIMITS)
         assert {name.lower() for head in heads for name in head} == {"host", "accept", "accept-encoding", "user-agent"}
         assert heads[0]["User-Agent"] == "restyle"
 
@@ -418,8 +416,8 @@ def test_nothing_of_ours_is_sent_along():
         asyncio.run(use(monkeypatch))
 
 
-def test_a_post_follows_no_redirect_and_reads_no_answer():
-    """The status is all that is wanted; an endless answer does not hold it up."""
+def test_a_post_follows_no_redirect_and_reads_no_body():
+    """Only the status is read; an endless body does not block."""
 
     async def use():
         over = asyncio.Event()
@@ -437,9 +435,9 @@ def test_a_post_follows_no_redirect_and_reads_no_answer():
                     await asyncio.sleep(0)
             return answer
 
-        async with Server(handler) as server, SafeHttpClient(outside_only) as guard:
-            assert await guard.post(f"{server.url}/a", b"hello", {"x-own": "1"}, 10.0) == 201
-            assert await guard.post(f"{server.url}/redirect", b"hello", {}, 10.0) == 307
+        async with Server(handler) as server, SafeHttpClient(outside_only) as client:
+            assert await client.post(f"{server.url}/a", b"hello", {"x-own": "1"}, 10.0) == 201
+            assert await client.post(f"{server.url}/redirect", b"hello", {}, 10.0) == 307
             assert [path for _, path in server.seen] == ["/a", "/redirect"]
             over.set()
 
@@ -449,8 +447,8 @@ def test_a_post_follows_no_redirect_and_reads_no_answer():
 # --- source images --------------------------------------------------------------------------------------
 
 
-def test_the_faults_of_a_download_are_fal_s_model_errors(tmp_path):
-    """422 with the type that fal names, where it is, the URL and the limit; a redirect to metadata among them."""
+def test_download_errors_are_fal_s_model_errors(tmp_path):
+    """422 with fal's type, the location, the URL and the limit, also for a redirect to metadata."""
 
     async def handler(request):
         if request.path == "/away":
@@ -460,15 +458,15 @@ def test_the_faults_of_a_download_are_fal_s_model_errors(tmp_path):
         return web.Response(status=404)
 
     async def use():
-        async with Server(handler) as server, Storage(tmp_path) as storage, SafeHttpClient(outside_only) as guard:
-            sources = SourceFetcher(storage, guard, limit_bytes=1000)
+        async with Server(handler) as server, Storage(tmp_path) as storage, SafeHttpClient(outside_only) as client:
+            source_fetcher = SourceFetcher(storage, client, limit_bytes=1000)
             for path, kind, retryable in (
                 ("/away", "file_download_error", False),
                 ("/large", "file_too_large", False),
                 ("/none", "file_download_error", False),
             ):
                 with pytest.raises(EngineFailure) as caught:
-                    await sources.fetch(server.url + path)
+                    await source_fetcher.fetch(server.url + path)
                 failure = caught.value
                 assert (failure.status, failure.type, failure.retryable) == (422, kind, retryable)
                 assert failure.loc == ("body", "image_url")
@@ -479,8 +477,8 @@ def test_the_faults_of_a_download_are_fal_s_model_errors(tmp_path):
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "169.254.169.254", "0x7f000001"])
-def test_a_server_on_its_own_keeps_its_network_to_itself(tmp_path, host):
-    """`restyle serve` refuses such an image by default, with the whole model error; `--allow-private` lets it in."""
+def test_a_server_refuses_private_addresses_by_default(tmp_path, host):
+    """The server refuses a private image URL with a complete model error; `--allow-private` permits it."""
 
     async def use():
         async with Server(send_image) as server:

@@ -1,4 +1,4 @@
-"""The endpoint over real HTTP: what fal's clients and ours rely on."""
+"""The endpoint over real HTTP: the behaviour that fal's clients and restyle rely on."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def run(coroutine):
 
 
 def test_a_request_goes_from_submit_to_result(tmp_path):
-    """200 with all fields and own URLs, 200 COMPLETED, bare output; the images can be had where it says."""
+    """200 with all fields and URLs of this server, 200 COMPLETED, then the output; its image URLs work."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -77,8 +77,8 @@ def test_a_request_goes_from_submit_to_result(tmp_path):
 
 @pytest.mark.parametrize("app", ["fal-ai/flux", "fal-ai/flux/dev/image-to-image"])
 @pytest.mark.parametrize("tail", ["", "/", "/response"])
-def test_reads_answer_in_every_path_form(tmp_path, app, tail):
-    """Owner/alias and full id, `/response`, trailing slash."""
+def test_reads_work_with_every_path_form(tmp_path, app, tail):
+    """Owner/alias or full id, `/response`, trailing slash."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -93,7 +93,7 @@ def test_reads_answer_in_every_path_form(tmp_path, app, tail):
 
 
 def test_status_is_202_with_positions_until_it_ended(tmp_path):
-    """IN_PROGRESS and IN_QUEUE are 202; positions are 0-based; the result is 400 until then."""
+    """IN_PROGRESS and IN_QUEUE return 202 with 0-based positions; the result returns 400."""
 
     async def use():
         engine = ScriptedEngine(slots=1)
@@ -112,8 +112,8 @@ def test_status_is_202_with_positions_until_it_ended(tmp_path):
     run(use())
 
 
-def test_an_input_that_the_schema_refuses_is_accepted_and_fails_with_422(tmp_path):
-    """Judged when executed, as the service does: COMPLETED with `error`, and every problem in `detail`."""
+def test_an_invalid_input_is_accepted_and_fails_with_422(tmp_path):
+    """The input is validated on execution, as on fal: COMPLETED with `error`, every problem in `detail`."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -134,8 +134,8 @@ def test_an_input_that_the_schema_refuses_is_accepted_and_fails_with_422(tmp_pat
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"5", b'"text"', b"\xff", b'{"a": NaN}'])
-def test_a_body_that_is_no_json_object_is_refused_at_once(tmp_path, body):
-    """422 with a model error; nothing is accepted."""
+def test_a_body_that_is_not_a_json_object_is_rejected_at_once(tmp_path, body):
+    """The response is 422 with a model error; nothing is accepted."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -153,7 +153,7 @@ def test_a_body_that_is_no_json_object_is_refused_at_once(tmp_path, body):
     [("fail", 422, None, 1), ("boom", 500, "internal_error", 1), ("crash", 500, "internal_error", 2)],
 )
 def test_a_failed_request_is_completed_with_its_error(tmp_path, prompt, status, error_type, tries):
-    """A model error keeps its body; a defect and a worker that dies twice are `internal_error`."""
+    """A model error keeps its body; a bug and a second worker crash are `internal_error`."""
 
     async def use():
         engine = ScriptedEngine()
@@ -172,8 +172,8 @@ def test_a_failed_request_is_completed_with_its_error(tmp_path, prompt, status, 
     run(use())
 
 
-def test_a_worker_that_dies_once_is_nobody_s_fault(tmp_path):
-    """The request is executed again under the same id, and with the same seed."""
+def test_a_request_survives_one_worker_crash(tmp_path):
+    """The request is retried with the same id and the same seed."""
 
     async def use():
         engine = ScriptedEngine()
@@ -186,8 +186,8 @@ def test_a_worker_that_dies_once_is_nobody_s_fault(tmp_path):
     run(use())
 
 
-def test_cancel_takes_a_queued_request_out_and_stops_a_running_one(tmp_path):
-    """202 for both, then 499; 400 once it ended; 404 for nobody's."""
+def test_cancel_removes_a_queued_request_and_stops_a_running_one(tmp_path):
+    """202 for both, then 499; 400 after the end; 404 for an unknown id."""
 
     async def use():
         engine = ScriptedEngine(slots=1)
@@ -226,8 +226,8 @@ def test_cancel_takes_a_queued_request_out_and_stops_a_running_one(tmp_path):
         ("GET", "/files/%2e%2e/secret", 404),
     ],
 )
-def test_every_refusal_is_json_with_a_request_id(tmp_path, method, path, status):
-    """The official Python client takes anything else for a proxy's error and repeats the call."""
+def test_every_error_is_json_with_a_request_id(tmp_path, method, path, status):
+    """Any other error is attributed to a proxy by fal's Python client, which repeats the call."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -242,7 +242,7 @@ def test_every_refusal_is_json_with_a_request_id(tmp_path, method, path, status)
 
 
 def test_a_request_of_another_app_s_path_is_not_found(tmp_path):
-    """An id answers under its own app only."""
+    """A request is only found below its own app."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -253,13 +253,13 @@ def test_a_request_of_another_app_s_path_is_not_found(tmp_path):
 
 
 def test_an_idempotency_key_gives_the_same_request_to_the_same_input(tmp_path):
-    """200 with the first id, not counted again, also after a restart; another input is refused with 422."""
+    """200 with the first id, not counted again, also after a restart; a different input returns 422."""
 
     async def use():
         key = {"idempotency-key": "job-1"}
         async with serving(tmp_path) as session:
             first = await submit(session, "one", headers=key)
-            again = {"prompt": "one", "image_url": INPUT["image_url"]}  # other order of keys, same input
+            again = {"prompt": "one", "image_url": INPUT["image_url"]}  # same input in another order of keys
             assert (await call(session, "POST", SUBMIT, json=again, headers=key))[2]["request_id"] == first
             status, _, body = await call(session, "POST", SUBMIT, json={**INPUT, "prompt": "two"}, headers=key)
             assert (status, body["detail"][0]["type"]) == (422, "idempotency_key_reused")
@@ -274,7 +274,7 @@ def test_an_idempotency_key_gives_the_same_request_to_the_same_input(tmp_path):
 
 
 def test_simultaneous_repeats_of_one_submit_are_one_request(tmp_path):
-    """Also where they arrive in the same instant."""
+    """Concurrent repeats are one request, too."""
 
     async def use():
         engine = ScriptedEngine()
@@ -287,8 +287,8 @@ def test_simultaneous_repeats_of_one_submit_are_one_request(tmp_path):
     run(use())
 
 
-def test_a_result_names_the_engine_that_made_it(tmp_path):
-    """A data dir may get another engine: what the first one made stays the first one's."""
+def test_a_result_contains_the_name_of_its_engine(tmp_path):
+    """Results keep the name of their engine when the data dir gets another one."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -302,8 +302,8 @@ def test_a_result_names_the_engine_that_made_it(tmp_path):
 
 
 @pytest.mark.parametrize("header", ["X-Fal-Request-Timeout", "X-Fal-Request-Start-Timeout"])
-def test_a_start_timeout_ends_a_request_that_still_waits(tmp_path, header):
-    """504 of the user's own making; it is never executed."""
+def test_a_start_timeout_ends_a_waiting_request(tmp_path, header):
+    """The result is 504 with type `user`; the request is never executed."""
 
     async def use():
         engine = ScriptedEngine(slots=1)
@@ -320,7 +320,7 @@ def test_a_start_timeout_ends_a_request_that_still_waits(tmp_path, header):
 
 
 def test_a_start_timeout_that_passed_while_the_server_was_down_is_honoured(tmp_path):
-    """The next server does not start it, however free it is."""
+    """The next server does not start the request."""
 
     async def use():
         engine = ScriptedEngine(slots=1)
@@ -340,7 +340,7 @@ def test_a_start_timeout_that_passed_while_the_server_was_down_is_honoured(tmp_p
 
 
 class CrashesLate(ScriptedEngine):
-    """The worker of the first request dies after 0.3 s."""
+    """Crashes on the first request after 0.3 s."""
 
     async def generate(self, job, on_step, cancelled):
         if not self.seen:
@@ -350,8 +350,8 @@ class CrashesLate(ScriptedEngine):
         return await super().generate(job, on_step, cancelled)
 
 
-def test_a_request_whose_worker_died_after_its_start_timeout_is_not_started_again(tmp_path):
-    """The deadline covers retries too."""
+def test_a_crashed_request_is_not_retried_after_its_start_timeout(tmp_path):
+    """The start deadline includes retries."""
 
     async def use():
         engine = CrashesLate(slots=1)
@@ -365,8 +365,8 @@ def test_a_request_whose_worker_died_after_its_start_timeout_is_not_started_agai
     run(use())
 
 
-def test_a_start_timeout_is_forgotten_once_its_request_has_started_or_was_cancelled(tmp_path):
-    """A deadline of a day leaves no timer for that day."""
+def test_a_start_timeout_is_dropped_at_start_or_cancel(tmp_path):
+    """No timer remains until the deadline."""
 
     async def use():
         engine = ScriptedEngine(slots=1)
@@ -386,8 +386,8 @@ def test_a_start_timeout_is_forgotten_once_its_request_has_started_or_was_cancel
     run(use())
 
 
-def test_a_call_that_waits_leaves_nothing_behind_with_each_sign_of_life(tmp_path):
-    """The status stream and the direct call, on a request that waits: no future more after a hundred of them."""
+def test_a_waiting_call_leaks_nothing_per_wake_up(tmp_path):
+    """Status stream and direct call: the number of futures is constant over 100 wake-ups."""
 
     def futures():
         gc.collect()
@@ -413,7 +413,7 @@ def test_a_call_that_waits_leaves_nothing_behind_with_each_sign_of_life(tmp_path
 
 
 def test_priority_and_queue_limit_are_honoured(tmp_path):
-    """`low` stands behind `normal`; `fal_max_queue_length` refuses with 429 and accepts nothing."""
+    """`low` waits behind `normal`; above `fal_max_queue_length`, a submit returns 429 and is not accepted."""
 
     async def use():
         engine = ScriptedEngine(slots=1)
@@ -430,8 +430,8 @@ def test_priority_and_queue_limit_are_honoured(tmp_path):
     run(use())
 
 
-def test_the_direct_call_answers_with_the_output(tmp_path):
-    """`POST /run/{app}`: same work, same headers, one connection."""
+def test_the_direct_call_returns_the_output(tmp_path):
+    """`POST /run/{app}` returns the result and its headers on one connection."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -443,8 +443,8 @@ def test_the_direct_call_answers_with_the_output(tmp_path):
     run(use())
 
 
-def test_sync_mode_answers_with_data_uris(tmp_path):
-    """The image is in the answer itself."""
+def test_sync_mode_returns_data_uris(tmp_path):
+    """The response contains the image."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -458,7 +458,7 @@ def test_sync_mode_answers_with_data_uris(tmp_path):
 
 
 def test_a_prompt_cannot_forge_a_url(tmp_path):
-    """Only our own members become absolute URLs, whatever the prompt looks like."""
+    """Only the server's own members become absolute URLs, never text of a prompt."""
 
     async def use():
         prompt = '","url":"/files/aa/evil'
@@ -469,8 +469,8 @@ def test_a_prompt_cannot_forge_a_url(tmp_path):
     run(use())
 
 
-def test_health_says_what_runs_and_that_nothing_is_checked(tmp_path):
-    """Engine, model, revision, checker; depth and counters."""
+def test_health_describes_the_engine_and_the_missing_safety_checker(tmp_path):
+    """Health contains engine, model, revision, checker, queue depth and counters."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -496,8 +496,8 @@ def test_health_says_what_runs_and_that_nothing_is_checked(tmp_path):
 # --- images in and out ----------------------------------------------------------------------------------
 
 
-def test_a_image_inside_the_body_reaches_the_engine_and_not_the_database(tmp_path):
-    """A data URI is moved into the storage; a broken one fails as `image_load_error`."""
+def test_an_embedded_image_reaches_the_engine_but_not_the_database(tmp_path):
+    """A data URI is moved to the storage; an invalid one fails with `image_load_error`."""
     data = os.urandom(600_000)
 
     async def use():
@@ -514,8 +514,8 @@ def test_a_image_inside_the_body_reaches_the_engine_and_not_the_database(tmp_pat
 
 
 @pytest.mark.parametrize("size", [100, 100_000], ids=["small", "large"])
-def test_both_upload_ways_give_a_url_that_serves_and_feeds(tmp_path, size):
-    """Python's POST and JavaScript's announced PUT; type, length, ETag, HEAD; usable as `image_url` after a restart."""
+def test_both_upload_mechanisms_give_a_usable_url(tmp_path, size):
+    """Python's POST and JavaScript's PUT: type, length, ETag and HEAD, and valid as `image_url` after a restart."""
     data = os.urandom(size)
 
     async def upload(session):
@@ -541,7 +541,7 @@ def test_both_upload_ways_give_a_url_that_serves_and_feeds(tmp_path, size):
                     assert (head.content_length, head.headers["etag"]) == (size, response.headers["etag"])
                 async with session.get(url, headers={"if-none-match": response.headers["etag"]}) as unchanged:
                     assert unchanged.status == 304
-        (tmp_path / "port").write_text("1")  # the next server listens elsewhere
+        (tmp_path / "port").write_text("1")  # the next server uses another port
         engine = ScriptedEngine(fetches_source=True)
         async with serving(tmp_path, engine) as session:
             for url in urls:
@@ -551,8 +551,8 @@ def test_both_upload_ways_give_a_url_that_serves_and_feeds(tmp_path, size):
     run(use())
 
 
-def test_what_is_too_large_is_refused_with_413_and_the_limit(tmp_path):
-    """Said in MiB, with what to do."""
+def test_a_body_above_the_limit_is_413_with_the_limit(tmp_path):
+    """The message contains the limit in MiB and what to do."""
     limits = ServerLimits(upload_bytes=2**20, body_bytes=2**20)
 
     async def chunks():
@@ -572,8 +572,8 @@ def test_what_is_too_large_is_refused_with_413_and_the_limit(tmp_path):
 
 
 @pytest.mark.parametrize("path", [SUBMIT, "/files/upload"])
-def test_a_caller_who_hangs_up_in_the_middle_leaves_nothing(tmp_path, caplog, path):
-    """Half a body is no request and no file, and no stack trace in the log."""
+def test_an_aborted_upload_leaves_nothing(tmp_path, caplog, path):
+    """A partial body creates no request, no file, and no stack trace in the log."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -593,8 +593,8 @@ def test_a_caller_who_hangs_up_in_the_middle_leaves_nothing(tmp_path, caplog, pa
 # --- the process ------------------------------------------------------------------------------------------
 
 
-def test_a_stopped_server_gives_running_work_back_to_the_queue(tmp_path):
-    """The next one on the same data dir does it, in the old order; finished requests answer as before."""
+def test_a_stopped_server_returns_running_requests_to_the_queue(tmp_path):
+    """The next server executes it, in the same order; finished requests keep their results."""
 
     async def use():
         first, second = ScriptedEngine(slots=1), ScriptedEngine(slots=1)
@@ -617,17 +617,17 @@ def test_a_stopped_server_gives_running_work_back_to_the_queue(tmp_path):
     run(use())
 
 
-def test_an_ending_that_the_disk_refuses_is_written_when_there_is_room(tmp_path):
-    """Finished work is kept until it can be written down, and shown only then."""
+def test_a_result_is_written_when_the_disk_has_space_again(tmp_path):
+    """A finished result stays in memory until the write succeeds, and is published only then."""
 
     async def use():
         engine = ScriptedEngine()
         async with (
             await Store.open(tmp_path / "server.db") as store,
             Storage(tmp_path) as storage,
-            SafeHttpClient() as guard,
+            SafeHttpClient() as client,
             service_module.queue_service(
-                store, storage, engine, SourceFetcher(storage, guard), retry_seconds=0.01
+                store, storage, engine, SourceFetcher(storage, client), retry_seconds=0.01
             ) as service,
         ):
             body = orjson.dumps({**INPUT, "prompt": "hold" + "x" * 100_000})
@@ -647,8 +647,8 @@ def test_an_ending_that_the_disk_refuses_is_written_when_there_is_room(tmp_path)
     run(use())
 
 
-def test_a_stream_ends_when_the_server_goes_down(tmp_path):
-    """Nobody waits on a server that stops."""
+def test_a_stream_ends_when_the_server_shuts_down(tmp_path):
+    """The stream ends without delaying the shutdown."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -666,7 +666,7 @@ def test_a_stream_ends_when_the_server_goes_down(tmp_path):
 
 
 def test_a_port_or_data_dir_in_use_is_one_clear_sentence(tmp_path):
-    """InputError with the value and what to do."""
+    """The InputError contains the value and what to do."""
 
     async def use():
         async with serving(tmp_path / "a") as session:
@@ -676,14 +676,14 @@ def test_a_port_or_data_dir_in_use_is_one_clear_sentence(tmp_path):
             options = ServeOptions(tmp_path / "a", port=0, limits=ServerLimits(lock_seconds=0.1))
             with pytest.raises(InputError, match="another server"):
                 await serve(options, ready=print, engine=ScriptedEngine())
-        with pytest.raises(InputError, match="no engine"):
+        with pytest.raises(InputError, match="unknown engine 'magic'"):
             await serve(ServeOptions(tmp_path / "c", port=0, engine="magic"), ready=print)
 
     run(use())
 
 
 def start_process(data_dir, *options):
-    """`python -m batch.server` as a process; it and its URL."""
+    """Start `python -m batch.server`; return the process and its URL."""
     command = [sys.executable, "-m", "batch.server", "--data-dir", str(data_dir), "--engine", "echo", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     return process, json.loads(process.stdout.readline())["url"]
@@ -695,8 +695,8 @@ def end_process(process, number):
     process.stdout.close()
 
 
-def test_a_killed_server_loses_nothing_and_does_nothing_twice(tmp_path):
-    """Killed with -9 over finished, running and queued requests: same ids, all finish, none accepted twice."""
+def test_a_killed_server_loses_and_duplicates_nothing(tmp_path):
+    """After kill -9, finished, running and queued requests keep their ids, all finish, none is accepted twice."""
 
     async def before(url):
         async with aiohttp.ClientSession(url) as session:
@@ -736,7 +736,7 @@ def test_a_killed_server_loses_nothing_and_does_nothing_twice(tmp_path):
 
 @pytest.fixture
 def official_client(monkeypatch):
-    """Points the unmodified `fal_client` at a server (module globals, read at call time); gives a client."""
+    """Return a function that points the unmodified `fal_client` at a server and returns a client."""
 
     def point(url):
         for name in ("QUEUE_URL_FORMAT", "RUN_URL_FORMAT"):
@@ -750,7 +750,7 @@ def official_client(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # the client never closes its upload connection
 def test_the_official_python_client_is_served(tmp_path, official_client):
-    """Upload, submit, status with logs, subscribe, result, cancel, and its error type: no change to the client."""
+    """Upload, submit, status with logs, subscribe, result, cancel and errors work with the unmodified client."""
     app = SUBMIT.removeprefix("/")
 
     def talk(client, go):
@@ -792,7 +792,7 @@ def test_the_official_python_client_is_served(tmp_path, official_client):
 
 
 def test_the_stream_is_server_sent_events(tmp_path):
-    """`text/event-stream`, one `data:` a change, closed after COMPLETED."""
+    """`text/event-stream` with one `data:` per change, closed after COMPLETED."""
 
     async def use():
         engine = ScriptedEngine()

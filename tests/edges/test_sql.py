@@ -1,4 +1,4 @@
-"""Named statements of a `.sql` file."""
+"""Loading of named statements from `.sql` files."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ def loaded(folder, text):
     return load_statements(str(folder / "module.py"))
 
 
-def test_statements_have_the_order_of_the_file(tmp_path):
-    """What stands before the first name belongs to none."""
+def test_statements_keep_the_order_of_the_file(tmp_path):
+    """Text before the first name is ignored."""
     found = loaded(tmp_path, "-- head\n\n-- name: b_1\n-- Why.\nSELECT 1;\n\n-- name: a\nSELECT 2;\nSELECT 3;\n")
     assert dict(found) == {"b_1": "-- Why.\nSELECT 1;", "a": "SELECT 2;\nSELECT 3;"}
     assert list(found) == ["b_1", "a"]
     assert found.begin_with("b_") == ["-- Why.\nSELECT 1;"]
 
 
-def test_a_wrong_name_is_told_with_its_file(tmp_path):
-    """One that is missing, and one that is there twice."""
+def test_missing_and_duplicate_names_are_errors(tmp_path):
+    """The message contains the file and the name."""
     with pytest.raises(LookupError, match=r"module\.sql has no statement named 'c'"):
         loaded(tmp_path, "-- name: a\nSELECT 1;")["c"]
     with pytest.raises(ValueError, match=r"module\.sql has two statements named 'a'"):
@@ -32,8 +32,8 @@ def test_a_wrong_name_is_told_with_its_file(tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "batch").rglob("*.sql")), ids=lambda path: path.name)
-def test_every_file_has_the_one_format(path):
-    """Its module is beside it, and every statement ends with a semicolon."""
+def test_every_sql_file_has_a_module_and_complete_statements(path):
+    """The module has the same path with suffix .py; every statement ends with a semicolon."""
     assert path.with_suffix(".py").exists()
     statements = load_statements(str(path))
     assert statements

@@ -1,4 +1,4 @@
-"""The server's files and the sources that requests name."""
+"""The server's files, and the source images of requests."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SMALL, LARGE = b"small image", b"large image" * 10_000
 
 
 def in_storage(root, use, speed=1.0):
-    """Run `use(storage)` with a storage in `root`, as one server's life."""
+    """Run `use(storage)` with a storage in `root`, like one run of a server."""
 
     async def life():
         async with Storage(root) as storage:
@@ -37,8 +37,8 @@ async def pieces(*chunks):
 
 
 @pytest.mark.parametrize("data", [SMALL, LARGE, b""], ids=["small", "large", "empty"])
-def test_what_is_saved_is_found_by_the_next_server(tmp_path, data):
-    """Small files lie together, large ones alone; nobody who reads them can tell."""
+def test_a_saved_file_is_found_by_the_next_server(tmp_path, data):
+    """Small files are in a database, large ones on disk; readers see no difference."""
 
     async def first(storage):
         return await storage.save(data, "image/png")
@@ -53,8 +53,8 @@ def test_what_is_saved_is_found_by_the_next_server(tmp_path, data):
 
 
 @pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
-def test_equal_bytes_are_kept_once(tmp_path, data):
-    """By content, whoever sends them and however often."""
+def test_equal_bytes_are_stored_once(tmp_path, data):
+    """The path depends on the content and type only."""
 
     async def use(storage):
         one, two = await asyncio.gather(storage.save(data, "image/png"), storage.save(data, "image/png"))
@@ -65,8 +65,8 @@ def test_equal_bytes_are_kept_once(tmp_path, data):
     assert in_storage(tmp_path, use)
 
 
-def test_a_name_cannot_be_made_from_the_content_alone(tmp_path):
-    """Another data dir gives the same bytes another name: names are keyed."""
+def test_a_name_cannot_be_derived_from_the_content_alone(tmp_path):
+    """The same bytes have another name in another data dir: names are keyed hashes."""
 
     async def use(storage):
         return await storage.save(SMALL, "image/png")
@@ -82,7 +82,7 @@ def test_a_name_cannot_be_made_from_the_content_alone(tmp_path):
         "/files/ab/../../secret",
         "/files/ab/..%2f..%2fsecret",
         "/files//etc/passwd",
-        "/files/ab/" + "c" * 32,  # the prefix is not the name's own
+        "/files/ab/" + "c" * 32,  # the prefix does not match the name
         "/files/ab/ab" + "0" * 30 + ".png/..",
         "/files/ab/ab" + "0" * 30 + ".PNG\x00",
         "/files/ab/ab" + "0" * 31,
@@ -90,8 +90,8 @@ def test_a_name_cannot_be_made_from_the_content_alone(tmp_path):
         "http://[::1/files",
     ],
 )
-def test_a_path_that_we_would_not_give_out_names_nothing(tmp_path, path):
-    """No traversal, no absolute path, no odd byte."""
+def test_an_invalid_path_finds_nothing(tmp_path, path):
+    """Traversal, absolute paths and odd bytes find nothing."""
 
     async def use(storage):
         assert storage.path_in(path) is None
@@ -101,7 +101,7 @@ def test_a_path_that_we_would_not_give_out_names_nothing(tmp_path, path):
 
 
 def test_an_upload_that_grows_too_large_leaves_nothing(tmp_path):
-    """Neither a file nor a half one."""
+    """No complete and no partial file remains."""
 
     async def use(storage):
         with pytest.raises(UploadTooLarge):
@@ -112,8 +112,8 @@ def test_an_upload_that_grows_too_large_leaves_nothing(tmp_path):
     assert not list((tmp_path / "incoming").iterdir())
 
 
-def test_a_half_written_file_of_a_killed_server_is_removed(tmp_path):
-    """Files appear by rename; what never appeared is rubbish."""
+def test_a_partial_file_of_a_killed_server_is_removed(tmp_path):
+    """A file that was never renamed into place is deleted at the start."""
     (tmp_path / "incoming").mkdir()
     (tmp_path / "incoming" / "half").write_bytes(b"ha")
 
@@ -125,7 +125,7 @@ def test_a_half_written_file_of_a_killed_server_is_removed(tmp_path):
 
 
 def test_a_reserved_name_can_be_written_with_its_token_only(tmp_path):
-    """The token is a signature of the path, good after a restart too."""
+    """The token is a signature of the path and stays valid after a restart."""
 
     async def first(storage):
         return storage.reserve("image/jpeg"), storage.reserve("image/jpeg")
@@ -141,14 +141,14 @@ def test_a_reserved_name_can_be_written_with_its_token_only(tmp_path):
     in_storage(tmp_path, second)
 
 
-def test_a_disk_that_refuses_is_a_storage_error(tmp_path):
-    """The caller decides what to do; nothing is said to be stored."""
+def test_a_failed_write_is_a_storage_error(tmp_path):
+    """The caller gets a StorageError; nothing is reported as stored."""
 
     async def use(storage):
         for folder in (tmp_path / "files", tmp_path / "incoming"):
             folder.rmdir()
             folder.write_bytes(b"in the way")
-        with pytest.raises(StorageError, match="free space"):
+        with pytest.raises(StorageError, match="free disk space"):
             await storage.save(LARGE, "image/png")
 
     in_storage(tmp_path, use)
@@ -167,13 +167,13 @@ def test_a_disk_that_refuses_is_a_storage_error(tmp_path):
     ],
 )
 def test_data_uris_are_decoded(uri, data, content_type):
-    """Base64 or percent-encoded, as RFC 2397 has them."""
+    """Base64 and percent-encoding, as in RFC 2397."""
     assert parse_data_uri(uri) == (data, content_type)
 
 
 @contextlib.asynccontextmanager
 async def web_server(handler):
-    """A real web server on loopback; yields its origin."""
+    """Run a web server on loopback; yield its origin."""
     server = web.Server(handler)
     runner = web.ServerRunner(server, shutdown_timeout=0)
     await runner.setup()
@@ -186,17 +186,17 @@ async def web_server(handler):
 
 
 def fetched(root, handler, path="/a.png", **limits):
-    """What `SourceFetcher.fetch` gives for a path on a server with that handler."""
+    """Fetch a path from a server with this handler."""
 
     async def use(storage):
-        async with web_server(handler) as origin, SafeHttpClient(private_too) as guard:
-            return await SourceFetcher(storage, guard, **limits).fetch(origin + path)
+        async with web_server(handler) as origin, SafeHttpClient(private_too) as client:
+            return await SourceFetcher(storage, client, **limits).fetch(origin + path)
 
     return in_storage(root, use)
 
 
-def test_a_image_is_fetched_over_redirects(tmp_path):
-    """Up to five."""
+def test_an_image_is_fetched_over_redirects(tmp_path):
+    """Up to five redirects are followed."""
 
     async def handler(request):
         hops = int(request.query.get("hops", "5"))
@@ -210,8 +210,8 @@ def test_a_image_is_fetched_over_redirects(tmp_path):
 
 
 @pytest.mark.parametrize(("status", "retryable"), [(404, False), (403, False), (429, True), (503, True)])
-def test_a_server_that_refuses_is_a_download_error(tmp_path, status, retryable):
-    """422 `file_download_error`; another try may help where the server itself is in trouble."""
+def test_an_error_of_the_source_server_is_a_download_error(tmp_path, status, retryable):
+    """The error is 422 `file_download_error`, retryable for 5xx, 408 and 429."""
 
     async def handler(request):
         return web.Response(status=status)
@@ -222,12 +222,12 @@ def test_a_server_that_refuses_is_a_download_error(tmp_path, status, retryable):
     assert caught.value.retryable is retryable
 
 
-@pytest.mark.parametrize("told", [True, False], ids=["length told", "length hidden"])
-def test_a_source_above_the_limit_is_cut_off(tmp_path, told):
-    """`file_too_large` with its limit, whether the server tells the length or not."""
+@pytest.mark.parametrize("announced", [True, False], ids=["with length", "without length"])
+def test_a_source_above_the_limit_is_cut_off(tmp_path, announced):
+    """The error is `file_too_large` with the limit, with or without a Content-Length."""
 
     async def handler(request):
-        if told:
+        if announced:
             return web.Response(body=b"x" * 1001)
         answer = web.StreamResponse()
         await answer.prepare(request)
@@ -242,7 +242,7 @@ def test_a_source_above_the_limit_is_cut_off(tmp_path, told):
 
 
 def test_a_silent_server_is_given_up(tmp_path):
-    """A bounded time for the whole download; retryable."""
+    """The whole download has a timeout; the error is retryable."""
 
     async def use(storage):
         over = asyncio.Event()
@@ -251,9 +251,9 @@ def test_a_silent_server_is_given_up(tmp_path):
             await over.wait()
             return web.Response()
 
-        async with web_server(handler) as origin, SafeHttpClient(private_too) as guard:
+        async with web_server(handler) as origin, SafeHttpClient(private_too) as client:
             with pytest.raises(EngineFailure, match="could not be fetched") as caught:
-                await SourceFetcher(storage, guard).fetch(origin + "/a.png")
+                await SourceFetcher(storage, client).fetch(origin + "/a.png")
             over.set()
         assert caught.value.retryable
 
@@ -262,38 +262,38 @@ def test_a_silent_server_is_given_up(tmp_path):
 
 @pytest.mark.parametrize("url", ["ftp://host/a.png", "file:///etc/passwd", "/a.png", "http://", "nonsense", "http://["])
 def test_anything_but_http_and_data_is_refused(tmp_path, url):
-    """No file of the server's own disk, no other protocol; never a stack trace."""
+    """Local files and other protocols are refused with a clear error."""
 
     async def use(storage):
-        async with SafeHttpClient() as guard:
+        async with SafeHttpClient() as client:
             with pytest.raises(EngineFailure) as caught:
-                await SourceFetcher(storage, guard).fetch(url)
+                await SourceFetcher(storage, client).fetch(url)
             assert caught.value.type == "file_download_error"
             assert not caught.value.retryable
 
     in_storage(tmp_path, use)
 
 
-def test_a_broken_data_uri_is_an_image_load_error(tmp_path):
-    """Said before an engine sees it."""
+def test_an_invalid_data_uri_is_an_image_load_error(tmp_path):
+    """It fails before the engine runs."""
 
     async def use(storage):
-        async with SafeHttpClient() as guard:
+        async with SafeHttpClient() as client:
             with pytest.raises(EngineFailure) as caught:
-                await SourceFetcher(storage, guard).fetch("data:image/png;base64,!!!")
+                await SourceFetcher(storage, client).fetch("data:image/png;base64,!!!")
             assert caught.value.type == "image_load_error"
 
     in_storage(tmp_path, use)
 
 
-def test_own_files_are_read_from_disk_whatever_origin_gave_them_out(tmp_path):
-    """A server that moved to another port still knows its files."""
+def test_own_files_are_read_from_disk_for_any_origin(tmp_path):
+    """A server on another port still recognises its files."""
 
     async def use(storage):
         path = await storage.save(LARGE, "image/png")
-        async with SafeHttpClient() as guard:
-            sources = SourceFetcher(storage, guard)
-            assert await sources.fetch("http://127.0.0.1:1" + path) == LARGE
-            assert await sources.fetch(path) == LARGE
+        async with SafeHttpClient() as client:
+            source_fetcher = SourceFetcher(storage, client)
+            assert await source_fetcher.fetch("http://127.0.0.1:1" + path) == LARGE
+            assert await source_fetcher.fetch(path) == LARGE
 
     in_storage(tmp_path, use)

@@ -1,4 +1,4 @@
-"""The server's memory, on a real file."""
+"""The request database, on a real file."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def submission(name: str, **changes) -> Submission:
     return Submission(**given)
 
 
-def ending(name: str, **changes) -> CompletedRequest:
+def completed(name: str, **changes) -> CompletedRequest:
     given = {"request_id": RequestId(name), "app": APP_ID, "ended_at": 2.0, "status": 200, "payload": b"{}", **changes}
     return CompletedRequest(**given)
 
 
 def in_store(path, use, **options):
-    """Run `use(store)` with a store on `path`, as one server's life."""
+    """Run `use(store)` with a store on `path`, like one run of a server."""
 
     async def life():
         async with await Store.open(path, **options) as store:
@@ -39,12 +39,12 @@ def in_store(path, use, **options):
     return asyncio.run(life())
 
 
-def test_what_was_accepted_is_to_do_after_a_restart_in_its_order(tmp_path):
-    """Accepted and not ended: the next server does it, the first one first."""
+def test_unfinished_requests_are_restored_in_order(tmp_path):
+    """Unfinished requests are returned in the order of acceptance."""
 
     async def first(store):
         await asyncio.gather(*(store.accept(submission(f"r{n}", priority=Priority(n % 2))) for n in range(50)))
-        await store.end(ending("r3"))
+        await store.end(completed("r3"))
 
     async def second(store):
         found = await store.to_do()
@@ -56,8 +56,8 @@ def test_what_was_accepted_is_to_do_after_a_restart_in_its_order(tmp_path):
     in_store(tmp_path / "server.db", second)
 
 
-def test_an_acceptance_is_on_disk_when_the_call_returns(tmp_path):
-    """Another process that opens the file sees it: only then may a 200 be sent."""
+def test_an_acceptance_is_durable_when_the_call_returns(tmp_path):
+    """Another connection to the file sees it, so that a 200 may be sent."""
 
     async def use(store):
         await store.accept(submission("r1", body=b'{"prompt": "x"}'))
@@ -68,9 +68,9 @@ def test_an_acceptance_is_on_disk_when_the_call_returns(tmp_path):
     in_store(tmp_path / "server.db", use)
 
 
-def test_an_ending_comes_back_whole_from_memory_and_from_disk(tmp_path):
-    """Every field, log lines included; the same before and after a restart."""
-    full = ending(
+def test_a_result_is_complete_from_memory_and_from_disk(tmp_path):
+    """Every field, including log lines, is the same before and after a restart."""
+    full = completed(
         "r1",
         status=422,
         payload=b'{"detail":[]}',
@@ -85,7 +85,7 @@ def test_an_ending_comes_back_whole_from_memory_and_from_disk(tmp_path):
 
     async def first(store):
         await store.accept(submission("r1"))
-        assert (await store.find(RequestId("r1"))).ending is None
+        assert (await store.find(RequestId("r1"))).completed is None
         await store.end(full)
         assert store.recent(RequestId("r1")) == full
         return await store.find(RequestId("r1"))
@@ -97,23 +97,23 @@ def test_an_ending_comes_back_whole_from_memory_and_from_disk(tmp_path):
     assert in_store(tmp_path / "server.db", first) == in_store(tmp_path / "server.db", second) == (APP_ID, full, "")
 
 
-def test_the_first_ending_of_a_request_stands(tmp_path):
-    """A result that was shown does not change."""
+def test_the_first_result_of_a_request_is_final(tmp_path):
+    """A published result never changes."""
 
     async def first(store):
         await store.accept(submission("r1"))
-        await store.end(ending("r1", payload=b'"one"'))
-        await store.end(ending("r1", payload=b'"two"'))
+        await store.end(completed("r1", payload=b'"one"'))
+        await store.end(completed("r1", payload=b'"two"'))
 
     async def second(store):
-        return (await store.find(RequestId("r1"))).ending.payload
+        return (await store.find(RequestId("r1"))).completed.payload
 
     in_store(tmp_path / "server.db", first)
     assert in_store(tmp_path / "server.db", second) == b'"one"'
 
 
 def test_an_idempotency_key_is_accepted_once_even_in_one_group(tmp_path):
-    """Same key and input: the first id, not counted again. Same key, other input: said so."""
+    """Same key and input: the first id, not counted again. Same key, different input: reported as such."""
 
     async def use(store):
         same = [submission(f"r{n}", idempotency_key="k", digest=b"a") for n in range(3)]
@@ -127,30 +127,30 @@ def test_an_idempotency_key_is_accepted_once_even_in_one_group(tmp_path):
     in_store(tmp_path / "server.db", use)
 
 
-def test_an_id_that_was_never_given_out_is_not_found(tmp_path):
-    """None, not an error."""
+def test_an_unknown_id_is_not_found(tmp_path):
+    """An unknown id gives None, not an error."""
 
     async def use(store):
-        return await store.find(RequestId("nobody"))
+        return await store.find(RequestId("unknown"))
 
     assert in_store(tmp_path / "server.db", use) is None
 
 
-def test_only_the_latest_endings_stay_in_memory(tmp_path):
-    """Memory does not grow with the number of requests; older ones are read from disk."""
+def test_only_the_latest_results_stay_in_memory(tmp_path):
+    """The cache is bounded; older results are read from disk."""
 
     async def use(store):
         for number in range(5):
             await store.accept(submission(f"r{number}"))
-            await store.end(ending(f"r{number}"))
+            await store.end(completed(f"r{number}"))
         assert [store.recent(RequestId(f"r{n}")) is not None for n in range(5)] == [False, False, True, True, True]
-        assert (await store.find(RequestId("r0"))).ending == ending("r0")
+        assert (await store.find(RequestId("r0"))).completed == completed("r0")
 
     in_store(tmp_path / "server.db", use, remembered=3)
 
 
-def test_a_full_disk_refuses_and_accepts_again_when_there_is_room(tmp_path):
-    """Nothing of the refused group is kept; the server lives on."""
+def test_a_full_disk_rejects_writes_until_there_is_space(tmp_path):
+    """A failed group is rolled back completely, and later writes succeed."""
 
     async def use(store):
         with full_disk(tmp_path / "server.db", "INSERT"), pytest.raises(StorageError, match="full"):
@@ -162,8 +162,8 @@ def test_a_full_disk_refuses_and_accepts_again_when_there_is_room(tmp_path):
 
 
 @pytest.mark.parametrize("version", [2, 3])
-def test_a_file_of_an_earlier_version_is_taken_over(tmp_path, version):
-    """What it holds stays as it was, and new endings say what executed them."""
+def test_a_file_of_an_earlier_version_is_upgraded(tmp_path, version):
+    """Old rows are unchanged, and new results contain their engine."""
     statements = load_statements(store_module.__file__)
     before = statements["schema"]
     if version < 3:
@@ -179,10 +179,10 @@ def test_a_file_of_an_earlier_version_is_taken_over(tmp_path, version):
         database.commit()
 
     async def later(store):
-        await store.end(ending("r2", engine="echo"))
+        await store.end(completed("r2", engine="echo"))
 
     async def still_later(store):
-        assert [(await store.find(RequestId(name))).ending.engine for name in ("r1", "r2")] == [None, "echo"]
+        assert [(await store.find(RequestId(name))).completed.engine for name in ("r1", "r2")] == [None, "echo"]
 
     in_store(tmp_path / "server.db", later)
     in_store(tmp_path / "server.db", still_later)
@@ -191,8 +191,8 @@ def test_a_file_of_an_earlier_version_is_taken_over(tmp_path, version):
     assert ("spent_key",) not in tables, "an idempotency key goes with its request since version 4"
 
 
-def test_a_file_of_a_newer_version_or_of_no_database_is_refused(tmp_path):
-    """One sentence with the path, nothing overwritten."""
+def test_a_newer_version_or_another_file_is_rejected(tmp_path):
+    """The message contains the path, and the file is unchanged."""
     newer, junk = tmp_path / "newer.db", tmp_path / "junk.db"
     with contextlib.closing(sqlite3.connect(newer)) as database:
         database.execute("PRAGMA user_version = 99")

@@ -1,4 +1,4 @@
-"""A call that a thread waits for, and the interrupts that reach it at any moment."""
+"""A call that a thread waits for, and interrupts that arrive at any moment."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def called(function, *, signals=False):
 
 
 def interrupt():
-    """What the kernel does at Ctrl-C; this thread is not the main one."""
+    """Do what the kernel does at Ctrl-C; this thread is not the main one."""
     os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_call_returns_and_raises_as_the_coroutine_does():
-    """No interrupt: nothing is seen of the thread."""
+    """Without an interrupt, the thread is invisible."""
 
     async def fails():
         raise ValueError("its own")
@@ -41,7 +41,7 @@ def test_a_call_returns_and_raises_as_the_coroutine_does():
 
 
 def test_a_call_that_leaves_nothing_is_cancelled():
-    """A plan, say: cancelled where it waits, and KeyboardInterrupt is raised when it has ended."""
+    """A plan, for example: cancelled at its await, and KeyboardInterrupt is raised when it has ended."""
     ends = []
 
     async def waits():
@@ -57,7 +57,7 @@ def test_a_call_that_leaves_nothing_is_cancelled():
 
 
 def test_a_call_that_cannot_be_cancelled_is_left_behind():
-    """A long computation in a thread, which leaves nothing to be finished: the caller waits a second for it."""
+    """A long computation in a thread with nothing to finish: the caller waits a second for it."""
     go, ended = threading.Event(), threading.Event()
 
     def work():
@@ -79,7 +79,7 @@ def test_a_call_that_cannot_be_cancelled_is_left_behind():
 
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_call_that_stops_in_order_is_waited_for(times):
-    """It hears of each interrupt; the exception carries its result in words."""
+    """It receives each interrupt; the exception has its result as text."""
     heard = []
 
     async def stops():
@@ -107,7 +107,7 @@ def test_a_call_that_stops_in_order_is_waited_for(times):
 
 
 def test_a_fault_after_the_interrupt_is_its_cause():
-    """A disk that is full at the end, say."""
+    """For example, a full disk at the end."""
 
     async def breaks():
         call = current_call()
@@ -124,7 +124,7 @@ def test_a_fault_after_the_interrupt_is_its_cause():
 
 
 def test_an_interrupt_at_the_very_end_is_not_lost():
-    """It comes when the coroutine has returned and its thread is ending."""
+    """It arrives when the coroutine has returned and its thread is ending."""
 
     async def returns():
         return "done"
@@ -140,7 +140,7 @@ def test_an_interrupt_at_the_very_end_is_not_lost():
 
 
 def test_nested_calls_keep_apart():
-    """A call inside the coroutine of another has its own; the outer one is still current after it."""
+    """A call inside another call's coroutine is separate; afterwards the outer one is current again."""
 
     async def inner():
         return current_call()

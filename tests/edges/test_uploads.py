@@ -1,4 +1,4 @@
-"""Files in parts over real HTTP, and what a sender may get wrong."""
+"""Multipart uploads over real HTTP, valid and invalid."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run(coroutine):
 
 
 async def announced(session, way):
-    """Announce an upload in parts; the URL of the file and the URL below which its parts go."""
+    """Announce a multipart upload; return the URL of the file and the base URL of its parts."""
     if way == "python":
         status, _, said = await call(session, "POST", "/files/upload/multipart", headers=KIND)
         assert status == 200
@@ -35,7 +35,7 @@ async def announced(session, way):
 
 
 async def put(session, below, number, data):
-    """Send a part; it as the sender names it at the end."""
+    """Upload a part; return its entry for the completion."""
     status, headers, said = await call(session, "PUT", f"{below}/{number}", data=data)
     assert (status, said["partNumber"], said["etag"]) == (200, number, headers["etag"])
     return said
@@ -51,8 +51,8 @@ async def served(session, url):
 
 
 @pytest.mark.parametrize("way", ["python", "javascript"])
-def test_parts_become_the_file_in_the_order_of_their_numbers(tmp_path, way):
-    """Sent at once and in any order, one of them twice; named in any order; usable as a source."""
+def test_parts_are_joined_in_the_order_of_their_numbers(tmp_path, way):
+    """Parts arrive concurrently, in any order, one of them twice; they are listed in any order."""
     pieces = {number: os.urandom(70_000) for number in range(1, 13)}
 
     async def use():
@@ -74,15 +74,15 @@ def test_parts_become_the_file_in_the_order_of_their_numbers(tmp_path, way):
 
 SENT = {
     **{known.content_type: known.content_type for known in FORMATS},
-    "image/mpo": "image/jpeg",  # as Pillow calls a phone's photo
+    "image/mpo": "image/jpeg",  # Pillow's name for some phone photos
     "image/jpg": "image/jpeg",
     "IMAGE/MPO; charset=binary": "image/jpeg",
     "image/apng": "image/png",
 }
 
 
-def test_an_image_is_served_as_what_browsers_call_it(tmp_path):
-    """However it came in: uploaded at once or announced, or as a data URI; the name carries the usual suffix."""
+def test_an_image_is_served_with_the_usual_type(tmp_path):
+    """Uploaded, announced or as a data URI: the usual suffix and content type."""
     suffixes = {known.content_type: known.suffix for known in FORMATS}
 
     async def ways(session, content_type, data):
@@ -109,8 +109,8 @@ def test_an_image_is_served_as_what_browsers_call_it(tmp_path):
     run(use())
 
 
-def test_completing_twice_at_once_and_again_is_completing_once(tmp_path):
-    """A client whose connection broke asks again."""
+def test_completing_is_idempotent(tmp_path):
+    """A client repeats the completion after a broken connection."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -125,7 +125,7 @@ def test_completing_twice_at_once_and_again_is_completing_once(tmp_path):
 
 
 def test_an_unfinished_upload_survives_a_restart(tmp_path):
-    """What came before is there; the sender goes on."""
+    """The stored parts remain, and the client continues."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -156,8 +156,8 @@ def test_an_unfinished_upload_survives_a_restart(tmp_path):
         {"partNumber": 1},
     ],
 )
-def test_parts_that_did_not_come_are_refused(tmp_path, parts):
-    """400 that says which; what came stays, and the right list still makes the file."""
+def test_missing_parts_are_rejected(tmp_path, parts):
+    """400 with the part; stored parts remain, and a valid list still completes the upload."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -172,8 +172,8 @@ def test_parts_that_did_not_come_are_refused(tmp_path, parts):
     run(use())
 
 
-def test_only_what_was_announced_is_taken(tmp_path):
-    """Another token, another path, a number that is none: refused, nothing is written."""
+def test_only_announced_uploads_are_accepted(tmp_path):
+    """Another token or path and invalid numbers are rejected; nothing is written."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -199,8 +199,8 @@ def test_only_what_was_announced_is_taken(tmp_path):
     assert list((tmp_path / "parts").iterdir()) == []
 
 
-def test_parts_and_what_is_unfinished_are_bounded(tmp_path):
-    """A part, a file and all unfinished uploads together; what was refused takes no room."""
+def test_parts_files_and_unfinished_uploads_are_limited(tmp_path):
+    """A part, a file and the total of unfinished uploads are limited; rejected bytes do not count."""
     limits = ServerLimits(part_bytes=1000, file_bytes=2500, unfinished_bytes=4000)
 
     async def chunks():
@@ -215,7 +215,7 @@ def test_parts_and_what_is_unfinished_are_bounded(tmp_path):
             parts = [await put(session, below, number, b"x" * 1000) for number in (1, 2)]
             parts[1] = await put(session, below, 2, b"y" * 1000)
             status, _, said = await call(session, "PUT", f"{below}/3", data=b"x" * 1000)
-            assert (status, "a file may have" in said["detail"]) == (413, True)
+            assert (status, "limited to" in said["detail"]) == (413, True)
             _, second = await announced(session, "javascript")
             await put(session, second, 1, b"z" * 1000)
             await put(session, second, 2, b"z" * 1000)
@@ -227,8 +227,8 @@ def test_parts_and_what_is_unfinished_are_bounded(tmp_path):
     run(use())
 
 
-def test_uploads_that_nobody_finishes_go(tmp_path):
-    """Those to which nothing was added since; others stay."""
+def test_abandoned_uploads_are_removed(tmp_path):
+    """Uploads without a recent part are removed; others stay."""
 
     async def use():
         async def one(data):
@@ -249,8 +249,8 @@ def test_uploads_that_nobody_finishes_go(tmp_path):
     run(use())
 
 
-def test_a_sender_that_hangs_up_in_the_middle_of_a_part_leaves_nothing(tmp_path):
-    """No part, no half file, no room taken."""
+def test_an_aborted_part_leaves_nothing(tmp_path):
+    """No part or partial file remains, and its space is released."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -270,7 +270,7 @@ def test_a_sender_that_hangs_up_in_the_middle_of_a_part_leaves_nothing(tmp_path)
 
 
 def test_the_realtime_token_is_a_string(tmp_path):
-    """As both clients read it."""
+    """Both official clients expect a JSON string."""
 
     async def use():
         async with serving(tmp_path) as session:

@@ -1,4 +1,4 @@
-"""Callbacks: sent to a real receiver on loopback that believes nothing it cannot verify."""
+"""Webhooks, delivered to a real receiver on loopback that verifies signatures."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ from tests.quick_time import run_at
 
 
 class Receiver:
-    """Takes callbacks. `answers` are statuses, in order, the last one for ever; `hold` keeps callers waiting."""
+    """Receives callbacks. `answers`: statuses in order, the last one repeats; `hold` never responds."""
 
     def __init__(self, *answers, hold=False):
         self.answers = list(answers) or [200]
@@ -86,7 +86,7 @@ class Receiver:
         return web.Response(status=status, headers={"location": "/elsewhere"} if 300 <= status < 400 else {})
 
     async def got(self, count):
-        """Wait for so many calls; their bodies."""
+        """Wait for `count` calls; return their bodies."""
         async with asyncio.timeout(HANGS):
             while len(self.calls) < count:
                 self._news.clear()
@@ -107,7 +107,7 @@ async def submitted(session, url, prompt="a cat", headers=None, **inputs):
 
 @contextlib.asynccontextmanager
 async def sender(data_dir, engine=None, chance=lambda: 0.0, permitted=private_too, clock=time.time, disk_seconds=1.0):
-    """The queue and its sender without HTTP in front; yields (service, store). Retries come at once."""
+    """Run a queue and its webhooks without HTTP; yield (service, store). Retries are immediate."""
     key = signing_key(data_dir / "webhook-key.pem")
     async with (
         await Store.open(data_dir / "server.db") as store,
@@ -119,12 +119,12 @@ async def sender(data_dir, engine=None, chance=lambda: 0.0, permitted=private_to
         yield service, store
 
 
-def wishes(url, **more):
+def options_with(url, **more):
     return SubmitOptions(webhook=Webhook(url, urllib.parse.urlsplit(url).hostname, "http://server"), **more)
 
 
 async def settled(store, count=0):
-    """Wait until so many callbacks are owed."""
+    """Wait until `count` callbacks are pending."""
     async with asyncio.timeout(HANGS):
         while store.webhooks != count:
             await asyncio.sleep(0.005)
@@ -139,16 +139,16 @@ HANGS = 3000.0
 
 
 @given(st.integers(1, 10_000), st.floats(0, 1), st.floats(0, 4e9))
-def test_the_pace_of_retries_is_bounded(tries, chance, now):
-    """Never in the past, never later than 4 h, no more than 31 times, for any number and any chance."""
+def test_the_delay_of_retries_is_bounded(tries, chance, now):
+    """For any number of attempts and any jitter: not in the past, at most 4 h later, at most 31 retries."""
     at = next_try(tries, now, chance)
     assert (at is None) == (tries > RETRIES)
     if at is not None:
         assert now <= at <= now + BACKOFF_LIMIT_SECONDS
 
 
-def test_the_longest_wait_doubles_up_to_its_limit():
-    """5 s, 10 s, 20 s, ..., 4 h; the whole of it is drawn at random."""
+def test_the_maximum_delay_doubles_up_to_its_limit():
+    """The maximum delay is 5 s, 10 s, 20 s, ..., 4 h, with full jitter."""
     longest = [next_try(tries, 0.0, 1.0) for tries in range(1, RETRIES + 1)]
     assert longest[:4] == [BACKOFF_SECONDS * 2**n for n in range(4)]
     assert longest == sorted(longest)
@@ -166,12 +166,12 @@ def test_the_longest_wait_doubles_up_to_its_limit():
     ],
 )
 def test_any_2xx_acknowledges_and_a_redirect_is_final(status, verdict):
-    """Everything else may pass."""
+    """All other statuses are retried."""
     assert verdict_on(status) is verdict
 
 
-def test_bodies_are_fal_s():
-    """OK with the output, ERROR with the error's body, and a result that is too large only with where it is."""
+def test_bodies_have_fal_s_format():
+    """OK with the output, ERROR with the error's body; for a large result, a hint instead of the payload."""
     ok = CompletedRequest("r1", APP_ID, 0.0, 200, b"")
     common = {"request_id": "r1", "gateway_request_id": "r1"}
     seed = 196619188014358660
@@ -185,8 +185,8 @@ def test_bodies_are_fal_s():
     assert "fetch it" in large["payload_error"]
 
 
-def test_a_url_that_can_never_work_is_refused_at_once():
-    """What its host resolves to is judged later."""
+def test_an_unusable_url_is_rejected_at_once():
+    """A host name is resolved only at delivery."""
     assert webhook_of("https://Example.com/a?b", "http://s", public_only) == Webhook(
         "https://Example.com/a?b", "example.com", "http://s"
     )
@@ -198,8 +198,8 @@ def test_a_url_that_can_never_work_is_refused_at_once():
 # --- the key pair -----------------------------------------------------------------------------------------
 
 
-def test_the_key_pair_is_made_once_and_for_its_user_alone(tmp_path):
-    """Mode 0600; the next server signs with the same key; another file there is one clear sentence."""
+def test_the_key_pair_is_created_once_with_mode_0600(tmp_path):
+    """The file has mode 0600 and is reused; a file without a valid key is an InputError."""
     path = tmp_path / "webhook-key.pem"
     first = signing_key(path)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -214,8 +214,8 @@ def test_the_key_pair_is_made_once_and_for_its_user_alone(tmp_path):
 # --- over HTTP --------------------------------------------------------------------------------------------
 
 
-def test_a_receiver_is_told_of_the_end_and_can_verify_it(tmp_path):
-    """The payload is the result; signed with the key that the server publishes; tampered copies are refused."""
+def test_a_receiver_gets_a_verifiable_callback(tmp_path):
+    """The payload is the result, signed with the published key; tampered copies fail the verification."""
 
     async def use():
         async with Receiver() as receiver, serving(tmp_path, allow_private=True) as session:
@@ -244,8 +244,8 @@ def test_a_receiver_is_told_of_the_end_and_can_verify_it(tmp_path):
     asyncio.run(use())
 
 
-def test_failures_and_cancellations_are_told_too(tmp_path):
-    """`ERROR` with what the result URL answers."""
+def test_failures_and_cancellations_are_delivered_too(tmp_path):
+    """`ERROR` with the body of the result URL."""
 
     async def use():
         engine = ScriptedEngine(slots=1)
@@ -268,8 +268,8 @@ def test_failures_and_cancellations_are_told_too(tmp_path):
     asyncio.run(use())
 
 
-def test_sync_mode_tells_with_data_uris(tmp_path):
-    """As the result has them."""
+def test_sync_mode_delivers_data_uris(tmp_path):
+    """The payload contains the same data URIs as the result."""
 
     async def use():
         async with Receiver() as receiver, serving(tmp_path, allow_private=True) as session:
@@ -294,8 +294,8 @@ def test_the_user_of_a_callback_is_the_owner_of_the_request(tmp_path):
 
 
 @pytest.mark.parametrize("url", ["ftp://example.com/", "http://127.0.0.1:9999/", "http://169.254.169.254/", "x"])
-def test_a_webhook_that_may_not_be_called_is_refused_at_the_submit(tmp_path, url):
-    """422 that says where the mistake is; nothing was accepted."""
+def test_a_forbidden_webhook_is_rejected_at_the_submit(tmp_path, url):
+    """The response is 422 with the parameter's name; nothing is accepted."""
 
     async def use():
         async with serving(tmp_path) as session:
@@ -307,8 +307,8 @@ def test_a_webhook_that_may_not_be_called_is_refused_at_the_submit(tmp_path, url
     asyncio.run(use())
 
 
-def test_a_name_that_resolves_into_our_network_is_never_called(tmp_path, caplog):
-    """Judged when it is called; dropped unsent, and nothing of the URL but its host is logged."""
+def test_a_name_with_a_private_address_is_never_called(tmp_path, caplog):
+    """The address is checked at delivery; the callback is dropped, and only the URL's host is logged."""
 
     async def use():
         async with Receiver() as receiver, serving(tmp_path) as session:
@@ -316,7 +316,7 @@ def test_a_name_that_resolves_into_our_network_is_never_called(tmp_path, caplog)
             request_id = await submitted(session, url)
             assert (await result(session, request_id))[0] == 200
             async with asyncio.timeout(20):
-                while "given up" not in caplog.text:
+                while "giving up" not in caplog.text:
                     await asyncio.sleep(0.005)
             assert receiver.calls == []
         assert "secret" not in caplog.text
@@ -324,8 +324,8 @@ def test_a_name_that_resolves_into_our_network_is_never_called(tmp_path, caplog)
     asyncio.run(use())
 
 
-def test_a_repeated_submit_is_told_of_once(tmp_path):
-    """The same idempotency key is the same request, with the webhook of the first."""
+def test_a_repeated_submit_has_one_callback(tmp_path):
+    """A repeated idempotency key keeps the first webhook."""
 
     async def use():
         async with Receiver() as receiver, serving(tmp_path, allow_private=True) as session:
@@ -342,12 +342,12 @@ def test_a_repeated_submit_is_told_of_once(tmp_path):
 # --- again and again --------------------------------------------------------------------------------------
 
 
-def test_a_receiver_that_fails_is_told_again_until_it_acknowledges(tmp_path):
-    """4xx and 5xx alike; the same body each time, freshly signed."""
+def test_a_failing_receiver_is_retried_until_it_acknowledges(tmp_path):
+    """4xx and 5xx are retried with the same body and a new signature."""
 
     async def use():
         async with Receiver(500, 404, 429, 503, 204) as receiver, sender(tmp_path) as (service, store):
-            await service.submit(APP_ID, BODY, wishes(receiver.url))
+            await service.submit(APP_ID, BODY, options_with(receiver.url))
             await receiver.got(5)
             await settled(store)
             assert len({body for _, body, _ in receiver.calls}) == 1
@@ -356,12 +356,12 @@ def test_a_receiver_that_fails_is_told_again_until_it_acknowledges(tmp_path):
     asyncio.run(use())
 
 
-def test_a_receiver_that_never_acknowledges_is_given_up(tmp_path):
-    """After one try and 31 retries; the result is still there to be fetched."""
+def test_delivery_ends_after_the_last_retry(tmp_path):
+    """Delivery ends after one attempt and 31 retries; the result is still available."""
 
     async def use():
         async with Receiver(500) as receiver, sender(tmp_path) as (service, store):
-            admission = await service.submit(APP_ID, BODY, wishes(receiver.url))
+            admission = await service.submit(APP_ID, BODY, options_with(receiver.url))
             await settled(store)
             assert len(receiver.calls) == 1 + RETRIES
             assert (await service.find(admission.request_id)).state.status == 200
@@ -370,27 +370,27 @@ def test_a_receiver_that_never_acknowledges_is_given_up(tmp_path):
 
 
 def test_a_redirect_is_final_and_not_followed(tmp_path):
-    """One call, nothing owed."""
+    """One call is made and none is pending."""
 
     async def use():
         async with Receiver(302) as receiver, sender(tmp_path) as (service, store):
-            await service.submit(APP_ID, BODY, wishes(receiver.url))
+            await service.submit(APP_ID, BODY, options_with(receiver.url))
             await settled(store)
             assert [path for _, _, path in receiver.calls] == ["/hook?secret=1"]
 
     asyncio.run(use())
 
 
-def test_a_receiver_that_is_not_there_is_tried_again(tmp_path):
-    """Nobody listens, nobody answers in time, the name is unknown: each may pass."""
+def test_an_unreachable_receiver_is_retried(tmp_path):
+    """Connection refused, timeout and unknown host are retried."""
     speed = webhooks_module.FIRST_SECONDS / 0.1
 
     async def use():
         async with Receiver() as gone:
             pass
         async with Receiver(hold=True) as silent, sender(tmp_path, chance=lambda: 1.0) as (service, store):
-            for url in (gone.url, silent.url, "http://nobody.invalid/"):
-                await service.submit(APP_ID, BODY, wishes(url))
+            for url in (gone.url, silent.url, "http://unknown.invalid/"):
+                await service.submit(APP_ID, BODY, options_with(url))
             async with asyncio.timeout(HANGS):
                 while len(found := await waiting_tries(store)) < 3 or set(found) != {1}:
                     await asyncio.sleep(0.01)
@@ -403,13 +403,13 @@ def test_a_receiver_that_is_not_there_is_tried_again(tmp_path):
     run_at(speed, use())
 
 
-def test_the_first_try_has_less_time_than_the_later_ones(tmp_path):
-    """15 s, then 120 s: a receiver that wakes up slowly gets its chance."""
+def test_the_first_attempt_has_a_shorter_timeout(tmp_path):
+    """15 s, then 120 s, so that a slow receiver can succeed."""
     assert (webhooks_module.FIRST_SECONDS, webhooks_module.LATER_SECONDS) == (15.0, 120.0)
 
     async def use():
         async with Receiver(hold=True) as receiver, sender(tmp_path) as (service, store):
-            await service.submit(APP_ID, BODY, wishes(receiver.url))
+            await service.submit(APP_ID, BODY, options_with(receiver.url))
             await receiver.got(2)
             receiver.go.set()
             await settled(store)
@@ -418,8 +418,8 @@ def test_the_first_try_has_less_time_than_the_later_ones(tmp_path):
     run_at(webhooks_module.FIRST_SECONDS / 0.3, use())
 
 
-def test_a_receiver_that_hangs_holds_up_nobody_but_itself(tmp_path):
-    """Neither the queue nor other hosts; and only so many calls to it are open, however many are owed."""
+def test_a_hanging_receiver_blocks_only_itself(tmp_path):
+    """The queue and other hosts are not affected, and the calls in flight per host are limited."""
 
     async def use():
         count = 4 * PARALLEL
@@ -428,10 +428,10 @@ def test_a_receiver_that_hangs_holds_up_nobody_but_itself(tmp_path):
             Receiver() as quick,
             sender(tmp_path, ScriptedEngine(slots=8)) as (service, store),
         ):
-            ids = [await service.submit(APP_ID, BODY, wishes(silent.url)) for _ in range(count)]
+            ids = [await service.submit(APP_ID, BODY, options_with(silent.url)) for _ in range(count)]
             await silent.got(PARALLEL_PER_HOST)
             other = quick.url.replace("127.0.0.1", "localhost")
-            mine = await service.submit(APP_ID, BODY, wishes(other))
+            mine = await service.submit(APP_ID, BODY, options_with(other))
             assert [told["request_id"] for told in await quick.got(1)] == [mine.request_id]
             assert len(silent.calls) == silent.waiting == PARALLEL_PER_HOST
             for admission in ids:
@@ -443,21 +443,21 @@ def test_a_receiver_that_hangs_holds_up_nobody_but_itself(tmp_path):
     asyncio.run(use())
 
 
-def test_a_disk_that_refuses_delays_the_note_and_nothing_else(tmp_path):
-    """A callback that was made is noted as soon as there is room, and not made again meanwhile."""
+def test_a_full_disk_delays_only_the_record_of_a_delivery(tmp_path):
+    """A delivered callback is recorded when writes succeed again, and is not repeated."""
 
     async def use():
         refusals = iter([StorageError("no space"), StorageError("no space")])
         async with Receiver() as receiver, sender(tmp_path, disk_seconds=0.01) as (service, store):
             settle = store.settle
 
-            async def refusing(settlement):
+            async def refusing(outcome):
                 for refusal in refusals:
                     raise refusal
-                await settle(settlement)
+                await settle(outcome)
 
             store.settle = refusing
-            await service.submit(APP_ID, BODY, wishes(receiver.url))
+            await service.submit(APP_ID, BODY, options_with(receiver.url))
             await settled(store)
             assert len(receiver.calls) == 1
 
@@ -467,13 +467,13 @@ def test_a_disk_that_refuses_delays_the_note_and_nothing_else(tmp_path):
 # --- durable ----------------------------------------------------------------------------------------------
 
 
-def test_what_is_owed_survives_the_server(tmp_path):
-    """A callback that was not acknowledged is made by the next server, with the results of the last one."""
+def test_pending_callbacks_survive_the_server(tmp_path):
+    """The next server delivers a callback that was not acknowledged."""
 
     async def use():
         async with Receiver(hold=True) as receiver:
             async with sender(tmp_path) as (service, _):
-                first = await service.submit(APP_ID, BODY, wishes(receiver.url))
+                first = await service.submit(APP_ID, BODY, options_with(receiver.url))
                 await receiver.got(1)
             receiver.go.set()
             async with sender(tmp_path) as (_, store):
@@ -487,8 +487,8 @@ def test_what_is_owed_survives_the_server(tmp_path):
     asyncio.run(use())
 
 
-def test_an_ending_and_the_debt_that_it_makes_are_one_write(tmp_path):
-    """There is no moment in between at which a killed server would forget to tell."""
+def test_a_result_and_its_callback_are_one_transaction(tmp_path):
+    """One transaction, so that a killed server never loses a callback."""
 
     async def use():
         path = tmp_path / "server.db"
@@ -504,14 +504,14 @@ def test_an_ending_and_the_debt_that_it_makes_are_one_write(tmp_path):
             await store.settle(DeliveryOutcome("r1", 7.0))
             assert (await store.webhooks_due(7.0, 9, busy_hosts=[], under_way=[]))[0].tries == 1
         with contextlib.closing(sqlite3.connect(path)) as database, database:
-            database.execute("DELETE FROM request")  # as its retention ends
+            database.execute("DELETE FROM request")  # as when its retention ends
             assert database.execute("SELECT count(*) FROM webhook").fetchone() == (0,)
 
     asyncio.run(use())
 
 
-def test_a_store_of_the_first_version_is_brought_up_to_date(tmp_path):
-    """What it holds stays, belongs to nobody, and the two schemas come out the same."""
+def test_a_version_1_store_is_upgraded(tmp_path):
+    """Its rows stay, without an owner, and its schema equals that of a new file."""
     old, new = tmp_path / "old.db", tmp_path / "new.db"
 
     async def use():
@@ -552,7 +552,7 @@ PRAGMA user_version = 1;
 
 
 def test_callbacks_survive_kill_9(tmp_path):
-    """A server killed with callbacks open makes them again when it is back, each one, with the same ids."""
+    """After kill -9 with callbacks in flight, the next server delivers each of them, with the same ids."""
 
     @contextlib.asynccontextmanager
     async def server():

@@ -1,9 +1,9 @@
-"""`restyle ...` in a process whose disk refuses one kind of call on some files, from the n-th such call on.
+"""Run `restyle ...` in a process whose disk refuses one kind of call on some files, from the n-th such call on.
 
     python -m tests.faults.bad_disk CALL PATTERN ERRNO N restyle-arguments...
 
-CALL is `open` (for writing), `write`, `fsync`, `replace` or `mkdir`; PATTERN is matched with `fnmatch` against the
-whole path. What Python itself writes only: SQLite's calls are made below it (`strace` reaches those).
+CALL is `open` (for writing), `write`, `fsync`, `replace` or `mkdir`; PATTERN is matched with `fnmatch` against the full
+path. Affects only calls made by Python; `strace` handles SQLite's calls, which bypass it.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from batch.cli.main import main
 
 
 class Disk:
-    """Counts the calls that are meant, and refuses."""
+    """Counts the matching calls and refuses them from the n-th on."""
 
     def __init__(self, call: str, pattern: str, number: int, first: int) -> None:
         self._call, self._pattern, self._number, self._left = call, pattern, number, first
 
     def touch(self, call: str, path: object) -> None:
-        """Raise where this call is one of those that fail."""
+        """Raise if this call must fail."""
         if call != self._call or not fnmatch.fnmatch(os.fsdecode(path), self._pattern):  # type: ignore[arg-type]
             return
         self._left -= 1
@@ -34,7 +34,7 @@ class Disk:
             raise OSError(self._number, os.strerror(self._number), os.fsdecode(path))  # type: ignore[arg-type]
 
     def watch(self) -> None:
-        """Put every call that Python makes through `touch`."""
+        """Route every call that Python makes through `touch`."""
         real_open, real_os_open, real_fdopen = io.open, os.open, os.fdopen
 
         def opened(file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
@@ -67,7 +67,7 @@ class Disk:
 
 
 class _Watched:
-    """A file whose writes may be refused."""
+    """A file whose writes may fail."""
 
     def __init__(self, real: Any, disk: Disk, path: str) -> None:
         self._real, self._disk, self._path = real, disk, path

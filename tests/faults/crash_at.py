@@ -1,13 +1,13 @@
-"""`restyle ...` in a process that kills itself at one durable transition, or notes all that it makes.
+"""Run `restyle ...` in a process that kills itself at one durable transition, or records all transitions.
 
     python -m tests.faults.crash_at kill STATE HAPPENING before|after N restyle-arguments...
     python -m tests.faults.crash_at record FILE restyle-arguments...
 
 `quick` before either word runs it on the clock of `tests.quick_time`.
 
-A transition is one row of `lifecycle.TABLE`, counted from 1 in the order in which the journal commits them. `before`:
-the transaction that holds the N-th one is never begun; `after`: it is on the disk, and nobody was told. SIGKILL leaves
-no time for a word in either case.
+A transition is one row of `batch.journal.states.TABLE`, counted from 1 in the order in which the journal commits them.
+`before`: the transaction with the N-th one does not start. `after`: it is on disk, but its caller has no answer yet.
+SIGKILL leaves no time for cleanup in either case.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.quick_time import quicken
 
 
 def transitions(journal: JournalDatabase, calls: Sequence[Sequence[Event]]) -> Iterator[tuple[str, str]]:
-    """The rows of the table that a group of events goes through."""
+    """Yield the rows of the table that a group of events passes."""
     events = [event for call in calls for event in call if not isinstance(event, Uploaded)]
     known = journal.find([event.job_key for event in events])
     states = {key: job.state for key, job in known.items()}
@@ -39,7 +39,7 @@ def transitions(journal: JournalDatabase, calls: Sequence[Sequence[Event]]) -> I
 
 
 def watch(before: Callable[[Counter], None], after: Callable[[Counter], None]) -> None:
-    """Have both told, around each commit, how often each row has happened so far, this commit included."""
+    """Call both functions around each commit with the count of each row so far, including this commit."""
     commit, happened = JournalDatabase.commit, Counter()
 
     def watched(self: JournalDatabase, calls: Sequence[Sequence[Event]]) -> list[Exception | None]:
@@ -64,7 +64,7 @@ def kill_at(state: str, happening: str, when: str, number: int) -> None:
 
 
 def record(file: Path) -> None:
-    """One line of JSON for each process: [[state, happening, count], ...], written anew after each commit."""
+    """Write one JSON line per process: [[state, happening, count], ...], rewritten after each commit."""
     earlier = file.read_text() if file.exists() else ""
 
     def note(happened: Counter) -> None:

@@ -1,7 +1,7 @@
-"""What the endpoint and the journal hold after a run, each by itself, and whether they agree.
+"""Contents of the endpoint and of the journal after a run, and checks that they agree.
 
-The endpoint's side is its own database: each request that it accepted, durable before it was answered, is one that a
-service would bill. Jobs are told apart there by what was asked for: prompt and seed, which no two rows share.
+The endpoint's side is its own database: a service would bill each request that it has accepted, which is durable before
+the response. A job is identified there by prompt and seed, which are unique per row.
 """
 
 from __future__ import annotations
@@ -19,35 +19,35 @@ from tests.acceptance.command import results
 
 @dataclass(frozen=True)
 class Evidence:
-    """Counts, after everything was checked that has to hold whatever happens."""
+    """Counts, after all invariants were checked."""
 
     rows: int
     done: int
     failed: dict[str, int]
-    """Failed rows by error type."""
+    """Number of failed rows by error type."""
     unknown: int
     accepted: int
     """Requests that the endpoint accepted."""
     succeeded: int
-    """Requests that it carried out."""
+    """Requests that the endpoint executed successfully."""
     written_off: int
-    """Carried out, and given up by us with a reason in the journal: a result that could not be had."""
-    strangers: int
-    """Requests that the endpoint accepted and the journal does not know."""
+    """Executed, but recorded as failed in the journal because the result was not available."""
+    foreign: int
+    """Requests that the endpoint accepted and that are not in the journal."""
     paid_twice: int
-    """Jobs with two requests that were carried out, neither of them written off."""
+    """Jobs with two executed requests, neither of them written off."""
 
 
 def examine(run: Path, server: Path) -> Evidence:
-    """Read both sides; raises where a row that is done lacks its image or its request."""
+    """Read both sides. Raises if a finished row lacks its image or its request."""
     requests = _query(server / "server.db", "SELECT request_id, body, status FROM request")
     ((accepted,),) = _query(server / "server.db", "SELECT value FROM counter WHERE name = 'accepted'")
     jobs = _query(run / "journal.db", "SELECT key, state, request_id FROM jobs")
     failures = _query(run / "journal.db", "SELECT request_id FROM outcomes WHERE happening = 'fail'")
     ended = _query(run / "journal.db", "SELECT request_id FROM outcomes WHERE request_id IS NOT NULL")
-    assert accepted == len(requests), "the endpoint's counter and its table"
+    assert accepted == len(requests), "the endpoint's counter and its table differ"
 
-    # What was given up in one command and collected in a later one is not given up.
+    # A request that one command gave up and a later one collected does not count as given up.
     collected = {request_id for _, state, request_id in jobs if state == State.DONE}
     given_up = {request_id for (request_id,) in failures} - collected
     known = {request_id for _, _, request_id in jobs} | {request_id for (request_id,) in ended}
@@ -58,13 +58,13 @@ def examine(run: Path, server: Path) -> Evidence:
     by_id = dict(succeeded)
     for row in rows:
         if row["status"] == "done":
-            assert by_id[row["request_id"]] == (row["prompt"], row["seed"]), "the answer of another job"
+            assert by_id[row["request_id"]] == (row["prompt"], row["seed"]), "the result belongs to another job"
             assert row["images"], f"{row['job_key']} is done and has no image"
         for image in row["images"] or () if row["status"] == "done" else ():
             if image["path"] is not None:
                 assert hashlib.sha256((run / image["path"]).read_bytes()).hexdigest() == image["sha256"]
     done = sum(row["status"] == "done" for row in rows)
-    assert sum(state == State.DONE for _, state, _ in jobs) == done, "the table and the journal"
+    assert sum(state == State.DONE for _, state, _ in jobs) == done, "the table and the journal differ"
     return Evidence(
         rows=len(rows),
         done=done,
@@ -73,13 +73,13 @@ def examine(run: Path, server: Path) -> Evidence:
         accepted=accepted,
         succeeded=len(succeeded),
         written_off=sum(request_id in given_up for request_id, _ in succeeded),
-        strangers=sum(request_id not in known for request_id, _, _ in requests),
+        foreign=sum(request_id not in known for request_id, _, _ in requests),
         paid_twice=sum(count > 1 for count in kept.values()),
     )
 
 
 def what_matters(run: Path) -> dict[str, tuple]:
-    """The results by job, without times, ids, URLs, attempts and money: equal for equal runs."""
+    """Return the results by job without times, ids, URLs, attempts and money: identical for identical runs."""
     return {
         row["job_key"]: (
             row["status"],

@@ -1,8 +1,8 @@
-"""Every fault that the endpoint can commit, as a case: a run against it, and what has to hold at the end.
+"""Every fault of the endpoint as a case: a run against it, and the required end state.
 
-The cases are made from the server's own table of moments and deeds: a fault that is new there is a case here. Server
-and run share a process, over real loopback HTTP, a real journal and real files; what a case takes is mostly waiting,
-so that several go on side by side.
+The cases are generated from the server's own table of fault points and actions, so a new fault is a new case. Server
+and run share a process, with real loopback HTTP, a real journal and real files. A case mostly waits, so several run
+concurrently.
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ from batch.server.serve import ServeOptions, serve
 from tests.faults.evidence import Evidence, examine
 
 RUN_SECONDS = 900.0
-"""A command that is not over by then hangs. The unluckiest of 300 uploads that fail half the time takes minutes."""
+"""Seconds until a command counts as hung. The unluckiest of 300 uploads, half of which fail, takes minutes."""
 ROUNDS = 25
 _HELD_ROUNDS = 4
-"""Commands that only look lost submits up, before those that are still unknown are sent again."""
+"""Commands that only look up lost submits, before the remaining unknown ones are submitted again."""
 _LISTED_BY = 1.0
-"""Seconds until the server has ended what it accepted and lists it: sent again sooner, a job may be paid for twice."""
+"""Seconds until the server has finished accepted requests and lists them; submitting again earlier may pay for a job
+twice."""
 
 _READ_ANSWERS = ("status = 404", "status = 401", "status = 429\nretry_after = 0.05", "status = 503")
 _ANSWERS = {
@@ -51,7 +52,7 @@ _ANSWERS = {
     FaultPoint.LISTING: ("status = 429", "status = 500"),
 }
 _WITHHELD = "status = 404\nreads = 20"
-"""Longer than one command asks for a file."""
+"""More reads than one command makes for a file."""
 _OPTIONS = {
     FaultAction.ANSWER_AFTER_ACCEPT: ("status = 500", "status = 502"),
     FaultAction.LATE: ("seconds = 0.2",),
@@ -74,29 +75,29 @@ class Kind(NamedTuple):
 
     @property
     def name(self) -> str:
-        """For people and test ids."""
+        """A name, for reports and test ids."""
         return " ".join([self.at, self.do, *self.options.replace("\n", ", ").split(" = ")])
 
     def entry(self, share: float) -> str:
-        """As a faults file has it."""
+        """Return the entry of a faults file."""
         return f'[[fault]]\nat = "{self.at}"\ndo = "{self.do}"\nshare = {share}\n{self.options}\n'
 
     @property
     def fails_jobs(self) -> bool:
-        """Whether it is a job's own failure, or cannot be told from one however often one asks."""
-        own = self.at is FaultPoint.EXECUTE  # one that is sent back to the queue twice fails there
+        """Whether it fails the job itself, or cannot be distinguished from that by any number of reads."""
+        own = self.at is FaultPoint.EXECUTE  # a request that is requeued twice fails there
         refused = self.at is FaultPoint.SUBMIT and "422" in self.options
-        final = self.at is FaultPoint.RESULT and self.options == "status = 500"  # fal's body: believed in the end
+        final = self.at is FaultPoint.RESULT and self.options == "status = 500"  # with fal's body: finally believed
         return own or refused or final or self.at is FaultPoint.CANCEL
 
     @property
     def withholds(self) -> bool:
-        """Whether it fails rows whose answer is paid for and there: a later command collects it, free."""
+        """Whether it fails rows whose result exists and is paid for; a later command collects it, free."""
         return self.options == _WITHHELD or (self.do is FaultAction.NO_IMAGES and self.options == "reads = 8")
 
     @property
     def doubtful(self) -> bool:
-        """Whether it leaves a submit in doubt that had not arrived."""
+        """Whether it leaves the outcome of a submit unknown that did not arrive."""
         lost = self.do is FaultAction.DROP or (
             self.do is FaultAction.ANSWER and self.options in {"status = 500", "status = 503"}
         )
@@ -104,7 +105,7 @@ class Kind(NamedTuple):
 
 
 def kinds() -> Iterator[Kind]:
-    """All faults of the server's table, each with every set of options that matters."""
+    """Return all faults of the server's table, each with every relevant set of options."""
     for moment, deeds in faults._DEEDS.items():
         for deed in sorted(deeds):
             for options in _ANSWERS[moment] if deed is FaultAction.ANSWER else _OPTIONS.get(deed, ("",)):
@@ -113,7 +114,7 @@ def kinds() -> Iterator[Kind]:
 
 @dataclass(frozen=True)
 class Case:
-    """Faults at a share, against a server that honours idempotency keys or does not."""
+    """Faults with a probability, and a server that supports idempotency keys or not."""
 
     faults: tuple[Kind, ...]
     share: float
@@ -121,43 +122,43 @@ class Case:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """A name, for reports."""
         what = self.faults[0].name if len(self.faults) == 1 else "all together"
         return f"{what} at {self.share:.0%}, keys {'honoured' if self.keys else 'ignored'}"
 
     def file(self) -> str:
-        """The faults file."""
+        """Return the content of the faults file."""
         entries = [kind.entry(self.share) for kind in self.faults]
-        if self.faults[0].at is FaultPoint.LISTING:  # there has to be something to look up
+        if self.faults[0].at is FaultPoint.LISTING:  # the look-up needs lost submits
             entries.append(Kind(FaultPoint.SUBMIT, FaultAction.DROP_AFTER_ACCEPT).entry(0.2))
         return "\n".join([f"idempotency = {str(self.keys).lower()}", *entries])
 
     def has(self, moment: FaultPoint) -> bool:
-        """Whether one of its faults is of that moment."""
+        """Whether one of its faults is at this point."""
         return any(kind.at is moment for kind in self.faults)
 
 
 def together(share: float, *, keys: bool) -> Case:
-    """All faults at once: what can befall a run, so none at a cancellation, and not every submit twice over."""
+    """Return all faults that a run can meet at once: none at cancellation, and not every submit fault twice."""
     return Case(tuple(kind for kind in kinds() if kind.at is not FaultPoint.CANCEL), share, keys)
 
 
 class Outcome(NamedTuple):
-    """How a case went."""
+    """The outcome of a case."""
 
     evidence: Evidence
     posts: int
-    """Submits that reached the server in the first command."""
+    """Submits that the server received from the first command."""
     codes: list[int]
-    """Exit code of each command."""
+    """Exit codes of the commands."""
     seconds: float
 
 
 async def carry_out(case: Case, folder: Path, jobs: int, *, seconds: float = RUN_SECONDS) -> Outcome:
-    """Run it to its end, and check all that has to hold.
+    """Run a case to its end and check all invariants.
 
     Raises:
-        AssertionError: it does not.
+        AssertionError: an invariant is violated.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -170,14 +171,12 @@ async def carry_out(case: Case, folder: Path, jobs: int, *, seconds: float = RUN
             await _begin_and_cancel(manifest, folder / "run", url, seconds)
         retry_failed, doubtful = False, any(kind.doubtful for kind in case.faults)
         while not codes or codes[-1]:
-            assert len(codes) < ROUNDS, f"{case.name}: not over after {codes}"
-            # What did not arrive is sent again; before that, what did is looked for as often as it may take to find it.
+            assert len(codes) < ROUNDS, f"{case.name}: not complete after {codes}"
+            # Lost submits are sent again, but only after enough look-ups to find those that arrived.
             resubmits = doubtful and len(codes) >= (1 if len(case.faults) == 1 else _HELD_ROUNDS)
             limits: dict[str, Any] = {"on_unknown": f"resubmit-after={_LISTED_BY:g}s"} if resubmits else {}
-            if any(
-                kind.do is FaultAction.EXPIRE for kind in case.faults
-            ):  # what is lost for good is not asked for again
-                limits["collect_for"] = 0
+            if any(kind.do is FaultAction.EXPIRE for kind in case.faults):
+                limits["collect_for"] = 0  # do not request expired results again
             if resubmits:
                 await anyio.to_thread.run_sync(time.sleep, _LISTED_BY)  # by the wall clock, as the limit is
             settings = {"target": {"name": url}, "limits": limits}
@@ -192,7 +191,7 @@ async def carry_out(case: Case, folder: Path, jobs: int, *, seconds: float = RUN
                     assert posts == jobs, f"{case.name}: {posts} POSTs for {jobs} jobs"
     found = examine(folder / "run", folder / "server")
     assert found.done == found.rows == jobs, (case.name, found)
-    assert found.paid_twice == found.strangers == found.unknown == 0, (case.name, found)
+    assert found.paid_twice == found.foreign == found.unknown == 0, (case.name, found)
     if not any(kind.fails_jobs for kind in case.faults):
         assert found.accepted == jobs, (case.name, found)
         assert found.written_off == 0, (case.name, found)
@@ -200,13 +199,13 @@ async def carry_out(case: Case, folder: Path, jobs: int, *, seconds: float = RUN
 
 
 def _check_code(case: Case, summary: api.Summary) -> None:
-    """The exit code, counted anew, and whether there was a reason for it."""
+    """Check the exit code against the counts, and that the case explains them."""
     words = (case.name, summary.to_json())
     expected = ExitCode.SOME_FAILED if summary.failed else ExitCode.COMPLETE
     if summary.unknown:
         expected = ExitCode.STOPPED_EARLY
         assert case.has(FaultPoint.LISTING) or any(kind.doubtful for kind in case.faults), words
-        # Under a key it is asked again until it is known, but for a refused repeat: that says nothing of the first.
+        # With a key a submit is repeated until its outcome is known; a refused repeat proves nothing about the first.
         assert not case.keys or len(case.faults) > 1, words
     if summary.failed:
         assert any(kind.fails_jobs or kind.withholds for kind in case.faults), words
@@ -215,7 +214,7 @@ def _check_code(case: Case, summary: api.Summary) -> None:
 
 
 async def _begin_and_cancel(manifest: Path, run: Path, url: str, seconds: float) -> None:
-    """Begin a run, leave it in the middle, and have what it left open cancelled."""
+    """Start a run, stop it halfway, and cancel its open requests."""
     settings = {"target": {"name": url}}
 
     async def begin(scope: anyio.CancelScope) -> None:
@@ -238,7 +237,7 @@ def _accepted(path: Path) -> int:
         return 0
     try:
         journal = JournalDatabase.open_read_only(path)
-    except Exception:  # it is just being made
+    except Exception:  # it does not exist yet
         return 0
     try:
         return journal.counts().by_state.get(State.ACCEPTED, 0)

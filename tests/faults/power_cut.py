@@ -1,7 +1,7 @@
-"""What of a run's files would have survived a power cut, at any moment of it: a record by `strace`, played back.
+"""The files of a run that would survive a power cut at any moment: a recording by `strace`, played back.
 
-The disk that is played here keeps the least that POSIX promises: a file's bytes up to its last fsync, a name only once
-its folder was fsynced. What was written and not fsynced is lost, or survives in part.
+The simulated disk keeps the minimum that POSIX guarantees: a file's bytes up to its last fsync, and a name once its
+folder was fsynced. Other writes are lost or survive in part.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ _FILE = re.compile(r"(?:\d+|AT_FDCWD)<((?:\\x[0-9a-f]{2})*)>")
 
 
 class Step(NamedTuple):
-    """One call that succeeded."""
+    """One successful call."""
 
     call: str
     path: str
-    """What it was done to; of a rename the old name."""
+    """The path; for a rename the old name."""
     data: bytes = b""
     number: int = 0
-    """An offset, or a size."""
+    """An offset or a size."""
     other: str = ""
-    """The new name."""
+    """The new name of a rename."""
 
 
 def record(base: Path, arguments: Sequence[object]) -> tuple[int, list[Step]]:
-    """Run `restyle ...` under strace: its exit code, and what it did below `base` and to its sockets."""
+    """Run `restyle ...` under strace. Return its exit code and its calls on files below `base` and on sockets."""
     trace = base.parent / f"{base.name}.strace"
     command = ["strace", "-f", "-qq", "-xx", "-y", "-s", "10000000", "--seccomp-bpf", "-e", f"trace={CALLS}",
                "-o", trace, sys.executable, "-m", "batch", *arguments]  # fmt: skip
@@ -61,7 +61,7 @@ def _steps(text: str, base: str) -> Iterator[Step]:
 
 
 def _whole_lines(text: str) -> Iterator[str]:
-    """Calls that another thread interrupted in the record are put together; an fsync counts from where it began."""
+    """Join the parts of calls that strace recorded as interrupted by another thread; an fsync counts from its start."""
     begun: dict[str, str] = {}
     for line in text.splitlines():
         pid, _, rest = line.partition(" ")
@@ -122,7 +122,7 @@ class Inode:
 
 
 class Disk:
-    """Files below a folder that was there before, as the running system sees them and as a power cut leaves them."""
+    """Files below an existing folder, as the running system sees them and as a power cut leaves them."""
 
     def __init__(self, base: Path) -> None:
         self._base = str(base)
@@ -132,7 +132,7 @@ class Disk:
         self._kept_folders: set[str] = {self._base}
 
     def play(self, step: Step) -> None:
-        """Do what the run did."""
+        """Apply a step of the run."""
         match step.call:
             case "mkdir":
                 self._folders.add(step.path)
@@ -170,9 +170,9 @@ class Disk:
         self._kept_folders |= {path for path in self._folders if inside(path)}
 
     def survivors(self, rng: Random | None = None) -> dict[str, bytes]:
-        """Path below the folder, and content, of what is there after a power cut.
+        """Return path and content of the files after a power cut.
 
-        With `rng` some of the writes that were not fsynced made it to the disk, in any order.
+        With `rng`, some of the writes without fsync reach the disk, in any order.
         """
         found: dict[str, bytes] = {}
         for path, inode in self._kept_files.items():

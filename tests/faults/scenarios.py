@@ -1,8 +1,7 @@
-"""Five runs that go through every row of the lifecycle's table, and what each has to come to however it is killed.
+"""Five runs that pass every row of the state machine, and the required results of each, wherever it is killed.
 
-A scenario is a manifest, a config and a faults file; a `Rig` is one of them in a folder of its own. The same command is
-given again and again until everything is done, as cron would, with `--retry-failed` where the scenario fails jobs on
-purpose.
+A scenario is a manifest, a config and a faults file; a `Rig` is a scenario in a folder. The same command is repeated
+until everything is done, as cron would, with `--retry-failed` if the scenario fails jobs on purpose.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ from tests.acceptance.command import REPOSITORY, Ended, environment, finish
 from tests.faults.evidence import Evidence, examine, what_matters
 
 ROUNDS = 15
-"""Commands until a run has to be over."""
+"""Maximum number of commands until a run is complete."""
 COMMAND_SECONDS = 110.0
 _LOCAL = 8
-"""Rows with an image on this disk, in the scenario that uploads; the last of them is cut off."""
+"""Rows with a local image, in the scenario with uploads; the last image is truncated."""
 
 _PRICE_USD = 0.025
-"""Of a megapixel; nobody pays it, but it is what the audit adds up."""
+"""Per megapixel. Nothing is charged, but the audit adds it up."""
 
 _PLAIN = """
 [[fault]]
@@ -172,23 +171,23 @@ times = 5
 
 @dataclass(frozen=True)
 class Scenario:
-    """One kind of run."""
+    """A kind of run."""
 
     name: str
     faults: str
     config: str = ""
     served: bool = False
-    """Whether the endpoint is a server of its own, reached by its URL."""
+    """Whether the endpoint is a separate server, reached by its URL."""
     local: bool = False
-    """Whether some images lie on this disk, one of them damaged."""
+    """Whether some images are local, one of them damaged."""
     collects: bool = False
-    """Whether what is paid for cannot be read at first, and is collected by later commands without --retry-failed."""
+    """Whether paid results are unreadable at first; later commands collect them without --retry-failed."""
     lapses: bool = False
-    """Whether some of that is lost in the end, and paid for again with --retry-failed."""
+    """Whether some of them expire, and are paid for again with --retry-failed."""
 
     @property
     def fails(self) -> bool:
-        """Whether jobs fail on purpose, and are paid for again."""
+        """Whether jobs fail on purpose and are paid for again."""
         return self.local or self.lapses
 
 
@@ -205,7 +204,7 @@ SCENARIOS = {
 
 
 class Kill(NamedTuple):
-    """Where a process kills itself; see `crash_at`."""
+    """The point at which a process kills itself; see `crash_at`."""
 
     state: str
     happening: str
@@ -213,23 +212,23 @@ class Kill(NamedTuple):
     number: int
 
     def words(self) -> list[str]:
-        """As `crash_at` takes them."""
+        """Return the arguments for `crash_at`."""
         return ["kill", self.state, self.happening, self.when, str(self.number)]
 
 
 class Rig:
-    """A scenario in a folder; made by `rigged`."""
+    """A scenario in a folder; created by `rigged`."""
 
     def __init__(self, scenario: Scenario, folder: Path, jobs: int, *, quick: bool = False) -> None:
         self.scenario, self.jobs, self.quick = scenario, jobs, quick
         self.run = folder / "run"
         self.server = folder / "server" if scenario.served else self.run / "endpoint"
         self.seconds = 0.0
-        """Of its longest command so far, from the start of its process to its end."""
+        """Duration of the longest command so far, including process startup."""
         self._folder, self._arguments = folder, list[str]()
 
     def prepare(self) -> None:
-        """Write manifest, config, faults; start the server where the scenario has one."""
+        """Write manifest, config and faults; start the server if the scenario has one."""
         self._folder.mkdir(parents=True, exist_ok=True)
         manifest, config, faults = (self._folder / name for name in ("manifest.csv", "config.toml", "faults.toml"))
         faults.write_text(self.scenario.faults)
@@ -240,11 +239,11 @@ class Rig:
             self._arguments += ["--engine", "echo", "--faults", str(faults)]
 
     def reach(self, url: str) -> None:
-        """The server's address, where the scenario has one."""
+        """URL of the server, if the scenario has one."""
         self._arguments += ["--target", url]
 
     def once(self, through: Sequence[str] = (), *, retry_failed: bool = False, seconds: float | None = None) -> Ended:
-        """Give the command once, `through` `crash_at` or plainly; killed with SIGKILL after so many seconds."""
+        """Run the command once, with `crash_at` if `through` is given; kill it with SIGKILL after `seconds`."""
         plain = "tests.quick_time" if self.quick else "batch"
         module = ["tests.faults.crash_at", *["quick"] * self.quick, *through] if through else [plain]
         command = [sys.executable, "-m", *module, *self._arguments, *["--retry-failed"] * retry_failed]
@@ -270,7 +269,7 @@ class Rig:
         return ended
 
     def complete(self, through: Sequence[str] = (), *, recording: bool = False) -> bool:
-        """Again and again until it is over, `through` as above until it was killed; whether it ever was."""
+        """Repeat the command until the run is complete, with `through` until it was killed; return whether it was."""
         killed, retry_failed = False, False
         for _ in range(ROUNDS):
             ended = self.once((() if killed else through), retry_failed=retry_failed)
@@ -281,17 +280,17 @@ class Rig:
                 return killed
             assert ended.code == 4 or self.scenario.fails or self.scenario.collects, ended.text
             retry_failed = ended.code == 3 and not self.scenario.collects
-        raise AssertionError(f"{self.scenario.name}: not over after {ROUNDS} commands: {ended.text}")
+        raise AssertionError(f"{self.scenario.name}: not complete after {ROUNDS} commands: {ended.text}")
 
     def _only_the_hopeless_failed(self) -> bool:
         failed = [row for row in what_matters(self.run).values() if row[0] != "done"]
         return self.scenario.local and len(failed) == 1
 
     def examine(self) -> Evidence:
-        """What has to hold at the end of this scenario, whatever happened on the way."""
+        """Check the invariants at the end of this scenario."""
         found = examine(self.run, self.server)
         assert found.paid_twice == 0, found
-        assert found.strangers == 0, found
+        assert found.foreign == 0, found
         assert found.unknown == 0, found
         assert found.rows == self.jobs, found
         assert found.done == self.jobs - self.scenario.local, found
@@ -304,7 +303,7 @@ class Rig:
 
 @contextmanager
 def rigged(scenario: Scenario, folder: Path, jobs: int, *, quick: bool = False) -> Iterator[Rig]:
-    """A rig; its server ends with the block. With `quick` its commands run on the clock of `tests.quick_time`."""
+    """Create a rig; its server ends with the block. With `quick`, commands run on the clock of `tests.quick_time`."""
     rig = Rig(scenario, folder, jobs, quick=quick)
     rig.prepare()
     if not scenario.served:
@@ -317,7 +316,7 @@ def rigged(scenario: Scenario, folder: Path, jobs: int, *, quick: bool = False) 
 
 @contextmanager
 def serving(data: Path, faults: Path) -> Iterator[str]:
-    """An echo endpoint in a process of its own; its URL."""
+    """Start an echo endpoint in a separate process; yield its URL."""
     command = [sys.executable, "-m", "batch.server", "--data-dir", str(data), "--engine", "echo", "--with-parent"]
     with (
         data.with_name(f"{data.name}.log").open("w") as log,
@@ -344,18 +343,18 @@ def serving(data: Path, faults: Path) -> Iterator[str]:
 
 
 class Undisturbed(NamedTuple):
-    """What a scenario comes to where nothing kills it."""
+    """The results of a scenario without a kill."""
 
     rows: dict[tuple[str, str], int]
-    """How often each row of the table happened in the command in which it happened most."""
+    """Count of each row of the table in the command with most of them."""
     results: dict[str, tuple]
     seconds: float
-    """Of the longest command."""
+    """Duration of the longest command."""
     evidence: Evidence
 
 
 def undisturbed(scenario: Scenario, folder: Path, jobs: int, *, quick: bool = False) -> Undisturbed:
-    """Run it with a recorder."""
+    """Run the scenario and record its transitions."""
     notes = folder / "rows.jsonl"
     with rigged(scenario, folder, jobs, quick=quick) as rig:
         rig.complete(["record", str(notes)])
@@ -371,7 +370,7 @@ def undisturbed(scenario: Scenario, folder: Path, jobs: int, *, quick: bool = Fa
 def survive(
     kill: Kill, scenario: Scenario, folder: Path, jobs: int, expected: Undisturbed, *, quick: bool = False
 ) -> Evidence:
-    """Kill it there, complete it, and find nothing that differs."""
+    """Kill the run at this point, complete it, and check that the results are identical."""
     with rigged(scenario, folder, jobs, quick=quick) as rig:
         assert rig.complete(kill.words()), f"{scenario.name}: {kill} was never reached"
         found = rig.examine()
@@ -382,7 +381,7 @@ def survive(
 def survive_at(
     seconds: float, scenario: Scenario, folder: Path, jobs: int, expected: Undisturbed, *, quick: bool = False
 ) -> Evidence:
-    """Kill it so many seconds after its start, complete it, and find nothing that differs."""
+    """Kill the run after `seconds`, complete it, and check that the results are identical."""
     with rigged(scenario, folder, jobs, quick=quick) as rig:
         rig.once(seconds=seconds)
         rig.complete()
@@ -411,6 +410,6 @@ def _write_image(path: Path, number: int, *, cut_off: bool = False) -> None:
 
 
 def moments(count: int, seconds: float, seed: int) -> list[float]:
-    """Random instants of a command that takes so long."""
+    """Return random moments of a command of this duration."""
     rng = random.Random(seed)
     return [rng.uniform(0.0, seconds) for _ in range(count)]

@@ -1,9 +1,9 @@
-"""`restyle` on a disk that takes its time, stopped twice when the last job's end is handed to the journal.
+"""Run `restyle` on a slow disk and stop it twice when the end of the last job is recorded.
 
     python -m tests.faults.slow_disk JOBS SECONDS run MANIFEST -o DIR ...
 
-From that moment on a transaction takes so many seconds, and SIGINT comes twice: most of what was handed in is not
-written yet, and nobody waits for it any more.
+From that moment each transaction takes SECONDS, and SIGINT comes twice: most recorded events are not on disk yet, and
+their callers are gone.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""The whole of what the tests of this folder do in part: `python -m tests.faults.soak [crash random faults bulk]`.
+"""Full version of the tests in this folder: `python -m tests.faults.soak [crash random faults bulk]`.
 
-Without a word all of it. Each line that is printed is a run that was checked; a failure is printed with the line that
-repeats it, the rest goes on, and the exit code is 1. What has passed is noted in the folder, so that a soak that was
-stopped goes on where it was: give another folder, or remove it, to begin anew.
+Without arguments, all parts. Each printed line is a checked run. A failure is printed with the command that repeats it,
+the rest continues, and the exit code is 1. Passed runs are noted in the folder, so that an interrupted soak resumes: to
+start over, use another folder or remove it.
 
-    --jobs N        jobs of a run (300; of `bulk` 100,000)
+    --jobs N        jobs per run (300; for `bulk` 100,000)
     --moments N     random moments (200)
-    --at-once N     processes side by side (2)
-    --only WORD     only those whose name has it
-    --folder DIR    where (out/soak)
+    --at-once N     concurrent processes (2)
+    --only WORD     only runs whose name contains it
+    --folder DIR    working folder (out/soak)
 """
 
 from __future__ import annotations
@@ -42,25 +42,25 @@ from tests.faults.matrix import Case, carry_out, kinds, together
 from tests.faults.scenarios import SCENARIOS, Kill, Undisturbed, moments, survive, survive_at, undisturbed
 
 COMMAND_SECONDS = 600.0
-"""Far above what a command takes, on a machine that has other things to do."""
+"""Seconds; far more than a command takes on a busy machine."""
 BULK_JOBS = 100_000
 BULK_SHARE = 0.01
 PARTS = ("crash", "random", "faults", "bulk")
 
 
 class Trial(NamedTuple):
-    """One run, or several of one name, that are checked."""
+    """One checked run, or several with one name."""
 
     name: str
     carry_out: Callable[[Path], str]
-    """Is given an empty folder; says how it went, raises where something does not hold."""
+    """Takes an empty folder and returns a summary; raises if an invariant is violated."""
 
 
 # --- the parts --------------------------------------------------------------------------------------------
 
 
 def calm(name: str, jobs: int, folder: Path) -> Undisturbed:
-    """A scenario undisturbed; kept in the folder."""
+    """Return a scenario's results without a kill; cached in the folder."""
     kept = folder / f"calm-{name}-{jobs}.pickle"
     if not kept.exists():
         shutil.rmtree(folder / f"calm-{name}", ignore_errors=True)
@@ -69,7 +69,7 @@ def calm(name: str, jobs: int, folder: Path) -> Undisturbed:
 
 
 def crashes(jobs: int, folder: Path) -> Iterator[Trial]:
-    """Each row of the table, before and after, early and in the middle, in each scenario that has it."""
+    """Yield each row of the table, before and after, early and halfway, in each scenario that has it."""
     found = {name: calm(name, jobs, folder) for name in SCENARIOS}
     rows = [(str(state), str(happening)) for state, happening in TABLE]
     assert {row for one in found.values() for row in one.rows} == set(rows), "a row without a scenario"
@@ -86,7 +86,7 @@ def _crash(kill: Kill, name: str, jobs: int, expected: Undisturbed, folder: Path
 
 
 def random_moments(jobs: int, count: int, folder: Path) -> Iterator[Trial]:
-    """SIGKILL at random moments of the plain run."""
+    """Yield kills at random moments of the plain run."""
     expected = calm("plain", jobs, folder)
     for number, seconds in enumerate(moments(count, expected.seconds, seed=1)):
         yield Trial(f"random {number}: after {seconds:.2f} s", partial(_random, seconds, jobs, expected))
@@ -98,11 +98,13 @@ def _random(seconds: float, jobs: int, expected: Undisturbed, folder: Path) -> s
 
 
 def fault_cases(jobs: int) -> Iterator[Trial]:
-    """Each fault at 5% and at 50%, and all of them at 5%, with keys and without."""
+    """Yield each fault at 5% and at 50%, and all of them at 5%, with keys and without."""
     for keys in (False, True):
         cases = [Case((kind,), share, keys) for kind in kinds() for share in (0.05, 0.5)]
         for case in [*cases, together(0.05, keys=keys)]:
-            if not (keys and len(case.faults) == 1 and case.faults[0].at is FaultPoint.LISTING):  # nothing is looked up
+            if not (
+                keys and len(case.faults) == 1 and case.faults[0].at is FaultPoint.LISTING
+            ):  # no submit is looked up
                 yield Trial(f"fault {case.name}", partial(_fault, case, jobs))
 
 
@@ -116,7 +118,7 @@ def _fault(case: Case, jobs: int, folder: Path) -> str:
 
 
 def bulk(jobs: int) -> Iterator[Trial]:
-    """1% of every fault, on the embedded endpoint, again and again until all is done."""
+    """Yield a run with 1% of every fault on the embedded endpoint, repeated until all is done."""
     yield Trial(f"bulk {jobs:,} jobs, every fault at {BULK_SHARE:.0%}", partial(_bulk, jobs))
 
 
@@ -127,7 +129,7 @@ def _bulk(jobs: int, folder: Path) -> str:
     faults.write_text(case.file())
     run, codes = folder / "run", list[int]()
     config = folder / "config.toml"
-    config.write_text("[limits]\ncollect_for = 0\n")  # results that expired are not asked for again
+    config.write_text("[limits]\ncollect_for = 0\n")  # do not request expired results again
     began = time.monotonic()
     command = [
         sys.executable,
@@ -145,7 +147,7 @@ def _bulk(jobs: int, folder: Path) -> str:
     ]
     with (folder / "output.log").open("a") as log:
         while not codes or codes[-1]:
-            assert len(codes) < 25, f"not over after {codes}; {log.name} has what they said"
+            assert len(codes) < 25, f"not complete after {codes}; see {log.name}"
             again = ["--faults", str(faults), *["--retry-failed"] * bool(codes)]
             codes.append(
                 subprocess.run([*command, *again], env=environment(), cwd=REPOSITORY, stdout=log, stderr=log).returncode
@@ -155,7 +157,7 @@ def _bulk(jobs: int, folder: Path) -> str:
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     found = examine(run, run / "endpoint")
     assert found.done == found.rows == jobs, found
-    assert found.paid_twice == found.strangers == found.unknown == 0, found
+    assert found.paid_twice == found.foreign == found.unknown == 0, found
     return (
         f"accepted {found.accepted:,}, written off {found.written_off:,}, done {found.done:,}, exit codes {codes},"
         f" peak memory of a process {peak:.0f} MiB"
@@ -166,7 +168,7 @@ def _bulk(jobs: int, folder: Path) -> str:
 
 
 def attempt(trial: Trial, folder: Path) -> tuple[bool, str, float]:
-    """In a process of its own; whether it held, in words, and the seconds it took."""
+    """Run a trial in a separate process. Return whether it passed, a summary, and the seconds."""
     logging.disable(logging.CRITICAL)
     scenarios.COMMAND_SECONDS = COMMAND_SECONDS
     began = time.monotonic()
@@ -186,7 +188,7 @@ def _first_of(error: BaseException) -> BaseException:
 
 
 def soak(trials: list[Trial], folder: Path, at_once: int) -> bool:
-    """Do those that are not noted as passed; whether all held."""
+    """Run the trials that are not noted as passed. Return whether all passed."""
     notes = folder / "passed.txt"
     passed = set(notes.read_text().splitlines()) if notes.exists() else set()
     todo = [trial for trial in trials if trial.name not in passed]
@@ -208,17 +210,17 @@ def soak(trials: list[Trial], folder: Path, at_once: int) -> bool:
     for name in failures:
         print(f"FAIL  python -m tests.faults.soak --only '{name}'")
     print(
-        f"{len(trials)} trials: {len(trials) - len(todo)} held before, {len(todo) - len(failures)} now,"
-        f" {len(failures)} did not, in {time.monotonic() - began:.0f} s"
+        f"{len(trials)} trials: {len(trials) - len(todo)} passed before, {len(todo) - len(failures)} passed now,"
+        f" {len(failures)} failed, in {time.monotonic() - began:.0f} s"
     )
     return not failures
 
 
 def main() -> int:
-    """Run what was asked for; the exit code."""
+    """Run the selected parts and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults.soak", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"one of {', '.join(PARTS)}")
     parser.add_argument("--jobs", type=int)
     parser.add_argument("--moments", type=int, default=200)
     parser.add_argument("--at-once", type=int, default=min(2, os.cpu_count() or 1))
@@ -226,8 +228,8 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Path("out/soak"))
     given = parser.parse_args()
     if unknown := set(given.parts) - set(PARTS):
-        parser.error(f"no such part: {', '.join(sorted(unknown))}")
-    # A large number of jobs is the bulk run's: nobody wants three hundred runs of it.
+        parser.error(f"unknown part: {', '.join(sorted(unknown))}")
+    # A large number of jobs is for the bulk run only, not for the three hundred other runs.
     parts = given.parts or (["bulk"] if (given.jobs or 0) > 10_000 else PARTS)
     jobs, folder = given.jobs or 300, given.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)

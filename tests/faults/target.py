@@ -1,7 +1,7 @@
-"""A small target of our own making, on loopback: real HTTP, answers as the test says, and remembers what it was sent.
+"""A small target on loopback: real HTTP, responses defined by the test, and a record of all requests.
 
-It is not our server: it honours no idempotency key, so that a lost answer is really lost, and it may be as hostile as a
-test likes. It runs in a thread; the run that it talks to is another process.
+Unlike our server it has no idempotency keys, so that a lost response is really lost, and it can be as hostile as a test
+needs. It runs in a thread; the run is another process.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Handler: TypeAlias = Callable[["Target", web.Request, "Asked"], Awaitable[web.St
 
 @dataclass
 class Asked:
-    """One accepted request."""
+    """An accepted request."""
 
     id: str
     body: dict
@@ -36,24 +36,24 @@ class Asked:
 
 @dataclass
 class Target:
-    """Well-behaved where no handler of the test's own stands for a phase.
+    """A target that behaves well unless a test provides a handler.
 
-    The phases: `submit`, `status`, `result`, `file`, `listing`, `billing`, `initiate`, `put`, `health`, `cancel` (which
-    has no default). A handler may raise `Lost` to close the connection without an answer.
+    Handlers are per phase: `submit`, `status`, `result`, `file`, `listing`, `billing`, `initiate`, `put`, `health`,
+    `cancel` (which has no default). A handler may raise `Lost` to close the connection without a response.
     """
 
     handlers: dict[str, Handler] = field(default_factory=dict)
     url: str = ""
     seen: list[tuple[str, str, dict[str, str], bytes]] = field(default_factory=list)
-    """Method, path with query, headers and body of everything that came in."""
+    """Method, path with query, headers and body of every request."""
     requests: dict[str, Asked] = field(default_factory=dict)
 
     def posts(self) -> int:
-        """Submits that arrived."""
+        """Number of received submits."""
         return sum(method == "POST" and path == f"/{APP}" for method, path, _, _ in self.seen)
 
     def keys_shown(self) -> list[str]:
-        """Where a key was shown."""
+        """Requests that contained a key."""
         return [path for _, path, headers, _ in self.seen if "authorization" in headers]
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
@@ -93,7 +93,7 @@ class Target:
 
 
 class Lost(Exception):
-    """The answer is lost: the connection ends instead of it."""
+    """The response is lost: the connection is closed instead."""
 
 
 def answer(value: object, status: int = 200, **headers: str) -> web.Response:
@@ -112,7 +112,7 @@ def image_bytes(colour: int = 7, size: tuple[int, int] = (16, 8), kind: str = "P
 
 
 def output(target: Target, asked: Asked, **changed: object) -> dict:
-    """What a well-behaved result holds."""
+    """Return the output of a well-behaved result."""
     image = {"url": f"{target.url}/file/{asked.id}.png", "width": 16, "height": 8, "content_type": "image/png"}
     return {"images": [image], "seed": asked.body["seed"], "prompt": asked.body["prompt"], "timings": {}} | changed
 
@@ -144,7 +144,7 @@ async def put(target: Target, request: web.Request, asked: Asked) -> web.StreamR
 
 
 async def listing(target: Target, request: web.Request, asked: Asked) -> web.StreamResponse:
-    """All requests of the window on one page after the other, as the platform API shows them."""
+    """Return all requests of the time window, page by page, like the platform API."""
     size, number = int(request.query["limit"]), int(request.query.get("cursor", 0))
     start, end = (datetime.fromisoformat(request.query[name]).timestamp() for name in ("start", "end"))
     found = [asked for asked in target.requests.values() if start <= asked.at < end]
@@ -154,12 +154,12 @@ async def listing(target: Target, request: web.Request, asked: Asked) -> web.Str
 
 
 async def billing(target: Target, request: web.Request, asked: Asked) -> web.StreamResponse:
-    """None yet: fal's lag too. Anything but a page is asked for again and again by each audit."""
+    """Return an empty page: billing lags at fal, too. An audit repeats requests that get anything else."""
     return answer({"billing_events": [], "has_more": False, "next_cursor": None})
 
 
 def listed(asked: Asked) -> dict:
-    """One request in the listing, defaults filled in."""
+    """Return one request of the listing, with defaults."""
     at = datetime.fromtimestamp(asked.at, UTC).isoformat()
     shown = {"sync_mode": False, **asked.body}
     return {"request_id": asked.id, "endpoint_id": APP, "sent_at": at, "started_at": at, "json_input": shown}
@@ -173,7 +173,7 @@ DEFAULTS: dict[str, Handler] = {
 
 @contextmanager
 def serving(**handlers: Handler) -> Iterator[Target]:
-    """A target that runs while the block lasts."""
+    """Run a target during the block."""
     target, ready, loop = Target(handlers), threading.Event(), asyncio.new_event_loop()
     stop: list[asyncio.Event] = []
 

@@ -1,7 +1,7 @@
-"""A disk that is full, that fails, or that loses its power: the run stops with a sentence, loses nothing, and goes on.
+"""A full, failing or powerless disk: the run stops with a message, loses nothing, and resumes.
 
-What the disk refuses is what a target of our own making (`target`) is asked about again: it counts what was accepted.
-A few moments of each kind here; `SOAK_MOMENTS=50 pytest tests/faults/test_disk.py` takes as many.
+The target (`target`) counts accepted submits, to compare with the files that survive. These are a few moments of each
+kind; `SOAK_MOMENTS=50 pytest tests/faults/test_disk.py` runs 50.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="strace
 
 
 def can_mount() -> bool:
-    """Whether a small file system of our own can be mounted, by root or in a name space of our own."""
+    """Whether this test can mount a small file system, as root or in a user namespace."""
     probe = ["unshare", "--mount", "--map-root-user", "sh", "-c", "mount -t tmpfs -o size=64k tmpfs /mnt"]
     return shutil.which("unshare") is not None and subprocess.run(probe, capture_output=True).returncode == 0
 
 
-needs_mount = pytest.mark.skipif(not can_mount(), reason="no file system may be mounted here")
+needs_mount = pytest.mark.skipif(not can_mount(), reason="cannot mount a file system here")
 
 
 def run(*command: object) -> Ended:
-    """A command that is no plain `restyle`."""
+    """Run a command other than plain `restyle`."""
     started = subprocess.Popen(
         [*map(str, command)], env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True,
@@ -54,17 +54,17 @@ def stopped_with_a_sentence(ended: Ended) -> None:
     assert ended.code == 4, ended.text
     sentence = ended.err.strip().splitlines()[-1]
     assert sentence.startswith("restyle: ")
-    assert "/run" in sentence, "it says where"
+    assert "/run" in sentence, "the message has the path"
     assert len(sentence) < 500
 
 
 def complete(target: Target, directory: Path, ended: Ended) -> None:
-    """Everything is done, everything was accepted once, every image is there and whole, nothing half lies about."""
+    """Check that every job is done and was accepted once, every image is complete, and no partial file is left."""
     assert ended.code == 0, ended.text
     rows = results(directory).to_pylist()
     assert [row["status"] for row in rows] == ["done"] * ROWS
     prompts = [asked.body["prompt"] for asked in target.requests.values()]
-    assert sorted(prompts) == sorted({row["prompt"] for row in rows}), "each was accepted once"
+    assert sorted(prompts) == sorted({row["prompt"] for row in rows}), "a prompt was accepted twice"
     for row in rows:
         (image,) = row["images"]
         data = (directory / image["path"]).read_bytes()
@@ -74,9 +74,9 @@ def complete(target: Target, directory: Path, ended: Ended) -> None:
 
 
 def gone_on_with(target: Target, directory: Path, command: tuple[object, ...]) -> Ended:
-    """The same command; what it holds as unknown was never accepted, and the user says so."""
+    """Repeat the command. Unknown submits were never accepted, so `on_unknown` may submit them again."""
     ended = restyle(*command)
-    if ended.code == 4:  # its intent was on the disk, and the run ended before it could be sent
+    if ended.code == 4:  # its intent was durable, and the run ended before the submit
         held = {row["prompt"] for row in results(directory).to_pylist() if row["status"] == "unknown"}
         assert held
         assert held.isdisjoint(asked.body["prompt"] for asked in target.requests.values())
@@ -88,7 +88,7 @@ def gone_on_with(target: Target, directory: Path, command: tuple[object, ...]) -
 
 
 def test_a_second_stop_waits_for_what_was_handed_in(tmp_path):
-    """Four transactions are on their way when nobody waits any more: table, summary and exit code have them."""
+    """Four transactions are pending when the callers are gone: table, summary and exit code include them."""
     jobs, directory = 2000, tmp_path / "run"
     manifest = write_manifest(tmp_path / "m.csv", range(jobs))
     command = ("run", manifest, "-o", directory, "--engine", "echo", "--no-download", "--slots", jobs)
@@ -102,7 +102,7 @@ def test_a_second_stop_waits_for_what_was_handed_in(tmp_path):
 
 
 def test_a_table_that_is_behind_its_journal_is_made_again(tmp_path):
-    """However it came about: the note of what the table shows says how many jobs were in which state."""
+    """The note of the table's content has the number of jobs per state, so that an outdated table is detected."""
     directory = tmp_path / "run"
     command = ("run", write_manifest(tmp_path / "m.csv", range(4)), "-o", directory, "--engine", "echo")
     assert restyle(*command).code == 0
@@ -115,7 +115,7 @@ def test_a_table_that_is_behind_its_journal_is_made_again(tmp_path):
     assert len(results(directory).to_pylist()) == 4
 
 
-# --- a call that is refused -------------------------------------------------------------------------------
+# --- failing calls ----------------------------------------------------------------------------------------
 
 REFUSED = {
     "the folder, its lock and its description": [
@@ -154,7 +154,7 @@ REFUSED = {
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("what", REFUSED)
 def test_a_refused_call_stops_the_run_and_loses_nothing(tmp_path, what):
-    """EIO or ENOSPC at each, one after the other in the same folder: exit 4 and a sentence; a better disk completes."""
+    """EIO or ENOSPC at each call, one by one in the same folder: exit 4 with a message; a good disk completes."""
     manifest, directory = write_manifest(tmp_path / "m.csv", range(ROWS)), tmp_path / "run"
     with serving() as target:
         command = ("run", manifest, "-o", directory, "--target", target.url)
@@ -166,7 +166,7 @@ def test_a_refused_call_stops_the_run_and_loses_nothing(tmp_path, what):
 
 
 def test_the_log_is_no_promise(tmp_path):
-    """A log that cannot be written costs the log: the run itself completes."""
+    """An unwritable log costs only the log: the run completes."""
     manifest, directory = write_manifest(tmp_path / "m.csv", range(ROWS)), tmp_path / "run"
     with serving() as target:
         command = ("run", manifest, "-o", directory, "--target", target.url)
@@ -187,7 +187,7 @@ def test_the_log_is_no_promise(tmp_path):
     ids=str,
 )
 def test_a_journal_that_cannot_be_written_stops_the_run(tmp_path, call, error, file, first):
-    """SQLite's own calls fail, from the first, from one in the middle: what was accepted by then is found again."""
+    """SQLite's own calls fail, from the first or from one halfway: accepted submits are found again."""
     manifest, directory = write_manifest(tmp_path / "m.csv", range(ROWS)), tmp_path / "run"
     with serving() as target:
         command = ("run", manifest, "-o", directory, "--target", target.url)
@@ -199,18 +199,18 @@ def test_a_journal_that_cannot_be_written_stops_the_run(tmp_path, call, error, f
         complete(target, directory, gone_on_with(target, directory, command))
 
 
-# --- a disk that is full ----------------------------------------------------------------------------------
+# --- a full disk ------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def tiny_disk(place: Path, kib: int):
-    """A file system of so many KiB; yields a function that gives it room."""
+    """Mount a file system of this many KiB; yield a function that enlarges it."""
     place.mkdir()
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(place)], capture_output=True, text=True, check=False
     )
     if mounted.returncode != 0:
-        pytest.skip(f"only root mounts a file system that outlives its command: {mounted.stderr.strip()}")
+        pytest.skip(f"only root can mount a persistent file system: {mounted.stderr.strip()}")
     try:
         yield lambda: subprocess.run(["mount", "-o", "remount,size=256m", str(place)], check=True)
     finally:
@@ -218,7 +218,7 @@ def tiny_disk(place: Path, kib: int):
 
 
 def sizes() -> list[int]:
-    """KiB, from too small for a journal to nearly enough."""
+    """Sizes in KiB, from too small for a journal to almost enough."""
     count = MOMENTS or 4
     return [16 + round(n * 400 / max(1, count - 1)) for n in range(count)]
 
@@ -226,7 +226,7 @@ def sizes() -> list[int]:
 @needs_mount
 @pytest.mark.parametrize("kib", sizes())
 def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(tmp_path, kib):
-    """Wherever the last block goes: exit 4 and a sentence, or done; with room the rest is done, and paid once."""
+    """Exit 4 with a message, or complete, whatever fills the disk; with free space the rest completes, paid once."""
     manifest = write_manifest(tmp_path / "m.csv", range(ROWS))
     with tiny_disk(tmp_path / "disk", kib) as make_room, serving() as target:
         directory = tmp_path / "disk" / "run"
@@ -241,7 +241,7 @@ def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(tmp_path, kib):
 @needs_mount
 @pytest.mark.parametrize("kib", [260])
 def test_the_embedded_endpoint_shares_a_full_disk(tmp_path, kib):
-    """Its queue and its images are on the same disk: the run ends all the same, and nothing was accepted twice."""
+    """Its queue and images are on the same disk: the run still ends, and nothing is accepted twice."""
     manifest = write_manifest(tmp_path / "m.csv", range(ROWS))
     with tiny_disk(tmp_path / "disk", kib) as make_room:
         directory = tmp_path / "disk" / "run"
@@ -257,7 +257,7 @@ def test_the_embedded_endpoint_shares_a_full_disk(tmp_path, kib):
 
 @pytest.mark.parametrize("kib", [8, 64])
 def test_a_file_size_limit_is_a_full_disk(tmp_path, kib):
-    """`ulimit -f`: SQLite and Python are refused at so many KiB of one file (EFBIG); anyone can try it."""
+    """`ulimit -f` limits SQLite and Python to this many KiB per file (EFBIG); needs no privileges."""
     manifest, directory = write_manifest(tmp_path / "m.csv", range(ROWS)), tmp_path / "run"
     with serving() as target:
         command = ("run", manifest, "-o", directory, "--target", target.url)
@@ -272,7 +272,7 @@ def test_a_file_size_limit_is_a_full_disk(tmp_path, kib):
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
-    """One run, call by call, and its target."""
+    """Record one run, call by call, and its target."""
     base = tmp_path_factory.mktemp("power") / "base"
     base.mkdir()
     manifest = write_manifest(base.parent / "m.csv", range(ROWS))
@@ -284,7 +284,7 @@ def recorded(tmp_path_factory):
 
 @needs_strace
 def test_nothing_gets_its_name_before_its_bytes_are_on_the_disk(recorded):
-    """Results and images: written, fsynced, renamed, and the folder fsynced, in this order, nothing in between."""
+    """Results and images are written, fsynced and renamed, and the folder is fsynced, in this order."""
     _base, _, _, steps = recorded
     written, synced, renamed = set(), set(), 0
     waiting: set[str] = set()
@@ -307,7 +307,7 @@ def test_nothing_gets_its_name_before_its_bytes_are_on_the_disk(recorded):
 
 @needs_strace
 def test_nothing_is_sent_before_its_intent_is_on_the_disk(recorded):
-    """When a POST leaves, the journal has been fsynced since its last write, and the folder's name too."""
+    """Before a POST, the journal was fsynced after its last write, and so was its folder."""
     base, _, _, steps = recorded
     disk, posts = Disk(base), 0
     for step in steps:
@@ -321,7 +321,7 @@ def test_nothing_is_sent_before_its_intent_is_on_the_disk(recorded):
 
 
 def cuts() -> list[float]:
-    """Shares of the record at which the power goes."""
+    """Fractions of the recording at which the power fails."""
     count = MOMENTS or 5
     return [(n + 0.5) / count for n in range(count)]
 
@@ -329,7 +329,7 @@ def cuts() -> list[float]:
 @needs_strace
 @pytest.mark.parametrize("at", cuts())
 def test_a_power_cut_costs_nothing(recorded, tmp_path, at):
-    """Only what was fsynced is there, or that and some of the rest: the same command completes, and pays once."""
+    """With only the fsynced data, or with a part of the rest, the same command completes and pays once."""
     base, manifest, target, steps = recorded
     rng = Random(at) if cuts().index(at) % 2 else None
     disk, sent = Disk(base), set()

@@ -1,7 +1,7 @@
-"""Every fault that the endpoint can commit, at a share of 30%: nothing is paid twice, nothing is lost, nothing hangs.
+"""Every fault of the endpoint, with probability 30%: nothing is paid twice, nothing is lost, nothing hangs.
 
-A part of `make soak`, which has 300 jobs at 5% and at 50% on the real clock; what is checked is in `matrix.carry_out`.
-Here the event loop's clock is a quick one (`tests.quick_time`): nearly all the time of a case is pauses between tries.
+`make soak` is larger, with 300 jobs at 5% and at 50%. `matrix.carry_out` has the checks.
+Here the event loop's clock is the quick one of `tests.quick_time`: nearly all the time of a case is backoff.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ JOBS = 40
 SHARE = 0.3
 AT_ONCE = 6
 SECONDS = 60.0 * SPEED
-"""Of the loop: a command that is not over by then hangs."""
+"""Seconds on the loop's clock after which a command counts as hanging."""
 
 
 def carry_out_all(cases: list[Case], folder: Path) -> None:
-    """Carry out several side by side."""
+    """Run several cases concurrently: nearly all the time is backoff."""
 
     async def main() -> None:
         room = anyio.Semaphore(AT_ONCE)
@@ -46,18 +46,18 @@ def carry_out_all(cases: list[Case], folder: Path) -> None:
 
 @pytest.mark.parametrize("moment", FaultPoint)
 def test_each_fault_alone(tmp_path, moment):
-    """A server that ignores idempotency keys, as fal does: each lost reply was one POST, and none is sent again."""
+    """The server ignores idempotency keys, as fal does: each lost response was one POST, and none is repeated."""
     cases = [Case((kind,), SHARE, keys=False) for kind in kinds() if kind.at is moment]
     assert cases
     carry_out_all(cases, tmp_path)
 
 
 def test_each_fault_of_a_submit_where_keys_are_honoured(tmp_path):
-    """There a submit of unknown outcome is repeated under its key: nothing stays unknown, nothing is paid twice."""
+    """A submit of unknown outcome is repeated with its key: nothing stays unknown, nothing is paid twice."""
     carry_out_all([Case((kind,), SHARE, keys=True) for kind in kinds() if kind.at is FaultPoint.SUBMIT], tmp_path)
 
 
 @pytest.mark.parametrize("keys", [True, False], ids=["keys honoured", "keys ignored"])
 def test_all_faults_together(tmp_path, keys):
-    """5% of each, with and without keys."""
+    """5% of each fault, with and without keys."""
     carry_out_all([together(0.05, keys=keys)], tmp_path)

@@ -1,4 +1,4 @@
-"""Lost answers over real HTTP: the command, a target without idempotency keys, and its listing."""
+"""Lost responses over real HTTP: the command, a target without idempotency keys, and its listing."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ async def has_no_listing(target, request, asked):
 
 async def hides_one_input(target, request, asked):
     items = [listed(one) for one in target.requests.values()]
-    items[2]["json_input"] = None  # the first that was lost
+    items[2]["json_input"] = None  # the first lost submit
     return answer({"items": items, "has_more": False, "next_cursor": None})
 
 
 async def lists_everything_twice(target, request, asked):
     items = [listed(one) for one in target.requests.values()]
-    twins = [item | {"request_id": f"twin-{number}"} for number, item in enumerate(items)]
-    return answer({"items": items + twins, "has_more": False, "next_cursor": None})
+    duplicates = [item | {"request_id": f"duplicate-{number}"} for number, item in enumerate(items)]
+    return answer({"items": items + duplicates, "has_more": False, "next_cursor": None})
 
 
 async def invents_an_id(target, request, asked):
@@ -55,7 +55,7 @@ async def invents_an_id(target, request, asked):
 
 
 def begin(tmp_path, target):
-    """Manifest, config and the command that is given again and again."""
+    """Write manifest and config; return the command, which the tests repeat."""
     config = tmp_path / "config.toml"
     config.write_text(CONFIG.format(url=target.url))
     manifest, directory = write_manifest(tmp_path / "rows.csv", range(ROWS)), tmp_path / "run"
@@ -70,7 +70,7 @@ def all_done(directory):
 
 
 def test_lost_answers_are_found_before_the_run_ends(tmp_path):
-    """A third of all answers lost: one POST each, every result collected, exit 0."""
+    """A third of all responses lost: one POST per job, every result collected, exit 0."""
     with serving(submit=loses_every_third) as target:
         directory, command = begin(tmp_path, target)
         ended = restyle(*command)
@@ -81,7 +81,7 @@ def test_lost_answers_are_found_before_the_run_ends(tmp_path):
 
 
 def test_what_is_held_is_counted_and_priced_and_reconcile_settles_it(tmp_path):
-    """The listing lags: exit 4 with the number and the cost; `restyle reconcile` finds them, and submits nothing."""
+    """The listing lags: exit 4 with number and cost; `restyle reconcile` finds them and submits nothing."""
     with serving(submit=loses_every_third, listing=lists_nothing) as target:
         directory, command = begin(tmp_path, target)
         ended = restyle(*command)
@@ -113,7 +113,7 @@ def test_what_is_held_is_counted_and_priced_and_reconcile_settles_it(tmp_path):
     ],
 )
 def test_where_there_is_doubt_nothing_is_adopted_and_nothing_sent_again(tmp_path, listing, finding):
-    """No listing, a hidden input, two matches, an id that is a path: held, exit 4, and still one POST each."""
+    """No listing, a hidden input, two matches, an id that is a path: held, exit 4, and one POST per job."""
     with serving(submit=loses_every_third, listing=listing) as target:
         directory, command = begin(tmp_path, target)
         assert restyle(*command).code == 4
@@ -127,7 +127,7 @@ def test_where_there_is_doubt_nothing_is_adopted_and_nothing_sent_again(tmp_path
 
 
 def test_a_run_killed_before_its_answers_came_finds_what_it_asked_for(tmp_path):
-    """Kill -9 while eight POSTs wait for their answers: the next run adopts all eight."""
+    """Kill -9 while eight POSTs wait for their responses: the next run adopts all eight."""
 
     async def hangs(target, request, asked):
         await asyncio.sleep(60)
@@ -146,7 +146,7 @@ def test_a_run_killed_before_its_answers_came_finds_what_it_asked_for(tmp_path):
 
 
 def test_what_is_absent_is_sent_again_where_the_policy_says_so(tmp_path):
-    """`on_unknown = "resubmit-after=1s"`: the listing does not have it, so a new attempt goes out, once."""
+    """`on_unknown = "resubmit-after=1s"`: the job is not in the listing, so one new attempt is submitted."""
 
     async def swallows_every_third(target, request, asked):
         if target.posts() % 3 == 0 and target.posts() <= ROWS:

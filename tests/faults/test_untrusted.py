@@ -1,7 +1,7 @@
-"""A target that lies: no key leaves, memory stays bounded, nothing is written outside, nothing hangs. Real HTTP.
+"""A hostile target: no key leaks, memory stays bounded, no file outside is written, nothing hangs. Real HTTP.
 
-One run has a row for each attack, so that they also meet each other; the target does what the row's prompt says. What
-cannot be got out of a hostile target is given up with a word, or left for the next run when the deadline comes.
+One run has a row per attack, so that attacks can affect each other; the target follows the prompt of the row. Results
+that a hostile target withholds fail with a message, or stay open for the next run at the deadline.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from tests.quick_time import run_at
 KEY = "key-id:a-secret-that-must-not-leave"
 DEADLINE = 14.0
 MEMORY_BYTES = 500 * 2**20
-"""Peak of the whole process; about 150 MB of it is what a run of honest answers takes."""
+"""Peak memory of the process; a run with honest responses needs about 150 MB."""
 MIB = b" " * 2**20
 
 
-# --- what a body can be -----------------------------------------------------------------------------------
+# --- hostile bodies ---------------------------------------------------------------------------------------
 
 
 async def endless(request, start=b"", chunk=MIB, length=None, content_type="application/json"):
-    """A body that goes on for as long as somebody reads it, 5 GB at most."""
+    """A body that continues until the client closes the connection, at most 5 GB."""
     response = web.StreamResponse(headers={"content-type": content_type})
     response.content_length = length
     with suppress(ConnectionError):
@@ -55,7 +55,7 @@ async def endless(request, start=b"", chunk=MIB, length=None, content_type="appl
 
 
 async def dripping(request):
-    """A byte every fifth of a second: never silent, never done."""
+    """A byte every fifth of a second: never silent, never complete."""
     response = web.StreamResponse(headers={"content-type": "application/json"})
     response.content_length = 10_000
     with suppress(ConnectionError):
@@ -67,7 +67,7 @@ async def dripping(request):
 
 
 async def wire(request, pieces, pause=0.0):
-    """Bytes of the test's own making, below HTTP."""
+    """Raw bytes, below HTTP."""
     transport = request.transport
     for piece in pieces():
         if transport is None or transport.is_closing():
@@ -86,13 +86,13 @@ def headers_without_end():
 
 
 def early_hints_without_end():
-    """Aiohttp reads them one by one, so that as fast as the line carries they would slow everything down."""
+    """Many tiny chunks: aiohttp reads them one by one, which slows everything down at full network speed."""
     for _ in range(100_000):
         yield b"HTTP/1.1 100 Continue\r\n\r\n" * 100
 
 
 def bomb(side: int) -> bytes:
-    """A PNG of a few kilobytes that says, and keeps its word, that it is `side` pixels wide and high."""
+    """Return a PNG of a few kilobytes that really decodes to `side` x `side` pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -107,16 +107,16 @@ def bomb(side: int) -> bytes:
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n(/tmp/owned) (w) file closefile\nshowpage\n"
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>'
 
-# --- what a target can do ---------------------------------------------------------------------------------
-# name: (what its row comes to, phase, what is answered there: bytes, a JSON value, or a function of
-# target, request and asked). "open": not to be had from this target, left for the next run.
+# --- attacks ----------------------------------------------------------------------------------------------
+# name: (expected state of the row, phase, response: bytes, a JSON value, or a function of target, request and
+# asked). OPEN: not available from this target, stays open for the next run.
 
 DONE, OPEN, UNKNOWN = "done", "pending", "unknown"
 EITHER = "done or pending"
-"""Counts as running: done where the other rows made the run sure enough to ask for results without a status."""
+"""The status counts as running: done if the other rows made the run request results without a status."""
 INLINE = "data:image/png;base64," + base64.b64encode(image_bytes()).decode()
-STRANGER = "http://127.0.0.1:9"
-"""Set to the second server's address when it runs."""
+FOREIGN = "http://127.0.0.1:9"
+"""URL of the second server while it runs."""
 
 
 def ticket(**changed):
@@ -140,12 +140,12 @@ def result(**changed):
     return "result", lambda target, request, asked: output(target, asked, **changed)
 
 
-def stranger(path):
-    return lambda target, asked: f"{STRANGER}/{path}/{asked.id}.png"
+def foreign(path):
+    return lambda target, asked: f"{FOREIGN}/{path}/{asked.id}.png"
 
 
 def own_but(prefix):
-    """The target's own address behind something that some readers of URLs take for the host."""
+    """Return the target's own address after text that some URL parsers read as the host."""
     return lambda target, asked: target.url.replace("://", f"://{prefix}") + f"/fal-ai/flux/requests/{asked.id}/status"
 
 
@@ -165,15 +165,15 @@ def redirects(location, phase):
 
 ATTACKS = {
     "honest": (DONE, "none", None),
-    # other people's addresses: asked for at the target's own all the same, and never with the key elsewhere
-    "foreign status_url": (DONE, *ticket(status_url=stranger("status"))),
-    "foreign response_url": (DONE, *ticket(response_url=stranger("result"))),
+    # foreign addresses: the target's own is requested instead, and the key is not sent elsewhere
+    "foreign status_url": (DONE, *ticket(status_url=foreign("status"))),
+    "foreign response_url": (DONE, *ticket(response_url=foreign("result"))),
     "foreign urls with a user": (DONE, *ticket(status_url=own_but("evil.example@"), response_url=own_but("a:b@"))),
     "foreign url with a backslash": (DONE, *ticket(status_url=own_but("evil.example\\@"))),
     "foreign url with a line": (DONE, *ticket(status_url=own_but("x\r\nhost: evil\r\n"))),
-    "urls that are none": (DONE, *ticket(status_url="file:///etc/passwd", response_url="javascript:alert(1)")),
+    "invalid urls": (DONE, *ticket(status_url="file:///etc/passwd", response_url="javascript:alert(1)")),
     "urls of other types": (DONE, *ticket(status_url=7, response_url=["a"], cancel_url={"a": 1})),
-    # a submit without a usable answer
+    # submits without a usable response
     "id with a path": (UNKNOWN, *ticket(request_id="../../v1/admin")),
     "id with a slash": (UNKNOWN, *ticket(request_id="a/b")),
     "id in percent": (UNKNOWN, *ticket(request_id="%2e%2e%2fadmin")),
@@ -181,19 +181,19 @@ ATTACKS = {
     "id of other type": (UNKNOWN, *ticket(request_id=5)),
     "id without end": (UNKNOWN, *ticket(request_id="a" * 100_000)),
     "id empty": (UNKNOWN, *ticket(request_id="")),
-    "submit redirected": (UNKNOWN, *redirects(lambda target, asked: f"{STRANGER}/submit", "submit")),
+    "submit redirected": (UNKNOWN, *redirects(lambda target, asked: f"{FOREIGN}/submit", "submit")),
     "submit endless": (UNKNOWN, "submit", body(endless)),
     "submit deep": (UNKNOWN, "submit", b"[" * 200_000),
     "submit no JSON": (UNKNOWN, "submit", b"<html>fine</html>"),
     "submit NaN": (UNKNOWN, "submit", b'{"request_id": NaN}'),
     "submit null": (UNKNOWN, "submit", b"null"),
-    # a status that says nothing
+    # statuses without information
     "status of other type": (EITHER, "status", {"status": 5}),
     "status null": (OPEN, "status", b"null"),
     "status unheard of": (EITHER, "status", {"status": "BANANA"}),
     "status that lies about a failure": (DONE, "status", {"status": "FAILED"}),
     "status NaN": (OPEN, "status", b'{"status": NaN}'),
-    "status redirected": (OPEN, *redirects(lambda target, asked: f"{STRANGER}/status", "status")),
+    "status redirected": (OPEN, *redirects(lambda target, asked: f"{FOREIGN}/status", "status")),
     "status endless": (OPEN, "status", body(endless, b'{"status": "COMPLETED", "x": "')),
     "status with a million lines": (
         OPEN, "status", b'{"status": "COMPLETED", "logs": [' + b'{"message": "m"},' * 1_000_000 + b"{}]}",
@@ -210,8 +210,8 @@ ATTACKS = {
         "status": "COMPLETED", "queue_position": "x", "metrics": [1], "logs": {"a": 1}, "error": 7, "error_type": [],
     }),
     "status with an odd time": (DONE, "status", {"status": "COMPLETED", "metrics": {"inference_time": -1e300}}),
-    # a result of another shape
-    "result redirected": (OPEN, *redirects(lambda target, asked: f"{STRANGER}/result", "result")),
+    # results of another shape
+    "result redirected": (OPEN, *redirects(lambda target, asked: f"{FOREIGN}/result", "result")),
     "result endless": ("malformed_output", "result", body(endless, b'{"images": [], "x": "')),
     "result NaN": ("no_images", "result", b'{"images": [], "seed": NaN}'),
     "result without images": ("malformed_output", *result(images=None)),
@@ -233,8 +233,8 @@ ATTACKS = {
         DONE, "result", lambda target, request, asked: answer(output(target, asked), x_fal_billable_units="1e999"),
     ),
     # images from anywhere
-    "image elsewhere": (DONE, *images(url=stranger("file"))),
-    "image redirected elsewhere": (DONE, *redirects(lambda target, asked: f"{STRANGER}/file/{asked.id}.png", "file")),
+    "image elsewhere": (DONE, *images(url=foreign("file"))),
+    "image redirected elsewhere": (DONE, *redirects(lambda target, asked: f"{FOREIGN}/file/{asked.id}.png", "file")),
     "image of this disk": ("result_file_gone", *images(url="file:///etc/passwd")),
     "image of a path": ("result_file_gone", *images(url="/etc/passwd")),
     "image of no address": ("malformed_output", *images(url="")),
@@ -256,7 +256,7 @@ ATTACKS = {
     "image that is a page": ("result_file_damaged", *sends(b"<html>" * 1000, "text/html")),
     "image that is an SVG": ("result_file_damaged", *sends(SVG, "image/svg+xml")),
     "image that is empty": ("result_file_damaged", *sends(b"")),
-    # words that are no words
+    # hostile strings
     "error with escapes": (
         "failed", "result", lambda target, request, asked: answer(
             {"detail": [{"loc": ["body"], "msg": "\x1b[2J\x07 gone", "type": "\x1b[31mevil\nline" + "x" * 10_000}]}, 422
@@ -271,7 +271,7 @@ ATTACKS = {
 
 
 async def attack(phase, target, request, asked):
-    """Do what the row's prompt says, where it says something about this phase."""
+    """Follow the row's prompt, if it concerns this phase."""
     at, what = ATTACKS[asked.body["prompt"]][1:] if asked.id else ("none", None)
     if at != phase:
         return await honest.DEFAULTS[phase](target, request, asked)
@@ -295,7 +295,7 @@ HOSTILE = {phase: attacking(phase) for phase in ("submit", "status", "result", "
 
 @contextmanager
 def watched(process):
-    """The peak of a process's memory, in bytes, as a list of one that is kept up to date."""
+    """Return a one-item list with the peak memory of a process in bytes, updated continuously."""
     peak, over = [0], threading.Event()
 
     def look():
@@ -315,7 +315,7 @@ def watched(process):
 
 
 def run(directory, manifest, url, *options) -> tuple[Ended, float, int]:
-    """The command; how it ended, in how many seconds, with how much memory at its peak."""
+    """Run the command; return its outcome, seconds and peak memory."""
     began = time.monotonic()
     command = ("run", manifest, "-o", directory, "--target", url, "--max-in-flight", "200", *options)
     env = {"FAL_KEY": KEY, "RESTYLE_LIMITS__MAX_DOWNLOAD_BYTES": str(4 * 2**20), "RESTYLE_LIMITS__DRAIN": "2s"}
@@ -328,14 +328,14 @@ def run(directory, manifest, url, *options) -> tuple[Ended, float, int]:
 
 @pytest.fixture(scope="module")
 def attacked(tmp_path_factory):
-    """One run against all of it, and what came of it."""
+    """One run against all attacks, and its outcome."""
     folder = tmp_path_factory.mktemp("untrusted")
     manifest, directory = folder / "attacks.csv", folder / "run"
     rows = [f"https://images.example/{n}.jpg,{name}" for n, name in enumerate(ATTACKS)]
     manifest.write_text("\n".join(["image_url,prompt", *rows]) + "\n")
-    global STRANGER
+    global FOREIGN
     with serving() as other, serving(**HOSTILE) as target:
-        other.requests, STRANGER = target.requests, other.url
+        other.requests, FOREIGN = target.requests, other.url
         before = files_outside()
         ended, seconds, peak = run(directory, manifest, target.url, "--deadline", f"{DEADLINE}s")
         yield target, other, directory, manifest, ended, seconds, peak, before
@@ -346,7 +346,7 @@ def files_outside() -> set[str]:
 
 
 def test_a_hostile_target_ends_the_run_in_time_with_its_exit_code(attacked):
-    """What cannot be had is left when the deadline comes: exit 4, resumable, and one sentence."""
+    """Withheld results stay open at the deadline: exit 4, resumable, and one message."""
     *_, ended, seconds, _, _ = attacked
     assert ended.code == 4, ended.text
     assert "deadline" in ended.out
@@ -355,13 +355,13 @@ def test_a_hostile_target_ends_the_run_in_time_with_its_exit_code(attacked):
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_each_row_comes_to(attacked, name):
-    """An attack spoils its own row and no other."""
+    """An attack affects only its own row."""
     row = next(row for row in results(attacked[2]).to_pylist() if row["prompt"] == name)
     expected = ATTACKS[name][0]
     if expected in {DONE, OPEN, EITHER, UNKNOWN, "failed"}:
         assert row["status"] in expected.split(" or "), row["error_message"]
     else:
-        # Tried a few times before it is given up; on a slow day the deadline comes first.
+        # Retried a few times before it fails; on a slow machine the deadline comes first.
         assert (row["status"], row["error_type"]) in {("failed", expected), (OPEN, None)}
     if expected == DONE:
         (image,) = row["images"]
@@ -371,7 +371,7 @@ def test_each_row_comes_to(attacked, name):
 
 
 def test_the_key_is_shown_to_nobody_else(attacked):
-    """Redirects, foreign addresses, images elsewhere: the stranger sees no key, nor do the target's files."""
+    """Redirects, foreign addresses, images elsewhere: neither the foreign server nor file requests get the key."""
     target, other, directory, *_ = attacked
     assert {path.partition("/")[0] for path in other.keys_shown()} == set()
     assert not any(KEY in str(seen) for seen in other.seen)
@@ -382,7 +382,7 @@ def test_the_key_is_shown_to_nobody_else(attacked):
 
 
 def test_nothing_is_asked_for_that_was_not_meant(attacked):
-    """No id and no address of the target's making leads to another place on it."""
+    """No id and no address from the target leads to another path on it."""
     target, *_ = attacked
     for method, path, _, _ in target.seen:
         known = any(f"/{one}" in path for one in target.requests)
@@ -393,14 +393,14 @@ def test_nothing_is_asked_for_that_was_not_meant(attacked):
 
 
 def test_memory_stays_bounded(attacked):
-    """5 GB, a million lines, bombs, and bodies without end, all at once."""
+    """5 GB, a million lines, decompression bombs and endless bodies, all at once."""
     *_, peak, _ = attacked
     print(f"peak {peak / 2**20:.0f} MiB")
     assert 50 * 2**20 < peak < MEMORY_BYTES, f"{peak / 2**20:.0f} MiB"
 
 
 def test_nothing_is_written_outside_of_the_run_directory(attacked):
-    """Nor anything inside it under a name of the target's choosing."""
+    """Inside it, no file gets a name chosen by the target."""
     _, _, directory, manifest, *_, before = attacked
     assert files_outside() == before
     assert {path.name for path in manifest.parent.iterdir()} == {manifest.name, directory.name}
@@ -411,7 +411,7 @@ def test_nothing_is_written_outside_of_the_run_directory(attacked):
 
 
 def test_words_of_the_target_are_printed_as_words(attacked):
-    """No escape sequence of its choosing reaches a terminal, and none of its words is as long as it likes."""
+    """No escape sequence from the target reaches a terminal, and its texts are shortened."""
     _, _, directory, _, ended, *_ = attacked
     assert not set(ended.text) & {"\x1b", "\x07", "\r"}
     assert max(map(len, ended.out.splitlines())) < 2000
@@ -421,7 +421,7 @@ def test_words_of_the_target_are_printed_as_words(attacked):
 
 
 def test_money_is_not_poisoned(attacked):
-    """NaN and infinite units count as not said."""
+    """NaN and infinite units count as missing."""
     rows = {row["prompt"]: row for row in results(attacked[2]).to_pylist()}
     for name in ("result with odd units", "result with infinite units"):
         assert rows[name]["billable_units"] is None
@@ -430,7 +430,7 @@ def test_money_is_not_poisoned(attacked):
 
 
 def test_a_target_that_comes_to_its_senses_is_collected_from(attacked, tmp_path):
-    """The same command against the same target, honest now: what was open is fetched, nothing is sent again."""
+    """The same command against the same target, now honest: open results are fetched, nothing is submitted again."""
     target, _, directory, manifest, *_ = attacked
     posts, handlers = target.posts(), dict(target.handlers)
     target.handlers.clear()
@@ -439,7 +439,7 @@ def test_a_target_that_comes_to_its_senses_is_collected_from(attacked, tmp_path)
     finally:
         target.handlers.update(handlers)
     unknown = sum(expected == UNKNOWN for expected, *_ in ATTACKS.values())
-    assert jobs_in(directory, "unknown") == 0, "the listing knows them all"
+    assert jobs_in(directory, "unknown") == 0, "the listing has all of them"
     assert jobs_in(directory, "accepted", "answered", "intended") == 0
     assert target.posts() == posts == len(ATTACKS)
     assert ended.code == 3, ended.text
@@ -452,20 +452,20 @@ def test_a_target_that_comes_to_its_senses_is_collected_from(attacked, tmp_path)
 @pytest.mark.parametrize(
     ("said", "status"),
     [
-        ({"upload_url": "{stranger}/put/1", "file_url": "https://cdn.example/1.png"}, "done"),
+        ({"upload_url": "{foreign}/put/1", "file_url": "https://cdn.example/1.png"}, "done"),
         ({"upload_url": "file:///tmp/owned", "file_url": "https://cdn.example/1.png"}, "failed"),
         ({"upload_url": 5, "file_url": None}, "failed"),
     ],
     ids=["elsewhere", "this disk", "no address"],
 )
 def test_an_upload_shows_no_key_and_follows_no_redirect(tmp_path, said, status):
-    """`upload_url` is somebody else's as a rule: it gets the image, and nothing besides."""
+    """`upload_url` usually belongs to another party: it gets the image and nothing else."""
     (tmp_path / "a.png").write_bytes(image_bytes())
     manifest = tmp_path / "m.csv"
     manifest.write_text("image_url,prompt\na.png,a cat\n")
 
     async def initiate(target, request, asked):
-        text = {k: v.replace("{stranger}", other.url) if isinstance(v, str) else v for k, v in said.items()}
+        text = {k: v.replace("{foreign}", other.url) if isinstance(v, str) else v for k, v in said.items()}
         return answer(text)
 
     with serving() as other, serving(initiate=initiate) as target:
@@ -489,7 +489,7 @@ def test_an_upload_shows_no_key_and_follows_no_redirect(tmp_path, said, status):
     ids=["body", "headers", "hints"],
 )  # fmt: skip
 def test_an_exchange_has_an_end(body):
-    """Who always sends a little more, and never all of it, is hung up on."""
+    """A peer that sends slowly without an end is disconnected."""
 
     async def drips(target, request, asked):
         return await body(request)
@@ -503,14 +503,14 @@ def test_an_exchange_has_an_end(body):
                 await client.submit(Attempt(JobKey("0" * 32), 1, b'{"prompt": "a"}'))
             assert time.monotonic() - began < 5
             assert caught.value.trouble.transport in {"timeout", "bad answer"}
-            assert submitted.value.trouble.sent, "a submit that hung may have been accepted"
+            assert submitted.value.trouble.sent, "a submit with a timeout may have been accepted"
 
     with serving(status=drips, submit=drips) as target:
         run_at(module.EXCHANGE_SECONDS / 0.6, main(target.url))
 
 
 def test_waiting_for_a_connection_is_not_part_of_an_exchange():
-    """A hundred calls over two connections: each has its whole time once it is its turn."""
+    """A hundred calls over two connections: each has its full time once it starts."""
 
     async def slow(target, request, asked):
         await asyncio.sleep(0.1)

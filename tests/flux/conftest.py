@@ -1,4 +1,4 @@
-"""The tiny model in its layouts. Without torch nothing here is collected; `make test-flux` installs it."""
+"""Fixtures with the tiny model. Without torch these tests are not collected; `make test-flux` installs it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("MKL_CBWR", "COMPATIBLE")  # as the engine's workers do: equal inputs give equal pixels
+os.environ.setdefault("MKL_CBWR", "COMPATIBLE")  # as in the workers: equal inputs give equal pixels
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -19,7 +19,7 @@ if importlib.util.find_spec("torch") is None or importlib.util.find_spec("diffus
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """A folder with the tiny model twice: `plain`, as diffusers saves it, and `published`, as it lies on the hub."""
+    """A folder with the tiny model in two layouts: `plain`, as diffusers saves it, and `published`, as on the hub."""
     from tests.flux import tiny
 
     root = tmp_path_factory.mktemp("models")
@@ -42,7 +42,7 @@ def checkers(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def plain(models):
-    """Plain diffusers in this process: what our images are compared with."""
+    """Plain diffusers in this process, as the reference."""
     import diffusers
     import torch
 
@@ -55,7 +55,7 @@ def plain(models):
 
 @pytest.fixture(scope="session")
 def renderer(models):
-    """Ours in this process, without a safety checker."""
+    """The engine's renderer in this process, without a safety checker."""
     from tests.flux.rendering import opened
 
     return opened(models / "plain")

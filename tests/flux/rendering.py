@@ -1,4 +1,4 @@
-"""Our renderer and plain diffusers, asked for the same image."""
+"""Helpers that render the same image with the engine's renderer and with plain diffusers."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ PROMPT = "a cat, watercolor painting"
 
 
 def opened(folder, checker=None, kind=""):
-    """A renderer on the CPU."""
+    """Return a renderer on the CPU."""
     return FluxRenderer(Setup(str(folder), "tiny, revision 1", "cpu", None if checker is None else str(checker), kind))
 
 
 def photograph(width=256, height=256):
-    """RGB with something everywhere, the same each time."""
+    """Return a deterministic RGB image without flat areas."""
     down, across = np.mgrid[0:height, 0:width]
     channels = (across * 255 / width, down * 255 / height, (across * 7 + down * 3) % 256)
     return Image.fromarray(np.stack(channels, -1).astype(np.uint8), "RGB")
@@ -35,7 +35,7 @@ def packed(image, kind="PNG", **options):
 
 
 def job(source=None, **inputs):
-    """A request of few steps, answered without loss."""
+    """Return a request with few steps and lossless output."""
     given = {"prompt": PROMPT, "seed": 5, "num_inference_steps": 10, "output_format": "png", **inputs}
     asked = ImageToImageInput(image_url="https://images.example/cat.png", **given)
     return EngineJob("r1", asked, packed(photograph()) if source is None else source)
@@ -46,14 +46,14 @@ def rendered(renderer, given, on_step=lambda *_: None, cancelled=lambda: False):
 
 
 def pixels(loaded):
-    """Of one of our result images, or of a Pillow image."""
+    """Return the pixels of a result image or of a Pillow image."""
     image = Image.open(io.BytesIO(loaded.data)) if hasattr(loaded, "data") else loaded
     assert image.mode == "RGB"
     return np.asarray(image)
 
 
 def by_diffusers(pipeline, source, **inputs):
-    """The image of one plain call; `source` is RGB at output size."""
+    """Return the pixels of one call of plain diffusers; `source` is RGB at output size."""
     given = job(**inputs).input
     made = pipeline(
         prompt=given.prompt,

@@ -1,4 +1,4 @@
-"""From a hub id to a folder, with the hub's own client and a hub of ours on loopback."""
+"""Resolution of hub ids, with the real hub client and a fake hub on loopback."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from batch.server.engines.flux.folder import check_model
 from batch.server.engines.flux.hub import MODEL_FILES, located
 
 SINGLE = "flux1-dev.safetensors"
-"""The same weights once more, in one file."""
+"""The copy of the weights in a single file, which must not be downloaded."""
 COMMIT = "3de623fc3c33e44ffbe2bad470d0f45bccf2eb21"
 
 
 @pytest.fixture
 def hub(models, tmp_path, monkeypatch):
-    """Serves the tiny model as `tester/FLUX.1-dev`; `tester/gated` gives its files to nobody."""
+    """A hub that serves the tiny model as `tester/FLUX.1-dev` and denies access to `tester/gated`."""
     folder = models / "published"
     names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
     asked = []
@@ -77,8 +77,8 @@ def hub(models, tmp_path, monkeypatch):
             thread.join()
 
 
-def test_a_model_is_downloaded_once_and_known_by_its_commit(hub):
-    """What diffusers reads and nothing else; the second time nobody is asked."""
+def test_a_model_is_downloaded_once_and_identified_by_its_commit(hub):
+    """Only the required files are fetched; the second call does not contact the hub."""
     found = located("tester/FLUX.1-dev", MODEL_FILES, check_model)
     assert (found.name, found.revision) == ("tester/FLUX.1-dev", COMMIT[:12])
     assert not any(SINGLE in path for path in hub)
@@ -87,30 +87,30 @@ def test_a_model_is_downloaded_once_and_known_by_its_commit(hub):
     assert hub == []
     (found.path / "vae/config.json").unlink()
     assert located("tester/FLUX.1-dev", MODEL_FILES, check_model) == found
-    assert hub, "a download that was broken off is taken up again"
+    assert hub, "an incomplete download must be continued"
 
 
-def test_what_the_hub_refuses_is_one_sentence(hub):
-    """A licence that was not accepted, a repository that is not there."""
-    with pytest.raises(InputError, match=r"licence has to be accepted first: .*tester/gated, then log in with"):
+def test_errors_of_the_hub_have_advice(hub):
+    """Cases: a licence that was not accepted, and an unknown repository."""
+    with pytest.raises(InputError, match=r"accept its licence at \S+/tester/gated, then .*hf auth login"):
         located("tester/gated", MODEL_FILES, check_model)
-    with pytest.raises(InputError, match="the hub has no such repository") as caught:
-        located("nobody/nothing", MODEL_FILES, check_model)
+    with pytest.raises(InputError, match="absent/model: repository not found") as caught:
+        located("absent/model", MODEL_FILES, check_model)
     assert "\n" not in str(caught.value)
 
 
-def test_a_hub_that_cannot_be_reached_is_one_sentence(hub, monkeypatch):
-    """Offline: the sentence names the way out."""
+def test_an_unreachable_hub_has_advice(hub, monkeypatch):
+    """The message suggests a local folder."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(InputError, match="give --model a folder of this machine"):
+    with pytest.raises(InputError, match="set --model to a local folder"):
         located("tester/FLUX.1-dev", MODEL_FILES, check_model)
 
 
-def test_a_folder_is_taken_as_it_is(models, tmp_path, monkeypatch):
-    """Also one that looks like a hub id; one that is not there is said to be so, and looked for nowhere else."""
+def test_a_local_folder_has_precedence(models, tmp_path, monkeypatch):
+    """An existing folder is used even if its path looks like a hub id; a missing path does not query the hub."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(models / "plain", tmp_path / "tester/model")
     assert located("tester/model", MODEL_FILES, check_model).path == Path("tester/model")
     for given in ("./nothing", "/no/such/folder"):
-        with pytest.raises(InputError, match="there is no model folder"):
+        with pytest.raises(InputError, match="model folder not found"):
             located(given, MODEL_FILES, check_model)

@@ -1,4 +1,4 @@
-"""Images are those of plain diffusers, number by number, whatever came in and whoever else was served."""
+"""The renderer's pixels equal those of plain diffusers, for every kind of source and independent of other requests."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from batch.server.engines.base import EngineCancelled, EngineFailure
 from batch.server.engines.flux.tuning import accelerated
 from tests.flux.rendering import by_diffusers, job, opened, packed, photograph, pixels, rendered
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # what other people's libraries warn of is not ours to fail by
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of the libraries must not fail these tests
 
 
 @pytest.mark.parametrize("strength", [0.01, 0.5, 0.95, 1.0])
-def test_a_image_is_that_of_plain_diffusers(renderer, plain, strength):
-    """Same weights, same inputs, same numbers, at both ends of strength and between."""
+def test_an_image_equals_that_of_plain_diffusers(renderer, plain, strength):
+    """The same weights and inputs give the same pixels, at low, medium and high strength."""
     result = rendered(renderer, job(strength=strength, num_inference_steps=20))
     expected = by_diffusers(plain, photograph(), strength=strength, num_inference_steps=20)
-    assert expected.std() > 10, "a flat image would prove nothing"
+    assert expected.std() > 10, "flat images would be equal for any input"
     assert np.array_equal(pixels(result.images[0]), expected)
 
 
 def test_the_defaults_are_those_of_the_endpoint(renderer, plain):
-    """0.95, 40 steps, guidance 3.5: diffusers' own are others."""
+    """Strength 0.95, 40 steps, guidance 3.5; the defaults of diffusers differ."""
     given = job()
     bare = given.input.model_validate({"image_url": "x", "prompt": given.input.prompt, "seed": 5})
     steps = []
@@ -40,7 +40,7 @@ def test_the_defaults_are_those_of_the_endpoint(renderer, plain):
 
 
 def test_each_input_changes_the_image(renderer):
-    """Else the comparisons of this file could not fail."""
+    """Otherwise the comparisons of this file could not fail."""
     base = pixels(rendered(renderer, job(strength=0.5)).images[0])
     others = [
         {"strength": 0.6},
@@ -55,7 +55,7 @@ def test_each_input_changes_the_image(renderer):
 
 
 def _halved_alpha():
-    """Half transparent over white: computed here by hand."""
+    """A half-transparent source, and the same composited over white."""
     base = np.asarray(photograph())
     source = Image.fromarray(np.dstack([base, np.full(base.shape[:2], 128, np.uint8)]), "RGBA")
     over = Image.alpha_composite(Image.new("RGBA", source.size, "white"), source).convert("RGB")
@@ -70,7 +70,7 @@ def _sixteen_bits():
 
 
 def _rotated():
-    """Lies on its side, and says so in its EXIF."""
+    """A source stored sideways with an EXIF orientation, and the same upright."""
     upright = photograph(256, 320)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -93,22 +93,22 @@ def _odd():
 
 
 def _tiny():
-    """Too small for the model: the shorter side becomes 256."""
+    """A source that is too small for the model, and the same with a shorter side of 256."""
     source = photograph(40, 30)
     return packed(source), source.resize((336, 256), Image.Resampling.LANCZOS, reducing_gap=3.0)
 
 
 @pytest.mark.parametrize("made", [_halved_alpha, _sixteen_bits, _rotated, _cmyk, _grey, _odd, _tiny])
-def test_any_source_becomes_the_rgb_image_that_it_shows(renderer, plain, made):
-    """Alpha over white, 16 bits scaled, EXIF turned, sides to multiples of 16; then as plain diffusers."""
-    source, shown = made()
+def test_every_kind_of_source_is_converted_to_rgb(renderer, plain, made):
+    """Alpha over white, 16 bits scaled, EXIF applied, sides rounded to multiples of 16; then as plain diffusers."""
+    source, converted = made()
     result = rendered(renderer, job(source, strength=0.5))
-    assert (result.images[0].width, result.images[0].height) == shown.size
-    assert np.array_equal(pixels(result.images[0]), by_diffusers(plain, shown, strength=0.5))
+    assert (result.images[0].width, result.images[0].height) == converted.size
+    assert np.array_equal(pixels(result.images[0]), by_diffusers(plain, converted, strength=0.5))
 
 
-def test_several_images_are_those_of_their_seeds_alone(renderer):
-    """Image i of seed s is the one image of seed s + i; the answer's seed is the first one's."""
+def test_several_images_equal_the_single_images_of_their_seeds(renderer):
+    """Image i of seed s equals the single image of seed s + i; the result's seed is s."""
     together = rendered(renderer, job(num_images=3, seed=2**63 - 2))
     assert together.seed == 2**63 - 2
     alone = [rendered(renderer, job(seed=seed)) for seed in (2**63 - 2, 2**63 - 1)]
@@ -118,25 +118,25 @@ def test_several_images_are_those_of_their_seeds_alone(renderer):
 
 
 def test_the_published_layout_gives_the_same_images(models, renderer):
-    """FluxPipeline in the index, prefixed keys, other tokenizer files, shards: the same model."""
+    """It has FluxPipeline in the index, prefixed keys, other tokenizer files and shards."""
     published = opened(models / "published")
     assert np.array_equal(pixels(rendered(published, job()).images[0]), pixels(rendered(renderer, job()).images[0]))
 
 
-def test_jpeg_and_png_tell_what_made_them(renderer):
-    """Format as asked, and in the file the model with its revision and the loaded's own seed."""
+def test_metadata_names_model_revision_and_seed(renderer):
+    """JPEG and PNG files contain the model, its revision and the seed of the image."""
     for output_format, note in (("jpeg", "comment"), ("png", "Comment")):
         result = rendered(renderer, job(output_format=output_format, num_images=2))
         for number, loaded in enumerate(result.images):
             image = Image.open(io.BytesIO(loaded.data))
             assert (loaded.content_type, image.format) == (f"image/{output_format}", output_format.upper())
-            said = image.info[note]
-            said = said.decode() if isinstance(said, bytes) else said
-            assert said == f"restyle flux: FLUX.1 [dev], tiny, revision 1, seed {5 + number}"
+            text = image.info[note]
+            text = text.decode() if isinstance(text, bytes) else text
+            assert text == f"restyle flux: FLUX.1 [dev], tiny, revision 1, seed {5 + number}"
 
 
 def test_timings_have_inference_and_its_parts(renderer):
-    """The parts of the model's work add up to `inference`; reading and encoding stand beside it."""
+    """The phases of the model add up to `inference`; reading and encoding are separate."""
     renderer.model()
     timings = rendered(renderer, job()).timings
     assert set(timings) == {"inference", "reading", "prompt", "denoising", "decoding", "checking", "encoding"}
@@ -145,16 +145,16 @@ def test_timings_have_inference_and_its_parts(renderer):
     assert all(seconds > 0 for seconds in timings.values())
 
 
-def test_every_step_of_every_image_is_told(renderer):
-    """Steps run through all images: ceil(10 x 0.5) each, two images."""
+def test_every_step_of_every_image_is_reported(renderer):
+    """Steps are counted across images: ceil(10 x 0.5) for each of two images."""
     steps = []
     rendered(renderer, job(strength=0.5, num_images=2), on_step=lambda *step: steps.append(step))
     assert steps == [(done, 10) for done in range(1, 11)]
 
 
 @pytest.mark.parametrize("after", [0, 1, 7])
-def test_a_stop_is_heard_between_steps(renderer, after):
-    """No step more is executed, and the next request is as if nothing had been."""
+def test_cancellation_takes_effect_between_steps(renderer, after):
+    """No further step is executed, and the next request is not affected."""
     before = rendered(renderer, job()).images[0].data
     steps = []
     with pytest.raises(EngineCancelled):
@@ -163,8 +163,8 @@ def test_a_stop_is_heard_between_steps(renderer, after):
     assert rendered(renderer, job()).images[0].data == before
 
 
-def test_acceleration_leaves_out_blocks_and_none_is_exact(renderer, plain):
-    """`regular` and `high` execute ever fewer blocks, for the same image each time; afterwards `none` is exact."""
+def test_acceleration_skips_blocks_and_none_is_exact(renderer, plain):
+    """`high` executes fewer blocks than `regular`; both are reproducible, and a later `none` is exact."""
     transformer = renderer.model().pipeline.transformer
     runs = []
     handle = transformer.single_transformer_blocks[-1].norm.register_forward_hook(lambda *_: runs.append(1))
@@ -185,8 +185,8 @@ def test_acceleration_leaves_out_blocks_and_none_is_exact(renderer, plain):
     assert np.array_equal(pixels(rendered(renderer, job(num_inference_steps=50, strength=1)).images[0]), expected)
 
 
-def test_a_cancelled_accelerated_request_leaves_no_cache_behind(renderer):
-    """Its hooks are taken off however it ends."""
+def test_the_cache_is_removed_after_cancellation_and_errors(renderer):
+    """Its hooks are removed however the request ends."""
     before = rendered(renderer, job()).images[0].data
     with pytest.raises(EngineCancelled):
         rendered(renderer, job(acceleration="high"), cancelled=lambda: True)
@@ -196,10 +196,10 @@ def test_a_cancelled_accelerated_request_leaves_no_cache_behind(renderer):
     assert rendered(renderer, job()).images[0].data == before
 
 
-def test_a_source_that_is_no_image_is_the_callers_fault(renderer):
-    """The endpoint's own error, and the renderer goes on."""
+def test_a_source_that_is_not_an_image_is_a_client_error(renderer):
+    """It raises image_load_error, and the renderer continues."""
     with pytest.raises(EngineFailure) as caught:
-        rendered(renderer, job(b"no image"))
+        rendered(renderer, job(b"not an image"))
     assert (caught.value.status, caught.value.type) == (422, "image_load_error")
     with pytest.raises(EngineFailure):
         rendered(renderer, job(b""))
@@ -207,8 +207,8 @@ def test_a_source_that_is_no_image_is_the_callers_fault(renderer):
 
 
 @pytest.mark.parametrize("prompt", ["", "a cat " * 600, "猫 \U0001f408", "<|endoftext|>"])
-def test_any_prompt_is_taken(renderer, plain, prompt):
-    """Empty, far too long, beyond ASCII, or a token's name."""
+def test_any_prompt_is_accepted(renderer, plain, prompt):
+    """Cases: empty, too long, non-ASCII, and the name of a special token."""
     result = rendered(renderer, job(prompt=prompt))
     assert np.array_equal(pixels(result.images[0]), by_diffusers(plain, photograph(), prompt=prompt))
     assert result.prompt == prompt
@@ -220,8 +220,8 @@ def test_any_prompt_is_taken(renderer, plain, prompt):
 @pytest.mark.parametrize(
     ("folder", "kind"), [("classifier", "ViTForImageClassification"), ("concepts", "StableDiffusionSafetyChecker")]
 )
-def test_flagged_images_are_black_and_said_to_be(models, checkers, folder, kind):
-    """One bool per image; the file's note tells it too."""
+def test_flagged_images_are_black(models, checkers, folder, kind):
+    """There is one flag per image, and the metadata of the file says that it was blackened."""
     renderer = opened(models / "plain", checkers / folder, kind)
     result = rendered(renderer, job(num_images=2))
     assert result.has_nsfw_concepts == (True, True)
@@ -231,22 +231,22 @@ def test_flagged_images_are_black_and_said_to_be(models, checkers, folder, kind)
         assert Image.open(io.BytesIO(image.data)).info["Comment"].endswith("; blackened by the safety checker")
 
 
-def test_by_request_nothing_is_checked_and_nothing_claimed(models, checkers, renderer):
-    """`enable_safety_checker: false` gives the image, and no bool that nobody looked for."""
+def test_a_request_can_disable_the_checker(models, checkers, renderer):
+    """With `enable_safety_checker: false` the image is returned without flags."""
     checked = opened(models / "plain", checkers / "classifier", "ViTForImageClassification")
     result = rendered(checked, job(enable_safety_checker=False))
     assert result.has_nsfw_concepts == ()
     assert result.images[0].data == rendered(renderer, job()).images[0].data
 
 
-def test_a_image_that_passes_is_not_touched(models, checkers, renderer):
-    """The same bytes as without a checker, and False, which here was looked for."""
+def test_an_image_that_passes_is_unchanged(models, checkers, renderer):
+    """It has the same bytes as without a checker, and the flag False."""
     checked = opened(models / "plain", checkers / "content", "ViTForImageClassification")
     result = rendered(checked, job())
     assert result.has_nsfw_concepts == (False,)
     assert result.images[0].data == rendered(renderer, job()).images[0].data
 
 
-def test_without_a_checker_nothing_is_claimed(renderer):
-    """Never False for a check that did not run."""
+def test_without_a_checker_there_are_no_flags(renderer):
+    """A check that did not run must not report False."""
     assert rendered(renderer, job()).has_nsfw_concepts == ()

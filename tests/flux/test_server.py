@@ -1,4 +1,4 @@
-"""`restyle serve --engine flux` as a process: eight at once, kills, the official client, a whole run through it."""
+"""`restyle serve --engine flux` as a process: concurrent requests, kills, the official client and a complete run."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from tests.flux.rendering import PROMPT, job, packed, photograph, pixels, render
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),
-    pytest.mark.timeout(400),  # each worker imports torch and its friends: ten seconds of a free core
+    pytest.mark.timeout(400),  # each worker imports torch and diffusers, which takes ten seconds on a free core
 ]
 SOURCE = "data:image/png;base64," + base64.b64encode(packed(photograph())).decode()
 INPUTS = {"image_url": SOURCE, "num_inference_steps": 10, "output_format": "png"}
 LONG = {**INPUTS, "num_inference_steps": 50, "num_images": 4}
-"""Some seconds of work."""
+"""Inputs of a request that takes some seconds."""
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(folder, models):
-    """One worker on the CPU."""
+    """A server with one worker on the CPU."""
     flags = ("--engine", "flux", "--model", models / "published", "--devices", "cpu", "--warm-up", "256x256")
     with endpoint(folder, *flags, "--allow-private", keyed=False) as running:
         yield running
@@ -57,7 +57,7 @@ def asking(server, ask):
 
 
 class Shown:
-    """An image's bytes, as `pixels` takes them."""
+    """Image bytes in the form that `pixels` accepts."""
 
     def __init__(self, data):
         self.data = data
@@ -71,21 +71,21 @@ async def shown(session, body, number=0):
 
 
 def alone(renderer, **inputs):
-    """The image that this request gives when nobody else is there."""
+    """Return the image of this request when it runs alone."""
     return pixels(rendered(renderer, job(**inputs)).images[0])
 
 
 async def first_step(session, request_id):
-    """Return when it has logged a step."""
+    """Wait until the request has logged a step."""
     async with session.get(read(request_id, "/status/stream?logs=1")) as response:
         async for line in response.content:
             if b"step " in line:
                 return
-    raise AssertionError("it ended without a step")
+    raise AssertionError("the request ended without a step")
 
 
-def test_everything_says_which_model_it_is(server, folder):
-    """Health, log, the result's header and the file: engine, model and revision; and that nothing is checked."""
+def test_the_model_is_identified_everywhere(server, folder):
+    """Health, log, header and file name engine, model and revision; health and log report the missing checker."""
 
     async def ask(session):
         _, _, health = await call(session, "GET", "/health")
@@ -107,16 +107,16 @@ def test_everything_says_which_model_it_is(server, folder):
     assert note == f"restyle flux: FLUX.1 [dev], published, revision {health['revision']}, seed {body['seed']}"
     log = (folder / "server.log").read_text()
     assert "no safety checker is loaded" in log
-    for said in (
+    for words in (
         "loading transformer (1 of 4",
         f"published, revision {health['revision']} is loaded",
-        "warm at 256x256",
+        "warm-up at 256x256",
     ):
-        assert said in log
+        assert words in log
 
 
-def test_eight_at_once_each_as_if_alone(server, renderer):
-    """One worker; every second one is cancelled, the first of them while it runs: the others are as in a solo run."""
+def test_eight_concurrent_requests_do_not_affect_each_other(server, renderer):
+    """Every second request is cancelled, the first one while it runs; the others give the images of solo runs."""
 
     async def ask(session):
         running = await submit(session, PROMPT, **LONG, seed=99)
@@ -135,8 +135,8 @@ def test_eight_at_once_each_as_if_alone(server, renderer):
         assert np.array_equal(seen, alone(renderer, seed=seed)), seed
 
 
-def test_a_killed_worker_costs_no_request(server, renderer):
-    """In the middle of its work: done again under the same id, by a new process, with the images of a solo run."""
+def test_a_killed_worker_loses_no_request(server, renderer):
+    """A new process runs the request again under the same id, with the images of a solo run."""
     (worker,) = children(server.process.pid)
 
     async def ask(session):
@@ -157,7 +157,7 @@ def test_a_killed_worker_costs_no_request(server, renderer):
 
 
 def test_the_official_client_gets_images(server, renderer, monkeypatch):
-    """`fal-client` unmodified: progress, both formats, several images, data URIs."""
+    """Unmodified `fal-client`: progress, both formats, several images, data URIs."""
     for name in ("QUEUE_URL_FORMAT", "RUN_URL_FORMAT"):
         monkeypatch.setattr(fal_client.client, name, server.url + ("/run/" if name == "RUN_URL_FORMAT" else "/"))
     for name in ("REST_URL", "CDN_URL"):
@@ -180,8 +180,8 @@ def test_the_official_client_gets_images(server, renderer, monkeypatch):
     client._client.close()
 
 
-def test_a_sweep_runs_through_it(server, renderer, tmp_path):
-    """`restyle run` against it: each cell its own image, the engine's column the model with its revision."""
+def test_a_sweep_runs_on_the_endpoint(server, renderer, tmp_path):
+    """With `restyle run` each cell gets its own image, and the engine column names the model and its revision."""
     photograph().save(tmp_path / "cat.png")
     manifest = tmp_path / "manifest.csv"
     manifest.write_text(f'image_url,prompt\ncat.png,"{PROMPT}"\n')
@@ -202,8 +202,8 @@ def test_a_sweep_runs_through_it(server, renderer, tmp_path):
         assert np.array_equal(pixels(Shown(data)), expected)
 
 
-def test_a_killed_server_goes_on_with_what_it_had(models, renderer, tmp_path):
-    """In the middle of its work: after its restart the same id has the images of a solo run."""
+def test_a_killed_server_resumes_its_requests(models, renderer, tmp_path):
+    """After a restart the same ids give the images of solo runs."""
     server = Server(tmp_path)
     server._command[-1:] = ["flux", "--model", str(models / "plain"), "--devices", "cpu"]
 
@@ -228,8 +228,8 @@ def test_a_killed_server_goes_on_with_what_it_had(models, renderer, tmp_path):
     assert server.process.returncode == 0
 
 
-def test_a_safety_checker_is_named_and_blackens(models, checkers, tmp_path):
-    """In /health by class and revision; in the answer one bool an image; off by request."""
+def test_a_safety_checker_blackens_flagged_images(models, checkers, tmp_path):
+    """/health names its class and revision, results have one flag per image, and requests can disable it."""
     flags = ("--engine", "flux", "--model", models / "plain", "--devices", "cpu")
     with endpoint(tmp_path, *flags, "--safety-checker", checkers / "concepts", keyed=False) as server:
 
@@ -249,28 +249,28 @@ def test_a_safety_checker_is_named_and_blackens(models, checkers, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "words"),
     [
         (["--engine", "flux"], "--model"),
-        (["--model", "somewhere"], "say --engine flux"),
-        (["--engine", "flux", "--model", "{models}/nothing"], "there is no model folder"),
+        (["--model", "somewhere"], "--engine flux"),
+        (["--engine", "flux", "--model", "{models}/nothing"], "model folder not found"),
         (["--engine", "flux", "--model", "{models}"], "model_index.json is missing"),
-        (["--engine", "flux", "--model", "{models}/plain", "--safety-checker", "{models}/plain/vae"], "is not whole"),
-        (["--engine", "flux", "--model", "{models}/plain", "--devices", "cpu", "--slots", "2"], "one request a device"),
-        (["--engine", "flux", "--model", "{models}/plain", "--devices", "cuda:99"], "cuda:99 was named, but"),
+        (["--engine", "flux", "--model", "{models}/plain", "--safety-checker", "{models}/plain/vae"], "is incomplete"),
+        (["--engine", "flux", "--model", "{models}/plain", "--devices", "cpu", "--slots", "2"], "invalid --slots 2"),
+        (["--engine", "flux", "--model", "{models}/plain", "--devices", "cuda:99"], "cuda:99 is unavailable"),
     ],
 )
-def test_a_start_that_cannot_work_ends_with_exit_code_2(models, tmp_path, flags, said):
-    """One sentence, no trace, nothing served; the same for the module."""
+def test_an_invalid_start_ends_with_exit_code_2(models, tmp_path, flags, words):
+    """There is one message without a traceback, and nothing is served."""
     given = [flag.format(models=models) for flag in flags]
     ended = restyle("serve", "--port", 0, "--data-dir", tmp_path / "data", *given)
     assert (ended.code, ended.out) == (2, "")
-    assert said in ended.err.splitlines()[-1]
+    assert words in ended.err.splitlines()[-1]
     assert ended.err.splitlines()[-1].startswith("restyle: ")
 
 
-def test_the_server_process_loads_no_model_library(server):
-    """What it has mapped into memory names no torch; its worker's does."""
+def test_the_server_process_does_not_load_torch(server):
+    """The memory maps of the worker contain libtorch; those of the server do not."""
     (worker,) = children(server.process.pid)
 
     def maps(pid):

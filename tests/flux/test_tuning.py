@@ -1,4 +1,4 @@
-"""What is switched on for a GPU, as far as a CPU can tell: the same images, and a way back where it does not work."""
+"""GPU optimizations, as far as a CPU can test them: the same images, and a fallback if one fails."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture
 def pipeline():
-    """The weights of the other tests' model, to be changed."""
+    """A private copy of the tiny model, which the test may change."""
     made = tiny.build()
     made.set_progress_bar_config(disable=True)
     yield made
@@ -30,7 +30,7 @@ def pipeline():
 
 @pytest.fixture
 def tuned(pipeline, monkeypatch):
-    """A renderer that takes this pipeline for one that was tuned for a GPU."""
+    """A renderer that treats this pipeline as tuned for a GPU."""
     model = Model(pipeline, None, torch.device("cpu"), tuned=True)
     monkeypatch.setattr(renderer_module, "load", lambda _: model)
     return FluxRenderer(Setup("nowhere", "tiny, revision 1", "cpu", warm_up=((256, 256),)))
@@ -40,8 +40,8 @@ def rendered_image(renderer, **inputs):
     return pixels(rendered(renderer, job(**inputs)).images[0]).astype(int)
 
 
-def test_fused_projections_and_channels_last_paint_the_same(pipeline, tuned, renderer):
-    """But for rounding; and the projections that are no longer needed are given up."""
+def test_fused_projections_and_channels_last_keep_the_image(pipeline, tuned, renderer):
+    """Images are equal up to rounding, and the unfused projections are freed."""
     before = sum(weight.numel() for weight in pipeline.transformer.parameters())
     tuning.fuse_projections(pipeline.transformer)
     tuning.channels_last(pipeline.vae)
@@ -49,8 +49,8 @@ def test_fused_projections_and_channels_last_paint_the_same(pipeline, tuned, ren
     assert np.abs(rendered_image(tuned) - rendered_image(renderer)).max() <= 2
 
 
-def test_compiled_blocks_are_whole_graphs_and_leave_acceleration_alone(pipeline, tuned):
-    """Each kind of block is one graph; accelerated requests go around the graphs."""
+def test_compiled_blocks_are_full_graphs_and_acceleration_bypasses_them(pipeline, tuned):
+    """Each kind of block is one graph; accelerated requests do not use the graphs."""
     before, accelerated = rendered_image(tuned), rendered_image(tuned, acceleration="high")
     graphs = []
 
@@ -64,11 +64,11 @@ def test_compiled_blocks_are_whole_graphs_and_leave_acceleration_alone(pipeline,
     assert compiled >= 2, "two kinds of blocks"
     assert np.abs(rendered_image(tuned, acceleration="high") - accelerated).max() <= 1
     assert np.abs(rendered_image(tuned) - before).max() <= 1
-    assert len(graphs) == compiled, "and compile nothing anew"
+    assert len(graphs) == compiled, "accelerated requests must not compile again"
 
 
-def test_a_compiler_that_fails_is_done_without(pipeline, tuned, renderer, caplog):
-    """Found by the warm-up, told in the log; slower is better than not at all."""
+def test_a_compiler_that_fails_is_disabled(pipeline, tuned, renderer, caplog):
+    """The warm-up detects it, logs a warning and continues without compiled blocks."""
 
     def backend(*_):
         raise RuntimeError("no kernel image is available")
@@ -78,8 +78,8 @@ def test_a_compiler_that_fails_is_done_without(pipeline, tuned, renderer, caplog
     assert "without compiled blocks" in caplog.text
 
 
-def test_a_warm_up_that_cannot_be_done_is_one_sentence(pipeline, tuned):
-    """Too little memory for a size that was named: no request is taken."""
+def test_a_failed_warm_up_is_not_ready(pipeline, tuned):
+    """If memory is too small for a warm-up size, the worker accepts no request."""
 
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore about it")
@@ -87,12 +87,15 @@ def test_a_warm_up_that_cannot_be_done_is_one_sentence(pipeline, tuned):
     pipeline.transformer.register_forward_pre_hook(fail)
     with pytest.raises(NotReady) as caught:
         tuned.model()
-    said = "cpu ran out of memory in the warm-up (OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.)"
-    assert str(caught.value) == f"{said}; a smaller image needs less"
+    message = str(caught.value)
+    assert message.startswith("cpu ran out of memory during the warm-up")
+    assert "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.)" in message
+    assert "\n" not in message
+    assert "--offload" not in message, "it has no effect on a CPU"
 
 
 @pytest.mark.parametrize(
-    ("error", "trouble"),
+    ("error", "kind"),
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), RenderError.MEMORY),
         (MemoryError(), RenderError.MEMORY),
@@ -110,16 +113,16 @@ def test_a_warm_up_that_cannot_be_done_is_one_sentence(pipeline, tuned):
         (RuntimeError("CUDA driver error: device is lost"), RenderError.LOST),
         (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED"), RenderError.OTHER),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), RenderError.OTHER),
-        (ValueError("CUDA error: somebody quotes it"), RenderError.OTHER),
+        (ValueError("CUDA error: a quotation"), RenderError.OTHER),
     ],
 )
-def test_what_an_error_of_torch_means(error, trouble):
-    """Memory: this request. A lost device: this process. Anything else: a defect."""
-    assert render_error_of(error) is trouble
+def test_torch_errors_are_classified(error, kind):
+    """Out of memory fails the request, a lost device ends the process, anything else is a bug."""
+    assert render_error_of(error) is kind
 
 
-def test_torch_really_raises_so_when_memory_runs_out():
-    """The words that are looked for are those of this version."""
+def test_the_installed_torch_raises_the_expected_out_of_memory_error():
+    """The pattern matches the message of the installed version."""
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
     assert render_error_of(caught.value) is RenderError.MEMORY

@@ -1,8 +1,8 @@
-"""A FLUX.1 [dev] pipeline of random weights, a megabyte on disk: every part there, every part small. Made offline.
+"""A complete FLUX.1 [dev] pipeline with small random weights, one megabyte on disk. Built offline.
 
 Shapes follow the real configuration where images depend on it: four VAE levels (so that sides round to 16 px), the
-published scheduler, guidance embedded. Nothing that it paints means anything, but it has to depend on every input as
-FLUX does, else equal images would prove nothing: freshly drawn weights are too small for that and are made larger.
+published scheduler, embedded guidance. The images are noise, but they must depend on every input as FLUX's do, because
+otherwise equal images would prove nothing. The initial weights are too small for that and are scaled up.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _START, _END = "<|startoftext|>", "<|endoftext|>"
 
 
 def _clip_tokenizer() -> CLIPTokenizer:
-    """Bytes and nothing else: a vocabulary that takes any text."""
+    """Return a tokenizer with a byte vocabulary, which accepts any text."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     letters = [chr(byte) for byte in printable] + [chr(256 + number) for number in range(len(others))]
@@ -48,7 +48,7 @@ def _clip_tokenizer() -> CLIPTokenizer:
 
 
 def _t5_tokenizer() -> T5TokenizerFast:
-    """Printable ASCII and some words."""
+    """Return a tokenizer for printable ASCII and some words."""
     pieces = {"<pad>": 0.0, "</s>": 0.0, "<unk>": 0.0, "\u2581": -2.0}
     pieces |= {chr(code): -4.0 for code in range(33, 127)}
     pieces |= {"\u2581" + word: -1.5 - 0.1 * len(word) for word in _WORDS}
@@ -95,13 +95,13 @@ def _transformer() -> FluxTransformer2DModel:
         joint_attention_dim=32, pooled_projection_dim=32, guidance_embeds=True, axes_dims_rope=(4, 4, 8),
     )  # fmt: skip
     transformer.proj_out.weight.data.mul_(8)
-    # From step to step little changes, as in the real one: else there would be nothing for a cache to leave out.
+    # Steps must differ little, as in the real model; otherwise the cache would skip no blocks.
     transformer.time_text_embed.timestep_embedder.linear_2.weight.data.mul_(0.1)
     return transformer
 
 
 def _scheduler() -> FlowMatchEulerDiscreteScheduler:
-    """The published one."""
+    """Return the published scheduler."""
     return FlowMatchEulerDiscreteScheduler(
         num_train_timesteps=1000, shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15,
         base_image_seq_len=256, max_image_seq_len=4096,
@@ -109,7 +109,7 @@ def _scheduler() -> FlowMatchEulerDiscreteScheduler:
 
 
 def build(seed: int = 0) -> FluxImg2ImgPipeline:
-    """The pipeline in memory; another seed, other weights."""
+    """Build the pipeline in memory. The weights depend on the seed."""
     tokenizer, tokenizer_2 = _clip_tokenizer(), _t5_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -121,16 +121,16 @@ def build(seed: int = 0) -> FluxImg2ImgPipeline:
 
 
 def save(folder: Path, seed: int = 0) -> Path:
-    """Plainly saved, as `save_pretrained` does."""
+    """Save the pipeline with `save_pretrained`."""
     build(seed).save_pretrained(folder)
     return folder
 
 
 def save_as_published(folder: Path, seed: int = 0) -> Path:
-    """The same weights as the snapshot on the hub lays them out.
+    """Save the same weights in the layout of the snapshot on the hub.
 
-    Its index names FluxPipeline, CLIP's keys begin with `text_model.`, CLIP's tokenizer is two files, T5 and the
-    transformer are in shards.
+    Its index names FluxPipeline, CLIP's keys start with `text_model.`, CLIP's tokenizer consists of two files, and T5
+    and the transformer are in shards.
     """
     save(folder, seed)
     clip = folder / "text_encoder/model.safetensors"
@@ -155,7 +155,7 @@ def save_as_published(folder: Path, seed: int = 0) -> Path:
 
 
 def save_concepts(folder: Path, *, flags: bool) -> Path:
-    """A StableDiffusionSafetyChecker that flags everything or nothing: no cosine is above 2, each above -2."""
+    """Save a StableDiffusionSafetyChecker that flags everything or nothing: cosines are always between -2 and 2."""
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = CLIPConfig(
         text_config={**small, "vocab_size": 32, "max_position_embeddings": 16},
@@ -171,7 +171,7 @@ def save_concepts(folder: Path, *, flags: bool) -> Path:
 
 
 def save_classifier(folder: Path, *, flags: bool, labels: tuple[str, str] = ("normal", "nsfw")) -> Path:
-    """A ViT whose bias decides for it."""
+    """Save a ViT classifier that flags everything or nothing by its bias."""
     config = ViTConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8,
         num_labels=2, id2label=dict(enumerate(labels)), label2id={label: n for n, label in enumerate(labels)},

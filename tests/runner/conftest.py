@@ -1,4 +1,4 @@
-"""Runner tests run on Trio with an autojumping clock: hours of a run take milliseconds, nothing sleeps."""
+"""Runner tests run on Trio with an autojumping clock: hours of a run take milliseconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Money in virtual time: reserved before, settled after, never above the limit, whatever breaks and whenever."""
+"""Budget in virtual time: reserved before, settled after, never above the limit, whatever fails."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from tests.runner.world import World, jobs
 pytestmark = pytest.mark.anyio
 PRICE = Price(0.03, date(2026, 11, 1))
 BILLED = 0.015
-"""What the fake bills for a success: half a unit. A failure without a word about units is counted as reserved."""
+"""Units that the fake bills for a success. A failure without units is charged as reserved."""
 FUZZ = 1e-6
 
 
 class Watched(MemoryJournal):
-    """Looks at the money after each event: within the limit, and covering all that the service may bill."""
+    """Checks the money after each event: within the limit, and covering all that the service may bill."""
 
     def __init__(self, service, limit):
         super().__init__()
@@ -50,7 +50,7 @@ class Watched(MemoryJournal):
 
 
 class Billing(FakeService):
-    """Knows what each accepted request costs in truth: those that succeed half a unit, the others nothing."""
+    """Knows the true cost of each accepted request: half a unit for a success, nothing for a failure."""
 
     words = ("3 as", "5 as")
 
@@ -60,7 +60,7 @@ class Billing(FakeService):
 
 
 class SaysNoUnits(FakeService):
-    """A service without the header `X-Fal-Billable-Units`."""
+    """A service that never sends `X-Fal-Billable-Units`."""
 
     async def result(self, ticket):
         answer = await super().result(ticket)
@@ -68,7 +68,7 @@ class SaysNoUnits(FakeService):
 
 
 def spent_by_events(events):
-    """The same sum by other means: from the events, session by session ignorant."""
+    """Compute the same sum independently, from the events of all sessions."""
     total, attempts, unknown, answered = 0.0, {}, {}, set()
     for event in events:
         match event:
@@ -110,7 +110,7 @@ def reservations(world):
     [(0.3, 1, 0.03), (1.0, 1, 0.03), (1.05, 1, 0.06), (None, 1, 0.09), (1.05, 4, 0.24), (12.0, 1, 0.36)],
 )
 async def test_a_reservation_is_made_by_the_images_size(megapixels, images, usd):
-    """Whole megapixels, for each image; it is in the intent, hence durable before the POST."""
+    """Whole megapixels for each image; recorded in the intent, so it is durable before the POST."""
     job = jobs(1)[0]
     world = World(FakeService(), price=PRICE)
     await world.run([Job(job.key, {**job.input, "num_images": images}, megapixels=megapixels)])
@@ -119,14 +119,14 @@ async def test_a_reservation_is_made_by_the_images_size(megapixels, images, usd)
 
 
 async def test_a_service_that_says_no_units_costs_what_was_reserved():
-    """The dear side of what is not known."""
+    """Without billed units, the higher estimate counts."""
     world = World(SaysNoUnits(), price=PRICE)
     await world.run(jobs(3))
     assert await money(world) == (pytest.approx(0.09), 0.0)
 
 
 async def test_a_refused_submit_costs_nothing_and_frees_its_money():
-    """429 and then a considered refusal: nothing was accepted."""
+    """A 429 and then a refusal: nothing was accepted."""
     faults = [RefusesSubmits(429, times=3, headers={"retry-after": "1"}), RefusesSubmits(422, first=4)]
     world = World(FakeService(faults=faults), price=PRICE, budget=0.03)
     report = await world.run(jobs(4))
@@ -135,7 +135,7 @@ async def test_a_refused_submit_costs_nothing_and_frees_its_money():
 
 
 async def test_an_unknown_submit_keeps_its_reservation():
-    """It may have been accepted: the money is not spent twice."""
+    """It may have been accepted, so the money stays reserved."""
     world = World(FakeService(faults=[DropsAfterAccept(every=2)]), price=PRICE)
     await world.run(jobs(10))
     assert await money(world) == (pytest.approx(5 * BILLED), pytest.approx(5 * 0.03))
@@ -144,7 +144,7 @@ async def test_an_unknown_submit_keeps_its_reservation():
 
 
 async def test_a_resubmitted_unknown_is_counted_twice():
-    """Given up by policy: its reservation counts as spent, the new attempt is reserved on top."""
+    """Given up by policy: its reservation counts as spent, and the new attempt reserves again."""
     world = World(FakeService(faults=[DropsAfterAccept()]), price=PRICE, policy=Policy(resubmit_unknown_after=60.0))
     await world.run(jobs(2))
     world.service.faults.clear()
@@ -168,7 +168,7 @@ async def test_a_service_fault_costs_nothing_and_each_attempt_is_reserved():
 
 
 async def test_a_budget_below_what_is_spent_submits_nothing_and_collects():
-    """`--budget` may be lowered: what is paid for is fetched, the run stops with a sentence."""
+    """`--budget` may be lowered: paid results are collected, then the run stops with a reason."""
     world = World(FakeService(service_time=10.0), price=PRICE, window=8)
     with anyio.move_on_after(25):
         await world.run(jobs(100))
@@ -178,23 +178,23 @@ async def test_a_budget_below_what_is_spent_submits_nothing_and_collects():
     assert (report.done, report.stopped.why, world.service.posts) == (8, StopCause.BUDGET, 24)
     assert "budget" in report.stopped.reason
     assert report.stopped.reason == (
-        "$0.36 is spent or reserved and a job may cost $0.03: more than the budget of $0.01; --budget raises it"
+        "$0.36 is spent or reserved and a job may cost $0.03: more than the budget of $0.01; raise it with --budget"
     )
     assert await money(world) == (pytest.approx(24 * BILLED), 0.0)
 
 
 async def test_money_that_open_requests_of_an_earlier_run_hold_is_waited_for():
-    """Their end frees some of it: the run does not stop for want of what is about to come back."""
+    """The run does not stop while open requests can still release money."""
     world = World(FakeService(service_time=10.0), price=PRICE, window=8)
     with anyio.move_on_after(1):
         await world.run(jobs(8))
-    world.limit, world.window = 8 * 0.03, 20  # there is room for all of them but no money yet
+    world.limit, world.window = 8 * 0.03, 20  # the window has room for all of them, the budget does not yet
     report = await world.again().run(jobs(12))
     assert (report.done, report.stopped) == (12, None)
 
 
 async def test_an_attempt_that_does_not_fit_waits_for_a_larger_budget():
-    """The failure is written down, the job is pending, and the next run goes on with it."""
+    """The failure is recorded, the job is pending, and the next run continues it."""
     fault = CompletesWith("0 as", 500, "internal_server_error", times=1, needs_retry=True)
     service = FakeService(service_time=5.0, faults=[fault, DropsAfterAccept(every=2)])
     world = World(service, price=PRICE, budget=0.06, window=2)
@@ -208,7 +208,7 @@ async def test_an_attempt_that_does_not_fit_waits_for_a_larger_budget():
 
 
 def troubled(rng):
-    """A service with everything wrong at once, at a pace that the seed decides."""
+    """A service with every fault at once, at a speed chosen by the seed."""
     faults = [
         DropsAfterAccept(every=rng.randint(4, 9)),
         DropsBeforeAccept(every=rng.randint(5, 11)),
@@ -222,7 +222,7 @@ def troubled(rng):
 
 @pytest.mark.parametrize("seed", range(24))
 async def test_spent_and_reserved_never_pass_the_limit(seed):
-    """Lost answers, retries, resubmits, refusals, and a crash at any moment of each session; looked at per event."""
+    """Lost answers, retries, resubmits, refusals, and a crash at any time of each session; checked at each event."""
     rng = Random(seed)
     service, limit = troubled(rng), rng.uniform(0.2, 1.0)
     policy = Policy(resubmit_unknown_after=rng.choice([None, 5.0]))
@@ -244,11 +244,11 @@ async def test_spent_and_reserved_never_pass_the_limit(seed):
     assert sum(outcome.cost_usd or 0.0 for outcome in outcomes.values()) == pytest.approx(spent)
 
 
-# --- seen while it runs -----------------------------------------------------------------------------------
+# --- display during a run ---------------------------------------------------------------------------------
 
 
 async def test_the_live_display_tells_this_run_and_all_runs_apart():
-    """`spent` counts from zero in each session, and over all of them."""
+    """`spent` counts from zero in each session, the total over all of them."""
     world = World(FakeService(), price=PRICE)
     await world.run(jobs(10))
     first = world.observer.actions("spent")[-1]
@@ -264,7 +264,7 @@ async def test_the_live_display_tells_this_run_and_all_runs_apart():
 
 
 async def test_one_run_alone_shows_one_sum():
-    """No word about earlier runs where there are none."""
+    """Earlier runs are mentioned only if there are any."""
     tally = ProgressCounter()
     tally.happened("spent", usd=0.3, total_usd=0.3)
     assert tally.line().endswith("$0.30 spent")

@@ -1,4 +1,4 @@
-"""Every open request is cancelled, many at once, and each answer is counted as what it is. In virtual time."""
+"""Cancellation of all open requests, many concurrently, with each answer counted correctly; in virtual time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.anyio
 
 
 class Target:
-    """Answers each cancel after `seconds` as `answer(number, tries)` says; a number is an HTTP status of trouble."""
+    """Answers each cancel after `seconds` with `answer(number, tries)`; an integer is the HTTP status of a failure."""
 
     def __init__(self, answer=lambda number, tries: CancelOutcome.REQUESTED, seconds=0.1):
         self.answer, self.seconds = answer, seconds
@@ -45,7 +45,7 @@ class Target:
 
 
 async def opened(count):
-    """A journal with that many open requests, and one that was never sent."""
+    """Return a journal with that many open requests, and one job that was never sent."""
     journal = MemoryJournal()
     for number in range(count + 1):
         key = JobKey(f"{number:032}")
@@ -57,12 +57,12 @@ async def opened(count):
     return journal
 
 
-async def cancelled(target, count, told=None):
-    return await cancel_open(target, await opened(count), Random(7), told)
+async def cancelled(target, count, report=None):
+    return await cancel_open(target, await opened(count), Random(7), report)
 
 
 async def test_many_are_asked_at_once():
-    """640 of 100 ms each take a second, and no more than 64 are under way."""
+    """640 of 100 ms each take a second, at most 64 concurrently."""
     target = Target()
     journal, began = await opened(640), anyio.current_time()
     found = await cancel_open(target, journal, Random(7))
@@ -72,14 +72,14 @@ async def test_many_are_asked_at_once():
 
 
 async def test_each_answer_is_counted_as_what_it_is():
-    """Not found is not too late, and what gets no answer after a few tries is neither."""
+    """Not found, too late and unanswered are different outcomes."""
     answers = [CancelOutcome.REQUESTED, CancelOutcome.ALREADY_COMPLETED, CancelOutcome.NOT_FOUND, 503, "refused"]
-    target, told = Target(lambda number, tries: answers[number % 5]), []
-    found = await cancelled(target, 50, told.append)
+    target, report = Target(lambda number, tries: answers[number % 5]), []
+    found = await cancelled(target, 50, report.append)
     assert found == Cancelled(asked=50, requested=10, too_late=10, not_found=10, unanswered=20, open=50)
     assert found.left == 20
-    assert [one.asked for one in told] == list(range(51))
-    assert told[-1] == found
+    assert [one.asked for one in report] == list(range(51))
+    assert report[-1] == found
     assert {target.tries[number] for number in range(0, 50, 5)} == {1}
     assert {target.tries[number] for number in range(3, 50, 5)} == {5}
 
@@ -91,7 +91,7 @@ async def test_a_passing_trouble_is_asked_again():
 
 
 async def test_a_target_that_is_not_there_is_given_up():
-    """The rest is not asked, and is left for the next call."""
+    """After too much silence the rest is not asked, and is left to the next call."""
     target = Target(lambda number, tries: "refused", seconds=0.0)
     found = await cancelled(target, 10_000)
     assert found.asked == found.unanswered < 4 * AT_ONCE
@@ -99,14 +99,14 @@ async def test_a_target_that_is_not_there_is_given_up():
 
 
 async def test_silence_in_between_gives_nothing_up():
-    """Every second one gets no answer: all are asked."""
+    """If every second request gets an answer, all are asked."""
     target = Target(lambda number, tries: CancelOutcome.REQUESTED if number % 2 else 503)
     found = await cancelled(target, 1000)
     assert (found.asked, found.requested, found.unanswered) == (1000, 500, 500)
 
 
 async def test_a_wait_of_a_year_is_not_waited():
-    """`Retry-After` beyond a minute: no answer."""
+    """A `Retry-After` longer than a minute counts as no answer."""
     began = anyio.current_time()
     assert (await cancelled(Target(lambda number, tries: 429), 10)).unanswered == 10
     assert anyio.current_time() - began < 61
@@ -114,7 +114,7 @@ async def test_a_wait_of_a_year_is_not_waited():
 
 @pytest.mark.parametrize("status", [401, 402, 403])
 async def test_a_refused_key_ends_it(status):
-    """One sentence; the thousands behind it are not asked."""
+    """One error; the thousands of other requests are not asked."""
     target = Target(lambda number, tries: status)
     with pytest.raises(AccountRefused, match=f"HTTP {status}"):
         await cancelled(target, 5000)
@@ -122,16 +122,16 @@ async def test_a_refused_key_ends_it(status):
 
 
 async def test_it_can_be_left_and_begun_again():
-    """What was told so far holds; the next call asks for all that is open."""
-    target, told, journal = Target(), [], await opened(640)
+    """The reported counts stay valid; the next call asks for everything that is still open."""
+    target, report, journal = Target(), [], await opened(640)
     with anyio.move_on_after(0.45):
-        await cancel_open(target, journal, Random(7), told.append)
-    assert (told[-1].asked, told[-1].left) == (256, 384)
+        await cancel_open(target, journal, Random(7), report.append)
+    assert (report[-1].asked, report[-1].left) == (256, 384)
     assert (await cancel_open(target, journal, Random(7))).requested == 640
 
 
 async def test_nothing_open_is_nothing_asked():
-    """The one that was only intended is not asked for."""
+    """A job that was only intended is not cancelled."""
     target = Target()
     assert await cancelled(target, 0) == Cancelled()
     assert target.tries == {}

@@ -1,4 +1,4 @@
-"""What is paid for and could not be read is collected later, free; in virtual time."""
+"""Unreadable paid results are collected later, free; in virtual time."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Odd(FakeService):
         super().__init__(service_time=2.0, faults=[_Verdicts(self)])
 
     def answers_after(self, seconds):
-        """Each call takes so long from now on."""
+        """Make every later call take this long."""
         self._round_trip = seconds
 
     async def result(self, ticket):
@@ -82,7 +82,7 @@ def states(world):
 @pytest.mark.parametrize("kind", ["empty", "html", "oversize", "hidden", "gone"])
 @pytest.mark.parametrize("retry", [False, True])
 async def test_it_is_collected_by_the_next_run_free(kind, retry):
-    """Whatever was odd: one request, counted once, done as soon as it can be read."""
+    """Whatever was unreadable: one request, charged once, done as soon as it is readable."""
     service = Odd(gone={"request-1"}) if kind == "gone" else Odd(odd={"request-1": kind})
     world = World(service, price=PRICE)
     report = await world.run(jobs(3))
@@ -102,7 +102,7 @@ async def test_it_is_collected_by_the_next_run_free(kind, retry):
 
 @pytest.mark.parametrize("kind", ["empty", "html", "hidden", "gone"])
 async def test_within_its_time_it_is_never_paid_for_again(kind):
-    """Neither by the next runs nor by --retry-failed."""
+    """Neither later runs nor --retry-failed pay for it again."""
     service = Odd(gone={"request-1"}) if kind == "gone" else Odd(odd={"request-1": kind})
     world = World(service, price=PRICE)
     await world.run(jobs(3))
@@ -115,7 +115,7 @@ async def test_within_its_time_it_is_never_paid_for_again(kind):
 
 @pytest.mark.parametrize("kind", ["html", "hidden", "gone"])
 async def test_after_its_time_it_is_lost_and_paid_for_again_when_asked(kind):
-    """One last free try; then it is failed, and a new attempt follows only with --retry-failed."""
+    """After one last free try it is failed; only --retry-failed starts a new attempt."""
     service = Odd(gone={"request-1"}) if kind == "gone" else Odd(odd={"request-1": kind})
     world = World(service, price=PRICE)
     await world.run(jobs(3))
@@ -129,7 +129,7 @@ async def test_after_its_time_it_is_lost_and_paid_for_again_when_asked(kind):
 
 
 async def test_after_its_time_retry_failed_needs_one_run_only():
-    """The free try and the new attempt, in this order, in one run."""
+    """One run makes the free try, then the new attempt."""
     service = Odd(odd={"request-1": "hidden"})
     world = World(service, price=PRICE)
     await world.run(jobs(3))
@@ -140,7 +140,7 @@ async def test_after_its_time_retry_failed_needs_one_run_only():
 
 
 async def test_a_verdict_that_shows_later_ends_it_without_a_new_attempt():
-    """It was taken up to be collected, free: a retryable failure is not paid for in the same breath."""
+    """It was resumed to be collected, free, so a retryable failure does not start a paid attempt in the same run."""
     service = Odd(odd={"request-1": "html"})
     world = World(service, price=PRICE)
     await world.run(jobs(3))
@@ -151,14 +151,14 @@ async def test_a_verdict_that_shows_later_ends_it_without_a_new_attempt():
 
 
 async def test_a_killed_run_leaves_it_collectable():
-    """Nothing is written before the answer is."""
+    """Nothing else is recorded before the answer."""
     service = Odd(odd={"request-1": "html"})
     world = World(service, price=PRICE)
     await world.run(jobs(3))
     service.odd.clear()
     statuses, results = service.count("status"), service.count("result")
     service.answers_after(5.0)
-    with anyio.move_on_after(7.0):  # its status was read, its result is on the way
+    with anyio.move_on_after(7.0):  # its status was read, its result is being read
         await world.again().run(jobs(3))
     assert states(world) == {State.DONE: 2, State.COLLECTABLE: 1}
     assert (service.count("status"), service.count("result")) == (statuses + 1, results)
@@ -169,7 +169,7 @@ async def test_a_killed_run_leaves_it_collectable():
 
 
 async def test_a_repeated_request_id_holds_the_later_job():
-    """Two submits get the same id: the first keeps it, the other is unknown."""
+    """If two submits get the same id, the first keeps it and the second is unknown."""
 
     class Twins(FakeService):
         async def submit(self, attempt):

@@ -1,4 +1,4 @@
-"""What is paid for is collected: oldest first, with a warning where time runs out; also when the key is dead."""
+"""Paid results are collected oldest first, with a warning before they expire, and even with a refused key."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HOUR = 3600.0
 
 @dataclass
 class LocksTheAccount(Fault):
-    """From a moment on every submit is refused, and every read too unless `reads_go_on`."""
+    """Refuses every submit from a moment on, and every read too unless `reads_go_on`."""
 
     since: float
     until: float = float("inf")
@@ -42,7 +42,7 @@ class LocksTheAccount(Fault):
 
 
 class Service(FakeService):
-    """Remembers in which order requests are asked for, and when files are."""
+    """Records the order in which requests are read, and the times of file downloads."""
 
     def __init__(self, *, gone=(), gone_until=0.0, padding=0, **options):
         super().__init__(**options)
@@ -75,7 +75,7 @@ def warnings(world):
 
 
 async def test_what_was_accepted_is_collected_before_anything_is_submitted_oldest_first():
-    """No POST until every open request of the earlier run was asked for."""
+    """No POST until every open request of the earlier run was read."""
     service = Service(service_time=50.0, round_trip=0.01)
     world = World(service, window=10, submits=TokenBucket(4.0))
     with anyio.move_on_after(5):
@@ -93,19 +93,19 @@ async def test_what_was_accepted_is_collected_before_anything_is_submitted_oldes
 
 
 async def test_a_request_older_than_the_floor_is_warned_of_and_collected():
-    """An hour: its result may be gone, and is fetched all the same."""
-    for pause, told in ((0.9 * HOUR, 0), (5 * HOUR, 1)):
+    """After an hour its result may be gone; it is read anyway."""
+    for pause, expected in ((0.9 * HOUR, 0), (5 * HOUR, 1)):
         world = World(Service(service_time=50.0), window=10)
         with anyio.move_on_after(5):
             await world.run(jobs(10))
         await anyio.sleep(pause)
         report = await world.again().run(jobs(10))
-        assert (report.done, len(warnings(world))) == (10, told)
+        assert (report.done, len(warnings(world))) == (10, expected)
     assert "5.0 h old" in warnings(world)[0]
 
 
 async def test_a_target_that_keeps_everything_warns_of_nothing():
-    """Our own server does."""
+    """Our own server keeps everything, so there is no warning."""
     world = World(Service(service_time=50.0), window=10, policy=Policy(keeps_results=True))
     with anyio.move_on_after(5):
         await world.run(jobs(10))
@@ -118,7 +118,7 @@ async def test_a_target_that_keeps_everything_warns_of_nothing():
 
 
 async def test_an_outage_of_the_reads_is_warned_of_in_time():
-    """Half an hour without one read that was answered; then all is collected."""
+    """A warning after half an hour without an answered read; then everything is collected."""
 
     class Outage(Fault):
         def reading(self, phase, n):
@@ -127,18 +127,18 @@ async def test_an_outage_of_the_reads_is_warned_of_in_time():
     world = World(FakeService(service_time=20.0, faults=[Outage()]))
     report = await world.run(jobs(30))
     assert report.done == 30
-    told = warnings(world)
-    assert "no request could be read for 30 min" in told[0]
-    assert "may have waited" in told[1]  # and at its end, how long results waited for it
-    assert len(told) == 2
+    given = warnings(world)
+    assert "no request could be read for 30 min" in given[0]
+    assert "may have waited" in given[1]  # and afterwards, how long results waited
+    assert len(given) == 2
 
 
 async def test_large_results_that_wait_are_warned_of():
-    """Ten kilobytes are kept for six minutes: a read every few minutes is too late."""
+    """Results from 10 kB on are guaranteed for six minutes only, so a read every few minutes is too late."""
     service = Service(service_time=1000.0, padding=2000, faults=[])
     world = World(service)
     await world.run(jobs(2))
-    assert warnings(world) == []  # read every ten seconds at the latest
+    assert warnings(world) == []  # read at least every ten seconds
 
     class Sleepy(Service):
         async def status(self, ticket):
@@ -147,12 +147,12 @@ async def test_large_results_that_wait_are_warned_of():
 
     world = World(Sleepy(service_time=1000.0, padding=2000))
     await world.run(jobs(2))
-    (told,) = warnings(world)
-    assert "--max-in-flight" in told
+    (warning,) = warnings(world)
+    assert "--max-in-flight" in warning
 
 
 async def test_a_image_that_cannot_be_had_holds_up_no_other_and_is_tried_on():
-    """Thirty files fail for an hour: all others pass them, and each is there within a backoff of the hour's end."""
+    """Thirty files fail for an hour: the others pass them, and each arrives within one backoff after that hour."""
     gone = [f"request-{n}" for n in range(30)]
     service = Service(service_time=1.0, gone=gone, gone_until=HOUR)
     world = World(service, window=100)
@@ -164,7 +164,7 @@ async def test_a_image_that_cannot_be_had_holds_up_no_other_and_is_tried_on():
 
 
 async def test_a_failing_image_does_not_queue_behind_fresh_ones_again():
-    """Its next try comes after its backoff, not after all that came in meanwhile."""
+    """Its retry comes after its backoff, not behind all files that came in meanwhile."""
 
     class FirstFails(Service):
         async def download(self, url):
@@ -179,14 +179,14 @@ async def test_a_failing_image_does_not_queue_behind_fresh_ones_again():
     await World(service, window=200).run(jobs(200))
     first, second = [at for at, name in service.fetched if name == service.fetched[0][1]]
     assert second - first < 1
-    assert max(at for at, _ in service.fetched) > 200  # so long the line is, at sixteen of 20 s each
+    assert max(at for at, _ in service.fetched) > 200  # the length of the queue, at sixteen of 20 s each
 
 
-# --- a dead key -------------------------------------------------------------------------------------------
+# --- a refused key ----------------------------------------------------------------------------------------
 
 
 async def test_a_locked_account_that_still_shows_results_is_collected_to_the_end():
-    """403 on a submit: no more of them, everything accepted is done however long it takes."""
+    """403 on a submit: nothing more is submitted, and every accepted job is collected however long it takes."""
     lock = LocksTheAccount(since=1.0, reads_go_on=True)
     world = World(FakeService(service_time=500.0, faults=[lock], round_trip=0.2), window=5)
     report = await world.run(jobs(50))
@@ -195,8 +195,8 @@ async def test_a_locked_account_that_still_shows_results_is_collected_to_the_end
 
 
 async def test_a_dead_key_ends_the_run_and_a_good_one_goes_on():
-    """Reads refused as well: the run gives up after a while, nothing is lost, and goes on when the key works."""
-    for lock in (LocksTheAccount(since=5.0), LocksTheAccount(since=35.0)):  # the window is full, or submits are due
+    """If reads are refused too, the run stops, loses nothing, and the next one continues with a good key."""
+    for lock in (LocksTheAccount(since=5.0), LocksTheAccount(since=35.0)):  # with a full window; with submits due
         world = World(FakeService(service_time=30.0, faults=[lock], round_trip=0.2), window=5)
         began = anyio.current_time()
         lock.since += began
@@ -216,7 +216,7 @@ async def test_a_dead_key_ends_the_run_and_a_good_one_goes_on():
 
 
 async def test_too_many_failures_name_the_commonest_reasons():
-    """Not the last one: that may be the odd one out."""
+    """The reason lists the most frequent errors, not the last one."""
     faults = [
         CompletesWith("1 as", 422, "face_detection_error"),
         CompletesWith("2 as", 422, "content_policy_violation"),
@@ -233,7 +233,7 @@ async def test_too_many_failures_name_the_commonest_reasons():
 
 @pytest.mark.parametrize("status", [401, 402, 403])
 async def test_reads_that_are_refused_now_and_then_stop_nothing(status):
-    """Two of three, for as long as it takes: there are answers in between."""
+    """Two refusals of three reads, for any time, stop nothing: there are answers in between."""
     chance = Random(status)
 
     class MostlyRefused(Fault):

@@ -1,4 +1,4 @@
-"""A hint that a job has ended means that it is time to read, no more; and reads have a bound. In virtual time."""
+"""A hint that a job has ended causes a read and nothing else; reads are rate limited. In virtual time."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ pytestmark = pytest.mark.anyio
 
 
 class Hints:
-    """Tells of the fake's ends as they come; `heard` says of which requests, `early` how long too soon."""
+    """Reports the fake's ends at once; `heard` selects the requests, `early` makes hints too early by that time."""
 
     def __init__(self, service, *, heard=lambda number: True, early=0.0):
         self.service, self.heard, self.early = service, heard, early
-        self.told, self.waiting, self.waited = set(), set(), []
+        self.hinted, self.waiting, self.waited = set(), set(), []
 
     async def wait(self, ticket, usual, longest):
         self.waiting.add(ticket.request_id)
         self.waited.append((usual, longest))
         number = int(ticket.request_id.removeprefix("request-"))
-        if not self.heard(number) or ticket.request_id in self.told:
+        if not self.heard(number) or ticket.request_id in self.hinted:
             await anyio.sleep(usual)
             return False
         left = self.service.requests[ticket.request_id].ends_at - self.early - anyio.current_time()
         await anyio.sleep(max(0.0, min(left, longest)))
         if left > longest:
             return False
-        self.told.add(ticket.request_id)
+        self.hinted.add(ticket.request_id)
         return True
 
     def forget(self, ticket):
@@ -45,7 +45,7 @@ def world(service, **options):
 
 
 async def test_a_hint_is_read_at_once_and_once():
-    """Every end is noticed as it happens, with one read a job and the few that are the net below."""
+    """Every end is noticed at once, with one read a job plus a few fallback reads."""
     service = FakeService(service_time=log_normal(4.0, 0.6), slots=40)
     run, hints = world(service)
     assert (await run.run(jobs(1000))).done == 1000
@@ -56,7 +56,7 @@ async def test_a_hint_is_read_at_once_and_once():
 
 
 async def test_lost_hints_are_made_up_for_by_reading():
-    """Half of them never come: those jobs are noticed as if nobody had promised anything."""
+    """Half of the hints are lost: those jobs are noticed by polling."""
     service = FakeService(service_time=5.0, slots=40)
     run, hints = world(service, heard=lambda number: number % 2 == 0)
     assert (await run.run(jobs(600))).done == 600
@@ -66,7 +66,7 @@ async def test_lost_hints_are_made_up_for_by_reading():
 
 
 async def test_without_any_hint_the_run_is_the_same():
-    """Who hears nothing polls."""
+    """Without hints the run only polls."""
     service = FakeService(service_time=5.0)
     run, _ = world(service, heard=lambda number: False)
     assert (await run.run(jobs(300))).done == 300
@@ -74,16 +74,16 @@ async def test_without_any_hint_the_run_is_the_same():
 
 
 async def test_a_hint_that_lies_costs_a_read():
-    """Told a second too early: the read finds it running, and nothing is taken for an end."""
+    """A hint a second too early: the read finds the job running, and nothing else changes."""
     service = FakeService(service_time=5.0)
     run, _ = world(service, early=1.0)
     assert (await run.run(jobs(300))).done == 300
     assert noticed(service).reads < 5.0
-    assert service.count("result") <= 600  # a result asked for in vain was asked for once
+    assert service.count("result") <= 600  # a missing result was requested once
 
 
 async def test_hints_do_not_change_what_an_answer_means():
-    """Failures, gateways in between, an outage: the same verdicts as with reads alone."""
+    """Failures, gateway errors, an outage: the same verdicts as with polling alone."""
     faults = lambda: [  # noqa: E731
         CompletesWith("7 as", 422, "content_policy_violation"),
         AnswersReadsWith(503, every=3),
@@ -100,7 +100,7 @@ async def test_hints_do_not_change_what_an_answer_means():
 
 
 async def test_a_wait_for_a_hint_is_bounded():
-    """At most four times as long as one would have slept, and never longer than ten seconds or that."""
+    """At most four times the usual wait, and at most ten seconds unless the usual wait is longer."""
     service = FakeService(service_time=30.0)
     run, hints = world(service)
     await run.run(jobs(100))
@@ -108,7 +108,7 @@ async def test_a_wait_for_a_hint_is_bounded():
 
 
 async def test_a_job_of_an_earlier_run_is_only_read():
-    """Whoever was asked to call us then is gone."""
+    """Callbacks of its submit went to the earlier run, so it is polled."""
     service = FakeService(service_time=50.0)
     run, hints = world(service)
     with anyio.move_on_after(10.0):
@@ -119,11 +119,11 @@ async def test_a_job_of_an_earlier_run_is_only_read():
     assert service.accepted == 40
 
 
-# --- a bound on reads -------------------------------------------------------------------------------------
+# --- rate limit of reads ----------------------------------------------------------------------------------
 
 
 async def test_polls_are_bounded_over_all_jobs_and_nobody_starves():
-    """20 reads a second for 500 in flight: never more in any second, and each job gets its turn."""
+    """20 reads a second for 500 jobs in flight: never more in any second, and each job gets its turn."""
     reads = []
 
     class Watched(FakeService):
@@ -141,7 +141,7 @@ async def test_polls_are_bounded_over_all_jobs_and_nobody_starves():
 
 
 async def test_reads_that_are_repeated_count_too():
-    """A gateway that fails does not lift the bound."""
+    """Retries during gateway errors respect the limit too."""
     service = FakeService(service_time=1.0, faults=[AnswersReadsWith(503, every=3)])
     run = World(service, window=100, polls=TokenBucket(10.0))
     began = anyio.current_time()

@@ -1,4 +1,4 @@
-"""Targets that replay, reject or ignore a repeated `Idempotency-Key`, and replies that get lost. In virtual time."""
+"""Targets that replay, reject or ignore a repeated `Idempotency-Key`, and lost replies. In virtual time."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ REJECTS = Policy(idempotency=Idempotency.REJECT)
 
 
 def rejecting(*faults: Fault, answer: Reply = CONFLICT, policy: Policy = REJECTS, **options) -> World:
-    """A target that rejects a repeated key, and lists its requests."""
+    """Return a world whose target rejects a repeated key, and lists its requests."""
     service = FakeService(service_time=2.0, round_trip=0.1, faults=faults, rejects_repeats=answer, **options)
     return World(service, policy=policy, reconciles=True, price=PRICE, budget=100.0)
 
@@ -58,7 +58,7 @@ class LosesReplies(Fault):
 
 @dataclass(slots=True)
 class LosesSubmits(Fault):
-    """The first `times` submits are lost on their way."""
+    """The first `times` submits are lost before they arrive."""
 
     times: int = 1
 
@@ -73,7 +73,7 @@ def attempts(world: World) -> set[int]:
     return {event.attempt for event in world.journal.events if isinstance(event, Intended)}
 
 
-# --- a repeat that is rejected, or accepted ---------------------------------------------------------------
+# --- a repeat is rejected, or accepted --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("answer", REJECTIONS, ids=["409", "422", "422 key", "400 key"])
@@ -90,7 +90,7 @@ async def test_a_rejected_repeat_proves_that_the_first_one_was_accepted(answer):
 
 
 async def test_an_accepted_repeat_proves_that_the_first_one_was_not():
-    """Lost on its way: the same key again, and nothing is in doubt."""
+    """The first submit was lost before it arrived: the same key is accepted, and nothing is unknown."""
     world = rejecting(DropsBeforeAccept(every=5))
     report = await world.run(jobs(50))
     assert (report.done, report.failed, report.held, world.service.accepted) == (50, 0, 0, 50)
@@ -99,7 +99,7 @@ async def test_an_accepted_repeat_proves_that_the_first_one_was_not():
 
 
 async def test_a_repeat_goes_on_through_throttles_outages_and_gateways():
-    """None of them says what became of the first one; the first clear word does."""
+    """None of these answers is conclusive; the first conclusive one decides."""
     faults = [LosesReplies(), RefusesSubmits(429, first=2, times=2), RefusesSubmits(503, first=4, times=3)]
     world = rejecting(*faults, RefusesConnection(20.0, 300.0))
     report = await world.run(jobs(1))
@@ -109,7 +109,7 @@ async def test_a_repeat_goes_on_through_throttles_outages_and_gateways():
 
 @pytest.mark.parametrize("answer", REJECTIONS, ids=["409", "422", "422 key", "400 key"])
 async def test_what_is_rejected_and_not_listed_is_held_for_good(answer):
-    """It is paid for, so no policy and no --retry-failed sends it again; the listing has it later."""
+    """It is paid for, so no policy and no --retry-failed sends it again; the listing shows it later."""
     policy = replace(REJECTS, resubmit_unknown_after=60.0, retry_failed=True)
     world = rejecting(LosesReplies(), answer=answer, listing=FakeListing(lag=20 * 86400.0), policy=policy)
     for _ in range(4):
@@ -131,7 +131,7 @@ async def test_a_rejection_of_a_first_submit_is_about_its_input():
 
 
 async def test_a_first_submit_that_was_doubled_on_its_way_is_looked_up():
-    """A proxy sent it twice, and the answer to the second one came through: 409 to a first POST."""
+    """A proxy sent it twice, and only the second answer arrived: 409 to a first POST."""
 
     class Doubles(Fault):
         def accepted(self, attempt: Attempt, n: int) -> None:
@@ -144,7 +144,7 @@ async def test_a_first_submit_that_was_doubled_on_its_way_is_looked_up():
     assert world.service.posts == world.service.accepted == 5
 
 
-# --- over a crash -----------------------------------------------------------------------------------------
+# --- crashes ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arrives", [True, False], ids=["accepted", "lost on its way"])
@@ -163,7 +163,7 @@ async def test_a_submit_that_a_crash_cut_off_is_looked_up_then_repeated(arrives)
 
 
 async def test_a_repeat_that_a_crash_cuts_off_is_still_looked_up_from_its_first_submit_on():
-    """The first POST was accepted, half an hour before the repeat: its time is the one that the listing has."""
+    """The first POST was accepted half an hour before the repeat: the look-up uses the time of the first."""
     world = rejecting(LosesReplies(), listing=FakeListing(lag=7200.0))
     with anyio.move_on_after(0.15):
         await world.run(jobs(1))
@@ -176,7 +176,7 @@ async def test_a_repeat_that_a_crash_cuts_off_is_still_looked_up_from_its_first_
 
 
 async def test_a_repeat_is_looked_up_where_it_was_the_one_that_was_accepted():
-    """The first POST never arrived, the repeat of 50 minutes later did, and its answer was lost too."""
+    """The first POST was lost; the repeat 50 minutes later was accepted, and its answer was lost too."""
     world = rejecting(LosesSubmits(), LosesReplies())
     with anyio.move_on_after(0.15):
         await world.run(jobs(1))
@@ -190,7 +190,7 @@ async def test_a_repeat_is_looked_up_where_it_was_the_one_that_was_accepted():
 
 
 async def test_a_key_that_the_target_may_have_forgotten_is_not_repeated():
-    """It would be accepted as a new one. After an hour only the listing counts."""
+    """A forgotten key would be accepted as new, so after an hour only the listing counts."""
     world = rejecting(LosesReplies(), listing=FakeListing(lag=2 * REPEAT_SECONDS))
     with anyio.move_on_after(0.15):
         await world.run(jobs(1))
@@ -204,7 +204,7 @@ async def test_a_key_that_the_target_may_have_forgotten_is_not_repeated():
 
 
 async def test_an_outage_that_outlasts_the_key_ends_in_a_held_job():
-    """The first answer was lost, then nothing could be sent for two hours: no later repeat, and no endless wait."""
+    """The first answer was lost, then nothing could be sent for two hours: no late repeat, and no endless wait."""
     world = rejecting(
         LosesReplies(), RefusesConnection(0.15, 2 * REPEAT_SECONDS), listing=FakeListing(lag=3 * REPEAT_SECONDS)
     )
@@ -217,7 +217,7 @@ async def test_an_outage_that_outlasts_the_key_ends_in_a_held_job():
 
 
 async def test_reconciling_repeats_nothing():
-    """`restyle reconcile` only looks: a repeat may be the POST that is accepted."""
+    """`restyle reconcile` only looks up: a repeat could be the POST that is accepted."""
     world = rejecting(LosesSubmits(30))
     with anyio.move_on_after(0.15):
         await world.run(jobs(5))
@@ -229,7 +229,7 @@ async def test_reconciling_repeats_nothing():
 
 
 async def test_a_stop_leaves_a_doubted_submit_for_the_next_run():
-    """A refused account: nothing is repeated, nothing failed."""
+    """After a refused account nothing is repeated, and nothing fails."""
     world = rejecting(LosesReplies(), RefusesSubmits(403, first=2))
     report = await world.run(jobs(1))
     assert (report.stopped.why, report.failed) == (StopCause.ACCOUNT, 0)
@@ -240,18 +240,18 @@ async def test_a_stop_leaves_a_doubted_submit_for_the_next_run():
 
 
 async def test_a_new_attempt_after_a_failure_has_a_new_key():
-    """The service itself ended the first one: rejection does not stand in its way."""
+    """The service ended the first attempt, so the second one has another key and is not rejected."""
     world = rejecting(CompletesWith("0 as", 503, "runner_disconnected", times=1), LosesReplies())
     report = await world.run(jobs(2))
     assert (report.done, report.held, world.service.accepted) == (2, 0, 3)
 
 
-# --- the other two ----------------------------------------------------------------------------------------
+# --- replay, and ignored keys -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fault", [DropsAfterAccept(every=3), DropsBeforeAccept(every=3)], ids=["accepted", "not"])
 async def test_a_replayed_key_finds_its_request_without_a_listing(fault):
-    """Where keys are replayed the repeat has the request id in its answer."""
+    """If keys are replayed, the answer to the repeat has the request id."""
     service = FakeService(honours_keys=True, faults=[fault])
     world = World(service, policy=Policy(idempotency=Idempotency.REPLAY))
     report = await world.run(jobs(60))
@@ -260,7 +260,7 @@ async def test_a_replayed_key_finds_its_request_without_a_listing(fault):
 
 @pytest.mark.parametrize("status", [409, 422])
 async def test_where_keys_are_ignored_no_answer_is_a_rejection(status):
-    """409 says nothing certain: held. A 422 is about the input: failed. Neither is sent again."""
+    """409 is inconclusive: held. 422 concerns the input: failed. Neither is sent again."""
     world = World(FakeService(faults=[RefusesSubmits(status, first=2, times=1)]), reconciles=True)
     report = await world.run(jobs(5))
     assert (report.done, report.held, report.failed) == (4, 1 if status == 409 else 0, 0 if status == 409 else 1)

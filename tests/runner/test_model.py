@@ -1,9 +1,9 @@
-"""A model of everything that can happen to a run, in any order; hypothesis looks for an order that costs money.
+"""A model of everything that can happen to a run, in any order; hypothesis searches for an order that costs money.
 
-The service accepts, loses replies, refuses, fails, expires results and hides them from its listing; the process is
-killed before or after any effect; runs are resumed, reconciled, given more rows and other budgets. What the service
-counted is held against what the journal says after every step. `SOAK_EXAMPLES=20000` looks for hours instead of
-seconds (`make soak`).
+The service accepts, loses replies, refuses, fails, expires results and hides them from its listing. The process is
+killed before or after any effect. Runs are resumed, reconciled, and given more rows and other budgets. After every step
+the service's counts are compared with the journal. `SOAK_EXAMPLES=20000` searches for hours instead of seconds
+(`make soak`).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from tests.runner.world import World, jobs
 EXAMPLES = int(os.environ.get("SOAK_EXAMPLES", "0"))
 PRICE = Price(0.03, date(2026, 11, 1))
 UNIT_USD = 0.5 * 0.03
-"""What the fake bills for an image."""
+"""Units that the fake bills for an image."""
 ROWS = 14
 MADE = jobs(ROWS)
 DAY = 86400.0
@@ -65,31 +65,31 @@ DAY = 86400.0
 
 @pytest.fixture(autouse=True)
 def _the_same_again(monkeypatch):
-    """Trio shuffles what is ready to run: under hypothesis it has to shuffle the same way again."""
+    """Make Trio's shuffling of ready tasks reproducible, as hypothesis requires."""
     monkeypatch.setattr(trio._core._run, "_ALLOW_DETERMINISTIC_SCHEDULING", True)
     register_random(trio._core._run._r)
 
 
-# --- the service, which keeps its own books ---------------------------------------------------------------
+# --- the service, with its own records --------------------------------------------------------------------
 
 
 @dataclass
 class Books:
-    """What the service did, by its own account: independent of anything that the run believes."""
+    """The service's own record, independent of the run's."""
 
     accepted: list[tuple[JobKey, int, RequestId]] = field(default_factory=list)
     spoiled: set[RequestId] = field(default_factory=set)
     """Requests that ended without a result, or whose result is gone."""
     allowed: set[tuple[JobKey, int]] = field(default_factory=set)
-    """Attempts that the user's policy gave up while their outcome was unknown."""
+    """Attempts given up by the user's policy while their outcome was unknown."""
     expired: set[RequestId] = field(default_factory=set)
-    """Those of them that did not start in time: never executed, never billed."""
+    """Ended requests that did not start in time: never executed, never billed."""
     violations: list[str] = field(default_factory=list)
     attempt: Attempt | None = None
 
 
 class Accountable(FakeService):
-    """The shipped fake; notes which attempt each accepted request belongs to, and cries out where one is paid twice."""
+    """The fake service; records which attempt each accepted request belongs to, and fails if one is paid twice."""
 
     def __init__(self, books: Books, **options: Any) -> None:
         super().__init__(service_time=3.0, round_trip=0.05, **options)
@@ -112,7 +112,7 @@ ENDS = ["fail", "fail retryably", "expire"]
 
 
 class Scripted(Fault):
-    """Does to the next submits and to the next endings what it was told, then nothing."""
+    """Applies scripted faults to the next submits and endings, then does nothing."""
 
     def __init__(self, books: Books) -> None:
         self.submits: list[str | None] = []
@@ -150,7 +150,7 @@ class Scripted(Fault):
 
 
 class Noise(Fault):
-    """Answers every third read with what says nothing about any job."""
+    """Answers every third read with a reply that says nothing about any job."""
 
     status: int | None = None
 
@@ -160,7 +160,7 @@ class Noise(Fault):
 
 @dataclass(frozen=True)
 class Weather:
-    """What goes wrong while one process lives; by itself nothing does."""
+    """The faults during the life of one process; none by default."""
 
     submits: list[str | None] = field(default_factory=list)
     ends: list[str | None] = field(default_factory=list)
@@ -168,7 +168,7 @@ class Weather:
     lag: float = 0.0
     waiting: bool = True
     hides: int = 0
-    """Of so many requests one does not show its input."""
+    """One of this many requests does not show its input."""
     page_limit: int = 100
     arrivals: int = 0
 
@@ -197,7 +197,7 @@ BUDGET = st.sampled_from([None, None, 0.0, 0.05, 0.12, 0.3])
 
 
 class Death(NamedTuple):
-    """At the n-th call of this name, before it has an effect or after it, before the caller learns of it."""
+    """Kill at the n-th call of this name: before its effect, or after it but before the caller sees it."""
 
     call: str
     n: int
@@ -205,7 +205,7 @@ class Death(NamedTuple):
 
 
 class Fuse:
-    """Watches the calls of one process; from its death on nothing that it does counts."""
+    """Watches the calls of one process; after its death nothing it does has an effect."""
 
     def __init__(self, death: Death | None, scope: anyio.CancelScope) -> None:
         self._death, self._scope, self._calls = death, scope, Counter()
@@ -221,7 +221,7 @@ class Fuse:
 
 
 class Mortal:
-    """A service or a journal, as one process sees it: may be killed before each call, and after it."""
+    """A service or a journal, as one process sees it: the process may be killed before and after each call."""
 
     def __init__(self, real: Any, fuse: Fuse) -> None:
         self._real, self._fuse = real, fuse
@@ -252,14 +252,14 @@ DEATH = st.builds(Death, st.sampled_from(CALLS), st.integers(1, 6), st.booleans(
 
 
 class FileJournal:
-    """The real SQLite file without its worker thread: virtual time does not wait for threads."""
+    """The real SQLite file without its worker thread, because virtual time does not wait for threads."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._file = path, JournalDatabase.open(path, now=0.0, version="model")
         self.session = self._file.session
 
     def reopened(self) -> FileJournal:
-        """As after a kill: nobody says goodbye."""
+        """Reopen as after a kill, without closing anything."""
         self._file.close()
         return FileJournal(self._path)
 
@@ -298,7 +298,7 @@ class FileJournal:
 
 
 class Runs(RuleBasedStateMachine):
-    """See the module. Time goes on from step to step; each step is a run of its own, as of a process."""
+    """The state machine described in the module. Time advances from step to step; each step is a run in one process."""
 
     journal: Any
 
@@ -324,7 +324,7 @@ class Runs(RuleBasedStateMachine):
     )
     def begin(self, keys: Idempotency, after: float | None, start_timeout: float | None, rejection: int) -> None:
         self.keys, self.after = keys, after
-        # Ours alone of these three: where a submit may be repeated nobody knows when it was accepted.
+        # Of the three, only our own server: if a submit may be repeated, the time of its acceptance is unknown.
         self.start_timeout = start_timeout if keys is Idempotency.NONE else None
         self.service = Accountable(
             self.books,
@@ -335,7 +335,7 @@ class Runs(RuleBasedStateMachine):
             faults=[self.script, self.noise],
         )
 
-    # --- what happens ---
+    # --- events ---
 
     @rule(more=st.integers(1, 3))
     @precondition(lambda self: self.rows < ROWS)
@@ -365,12 +365,12 @@ class Runs(RuleBasedStateMachine):
         if self.keys is not Idempotency.REPLAY:
             assert self.service.posts == posts, "reconciling submits nothing"
 
-    # --- how ---
+    # --- execution ---
 
     def run(
         self, weather: Weather, *, budget: float | None = None, death: Death | None = None, **policy: Any
     ) -> Report | None:
-        """One process, from its start to its end or its death."""
+        """Run one process, from its start to its end or its death."""
         self.journal, self.budget = self.journal.reopened(), budget
         self.script.submits, self.script.ends = [*weather.submits], [*weather.ends]
         self.noise.status, self.service.lists = weather.reads, weather.listing()
@@ -395,7 +395,7 @@ class Runs(RuleBasedStateMachine):
         return self.in_virtual_time(process)
 
     async def _allow(self) -> None:
-        """Attempts that may be given up in the run that begins: the user said after how long."""
+        """Note the attempts that this run may give up, according to the user's policy."""
         async for entry in self.journal.entries({State.UNKNOWN, State.INTENDED}):
             if self.after is None or self.keys is Idempotency.REJECT:
                 continue
@@ -420,7 +420,7 @@ class Runs(RuleBasedStateMachine):
 
         return self.in_virtual_time(all_of_them)
 
-    # --- what must hold, always ---
+    # --- invariants ---
 
     @invariant()
     def nothing_is_paid_twice(self) -> None:
@@ -431,7 +431,7 @@ class Runs(RuleBasedStateMachine):
 
     @invariant()
     def what_was_accepted_is_never_forgotten(self) -> None:
-        """Its id is in the journal, or its submit is known to be of unknown outcome."""
+        """Its id is in the journal, or its submit is recorded as unknown."""
         if not self.books.accepted:
             return
         ids = [request_id for _, _, request_id in self.books.accepted]
@@ -446,7 +446,7 @@ class Runs(RuleBasedStateMachine):
 
     @invariant()
     def the_money_adds_up(self) -> None:
-        """Spent and reserved stay within the budget, and what was charged is in them."""
+        """Spent plus reserved money is within the budget, and covers what was charged."""
         counts = self.in_virtual_time(self.journal.counts)
         counted = counts.spent_usd + counts.reserved_usd
         if self.budget is not None:
@@ -455,11 +455,11 @@ class Runs(RuleBasedStateMachine):
         failed = {r for r in self.books.spoiled if self.script._fates.get(r) == "fail retryably"}
         failed |= self.books.expired
         charged = UNIT_USD * sum(1 for _, _, request_id in self.books.accepted if request_id not in failed)
-        assert charged <= counted + 1e-6, "a charge that nobody counted"
+        assert charged <= counted + 1e-6, "an uncounted charge"
 
     @invariant()
     def nothing_is_done_without_its_image(self) -> None:
-        """A job that is done has an answer, and on disk the very image that this answer's request made."""
+        """A job that is done has an answer, and exactly that answer's image on disk."""
         made_by = {(key, request_id) for key, _, request_id in self.books.accepted}
         for key, outcome in self.journal.outcomes([job.key for job in MADE]).items():
             if outcome.state is State.DONE:
@@ -469,7 +469,7 @@ class Runs(RuleBasedStateMachine):
                 assert hashlib.sha256(self.images.files[image.path]).hexdigest() == image.sha256
 
     def teardown(self) -> None:
-        """Left in peace, every job comes to its end, or is held for a reason."""
+        """Without further faults every job ends, or is held for a reason."""
         try:
             if hasattr(self, "service"):
                 self._comes_to_its_end()
@@ -496,7 +496,7 @@ class Runs(RuleBasedStateMachine):
             assert self.keys is not Idempotency.REPLAY, "a server that replays keys leaves nothing in doubt"
 
     def close(self) -> None:
-        """Nothing to put away."""
+        """Nothing to close."""
 
 
 class RunsOnDisk(Runs):

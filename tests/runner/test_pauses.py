@@ -1,4 +1,4 @@
-"""Pauses and the rate in virtual time: when a submit really leaves, whatever it waited for before."""
+"""Pauses and the rate in virtual time: when a submit is really sent, whatever it waited for before."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ FUZZ = 1e-6
 
 
 class Noting(Fault):
-    """Notes when each submit leaves, and when one is refused with a wish to wait."""
+    """Records when each submit arrives, and refuses one with a `Retry-After`."""
 
     def __init__(self, *refused: int, status: int = 429, wait: float = 30.0, header: str | None = None) -> None:
         self.left: list[float] = []
@@ -63,7 +63,7 @@ class Noting(Fault):
 
 
 def within(times: list[float], rate: float, burst: float) -> bool:
-    """Whether any window of time holds at most burst + rate x its seconds."""
+    """Return whether every time window has at most burst + rate x seconds events."""
     times = sorted(times)
     return all(
         last - first + 1 <= burst + rate * (times[last] - times[first]) + FUZZ * (1 + rate)
@@ -73,7 +73,7 @@ def within(times: list[float], rate: float, burst: float) -> bool:
 
 
 class Slow(MemoryJournal):
-    """Takes its time with intents: those of a while become durable together, as one fsync makes them."""
+    """A slow journal: intents of some time become durable together, as with one fsync."""
 
     def __init__(self, every: float) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class Slow(MemoryJournal):
 )
 @pytest.mark.parametrize("refused", [(1,), (7,), (7, 8), (7, 60)], ids=str)
 async def test_no_submit_leaves_in_the_time_that_a_429_asks_for(options, refused):
-    """200 rows, all of them waiting for something when the answer comes: a permit, money, the disk."""
+    """200 rows, each waiting for something when the answer comes: a permit, money, or the disk."""
     noting = Noting(*refused)
     submits = options.get("submits")
     world = World(
@@ -119,7 +119,7 @@ async def test_no_submit_leaves_in_the_time_that_a_429_asks_for(options, refused
     if "slow" in options:
         world.journal = Slow(options["slow"])
     if "budget" in options:
-        world.limit = 200 * 0.03  # all can be paid for, but few reserved at once
+        world.limit = 200 * 0.03  # enough for all, but only few can be reserved at once
         world.price = PRICE
     report = await world.run(jobs(200))
     assert report.done == 200
@@ -134,7 +134,7 @@ async def test_no_submit_leaves_in_the_time_that_a_429_asks_for(options, refused
 
 
 async def test_the_default_rate_of_fal_keeps_a_pause_too():
-    """20 a second, a tenth of a second's worth at once, and far more jobs waiting than that."""
+    """20 a second, with a burst of a tenth of a second, and far more jobs waiting."""
     noting = Noting(40, wait=30.0)
     world = World(FakeService(service_time=5.0, faults=[noting]), window=1024, submits=bucket_for(20.0))
     assert (await world.run(jobs(600))).done == 600
@@ -143,17 +143,17 @@ async def test_the_default_rate_of_fal_keeps_a_pause_too():
 
 
 async def test_a_submit_on_its_way_when_the_answer_comes_is_the_last():
-    """The trip takes a second: what left before the answer came is on its way, nothing leaves after it."""
+    """The trip takes a second: what was sent before the answer still arrives, nothing is sent after it."""
     noting = Noting(3)
     world = World(FakeService(round_trip=1.0, faults=[noting]), window=100, submits=TokenBucket(5.0))
     await world.run(jobs(100))
     ((since, until),) = noting.pauses
-    late = [at for at in noting.left if since < at - 1.0 < until - 1.0 - FUZZ]  # they are noted as they arrive
+    late = [at for at in noting.left if since < at - 1.0 < until - 1.0 - FUZZ]  # recorded on arrival
     assert late == []
 
 
 async def test_money_that_comes_free_in_a_pause_is_not_spent_in_it():
-    """A budget for three at once: those who wait for its money look at the pause again."""
+    """A budget for three at once: jobs that waited for money check the pause again."""
     noting = Noting(4)
     world = World(FakeService(service_time=10.0, faults=[noting]), price=PRICE, budget=0.09, window=50)
     report = await world.run(jobs(50))
@@ -162,7 +162,7 @@ async def test_money_that_comes_free_in_a_pause_is_not_spent_in_it():
 
 
 async def test_a_refused_connection_pauses_every_submit():
-    """Nothing listens for a minute: a handful of probes, not one for each job that waits for its permit."""
+    """While nothing listens for a minute there are a few probes, not one for each waiting job."""
     noting = Noting()
     world = World(
         FakeService(faults=[noting, RefusesConnection(since=2.0, until=62.0)]), window=300, submits=TokenBucket(20.0)
@@ -174,9 +174,9 @@ async def test_a_refused_connection_pauses_every_submit():
 
 @pytest.mark.parametrize("status", [429, 503])
 async def test_a_repeat_under_its_key_keeps_the_pause_and_the_rate(status):
-    """Submits of unknown outcome that are asked for again: they are submits like any other."""
+    """Repeated submits of unknown outcome respect pause and rate like any other."""
     noting = Noting(30, status=status)
-    faults = [noting, RefusesSubmits(502, times=25)]  # all unknown: repeated again and again
+    faults = [noting, RefusesSubmits(502, times=25)]  # all unknown: repeated many times
     world = World(
         FakeService(honours_keys=True, faults=faults),
         window=25,
@@ -189,7 +189,7 @@ async def test_a_repeat_under_its_key_keeps_the_pause_and_the_rate(status):
 
 
 async def test_a_repeat_that_is_refused_pauses_the_others_too():
-    """A 429 to it says as much about the service's pace as one to a first submit."""
+    """A 429 to a repeat pauses all submits, like one to a first submit."""
 
     class First(Fault):
         def submitting(self, attempt, n):
@@ -203,7 +203,7 @@ async def test_a_repeat_that_is_refused_pauses_the_others_too():
 
 
 async def test_what_a_crash_left_unanswered_is_repeated_within_the_rate():
-    """200 intents without an answer are not 200 POSTs at once."""
+    """200 intents without an answer do not become 200 POSTs at once."""
     noting = Noting(6)
     service = FakeService(honours_keys=True, faults=[noting])
     world = World(service, window=300, submits=TokenBucket(5.0, 2.0), policy=Policy(idempotency=Idempotency.REPLAY))
@@ -216,7 +216,7 @@ async def test_what_a_crash_left_unanswered_is_repeated_within_the_rate():
 
 
 async def test_a_503_with_a_wish_to_wait_pauses_all_and_holds_only_its_own_job():
-    """Its outcome is unknown; the submits after it would be unknown too."""
+    """The submit's outcome is unknown; later submits would become unknown too."""
     noting = Noting(5, status=503, wait=120.0)
     report = await World(FakeService(faults=[noting]), submits=TokenBucket(5.0), window=50).run(jobs(50))
     assert (report.done, report.held) == (49, 1)
@@ -224,7 +224,7 @@ async def test_a_503_with_a_wish_to_wait_pauses_all_and_holds_only_its_own_job()
 
 
 async def test_a_submit_that_a_pause_overtakes_is_not_unknown():
-    """Its intent was durable already: it is written down as not sent, and costs nothing."""
+    """Its intent was durable already: it is recorded as not sent, and costs nothing."""
     noting = Noting(2)
     world = World(FakeService(faults=[noting]), price=PRICE, window=20)
     world.journal = Slow(1.0)
@@ -237,7 +237,7 @@ async def test_a_submit_that_a_pause_overtakes_is_not_unknown():
 
 
 async def test_a_stop_overtakes_a_submit_whose_intent_is_being_written():
-    """Nothing leaves after the stop, and nothing of it is unknown."""
+    """Nothing is sent after the stop, and nothing becomes unknown."""
     noting = Noting()
     world = World(FakeService(faults=[noting]), window=20)
     world.journal = Slow(10.0)
@@ -253,7 +253,7 @@ async def test_a_stop_overtakes_a_submit_whose_intent_is_being_written():
     assert set((await world.journal.counts()).by_state) == {State.PENDING}
 
 
-# --- how long a pause is ----------------------------------------------------------------------------------
+# --- the length of a pause --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ async def test_a_stop_overtakes_a_submit_whose_intent_is_being_written():
     ],
 )
 async def test_a_pause_is_as_long_as_the_header_says(header, at_least, at_most):
-    """Seconds or a date, by the run's own clock; an hour at most; without a usable one a short random time."""
+    """Seconds or a date, by the run's own clock; at most an hour; without a usable value a short random time."""
     noting = Noting(1, header=header)
     world = World(FakeService(faults=[noting]), window=1)
     await world.run(jobs(2))
@@ -280,19 +280,19 @@ async def test_a_pause_is_as_long_as_the_header_says(header, at_least, at_most):
 
 
 async def test_a_wish_beyond_the_longest_pause_is_said():
-    """In the log, and until when the pause goes."""
+    """The log has the requested wait, its limit, and the end of the pause."""
     world = World(FakeService(faults=[Noting(1, header="31536000")]), window=5)
     await world.run(jobs(5))
     (said,) = world.observer.actions("paused")
     assert "asks to wait 31,536,000 s" in said["reason"]
-    assert "3,600 s at most" in said["reason"]
+    assert "limited to 3,600 s" in said["reason"]
     assert "until 01:00:" in said["reason"]
     assert said["until"].startswith("1970-01-01T01:00:")
     assert len(world.observer.actions("resumed")) == 1
 
 
 async def test_a_long_pause_is_said_though_a_short_one_was_just_before():
-    """Notices are rare, but not so rare that an hour's pause goes unsaid."""
+    """Notices are rare, but an hour's pause is always reported."""
 
     class Both(Fault):
         def submitting(self, attempt, n):
@@ -304,7 +304,7 @@ async def test_a_long_pause_is_said_though_a_short_one_was_just_before():
     assert "until 00:15:" in world.observer.actions("paused")[1]["reason"]
 
 
-# --- the gate alone: any pauses, any arrivals -------------------------------------------------------------
+# --- admission alone: any pauses, any arrivals ------------------------------------------------------------
 
 
 def in_virtual_time(main):
@@ -322,7 +322,7 @@ def in_virtual_time(main):
     seed=st.integers(0, 2**16),
 )
 def test_in_no_window_of_time_more_submits_leave_than_the_rate_allows(arrivals, pauses, delays, rate, burst, seed):
-    """Over random pauses and random delays between turn and leaving; and none leaves in a pause."""
+    """With random pauses and random delays between admission and sending; none is sent during a pause."""
     left: list[float] = []
     spans: list[tuple[float, float]] = []
     admission = Admission(
@@ -370,7 +370,7 @@ def test_in_no_window_of_time_more_submits_leave_than_the_rate_allows(arrivals, 
 
 @pytest.mark.slow
 async def test_a_disk_that_stood_still_is_not_made_up_for_at_once():
-    """Thirty seconds of submits become durable together: they leave at the rate, and the line is short again later."""
+    """Thirty seconds of submits become durable together: they are sent at the rate, and the queue shrinks again."""
     noting = Noting()
     world = World(FakeService(service_time=1.0, faults=[noting]), window=1000, submits=TokenBucket(20.0, 2.0))
 
@@ -395,7 +395,7 @@ async def test_a_disk_that_stood_still_is_not_made_up_for_at_once():
 
 
 async def test_the_connection_that_a_submit_waited_for_is_not_used_in_a_pause():
-    """The service asks before the first byte; what it is told then holds."""
+    """The service calls `before_send` before the first byte, and respects its answer."""
     admission = Admission(
         window=Window(10), budget=Budget(None), price=None, submits=None, observer=RecordingObserver(), rng=Random(1)
     )
@@ -408,14 +408,14 @@ async def test_the_connection_that_a_submit_waited_for_is_not_used_in_a_pause():
     admission.stop(StopCause.BUDGET, "used up")
     with pytest.raises(HeldBack):
         await admission.before_send(Attempt(JobKey("1"), 1, b""))
-    await admission.before_send(Attempt(JobKey("1"), 1, b"", repeat=True))  # it may have arrived: that is found out
+    await admission.before_send(Attempt(JobKey("1"), 1, b"", repeat=True))  # it may have arrived: this finds out
     admission.hurried = True
-    with pytest.raises(HeldBack):  # by the next run
+    with pytest.raises(HeldBack):  # left to the next run
         await admission.before_send(Attempt(JobKey("1"), 1, b"", repeat=True))
 
 
 async def test_a_service_that_asks_nobody_is_refused_nothing():
-    """`before_send` is optional: a service without a runner submits as it is told."""
+    """`before_send` is optional: without a runner, a service submits at once."""
     service = FakeService()
     ticket = await service.submit(Attempt(JobKey("1"), 1, b'{"prompt": "a", "seed": 1}'))
     assert ticket.request_id

@@ -1,4 +1,4 @@
-"""Lost replies are found again in the listing, and adopted only where there is no doubt. In virtual time."""
+"""Lost replies are found in the listing, and adopted only if the match is certain. In virtual time."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def findings(of: World) -> set[str]:
 
 @dataclass(slots=True)
 class FailsPages(Fault):
-    """The listing's pages from the `first`-th on are not to be had, `times` of them."""
+    """`times` pages of the listing are unavailable, starting with the `first`-th."""
 
     first: int = 1
     times: int = 1_000_000
@@ -75,7 +75,7 @@ class LosesReplyTo(Fault):
 
 @dataclass(slots=True)
 class LosesRequestOf(Fault):
-    """The first submit with a word in its prompt is lost on its way."""
+    """The first submit with a word in its prompt is lost before it arrives."""
 
     word: str
     is_spent: bool = False
@@ -121,7 +121,7 @@ async def test_a_listing_that_lags_is_asked_again_by_the_next_run():
 
 
 async def test_a_request_that_waits_and_is_not_listed_is_found_once_it_has_ended():
-    """Only ended requests are listed: what still waits is not taken for lost."""
+    """Only ended requests are listed: a queued request does not count as lost."""
     of = world(DropsAfterAccept(), listing=FakeListing(waiting=False))
     assert (await of.run(jobs(5))).held == 5
     await anyio.sleep(10)
@@ -130,7 +130,7 @@ async def test_a_request_that_waits_and_is_not_listed_is_found_once_it_has_ended
 
 
 async def test_a_run_killed_between_post_and_answer_finds_what_it_asked_for():
-    """Nobody wrote down that they were lost: an intent without an outcome is doubted, and found."""
+    """The losses were not recorded: an intent without an outcome becomes unknown, and is found."""
     of = world()
     with anyio.move_on_after(0.15):  # the POSTs have arrived, their answers have not
         await of.run(jobs(30))
@@ -141,14 +141,14 @@ async def test_a_run_killed_between_post_and_answer_finds_what_it_asked_for():
 
 
 async def test_an_adopted_failure_is_a_failed_row():
-    """The request was accepted and ended badly: that is what the row says, and it is not asked for again."""
+    """The request was accepted and failed: the row says so, and it is not submitted again."""
     of = world(LosesReplyTo("3 as"), CompletesWith("3 as", 422, "content_policy_violation"))
     report = await of.run(jobs(5))
     assert (report.done, report.failed, report.held, of.service.posts) == (4, 1, 0, 5)
 
 
 async def test_an_adopted_request_settles_its_reservation():
-    """What it really cost takes the place of what was set aside when it was sent."""
+    """Its actual cost replaces the reservation."""
     of = world(DropsAfterAccept(every=2), price=PRICE, budget=10.0)
     await of.run(jobs(20))
     counts = await of.journal.counts()
@@ -157,7 +157,7 @@ async def test_an_adopted_request_settles_its_reservation():
 
 
 async def test_pages_that_shift_while_they_are_read_hide_nothing():
-    """Other people's requests come in between two pages, so that rows are met twice: each still counts once."""
+    """Other users' requests arrive between two pages, so some rows appear twice: each counts once."""
     of = world(DropsAfterAccept(every=3), listing=FakeListing(page_limit=7, arrivals=3))
     report = await of.run(jobs(90))
     assert (report.done, report.held, of.service.posts) == (90, 0, 90)
@@ -165,7 +165,7 @@ async def test_pages_that_shift_while_they_are_read_hide_nothing():
 
 
 async def test_a_page_that_is_too_large_is_asked_for_in_parts():
-    """Inputs that carry their image: a hundred of them are more than the client takes, a few are not."""
+    """Inputs that contain their image: a page of a hundred exceeds the client's limit, a smaller one does not."""
     of = world(DropsAfterAccept(every=3), listing=FakeListing(page_bytes=1000))
     report = await of.run(jobs(30))
     assert (report.done, report.held, of.service.posts) == (30, 0, 30)
@@ -175,7 +175,7 @@ async def test_a_page_that_is_too_large_is_asked_for_in_parts():
 
 
 async def test_a_page_that_fails_at_first_is_read_again():
-    """Reading is free: a gateway's bad minute changes nothing."""
+    """Reading is free: a temporary gateway error changes nothing."""
     of = world(DropsAfterAccept(every=5), FailsPages(first=1, times=3))
     assert (await of.run(jobs(20))).held == 0
 
@@ -184,11 +184,11 @@ async def test_a_page_that_fails_at_first_is_read_again():
 
 
 async def test_two_matches_stay_unknown():
-    """Somebody else asked for exactly the same with the same key: which one is ours nobody can say."""
+    """Another client sent exactly the same input with the same key: the matches cannot be distinguished."""
     of = world(LosesReplyTo("4 as"), LosesReplyTo("7 as"))
-    twin = jobs(5)[4]
+    duplicate = jobs(5)[4]
     of.service.lists.others.append(
-        Listed(RequestId("twin"), AppId("fal-ai/flux"), 0.15, None, None, None, dict(twin.input))
+        Listed(RequestId("same-input"), AppId("fal-ai/flux"), 0.15, None, None, None, dict(duplicate.input))
     )
     report = await of.run(jobs(10))
     assert (report.done, report.held, of.service.posts) == (9, 1, 10)
@@ -198,7 +198,7 @@ async def test_two_matches_stay_unknown():
 
 
 async def test_one_hidden_input_leaves_its_whole_time_unknown():
-    """A request that does not show what it was may be the match, or a second one."""
+    """A request without its input may be the match, or a second one."""
     of = world(DropsAfterAccept(every=5))
     of.service.lists.others.append(Listed(RequestId("veiled"), AppId("fal-ai/flux"), 0.15, None, None, None, None))
     report = await of.run(jobs(10))
@@ -207,14 +207,14 @@ async def test_one_hidden_input_leaves_its_whole_time_unknown():
 
 
 async def test_a_hidden_request_of_our_own_hides_nothing():
-    """Its id is in the journal: it is known whose it is."""
+    """Its id is in the journal, so it is known."""
     of = world(DropsAfterAccept(every=5), listing=FakeListing(hidden=lambda request: request.id == "request-0"))
     assert (await of.run(jobs(10))).held == 0
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 429, 500, 502])
 async def test_a_failed_page_leaves_everything_unknown(status):
-    """The second page cannot be had: what the first one shows is not enough to go by."""
+    """The second page is unavailable: the first one alone is inconclusive."""
     of = world(DropsAfterAccept(every=2), FailsPages(first=2, status=status), listing=FakeListing(page_limit=10))
     report = await of.run(jobs(30))
     assert (report.done, report.held, of.service.posts) == (15, 15, 30)
@@ -222,7 +222,7 @@ async def test_a_failed_page_leaves_everything_unknown(status):
 
 
 async def test_a_listing_that_never_ends_is_given_up():
-    """The cursor leads round in circles."""
+    """The cursor leads in circles."""
     of = World(GoesRound(round_trip=0.1, faults=[DropsAfterAccept(every=5)]), reconciles=True)
     assert (await of.run(jobs(10))).held == 2
     assert findings(of) == {"unreadable"}
@@ -230,7 +230,7 @@ async def test_a_listing_that_never_ends_is_given_up():
 
 
 async def test_a_listing_that_asks_for_patience_does_not_hold_up_the_run():
-    """`Retry-After: 3600` on the listing: the run ends all the same, within minutes."""
+    """`Retry-After: 3600` on the listing: the run still ends within minutes."""
     of = world(DropsAfterAccept(every=5), FailsPages(status=429, headers=(("retry-after", "3600"),)))
     began = anyio.current_time()
     assert (await of.run(jobs(10))).held == 2
@@ -238,7 +238,7 @@ async def test_a_listing_that_asks_for_patience_does_not_hold_up_the_run():
 
 
 async def test_many_windows_of_a_listing_that_is_down_cost_minutes_not_hours():
-    """Fifty unknown submits, hours apart: after a few windows nobody believes that the next one can be read."""
+    """Fifty unknown submits, hours apart: after a few unreadable windows the others are skipped."""
     of = world(DropsAfterAccept(), FailsPages())
     made = jobs(50)
     for number in range(50):
@@ -255,7 +255,7 @@ async def test_many_windows_of_a_listing_that_is_down_cost_minutes_not_hours():
 
 
 async def test_what_never_arrived_stays_unknown_and_is_never_sent_again():
-    """Lost on the way: it is not listed, and that proves nothing, however often it is looked for."""
+    """It was lost before it arrived: it is not listed, which proves nothing, however often it is looked up."""
     of = world(DropsBeforeAccept(every=5))
     for _ in range(4):
         assert (await of.run(jobs(10))).held == 2
@@ -265,7 +265,7 @@ async def test_what_never_arrived_stays_unknown_and_is_never_sent_again():
 
 
 async def test_earlier_attempts_are_never_adopted():
-    """Attempt one was accepted and failed, the reply to attempt two is lost: its own request is found."""
+    """Attempt one was accepted and failed, the reply to attempt two is lost: attempt two's request is found."""
     of = world(DropsAfterAccept(every=2), CompletesWith("0 as", 503, "runner_disconnected", times=1))
     assert (await of.run(jobs(1))).held == 1
     await anyio.sleep(1)
@@ -287,7 +287,7 @@ async def test_an_earlier_attempt_alone_is_no_match():
 
 
 async def test_the_listing_is_asked_before_anything_is_sent_again():
-    """resubmit-after is over, and the request is listed by now: adopted, not paid twice."""
+    """resubmit-after has passed, but the request is listed by now: adopted, not paid twice."""
     of = world(DropsAfterAccept(every=5), listing=FakeListing(lag=60.0), policy=Policy(resubmit_unknown_after=100.0))
     assert (await of.run(jobs(10))).held == 2
     await anyio.sleep(200)
@@ -296,7 +296,7 @@ async def test_the_listing_is_asked_before_anything_is_sent_again():
 
 
 async def test_what_is_not_listed_is_sent_again_where_the_policy_says_so():
-    """resubmit-after is over and nothing is listed: a new attempt, and what was set aside counts as spent."""
+    """resubmit-after has passed and nothing is listed: a new attempt, and the old reservation counts as spent."""
     of = world(DropsBeforeAccept(every=5), policy=Policy(resubmit_unknown_after=100.0), price=PRICE)
     assert (await of.run(jobs(10))).held == 2
     of.service.faults.clear()
@@ -309,7 +309,7 @@ async def test_what_is_not_listed_is_sent_again_where_the_policy_says_so():
 
 
 async def test_a_look_up_that_failed_sends_nothing_again():
-    """The time is over, but a page could not be read: what it would have shown may be the lost request."""
+    """The time has passed, but a page could not be read, and it may have shown the lost request."""
     after = Policy(resubmit_unknown_after=100.0)
     of = world(DropsAfterAccept(every=5), listing=FakeListing(lag=60.0), policy=after)
     assert (await of.run(jobs(10))).held == 2
@@ -326,7 +326,7 @@ async def test_a_look_up_that_failed_sends_nothing_again():
 
 
 async def test_a_key_that_may_not_list_leaves_only_the_clock():
-    """The user said after how long: where no look-up is to be had, that is all there is to go by."""
+    """Without access to a listing, only the time set by the user decides."""
     of = world(DropsBeforeAccept(every=5), FailsPages(status=403), policy=Policy(resubmit_unknown_after=100.0))
     assert (await of.run(jobs(10))).held == 2
     of.service.faults.pop(0)
@@ -337,7 +337,7 @@ async def test_a_key_that_may_not_list_leaves_only_the_clock():
 
 
 async def test_collecting_only_adopts_and_submits_nothing():
-    """`restyle reconcile`: what is listed is fetched; what failed retryably, was held or is new waits for a run."""
+    """`restyle reconcile`: listed requests are collected; retryable, held and new jobs are left to a run."""
     lost = [LosesReplyTo(f"{number} as") for number in (1, 3, 5, 7, 9)]
     of = world(*lost, listing=FakeListing(lag=60.0), policy=Policy(resubmit_unknown_after=1.0))
     await of.run(jobs(10))
@@ -357,7 +357,7 @@ async def test_collecting_only_adopts_and_submits_nothing():
 
 
 async def test_a_retryable_failure_of_a_stopping_run_is_tried_again_by_the_next():
-    """It is told to end: no new attempt is sent, and the job is not called failed for that."""
+    """A stopping run starts no new attempt, and does not count the job as failed either."""
     of = world(CompletesWith("3 as", 503, "runner_disconnected", times=1))
     async with anyio.create_task_group() as tasks:
 
@@ -387,7 +387,7 @@ def bounded_world(*faults: Fault, policy: Policy = BOUNDED, listing: FakeListing
 
 
 async def test_what_never_arrived_is_sent_again_once_it_can_no_longer_start():
-    """Held while it may start, run or be listed late; then the same attempt goes out, at no cost for the first try."""
+    """Held while it may start, run or be listed late; then the same attempt is sent, without cost for the first try."""
     of = bounded_world(LosesRequestOf("4 as"))
     assert (await of.run(jobs(10))).held == 1
     await anyio.sleep(OVER - 60.0)
@@ -404,7 +404,7 @@ async def test_what_never_arrived_is_sent_again_once_it_can_no_longer_start():
 
 
 async def test_a_start_timeout_of_this_run_says_nothing_of_an_earlier_submit():
-    """It was sent without one: it may still wait."""
+    """It was sent without a start timeout, so it may still be queued."""
     of = bounded_world(LosesRequestOf("4 as"))
     assert (await of.run(jobs(10), Policy())).held == 1
     await anyio.sleep(OVER + 60.0)
@@ -413,7 +413,7 @@ async def test_a_start_timeout_of_this_run_says_nothing_of_an_earlier_submit():
 
 
 async def test_where_everything_is_lost_nothing_shows_that_the_listing_works():
-    """No request of this run is listed: an empty list may be the list of a service that has none."""
+    """No request of this run is listed, so the listing may not cover its time at all."""
     of = bounded_world(DropsBeforeAccept())
     assert (await of.run(jobs(5))).held == 5
     await anyio.sleep(OVER + 60.0)
@@ -422,7 +422,7 @@ async def test_where_everything_is_lost_nothing_shows_that_the_listing_works():
 
 
 async def test_a_listing_that_is_hours_late_does_not_cost_anything_twice():
-    """It shows nothing yet of the time of the submit: that is seen, and waited for."""
+    """The listing does not cover the time of the submit yet, so the run waits."""
     of = bounded_world(LosesReplyTo("4 as"), listing=FakeListing(lag=OVER + 3600.0))
     assert (await of.run(jobs(10))).held == 1
     await anyio.sleep(OVER + 60.0)
@@ -445,7 +445,7 @@ async def test_a_look_up_in_doubt_sends_nothing_again_after_a_start_timeout(hidd
 
 
 async def test_a_lost_request_that_did_not_start_in_time_is_sent_again_for_free():
-    """The listing shows it: 504, never executed, never billed. Looked up earlier it is a failure like any other."""
+    """The listing shows it: 504, never executed, never billed. Looked up earlier, it is an ordinary failure."""
     of = bounded_world(LosesReplyTo("1 as"), slots=[[(0.0, 1.0), (5000.0, float("inf"))]])
     assert (await of.run(jobs(1))).done == 1
     with anyio.move_on_after(0.15):
@@ -462,7 +462,7 @@ async def test_a_lost_request_that_did_not_start_in_time_is_sent_again_for_free(
 
 
 async def test_an_expired_start_is_a_failed_row_that_costs_nothing():
-    """The target's own word on it is not contradicted by another attempt; --retry-failed takes it up."""
+    """Another attempt does not follow the target's own verdict; --retry-failed starts one."""
     of = bounded_world(slots=[[(0.0, 1.0), (5000.0, float("inf"))]])
     report = await of.run(jobs(2))
     assert (report.done, report.failed) == (1, 1)
@@ -473,7 +473,7 @@ async def test_an_expired_start_is_a_failed_row_that_costs_nothing():
 
 
 async def test_resubmit_after_waits_until_the_first_submit_can_no_longer_start():
-    """The user said 60 s; while the submit may still start, nobody would see it in the listing."""
+    """The policy says 60 s, but while the submit may still start, it may be missing from the listing."""
     policy = Policy(start_timeout=TIMEOUT, resubmit_unknown_after=60.0)
     of = bounded_world(LosesRequestOf("4 as"), policy=policy)
     assert (await of.run(jobs(10))).held == 1
@@ -496,7 +496,7 @@ async def test_reconciling_says_what_was_not_accepted_and_sends_nothing():
 
 
 async def test_a_submit_that_is_sent_again_may_be_throttled_and_refused_like_any_other():
-    """It is certain that nothing of it is at the target: a 429 waits, a 422 fails the row."""
+    """The target certainly has nothing of it: a 429 waits, a 422 fails the row."""
     of = bounded_world(LosesRequestOf("4 as"), LosesRequestOf("7 as"))
     assert (await of.run(jobs(10))).held == 2
     await anyio.sleep(OVER + 60.0)
@@ -505,11 +505,11 @@ async def test_a_submit_that_is_sent_again_may_be_throttled_and_refused_like_any
     assert (report.done, report.failed, report.held, of.service.accepted) == (1, 1, 0, 9)
 
 
-# --- the edges of it --------------------------------------------------------------------------------------
+# --- edge cases -------------------------------------------------------------------------------------------
 
 
 async def test_nothing_unknown_asks_nothing():
-    """The listing is for the bad days."""
+    """The listing is read only if a submit is unknown."""
     of = world()
     await of.run(jobs(10))
     assert of.service.count("listing") == 0
@@ -535,7 +535,7 @@ async def test_a_disk_that_refuses_the_adoption_stops_the_run_with_its_sentence(
 
 
 async def test_a_service_without_a_listing_is_held_and_named():
-    """Another make of server has no such path: everything stays unknown, and nothing hangs."""
+    """A server without that path: everything stays unknown, and nothing hangs."""
 
     class WithoutListing(FakeService):
         async def listing(self, start, end, cursor, limit=100):

@@ -1,4 +1,4 @@
-"""One job's life and the run around it, in virtual time against the shipped fakes."""
+"""The life of a job and its run, in virtual time against the fakes."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ async def test_every_job_is_accepted_once_and_finished():
 
 
 async def test_second_run_submits_nothing():
-    """A finished run, started again, asks the service for nothing at all."""
+    """A finished run, started again, sends no request at all."""
     world = World(FakeService())
     await world.run(jobs(40))
     phases = ("submit", "status", "result", "download", "listing", "upload", "cancel")
@@ -69,7 +69,7 @@ async def test_second_run_submits_nothing():
 
 
 async def test_equal_rows_are_one_job_across_and_within_batches():
-    """The same key asked for many times, near and far apart, is paid once."""
+    """The same key, repeated near and far apart, is paid once."""
     made = jobs(60)
     world = World(FakeService(service_time=0.5))
     await world.run(made + made[:10] + made + [made[0]] * 120)
@@ -77,7 +77,7 @@ async def test_equal_rows_are_one_job_across_and_within_batches():
 
 
 async def test_window_bounds_what_is_in_flight():
-    """Never more than the window is with the service."""
+    """The service never has more jobs than the window allows."""
     service = FakeService(service_time=10.0)
     world = World(service, window=7)
     await world.run(jobs(30))
@@ -89,7 +89,7 @@ async def test_window_bounds_what_is_in_flight():
 
 @pytest.mark.slow
 async def test_auto_window_fills_the_slots_without_piling_up():
-    """With 20 slots an automatic window keeps them full and queues little more than twice of that."""
+    """With 20 slots an automatic window keeps them full and queues little more than another 20."""
     service = FakeService(service_time=5.0, slots=20)
     window = Window(8, floor=2, ceiling=1000)
     world = World(service, window=window)
@@ -121,7 +121,7 @@ async def test_lost_reply_is_one_post_and_held():
 
 
 async def test_lost_reply_is_repeated_under_the_same_key_where_honoured():
-    """Where the target honours the key a lost answer is asked for again: accepted once, nothing held."""
+    """If the target honours the key, a submit without an answer is repeated: accepted once, nothing held."""
     world = World(
         FakeService(honours_keys=True, faults=[DropsAfterAccept(every=3)]),
         policy=REPLAYS,
@@ -170,7 +170,7 @@ async def test_reads_that_say_nothing_change_nothing(status):
 
 
 async def test_refused_key_stops_submits_and_collects():
-    """403 on a submit: nothing new is sent, what was accepted is collected, the reason is kept."""
+    """403 on a submit: nothing new is sent, accepted jobs are collected, the reason is kept."""
     world = World(FakeService(service_time=5.0, faults=[RefusesSubmits(403, first=11)]), window=5)
     report = await world.run(jobs(100))
     assert report.stopped.why is StopCause.ACCOUNT
@@ -181,7 +181,7 @@ async def test_refused_key_stops_submits_and_collects():
 
 
 async def test_policy_violation_is_a_failed_job_and_never_retried():
-    """A 422 of the job's own: failed once, one accepted request, kept on the next run."""
+    """A 422 of the job itself: failed once, one accepted request, unchanged in the next run."""
     world = World(FakeService(faults=[CompletesWith("3 as", 422, "content_policy_violation")]))
     report = await world.run(jobs(10))
     assert (report.done, report.failed, world.service.accepted) == (9, 1, 10)
@@ -190,7 +190,7 @@ async def test_policy_violation_is_a_failed_job_and_never_retried():
 
 
 async def test_retryable_failure_is_a_new_attempt_up_to_the_limit():
-    """A failure that the service calls retryable: a new attempt, at most `attempts` in all."""
+    """A failure that the service calls retryable: a new attempt, at most `attempts` in total."""
     once = CompletesWith("3 as", 503, "runner_disconnected", times=1)
     world = World(FakeService(faults=[once]))
     report = await world.run(jobs(10))
@@ -216,14 +216,14 @@ async def test_retry_failed_takes_failed_jobs_up_again_once():
 
 
 async def test_damaged_downloads_are_fetched_again():
-    """Half of all transfers break: every image is stored whole."""
+    """Half of all downloads are damaged: every image is stored whole."""
     world = World(FakeService(faults=[SendsDamagedFiles(every=2)]))
     report = await world.run(jobs(30))
     assert (report.done, report.failed) == (30, 0)
 
 
 class LacksDescriptors(MemoryImages):
-    """None is free for the first so many images that are read, nor for as many that are written."""
+    """No descriptor is free for the first few images that are read, nor for the first few that are written."""
 
     def __init__(self, times: int) -> None:
         super().__init__()
@@ -243,7 +243,7 @@ class LacksDescriptors(MemoryImages):
 
 
 async def test_an_image_for_which_no_descriptor_is_free_is_tried_again():
-    """Far longer than any job is: it is no failed row, nor a disk that stops the run, and a person is told of it."""
+    """It may last far longer than a job: no row fails, the run does not stop, and a notice is shown."""
     world = World(FakeService())
     world.images = LacksDescriptors(300)
     made = [job._replace(image=a_image((number, 0, 0)), megapixels=0.1) for number, job in enumerate(jobs(5))]
@@ -260,7 +260,7 @@ async def test_budget_is_never_passed():
     assert report.stopped.why is StopCause.BUDGET
     counts = await world.journal.counts()
     assert counts.spent_usd + counts.reserved_usd <= 0.30 + 1e-9
-    # The fake bills half of what was reserved, so the freed half is spent too.
+    # The fake bills half of the reservation, so the released half is spent too.
     assert report.done == 19
     report = await world.again().run(jobs(50))
     assert report.done == 0
@@ -269,14 +269,14 @@ async def test_budget_is_never_passed():
 
 
 async def test_held_reservations_do_not_hang_a_budget():
-    """Money that waits for an unknown submit is not waited for: the run stops."""
+    """Money reserved for an unknown submit is not waited for: the run stops."""
     world = World(FakeService(faults=[DropsAfterAccept()]), price=PRICE, budget=0.09)
     report = await world.run(jobs(10))
     assert (report.held, report.stopped.why) == (3, StopCause.BUDGET)
 
 
 async def test_too_many_failures_stop_the_run():
-    """max_failures: a run in which everything fails stops early and says with what."""
+    """max_failures: a run in which everything fails stops early and names the errors."""
     world = World(
         FakeService(faults=[CompletesWith("as", 422, "image_load_error")]), policy=Policy(max_failure_share=0.5)
     )
@@ -287,7 +287,7 @@ async def test_too_many_failures_stop_the_run():
 
 
 async def test_deadline_stops_submits_and_collects_in_time():
-    """A deadline: over by then, what was accepted is in the journal, resumable."""
+    """The run ends within its deadline; accepted jobs are in the journal, resumable."""
     service = FakeService(service_time=10.0)
     world = World(service, window=10, policy=Policy(deadline=100.0, drain=20.0))
     began = anyio.current_time()
@@ -300,7 +300,7 @@ async def test_deadline_stops_submits_and_collects_in_time():
 
 
 async def test_signal_collects_what_is_in_flight_and_a_second_one_does_not():
-    """First stop: in flight is collected within the drain. Second: at once, and the next run collects."""
+    """First stop: jobs in flight are collected within the drain. Second: stops at once, and the next run collects."""
     for again, done in ((False, 8), (True, 0)):
         service = FakeService(service_time=30.0)
         world = World(service, window=8)
@@ -322,7 +322,7 @@ async def test_signal_collects_what_is_in_flight_and_a_second_one_does_not():
 
 
 async def stopped_run(world, *moments, made=None, why=StopCause.SIGNAL):
-    """A run that is told to stop at these moments, and its report."""
+    """Run, stop at these moments, and return the report."""
     async with anyio.create_task_group() as tasks:
 
         async def stop():
@@ -335,7 +335,7 @@ async def stopped_run(world, *moments, made=None, why=StopCause.SIGNAL):
 
 
 async def test_an_intent_that_is_written_when_the_run_stops_is_not_sent():
-    """A slow disk: the stop comes while the intents are on their way to it. They are withdrawn, and nothing is held."""
+    """A slow disk: the stop comes while intents are being written. They are withdrawn, and nothing is held."""
     for budget in (None, 100.0):
         world = World(FakeService(), window=8, price=None if budget is None else PRICE, budget=budget)
         record = world.journal.record
@@ -358,7 +358,7 @@ async def test_an_intent_that_is_written_when_the_run_stops_is_not_sent():
 
 @pytest.mark.parametrize("why", [StopCause.SIGNAL, StopCause.CANCELLED])
 async def test_a_doubtful_submit_is_not_sent_again_by_a_run_that_ends_soon(why):
-    """Under its key it may be repeated, and is: by the next run. This one ends at once, there is nothing to collect."""
+    """The next run repeats it under its key. This run ends at once, because there is nothing to collect."""
     service = FakeService(honours_keys=True, faults=[DropsAfterAccept()])
     world = World(service, window=4, policy=Policy(idempotency=Idempotency.REPLAY))
     began = anyio.current_time()
@@ -372,7 +372,7 @@ async def test_a_doubtful_submit_is_not_sent_again_by_a_run_that_ends_soon(why):
 
 
 async def test_a_signal_bounds_a_stop_that_would_collect_all():
-    """Too much failed, and all that is paid for is collected; the first Ctrl-C leaves it `drain` seconds."""
+    """After too many failures everything paid is collected; the first Ctrl-C limits that to `drain` seconds."""
     for moments, seconds in (((10.0,), 70.0), ((10.0, 12.0), 12.0)):
         fails = CompletesWith("as", 422, "image_load_error", times=1)
         service = FakeService(service_time=lambda n: 1.0 if n == 1 else 600.0, faults=[fails])
@@ -384,7 +384,7 @@ async def test_a_signal_bounds_a_stop_that_would_collect_all():
 
 
 async def test_crash_anywhere_then_resume_pays_once():
-    """A run cut off at any moment, resumed to the end: accepted once each, with a server that knows keys."""
+    """A run killed at any moment and resumed to the end: each job accepted once, with a server that honours keys."""
     for moment in [0.0, 0.5, 1.0, 1.01, 1.5, 2.0, 2.2, 3.1, 4.9]:
         service = FakeService(service_time=1.0, honours_keys=True, round_trip=0.05)
         world = World(service, window=5, policy=REPLAYS)
@@ -397,7 +397,7 @@ async def test_crash_anywhere_then_resume_pays_once():
 
 
 async def test_crash_without_keys_holds_what_it_cannot_know():
-    """Cut off between intent and answer, a server without keys: never a second POST for that job."""
+    """Killed between intent and answer, with a server that ignores keys: never a second POST for that job."""
     service = FakeService(service_time=1.0, round_trip=0.05)
     world = World(service, window=5)
     with anyio.move_on_after(0.03):
@@ -415,7 +415,7 @@ def a_image(colour):
 
 
 async def test_local_image_is_uploaded_once_for_all_its_jobs():
-    """Eight jobs on one image: one upload, and its URL in every body."""
+    """Eight jobs with one image: one upload, and its URL in every body."""
     image = a_image("teal")
     made = [Job(j.key, {**j.input, "image_url": f"sha256:{image.sha256}"}, image, 0.1) for j in jobs(8)]
     world = World(FakeService(round_trip=0.1))
@@ -425,7 +425,7 @@ async def test_local_image_is_uploaded_once_for_all_its_jobs():
 
 
 async def test_few_images_are_on_their_way_up_at_once():
-    """A hundred jobs in flight, each with an image of its own: sixteen in memory, whatever the window is."""
+    """A hundred jobs in flight, each with its own image: sixteen images in memory, for any window."""
     under_way = []
 
     class Slow(FakeService):
@@ -443,7 +443,7 @@ async def test_few_images_are_on_their_way_up_at_once():
 
 
 async def test_images_that_are_refused_hold_up_no_others():
-    """Sixteen that the storage never takes, as many as are on their way up at once: all others arrive."""
+    """The storage never accepts sixteen images, as many as are uploaded concurrently: all others arrive."""
     refused = {a_image((number, 0, 0)).data for number in range(16)}
 
     class Picky(FakeService):
@@ -461,7 +461,7 @@ async def test_images_that_are_refused_hold_up_no_others():
 
 @pytest.mark.parametrize("status", [401, 402, 403])
 async def test_a_refused_account_is_noticed_at_the_first_upload(status):
-    """Before any submit: the run stops as if the submit had been refused; nothing was sent, nothing failed."""
+    """Before any submit the run stops as if the submit had been refused; nothing was sent, nothing failed."""
 
     class Closed(FakeService):
         async def upload(self, data, content_type, name):
@@ -477,7 +477,7 @@ async def test_a_refused_account_is_noticed_at_the_first_upload(status):
 
 
 async def test_a_stop_does_not_wait_for_a_storage_that_refuses():
-    """What was not uploaded by then is turned back: it was never submitted."""
+    """Jobs whose images were not uploaded were never submitted, so the stop turns them back."""
 
     class Refusing(FakeService):
         async def upload(self, data, content_type, name):
@@ -498,7 +498,7 @@ async def test_a_stop_does_not_wait_for_a_storage_that_refuses():
 
 
 async def test_unreadable_image_is_a_failed_row_and_nothing_is_sent():
-    """A truncated local image: failed with the endpoint's own word, no POST."""
+    """A truncated local image: failed with the endpoint's error type, no POST."""
     image = LocalImage("00", 3, data=b"\xff\xd8\xff")
     job = jobs(1)[0]
     world = World(FakeService())
@@ -508,7 +508,7 @@ async def test_unreadable_image_is_a_failed_row_and_nothing_is_sent():
 
 
 async def test_full_disk_stops_in_order():
-    """A journal that cannot be written stops the run with its sentence."""
+    """A journal that cannot be written stops the run with its error."""
     world = World(FakeService(service_time=1.0))
     record, calls = world.journal.record, 0
 
@@ -525,7 +525,7 @@ async def test_full_disk_stops_in_order():
 
 
 async def test_polls_are_few_and_notice_soon():
-    """Once it knows the service, a job of 5 s takes at most three reads and is noticed within 10%."""
+    """Once the speed is known, a job of 5 s takes at most three reads and is noticed within 10%."""
     service = FakeService(service_time=5.0)
     world = World(service, window=10)
     began = anyio.current_time()

@@ -1,4 +1,4 @@
-"""No wait is endless: statuses that fal does not use, that say nothing, and that cannot be read; in virtual time."""
+"""No wait is endless: unknown, meaningless and unreadable statuses; in virtual time."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ pytestmark = pytest.mark.anyio
 HOUR = 3600.0
 BOUND = PollSchedule.OVERDUE_SECONDS
 AFTER = BOUND + 2 * PollSchedule.LONGEST
-"""By when a read at the bound has been made: statuses are read every ten seconds at least."""
+"""Latest time of a read after the limit: statuses are read at least every ten seconds."""
 PAGE = Reply(502, b"<html>bad gateway</html>")
 IN_PROGRESS = Reply(400, b'{"detail":"Request is still in progress"}')
 GONE = Reply(404, b'{"detail":"Not found"}')
 
 
 def said(word, **more) -> TicketStatus:
-    """The status of an answer."""
+    """Return the status of an answer."""
     return read_status(Reply(200, orjson.dumps({"status": word, **more})))
 
 
@@ -38,13 +38,13 @@ def redirected(phase="status") -> Trouble:
 
 
 class Odd(FakeService):
-    """Answers statuses and results as the test says; None: as the fake does."""
+    """Answers statuses and results as the test says; None: like the fake."""
 
     def __init__(self, *, status=lambda request: None, result=lambda request: None, **options):
         super().__init__(**options)
         self.answers = {"status": status, "result": result}
         self.asked: dict[str, list[float]] = {"status": [], "result": []}
-        """When, since the acceptance of each."""
+        """Times of reads, since the acceptance of each request."""
 
     async def status(self, ticket):
         real = await super().status(ticket)
@@ -74,7 +74,7 @@ def warnings(world):
     return [str(facts["reason"]) for facts in world.observer.actions("warning")]
 
 
-# --- a word for an end ------------------------------------------------------------------------------------
+# --- status words for an end ------------------------------------------------------------------------------
 
 OWN = request_error_reply(500, "gpu_error", "the GPU fell off")
 
@@ -93,7 +93,7 @@ OWN = request_error_reply(500, "gpu_error", "the GPU fell off")
     ids=["output", "own error", "404", "in progress", "page", "malformed"],
 )
 async def test_a_word_for_a_failure_leads_to_one_read_of_the_result(word, result, error):
-    """An output is done, an error in fal's form is that error, anything else is failed by the word; all of it at once."""  # noqa: E501
+    """An output is done, an error in fal's form is that error, anything else fails with the word; at once."""
     service = Odd(status=lambda _: said(word, error="no luck"), result=lambda _: result, service_time=0.0)
     world = World(service)
     report = await world.run(jobs(3))
@@ -122,7 +122,7 @@ async def test_an_error_of_the_service_that_may_go_better_is_tried_again_after_s
     "fault", [Trouble("result", "reset"), Reply(429), Reply(403, b'{"detail":"no"}'), PAGE], ids=str
 )
 async def test_after_such_a_word_a_result_that_is_not_answered_is_read_a_few_times(fault):
-    """It is there the third time, or never: either way it is over within seconds."""
+    """The result exists at the third try, or never: either way it is over within seconds."""
     service = Odd(status=lambda _: said("FAILED"), service_time=0.0)
     service.answers["result"] = lambda _: fault if len(service.asked["result"]) < 3 else None
     assert (await World(service).run(jobs(1))).done == 1
@@ -136,7 +136,7 @@ async def test_after_such_a_word_a_result_that_is_not_answered_is_read_a_few_tim
 
 @pytest.mark.parametrize("word", ["completed", "SUCCEEDED", "success", "OK", "done"])
 async def test_other_words_for_an_end_are_ends(word):
-    """And running words of other services are running."""
+    """And words for running count as running."""
     running = ["queued", "PENDING", "in_progress", "processing"]
 
     def status(request):
@@ -147,7 +147,7 @@ async def test_other_words_for_an_end_are_ends(word):
     assert max(service.asked["result"]) < 60
 
 
-# --- a status that says nothing ---------------------------------------------------------------------------
+# --- statuses without meaning -----------------------------------------------------------------------------
 
 NOTHING = {
     "unknown": lambda request: said("BANANA"),
@@ -167,12 +167,12 @@ NOTHING = {
 
 @pytest.mark.parametrize("name", NOTHING)
 async def test_after_ten_minutes_the_result_is_read_whatever_the_status_says(name):
-    """It was there for long: it is read once, and not before."""
+    """The result existed for a long time: it is read once, and not earlier."""
     service = Odd(status=NOTHING[name], service_time=20.0)
     assert (await World(service).run(jobs(4))).done == 4
     assert len(service.asked["result"]) == 4
     assert min(service.asked["result"]) >= BOUND
-    assert max(service.asked["result"]) <= AFTER + 60  # a status that fails is read at growing pauses, up to 30 s
+    assert max(service.asked["result"]) <= AFTER + 60  # a failing status is read with growing pauses, up to 30 s
 
 
 @pytest.mark.parametrize("name", ["unknown", "stuck", "page"])
@@ -187,7 +187,7 @@ async def test_after_ten_times_the_usual_duration_where_that_is_longer(name):
 
 @pytest.mark.parametrize("name", ["unknown", "missing", "stuck", "page", "redirected"])
 async def test_a_result_that_is_not_there_is_read_at_growing_intervals(name):
-    """The job takes five hours: some reads in vain, later and later, half an hour apart at most; then it is done."""
+    """The job takes five hours: some early reads, at growing intervals of at most half an hour; then it is done."""
     service = Odd(status=NOTHING[name], service_time=5 * HOUR)
     assert (await World(service).run(jobs(1))).done == 1
     times = service.asked["result"]
@@ -215,7 +215,7 @@ async def test_a_result_that_is_not_there_is_read_at_growing_intervals(name):
     ids=["own error", "404", "5xx", "malformed"],
 )
 async def test_where_the_status_says_nothing_a_failure_of_the_result_is_believed(name, result, error, hours):
-    """At once where it is the job's own, after as many reads as ever where it may pass; it ends in any case."""
+    """At once if it is the job's own error, after the usual number of reads if it may be temporary; always bounded."""
     service = Odd(status=NOTHING[name], result=lambda _: result, service_time=0.0)
     world = World(service)
     assert (await world.run(jobs(1))).failed == 1
@@ -236,7 +236,7 @@ async def test_where_the_status_says_nothing_a_failure_of_the_result_is_believed
     ids=lambda value: value if isinstance(value, str) else value.status,
 )
 async def test_what_runs_or_cannot_be_reached_is_not_failed_by_its_result(name, result):
-    """An outage of nine hours costs no job, nor does a service that answers early questions oddly."""
+    """Neither an outage of nine hours nor odd answers to early reads fail a job."""
     over = 9 * HOUR
 
     def until(answer):
@@ -261,12 +261,12 @@ async def test_an_unknown_status_of_an_earlier_run_leads_to_the_result_at_once()
 
 
 async def test_an_unknown_word_is_told_once():
-    """With a request that has it, and what follows; of a service with ever new words some are told."""
+    """The warning has the request and what follows; if the words keep changing, only some are reported."""
     world = World(Odd(status=NOTHING["unknown"], service_time=20.0))
     await world.run(jobs(10))
-    (told,) = [text for text in warnings(world) if "unknown status" in text]
-    assert told.startswith("request request-")
-    assert told.endswith(": unknown status 'BANANA'; it counts as running, its result is read after 10 min")
+    (warning,) = [text for text in warnings(world) if "unknown status" in text]
+    assert warning.startswith("request request-")
+    assert warning.endswith(": unknown status 'BANANA'; it counts as running, its result is read after 10 min")
     world = World(Odd(status=NOTHING["other each time"], service_time=20.0))
     await world.run(jobs(10))
     assert len([text for text in warnings(world) if "unknown status" in text]) == 5
@@ -276,7 +276,7 @@ async def test_an_unknown_word_is_told_once():
 
 
 async def test_queue_positions_without_sense_hold_up_nothing():
-    """A service that says a million billion, and one less each time: its jobs are noticed all the same."""
+    """Absurd queue positions, one less each time: the jobs are still noticed."""
 
     def status(request):
         if anyio.current_time() < request.ends_at:
@@ -293,7 +293,7 @@ async def test_queue_positions_without_sense_hold_up_nothing():
 
 
 async def test_a_result_that_is_redirected_elsewhere_ends_after_the_bound_with_the_sentence():
-    """Not before, and never without an end; what it costs is reserved, and the job can be taken up again."""
+    """After the limit it fails with its reservation, and the job can be resumed."""
     service = Odd(result=lambda _: redirected("result"), service_time=5.0)
     world = World(service)
     assert (await world.run(jobs(2))).failed == 2
@@ -315,7 +315,7 @@ async def test_a_status_and_a_result_that_are_redirected_elsewhere_end_after_the
 
 @pytest.mark.parametrize("phase", ["status", "result"])
 async def test_a_redirect_that_passes_costs_no_job(phase):
-    """A network that asks for a login for nine minutes, again and again; also in a run that goes on with old jobs."""
+    """A network that requires a login for nine minutes, repeatedly; also in a run that resumes old jobs."""
 
     def portal(request):
         return redirected(phase) if anyio.current_time() % 1000 < 540 else None
@@ -324,7 +324,7 @@ async def test_a_redirect_that_passes_costs_no_job(phase):
     world = World(service, window=3)
     with anyio.move_on_after(450):
         await world.run(jobs(20))
-    await anyio.sleep(24 * HOUR - anyio.current_time())  # it is redirected when the next run begins
+    await anyio.sleep(24 * HOUR - anyio.current_time())  # redirected again when the next run begins
     report = await world.again().run(jobs(20))
     counts = await world.journal.counts()
     assert (report.failed, counts.by_state) == (0, {State.DONE: 20})
@@ -334,7 +334,7 @@ async def test_a_redirect_that_passes_costs_no_job(phase):
 
 
 async def test_what_open_jobs_wait_for_is_known_at_any_time():
-    """In the queue with their positions, in progress, ended, on their way down, unknown; and for how long."""
+    """In the queue with positions, in progress, ended, downloading, unknown; and for how long."""
     service = Odd(service_time=100.0, slots=2)
     service.answers["status"] = lambda r: said("BANANA") if r.id == "request-0" else None
     world = World(service, window=8)
@@ -358,7 +358,7 @@ async def test_what_open_jobs_wait_for_is_known_at_any_time():
 
 
 async def test_a_download_that_takes_long_is_known_as_such():
-    """Counted from the answer; one of an earlier run from the start of this one."""
+    """Counted from the answer; for a resumed job from the start of this run."""
 
     class Slow(FakeService):
         async def download(self, url):
@@ -377,7 +377,7 @@ async def test_a_download_that_takes_long_is_known_as_such():
 
 
 async def test_a_status_that_cannot_be_read_is_unknown_until_it_can():
-    """The last good word may be an hour old."""
+    """The last readable status may be an hour old."""
     service = Odd(service_time=2 * HOUR)
     world = World(service)
     async with anyio.create_task_group() as tasks:

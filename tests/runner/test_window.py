@@ -1,4 +1,4 @@
-"""The window that finds its size, against services whose slots are few, many, come, go and flutter: virtual time."""
+"""The adaptive window, with services whose slots are few, many, or change over time; in virtual time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FOR_EVER = [(0.0, math.inf)]
 
 
 def uneven(seconds: float):
-    """Service times that spread by a fifth."""
+    """Return service times with a spread of 20%."""
     rng = Random(5)
     return lambda _: seconds * rng.uniform(0.8, 1.2)
 
@@ -32,13 +32,13 @@ async def carried_out(service: FakeService, count: int, *, start: int = 32) -> W
 
 
 def busy(service: FakeService, since: float, until: float) -> float:
-    """Slots that were executing in a span of the clock, on average."""
+    """Return the average number of executing slots in a time span."""
     spans = ((max(r.starts_at, since), min(r.ends_at, until)) for r in service.requests.values())
     return sum(max(0.0, ended - began) for began, ended in spans) / (until - since)
 
 
 def piled(service: FakeService, since: float, until: float) -> float:
-    """Jobs that waited in the service's queue in a span of the clock, on average."""
+    """Return the average number of jobs in the service's queue in a time span."""
     spans = ((max(r.accepted_at, since), min(r.starts_at, until)) for r in service.requests.values())
     return sum(max(0.0, ended - began) for began, ended in spans) / (until - since)
 
@@ -46,7 +46,7 @@ def piled(service: FakeService, since: float, until: float) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize(("slots", "seconds"), [(2, 6.0), (20, 5.0), (40, 2.0), (100, 4.0)])
 async def test_fixed_slots_are_kept_full(slots, seconds):
-    """After warming up at least 95 of 100 are busy (97 as a rule), and about as many again wait at most."""
+    """After warming up at least 95% are busy (usually 97%), and at most about as many jobs again are queued."""
     service = FakeService(service_time=uneven(seconds), slots=slots, round_trip=0.02)
     await carried_out(service, 24 * slots + 60)
     ended = max(r.ends_at for r in service.requests.values())
@@ -66,7 +66,7 @@ async def test_slots_that_come_are_used():
 
 @pytest.mark.slow
 async def test_slots_that_go_leave_no_pile():
-    """From 60 to 10 at 60 s: a minute and a half later no more than twice what is needed waits."""
+    """From 60 to 10 at 60 s: 90 s later at most twice the needed number is queued."""
     service = FakeService(service_time=uneven(4.0), slots=[FOR_EVER] * 10 + [[(0.0, 60.0)]] * 50)
     await carried_out(service, 1500)
     ended = max(r.ends_at for r in service.requests.values())
@@ -77,7 +77,7 @@ async def test_slots_that_go_leave_no_pile():
 
 @pytest.mark.slow
 async def test_slots_that_flutter_are_mostly_used():
-    """Half of 40 come and go every half minute, as other people's work does."""
+    """Half of 40 come and go every 30 s, as with other users' load."""
     shifts = [(start, start + 30.0) for start in range(0, 3600, 60)]
     service = FakeService(service_time=uneven(3.0), slots=[FOR_EVER] * 20 + [[*shifts]] * 20)
     await carried_out(service, 3000)
@@ -86,7 +86,7 @@ async def test_slots_that_flutter_are_mostly_used():
 
 
 class LimitsWhatIsOpen(Fault):
-    """Refuses submits while so many are open, and says for how long."""
+    """Refuses submits while too many requests are open, with a `Retry-After`."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.refused = limit, 0
@@ -101,7 +101,7 @@ class LimitsWhatIsOpen(Fault):
 
 
 async def test_a_429_cuts_the_window_and_its_pause_is_kept():
-    """A service that takes 30 at once and refuses more: it is kept busy, and hardly ever asked in vain."""
+    """A service that accepts 30 concurrently and refuses more: it stays busy, with hardly any refused submit."""
     limit = LimitsWhatIsOpen(30)
     service = limit.service = FakeService(service_time=uneven(3.0), faults=[limit])
     world = await carried_out(service, 1200)
@@ -113,9 +113,9 @@ async def test_a_429_cuts_the_window_and_its_pause_is_kept():
 
 
 async def test_every_change_of_size_is_told_with_its_reason():
-    """In the log a reader sees why."""
+    """The log shows the reason."""
     world = await carried_out(FakeService(service_time=uneven(3.0), slots=40), 400, start=8)
-    told = world.observer.actions("window")
-    assert told[-1]["size"] > 40
-    assert all(set(change) == {"size", "reason"} and change["reason"] for change in told)
-    assert all(abs(after["size"] - before["size"]) <= 1 for before, after in itertools.pairwise(told))
+    changes = world.observer.actions("window")
+    assert changes[-1]["size"] > 40
+    assert all(set(change) == {"size", "reason"} and change["reason"] for change in changes)
+    assert all(abs(after["size"] - before["size"]) <= 1 for before, after in itertools.pairwise(changes))

@@ -36,7 +36,7 @@ async def batches(made, size: int = 50):
 
 
 class World:
-    """A runner with fakes around it; `again()` is the next session after a crash or an end."""
+    """A runner with fakes; `again()` is the next session after a crash or an end."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The gate in virtual time: who is let through when, and that a stop reaches everybody who waits."""
+"""Admission in virtual time: which job may submit when, and that a stop reaches every waiting job."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def job_run(number: int, images: int = 1, **options) -> JobRun:
     return JobRun(key, Job(key, {"num_images": images}, megapixels=1.0), **options)
 
 
-async def times_of(admission: Admission, courses: list[JobRun], end=None) -> list[float]:
-    """When each was let through, in the order in which that happened."""
+async def times_of(admission: Admission, job_runs: list[JobRun], end=None) -> list[float]:
+    """Return the time at which each job was admitted, in that order."""
     times: list[float] = []
 
     async def one(job_run: JobRun) -> None:
@@ -57,13 +57,13 @@ async def times_of(admission: Admission, courses: list[JobRun], end=None) -> lis
 
     began = anyio.current_time()
     async with anyio.create_task_group() as tasks:
-        for job_run in courses:
+        for job_run in job_runs:
             tasks.start_soon(one, job_run)
     return times
 
 
 async def test_a_window_lets_so_many_in_and_the_next_when_one_leaves():
-    """Never more at once; the one that waited is let in by the one that leaves."""
+    """Never more at once; a job that leaves admits the next one."""
     made, inside, most = admission(window=3), 0, 0
 
     async def job(number: int) -> None:
@@ -90,7 +90,7 @@ async def test_a_rate_is_kept_by_all_together():
 
 
 async def test_a_refused_submit_pauses_all_of_them():
-    """For as long as the service asks, and a little longer; said once."""
+    """For as long as the service asks, plus a random time; reported once."""
     made = admission()
     trouble = Trouble("submit", reply=Reply(429, headers={"retry-after": "20"}))
     for _ in range(50):
@@ -102,7 +102,7 @@ async def test_a_refused_submit_pauses_all_of_them():
 
 
 async def test_money_is_waited_for_while_something_can_free_it():
-    """Reserved is more than billed: the budget of three reservations pays for five jobs at half the price."""
+    """More is reserved than billed: the budget of three reservations pays for five jobs at half the price."""
     made, through = admission(limit=0.0901, price=PRICE), []
 
     async def job(number: int) -> None:
@@ -126,7 +126,7 @@ async def test_money_is_waited_for_while_something_can_free_it():
 
 
 async def test_a_budget_that_is_too_small_stops_at_the_first_job():
-    """Nothing is under way that could free any."""
+    """No job in flight can release money."""
     made = admission(limit=0.05, price=PRICE)
     with pytest.raises(RunStopping):
         await made.acquire_submit(job_run(1, images=4))
@@ -135,7 +135,7 @@ async def test_a_budget_that_is_too_small_stops_at_the_first_job():
 
 
 async def test_without_a_price_nothing_is_reserved():
-    """A budget is about money; where there is none it lets everybody through."""
+    """Without a price, a budget admits every job."""
     made, one = admission(limit=0.0), job_run(1)
     await made.acquire_submit(one)
     assert one.reserved_usd == 0.0
@@ -143,7 +143,7 @@ async def test_without_a_price_nothing_is_reserved():
 
 
 async def test_an_unbilled_end_costs_the_reservation():
-    """The service did not say: then what was set aside is taken for spent."""
+    """Without billed units, the reservation counts as spent."""
     made, one = admission(limit=1.0, price=PRICE), job_run(1, images=2)
     await made.acquire_submit(one)
     assert one.reserved_usd == pytest.approx(0.06)
@@ -153,7 +153,7 @@ async def test_an_unbilled_end_costs_the_reservation():
 
 @pytest.mark.parametrize("waits_for", ["rate", "pause", "money", "window"])
 async def test_a_stop_reaches_whoever_waits(waits_for):
-    """At once, whatever he waits for; what was never submitted is turned back."""
+    """At once, whatever the job waits for; a job that was not submitted is turned back."""
     made = admission(window=1, limit=0.03, price=PRICE, submits=TokenBucket(0.001) if waits_for == "rate" else None)
     first = job_run(0)
     assert await made.enter(first)
@@ -180,7 +180,7 @@ async def test_a_stop_reaches_whoever_waits(waits_for):
 
 
 async def test_what_was_submitted_before_is_let_in_while_the_run_stops():
-    """A stop submits nothing new; what is paid for is still collected."""
+    """A stop admits nothing new; paid jobs are still collected."""
     made = admission()
     made.stop(StopCause.SIGNAL, "SIGINT")
     assert not await made.enter(job_run(1))
@@ -188,7 +188,7 @@ async def test_what_was_submitted_before_is_let_in_while_the_run_stops():
 
 
 async def test_the_first_stop_is_the_reason():
-    """A budget that ends while the deadline nears is a budget that ended."""
+    """A later deadline does not replace the budget as the reason."""
     made = admission()
     made.stop(StopCause.BUDGET, "the budget is gone")
     made.stop(StopCause.DEADLINE, "the deadline is near")
@@ -199,7 +199,7 @@ async def test_the_first_stop_is_the_reason():
 
 
 async def test_a_notice_of_one_kind_comes_every_thirty_seconds():
-    """One dead network is a thousand equal faults."""
+    """A network outage produces thousands of identical errors."""
     made = admission()
     for _ in range(100):
         made.notice("unreachable", "connect")
@@ -209,7 +209,7 @@ async def test_a_notice_of_one_kind_comes_every_thirty_seconds():
 
 
 async def test_who_is_turned_back_gives_its_money_back():
-    """It had it before its permit; what an earlier run set aside for an unknown submit stays set aside."""
+    """Money reserved before the permit is released; a reservation of an earlier run for an unknown submit stays."""
     made = admission(limit=1.0, price=PRICE, submits=TokenBucket(0.01))
     await made.acquire_submit(job_run(0))
     fresh, unknown = job_run(1), job_run(2, reserved_usd=0.03)
@@ -229,7 +229,7 @@ async def test_who_is_turned_back_gives_its_money_back():
 
 
 async def test_a_display_hears_of_a_long_pause_again_and_again():
-    """Every thirty seconds, from however many wait; and once that it is over."""
+    """Every thirty seconds, however many jobs wait; and once at its end."""
     made = admission()
     made.throttled(judge(Trouble("submit", reply=Reply(429, headers={"retry-after": "300"}))), "", throttled=True)
     await times_of(made, [job_run(n) for n in range(50)])
@@ -238,7 +238,7 @@ async def test_a_display_hears_of_a_long_pause_again_and_again():
 
 
 async def test_leaving_frees_a_reservation_that_others_wait_for():
-    """A job that was turned back holds nothing up."""
+    """A job that was turned back blocks nothing."""
     made = admission(limit=0.03, price=PRICE)
     first, second = job_run(1), job_run(2)
     await made.enter(first)

@@ -1,4 +1,4 @@
-"""A paid answer is read field by field: one odd field costs that field only."""
+"""A paid answer is read field by field: an odd field affects only itself."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_images_keep_what_can_be_read():
         ("b.png", None, None, None),
         ("a.jpg", None, 48, None),
     ]
-    assert len(fields_of(odd, 7).notes) == 4  # two of the image's, the null one, and the count of the flags
+    assert len(fields_of(odd, 7).notes) == 4  # two for the image, one for the null, one for the number of flags
 
 
 def test_the_same_url_twice_is_two_images():

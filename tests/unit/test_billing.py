@@ -1,4 +1,4 @@
-"""Billing events as their payer reads them: what our server writes is what is read; what is no amount is refused."""
+"""Billing events: the client reads what our server writes, and refuses anything that is not an amount."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_what_the_server_writes_is_what_the_client_reads():
 
 
 def test_the_call_names_app_window_and_cursor():
-    """On the platform's own origin; the most that a page may hold."""
+    """The request goes to the platform's origin with the largest page size."""
     call = billing_call(Origins.of_server("http://h:1"), APP_ID, start=0.0, end=86400.0, cursor="Mg==")
     assert call.url.startswith("http://h:1/v1/models/billing-events?")
     assert parse_qs(urlsplit(call.url).query) == {
@@ -42,7 +42,7 @@ def test_the_call_names_app_window_and_cursor():
 
 
 def test_a_cost_is_taken_from_nano_dollars_where_the_total_is_missing():
-    """Both stand on the page of fal; one is enough."""
+    """The documentation of fal has both fields; one is enough."""
     event = {**EVENT, "cost_total": None, "cost_estimate_nano_usd": 45_000_000}
     assert read_billing(page(event)).bills[0].usd == pytest.approx(0.045)
 
@@ -56,13 +56,13 @@ def test_a_cost_is_taken_from_nano_dollars_where_the_total_is_missing():
     ids=str,
 )  # fmt: skip
 def test_an_event_that_is_none_is_not_passed_over(change):
-    """Half of a bill proves nothing: the page is malformed."""
+    """A partial event proves nothing: the page is malformed."""
     with pytest.raises(Malformed):
         read_billing(page({**EVENT, **change}))
 
 
 @pytest.mark.parametrize("body", [b"[]", b"{}", b'{"billing_events": {}}', b'{"billing_events": [], "has_more": true}'])
 def test_a_page_of_another_shape_is_malformed(body):
-    """Also one that says that there is more, and not where."""
+    """A page that announces more without a cursor is malformed, too."""
     with pytest.raises(Malformed):
         read_billing(Reply(200, body))

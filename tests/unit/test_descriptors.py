@@ -1,4 +1,4 @@
-"""What a limit of open files allows, and waiting for a descriptor that is missing."""
+"""Shares of the limit of open files, and waiting for a missing descriptor."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ FULL = OSError(errno.EMFILE, "Too many open files")
     ],
 )
 def test_the_soft_limit_is_raised_to_the_hard_one_within_reason(soft, hard, tried):
-    """Never lowered, and with a second choice where a system refuses the first."""
+    """Never lowered, and with a second choice if a system refuses the first."""
     assert limits_to_try(soft, hard, INFINITY) == tried
 
 
 def limited(code: str, soft: int, hard: int) -> str:
-    """What a fresh interpreter prints under these limits."""
+    """Return the output of a fresh interpreter under these limits."""
     ended = subprocess.run(
         [sys.executable, "-c", code],
         cwd=REPOSITORY,
@@ -69,7 +69,7 @@ def limited(code: str, soft: int, hard: int) -> str:
 
 
 def test_the_process_gets_all_that_it_may_and_counts_what_it_uses():
-    """The descriptors that are open already are not there to be given away."""
+    """Descriptors that are already open are not available."""
     code = (
         "import resource; from batch.system.open_files import allowance\n"
         "held = [open('/dev/null') for _ in range(10)]\n"
@@ -108,7 +108,7 @@ NUMBERS = st.integers(0, 2**20)
 
 
 def test_too_small_a_limit_is_said_at_the_start():
-    """What it is, what is in use, and what to do."""
+    """The limit, the number in use, and what to do."""
     for share in (client_share, server_share):
         options = {"hints": False, "nearby": True} if share is client_share else {}
         with pytest.raises(InputError, match=r"40 are allowed and 30 are in use.*`ulimit -n 256`"):
@@ -117,7 +117,7 @@ def test_too_small_a_limit_is_said_at_the_start():
 
 @given(st.integers(1, 2**20), NUMBERS, st.booleans(), st.booleans())
 def test_a_run_never_opens_more_than_is_free(allowed, in_use, hints, nearby):
-    """Connections to three hosts, those that hear of ends, and files; a sentence where that is too little."""
+    """Connections to three hosts, hint connections, and files; an error if there are too few."""
     allowance = Allowance(allowed, allowed, min(allowed, in_use))
     assume(allowance.free >= (50 if nearby else 80))
     share = client_share(allowance, hints=hints, nearby=nearby)
@@ -129,7 +129,7 @@ def test_a_run_never_opens_more_than_is_free(allowed, in_use, hints, nearby):
 
 @given(st.integers(1, 2**20), NUMBERS, st.integers(0, 5000))
 def test_a_server_never_opens_more_than_is_free(allowed, in_use, workers):
-    """Its connections, outgoing requests with their look-ups, files, and three for each worker process."""
+    """Its connections, outgoing requests with their DNS look-ups, files, and three for each worker process."""
     allowance = Allowance(allowed, allowed, min(allowed, in_use))
     assume(allowance.free >= 30)
     share = server_share(allowance, workers)
@@ -141,20 +141,20 @@ def test_a_server_never_opens_more_than_is_free(allowed, in_use, workers):
 
 @pytest.mark.parametrize("allowed", [64, 128, 256, 1024])
 def test_the_embedded_endpoint_takes_all_connections_of_its_run(allowed):
-    """Both have the same limit; a run has some 30 descriptors open at its start, the endpoint some 25."""
+    """Both have the same limit; a run starts with about 30 open descriptors, the endpoint with about 25."""
     share = client_share(Allowance(allowed, allowed, 30), hints=True, nearby=True)
     assert share.connections + share.hints <= server_share(Allowance(allowed, allowed, 25), workers=2).connections
 
 
 def test_an_ample_limit_bounds_nothing():
-    """The numbers are then our own choice."""
+    """Then our own defaults apply."""
     share = client_share(Allowance(20_000, 256, 40), hints=True, nearby=False)
     assert share == (CONNECTIONS, HINTS, 8, False)
     assert client_share(Allowance(256, 256, 40), hints=False, nearby=False).is_bounded
 
 
 def test_what_is_allowed_is_one_line():
-    """With the limit as it was, where it was raised."""
+    """With the original limit, if it was raised."""
     assert described(Allowance(4096, 256, 30), 256) == (
         "open files: 4,096 allowed (raised from 256); at most 256 connections at once"
     )
@@ -192,7 +192,7 @@ def connecting(cause: OSError) -> aiohttp.ClientError:
     ],
 )
 def test_a_missing_descriptor_is_recognized(error):
-    """By its number, also below an error of ours or of a library."""
+    """By its number, also as the cause of an error of ours or of a library."""
     assert lacks_descriptor(error)
 
 
@@ -201,12 +201,12 @@ def test_a_missing_descriptor_is_recognized(error):
     [None, OSError(), OSError(errno.ENOSPC, "No space left"), raised_from(PermissionError()), ImportError("no x")],
 )
 def test_nothing_else_is_taken_for_one(error):
-    """A full disk is not healed by waiting for others to close their files."""
+    """Waiting for other files to close does not help against a full disk."""
     assert not lacks_descriptor(error)
 
 
 def test_work_is_done_again_until_a_descriptor_is_free():
-    """With growing pauses; the value is that of the try that worked."""
+    """With growing pauses; the result is that of the successful try."""
     pauses: list[float] = []
     tries = iter([FULL, raised_from(FULL), None])
 
@@ -220,7 +220,7 @@ def test_work_is_done_again_until_a_descriptor_is_free():
 
 
 def test_waiting_has_an_end_and_other_errors_none_at_all():
-    """After so many seconds the error itself is raised; one of another kind at once."""
+    """After the time limit the error is raised; any other error at once."""
     pauses: list[float] = []
 
     def work() -> None:

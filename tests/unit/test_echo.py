@@ -1,4 +1,4 @@
-"""The rehearsal engine: cheap, different for each job, in time, and honest."""
+"""The echo engine: cheap, distinct cards per job, an exact service time, metadata that says no model ran."""
 
 import io
 import itertools
@@ -19,11 +19,11 @@ from batch.server.engines.echo import NOTE, EchoEngine, draw_card
 
 
 def asked(**inputs):
-    return ImageToImageInput(**{"image_url": "http://nobody.test/x", "prompt": "a turtle", "seed": 1, **inputs})
+    return ImageToImageInput(**{"image_url": "http://source.test/x", "prompt": "a turtle", "seed": 1, **inputs})
 
 
 def generate(engine, job, cancelled=lambda: False):
-    """Result, steps and virtual seconds that it took."""
+    """Run one job and return its result, steps and virtual seconds."""
     steps = []
 
     async def main():
@@ -37,8 +37,8 @@ def generate(engine, job, cancelled=lambda: False):
 
 
 @pytest.mark.parametrize("output_format", ["jpeg", "png"])
-def test_card_is_a_image_of_the_format_asked_for(output_format):
-    """A small image that decodes, of true size and type, which says that no model ran."""
+def test_card_has_the_requested_format(output_format):
+    """The card decodes, its size and type are correct, and its metadata says that no model ran."""
     card = draw_card(asked(output_format=output_format), 1)
     image = Image.open(io.BytesIO(card.data))
     image.load()
@@ -62,7 +62,7 @@ def test_card_is_a_image_of_the_format_asked_for(output_format):
     ],
 )
 def test_different_jobs_get_different_bytes(output_format, one, other):
-    """Two jobs never share a card, even where the difference is beyond what fits on it."""
+    """Two jobs never share a card, even if the difference does not fit on it."""
     first, second = (asked(output_format=output_format, **inputs) for inputs in (one, other))
     assert draw_card(first, first.seed).data != draw_card(second, second.seed).data
     assert draw_card(first, first.seed).data == draw_card(first, first.seed).data
@@ -70,7 +70,7 @@ def test_different_jobs_get_different_bytes(output_format, one, other):
 
 @pytest.mark.parametrize(("one", "other"), [({"seed": 1}, {"seed": 2}), ({"prompt": "a cat"}, {"prompt": "a dog"})])
 def test_seed_and_prompt_can_be_seen(one, other):
-    """They are drawn, not only written into the metadata."""
+    """Seed and prompt are drawn on the card, not only written to its metadata."""
     pixels = []
     for inputs in (one, other):
         card = asked(output_format="png", **inputs)
@@ -80,24 +80,24 @@ def test_seed_and_prompt_can_be_seen(one, other):
 
 @pytest.mark.parametrize("prompt", ["", " ", "\n\n", "w" * 10_000, "\ud800", "emoji 🐢"])
 def test_any_prompt_can_be_drawn(prompt):
-    """Empty, long, foreign and broken text give a card."""
+    """Empty, long, non-Latin and invalid text all produce a card."""
     assert draw_card(asked().model_copy(update={"prompt": prompt}), 1).data
 
 
-def test_same_card_wherever_the_source_lies():
-    """An upload has another URL at each server; the card does not change with it."""
+def test_card_does_not_depend_on_the_source_url():
+    """Each server assigns its own URL to an upload; the card stays the same."""
     assert draw_card(asked(image_url="http://a.test/1"), 1) == draw_card(asked(image_url="http://b.test/2"), 1)
 
 
 def test_answer_comes_after_the_service_time():
-    """service_time is what a job takes, to the clock's accuracy."""
+    """A job takes exactly service_time."""
     _, steps, took = generate(EchoEngine(service_time=6.5), EngineJob("r", asked()))
     assert took == pytest.approx(6.5)
     assert steps == [(1, 1)]
 
 
 def test_several_cards_are_those_of_following_seeds():
-    """Card i has seed + i; the first equals the n=1 card."""
+    """Card i uses seed + i; the first equals the card of num_images 1."""
     result, _, _ = generate(EchoEngine(), EngineJob("r", asked(num_images=3)))
     assert [card.data for card in result.images] == [draw_card(asked(), 1 + i).data for i in range(3)]
     assert result.has_nsfw_concepts == ()
@@ -106,15 +106,15 @@ def test_several_cards_are_those_of_following_seeds():
 
 
 def test_cancelled_job_ends_early():
-    """A stop is heard while the job waits, not at its end."""
-    looks = itertools.count()
+    """Cancellation takes effect while the job waits, not at its end."""
+    checks = itertools.count()
     with pytest.raises(EngineCancelled):
-        generate(EchoEngine(service_time=3600.0), EngineJob("r", asked()), lambda: next(looks) == 5)
-    assert next(looks) == 6
+        generate(EchoEngine(service_time=3600.0), EngineJob("r", asked()), lambda: next(checks) == 5)
+    assert next(checks) == 6
 
 
-def test_jobs_wait_side_by_side():
-    """A hundred jobs of a second take a second."""
+def test_jobs_wait_concurrently():
+    """A hundred jobs of one second take one second together."""
 
     async def main():
         engine = EchoEngine(1.0, slots=100)
@@ -129,8 +129,8 @@ def test_jobs_wait_side_by_side():
     assert trio.run(main, clock=clock) - began == pytest.approx(1.0)
 
 
-def test_card_costs_next_to_nothing():
-    """Well over a thousand cards a second and core, on any machine that is not starved."""
+def test_card_takes_under_a_millisecond():
+    """One core draws more than a thousand cards per second."""
     inputs = asked()
     began = time.process_time()
     for seed in range(300):
@@ -138,8 +138,8 @@ def test_card_costs_next_to_nothing():
     assert (time.process_time() - began) / 300 < 0.001
 
 
-def test_engines_are_made_by_name():
-    """Each known name gives an engine of that name; another one says what is known."""
+def test_engines_are_created_by_name():
+    """Each known name creates that engine; the error for another name lists the known ones."""
     for name in ENGINES:
         assert engine_of(name).info().name == name
         assert engine_of(name, slots=3).info().slots == 3
@@ -147,12 +147,12 @@ def test_engines_are_made_by_name():
     assert engine_of("echo").info().fetches_source is False
     assert engine_of("echo").info().slots == 32
     assert engine_of("preview").info().fetches_source is True
-    with pytest.raises(ValueError, match="'flux' is no engine; it is one of preview, echo"):
+    with pytest.raises(ValueError, match="unknown engine 'flux': use preview, echo"):
         engine_of("flux")
 
 
-def test_no_engine_brings_opencv_into_the_server_process():
-    """Echo needs none of it, preview needs it in its workers only."""
+def test_the_server_process_does_not_import_opencv():
+    """Echo does not need OpenCV, and preview needs it only in its workers."""
     code = (
         "import sys; from batch.server.engines import engine_of; engine_of('echo'); engine_of('preview');"
         "sys.exit('cv2' in sys.modules)"

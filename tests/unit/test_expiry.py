@@ -1,4 +1,4 @@
-"""The clocks of what is paid for: told in time, once, and never where everything is kept."""
+"""Warnings about expiring results: in time, once, and never if the target keeps everything."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ HOUR, DAY = 3600.0, 86400.0
 
 @pytest.mark.parametrize(("size", "seconds"), [(0, 3600.0), (9_999, 3600.0), (10_000, 360.0), (10**7, 360.0)])
 def test_a_result_is_certain_to_be_kept_for_an_hour_a_large_one_for_six_minutes(size, seconds):
-    """The floors of fal by size; files have a clock of seven days."""
+    """The guaranteed minimum of fal by size; files are kept for seven days."""
     assert result_seconds(size) == seconds
     assert (RESULT_SECONDS, LARGE_RESULT_SECONDS, LARGE_RESULT_BYTES, FILE_SECONDS) == (3600, 360, 10_000, 7 * DAY)
 
 
 def test_a_resumed_request_is_late_after_the_floor_and_its_images_after_a_week():
-    """One warning for each kind, with the age of the first: that is the oldest."""
+    """One warning of each kind, with the age of the first job, which is the oldest."""
     clock = Expiry()
     assert clock.resumed(0.0, HOUR, answered=False) is None
-    told = clock.resumed(0.0, 3 * HOUR, answered=False)
-    assert told is not None
-    assert "3.0 h old" in told
-    assert "60 min only" in told
+    warning = clock.resumed(0.0, 3 * HOUR, answered=False)
+    assert warning is not None
+    assert "3.0 h old" in warning
+    assert "only 60 min" in warning
     assert clock.resumed(0.0, 4 * HOUR, answered=False) is None
     assert clock.resumed(0.0, 6 * DAY, answered=True) is None
     images = clock.resumed(0.0, 8 * DAY, answered=True)
@@ -39,7 +39,7 @@ def test_a_resumed_request_is_late_after_the_floor_and_its_images_after_a_week()
 
 
 def test_an_outage_is_told_at_half_of_the_floor_and_anew_after_it_ended():
-    """From its first failed read on: a quiet hour before it does not count."""
+    """Counted from its first failed read: a quiet hour before it does not count."""
     clock = Expiry()
     clock.read()
     assert clock.unread(10 * HOUR) is None
@@ -52,7 +52,7 @@ def test_an_outage_is_told_at_half_of_the_floor_and_anew_after_it_ended():
 
 
 def test_large_results_make_an_outage_urgent():
-    """Once one of 10 KB was seen, three minutes are half of what is certain."""
+    """After a result of 10 kB, three minutes are half of the guaranteed time."""
     clock = Expiry()
     assert clock.collected(1.0, 20_000) is None
     assert clock.unread(0.0) is None
@@ -69,32 +69,32 @@ def test_a_result_that_waited_too_long_is_told_once():
 
 
 def test_a_download_that_fails_for_days_is_told():
-    """Half of the week that files are promised for."""
+    """After half of the week that files are kept."""
     clock = Expiry()
     assert clock.undownloaded(0.0, 3 * DAY) is None
     assert "4 days" in str(clock.undownloaded(0.0, 3.5 * DAY))
 
 
 def test_a_target_that_keeps_everything_has_no_clock():
-    """Our own server: nothing is ever late."""
+    """With our own server nothing is ever late."""
     clock = Expiry(for_good=True)
     clock.unread(0.0)
-    told = [
+    warnings = [
         clock.resumed(0.0, 99 * DAY, answered=True),
         clock.unread(99 * DAY),
         clock.collected(99 * DAY, 10**6),
         clock.undownloaded(0.0, 99 * DAY),
     ]
-    assert told == [None] * 4
+    assert warnings == [None] * 4
 
 
 def test_a_lifetime_that_was_asked_for_takes_the_place_of_the_week():
-    """A shorter one warns sooner, a longer one later; also at a server that keeps results for good."""
+    """A shorter lifetime warns sooner, a longer one later; also at a server that keeps results for good."""
     short, long = Expiry(for_good=True, file_seconds=DAY), Expiry(file_seconds=30 * DAY)
     assert short.resumed(0.0, 3 * DAY, answered=False) is None
-    told = short.resumed(0.0, 3 * DAY, answered=True)
-    assert told is not None
-    assert "24.0 h only" in told
+    warning = short.resumed(0.0, 3 * DAY, answered=True)
+    assert warning is not None
+    assert "only 24.0 h" in warning
     assert short.undownloaded(0.0, 0.6 * DAY) is not None
     assert long.resumed(0.0, 8 * DAY, answered=True) is None
     assert long.undownloaded(0.0, 4 * DAY) is None

@@ -1,4 +1,4 @@
-"""Faults on purpose: which calls they choose, and what a faults file may say."""
+"""Fault injection: the selection of calls, and the faults file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from batch.server.queue.records import ListingRules, ListingWindow
 
 
 def met(text, moment, calls):
-    """Numbers of the moment's calls that meet a fault, and what they meet."""
+    """Return the numbers of the calls at a point that get a fault, with its action."""
     faults = FaultSequence(parse_faults(text, "f.toml"))
     found = [faults.decide(moment) for _ in range(calls)]
     return {number: fault.do for number, fault in enumerate(found, 1) if fault is not None}
@@ -25,33 +25,33 @@ def entry(**keys):
     return "\n".join(["[[fault]]", *lines, ""])
 
 
-# --- which calls ------------------------------------------------------------------------------------------
+# --- selection of calls -----------------------------------------------------------------------------------
 
 
-def test_every_n_th_call_is_chosen():
-    """`every = 3`: calls 3, 6, 9 of that moment."""
+def test_every_n_th_call_is_selected():
+    """`every = 3`: calls 3, 6, 9 at this point."""
     assert list(met(entry(at="submit", do="drop", every=3), FaultPoint.SUBMIT, 10)) == [3, 6, 9]
 
 
-def test_the_first_calls_are_chosen():
+def test_the_first_calls_are_selected():
     """`first = 2`: calls 1 and 2."""
     assert list(met(entry(at="submit", do="drop", first=2), FaultPoint.SUBMIT, 10)) == [1, 2]
 
 
-def test_after_spares_the_first_calls_and_counting_begins_behind_them():
+def test_after_skips_the_first_calls():
     """`after = 4, every = 3`: calls 7, 10."""
     assert list(met(entry(at="submit", do="drop", every=3, after=4), FaultPoint.SUBMIT, 11)) == [7, 10]
     assert list(met(entry(at="submit", do="drop", first=2, after=4), FaultPoint.SUBMIT, 11)) == [5, 6]
 
 
-def test_times_bounds_how_often():
-    """`times = 2`: not a third time."""
+def test_times_limits_the_number_of_faults():
+    """`times = 2`: at most two faults."""
     assert list(met(entry(at="submit", do="drop", every=2, times=2), FaultPoint.SUBMIT, 20)) == [2, 4]
     assert len(met(entry(at="submit", do="drop", share=0.5, times=3), FaultPoint.SUBMIT, 100)) == 3
 
 
-def test_a_share_is_about_that_share_and_the_same_calls_in_every_run():
-    """Chance is seeded; another seed chooses others."""
+def test_a_share_is_approximate_and_reproducible():
+    """The selection is seeded; another seed selects other calls."""
     text = entry(at="status", do="drop", share=0.1)
     one = met("seed = 1\n" + text, FaultPoint.STATUS, 2000)
     assert 140 < len(one) < 260
@@ -59,8 +59,8 @@ def test_a_share_is_about_that_share_and_the_same_calls_in_every_run():
     assert met("seed = 2\n" + text, FaultPoint.STATUS, 2000) != one
 
 
-def test_moments_count_for_themselves():
-    """What happens at one moment does not move what happens at another, by number or by chance."""
+def test_points_are_independent():
+    """Calls at one point do not affect the decisions at another."""
     text = entry(at="status", do="drop", share=0.3) + entry(at="submit", do="drop", share=0.3)
     alone, mixed = FaultSequence(parse_faults(text, "f")), FaultSequence(parse_faults(text, "f"))
     expected = [alone.decide(FaultPoint.SUBMIT) is not None for _ in range(50)]
@@ -72,8 +72,8 @@ def test_moments_count_for_themselves():
     assert any(expected)
 
 
-def test_a_call_meets_the_first_fault_of_the_file_that_chooses_it():
-    """One fault a call; the one that lost its turn has not happened, for `times`."""
+def test_a_call_gets_the_first_matching_fault():
+    """A call gets one fault; one that was not used does not count for `times`."""
     text = entry(at="submit", do="drop", every=2) + entry(at="submit", do="late", seconds=1, every=3, times=2)
     found = met(text, FaultPoint.SUBMIT, 12)
     assert {number for number, do in found.items() if do is FaultAction.DROP} == {2, 4, 6, 8, 10, 12}
@@ -82,15 +82,15 @@ def test_a_call_meets_the_first_fault_of_the_file_that_chooses_it():
 
 @given(st.integers(1, 30), st.integers(0, 30), st.one_of(st.none(), st.integers(1, 5)), st.integers(1, 200))
 def test_every_is_arithmetic(every, after, times, calls):
-    """The n-th means the n-th, whatever the numbers."""
+    """`every` selects exactly each n-th call, for any numbers."""
     plan = FaultPlan((FaultRule(at=FaultPoint.FILE, do=FaultAction.CUT, every=every, after=after, times=times),))
     faults = FaultSequence(plan)
     chosen = [number for number in range(1, calls + 1) if faults.decide(FaultPoint.FILE)]
     assert chosen == list(range(after + every, calls + 1, every))[:times]
 
 
-def test_how_a_fault_happens_is_drawn_apart_from_whether():
-    """The same ways in every run of a seed, others for another fault or seed; a draw moves no decision."""
+def test_variants_are_drawn_independently_of_the_selection():
+    """Draws are reproducible per seed and fault, and do not affect the selection."""
     text = entry(at="result", do="odd-fields", share=0.5) + entry(at="result", do="odd-fields", every=1)
 
     def ways(seed):
@@ -106,17 +106,17 @@ def test_how_a_fault_happens_is_drawn_apart_from_whether():
     assert len({way for _, way in ways(1)}) == 200
 
 
-def test_nothing_is_met_without_a_fault():
-    """An empty file is a plan too."""
+def test_an_empty_plan_has_no_faults():
+    """An empty file is a valid plan."""
     assert parse_faults("", "f.toml") == FaultPlan()
     assert met("", FaultPoint.SUBMIT, 5) == {}
 
 
-# --- what a file says -------------------------------------------------------------------------------------
+# --- the faults file --------------------------------------------------------------------------------------
 
 
 def test_all_keys_are_read():
-    """Each key reaches its fault; statuses of a gateway have a gateway's page unless the file says otherwise."""
+    """Each key is read; gateway statuses have an HTML body by default."""
     text = (
         "seed = 7\n"
         + entry(at="submit", do="answer", status=429, retry_after=2, every=5, times=3, after=1)
@@ -168,7 +168,7 @@ def test_all_keys_are_read():
         (entry(at="submit", do="drop", every=1, evry=1), ["unknown key evry", "did you mean every?"]),
         (entry(at="submit", do="answer", every=1), ["answer needs status"]),
         (entry(at="submit", do="answer", every=1, status=200), ["status = 200", "greater than or equal to 400"]),
-        (entry(at="execute", do="fail", every=1, status=422), ["status = 422", "from 500 to 599"]),
+        (entry(at="execute", do="fail", every=1, status=422), ["status = 422", "500 to 599"]),
         (entry(at="file", do="slow", every=1), ["slow needs seconds"]),
         (entry(at="file", do="refuse", every=1, seconds=1), ["refuse needs status"]),
         (entry(at="file", do="refuse", every=1, status=403), ["refuse needs exactly one of seconds, reads"]),
@@ -182,8 +182,8 @@ def test_all_keys_are_read():
         (entry(at="submit", do="drop", every=1) + entry(at="x", do="drop", every=1), ["f.toml: fault 2: unknown at"]),
     ],
 )
-def test_an_error_names_the_place_the_value_and_what_is_allowed(text, words):
-    """The message is one sentence."""
+def test_an_error_contains_place_value_and_allowed_values(text, words):
+    """The message is one sentence with table, value and allowed values."""
     with pytest.raises(ConfigError) as caught:
         parse_faults(text, "f.toml")
     assert str(caught.value).startswith("f.toml")

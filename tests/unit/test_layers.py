@@ -1,7 +1,7 @@
 """The import order of the package, as data: folders are ranked, and imports only point up the list.
 
-A new file in a folder needs no entry; a new folder, or a new loose module, does. A module that says "Pure." in its
-docstring is held to it.
+A new file in a folder needs no entry; a new folder or loose module does. A module whose docstring says "Pure." is
+checked for it.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ ORDER = (
 )
 """Folders and loose modules of the package. Each imports only what is above it."""
 SERVER_ORDER = ("limits", "files", "engines", "egress", "queue", "http", "faults", "serve", "__main__")
-"""The same inside of `batch/server`."""
+"""The same within `batch/server`."""
 SHARED = ("version", "errors", "types", "image_formats", "system", "fal")
-"""What the endpoint shares with the client side."""
+"""Folders and modules that the endpoint shares with the client side."""
 OUTWARD: dict[tuple[str, str], str] = {
     ("batch.manifest.planner", "batch.config"): "the Settings value; only `load_settings` reads anything",
     ("batch.directory", "batch.config"): "the Settings value again",
 }
-"""Imports of pure modules that the rule does not allow, each with its reason."""
+"""Exceptions for imports of pure modules, each with its reason."""
 EDGES_OF_A_RUN = {"batch.run.images", "batch.run.observers"}
 """The modules of `batch/run` that touch the disk or the terminal. All others see Protocols."""
 
@@ -66,9 +66,9 @@ OUTSIDE = {
     "os", "queue", "requests", "resource", "secrets", "select", "shutil", "signal", "socket", "sqlite3", "ssl",
     "subprocess", "sys", "tempfile", "threading", "time", "tqdm", "uvloop", "yarl",
 }  # fmt: skip
-"""Libraries that touch something outside, or the clock."""
+"""Libraries that access the outside world or the clock."""
 WAITING = {"anyio", "tenacity", "trio"}
-"""Libraries of those who wait: on a clock that a test replaces."""
+"""Libraries that wait on a clock, which tests replace."""
 
 
 @cache
@@ -78,7 +78,7 @@ def tree_of(name: str) -> ast.Module:
 
 @cache
 def imported_by(name: str) -> frozenset[str]:
-    """Full names of everything that a module imports, also inside functions."""
+    """Return the full names of all imports of a module, including those inside functions."""
     found: set[str] = set()
     for node in ast.walk(tree_of(name)):
         if isinstance(node, ast.Import):
@@ -99,12 +99,12 @@ def roots(name: str) -> set[str]:
 
 
 def place(name: str, root: str = "batch") -> str:
-    """The folder or loose module under `root` that a module belongs to; empty for the root itself."""
+    """Return the folder or loose module under `root` that a module belongs to; empty for the root itself."""
     return name.removeprefix(root).lstrip(".").partition(".")[0]
 
 
 def is_pure(name: str) -> bool:
-    """A module says so itself, in its docstring."""
+    """Whether a module's docstring says "Pure."."""
     return re.search(r"\bPure\b", ast.get_docstring(tree_of(name)) or "") is not None
 
 
@@ -123,28 +123,28 @@ def test_imports_point_up_the_list(name):
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if name.startswith("batch.server.")])
 def test_imports_of_the_server_point_up_its_list(name):
-    """The same inside of the endpoint."""
+    """The same within the endpoint."""
     inside = {other for other in ours(name) if other.startswith("batch.server.")}
     rank = SERVER_ORDER.index(place(name, "batch.server"))
     assert {other for other in inside if SERVER_ORDER.index(place(other, "batch.server")) > rank} == set()
 
 
 def test_no_module_imports_itself_by_way_of_others():
-    """No cycle of modules: the imports can be sorted."""
+    """The imports can be sorted, so there is no cycle."""
     order = TopologicalSorter({name: ours(name) for name in SOURCES})
     assert set(order.static_order()) >= set(SOURCES)
 
 
 @pytest.mark.parametrize("name", PURE)
 def test_a_pure_module_knows_nothing_outside(name):
-    """No clock, network, disk or waiting, and only modules that are pure, too."""
+    """A pure module imports no clock, network, disk or waiting, and only pure modules."""
     assert roots(name) & (OUTSIDE | WAITING) == set()
     assert {other for other in ours(name) if not is_pure(other) and (name, other) not in OUTWARD} == set()
 
 
 @pytest.mark.parametrize("name", PURE)
 def test_a_pure_module_takes_time_and_randomness_as_arguments(name):
-    """It neither asks for the date nor draws from the process's own random source, and awaits nothing."""
+    """It reads neither the date nor the process's random source, and awaits nothing."""
     for node in ast.walk(tree_of(name)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             assert node.func.attr not in {"now", "utcnow", "today"}, f"{name}, line {node.lineno}"
@@ -154,7 +154,7 @@ def test_a_pure_module_takes_time_and_randomness_as_arguments(name):
 
 
 def test_pure_modules_stay_pure():
-    """A module that loses the word loses the check: that is a decision, so the number is written here."""
+    """A module that loses the word loses the check. That is a decision, so the number is fixed here."""
     assert len(PURE) >= 57
 
 
@@ -167,26 +167,26 @@ def test_a_run_knows_only_the_clock_of_anyio(name):
 
 
 def test_every_exception_is_still_needed():
-    """An allowance that nothing uses is removed."""
+    """An unused exception is removed."""
     assert [pair for pair in OUTWARD if pair[1] not in ours(pair[0])] == []
 
 
 def test_the_server_knows_nothing_of_the_client_side():
-    """The server shares the wire protocol, the values and the errors with the runner, and nothing else."""
+    """The server shares only the wire protocol, the values and the errors with the runner."""
     for name in SOURCES:
         if name.startswith("batch.server"):
             assert {other for other in ours(name) if place(other) not in {*SHARED, "server"}} == set(), name
 
 
 def test_nothing_that_runs_imports_the_fakes():
-    """`batch.testing` is for tests, ours and those of users."""
+    """`batch.testing` is for tests: ours and those of users."""
     inside = [name for name in SOURCES if not name.startswith("batch.testing")]
     assert [name for name in inside if any(other.startswith("batch.testing") for other in ours(name))] == []
 
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if name.startswith("batch.testing.")])
 def test_a_fake_touches_no_network_and_no_database(name):
-    """A fake takes the place of an edge; it is not one."""
+    """A fake replaces an edge and is not one."""
     assert roots(name) & {"aiohttp", "sqlite3", "socket"} == set()
     assert {place(other) for other in ours(name)} <= {"errors", "types", "fal", "journal", "run", "testing"}
 
@@ -195,7 +195,7 @@ def test_a_fake_touches_no_network_and_no_database(name):
 
 
 def loaded_by(statement: str) -> set[str]:
-    """Top-level names that a fresh interpreter has loaded after the statement, and had not before."""
+    """Return the top-level modules that the statement loads in a fresh interpreter."""
     code = f"import sys; before = set(sys.modules); {statement}; print(*(set(sys.modules) - before))"
     ended = subprocess.run(
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=60
@@ -204,7 +204,7 @@ def loaded_by(statement: str) -> set[str]:
 
 
 def test_importing_the_package_loads_no_library():
-    """`import batch` costs nothing."""
+    """`import batch` loads no library."""
     assert loaded_by("import batch") - sys.stdlib_module_names == {"batch"}
 
 
@@ -215,7 +215,7 @@ def test_importing_the_command_loads_no_heavy_library():
 
 
 def test_a_run_does_not_wait_for_what_writes_its_results():
-    """Pyarrow and numpy are loaded while jobs are under way; the web server and the models' libraries never are."""
+    """Pyarrow and numpy are loaded while jobs are in flight; the web server and model libraries never are."""
     late = {"cryptography", "cv2", "jinja2", "numpy", "prometheus_client", "pyarrow", "torch"}
     assert loaded_by("import batch.api, batch.cli.output") & late == set()
 
@@ -225,13 +225,13 @@ def test_a_run_does_not_wait_for_what_writes_its_results():
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_every_module_says_what_it_is(name):
-    """A module begins with a docstring."""
+    """Every module has a docstring."""
     assert ast.get_docstring(tree_of(name))
 
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if not name.endswith("__main__")])
 def test_every_module_lists_its_surface(name):
-    """`__all__` is there, sorted (constants, classes, the rest), and true; an empty package has none."""
+    """`__all__` exists, is sorted (constants, classes, the rest) and correct; an empty package has none."""
     module = importlib.import_module(name)
     defined = [node for node in tree_of(name).body if not isinstance(node, ast.Expr)]
     if not defined:

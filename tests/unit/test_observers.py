@@ -1,4 +1,4 @@
-"""Observers: they count, draw and write down, and never disturb the run."""
+"""Observers count, draw and log, and never disturb the run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from batch.testing.observer import RecordingObserver
 
 
 def ran(observer: Observer, *, jobs: int = 4, done: int = 2, failed: int = 1) -> None:
-    """Some of a run: started jobs, of which some ended."""
+    """Send events of started jobs, some of which end."""
     observer.expected(jobs, 1)
     for number in range(jobs):
         observer.happened("started", job=str(number))
@@ -33,7 +33,7 @@ def test_an_observer_does_nothing():
 
 
 def test_several_observers_are_told_in_order():
-    """One after the other, everything."""
+    """Every event goes to each of them, in order."""
     first, second, tally = RecordingObserver(), RecordingObserver(), ProgressCounter()
     ran(ObserverGroup(first, second, tally))
     assert first.events == second.events
@@ -42,7 +42,7 @@ def test_several_observers_are_told_in_order():
 
 
 def test_a_tally_counts():
-    """What is in flight is what started and has not ended."""
+    """In flight means started and not ended."""
     tally = ProgressCounter()
     ran(tally)
     tally.happened("held", job="3", reason="its outcome is unknown")
@@ -52,7 +52,7 @@ def test_a_tally_counts():
 
 
 def test_a_tally_keeps_this_runs_money_apart_from_that_of_all():
-    """A budget is about all, a person asks what this run costs."""
+    """A budget concerns all runs, a user asks for the cost of this one."""
     tally = ProgressCounter()
     tally.happened("spent", usd=1.25, total_usd=1.25)
     assert tally.line().endswith("$1.25 spent")
@@ -63,7 +63,7 @@ def test_a_tally_keeps_this_runs_money_apart_from_that_of_all():
 
 
 def test_what_slows_a_run_down_is_shown_until_it_moves_again():
-    """A pause is forgotten with the next job that is done."""
+    """The note about a pause disappears with the next job that is done."""
     tally = ProgressCounter()
     tally.happened("paused", reason="HTTP 429")
     assert tally.line().endswith("(paused: HTTP 429)")
@@ -81,7 +81,7 @@ WAITS = "50 in queue for up to 2 min, queue positions 3 to 120, median 40; 14 in
 
 
 def test_what_open_jobs_wait_for_is_in_the_line_once_it_is_noticeable():
-    """Next to what slows the run down; gone when nothing waits any longer."""
+    """Next to the note about the pause; gone when nothing waits any longer."""
     tally = ProgressCounter()
     tally.happened("waiting", **WAITING)
     assert tally.line() == f"0/0 done, 0 failed, 0 in flight (waiting: {WAITS})"
@@ -96,7 +96,7 @@ def test_what_open_jobs_wait_for_is_in_the_line_once_it_is_noticeable():
 
 
 def test_a_bar_says_what_is_waited_for_longest():
-    """It is drawn again when that changes, although no job ends; other notices keep it."""
+    """It is redrawn when that changes, although no job ends; notices do not remove it."""
     tally, stream = ProgressCounter(), io.StringIO()
     bar = ProgressBar(tally, stream)
     observer = ObserverGroup(tally, bar)
@@ -117,7 +117,7 @@ def test_a_bar_says_what_is_waited_for_longest():
 
 
 def test_until_when_a_pause_goes_is_shown_for_as_long_as_it_holds():
-    """Jobs that end meanwhile do not hide it, nor does another notice; its end does."""
+    """Neither ended jobs nor other notices hide it, only its end does."""
     tally = ProgressCounter()
     tally.happened("paused", reason="HTTP 429; until 14:05:10 UTC", until="2026-11-22T14:05:10+00:00")
     assert tally.line().endswith("(paused: HTTP 429; until 14:05:10 UTC)")
@@ -130,7 +130,7 @@ def test_until_when_a_pause_goes_is_shown_for_as_long_as_it_holds():
 
 
 def test_lines_go_on_in_a_long_pause():
-    """Nothing else happens then: for machines the end of the pause is a key."""
+    """Nothing else happens then; in JSON the end of the pause is a key."""
     clock, tally, stream = Clock(), ProgressCounter(), io.StringIO()
     observer = ObserverGroup(tally, PlainLines(tally, stream, as_json=True, clock=clock))
     observer.happened("paused", reason="HTTP 429", until="2026-11-22T14:05:10+00:00")
@@ -143,7 +143,7 @@ def test_lines_go_on_in_a_long_pause():
 
 
 def test_a_bar_shows_until_when_a_pause_goes():
-    """Beside the numbers, until it is over."""
+    """Next to the numbers, until it is over."""
     tally, stream = ProgressCounter(), io.StringIO()
     bar = ProgressBar(tally, stream)
     observer = ObserverGroup(tally, bar)
@@ -178,7 +178,7 @@ def test_plain_lines_come_every_thirty_seconds():
 
 
 def test_plain_lines_come_while_jobs_are_only_waited_for():
-    """Nothing ends for ten minutes: a line every thirty seconds says what it is that lasts so long."""
+    """Nothing ends for ten minutes: a line every thirty seconds says what the run waits for."""
     clock, tally, stream = Clock(), ProgressCounter(), io.StringIO()
     observer = ObserverGroup(tally, PlainLines(tally, stream, clock=clock))
     for second in range(0, 600, 2):
@@ -207,14 +207,14 @@ def test_plain_lines_as_json_say_what_is_waited_for():
 
 @pytest.mark.parametrize("action", ["paused", "stopping", "unreachable", "warning"])
 def test_what_a_person_has_to_know_is_said_at_once(action):
-    """In words, whatever the time."""
+    """As text, at any time."""
     stream = io.StringIO()
     PlainLines(ProgressCounter(), stream, clock=Clock()).happened(action, reason="HTTP 429")
     assert stream.getvalue() == f"{action}: HTTP 429\n"
 
 
 def test_plain_lines_can_be_json():
-    """For machines: the action, the sentence and the counts."""
+    """The action, the message and the counts."""
     tally, stream = ProgressCounter(), io.StringIO()
     observer = ObserverGroup(tally, PlainLines(tally, stream, as_json=True, clock=Clock()))
     ran(observer)
@@ -226,7 +226,7 @@ def test_plain_lines_can_be_json():
 
 
 def test_a_bar_counts_what_was_done_before():
-    """It starts where the last run ended, moves for each end, and writes notices above itself."""
+    """It starts where the last run ended, advances for each end, and writes notices above itself."""
     tally, stream = ProgressCounter(), io.StringIO()
     bar = ProgressBar(tally, stream)
     observer = ObserverGroup(tally, bar)
@@ -241,7 +241,7 @@ def test_a_bar_counts_what_was_done_before():
 
 
 def test_a_bar_that_was_never_drawn_is_closed_without_harm():
-    """A run that ends before it begins."""
+    """A run may end before it begins."""
     bar = ProgressBar(ProgressCounter(), io.StringIO())
     bar.happened("done")
     bar.close()
@@ -278,7 +278,7 @@ def test_the_log_is_appended_over_all_sessions(tmp_path):
 
 
 def test_a_line_that_was_cut_off_does_not_swallow_the_next(tmp_path):
-    """A full disk may have ended in the middle of one."""
+    """A full disk may have cut the previous line."""
     path = tmp_path / "log.jsonl"
     path.write_text('{"action": "done"}\n{"acti')
     with JsonLog(path) as log:
@@ -296,7 +296,7 @@ UNTIL = 1_795_356_310.0
     [
         (PAUSED, UNTIL),
         (PAUSED + '{"action":"done","job":"1"}\n' * 50_000, UNTIL),
-        (PAUSED + '{"action":"failed","message":"\\"resumed\\", he said"}\n', UNTIL),
+        (PAUSED + '{"action":"failed","message":"\\"resumed\\", it says"}\n', UNTIL),
         (PAUSED + '{"action":"resumed"}\n', None),
         (PAUSED + '{"action":"session","number":2}\n', None),
         (PAUSED + '{"action":"resumed"}\n' + PAUSED + '{"action":"pau', UNTIL),
@@ -307,7 +307,7 @@ UNTIL = 1_795_356_310.0
     ],
 )
 def test_the_pause_that_holds_is_read_from_the_log(tmp_path, text, until):
-    """The last one of the last session, where nothing ended it."""
+    """The last pause of the last session, unless it has ended."""
     path = tmp_path / "log.jsonl"
     path.write_text(text)
     assert pause_in(path, UNTIL - 60) == until
@@ -316,7 +316,7 @@ def test_the_pause_that_holds_is_read_from_the_log(tmp_path, text, until):
 
 
 def test_a_pause_is_in_the_log_at_once(tmp_path):
-    """It may be the last that happens for an hour."""
+    """It may be the last event for an hour."""
     with JsonLog(tmp_path / "log.jsonl") as log:
         log.happened("done", job="1")
         log.happened("paused", reason="HTTP 429", until="2026-11-22T14:05:10+00:00")
@@ -324,13 +324,13 @@ def test_a_pause_is_in_the_log_at_once(tmp_path):
 
 
 def test_a_log_that_cannot_be_opened_is_said(tmp_path):
-    """With its name."""
+    """With its path."""
     with pytest.raises(StorageError, match=r"log\.jsonl cannot be written"):
         JsonLog(tmp_path / "no folder" / "log.jsonl").__enter__()
 
 
 def test_a_full_disk_does_not_end_the_run_through_the_log():
-    """The journal notices it too, and stops the run with a sentence; the log falls silent."""
+    """The journal notices it too, and stops the run with a reason; the log just ends."""
     full = Path("/dev/full")
     if not full.exists():
         pytest.skip("this system has no /dev/full")

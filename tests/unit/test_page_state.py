@@ -1,4 +1,4 @@
-"""What the page is told of a request."""
+"""The JSON state of the web page."""
 
 from __future__ import annotations
 
@@ -47,28 +47,28 @@ def card(*given, view=None, **changes):
         (None, "waiting", None),
     ],
 )
-def test_a_live_request_stands_where_the_queue_says(view, state, position):
-    """Between its acceptance and its place in the queue it waits."""
+def test_a_live_request_has_the_queue_s_state(view, state, position):
+    """A request that is accepted but not queued yet is shown as waiting."""
     shown = card(view=view)
     assert (shown["state"], shown["position"]) == (state, position)
 
 
 @pytest.mark.parametrize(("status", "state"), [(200, "done"), (422, "failed"), (500, "failed"), (499, "cancelled")])
-def test_an_ended_request_says_how(status, state):
-    """A cancelled one is not called failed."""
+def test_an_ended_request_has_its_outcome(status, state):
+    """A cancelled request is not shown as failed."""
     assert card(status=status, payload={"detail": "why"})["state"] == state
 
 
-def test_a_result_shows_its_own_images_and_the_seed_that_was_used():
-    """Seeds are text: JavaScript's numbers end at 2^53. An image elsewhere is none that the page may load."""
+def test_a_result_contains_its_images_and_seed():
+    """Seeds are strings, because JavaScript's integers end at 2^53. Images on other servers are omitted."""
     images = [{"url": "/files/cd/cde.png", "width": 4, "height": 3}, {"url": "https://elsewhere.example/x.png"}]
     shown = card(status=200, payload={"images": images, "seed": 2**63 - 1})
     assert shown["images"] == [{"image": "/files/cd/cde.png", "width": 4, "height": 3}]
     assert shown["seed"] == str(2**63 - 1)
 
 
-def test_images_that_belong_to_the_answer_alone_are_not_listed():
-    """`sync_mode`: not kept in any history."""
+def test_sync_mode_images_are_not_listed():
+    """`sync_mode` images are not listed."""
     assert card(status=200, payload={"images": [{"url": "/files/cd/cde.png"}]}, inline=True)["images"] == []
 
 
@@ -78,43 +78,43 @@ def test_images_that_belong_to_the_answer_alone_are_not_listed():
         ("/files/ab/abc.png", {"image": "/files/ab/abc.png", "name": "abc.png"}),
         ("https://old-host:1/files/ab/abc.png", {"image": "/files/ab/abc.png", "name": "abc.png"}),
         ("https://images.example/cat.png?token=secret", {"image": None, "name": "images.example"}),
-        ("data:image/png;base64,###", {"image": None, "name": "broken data URI"}),
+        ("data:image/png;base64,###", {"image": None, "name": "invalid data URI"}),
         ("http://[", {"image": None, "name": "http://["}),
         (7, {"image": None, "name": "no image"}),
         (None, {"image": None, "name": "no image"}),
     ],
 )
-def test_a_source_elsewhere_is_named_by_its_host(url, source):
-    """Never with its query, which may hold somebody's token, and never as something to load."""
+def test_a_source_on_another_server_is_shown_by_host(url, source):
+    """Only the host is shown, never the query, which may contain a token, and nothing is loaded."""
     assert card({**BODY, "image_url": url})["source"] == source
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{", b'{"prompt": 7, "seed": true, "strength": {}, "image_url": []}'])
-def test_nonsense_that_was_accepted_is_listed_all_the_same(body):
-    """Inputs are judged when they are executed: anything that was a JSON object may stand here."""
+def test_an_accepted_invalid_input_is_listed(body):
+    """Inputs are validated on execution, so that any JSON object may be listed."""
     shown = card(body=body)
     assert (shown["prompt"], shown["seed"], shown["settings"]) == ("", None, {})
 
 
-def test_an_input_too_long_to_be_listed_is_left_out():
-    """The store hands over None for it."""
+def test_a_long_input_is_omitted():
+    """The store returns None for it."""
     assert card(body=None)["prompt"] == ""
 
 
 def test_texts_are_bounded():
-    """A prompt of a megabyte does not go to every page each second."""
+    """A prompt of a megabyte is not sent to every page each second."""
     assert len(card({**BODY, "prompt": "x" * 10_000})["prompt"]) == TEXT_LIMIT + 1
 
 
-def test_a_failure_says_why_in_words():
-    """Both of the wire's error families."""
+def test_a_failure_has_its_message():
+    """The text is read from both error families."""
     detail = [{"loc": ["body", "strength"], "msg": "too strong", "type": "less_than_equal"}]
     assert card(status=422, payload={"detail": detail})["error"] == "strength: too strong"
     assert card(status=500, payload={"detail": "died"})["error"] == "died"
 
 
-def test_the_numbers_are_the_tally_s():
-    """Counts since the start and the last minute by second."""
+def test_the_numbers_are_the_counters():
+    """Counts since the start, and the last minute by second."""
     tally = ServerStats()
     tally.ended(CompletedRequest("r1", "fal-ai/flux", 99.0, 200, b"{}"))
     shown = numbers(tally, waiting=3, running=2, now=100.0)

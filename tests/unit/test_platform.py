@@ -1,4 +1,4 @@
-"""The platform API's shapes: what one role writes the other reads, and what is refused."""
+"""The platform API's formats: round trips between server and client, and invalid input."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ def query_of(call):
     ),
     st.one_of(st.none(), st.text("abc=", min_size=1)),
 )
-def test_a_page_that_the_server_writes_is_the_page_that_the_client_reads(items, cursor):
-    """To the microsecond; only `started_at`, which is required, is filled in where there is none."""
+def test_the_client_reads_the_server_s_page(items, cursor):
+    """The page is equal to the microsecond, except that the required `started_at` is filled in."""
     page = read_listing(listing_reply(items, cursor, payloads=True))
     assert page.next_cursor == cursor
     for sent, read in zip(items, page.items, strict=True):
@@ -87,7 +87,7 @@ def test_a_page_that_the_server_writes_is_the_page_that_the_client_reads(items, 
 
 
 def test_an_item_has_the_documented_members_and_no_empty_ones():
-    """Payloads only where they were asked for and kept; `duration` is the whole time, waiting included."""
+    """Payloads only if requested and stored; `duration` includes the waiting time."""
     item = Listed(ID, APP_ID, NOW, NOW + 1, NOW + 3, 200, {"seed": 1}, {"seed": 2})
     (plain,) = read_object(listing_reply([item], None, payloads=False).body)["items"]
     assert plain == {
@@ -119,14 +119,14 @@ def test_an_item_has_the_documented_members_and_no_empty_ones():
         {"items": [], "has_more": True},
     ],
 )
-def test_a_listing_without_the_documented_shape_is_malformed(body):
-    """Nothing may be concluded from it."""
+def test_a_listing_in_another_format_is_malformed(body):
+    """A malformed page proves nothing."""
     with pytest.raises(Malformed):
         read_listing(json_reply(200, body))
 
 
-def test_the_server_reads_what_the_client_asks():
-    """The client's call is a question that the server understands, instants to the microsecond."""
+def test_the_server_parses_the_client_s_query():
+    """The server parses the client's call, times to the microsecond."""
     call = listing_call(FAL, APP_ID, start=NOW - 1.5, end=NOW, cursor=cursor_of(7))
     assert call.url.startswith("https://api.fal.ai/v1/models/requests/by-endpoint?")
     asked = read_listing_query(query_of(call), NOW + 99)
@@ -135,7 +135,7 @@ def test_the_server_reads_what_the_client_asks():
 
 
 def test_a_listing_query_has_defaults():
-    """The last day, 50 a page, by their end; 90 days where one request is named."""
+    """The last day, 50 per page, sorted by end; 90 days for a single request."""
     asked = read_listing_query([APP], NOW)
     assert (asked.start, asked.end, asked.limit, asked.page, asked.payloads) == (NOW - DAY, NOW, 50, 1, False)
     assert (asked.sort_by, asked.outcome, asked.request_id) == (SortBy.ENDED_AT, None, None)
@@ -143,8 +143,8 @@ def test_a_listing_query_has_defaults():
     assert (one.start, one.request_id) == (NOW - 90 * DAY, ID)
 
 
-def test_ids_may_be_repeated_or_have_commas_between_them():
-    """Both, and each counts once; dates may lack time and zone; unknown parameters are passed over."""
+def test_ids_may_be_repeated_or_comma_separated():
+    """Ids are deduplicated; dates may lack time and zone; unknown parameters are ignored."""
     asked = read_listing_query(
         [
             ("endpoint_id", "a/b, c/d"),
@@ -185,22 +185,22 @@ def test_ids_may_be_repeated_or_have_commas_between_them():
         ([APP, ("cursor", "2")], "cursor = .*next_cursor"),
     ],
 )
-def test_a_wrong_parameter_is_named(query, words):
-    """What is wrong, the value, and what there is."""
+def test_an_invalid_parameter_is_named(query, words):
+    """The message contains the parameter, its value and what is allowed."""
     with pytest.raises(Malformed, match=words):
         read_listing_query(query, NOW)
 
 
 @given(st.integers(1, 10**9))
 def test_a_cursor_is_a_page_number(page):
-    """In base64, as fal's example `Mg==` for page 2."""
+    """The page number in base64, as in fal's example `Mg==` for page 2."""
     assert read_listing_query([APP, ("cursor", cursor_of(page))], NOW).page == page
     assert cursor_of(2) == "Mg=="
 
 
 @given(st.lists(st.tuples(st.sampled_from(["endpoint_id", "start", "end", "limit", "cursor", "status"]), st.text())))
-def test_no_query_string_is_a_surprise(query):
-    """It is read or it is malformed."""
+def test_any_query_string_is_parsed_or_malformed(query):
+    """Any query string is parsed or Malformed."""
     for read in (read_listing_query, read_billing_query):
         try:
             asked = read(query, NOW)
@@ -214,7 +214,7 @@ def test_no_query_string_is_a_surprise(query):
 
 
 def test_a_billing_query_has_defaults_and_bounds():
-    """The last day of everything; 90 days at most."""
+    """The default is the last day, the maximum 90 days."""
     asked = read_billing_query([], NOW)
     assert (asked.start, asked.end, asked.apps, asked.request_ids) == (NOW - DAY, NOW, (), ())
     assert (asked.limit, asked.offset) == (BILLING_LIMIT, 0)
@@ -227,7 +227,7 @@ def test_a_billing_query_has_defaults_and_bounds():
 
 @given(st.floats(0, 1e4), st.floats(0, 10))
 def test_a_billing_event_adds_up(units, price):
-    """Subtotal less discount is the total, which is the nano dollars."""
+    """Subtotal minus discount is the total, which equals the nano dollars."""
     (event,) = read_object(billing_reply([Charge(ID, APP_ID, NOW, units, price)], None).body)["billing_events"]
     assert event["cost_subtotal"] - event["cost_discount"] == event["cost_total"]
     assert event["cost_total"] == event["cost_estimate_nano_usd"] / 1e9
@@ -235,8 +235,8 @@ def test_a_billing_event_adds_up(units, price):
     assert (event["output_units"], event["unit_price"], event["percent_discount"]) == (units, price, None)
 
 
-def test_the_price_that_the_server_names_is_the_price_that_the_client_reads():
-    """By the megapixel, in US dollars."""
+def test_the_client_reads_the_server_s_price():
+    """The price is per megapixel, in US dollars."""
     assert read_pricing_query(query_of(pricing_call(FAL, APP_ID))) == (APP_ID,)
     assert read_price(pricing_reply({APP_ID: 0.03}), APP_ID) == (0.03, "megapixels")
     with pytest.raises(Malformed, match="no price in USD"):
@@ -245,8 +245,8 @@ def test_the_price_that_the_server_names_is_the_price_that_the_client_reads():
         read_pricing_query([])
 
 
-def test_an_estimate_is_read_in_both_kinds():
-    """Units of what is billed, or calls."""
+def test_both_kinds_of_estimate_are_parsed():
+    """Billing units, or calls."""
     units = {"estimate_type": "unit_price", "endpoints": {APP_ID: {"unit_quantity": 1.5}}}
     assert read_estimate(orjson.dumps(units)) == (EstimateKind.UNIT_PRICE, {APP_ID: 1.5})
     calls = {
@@ -281,8 +281,8 @@ def test_an_estimate_is_read_in_both_kinds():
         ('{"estimate_type": "historical_api_price", "endpoints": {"a/b": {"unit_quantity": 1}}}', "call_quantity"),
     ],
 )
-def test_an_estimate_without_the_documented_shape_is_malformed(body, words):
-    """It says what is missing."""
+def test_an_estimate_in_another_format_is_malformed(body, words):
+    """The message contains what is missing or invalid."""
     with pytest.raises(Malformed, match=words):
         read_estimate(body.encode())
 
@@ -306,21 +306,21 @@ def test_an_estimate_without_the_documented_shape_is_malformed(body, words):
     ],
 )
 def test_the_documented_models_describe_the_replies(model, reply):
-    """A reply has every required field and no other field than those of its model."""
+    """A reply has every required field of its model and no other fields."""
     body = read_object(reply.body)
     assert model.model_validate(body).model_dump(exclude_unset=True) == body
 
 
-def test_an_error_has_the_platform_s_own_shape():
-    """With a request id where there is one; the header carries it too."""
+def test_an_error_has_the_platform_s_format():
+    """With a request id, if any, also in the header."""
     reply = platform_error_reply(400, PlatformError.VALIDATION, "limit", ID)
     assert (reply.status, reply.headers["x-fal-request-id"]) == (400, ID)
     assert read_object(reply.body) == {"error": {"type": "validation_error", "message": "limit", "request_id": ID}}
     assert read_object(meta_reply(["127.0.0.1/32"]).body) == {"webhook_ip_ranges": ["127.0.0.1/32"]}
 
 
-def test_a_version_7_id_tells_when_it_was_made():
-    """To the millisecond; other ids tell nothing."""
+def test_a_version_7_id_contains_its_time():
+    """The time is exact to the millisecond; other ids have none."""
     assert minted_at(uuid7(NOW, 12345)) == NOW
     assert minted_at("6ba7b810-9dad-41d1-80b4-00c04fd430c8") is None
     assert minted_at("x") is None

@@ -16,14 +16,16 @@ from batch.run.poll_schedule import JobTimings, PollSchedule
 seconds = st.floats(0, 1e4)
 
 
-def polled(times: PollSchedule, duration: float, *, tells: bool = True, queued: float = 0.0) -> tuple[int, float]:
-    """Reads of one job that takes so long, and how late its end was noticed. `tells`: the service's inference time."""
+def polled(
+    times: PollSchedule, duration: float, *, with_inference: bool = True, queued: float = 0.0
+) -> tuple[int, float]:
+    """Return the reads of one job of this duration, and how late its end was noticed."""
     timings, reads = JobTimings(), 0
     while True:
         age = times.due(timings)
         reads += 1
         if age >= duration:
-            timings.inference = timings.executed = duration - queued if tells else None
+            timings.inference = timings.executed = duration - queued if with_inference else None
             times.took(timings, age)
             return reads, age - duration
         times.pending(timings, age, queued=age < queued, position=None)
@@ -39,7 +41,7 @@ def means(pairs) -> tuple[float, float]:
     st.none() | st.tuples(st.floats(0, 1e6), st.booleans(), st.none() | st.integers(0, 10**6)),
 )
 def test_a_poll_time_is_within_its_bounds(finished, read):
-    """Never more than ten seconds after the last read unless its turn is far off, never a busy loop."""
+    """At most ten seconds after the last read unless its turn is far off, and never a busy loop."""
     times = PollSchedule()
     for unfinished, noticed, inference in finished:
         timings = JobTimings()
@@ -61,20 +63,22 @@ def test_a_poll_time_is_within_its_bounds(finished, read):
     )
 
 
-@pytest.mark.parametrize("tells", [True, False])
+@pytest.mark.parametrize("with_inference", [True, False])
 @pytest.mark.parametrize("duration", [0.2, 2.0, 6.0, 40.0])
-def test_jobs_of_one_length_need_few_reads_and_are_noticed_soon(duration, tells):
-    """After some of them; fewer where the service says for how long it executed."""
+def test_jobs_of_one_length_need_few_reads_and_are_noticed_soon(duration, with_inference):
+    """After some ended jobs; fewer reads if the service reports inference times."""
     times, rng = PollSchedule(), Random(3)
     for _ in range(200):
-        polled(times, duration * rng.uniform(0.95, 1.05), tells=tells)
-    reads, late = means(polled(times, duration * rng.uniform(0.95, 1.05), tells=tells) for _ in range(200))
-    assert reads < (3.2 if tells else 3.5) + duration / PollSchedule.LONGEST
+        polled(times, duration * rng.uniform(0.95, 1.05), with_inference=with_inference)
+    reads, late = means(
+        polled(times, duration * rng.uniform(0.95, 1.05), with_inference=with_inference) for _ in range(200)
+    )
+    assert reads < (3.2 if with_inference else 3.5) + duration / PollSchedule.LONGEST
     assert late < max(0.02, 0.05 * duration)
 
 
 def test_a_service_that_always_takes_the_same_is_read_once():
-    """And noticed within a hundredth."""
+    """And noticed within 1%."""
     times = PollSchedule()
     for _ in range(200):
         polled(times, 5.0)
@@ -82,22 +86,22 @@ def test_a_service_that_always_takes_the_same_is_read_once():
     assert (reads, late < 0.05) == (1, True)
 
 
-@pytest.mark.parametrize("tells", [True, False])
+@pytest.mark.parametrize("with_inference", [True, False])
 @pytest.mark.parametrize(("before", "after"), [(6.0, 1.0), (1.0, 6.0), (40.0, 2.0)])
-def test_poll_times_follow_a_service_that_changes(before, after, tells):
-    """A service that becomes faster or slower is believed within 400 jobs."""
+def test_poll_times_follow_a_service_that_changes(before, after, with_inference):
+    """A faster or slower service is learned within 400 jobs."""
     times, rng = PollSchedule(), Random(3)
     for _ in range(300):
-        polled(times, before * rng.uniform(0.9, 1.1), tells=tells)
+        polled(times, before * rng.uniform(0.9, 1.1), with_inference=with_inference)
     for _ in range(400):
-        polled(times, after * rng.uniform(0.9, 1.1), tells=tells)
-    reads, late = means(polled(times, after * rng.uniform(0.9, 1.1), tells=tells) for _ in range(20))
+        polled(times, after * rng.uniform(0.9, 1.1), with_inference=with_inference)
+    reads, late = means(polled(times, after * rng.uniform(0.9, 1.1), with_inference=with_inference) for _ in range(20))
     assert reads < 5
     assert late < 0.15 * after
 
 
 def test_in_a_mixture_the_fast_jobs_do_not_wait_for_the_slow_ones():
-    """Cached answers in 0.1 s among real ones in 8 s: each kind is met where it ends."""
+    """Cached answers in 0.1 s among real ones in 8 s: each kind is read at its end."""
     times = PollSchedule()
     found = [polled(times, 0.1 if n % 2 else 8.0) for n in range(400)][100:]
     assert means(found)[0] < 4
@@ -106,14 +110,14 @@ def test_in_a_mixture_the_fast_jobs_do_not_wait_for_the_slow_ones():
 
 
 def test_in_a_mixture_of_a_silent_service_the_fast_jobs_wait_for_half_of_the_slow_ones_at_most():
-    """Without inference times what was noticed late looks slow."""
+    """Without inference times a late read looks like a slow job."""
     times = PollSchedule()
-    found = [polled(times, 0.1 if n % 2 else 8.0, tells=False) for n in range(400)][100:]
+    found = [polled(times, 0.1 if n % 2 else 8.0, with_inference=False) for n in range(400)][100:]
     assert means(found[1::2])[1] < 4.0
 
 
 def test_only_who_nearly_always_finds_an_end_is_sure():
-    """Twenty five in a row are enough, four in vain are enough to doubt it, and half of them never are."""
+    """Twenty-five hits in a row are enough, four misses are enough to lose it, and a share of one half never is."""
     times = PollSchedule()
     for n in range(26):
         assert not times.sure or n > 20
@@ -129,7 +133,7 @@ def test_only_who_nearly_always_finds_an_end_is_sure():
 
 
 def test_what_is_queued_is_not_read_before_it_can_have_ended():
-    """A read that says IN_QUEUE rules out an end for as long as an execution takes at least."""
+    """After IN_QUEUE a job cannot end before the shortest execution time has passed."""
     times = PollSchedule()
     for _ in range(50):
         polled(times, 5.0)
@@ -141,7 +145,7 @@ def test_what_is_queued_is_not_read_before_it_can_have_ended():
 
 
 def test_a_job_is_overdue_after_ten_times_the_usual_duration_and_ten_minutes_at_least():
-    """The middle of what is known; a few slow ones change nothing."""
+    """Based on the median; a few slow jobs change nothing."""
     times = PollSchedule()
     assert times.overdue(JobTimings()) == 600.0
     for _ in range(20):
@@ -155,7 +159,7 @@ def test_a_job_is_overdue_after_ten_times_the_usual_duration_and_ten_minutes_at_
 
 
 def test_an_overdue_job_is_looked_at_later_and_later():
-    """Half as much later as it is old, half an hour at most; counted again from when its status cannot be read."""
+    """The interval is half of its age, at most half an hour; restarted when its status becomes unreadable."""
     times, timings, ages = PollSchedule(), JobTimings(), []
     for _ in range(9):
         ages.append(times.overdue(timings))
@@ -170,7 +174,7 @@ def test_an_overdue_job_is_looked_at_later_and_later():
 
 
 def test_an_implausibly_large_place_is_looked_at_every_ten_minutes():
-    """Places are the service's word: a million billion would be waited for without end."""
+    """Positions may be wrong: a position of a million billion must not cause an endless wait."""
     times = PollSchedule()
     for _ in range(50):
         polled(times, 5.0)
@@ -180,7 +184,7 @@ def test_an_implausibly_large_place_is_looked_at_every_ten_minutes():
 
 
 def test_a_place_in_a_long_queue_foretells_the_turn():
-    """Accepted at place 300, after 10 s at 290: 290 s to go; it is looked at half way, not every ten seconds."""
+    """Accepted at place 300, after 10 s at 290: 290 s to go; it is read half way, not every ten seconds."""
     times = PollSchedule()
     for _ in range(50):
         polled(times, 5.0)
@@ -188,12 +192,12 @@ def test_a_place_in_a_long_queue_foretells_the_turn():
     times.pending(timings, 10.0, queued=True, position=290)
     assert timings.starts_at == pytest.approx(300.0)
     assert times.due(timings) == pytest.approx(155.0)
-    times.pending(timings, 155.0, queued=True, position=290)  # it stands still: what was foretold no longer holds long
+    times.pending(timings, 155.0, queued=True, position=290)  # no progress: the prediction is soon dropped
     assert times.due(timings) <= 155.0 + 72.5
 
 
 def test_a_place_that_grows_foretells_nothing():
-    """Others may be let in before; then it is read as usual."""
+    """Other jobs may overtake it; then it is read as usual."""
     times = PollSchedule()
     for _ in range(50):
         polled(times, 5.0)
@@ -204,7 +208,7 @@ def test_a_place_that_grows_foretells_nothing():
 
 
 def test_knowing_nothing_all_jobs_together_feel_for_the_first_end():
-    """No two are read at the same age, and the steps are finer than any one of them could afford."""
+    """No two jobs are read at the same age, and the steps are finer than a single job could afford."""
     times = PollSchedule()
     ages = [times.due(JobTimings()) for _ in range(100)]
     assert ages[0] == PollSchedule.FIRST
@@ -226,7 +230,7 @@ def test_knowing_nothing_a_queued_job_leaves_the_feeling_to_those_that_run():
 
 
 def test_jobs_of_an_earlier_run_do_not_take_part_in_the_feeling():
-    """They are hours old: those that are new would be read hours late."""
+    """They are hours old, and would delay the reads of new jobs by hours."""
     times = PollSchedule()
     for _ in range(100):
         old = JobTimings(resumed=True)
@@ -238,11 +242,11 @@ def test_jobs_of_an_earlier_run_do_not_take_part_in_the_feeling():
 def test_no_schedule_of_reads_meets_both_bars_of_a_log_normal_service_in_five_reads():
     """Sigma 0.6: to notice 95 % within 12 % of their time, and half within 4 %, takes more than eight reads a job.
 
-    A schedule is a density of reads: r(z) is the gap to the next one as a share of the age, at z standard deviations.
-    A job that ends there is noticed within a share s with probability min(1, s / r), and all that have not ended are
-    read. So each dz costs sigma x (1 - Phi(z)) / r reads, the more for each end the fewer end there: the cheapest way
-    to 95 % leaves the first 5 % alone and reads all others at r = 0.12. That costs this integral, before the half is
-    seen to.
+    A schedule is a density of reads: r(z) is the interval to the next read as a share of the age, at z standard
+    deviations. A job that ends there is noticed within a share s with probability min(1, s / r), and all jobs that have
+    not ended are read. So each dz costs sigma x (1 - Phi(z)) / r reads, and more per end where fewer jobs end: the
+    cheapest way to 95 % skips the first 5 % and reads all others at r = 0.12. That costs this integral, without the
+    second condition.
     """
     sigma, share, first = 0.6, 0.12, -1.645
     density = math.exp(-(first**2) / 2) / math.sqrt(2 * math.pi)

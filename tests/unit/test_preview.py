@@ -1,4 +1,4 @@
-"""The preview's decisions and filters: which style, which light, how much, and the same again."""
+"""Style selection, filters, grading and reproducibility of the preview."""
 
 import hashlib
 
@@ -14,7 +14,7 @@ from batch.server.engines.preview.wording import Scene, Style, scene_of, style_o
 
 @pytest.fixture(scope="module")
 def image():
-    """A colourful 160x224 scene with shapes, BGR."""
+    """A colourful BGR scene with shapes, 160x224."""
     y, x = np.mgrid[0:160, 0:224].astype(np.float32)
     scene = np.stack([x, 255 - y, (x + y) / 2], -1)
     scene[(x - 120) ** 2 + (y - 80) ** 2 < 50**2] = (40, 60, 220)
@@ -43,7 +43,7 @@ PROMPTS = {
 
 @pytest.mark.parametrize("style", Style)
 def test_style_is_chosen_by_words_in_the_prompt(style):
-    """Each style has words that lead to it, in any case."""
+    """The words of each style select it, in upper and lower case."""
     assert style_of(PROMPTS[style]) is style
 
 
@@ -52,19 +52,19 @@ def test_style_is_chosen_by_words_in_the_prompt(style):
     [("a street by night", Scene.NIGHT), ("deep snow", Scene.WINTER), ("a wizard", Scene.MAGIC), ("a chair", None)],
 )
 def test_scene_is_chosen_by_words_in_the_prompt(prompt, scene):
-    """Light and colour follow the scene; no scene word, no scene."""
+    """A scene word selects its scene; without one there is no scene."""
     assert scene_of(prompt) is scene
 
 
 @pytest.mark.parametrize("prompt", ["a boiling pot", "drinking tea", "a nice price", "ascetic monk"])
 def test_words_inside_other_words_choose_nothing(prompt):
-    """`oil` in boiling, `ink` in drinking, `ice` in nice are not meant."""
+    """`oil` in boiling, `ink` in drinking and `ice` in nice do not match."""
     assert (style_of(prompt), scene_of(prompt)) == (Style.PAINTERLY, None)
 
 
 @pytest.mark.parametrize("style", Style)
 def test_each_style_repeats_itself_and_varies_with_the_seed(style, image):
-    """Same seed and input, same pixels; another seed, other pixels; and never just the source."""
+    """The same seed and input give the same pixels, another seed gives others, and neither equals the source."""
     prompt = PROMPTS[style]
     first = restyled(image, prompt, 7, 0.95, 3.5)
     assert first.dtype == np.uint8
@@ -77,37 +77,37 @@ def test_each_style_repeats_itself_and_varies_with_the_seed(style, image):
 @pytest.mark.parametrize("style", Style)
 @pytest.mark.parametrize("shape", [(16, 16), (256, 48), (33, 1000)])
 def test_each_style_takes_any_shape_and_flat_images(style, shape):
-    """Tiny, narrow and featureless images come out in their own size."""
+    """Tiny, narrow and featureless images keep their size."""
     flat = np.full((*shape, 3), 128, np.uint8)
     assert restyled(flat, PROMPTS[style], 0, 1.0, 20.0).shape == flat.shape
 
 
 SHIFTS = (0, 16, 32, 48)
-"""Where arrays begin, in bytes behind a multiple of 64: malloc gives any multiple of 16, as the heap happens to be."""
+"""Offsets of arrays from a multiple of 64 bytes: malloc may return any multiple of 16."""
 
 
 @pytest.fixture
 def as_in_a_worker():
-    """OpenCV as `open_renderer` sets it up; afterwards as it was."""
+    """Configure OpenCV as `open_renderer` does, and restore it afterwards."""
     before = cv2.getNumThreads(), cv2.ocl.useOpenCL(), cv2.ipp.useIPP()
     open_renderer()
     yield
-    for put_back, value in zip((cv2.setNumThreads, cv2.ocl.setUseOpenCL, cv2.ipp.setUseIPP), before, strict=True):
-        put_back(value)
+    for restore, value in zip((cv2.setNumThreads, cv2.ocl.setUseOpenCL, cv2.ipp.setUseIPP), before, strict=True):
+        restore(value)
 
 
-def lying(values, shift):
-    """A copy that begins `shift` bytes behind a multiple of 64."""
-    room = np.empty(values.nbytes + 128, np.uint8)
-    begin = -room.ctypes.data % 64 + shift
-    copy = room[begin : begin + values.nbytes].view(values.dtype).reshape(values.shape)
+def realigned(values, shift):
+    """Return a copy that starts `shift` bytes after a multiple of 64."""
+    buffer = np.empty(values.nbytes + 128, np.uint8)
+    begin = -buffer.ctypes.data % 64 + shift
+    copy = buffer[begin : begin + values.nbytes].view(values.dtype).reshape(values.shape)
     copy[...] = values
     return copy
 
 
 @pytest.mark.parametrize("style", Style)
 def test_the_same_numbers_come_out_wherever_the_arrays_lie(style, image, as_in_a_worker, monkeypatch):
-    """Every call of OpenCV gives the same bits for its arrays at any address, not only the same final pixels."""
+    """Every call of OpenCV, not only the final image, returns the same bits for arrays at any address."""
     calls = ("GaussianBlur", "LUT", "Sobel", "bilateralFilter", "blur", "copyMakeBorder", "cvtColor", "divide")
     calls += ("distanceTransformWithLabels", "filter2D", "kmeans", "magnitude", "morphologyEx", "remap", "resize")
     originals = {name: getattr(cv2, name) for name in calls}
@@ -117,7 +117,7 @@ def test_the_same_numbers_come_out_wherever_the_arrays_lie(style, image, as_in_a
         trail: list[bytes] = []
 
         def put(values, shift=shift):
-            return lying(values, shift) if isinstance(values, np.ndarray) and values.ndim > 1 else values
+            return realigned(values, shift) if isinstance(values, np.ndarray) and values.ndim > 1 else values
 
         for name, original in originals.items():
 
@@ -135,46 +135,46 @@ def test_the_same_numbers_come_out_wherever_the_arrays_lie(style, image, as_in_a
 
 
 def test_every_style_has_a_filter():
-    """The table and the enumeration name the same styles."""
+    """The table of filters and the enumeration contain the same styles."""
     assert set(STYLES) == set(Style)
 
 
 @pytest.mark.parametrize("style", Style)
-def test_strength_leads_away_from_the_source(style, image):
-    """Small strength stays close to the input; more strength, more change."""
+def test_strength_increases_the_distance_from_the_source(style, image):
+    """A small strength stays close to the source; more strength gives more change."""
     away = [distance(restyled(image, PROMPTS[style], 3, s, 3.5), image) for s in (0.01, 0.3, 0.6, 0.95)]
     assert away[0] < 2
     assert away == sorted(away)
 
 
 def test_guidance_has_a_mild_effect(image):
-    """It changes the pixels, but far less than the style does."""
+    """Guidance changes the pixels, but less than the style does."""
     low, high = (restyled(image, "oil painting at night", 3, 0.95, g) for g in (1.0, 20.0))
     assert 0.5 < distance(low, high) < distance(low, image)
 
 
-def test_any_change_of_the_prompt_shows(image):
-    """Two prompts of the same style and scene are not the same image."""
+def test_any_change_of_the_prompt_changes_the_image(image):
+    """Two prompts with the same style and scene give different images."""
     one, other = (restyled(image, f"an oil painting of a {what}", 3, 0.95, 3.5) for what in ("cat", "dog"))
     assert distance(one, other) > 0.5
 
 
 def test_night_is_darker_and_winter_is_paler(image):
-    """The grade does what the word says."""
+    """The grading matches the name of the scene."""
     day = graded(image, None, Tint(0, 0), 1.0)
     assert graded(image, Scene.NIGHT, Tint(0, 0), 1.0).mean() < day.mean() - 20
     spread = np.ptp(graded(image, Scene.WINTER, Tint(0, 0), 1.0).astype(int), axis=-1).mean()
     assert spread < 0.75 * np.ptp(day.astype(int), axis=-1).mean()
 
 
-def test_no_amount_of_grading_is_no_grading(image):
-    """Amount 0 gives the image back, up to rounding."""
+def test_grading_with_amount_0_keeps_the_image(image):
+    """The result equals the input up to rounding."""
     assert distance(graded(image, Scene.FIRE, Tint(9, 9), 0.0), image) < 1.5
 
 
 @pytest.mark.parametrize("seed", [0, 2**63 - 1, 2**63 + 3])
-def test_random_fields_are_bounded_and_belong_to_seed_and_prompt(seed):
-    """Any seed is good for a generator; noise stays about within -1 and 1."""
+def test_random_fields_are_bounded_and_depend_on_seed_and_prompt(seed):
+    """Any integer is a valid seed; noise stays approximately within -1 and 1."""
     rng = generator(seed, "p")
     assert np.abs(clouds(rng, 40, 60, 5, 3)).max() < 1.6
     assert np.abs(grain(rng, 40, 60, 1.5)).max() <= 1

@@ -1,4 +1,4 @@
-"""One preview from source bytes to encoded images, in this process."""
+"""The preview renderer, from source bytes to encoded images, in this process."""
 
 import io
 
@@ -30,8 +30,8 @@ def render(job, steps=None, cancelled=lambda: False):
 
 
 @pytest.mark.parametrize("output_format", ["jpeg", "png"])
-def test_image_is_what_was_asked_for_and_says_that_no_model_ran(source, output_format):
-    """Format, type and size are true, and the file itself says that it is a preview."""
+def test_image_has_the_requested_format_and_says_that_no_model_ran(source, output_format):
+    """Format, type and size are correct, and the file's metadata says that it is a preview."""
     (loaded,) = render(job(source, output_format=output_format)).images
     image = Image.open(io.BytesIO(loaded.data))
     image.load()
@@ -44,42 +44,42 @@ def test_image_is_what_was_asked_for_and_says_that_no_model_ran(source, output_f
 
 
 def test_same_job_gives_the_same_bytes_and_another_seed_gives_others(source):
-    """Same input and seed, same bytes."""
+    """The bytes depend only on input and seed."""
     first = render(job(source)).images[0].data
     assert first == render(job(source)).images[0].data
     assert first != render(job(source, seed=6)).images[0].data
 
 
 def test_several_images_are_single_images_of_following_seeds(source):
-    """num_images n is n single images with seed + i; the first equals the n=1 result."""
+    """num_images n gives the n single images of seed + i."""
     result = render(job(source, num_images=3))
     alone = [render(job(source, seed=5 + i)).images[0].data for i in range(3)]
     assert [image.data for image in result.images] == alone
     assert result.seed == 5
 
 
-def test_nothing_is_said_about_content_that_nobody_checked(source):
-    """No safety checker ran: the list is empty, with the checker asked for or not."""
+def test_has_nsfw_concepts_is_empty_without_a_checker(source):
+    """The list is empty whether or not the request enables the safety checker."""
     for wanted in (True, False):
         assert render(job(source, enable_safety_checker=wanted)).has_nsfw_concepts == ()
 
 
 def test_timings_and_prompt_are_reported(source):
-    """Inference is in seconds, the prompt comes back as it was."""
+    """Inference is in seconds; the prompt is returned unchanged."""
     result = render(job(source))
     assert 0 < result.timings["inference"] < 60
     assert result.prompt == "a watercolor"
 
 
 def test_steps_are_counted_to_the_end(source):
-    """One for reading, two for each image."""
+    """One step for reading, two per image."""
     steps = [(0, 0)]
     render(job(source, num_images=2), steps)
     assert steps[1:] == [(i, 5) for i in range(1, 6)]
 
 
-def test_cancelled_job_stops_after_its_present_step(source):
-    """cancelled() is asked after each step."""
+def test_cancelled_job_stops_after_its_current_step(source):
+    """cancelled() is called after each step."""
     steps = [(0, 0)]
     with pytest.raises(EngineCancelled):
         render(job(source, num_images=4), steps, lambda: len(steps) > 2)
@@ -87,8 +87,8 @@ def test_cancelled_job_stops_after_its_present_step(source):
 
 
 @pytest.mark.parametrize("data", [None, b"", b"<html>"])
-def test_source_that_is_no_image_is_a_model_error(data):
-    """The failure is fal's image_load_error at image_url, 422."""
+def test_source_that_is_not_an_image_is_a_model_error(data):
+    """It raises fal's image_load_error for image_url, with status 422."""
     with pytest.raises(EngineFailure) as caught:
         render(job(data))
     assert (caught.value.status, caught.value.type) == (422, "image_load_error")
@@ -96,12 +96,12 @@ def test_source_that_is_no_image_is_a_model_error(data):
 
 
 def test_largest_seed_works_with_several_images(source):
-    """Seed + i may pass 2^63."""
+    """Seed + i may exceed 2^63."""
     result = render(job(source, seed=2**63 - 1, num_images=2))
     assert len({image.data for image in result.images}) == 2
 
 
-def test_job_without_a_seed_cannot_be_made():
-    """Who accepts a request draws its seed; an engine never does."""
+def test_job_without_a_seed_is_rejected():
+    """The endpoint draws missing seeds; an engine never does."""
     with pytest.raises(ValueError, match="no seed"):
         EngineJob("r1", ImageToImageInput(image_url="x", prompt="p"))

@@ -1,4 +1,4 @@
-"""The wire without a wire: what one role writes the other reads."""
+"""The wire protocol without I/O: each role reads what the other writes."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_every_path_form_in_the_field_is_understood(path, operation, app, reques
     ["", "/", "/flux", "/workflows/me", "//flux", f"/fal-ai/flux/requests/{ID}/logs", "/fal-ai/flux/requests//status"],
 )
 def test_a_path_that_is_none_of_the_queue_s_is_refused(path):
-    """Half an app id, an unknown ending, no request id."""
+    """An incomplete app id, an unknown suffix, no request id."""
     assert protocol.parse_path(path) is None
 
 
@@ -64,7 +64,7 @@ def test_a_path_that_the_client_builds_is_the_one_that_the_server_reads(operatio
 
 
 def test_an_accepted_reply_has_all_eight_fields_and_is_a_ticket():
-    """Python's client subscripts the URLs, JavaScript's wants logs and metrics."""
+    """Python's client subscripts the URLs, JavaScript's needs logs and metrics."""
     reply = protocol.accepted_reply(BASE, APP_ID, ID, 7)
     body = orjson.loads(reply.body)
     assert reply.status == 200
@@ -116,7 +116,7 @@ def test_a_cancel_answers_with_its_outcome(outcome, status):
 
 
 def test_a_request_error_is_read_back_with_its_type():
-    """Body and header say the same."""
+    """Body and header agree."""
     reply = protocol.request_error_reply(503, "runner_disconnected", "gone", ID)
     read = protocol.error_body_of(reply)
     assert (read.type, read.message, read.is_fal) == ("runner_disconnected", "gone", True)
@@ -125,7 +125,7 @@ def test_a_request_error_is_read_back_with_its_type():
 
 
 def test_a_model_error_is_read_back_with_its_first_type_and_all_messages():
-    """`detail` is a list; the field stands before the message."""
+    """`detail` is a list; the message is prefixed with the field."""
     errors = [{"loc": ["body", "strength"], "msg": "too large", "type": "less_than_equal"}, {"loc": [], "msg": "odd"}]
     read = protocol.error_body_of(protocol.model_error_reply(422, errors, ID))
     assert (read.type, read.message) == ("less_than_equal", "strength: too large; odd")
@@ -133,7 +133,7 @@ def test_a_model_error_is_read_back_with_its_first_type_and_all_messages():
 
 @pytest.mark.parametrize("body", [b"", b"<html>nginx</html>", b"[]", b"\xff\xfe", b'{"detail": 5}'])
 def test_a_foreign_error_page_says_nothing_about_the_job(body):
-    """Never raises, and is not taken for fal's."""
+    """Never raises, and does not count as fal's."""
     assert not protocol.error_body_of(Reply(502, body)).is_fal
 
 
@@ -141,7 +141,7 @@ def test_a_foreign_error_page_says_nothing_about_the_job(body):
     "body", [b"", b"[]", b"{}", b'{"request_id": 5}', b'{"request_id": "../../etc"}', b'{"request_id": ""}']
 )
 def test_a_submit_answer_without_a_usable_id_is_malformed(body):
-    """Whether the job was accepted is then unknown, and the caller has to know that."""
+    """It is then unknown whether the job was accepted, and the caller must know that."""
     with pytest.raises(Malformed):
         protocol.read_ticket(Reply(200, body))
 
@@ -173,7 +173,7 @@ UNKNOWN_WORDS = ["", " ", "???", "READY", "BANANA", "ERROR_RETRYING", "NOT_FAILE
     ],
 )
 def test_a_status_word_means(word, state, failed):
-    """In any case, with or without spaces; a word that may mean anything is unknown, never a failure."""
+    """In any case, with or without spaces; an ambiguous word is unknown, never a failure."""
     status = read_status({"status": word})
     assert (status.state, status.failed, status.word) == (state, failed, word[:100])
 
@@ -193,7 +193,7 @@ def test_a_status_answer_without_a_word_is_unknown(answer):
     "body", [b"", b"<html>", b"COMPLETED", b'{"status": "COMPLETED"', b"\xff", b"[" * 200_000, b"[]", b"null"]
 )
 def test_a_status_answer_that_is_no_json_object_is_malformed(body):
-    """It says nothing: a proxy's page, or half of an answer."""
+    """It says nothing: a proxy's page, or a truncated answer."""
     with pytest.raises(Malformed):
         protocol.read_status(Reply(200, body))
 
@@ -201,7 +201,7 @@ def test_a_status_answer_that_is_no_json_object_is_malformed(body):
 @pytest.mark.parametrize("position", [None, "3", -1, 2.5, True, [], {}, 1e300])
 @pytest.mark.parametrize("word", ["IN_QUEUE", "IN_PROGRESS"])
 def test_a_queue_position_of_another_kind_is_none(position, word):
-    """Never an error, of a status or of a submit."""
+    """Never an error, in a status or in a submit."""
     assert read_status({"status": word, "queue_position": position}).position is None
     reply = Reply(200, orjson.dumps({"request_id": ID, "queue_position": position}))
     assert protocol.read_ticket(reply).position is None
@@ -220,7 +220,7 @@ def test_a_queue_position_of_another_kind_is_none(position, word):
     ],
 )
 def test_a_status_keeps_what_the_service_says_of_a_failure(said, text):
-    """As `error` or `detail`, in the forms that are in use."""
+    """In `error` or `detail`, in the forms in use."""
     assert read_status({"status": "FAILED", **said}).error == text
 
 
@@ -239,14 +239,14 @@ HERE = f"{BASE}/fal-ai/flux/requests/{ID}/status"
     ],
 )
 def test_a_redirect_of_a_read_leads_to_another_address_of_the_target(status, location, url):
-    """It is a GET again."""
+    """The redirected request is a GET again."""
     call = protocol.redirected(Origins.of_server(BASE), Call("GET", HERE), Reply(status, b"", {"location": location}))
     assert (call.method, call.url.replace("HTTP:", "http:"), call.body) == ("GET", url, b"")
 
 
 @pytest.mark.parametrize("location", ["https://rest.fal.ai/x", "https://v3.fal.media/x", "https://api.fal.ai/x", "//queue.fal.run/x"])  # fmt: skip # noqa: E501
 def test_a_redirect_among_the_origins_of_fal_is_followed(location):
-    """All of them are the target's own."""
+    """All of them belong to the target."""
     call = Call("GET", "https://queue.fal.run/fal-ai/flux/requests/1/status")
     assert protocol.redirected(protocol.FAL, call, Reply(302, b"", {"location": location})).url.endswith("/x")
 
@@ -265,12 +265,12 @@ def test_a_redirect_among_the_origins_of_fal_is_followed(location):
         ("file:///etc/secret", "not valid"),
         ("javascript:secret", "not valid"),
         ("http://secr\udcffet.example/", "http://secr\\udcffet.example:80,"),
-        ("", "names no address"),
-        (None, "names no address"),
+        ("", "without a usable Location"),
+        (None, "without a usable Location"),
     ],
 )
 def test_a_redirect_elsewhere_is_refused_with_a_sentence(location, shown):
-    """Which names the host and nothing that may be secret, in characters that every terminal and file takes."""
+    """It names the host and nothing that may be secret, in characters that every terminal and file accepts."""
     headers = {} if location is None else {"location": location}
     with pytest.raises(protocol.RedirectRefused) as caught:
         protocol.redirected(Origins.of_server(BASE), Call("GET", HERE), Reply(307, b"", headers))
@@ -282,7 +282,7 @@ def test_a_redirect_elsewhere_is_refused_with_a_sentence(location, shown):
 
 
 def test_reads_use_returned_urls_on_the_own_origin_and_rebuild_foreign_ones():
-    """A server that moved to another port, or a foreign host, is asked at the origin that we know."""
+    """After a move to another port, or with a foreign host, the known origin is used."""
     origins = Origins.of_server(BASE)
     own = Ticket(ID, f"{BASE}/custom/status")
     moved = Ticket(ID, "http://127.0.0.1:1/custom/status")
@@ -293,12 +293,12 @@ def test_reads_use_returned_urls_on_the_own_origin_and_rebuild_foreign_ones():
 
 @given(st.text(max_size=80))
 def test_no_path_breaks_the_parser(path):
-    """Any text is a path or none; nothing raises."""
+    """Any text is a path or not; nothing raises."""
     address = protocol.parse_path(path)
     assert address is None or address.app
 
 
-# --- what a submit asks for besides its input -------------------------------------------------------------
+# --- options of a submit ----------------------------------------------------------------------------------
 
 
 TAG_KEYS = st.text("abcz09._-", min_size=1, max_size=64).filter(lambda key: not key.startswith("fal."))
@@ -322,7 +322,7 @@ def test_what_the_client_asks_for_is_what_the_server_reads(options):
 
 
 def test_the_headers_are_those_that_fal_documents():
-    """Both names of the start timeout, a word, JSON, and `key=value` pairs with commas between them."""
+    """Both names of the start timeout, a word, JSON, and comma-separated `key=value` pairs."""
     options = RequestOptions(600.0, True, 604800.0, {"run": "quick", "job": "ab12", "team": "", "note": "a=b c"})
     assert protocol.option_headers(options) == {
         "x-fal-request-start-timeout": "600",
@@ -362,7 +362,7 @@ def test_the_headers_are_those_that_fal_documents():
     ],
 )  # fmt: skip
 def test_a_wish_that_makes_no_sense_is_ignored(headers, options):
-    """A request is never refused for it: fal drops the invalid tag, not the request."""
+    """The request is never refused for it: fal drops the invalid tag, not the request."""
     assert protocol.options_in(headers) == options
 
 
@@ -382,5 +382,5 @@ def test_a_wish_that_makes_no_sense_is_ignored(headers, options):
     ],
 )
 def test_an_answer_about_the_idempotency_key_is_known_by_its_words(reply, named):
-    """By its type or by what it points at, never by a sentence."""
+    """By its type or its `loc`, never by its text."""
     assert protocol.names_idempotency_key(reply) is named

@@ -1,4 +1,4 @@
-"""Whose request is it: what a listing proves about a submit whose answer was lost."""
+"""The conclusions from a listing about a submit whose answer was lost."""
 
 from __future__ import annotations
 
@@ -45,17 +45,17 @@ def listed(sent: dict | None = SENT, at: float | None = NOW + 1, request_id: str
         (SENT, SENT | DEFAULTS, True),
         (SENT, {name: value for name, value in SENT.items() if name != "strength"}, False),
         ({"seed": 7}, {"seed": 8}, False),
-        # numbers are numbers: a service may keep 40 as 40.0
+        # numbers are numbers: a service may store 40 as 40.0
         ({"steps": 40}, {"steps": 40.0}, True),
         ({"strength": 1.0}, {"strength": 1}, True),
         ({"strength": 0.95}, {"strength": 0.95}, True),
         ({"strength": 0.95}, {"strength": "0.95"}, False),
         ({"strength": 0.95}, {"strength": None}, False),
-        # beyond what a double can hold, as the service's own examples are
+        # beyond the precision of a double, as in the service's own examples
         ({"seed": 196619188014358661}, {"seed": 196619188014358661}, True),
         ({"seed": 196619188014358661}, {"seed": 196619188014358660}, False),
         ({"seed": 196619188014358661}, {"seed": 196619188014358661.0}, False),
-        # a truth value is no number
+        # a boolean is not a number
         ({"sync_mode": True}, {"sync_mode": 1}, False),
         ({"sync_mode": False}, {"sync_mode": 0}, False),
         ({"num_images": 1}, {"num_images": True}, False),
@@ -63,7 +63,7 @@ def listed(sent: dict | None = SENT, at: float | None = NOW + 1, request_id: str
         ({"seed": None}, {"seed": None}, True),
         ({"seed": None}, {}, False),
         ({"seed": None}, {"seed": False}, False),
-        # inside, everything has to be equal: only the outermost keys are filled up with defaults
+        # nested values must be equal: only the outermost keys have defaults
         ({"rules": {"a": 1}}, {"rules": {"a": 1.0}}, True),
         ({"rules": {"a": 1}}, {"rules": {"a": 1, "b": 2}}, False),
         ({"rules": {"a": 1}}, {"rules": [1]}, False),
@@ -77,7 +77,7 @@ def listed(sent: dict | None = SENT, at: float | None = NOW + 1, request_id: str
     ids=str,
 )
 def test_the_same_input_is(sent, shown, same):
-    """Every key that was sent, with an equal value; what the service adds is ignored."""
+    """Every key that was sent, with an equal value; the service's additions are ignored."""
     assert same_input(sent, shown) is same
 
 
@@ -92,10 +92,10 @@ INPUTS = st.dictionaries(st.sampled_from("abcdefgh"), VALUES, max_size=5)
 
 @given(INPUTS, INPUTS)
 def test_an_input_survives_the_wire_and_added_defaults(sent, more):
-    """What was sent is found again after a round trip through JSON, whatever else is shown beside it."""
+    """The sent input is found after a round trip through JSON, with any additional keys."""
     try:
         shown = orjson.loads(orjson.dumps(more | sent))
-    except TypeError:  # an integer of more than 64 bits is nothing that we send
+    except TypeError:  # we never send an integer of more than 64 bits
         return
     assert same_input(sent, shown)
 
@@ -121,39 +121,39 @@ OTHER = listed(SENT | {"seed": 8}, request_id="other")
         ([OTHER], FoundRequest(Finding.ABSENT)),
         ([listed()], FoundRequest(Finding.ADOPTED, RequestId("r1"))),
         ([OTHER, listed(SENT | DEFAULTS)], FoundRequest(Finding.ADOPTED, RequestId("r1"))),
-        # two of them: which one is ours nobody knows
+        # two matches cannot be distinguished
         ([listed(), listed(request_id="r2")], FoundRequest(Finding.AMBIGUOUS)),
         ([listed(), listed(request_id="r2"), listed(None, request_id="r3")], FoundRequest(Finding.AMBIGUOUS)),
-        # one that does not show its input may be a second match, or the only one
+        # a request without its input may be a second match, or the only one
         ([listed(None)], FoundRequest(Finding.HIDDEN)),
         ([listed(), listed(None, request_id="r2")], FoundRequest(Finding.HIDDEN)),
         ([OTHER, listed(None, request_id="r2")], FoundRequest(Finding.HIDDEN)),
-        # out of its time: somebody else's, or another attempt's
+        # outside its time: another client's, or another attempt's
         ([listed(at=NOW - 301)], FoundRequest(Finding.ABSENT)),
         ([listed(at=NOW - 299)], FoundRequest(Finding.ADOPTED, RequestId("r1"))),
         ([listed(at=NOW + 899)], FoundRequest(Finding.ADOPTED, RequestId("r1"))),
         ([listed(at=NOW + 901)], FoundRequest(Finding.ABSENT)),
         ([listed(None, at=NOW + 901)], FoundRequest(Finding.ABSENT)),
         ([listed(), listed(at=NOW - 4000, request_id="r2")], FoundRequest(Finding.ADOPTED, RequestId("r1"))),
-        # the time inside the id is a second witness, and both have to agree
+        # the time inside the id is a second source, and both must agree
         ([listed(request_id=uuid7(NOW + 1))], FoundRequest(Finding.ADOPTED, uuid7(NOW + 1))),
         ([listed(request_id=uuid7(NOW - 4000))], FoundRequest(Finding.ABSENT)),
         ([listed(at=NOW - 4000, request_id=uuid7(NOW))], FoundRequest(Finding.ABSENT)),
         ([listed(at=None, request_id=uuid7(NOW))], FoundRequest(Finding.ADOPTED, uuid7(NOW))),
-        # without any instant the listing's own window has to do
+        # without any time, the listing's own window decides
         ([listed(at=None)], FoundRequest(Finding.ADOPTED, RequestId("r1"))),
     ],
     ids=str,
 )
 def test_a_listing_says_of_one_submit(found, expected):
-    """Adopted only where exactly one request bears everything that was sent, and none hides what it bears."""
+    """Adopted only if exactly one request has everything that was sent, and none hides its input."""
     assert match(entry(), found, ()) == expected
     assert match(entry(), found[::-1], ()) == expected
 
 
 @pytest.mark.parametrize("of_known", [listed(request_id="r9"), listed(None, request_id="r9")], ids=["shown", "hidden"])
 def test_a_request_that_has_its_job_is_not_given_to_another(of_known):
-    """An earlier attempt at the same job has the same input: its request is known, and neither adopted nor counted."""
+    """An earlier attempt of the same job has the same input: its request is known, so it does not count."""
     assert match(entry(), [of_known], {"r9"}) == FoundRequest(Finding.ABSENT)
     assert match(entry(), [of_known, listed()], {"r9"}) == FoundRequest(Finding.ADOPTED, RequestId("r1"))
 
@@ -168,7 +168,7 @@ EXPIRED = replace(listed(), status_code=504, ended_at=NOW + 700)
 
 
 def found_by(*pages, at=OVER, timeout: float | None = TIMEOUT, known=frozenset({"before", "after"})) -> FoundRequest:
-    """What a search of these pages says of one submit with that start timeout."""
+    """Return what a search of these pages finds about one submit with that start timeout."""
     search = Search([replace(entry(), start_timeout=timeout)])
     for page in pages:
         search.take(page)
@@ -176,7 +176,7 @@ def found_by(*pages, at=OVER, timeout: float | None = TIMEOUT, known=frozenset({
 
 
 def test_what_can_no_longer_start_and_is_not_listed_was_not_accepted():
-    """Requests of this run from before and after it are listed, so it would be."""
+    """The listing shows earlier and later requests of this run, so it would show this one."""
     assert found_by([AFTER], [BEFORE]) == FoundRequest(Finding.NOT_ACCEPTED)
 
 
@@ -196,19 +196,19 @@ def test_what_can_no_longer_start_and_is_not_listed_was_not_accepted():
     ids=["a second early", "after two weeks", "no timeout", "empty", "none before", "none after", "not ours"],
 )
 def test_absence_proves_nothing_where_anything_else_may_explain_it(page, how):
-    """Too early, too late, or a listing that may not reach so far."""
+    """Too early, too late, or a listing that may not cover the time."""
     assert found_by(page, **how) == FoundRequest(Finding.ABSENT)
 
 
 def test_what_is_listed_is_adopted_after_its_start_timeout_too():
-    """It started in time; one that hides its input may be it, two may both be."""
+    """It started in time; a request without its input may be it, and two matches are ambiguous."""
     assert found_by([AFTER, BEFORE, listed()]) == FoundRequest(Finding.ADOPTED, RequestId("r1"))
     assert found_by([AFTER, BEFORE, listed(None)]) == FoundRequest(Finding.HIDDEN)
     assert found_by([AFTER, BEFORE, listed(), listed(request_id="r2")]) == FoundRequest(Finding.AMBIGUOUS)
 
 
 def test_what_ended_without_a_start_is_known_from_the_listing():
-    """HTTP 504 costs nothing. Until it is certain to be over, the request itself is asked."""
+    """HTTP 504 costs nothing. Until it is certain to be over, the request itself is read."""
     assert found_by([EXPIRED]) == FoundRequest(Finding.NOT_STARTED)
     assert found_by([EXPIRED], at=OVER - 1) == FoundRequest(Finding.ADOPTED, RequestId("r1"))
     assert found_by([EXPIRED], timeout=None) == FoundRequest(Finding.ADOPTED, RequestId("r1"))
@@ -216,7 +216,7 @@ def test_what_ended_without_a_start_is_known_from_the_listing():
 
 
 def test_the_ends_of_a_long_window_are_found_on_whatever_page_they_are():
-    """Thousands of other people's requests lie between; memory does not grow with them."""
+    """Thousands of other users' requests are in between; memory does not grow with them."""
     others = [listed(SENT | {"seed": n}, NOW + (n - 1000) / 10, f"r{n}") for n in range(1000, 6000)]
     around = [listed(SENT | {"seed": 3}, NOW + 800, "late"), listed(SENT | {"seed": 4}, NOW - 250, "early")]
     shown = [*others[:2500], *around, *others[2500:]]
@@ -231,12 +231,12 @@ def test_the_ends_of_a_long_window_are_found_on_whatever_page_they_are():
     ("after", "timeout", "seconds"), [(1800.0, None, 1800.0), (1800.0, 600.0, 1800.0), (700.0, 600.0, 900.0)]
 )
 def test_a_submit_is_not_given_up_while_it_may_start(after, timeout, seconds):
-    """`resubmit-after` is raised to the start timeout and five minutes."""
+    """`resubmit-after` is raised to the start timeout plus five minutes."""
     assert bounded(after, timeout) == seconds
 
 
 def test_a_submit_that_may_have_been_repeated_is_looked_for_longer():
-    """A target that rejects a repeat has accepted any of the POSTs of its key, the last one too."""
+    """A target that rejects a repeat may have accepted any POST under its key, including the last one."""
     late = listed(at=NOW + 4000)
     assert match(entry(), [late], ()) == FoundRequest(Finding.ABSENT)
     assert match(entry(), [late], (), after=4500.0) == FoundRequest(Finding.ADOPTED, RequestId("r1"))
@@ -248,7 +248,7 @@ def test_a_submit_that_may_have_been_repeated_is_looked_for_longer():
 
 
 def test_a_request_that_two_submits_claim_belongs_to_neither():
-    """One input is a part of the other: both are borne out by the same request."""
+    """One input is a subset of the other, so the same request matches both."""
     small, large = entry({"seed": 7}, key="small"), entry(SENT, key="large")
     search = Search([small, large])
     search.take([listed()])
@@ -261,7 +261,7 @@ def test_a_request_that_two_submits_claim_belongs_to_neither():
 
 
 def test_a_request_that_comes_twice_counts_once():
-    """New requests shift the pages while they are read."""
+    """New requests shift the pages between reads."""
     search = Search([entry()])
     search.take([OTHER, listed()])
     search.take([listed(), OTHER])
@@ -277,7 +277,7 @@ def test_a_request_that_shows_its_input_later_is_not_hidden():
 
 
 def test_only_what_may_be_ours_is_kept():
-    """A busy account's million requests do not end up in memory."""
+    """A busy account's million requests are not kept in memory."""
     search = Search([entry()])
     search.take(listed(SENT | {"seed": n}, request_id=f"r{n}") for n in range(100, 1100))
     assert search.ids() == []
@@ -301,7 +301,7 @@ ASKED = st.lists(st.tuples(SEEDS | st.just(...), st.sampled_from("ab")), min_siz
 
 @given(ASKED, st.lists(st.lists(SHOWN, max_size=4), max_size=5), st.sets(st.sampled_from(["r0", "r1", "r2"])))
 def test_a_search_concludes_what_a_look_at_everything_would(asked, pages, known):
-    """Keeping only equal seeds loses nothing, whatever the pages; and nobody shares a request."""
+    """Keeping only equal seeds loses nothing, for any pages; and no two submits share a request."""
     entries = [
         entry({"prompt": word} | ({} if seed is ... else {"seed": seed}), key=str(number))
         for number, (seed, word) in enumerate(asked)
@@ -329,25 +329,25 @@ def test_a_search_concludes_what_a_look_at_everything_would(asked, pages, known)
 
 
 def test_a_window_has_room_on_both_sides():
-    """Five minutes before, for clocks that differ; fifteen after, for a submit that hung."""
+    """Five minutes before, because clocks differ; fifteen after, for a submit that hung."""
     (window,) = windows([entry()], NOW + 10_000)
     assert (window.start, window.end) == (NOW - 300, NOW + 900)
 
 
 def test_a_window_does_not_end_in_the_future():
-    """A fixed end is what keeps the pages from growing."""
+    """A fixed end keeps the pages from growing."""
     (window,) = windows([entry()], NOW + 10)
     assert window.end == NOW + 10
 
 
 def test_there_is_no_window_without_a_submit():
-    """Nothing unknown, nothing asked."""
+    """Without unknown submits, nothing is listed."""
     assert windows([], NOW) == []
 
 
 @given(st.lists(st.floats(0, 50_000), min_size=1, max_size=30), st.floats(0, 60_000))
 def test_windows_cover_every_submit_once_and_do_not_overlap(offsets, later):
-    """However they lie in time: each submit is in one window with its margins, and nothing is listed twice."""
+    """Each submit is in one window with its margins, and no time is listed twice."""
     entries = [entry(at=NOW + offset, key=str(number)) for number, offset in enumerate(offsets)]
     now = NOW + max(offsets) + later
     found = windows(entries, now)
@@ -361,6 +361,6 @@ def test_windows_cover_every_submit_once_and_do_not_overlap(offsets, later):
 
 
 def test_the_order_of_the_journal_does_not_matter():
-    """Windows come oldest first."""
+    """Windows are sorted, oldest first."""
     far = replace(entry(), intended_at=NOW + 5000.0)
     assert [w.start for w in windows([far, entry()], NOW + 9000)] == [NOW - 300, NOW + 4700]

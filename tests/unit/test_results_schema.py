@@ -1,4 +1,4 @@
-"""The columns of the results: names, types, and what each says about a row."""
+"""The columns of the results: names, types and values."""
 
 from __future__ import annotations
 
@@ -65,14 +65,14 @@ def table_of(batch, outcomes=None, *, on_bad_row="fail"):
 
 
 def record(outcome, **values):
-    """The one record of a manifest of one row."""
+    """Return the record of a one-row manifest."""
     one = job(**values)
     table = table_of(batch_of([Planned(0, "", one, None)]), {} if outcome is None else {one.key: outcome})
     return table.to_pylist()[0]
 
 
 def test_schema_is_the_documented_one():
-    """Names, order and types are an interface: people's queries depend on them."""
+    """Names, order and types are an interface: users' queries depend on them."""
     image = "struct<url: string, width: int64, height: int64, content_type: string, file_name: string, "
     image += "file_size: int64, path: string, sha256: string>"
     assert [f"{field.name}: {field.type}" for field in OWN_SCHEMA] == [
@@ -108,7 +108,7 @@ def test_schema_is_the_documented_one():
 
 
 def test_manifest_columns_come_first_and_clashes_get_a_suffix():
-    """A name of ours is never taken by the manifest, nor is one of its own taken twice."""
+    """Our names stay unique, and so do the renamed columns of the manifest."""
     manifest = pa.schema([(name, pa.int8()) for name in ("prompt", "label", "seed", "prompt_manifest", "row")])
     names = results_schema(manifest).names
     assert names[:5] == ["prompt_manifest_manifest", "label", "seed_manifest", "prompt_manifest", "row_manifest"]
@@ -117,7 +117,7 @@ def test_manifest_columns_come_first_and_clashes_get_a_suffix():
 
 
 def test_done_job_fills_every_column():
-    """Everything that is known of a done job is in its record."""
+    """The record contains everything that is known about a finished job."""
     said = record(DONE)
     assert said == {
         "image_url": "http://x/0.png",
@@ -166,12 +166,12 @@ def test_done_job_fills_every_column():
     ],
 )
 def test_status_follows_the_state(state, status):
-    """Each state of a job has one word in the results."""
+    """Each state of a job maps to one status."""
     assert record(JobOutcome(KEY, state, 1))["status"] == status
 
 
 def test_job_without_outcome_is_pending():
-    """What was never asked is pending, with its input and its planned seed."""
+    """A job without an outcome is pending, with its input and planned seed."""
     said = record(None)
     assert (said["status"], said["seed"], said["attempts"], said["images"]) == ("pending", 7, 0, None)
     assert said["timings"] is None
@@ -180,7 +180,7 @@ def test_job_without_outcome_is_pending():
 
 @pytest.mark.parametrize(("on_bad_row", "status"), [("fail", "failed"), ("skip", "skipped")])
 def test_bad_row_is_a_record(on_bad_row, status):
-    """A row that cannot work says why, and stands in its place."""
+    """An invalid row gives a record with the reason, at its position."""
     problem = Problem(1, 3, "image_url", "nope.png", "image_not_found", "line 3: nope.png is not there")
     items = [Planned(0, "", job(0), None), Planned(1, "", None, problem)]
     said = table_of(batch_of(items), on_bad_row=on_bad_row).to_pylist()[1]
@@ -189,7 +189,7 @@ def test_bad_row_is_a_record(on_bad_row, status):
 
 
 def test_failure_is_told():
-    """The service's word and sentence, and what it billed."""
+    """The service's error type and message, and the billed units."""
     word = "content_policy_violation"
     failed = JobOutcome(KEY, State.FAILED, 3, completed_at=5.0, billable_units=0.5, error_type=word, error_message="no")
     said = record(failed)
@@ -206,14 +206,14 @@ def test_failure_is_told():
     [("reset", "reset"), (None, "reconcile"), ("", "reconcile")],
 )
 def test_unknown_says_what_to_do(known, message):
-    """A submit without a known outcome has a reason, or at least an advice."""
+    """A submit of unknown outcome has a reason, or at least an advice."""
     said = record(JobOutcome(KEY, State.UNKNOWN, 1, error_type="unknown", error_message=known))
     assert said["error_type"] == "unknown"
     assert message in said["error_message"]
 
 
 def test_pending_job_shows_no_failure():
-    """Only failed and unknown records carry an error."""
+    """Only failed and unknown records have an error."""
     said = record(JobOutcome(KEY, State.ANSWERED, 1, output=orjson.dumps(OUTPUT)))
     assert (said["error_type"], said["images"]) == (None, None)
 
@@ -225,12 +225,12 @@ def test_nothing_checked_is_null():
 
 
 def test_done_without_images_has_an_empty_list():
-    """No images of a done job is something else than no answer yet."""
+    """An empty list of a finished job differs from a missing answer."""
     assert record(done(OUTPUT))["images"] == []
 
 
 def test_unknown_timings_are_kept():
-    """The endpoint's own timings beyond inference go into a list."""
+    """The endpoint's timings other than inference go into a list."""
     output = {**OUTPUT, "timings": {"load": 0.5, "inference": 1.0, "queue": 9.0}}
     said = record(done(output))
     assert said["timings"] == {"inference": 1.0, "queue": None, "total": None, "download": None}
@@ -239,13 +239,13 @@ def test_unknown_timings_are_kept():
 
 @pytest.mark.parametrize("seed", [2**63, 1.5, "12", None, True])
 def test_seed_is_an_integer_or_the_one_that_was_asked_for(seed):
-    """Seeds never become floats; one that no int64 holds is replaced by the one of the input."""
+    """Seeds never become floats; a seed that does not fit int64 is replaced by the input's."""
     assert record(done({**OUTPUT, "seed": seed}))["seed"] == 7
     assert record(done({**OUTPUT, "seed": 2**63 - 1}))["seed"] == 2**63 - 1
 
 
 def test_odd_output_makes_nulls_and_no_error():
-    """Answers are kept as they came: what does not fit a column is null there, its neighbours stay."""
+    """Answers are stored as received: a value that does not fit its column is null, and its neighbours stay."""
     outputs = [
         {"seed": 1, "timings": {"inference": "soon", "load": "x"}, "has_nsfw_concepts": ["maybe"]},
         {"seed": 2, "timings": [1], "has_nsfw_concepts": [True]},
@@ -264,7 +264,7 @@ def test_odd_output_makes_nulls_and_no_error():
 
 
 def test_sweep_repeats_its_manifest_row():
-    """A record for each cell, the manifest's columns repeated; rows count over the whole manifest."""
+    """One record per cell, with the manifest's columns repeated; row numbers count over the whole manifest."""
     frame = pl.DataFrame({"label": ["a", "b"]})
     items = [Planned(row, cell, job(row, seed=seed), None) for row in (10, 11) for seed, cell in ((1, "x"), (2, "y"))]
     said = table_of(batch_of(items, frame, first_row=10)).to_pylist()
@@ -284,7 +284,7 @@ def test_part_of_a_batch_takes_its_own_rows():
 
 
 def test_a_bad_row_shows_the_inputs_that_could_be_read():
-    """Beside the manifest's own columns; the others are null, and keep their type."""
+    """The readable inputs are shown next to the manifest's columns; the others are null and keep their type."""
     problem = Problem(0, 2, "strength", "x", "float_parsing", "strength is 'x'")
     kept = {name: value for name, value in INPUT.items() if name != "strength"}
     said = table_of(batch_of([Planned(0, "base", None, problem, kept | {"strength": None})])).to_pylist()[0]
@@ -294,14 +294,14 @@ def test_a_bad_row_shows_the_inputs_that_could_be_read():
 
 
 def test_rows_that_share_a_job_share_its_outcome():
-    """Asked twice, paid once, shown twice."""
+    """Two rows, one job: paid once, shown twice."""
     one = job()
     batch = batch_of([Planned(0, "", one, None), Planned(1, "", one, None)])
     assert table_of(batch, {one.key: DONE})["status"].to_pylist() == ["done", "done"]
 
 
 def test_columns_without_values_keep_their_type():
-    """A table of failures, or of nothing at all, has the same schema as any other."""
+    """A table of failures, or without rows, has the same schema as any other."""
     problem = Problem(0, None, "image_url", "", "missing", "m")
     for items in ([Planned(0, "", None, problem)], []):
         frame = pl.DataFrame({"x": [None] * len(items)}, schema={"x": pl.Int16})
@@ -313,7 +313,7 @@ def test_columns_without_values_keep_their_type():
 
 @pytest.mark.parametrize("state", [State.FAILED, State.COLLECTABLE])
 def test_a_failed_job_keeps_what_its_answer_said(state):
-    """Its images could not be stored: their URLs, its flags and timings are there all the same."""
+    """The images could not be stored, but their URLs, flags and timings are shown."""
     outcome = DONE._replace(state=state, images=None, error_type="result_file_gone", error_message="HTTP 404")
     said = record(outcome)
     assert said["status"] == "failed"
@@ -326,7 +326,7 @@ def test_a_failed_job_keeps_what_its_answer_said(state):
 
 
 def test_odd_fields_are_null_and_noted():
-    """One field that cannot be read costs that field only."""
+    """An unreadable field affects only that field."""
     said = record(done({**OUTPUT, "seed": None, "has_nsfw_concepts": None, "timings": {"inference": "x", "load": 2}}))
     assert (said["seed"], said["has_nsfw_concepts"], said["timings"]) == (7, None, None)
     assert said["timings_extra"] == [{"name": "load", "seconds": 2.0}]
@@ -334,6 +334,6 @@ def test_odd_fields_are_null_and_noted():
 
 
 def test_an_answer_that_is_no_object_costs_nothing_but_itself():
-    """It is kept in the journal, and the row has what is known without it."""
+    """The answer stays in the journal, and the row shows the facts that do not need it."""
     said = record(DONE._replace(state=State.COLLECTABLE, output=b"<html>", images=None, error_type="malformed_output"))
     assert (said["seed"], said["images"], said["notes"], said["error_type"]) == (7, None, None, "malformed_output")

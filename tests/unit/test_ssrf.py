@@ -1,4 +1,4 @@
-"""Which URLs and addresses may be asked: the judgement, without asking anybody."""
+"""The SSRF rules for URLs and addresses, without network access."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from batch.server.egress.ssrf import AddressRefused, address_rule, check_url, literal_address, private_too, public_only
 
 PUBLIC = ["8.8.8.8", "1.1.1.1", "172.15.255.255", "172.32.0.1", "100.128.0.1", "2606:4700::1111", "2a00:1450::1"]
-CLOSED = [  # for a closed network: refused by the strict rule only
+CLOSED = [  # refused by the strict rule only
     *("127.0.0.1", "127.255.255.254", "10.0.0.1", "172.16.0.1", "172.31.255.255", "192.168.1.1", "100.64.0.1"),
     *("::1", "fd00::1", "fc00::1"),
 ]
@@ -25,24 +25,24 @@ NEVER = [
 
 
 @pytest.mark.parametrize("text", PUBLIC)
-def test_public_addresses_may_be_asked(text):
-    """By either rule."""
+def test_public_addresses_are_permitted(text):
+    """Both rules permit them."""
     address = ipaddress.ip_address(text)
     assert public_only(address)
     assert private_too(address)
 
 
 @pytest.mark.parametrize("text", CLOSED)
-def test_private_addresses_are_for_closed_networks(text):
-    """Loopback, private, unique local and carrier-grade ranges: with `--allow-private` only."""
+def test_private_addresses_require_allow_private(text):
+    """Loopback, private, unique local and carrier-grade NAT ranges require `--allow-private`."""
     address = ipaddress.ip_address(text)
     assert not public_only(address)
     assert private_too(address)
 
 
 @pytest.mark.parametrize("text", NEVER)
-def test_some_addresses_are_never_asked(text):
-    """Metadata services, link-local, multicast, reserved and documentation ranges: by no rule."""
+def test_some_addresses_are_never_permitted(text):
+    """Metadata services, link-local, multicast, reserved and documentation ranges are always refused."""
     address = ipaddress.ip_address(text)
     assert not public_only(address)
     assert not private_too(address)
@@ -50,8 +50,8 @@ def test_some_addresses_are_never_asked(text):
 
 @pytest.mark.parametrize("inside", [text for text in (*PUBLIC, *CLOSED, *NEVER) if ":" not in text])
 @pytest.mark.parametrize("shape", ["::ffff:{}", "64:ff9b::{}", "2002:{}::1"], ids=["mapped", "NAT64", "6to4"])
-def test_an_ipv4_address_inside_of_an_ipv6_one_is_judged_itself(inside, shape):
-    """Each of the three ways to wrap it gives the same judgement."""
+def test_an_embedded_ipv4_address_is_checked(inside, shape):
+    """Each of the three embeddings gives the same result."""
     number = int(ipaddress.IPv4Address(inside))
     text = f"{number >> 16:x}:{number & 0xFFFF:x}" if shape.startswith("2002") else inside
     outer, inner = ipaddress.ip_address(shape.format(text)), ipaddress.ip_address(inside)
@@ -60,8 +60,8 @@ def test_an_ipv4_address_inside_of_an_ipv6_one_is_judged_itself(inside, shape):
 
 
 @given(st.ip_addresses())
-def test_the_strict_rule_never_allows_more_than_the_library_does(address):
-    """What `ipaddress` calls private, loopback, link-local, multicast or unspecified is refused in any case."""
+def test_the_strict_rule_permits_no_more_than_the_library(address):
+    """Addresses that `ipaddress` calls private, loopback, link-local, multicast or unspecified are refused."""
     special = ("is_private", "is_loopback", "is_link_local", "is_multicast", "is_unspecified", "is_reserved")
     inside = address.version == 6 and (address.ipv4_mapped or address.sixtofour)
     if not inside and address not in ipaddress.ip_network("64:ff9b::/96") and any(getattr(address, s) for s in special):
@@ -70,12 +70,12 @@ def test_the_strict_rule_never_allows_more_than_the_library_does(address):
 
 @given(st.ip_addresses())
 def test_the_wide_rule_contains_the_strict_one(address):
-    """`--allow-private` takes nothing away."""
+    """`--allow-private` permits everything that the strict rule permits."""
     assert private_too(address) or not public_only(address)
 
 
 def test_allow_private_chooses_the_rule():
-    """The strict one is what a server has that was told nothing."""
+    """The strict rule is the default."""
     assert address_rule(allow_private=False) is public_only
     assert address_rule(allow_private=True) is private_too
 
@@ -96,8 +96,8 @@ def test_allow_private_chooses_the_rule():
         *("169.254.169.254", "2852039166", "0xa9fea9fe", "0251.0376.0251.0376", "[::]", "10.1", "192.168.257"),
     ],
 )
-def test_no_spelling_gets_an_address_past_the_rule(host):
-    """Decimal, hexadecimal, octal, short, wrapped, full-width and percent-encoded forms are all the address."""
+def test_no_spelling_of_an_address_bypasses_the_rule(host):
+    """Decimal, hexadecimal, octal, short, embedded, full-width and percent-encoded spellings are all recognised."""
     with pytest.raises(AddressRefused):
         check_url(f"http://{host}/a.png", public_only)
 
@@ -106,8 +106,8 @@ def test_no_spelling_gets_an_address_past_the_rule(host):
     ("host", "spelled"),
     [("0x08080808", "8.8.8.8"), ("134744072", "8.8.8.8"), ("8.8.2056", "8.8.8.8"), ("[2606:4700::0:1111]", "")],
 )
-def test_an_old_spelling_of_a_permitted_address_comes_back_in_the_usual_one(host, spelled):
-    """So that nobody further down can read another address out of it."""
+def test_an_old_spelling_is_normalised(host, spelled):
+    """So that no later parser reads a different address."""
     assert check_url(f"https://{host}:8443/a?b=c", public_only).host == (spelled or "2606:4700::1111")
 
 
@@ -122,8 +122,8 @@ def test_an_old_spelling_of_a_permitted_address_comes_back_in_the_usual_one(host
         *("http://" + "a" * 9000, "http://exa<mple.com/"),
     ],
 )
-def test_a_url_that_is_not_a_plain_web_address_is_refused(url):
-    """Scheme, credentials, port, host: a `AddressRefused` with half a sentence, never another error."""
+def test_an_unusual_url_is_refused(url):
+    """Scheme, credentials, port and host are refused with `AddressRefused`, never another error."""
     with pytest.raises(AddressRefused) as caught:
         check_url(url, private_too)
     assert str(caught.value)
@@ -132,14 +132,14 @@ def test_a_url_that_is_not_a_plain_web_address_is_refused(url):
 
 
 @pytest.mark.parametrize("port", [80, 443, 1024, 8080, 8443, 65535])
-def test_ports_of_web_servers_are_fine(port):
-    """80, 443, and what lies above 1023."""
+def test_ports_of_web_servers_are_permitted(port):
+    """80, 443 and unblocked ports above 1023 are permitted."""
     assert check_url(f"http://example.com:{port}/", public_only).port == port
 
 
 @given(st.text(max_size=60))
 def test_no_text_breaks_the_check(text):
-    """A URL or a `AddressRefused`."""
+    """Any text gives a URL or an `AddressRefused`."""
     for url in (text, f"http://{text}", f"http://{text}/", f"http://example.com{text}"):
         try:
             target = check_url(url, public_only)

@@ -1,4 +1,4 @@
-"""The table of a job's life: what is legal is exactly what stands in it."""
+"""The state table of a job: exactly the listed transitions are legal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from batch.journal.states import OPEN, TABLE, TERMINAL, EventKind, IllegalTransi
 
 S, H = State, EventKind
 
-# Written out a second time on purpose: a slip in the table has to be made twice to go unnoticed.
+# Repeated here on purpose: a mistake in the table must be made twice to go unnoticed.
 LEGAL = [
     (S.PENDING, H.INTEND, S.INTENDED),
     (S.PENDING, H.FAIL, S.FAILED),
@@ -43,18 +43,18 @@ def test_a_legal_event_leads_on(state, kind, after):
 
 @pytest.mark.parametrize(("state", "kind"), ILLEGAL)
 def test_an_illegal_event_raises_and_names_both(state, kind):
-    """A defect of ours is loud: state and event stand in the message."""
+    """A defect is loud: the message has state and event."""
     with pytest.raises(IllegalTransition, match=rf"\b{state}\b.*\b{kind}\b"):
         advance(state, kind)
 
 
 def test_the_table_has_no_other_rows():
-    """What is tested above is all there is."""
+    """The transitions above are all."""
     assert len(TABLE) == len(LEGAL)
 
 
 def test_every_state_is_reached_and_left_as_it_should_be():
-    """Terminal and open states part the rest of the states; done is the one that nothing leaves."""
+    """Every state is pending, open or terminal, and can be reached; only done is final."""
     assert {S.PENDING} | TERMINAL | OPEN == set(S)
     assert not TERMINAL & OPEN
     assert set(TABLE.values()) == set(S)
@@ -62,5 +62,5 @@ def test_every_state_is_reached_and_left_as_it_should_be():
 
 
 def test_a_job_that_may_have_been_paid_for_is_never_simply_pending_again():
-    """From accepted, answered or unknown no single event leads back to a state in which it counts as unsent."""
+    """From accepted, answered or unknown no single event leads back to an unsent state."""
     assert all(after is not S.PENDING for (state, _), after in TABLE.items() if state in {S.ACCEPTED, S.ANSWERED, S.UNKNOWN, S.COLLECTABLE})  # fmt: skip # noqa: E501

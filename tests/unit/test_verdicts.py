@@ -1,4 +1,4 @@
-"""What an answer proves: one case a line of the table, decided by status and type and never by text."""
+"""Verdicts on answers: one line per case, decided by status and type and never by text."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def answered(phase: str, status: int, body: bytes = b'{"detail": "no"}', **heade
     return Trouble(phase, reply=Reply(status, body, {k.replace("_", "-"): v for k, v in headers.items()}))
 
 
-# --- the table: a line of "classification a runner needs" after the other ---------------------------------
+# --- the table: each line of "classification a runner needs" ----------------------------------------------
 
 UNSENT = ["connect", "dns", "tls", "connect timeout", "descriptors", "proxy"]
 SENT = ["reset", "timeout", "disconnected", "broken body", "bad answer", "malformed", "oversize"]
 TABLE = [
-    # submit: no request byte was sent: certainly not accepted
+    # submit: no byte was sent: certainly not accepted
     *[(Trouble("submit", word, sent=False), 1, A.SUBMIT_AGAIN) for word in UNSENT],
-    # submit: a complete refusal: not accepted, and not sent in a loop
+    # submit: a complete refusal: not accepted, and not sent again
     *[(answered("submit", status), 1, A.JOB_FAILED) for status in (400, 413, 415, 422)],
     (answered("submit", 422, MODEL_ERROR), 1, A.JOB_FAILED),
     *[(answered("submit", status), 1, A.STOP_ACCOUNT) for status in (401, 402, 403)],
@@ -65,7 +65,7 @@ TABLE = [
     *[(answered("submit", status), 1, A.UNKNOWN) for status in (301, 302, 307, 408, 409, 418, 499)],
     *[(answered("submit", status, GATEWAY), 1, A.UNKNOWN) for status in (500, 502, 503, 504, 520)],
     *[(answered("submit", status, request_error("internal_error")), 1, A.UNKNOWN) for status in (500, 503, 504)],
-    # status and result: nothing about the job
+    # status and result: says nothing about the job
     *[(Trouble(phase, word, sent=s), 1, A.READ_AGAIN)
       for phase in ("status", "result", "initiate", "upload", "download")
       for word, s in [*((w, False) for w in UNSENT), *((w, True) for w in SENT)]],
@@ -74,7 +74,7 @@ TABLE = [
     *[(answered(phase, status, GATEWAY), 9, A.READ_AGAIN)
       for phase in ("status", "result") for status in (500, 502, 503, 504)],
     *[(answered("status", status, request_error("internal_error")), 9, A.READ_AGAIN) for status in (500, 503)],
-    # result: the job's own failure; a 5xx is believed when it is seen twelve times
+    # result: the job's own failure; a 5xx is accepted after twelve reads
     *[(answered("result", status, MODEL_ERROR), 1, A.JOB_FAILED) for status in (422, 406, 415)],
     *[(answered("result", status, request_error("runner_server_error")), seen, action)
       for status in (500, 503, 504) for seen, action in ((11, A.READ_AGAIN), (12, A.JOB_FAILED))],
@@ -83,14 +83,14 @@ TABLE = [
     # result: still in progress, although the status said otherwise
     (answered("result", 400, b'{"detail": "Request is still in progress"}'), 15, A.READ_AGAIN),
     (answered("result", 400, b'{"detail": "Request is still in progress"}'), 16, A.JOB_FAILED),
-    # a request that is not known is suspicious: believed after several reads
+    # an unknown request is suspicious: accepted after several reads
     *[(answered(phase, 404, b'{"status": "NOT_FOUND"}'), seen, action)
       for phase in ("status", "result") for seen, action in ((15, A.READ_AGAIN), (16, A.JOB_FAILED))],
     # a result of another shape
     (Trouble("result", "malformed"), 15, A.READ_AGAIN),
     (Trouble("result", "malformed"), 16, A.JOB_FAILED),
     (Trouble("status", "malformed"), 99, A.READ_AGAIN),
-    # a redirect that is not followed: never by its number
+    # a redirect that is not followed: never by the number of reads
     *[(Trouble(phase, "redirect"), 99, A.READ_AGAIN) for phase in ("status", "result")],
     # files
     *[(answered(phase, 413), 1, A.JOB_FAILED) for phase in ("initiate", "upload")],
@@ -119,12 +119,12 @@ def test_a_trouble_means(trouble, seen, action):
 @pytest.mark.parametrize(("trouble", "seen", "action"), TABLE, ids=str)
 @pytest.mark.parametrize("words", ["", "retry", "COMPLETED", "Request is still in progress", "not found \u0000 \ud7ff"])
 def test_no_decision_looks_at_the_text_of_a_message(trouble, seen, action, words):
-    """Statuses, types and headers decide; messages are for people and change without notice."""
+    """Statuses, types and headers decide; texts may change without notice."""
     reply = trouble.reply
     if reply is not None:
         reply = Reply(reply.status, _worded(reply.body, words), reply.headers)
-    told = Trouble(trouble.phase, trouble.transport, reply=reply, sent=trouble.sent, detail=words)
-    as_it_was, otherwise = judge(trouble, seen=seen), judge(told, seen=seen)
+    changed = Trouble(trouble.phase, trouble.transport, reply=reply, sent=trouble.sent, detail=words)
+    as_it_was, otherwise = judge(trouble, seen=seen), judge(changed, seen=seen)
     assert (otherwise.action, otherwise.new_attempt) == (as_it_was.action, as_it_was.new_attempt)
 
 
@@ -142,7 +142,7 @@ def _worded(body, words):
 
 
 def test_a_result_that_is_redirected_for_longer_than_any_job_takes_is_given_up():
-    """With the sentence that says where; a status alone never fails a job, and nothing else is bounded by time."""
+    """The message has the destination; a status alone never fails a job, and no other error depends on time."""
     sentence = "HTTP 302 redirects to https://evil.example:443, ..."
     trouble = Trouble("result", "redirect", detail=sentence)
     verdict = judge(trouble, overdue=True)
@@ -153,27 +153,27 @@ def test_a_result_that_is_redirected_for_longer_than_any_job_takes_is_given_up()
     assert [judge(other, overdue=True).action for other in others] == [A.READ_AGAIN] * len(others)
 
 
-# --- after a status that says that the work failed --------------------------------------------------------
+# --- after a status that reports a failure ----------------------------------------------------------------
 
 SAID = TicketStatus(QueueState.COMPLETED, word="FAILED", failed=True)
 OWN = "the service's own error"
 BY_WORD = "the status word"
 AGAIN = "read again"
 AFTER_FAILED = [
-    # an error in fal's form is the job's own, however it would be doubted after COMPLETED
+    # an error in fal's form belongs to the job, even if it would need confirmation after COMPLETED
     (answered("result", 422, MODEL_ERROR), 1, OWN),
     *[(answered("result", status, request_error("runner_server_error")), 1, OWN) for status in (500, 502, 503, 504)],
     (answered("result", 500, b'{"detail": "it broke"}'), 1, OWN),
     (answered("result", 499, request_error("client_cancelled")), 1, OWN),
     (answered("result", 400, request_error("bad_image")), 1, OWN),
     (answered("result", 500, GATEWAY, x_fal_error_type="runner_disconnected"), 1, OWN),
-    # there is no result, and nothing says why
+    # there is no result, and no reason
     *[(answered("result", 404, body), 1, BY_WORD) for body in (b"", b"<html>", b'{"status": "NOT_FOUND"}')],
     (answered("result", 400, b'{"detail": "Request is still in progress"}'), 1, BY_WORD),
     # an answer of another form
     *[(answered("result", status, GATEWAY), 1, BY_WORD) for status in (400, 405, 410, 418, 422, 500, 520)],
     *[(Trouble("result", word), 1, BY_WORD) for word in ("malformed", "oversize", "redirect")],
-    # no answer, or one about the network, the key or our pace
+    # no answer, or one about the network, the key or the request rate
     *[(Trouble("result", word, sent=sent), seen, meaning)
       for word, sent in [*((w, False) for w in UNSENT), ("reset", True), ("timeout", True), ("broken body", True)]
       for seen, meaning in ((1, AGAIN), (5, AGAIN), (6, BY_WORD))],
@@ -207,7 +207,7 @@ def test_after_a_status_that_says_failed_one_answer_is_believed(trouble, seen, m
     ],
 )
 def test_a_failure_by_status_word_keeps_what_the_status_said(status, error_type, message):
-    """The word in small letters to count by, unless the service has one; its texts for a person, as printable text."""
+    """The error type is the service's, else the word in lower case; the message has its texts in printable form."""
     said = TicketStatus(QueueState.COMPLETED, failed=True, **status)
     _, failure = judge_failed(answered("result", 404, b""), said, seen=1)
     assert (failure.error_type, failure.billable_units) == (error_type, None)
@@ -216,7 +216,7 @@ def test_a_failure_by_status_word_keeps_what_the_status_said(status, error_type,
 
 
 def test_a_failure_by_status_word_costs_what_the_service_says():
-    """And names its words, where they are in its own form."""
+    """And has its message, if it has fal's form."""
     trouble = answered("result", 404, b'{"detail": "no such result"}', x_fal_billable_units="0")
     _, failure = judge_failed(trouble, SAID, seen=1)
     assert (failure.message, failure.billable_units) == ("status FAILED (result: HTTP 404, no such result)", 0.0)
@@ -239,7 +239,7 @@ def test_a_status_that_cannot_be_read_for_long_is_about_the_request_or_the_servi
 
 @given(st.integers(300, 599), st.binary(max_size=40), st.booleans())
 def test_a_submit_is_sent_again_only_where_nothing_was_accepted(status, body, with_type):
-    """Of all answers only 429 lets a submit go out again; the text decides nothing."""
+    """Only a 429 allows another submit; the text decides nothing."""
     headers = {"x-fal-error-type": "internal_error"} if with_type else {}
     verdict = judge(Trouble("submit", reply=Reply(status, body, headers)))
     assert (verdict.action is A.SUBMIT_AGAIN) is (status in {407, 429})
@@ -248,7 +248,7 @@ def test_a_submit_is_sent_again_only_where_nothing_was_accepted(status, body, wi
 
 @given(st.sampled_from(["status", "result"]), st.integers(500, 599), st.binary(max_size=40), st.integers(1, 50))
 def test_a_gateways_page_never_fails_a_job(phase, status, body, seen):
-    """Without fal's own shape a 5xx says nothing about the job, however often it comes."""
+    """Without fal's own shape a 5xx says nothing about the job, however often it is seen."""
     assert judge(Trouble(phase, reply=Reply(status, b"<" + body)), seen=seen).action is A.READ_AGAIN
 
 
@@ -267,7 +267,7 @@ def test_a_gateways_page_never_fails_a_job(phase, status, body, seen):
     ],
 )
 def test_another_attempt_is_made_where_it_may_go_better(reply, expected):
-    """The service's own word first, then what is known to pass; never after a cancel or our own timeout."""
+    """The service's own flag first, then known transient errors; never after a cancel or our own timeout."""
     verdict = judge(Trouble("result", reply=reply), seen=12)
     assert verdict.action is A.JOB_FAILED
     assert verdict.new_attempt is expected
@@ -280,7 +280,7 @@ USED = orjson.dumps({"detail": [{"loc": ["header", "idempotency-key"], "msg": "u
 NOT_SENT, LOST = Trouble("submit", "connect", sent=False), Trouble("submit", "reset")
 HELD = A.UNKNOWN
 REPEATS = [
-    # trouble, then what it means to a repeat where keys are replayed, rejected, ignored
+    # trouble, then the verdict on a repeat if keys are replayed, rejected, ignored
     (NOT_SENT, A.REPEAT, A.REPEAT, HELD),
     (LOST, A.REPEAT, A.REPEAT, HELD),
     (answered("submit", 429, retry_after="7"), A.REPEAT, A.REPEAT, HELD),
@@ -316,7 +316,7 @@ FIRSTS = [
     ids=str,
 )
 def test_a_failed_submit_means_by_what_becomes_of_a_repeated_key(trouble, replayed, rejected, ignored, repeated):
-    """Each row; where keys are ignored, a first POST is judged as by `judge`."""
+    """Each row; if keys are ignored, a first POST is judged as by `judge`."""
     for keys, action in ((I.REPLAY, replayed), (I.REJECT, rejected), (I.NONE, ignored)):
         verdict = judge_submit(trouble, keys, repeated=repeated)
         assert verdict.action is action, keys
@@ -327,7 +327,7 @@ def test_a_failed_submit_means_by_what_becomes_of_a_repeated_key(trouble, replay
 
 @given(st.sampled_from(I), st.integers(300, 599), st.booleans(), st.binary(max_size=20))
 def test_a_job_that_may_be_accepted_never_fails_and_never_counts_as_unsent(keys, status, named, body):
-    """Whatever the answer to a repeat is: only a success, or the listing, ends the doubt."""
+    """Whatever the answer to a repeat: only a success, or the listing, ends the doubt."""
     trouble = answered("submit", status, USED if named else body)
     assert judge_submit(trouble, keys, repeated=True).action in {A.REPEAT, A.DUPLICATE, A.UNKNOWN, A.STOP_ACCOUNT}
 
@@ -340,15 +340,15 @@ def test_a_submit_is_never_repeated_where_keys_are_ignored(status, repeated, bod
 
 
 def test_a_repeat_waits_for_what_the_service_asks():
-    """`Retry-After` of a 429 stays with the verdict."""
+    """The verdict keeps the `Retry-After` of a 429."""
     assert judge_submit(answered("submit", 429, retry_after="7"), I.REJECT, repeated=True).retry_after == 7.0
 
 
-# --- what the row is told ---------------------------------------------------------------------------------
+# --- the error of the row ---------------------------------------------------------------------------------
 
 
 def test_a_failure_speaks_the_services_own_words():
-    """The machine word and where it was said, for the results."""
+    """The error type and the location, for the results."""
     failure = failure_of(answered("result", 422, MODEL_ERROR, x_fal_billable_units="0.5"), Verdict(A.JOB_FAILED, "x"))
     assert failure.error_type == "image_load_error"
     assert failure.message == "image_url: cannot be read"
@@ -357,13 +357,13 @@ def test_a_failure_speaks_the_services_own_words():
 
 @pytest.mark.parametrize(("status", "header", "units"), [(500, "", 0.0), (503, "1", 1.0), (422, "", None), (422, "no number", None), (422, "nan", None), (422, "inf", None), (422, "-1", None)])  # fmt: skip # noqa: E501
 def test_an_error_of_the_server_is_free_unless_it_says_otherwise(status, header, units):
-    """Fal never charges for 5xx; for a 422 without a header nobody knows."""
+    """Fal never charges for 5xx; for a 422 without a header the charge is unknown."""
     trouble = answered("result", status, request_error("internal_error"), x_fal_billable_units=header)
     assert failure_of(trouble, judge(trouble, seen=12)).billable_units == units
 
 
 def test_a_failure_without_words_has_its_status():
-    """Something to search for is always there."""
+    """There is always something to search for."""
     trouble = answered("upload", 413, b"")
     failure = failure_of(trouble, judge(trouble))
     assert (failure.error_type, failure.message) == ("http_413", "HTTP 413")
@@ -407,34 +407,34 @@ NOW = 1_792_567_680.0
     ],
 )
 def test_retry_after_may_be_a_date_in_each_form_of_the_standard(said, seconds):
-    """By the clock that is given; the past is no wait, a year is an hour, anything else says nothing."""
+    """Relative to the given time; the past means no wait, a year is cut to an hour, anything else is ignored."""
     assert retry_after_of(Reply(429, headers={"retry-after": said}), NOW) == seconds
 
 
 @given(st.text(max_size=40))
 def test_no_retry_after_breaks_anything(said):
-    """Whatever a service sends."""
+    """For any header value."""
     seconds = retry_after_of(Reply(429, headers={"retry-after": said}), NOW)
     assert seconds is None or 0.0 <= seconds <= 3600.0
 
 
 @pytest.mark.parametrize("phase", ["submit", "status", "result", "download"])
 def test_a_wish_that_is_cut_is_in_the_reason(phase):
-    """It is logged: a user would else wonder why the service is asked again so soon."""
+    """The log explains why the service is asked again sooner than requested."""
     verdict = judge(answered(phase, 429, retry_after="Thu, 21 Oct 2027 07:28:00 GMT"), now=NOW)
     assert verdict.retry_after == 3600.0
-    assert "asks to wait 31,536,000 s: 3,600 s at most" in verdict.reason
+    assert "asks to wait 31,536,000 s (limited to 3,600 s)" in verdict.reason
     assert "asks" not in judge(answered(phase, 429, retry_after="60"), now=NOW).reason
 
 
 def test_a_503_on_a_submit_keeps_its_wish():
-    """The outcome is unknown all the same."""
+    """The outcome stays unknown."""
     verdict = judge(answered("submit", 503, retry_after="60"))
     assert (verdict.action, verdict.retry_after) == (A.UNKNOWN, 60.0)
 
 
 def test_equal_faults_are_counted_together():
-    """By what happened, not by what was said."""
+    """By kind, not by text."""
     assert kind_of(answered("result", 503, b"a")) == kind_of(answered("result", 503, b"b")) == "503"
     assert kind_of(Trouble("status", "timeout")) == "timeout"
 
@@ -444,12 +444,12 @@ def test_equal_faults_are_counted_together():
 
 @given(st.integers(1, 1024), st.integers(0, 2**32))
 def test_backoff_is_within_its_bounds_for_any_attempt(tries, seed):
-    """From 0 to the cap, also at attempt 1,024, where 2^1023 no longer is a float to multiply with."""
+    """From 0 to the cap, also at attempt 1,024, where 2^1023 no longer fits a float product."""
     assert 0.0 <= backoff(tries, Random(seed)) <= min(30.0, 0.2 * 2.0 ** min(tries - 1, 30))
 
 
 def test_backoff_is_drawn_over_the_whole_range():
-    """Full jitter: neither bunched at the cap nor at nothing."""
+    """Full jitter: neither bunched at the cap nor at zero."""
     rng = Random(1)
     drawn = sorted(backoff(20, rng) for _ in range(1000))
     assert drawn[100] < 6
@@ -470,7 +470,7 @@ class Flaky:
 
 
 def in_virtual_time(main):
-    """Run on Trio with a clock that jumps over every sleep; the answer and the seconds that went by."""
+    """Run on Trio with a clock that skips every sleep; return the result and the elapsed seconds."""
 
     async def timed():
         began = anyio.current_time()
@@ -481,7 +481,7 @@ def in_virtual_time(main):
 
 
 def test_a_read_that_works_is_done_once():
-    """No machinery in the way."""
+    """Without retry overhead."""
     call = Flaky()
     assert in_virtual_time(lambda: reading(call, Random(1))) == ("answer", 0.0)
     assert call.calls == 1
@@ -489,32 +489,32 @@ def test_a_read_that_works_is_done_once():
 
 @pytest.mark.parametrize("times", [1, 2, 3, 50])
 def test_a_read_goes_on_until_it_is_answered(times):
-    """Each fault is told to the one who watches; the pauses stay under the cap."""
-    call, told = Flaky(*[answered("status", 503, GATEWAY)] * times), []
-    answer, seconds = in_virtual_time(lambda: reading(call, Random(1), notice=told.append))
+    """Each error is reported to `notice`; pauses stay below the cap."""
+    call, noticed = Flaky(*[answered("status", 503, GATEWAY)] * times), []
+    answer, seconds = in_virtual_time(lambda: reading(call, Random(1), notice=noticed.append))
     assert answer == "answer"
     assert call.calls == times + 1
-    assert [verdict.action for verdict in told] == [A.READ_AGAIN] * times
+    assert [verdict.action for verdict in noticed] == [A.READ_AGAIN] * times
     assert 0 < seconds <= 30 * times
 
 
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_read_waits_for_what_the_service_asks(times):
-    """`Retry-After: 7` is a lower bound for every pause, the first one too."""
+    """`Retry-After: 7` is a lower bound for every pause, including the first."""
     call = Flaky(*[answered("status", 429, retry_after="7")] * times)
     _, seconds = in_virtual_time(lambda: reading(call, Random(1)))
     assert seconds >= 7 * times
 
 
 def test_a_read_waits_until_the_date_that_the_service_names():
-    """By the clock of the one who reads."""
+    """By the caller's clock."""
     call = Flaky(answered("status", 503, GATEWAY, retry_after="Thu, 01 Jan 1970 00:05:00 GMT"))
     _, seconds = in_virtual_time(lambda: reading(call, Random(1), now=anyio.current_time))
     assert 300 <= seconds <= 301
 
 
 def test_a_read_ends_with_the_fault_that_is_final():
-    """A request that nobody knows: sixteen reads in half a minute at most, then it is believed."""
+    """An unknown request: sixteen reads in at most half a minute, then it is accepted."""
     call = Flaky(*[answered("status", 404)] * 50)
 
     async def main():
@@ -529,7 +529,7 @@ def test_a_read_ends_with_the_fault_that_is_final():
 
 
 def test_an_account_that_may_not_upload_is_known_soon():
-    """Mostly the key is wrong: sixteen times asked, in a few seconds, and the verdict is that of all of them."""
+    """Usually the key is wrong: sixteen tries within a few seconds, then the verdict counts."""
     call = Flaky(*[answered("initiate", 401)] * 50)
 
     async def main():
@@ -543,7 +543,7 @@ def test_an_account_that_may_not_upload_is_known_soon():
 
 
 def test_a_final_fault_is_raised_at_once():
-    """An upload that is refused as such is not repeated."""
+    """A refused upload is not repeated."""
     call = Flaky(answered("upload", 413))
 
     async def main():
@@ -555,7 +555,7 @@ def test_a_final_fault_is_raised_at_once():
 
 
 def test_a_read_can_be_bounded():
-    """`stop` is tenacity's; the last fault is what is raised."""
+    """`stop` is tenacity's; the last error is raised."""
     call = Flaky(*[answered("status", 503, GATEWAY)] * 50)
 
     async def main():
@@ -567,7 +567,7 @@ def test_a_read_can_be_bounded():
 
 
 def test_a_defect_is_no_fault_of_the_network():
-    """What is not a `CallFailed` passes at once."""
+    """Any other exception than `CallFailed` is raised at once."""
 
     async def broken():
         raise KeyError("ours")
@@ -580,7 +580,7 @@ def test_a_defect_is_no_fault_of_the_network():
 
 
 def test_a_cancelled_read_stops():
-    """A read that would go on for ever ends with the scope around it."""
+    """Cancelling the scope ends an endless read."""
 
     async def main():
         with anyio.move_on_after(100) as scope:

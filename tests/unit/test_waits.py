@@ -1,4 +1,4 @@
-"""What open jobs wait for, as numbers, as JSON and in words."""
+"""The waits of open jobs, as numbers, as JSON and in words."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_nothing_waits():
 
 
 def test_a_job_is_in_one_stage_and_leaves():
-    """A position counts only in the queue; a job that was never there is dropped without harm."""
+    """A position counts only in the queue; removing an unknown job is harmless."""
     found = waits((Stage.IN_QUEUE, 0.0, 7))
     found.put(JobKey("0"), Stage.IN_PROGRESS, 0.0, 7)
     assert found.overview(5.0) == Overview({Stage.IN_PROGRESS: Waiting(1, 5.0)})
@@ -61,7 +61,7 @@ def test_a_job_is_in_one_stage_and_leaves():
 
 
 def test_a_clock_that_is_set_back_makes_no_negative_age():
-    """Nothing waits for less than nothing."""
+    """No age is negative."""
     assert waits((Stage.IN_PROGRESS, 100.0, None)).overview(50.0).oldest_seconds == 0.0
 
 
@@ -80,7 +80,7 @@ def test_a_status_says_what_is_waited_for(state, stage):
 
 
 def test_the_words_name_what_has_waited_noticeably():
-    """Half a minute; all of it where it is asked for."""
+    """From half a minute; everything on request."""
     assert (
         SOME.sentence()
         == "3 in queue for up to 2 min, queue positions 3 to 120, median 40; 1 downloading for up to 3 min"
@@ -98,7 +98,7 @@ def test_the_words_name_what_has_waited_noticeably():
 
 
 def test_json_has_every_stage():
-    """A reader need not ask whether a key is there."""
+    """A reader never has to check whether a key exists."""
     assert SOME.to_json() == {
         "in_queue": {"jobs": 3, "oldest_seconds": 150.0},
         "in_progress": {"jobs": 1, "oldest_seconds": 20.0},
@@ -126,7 +126,7 @@ def test_json_is_read_back(jobs):
      {"queue_positions": {"lowest": 1, "median": None, "highest": 3}}],
 )  # fmt: skip
 def test_json_of_another_form_is_left_out(value):
-    """A note of another version, or a damaged one."""
+    """A file of another version, or a damaged one."""
     assert Overview.of_json(value) == Overview({})
 
 
@@ -135,5 +135,5 @@ def test_json_of_another_form_is_left_out(value):
     [(0.4, "0 s"), (89, "89 s"), (90, "2 min"), (3600, "60 min"), (5400, "1.5 h"), (86400 * 3, "3 days")],
 )
 def test_a_duration_is_said_in_one_unit(seconds, words):
-    """As a person would."""
+    """The most readable unit."""
     assert duration(seconds) == words

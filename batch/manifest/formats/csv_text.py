@@ -23,7 +23,7 @@ __all__ = ["Encoding", "Separator", "Unpack", "as_utf8", "encoding_of", "named",
 
 Unpack: TypeAlias = Callable[[Path], BinaryIO]
 
-_MARKS = (  # the mark of UTF-32 begins with that of UTF-16
+_MARKS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -117,7 +117,7 @@ def undecodable(path: Path, unpack: Unpack, encoding: Encoding) -> str:
         advice = 'save it as UTF-8, or set manifest.encoding to its encoding, for example "cp1252"'
         return f"{place}: {bytes_} is not UTF-8; {advice}"
     if encoding.origin == "byte order mark":
-        return f"{place}: {bytes_} is not {encoding.name}, but has its byte order mark; is the file complete?"
+        return f"{place}: {bytes_} is not {encoding.name}, the encoding of the byte order mark; is the file complete?"
     advice = "set manifest.encoding to the file's encoding"
     return f"{place}: {bytes_} is not {encoding.name} (manifest.encoding); {advice}"
 
@@ -153,7 +153,7 @@ def _invalid_in(decoder: io.IncrementalNewlineDecoder, data: bytes, line: int, o
         try:
             line += decoder.decode(piece, not piece).count("\n")
         except UnicodeDecodeError as error:
-            held = len(error.object) - len(piece)  # what it had kept of the pieces before
+            held = len(error.object) - len(piece)  # bytes pending from earlier chunks
             start = offset + end - 1 - held + error.start
             return _InvalidByte(line, start, error.object[error.start])
     return None

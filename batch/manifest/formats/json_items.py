@@ -49,7 +49,7 @@ class BadJson(Exception):
 
 
 class NotRows(Exception):
-    """The text is one object; the message names its keys."""
+    """The text is a single object; the message names its keys."""
 
 
 class Item(NamedTuple):

@@ -69,7 +69,7 @@ def _fits(token: bytes) -> bool:
         return True
     try:
         return -_INT64 <= int(token) < _INT64
-    except ValueError:  # a fraction, or more digits than Python reads
+    except ValueError:  # a fraction, or more digits than `int` accepts
         pass
     try:
         return math.isfinite(float(token))

@@ -1,9 +1,9 @@
-"""The one way out: every request that the server makes to somebody else's address goes through this guard.
+"""HTTP client with protection against SSRF; the server makes every outgoing request with it.
 
-Owns what may be asked and how much may come back: schemes, ports, addresses, redirects, bytes and seconds. A name is
-resolved once for each connection; the addresses are judged then, and the connection is made to the judged ones. Knows
-nothing of images and callbacks. Its messages are safe to show to whoever named the URL: they never tell a name that
-does not resolve from one that resolves into our own network, and carry no address that the caller did not write.
+Limits schemes, ports, addresses, redirects, size and time. A host name is resolved once per connection; the resolved
+addresses are checked, and only checked addresses are connected to. Error messages are safe to show to the client that
+sent the URL: they do not distinguish a host that does not resolve from one in a private network, and contain no address
+that was not in the URL.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ __all__ = [
 ]
 
 Lookup: TypeAlias = Callable[[str], Awaitable[list[str]]]
-"""The numeric addresses of a host name; raises OSError where it has none."""
+"""Resolves a host name to numeric addresses; raises OSError without any."""
 
 CONNECT_SECONDS = 10.0
 REQUESTS = 100
-"""Made at once."""
+"""Maximum number of concurrent requests."""
 _LOOKUP_THREADS = 16
-"""Of their own: names that hang must not hold up the threads that read and write files."""
+"""Separate threads for lookups: a slow one must not block file access."""
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
-_NO_ADDRESS = "its host has no address that may be asked from here"
+_NO_ADDRESS = "its host has no address that this server may connect to"
 
 
 class Unreachable(Exception):
-    """Nothing usable came back.
+    """The request failed, or its response is unusable.
 
     Args:
-        reason: half a sentence.
-        retryable: whether another try may help.
+        reason: a clause about the URL ("its server ..."), for a message.
+        retryable: whether a retry may succeed.
     """
 
     def __init__(self, reason: str, *, retryable: bool) -> None:
@@ -62,11 +62,11 @@ class Unreachable(Exception):
 
 
 class ResponseTooLarge(Exception):
-    """More bytes came than are wanted, before or after they were unpacked."""
+    """The body is larger than the limit, before or after decompression."""
 
 
 class FetchLimits(NamedTuple):
-    """What one fetch may take, all redirects together."""
+    """Limits of one fetch, including its redirects."""
 
     size_bytes: int
     seconds: float
@@ -77,9 +77,9 @@ class SafeHttpClient:
     """Makes requests to addresses that the rule permits; an async context manager.
 
     Args:
-        permitted: the rule.
-        lookup: how names are resolved; None: as the system does it.
-        limit: requests at once; further ones wait, which is not part of their time.
+        permitted: the rule for addresses.
+        lookup: resolves host names; None: the system's resolver.
+        limit: maximum number of concurrent requests; the time that a request waits for its turn does not count.
     """
 
     def __init__(
@@ -102,13 +102,13 @@ class SafeHttpClient:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def fetch(self, url: str, limits: FetchLimits) -> bytes:
-        """The body behind a URL, over redirects, each judged like the first.
+        """Fetch a URL and return the body. Redirects are followed; each one is checked like the first URL.
 
         Raises:
-            Refused: the URL, or one that it leads to, may not be asked.
-            Unreachable: no answer, a broken one, or one that is not 200.
-            ResponseTooLarge: more than `limits.size_bytes`.
-            OSError: no descriptor is free (`lacks_descriptor`).
+            AddressRefused: the URL, or one that it redirects to, is not permitted.
+            Unreachable: no response, an invalid one, or a status other than 200.
+            ResponseTooLarge: the body exceeds `limits.size_bytes`.
+            OSError: no file descriptor is free (`lacks_descriptor`).
         """
         target = check_url(url, self.permitted)
         with _translated():
@@ -122,12 +122,12 @@ class SafeHttpClient:
         raise Unreachable(f"it redirects more than {limits.redirects} times", retryable=False)
 
     async def post(self, url: str, body: bytes, headers: Mapping[str, str], seconds: float) -> int:
-        """Send a body; the status of the answer, whose own body is not read. Redirects are not followed.
+        """Post a body and return the status of the response, without reading its body or following redirects.
 
         Raises:
-            Refused: the URL may not be asked.
-            Unreachable: no answer within `seconds`, or a broken one.
-            OSError: no descriptor is free (`lacks_descriptor`).
+            AddressRefused: the URL is not permitted.
+            Unreachable: no response within `seconds`, or an invalid one.
+            OSError: no file descriptor is free (`lacks_descriptor`).
         """
         target = check_url(url, self.permitted)
         with _translated():
@@ -140,20 +140,20 @@ class SafeHttpClient:
         try:
             joined = str(target.join(URL(location)))
         except ValueError:
-            raise AddressRefused("it redirects to something that is no URL") from None
+            raise AddressRefused("it redirects to an invalid URL") from None
         try:
             return check_url(joined, self.permitted)
         except AddressRefused:
             raise AddressRefused("it redirects to a URL that is not permitted here") from None
 
     def _client(self) -> aiohttp.ClientSession:
-        # Made when first needed: most servers are only ever given files that they hold themselves.
+        # Created on first use: many servers only ever use files that they store themselves.
         if self._session is None:
             connector = aiohttp.TCPConnector(
                 resolver=_Resolver(self._lookup, self.permitted),
                 use_dns_cache=False,
                 limit=self._limit,
-                force_close=self._limit < REQUESTS,  # few can be open: none is kept for a host that may not come again
+                force_close=self._limit < REQUESTS,  # few descriptors: keep no idle connection
                 socket_factory=partial(_checked_socket, self.permitted),
             )
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS)
@@ -162,14 +162,14 @@ class SafeHttpClient:
 
 
 class _NotPermitted(PermissionError):
-    """An OSError, so that aiohttp takes it for a failed lookup or connection."""
+    """The address is not permitted. An OSError, so that aiohttp handles it as a failed lookup or connection."""
 
     def __init__(self) -> None:
         super().__init__(errno.EACCES, "not permitted")
 
 
 class _Resolver(AbstractResolver):
-    """Resolves a name at the moment of connecting and hands on only what may be asked."""
+    """Resolves a host name when connecting and returns only permitted addresses."""
 
     def __init__(self, lookup: Lookup, permitted: AddressRule) -> None:
         self._lookup = lookup
@@ -179,7 +179,7 @@ class _Resolver(AbstractResolver):
         self,
         host: str,
         port: int = 0,
-        family: socket.AddressFamily = socket.AF_UNSPEC,  # noqa: ARG002 - the connector asks for both
+        family: socket.AddressFamily = socket.AF_UNSPEC,  # noqa: ARG002 - the connector passes both
     ) -> list[ResolveResult]:
         found = [address for text in await self._lookup(host) if (address := literal_address(text)) is not None]
         allowed = [address for address in dict.fromkeys(found) if self._permitted(address)]
@@ -198,11 +198,11 @@ class _Resolver(AbstractResolver):
         ]
 
     async def close(self) -> None:
-        """Nothing is held here."""
+        """Do nothing: there is nothing to release."""
 
 
 def _checked_socket(permitted: AddressRule, info: tuple[Any, ...]) -> socket.socket:
-    """The last look: whatever way an address took, it is judged right before it is connected to."""
+    """Create a socket after a final check of the address that it connects to."""
     family, kind, protocol, _, address = info
     literal = literal_address(address[0])
     if literal is None or not permitted(literal):
@@ -218,7 +218,7 @@ def _looked_up(host: str) -> list[str]:
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except socket.gaierror:
-        # Without a descriptor no name is found, for a reason that is not told; opening anything tells it.
+        # The error does not say if a descriptor was missing; opening a file raises EMFILE in that case.
         os.close(os.open(os.devnull, os.O_RDONLY))
         raise
     return [str(entry[4][0]) for entry in found]
@@ -227,10 +227,10 @@ def _looked_up(host: str) -> list[str]:
 async def _body(response: aiohttp.ClientResponse, limit: int) -> bytes:
     if response.status != 200:
         retryable = response.status >= 500 or response.status in {408, 429}
-        raise Unreachable(f"its server answered {response.status}", retryable=retryable)
+        raise Unreachable(f"its server returned status {response.status}", retryable=retryable)
     packing = response.headers.get("content-encoding", "identity").strip().lower()
     if packing not in {"", "identity", "gzip", "x-gzip", "deflate"}:
-        raise Unreachable(f"its server packed it as {packing[:20]}, which was not asked for", retryable=False)
+        raise Unreachable(f"its server used the unrequested content-encoding {packing[:20]}", retryable=False)
     if (response.content_length or 0) > limit:
         raise ResponseTooLarge
     unpacker = zlib.decompressobj(wbits=47) if packing not in {"", "identity"} else None
@@ -239,31 +239,31 @@ async def _body(response: aiohttp.ClientResponse, limit: int) -> bytes:
         if unpacker is None:
             data += chunk
         else:
-            # One byte over the limit is enough to know: a bomb is never unpacked.
+            # Stops one byte above the limit, so that a decompression bomb is never expanded.
             data += unpacker.decompress(chunk, limit + 1 - len(data))
         if len(data) > limit:
             raise ResponseTooLarge
         if unpacker is not None and unpacker.eof:
             break
     if unpacker is not None and not unpacker.eof:
-        raise Unreachable("its server sent a broken answer", retryable=True)
+        raise Unreachable("its server sent an invalid response", retryable=True)
     return bytes(data)
 
 
 @contextmanager
 def _translated() -> Iterator[None]:
-    """Foreign errors in our words: their own name hosts and addresses."""
+    """Translate library errors, whose messages contain hosts and addresses."""
     try:
         yield
     except AddressRefused:
         raise
     except (aiohttp.ClientError, OSError, ValueError, zlib.error) as error:
         if lacks_descriptor(error):
-            raise OSError(errno.EMFILE, "no descriptor is free") from None
-        raise _in_our_words(error) from error
+            raise OSError(errno.EMFILE, "no file descriptor is free") from None
+        raise _safe_error(error) from error
 
 
-def _in_our_words(error: Exception) -> AddressRefused | Unreachable:
+def _safe_error(error: Exception) -> AddressRefused | Unreachable:
     match error:
         case aiohttp.ClientConnectorDNSError(os_error=_NotPermitted()):
             return AddressRefused(_NO_ADDRESS, retryable=True)
@@ -276,4 +276,4 @@ def _in_our_words(error: Exception) -> AddressRefused | Unreachable:
         case aiohttp.ClientConnectorError():
             return Unreachable("its server cannot be reached", retryable=True)
         case _:
-            return Unreachable("its server sent a broken answer", retryable=True)
+            return Unreachable("its server sent an invalid response", retryable=True)

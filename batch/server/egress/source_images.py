@@ -1,8 +1,7 @@
-"""Where a request's source image comes from: a data URI, our own files, or somebody's web server.
+"""Fetch a request's source image: from a data URI, the server's own files, or another web server.
 
-Owns the bounds of the download; which addresses may be asked is the guard's to say. Every fault is an `EngineFailure`
-that names the image's URL: it is the request's own fault and never the server's. Whether the bytes are an image is
-the engine's business.
+Limits the download's size and time; `SafeHttpClient` checks the addresses. Every error is an `EngineFailure` of the
+request and contains the image's URL. The engine checks whether the bytes are an image.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ FETCH_SECONDS = 60.0
 
 
 class DataUri(NamedTuple):
-    """A data URI in its parts."""
+    """The parts of a data URI."""
 
     data: bytes
     content_type: str
@@ -36,7 +35,7 @@ def parse_data_uri(uri: str) -> DataUri:
     """Decode `data:[type][;base64],...`.
 
     Raises:
-        ValueError: no comma, or broken base64.
+        ValueError: no `data:`, no comma, or invalid base64.
     """
     head, comma, rest = uri.partition(",")
     if not comma or head[:5].lower() != "data:":
@@ -46,7 +45,7 @@ def parse_data_uri(uri: str) -> DataUri:
         try:
             data = base64.b64decode(rest if "%" not in rest else unquote_to_bytes(rest), validate=True)
         except (binascii.Error, ValueError) as error:
-            raise ValueError(f"its base64 is broken: {error}") from error
+            raise ValueError(f"its base64 is invalid: {error}") from error
     else:
         data = unquote_to_bytes(rest)
     return DataUri(data, content_type.strip().lower() or "text/plain")
@@ -56,23 +55,23 @@ class SourceFetcher:
     """Fetches source images.
 
     Args:
-        storage: our own files, read from disk under whatever host and port their URLs were given out.
-        guard: makes the requests to others.
+        storage: the server's own files, recognised by path, whatever the host and port of the URL.
+        client: makes the requests to other servers.
         limit_bytes: size limit of an image.
     """
 
     def __init__(
-        self, storage: Storage, guard: SafeHttpClient, *, limit_bytes: int = DEFAULT_LIMITS.source_bytes
+        self, storage: Storage, client: SafeHttpClient, *, limit_bytes: int = DEFAULT_LIMITS.source_bytes
     ) -> None:
         self._storage = storage
-        self._guard = guard
+        self._client = client
         self._limit_bytes = limit_bytes
 
     async def fetch(self, url: str) -> bytes:
-        """The bytes behind a URL, at most `limit_bytes`.
+        """Fetch the bytes of a URL, at most `limit_bytes`.
 
         Raises:
-            EngineFailure: `image_load_error` for a broken data URI, `file_too_large`, `file_download_error`.
+            EngineFailure: `image_load_error` (invalid data URI), `file_too_large` or `file_download_error`.
         """
         if url[:5].lower() == "data:":
             try:
@@ -88,7 +87,7 @@ class SourceFetcher:
         if own is not None:
             return own
         try:
-            return await self._guard.fetch(url, FetchLimits(self._limit_bytes, FETCH_SECONDS, REDIRECTS))
+            return await self._client.fetch(url, FetchLimits(self._limit_bytes, FETCH_SECONDS, REDIRECTS))
         except ResponseTooLarge as error:
             raise self._too_large() from error
         except (AddressRefused, Unreachable) as error:

@@ -1,7 +1,7 @@
-"""Which URLs and addresses the server may ask: the judgement alone, without asking anybody.
+"""The rules for URLs and addresses that the server may connect to, without network access.
 
-Owns the table of addresses that do not belong to the public internet, the ports that web servers use, and the ways to
-spell an address. Whoever makes a request is the guard (`batch.server.egress.http_client`).
+Defines the addresses outside the public internet, the permitted ports and the spellings of an address.
+`batch.server.egress.http_client` makes the requests.
 """
 
 from __future__ import annotations
@@ -28,43 +28,43 @@ __all__ = [
 
 Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 AddressRule: TypeAlias = Callable[[Address], bool]
-"""Whether an address may be asked. The one place that decides it."""
+"""Whether the server may connect to an address. The only place that decides it."""
 
 URL_LIMIT = 8192
-"""Characters."""
+"""Maximum length of a URL in characters."""
 _HOST = re.compile(r"[0-9A-Za-z._-]{1,253}")
 _LOW_PORTS = frozenset({80, 443})
 _OTHER_SERVICES = frozenset(
     {1719, 1720, 1723, 2049, 3659, 4045, 4190, 5060, 5061, 6000, 6566, *range(6665, 6670), 6679, 6697, 10080}
 )
-"""Ports above 1023 that browsers refuse too (the Fetch standard's "bad ports", read in autumn 2026)."""
+"""Blocked ports above 1023. Source: "bad ports" of the Fetch standard, autumn 2026."""
 
 
 def _networks(text: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
     return tuple(map(ipaddress.ip_network, text.split()))
 
 
-# Written out rather than asked of `ipaddress`, whose idea of "global" changes with Python's version.
+# Listed here, because `is_global` of `ipaddress` changes with Python's version.
 _SPECIAL = _networks(
     "0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24 192.0.2.0/24"
     " 192.88.99.0/24 192.168.0.0/16 198.18.0.0/15 198.51.100.0/24 203.0.113.0/24 224.0.0.0/3"
     " 2001::/23 2001:db8::/32 3fff::/20"
 )
-"""IANA's registries of special addresses; of IPv6 only what lies inside 2000::/3."""
+"""IANA's special-purpose addresses; for IPv6 only those inside 2000::/3."""
 _GLOBAL_V6 = ipaddress.IPv6Network("2000::/3")
 _PRIVATE = _networks("10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 172.16.0.0/12 192.168.0.0/16 ::1/128 fc00::/7")
 _METADATA = _networks("100.100.100.200/32 168.63.129.16/32 fd00:ec2::254/128 fd20:ce::254/128")
-"""Clouds' metadata services that lie outside of the link-local range (Alibaba, Azure, AWS, Google)."""
+"""Cloud metadata services outside the link-local range (Alibaba, Azure, AWS, Google)."""
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
 class AddressRefused(ValueError):
-    """The URL, or every address behind it, may not be asked.
+    """The URL, or every address of its host, is not permitted.
 
     Args:
-        reason: half a sentence.
-        retryable: what the caller is told; true where a name is at fault, as for one that does not resolve: otherwise
-            the two could be told apart, and names of our own network be guessed.
+        reason: a clause about the URL, for a message.
+        retryable: reported to the client; true for a host name, as for one that does not resolve. Otherwise a client
+            could find out which names exist in the private network.
     """
 
     def __init__(self, reason: str, *, retryable: bool = False) -> None:
@@ -73,7 +73,7 @@ class AddressRefused(ValueError):
 
 
 def public_only(address: Address) -> bool:
-    """The strict rule: addresses of the public internet. An IPv4 address inside of an IPv6 one is judged itself."""
+    """Permit addresses of the public internet. For an IPv4 address embedded in an IPv6 one, the former counts."""
     plain = _inner(address)
     if isinstance(plain, ipaddress.IPv6Address) and plain not in _GLOBAL_V6:
         return False
@@ -81,23 +81,23 @@ def public_only(address: Address) -> bool:
 
 
 def private_too(address: Address) -> bool:
-    """For tests and closed networks: loopback, private and carrier-grade ranges too; never link-local or metadata."""
+    """Permit loopback, private and carrier-grade NAT addresses too, but never link-local or metadata ones."""
     plain = _inner(address)
     return public_only(plain) or (_within(plain, _PRIVATE) and not _within(plain, _METADATA))
 
 
 def address_rule(*, allow_private: bool) -> AddressRule:
-    """The rule that `--allow-private` chooses."""
+    """Return the rule for `--allow-private`."""
     return private_too if allow_private else public_only
 
 
 def check_url(url: str, permitted: AddressRule) -> URL:
-    """Everything about a URL that can be judged without asking the network.
+    """Check a URL as far as possible without network access.
 
-    An address in one of its older spellings (`2130706433`, `0x7f.1`, `0177.0.0.1`) comes back in the usual one.
+    A literal address in an old spelling (`2130706433`, `0x7f.1`, `0177.0.0.1`) is normalised.
 
     Raises:
-        Refused: scheme, port, credentials, host or literal address.
+        AddressRefused: scheme, port, credentials, host or literal address are not permitted.
     """
     if len(url) > URL_LIMIT:
         raise AddressRefused(f"its URL is longer than {URL_LIMIT} characters")
@@ -107,15 +107,15 @@ def check_url(url: str, permitted: AddressRule) -> URL:
     except ValueError:
         raise AddressRefused("it is not a URL") from None
     if target.scheme not in {"http", "https"} or not host:
-        raise AddressRefused("only http and https URLs can be asked")
+        raise AddressRefused("only http and https URLs are supported")
     if target.raw_user is not None or target.raw_password is not None:
-        raise AddressRefused("a URL with a user name or password in it is not asked")
+        raise AddressRefused("a URL with a user name or password is not permitted")
     if port is None or not (port in _LOW_PORTS or (port >= 1024 and port not in _OTHER_SERVICES)):
-        raise AddressRefused(f"port {port} is not one that web servers use")
+        raise AddressRefused(f"port {port} is not permitted")
     literal = literal_address(host)
     if literal is None:
         if not _HOST.fullmatch(host):
-            raise AddressRefused("its host is not a name")
+            raise AddressRefused("its host name is invalid")
         return target
     if not permitted(literal):
         raise AddressRefused(f"fetching from {literal} is not permitted here")
@@ -123,9 +123,9 @@ def check_url(url: str, permitted: AddressRule) -> URL:
 
 
 def literal_address(host: str) -> Address | None:
-    """The address that a host spells, also in the forms that C libraries understand.
+    """Parse a literal address, also in the spellings that C libraries accept.
 
-    None for a name, and for an address with a zone: that can only be one of our own links.
+    None for a name, and for an address with a zone, which is always link-local.
     """
     with suppress(ValueError):
         return ipaddress.ip_address(host) if "%" not in host else None
@@ -135,7 +135,7 @@ def literal_address(host: str) -> Address | None:
 
 
 def _inner(address: Address) -> Address:
-    """The IPv4 address inside a mapped, 6to4 or NAT64 one; any other as it is."""
+    """Return the IPv4 address inside a mapped, 6to4 or NAT64 address; any other address unchanged."""
     if isinstance(address, ipaddress.IPv4Address):
         return address
     if address in _NAT64:

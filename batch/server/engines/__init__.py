@@ -1,6 +1,6 @@
-"""What the endpoint executes: preview (no model), echo (rehearsal), flux (FLUX.1 [dev] on one's own devices).
+"""Engines of the endpoint: preview (filters, no model), echo (rehearsal) and flux (FLUX.1 [dev] on local devices).
 
-This package stays light: an engine's libraries are imported when that engine is asked for.
+Importing this package is cheap: the libraries of an engine are imported only when that engine is created.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ from batch.server.engines.flux.options import FluxOptions
 __all__ = ["ENGINES", "engine_of"]
 
 ENGINES = ("preview", "echo")
-"""The engines that need nothing; `flux` needs a model."""
+"""Engines that need no model. `flux` is the third engine and needs one."""
 
 
 def engine_of(
     name: str, slots: int | None = None, service_time: float = 0.0, flux: FluxOptions | None = None
 ) -> Engine:
-    """The engine of that name, not started yet.
+    """Create an engine by name. It is not started yet.
 
     Args:
         name: one of `ENGINES`, or `flux`.
-        slots: jobs that it executes at once; None: one a core for `preview`, 32 for `echo`.
-        service_time: seconds that each `echo` job takes; the others take what they take.
-        flux: what `flux` is to run, and where.
+        slots: concurrent jobs; None: one per core for `preview`, 32 for `echo`, one per device for `flux`.
+        service_time: simulated seconds per job; only `echo` uses it.
+        flux: model and devices; required for `flux`.
 
     Raises:
-        ValueError: no engine has that name, or `flux` shall not run as many jobs as it has devices.
+        ValueError: unknown name, `flux` without its options, or `slots` other than the number of flux devices.
         InputError: the model cannot be used; see `batch.server.engines.flux.engine.open_engine`.
     """
     if name == "preview":
@@ -41,7 +41,8 @@ def engine_of(
         from batch.server.engines.flux.engine import open_engine
 
         if slots not in {None, len(flux.devices)}:
-            raise ValueError(f"the engine flux executes one request a device, not {slots}; leave --slots out")
+            devices = len(flux.devices)
+            raise ValueError(f"invalid --slots {slots}: engine flux runs one request per device ({devices}); omit it")
         return open_engine(flux)
-    known = f"it is one of {', '.join(ENGINES)}, or flux with a model (--engine flux --model DIR)"
-    raise ValueError(f"{name!r} is no engine; {known}")
+    known = f"use {', '.join(ENGINES)}, or flux with a model (--engine flux --model DIR)"
+    raise ValueError(f"unknown engine {name!r}: {known}")

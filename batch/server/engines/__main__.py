@@ -1,4 +1,4 @@
-"""Entry of a worker process; see `batch.server.engines.process`."""
+"""Entry point of a worker process; see `batch.server.engines.process`."""
 
 from __future__ import annotations
 

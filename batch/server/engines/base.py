@@ -1,12 +1,12 @@
-"""The one small interface that all engines share. Pure: knows no library, no process, no HTTP.
+"""The interface that all engines implement. Pure: independent of libraries, processes and HTTP.
 
-An engine gets one job at a time per slot and gives images, or raises one of three errors:
+An engine runs one job per slot at a time. It returns images or raises one of these errors:
 
     EngineError
-    ├── EngineFailure     the job cannot work; a model error as the wire shows it
-    │   └── NotReady      no job can work on this worker: its model or its device cannot be had
-    ├── EngineCancelled   the job was told to stop, and did
-    └── WorkerCrashed     the process that did the work died; the job may be tried again
+    ├── EngineFailure     the job failed with a model error, which clients see
+    │   └── NotReady      the worker cannot run any job: its model or device is unavailable
+    ├── EngineCancelled   the job was cancelled and has stopped
+    └── WorkerCrashed     the worker process died; the job can be retried
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ __all__ = [
 ]
 
 OnStep: TypeAlias = Callable[[int, int], None]
-"""Told (steps done, steps in all) after each true step of a job."""
+"""Progress callback: (steps done, total steps), called after each completed step of a job."""
 Cancelled: TypeAlias = Callable[[], bool]
-"""Whether the job was told to stop; asked between steps."""
+"""Return whether the job is cancelled; the engine calls it between steps."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineJob:
-    """One request, ready to be executed."""
+    """One request, ready for execution."""
 
     request_id: str
     input: ImageToImageInput
-    """Its seed is always set: whoever accepted the request drew one where none was given."""
+    """The validated inputs. The seed is always set: the endpoint draws one when the request has none."""
     source: bytes | None = field(default=None, repr=False)
-    """The source image as fetched; None for engines that do not look at it."""
+    """The source image as fetched; None for engines that do not read it."""
 
     def __post_init__(self) -> None:
         if self.input.seed is None:
-            raise ValueError(f"job {self.request_id} has no seed; draw one before it reaches an engine")
+            raise ValueError(f"job {self.request_id} has no seed; draw one before creating an EngineJob")
 
     @property
     def seed(self) -> int:
-        """The seed, as the integer that it always is."""
+        """The seed of the first image."""
         assert self.input.seed is not None
         return self.input.seed
 
@@ -72,62 +72,62 @@ class EngineImage:
 
 @dataclass(frozen=True, slots=True)
 class EngineResult:
-    """What a job gave."""
+    """The output of one job."""
 
     images: tuple[EngineImage, ...]
     seed: int
-    """Of the first image; image i was made with seed + i."""
+    """Seed of the first image; image i uses seed + i."""
     has_nsfw_concepts: tuple[bool, ...]
-    """One per image where a checker looked at them; empty where none did. Never a guess."""
+    """One flag per image if a safety checker ran; empty if none did."""
     timings: dict[str, float]
-    """Seconds; `inference` at least."""
+    """Seconds per phase; always contains `inference`."""
     prompt: str
 
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What an engine says of itself, for /health and the results' `engine` column."""
+    """Description of an engine, for /health and the `engine` column of the results."""
 
     name: str
-    """The `engine` column of the results; printable ASCII. An engine with a model tells it here, with its revision."""
+    """Value of the `engine` column; printable ASCII. An engine with a model includes the model and its revision."""
     model: str
-    """What ran, in words; an engine without a model says so."""
+    """Human-readable model name; engines without a model begin with "none"."""
     revision: str
-    """Changes when the same input would give another image."""
+    """Changes whenever the same input would produce a different image."""
     safety_checker: str | None
-    """None: nothing is checked."""
+    """Name of the safety checker; None: images are not checked."""
     slots: int
-    """Jobs that it executes at once."""
+    """Number of concurrent jobs."""
     fetches_source: bool
-    """Whether it needs the source image, which the server then fetches and hands over."""
+    """Whether the server must fetch the source image and pass it to the engine."""
 
 
 class EngineError(Exception):
-    """Base of what an engine raises on purpose."""
+    """Base class of the errors that engines raise on purpose."""
 
 
 class EngineFailure(EngineError):
-    """The job cannot work: one of fal's model errors, as a value.
+    """The job failed with one of fal's model errors.
 
     Args:
-        status: HTTP status of the result, 422 where the input is at fault, 500 where the engine is.
-        type: the wire's word, for instance `image_load_error`.
-        message: what happened, the value, what to do next.
-        loc: the part of the body at fault.
-        ctx: limits that were passed, for instance `{"max_width": 8192}`.
-        retryable: whether the same job may work another time.
+        status: HTTP status of the result: 422 for invalid input, 500 for an engine error.
+        type: fal's error type, for example `image_load_error`.
+        message: what is wrong, the value, what to do.
+        loc: location in the request body that caused the error.
+        ctx: exceeded limits, for example `{"max_width": 8192}`.
+        retryable: whether a retry of the same job can succeed.
     """
 
     def __init__(
         self,
         status: int,
-        type: str,  # noqa: A002 - the wire's own word
+        type: str,  # noqa: A002 - the name of the wire field
         message: str,
         loc: tuple[str, ...] = ("body", "image_url"),
         ctx: JsonObject | None = None,
         retryable: bool = False,
     ) -> None:
-        # All arguments go to the base, so that the error survives the way back from a worker process.
+        # The base class gets all arguments, so that the error can be unpickled in the parent process.
         super().__init__(status, type, message, loc, ctx, retryable)
         self.status = status
         self.type = type
@@ -141,45 +141,45 @@ class EngineFailure(EngineError):
 
 
 class NotReady(EngineFailure):
-    """The worker could not get what every job of it needs. Another worker, or another time, may do better.
+    """The worker cannot load its model or use its device, so every job would fail there. A retry may succeed.
 
     Args:
-        message: what is missing, the value, what to do next. It is the whole of an error at the start.
+        message: what is missing, the value, what to do. At startup it is the complete error message.
     """
 
     def __init__(self, message: str) -> None:
         super().__init__(500, "internal_server_error", message, loc=("body",), retryable=True)
-        self.args = (message,)  # what a pickle hands to this constructor
+        self.args = (message,)  # pickle passes these to this constructor
 
 
 class EngineCancelled(EngineError):
-    """The job was told to stop, and stopped between two steps."""
+    """The job was cancelled and stopped between two steps."""
 
 
 class WorkerCrashed(EngineError):
-    """The worker process died under the job. Another one takes its place; the job may be tried again."""
+    """The worker process died while it ran the job. The pool replaces the process; the job can be retried."""
 
     pause: float = 0.0
-    """Seconds until another one is there: as long a request that is alone stays in its queue."""
+    """Seconds until a replacement is available; the request stays in the queue that long."""
 
 
 class Engine(Protocol):
-    """What the server drives. `generate` may be called from up to `info().slots` tasks at once."""
+    """An image generator that the server drives. Up to `info().slots` tasks may call `generate` concurrently."""
 
     def info(self) -> EngineInfo:
-        """What this engine is; the same before and after `start`."""
+        """Describe this engine; the result is the same before and after `start`."""
 
     async def start(self) -> None:
-        """Get ready; returns quickly where that is possible."""
+        """Start the engine. Loading may continue in the background after this returns."""
 
     async def aclose(self) -> None:
-        """End everything that was started. Calling it twice is no error."""
+        """Stop everything that `start` started. A second call does nothing."""
 
     async def generate(self, job: EngineJob, on_step: OnStep, cancelled: Cancelled) -> EngineResult:
         """Execute one job.
 
         Raises:
-            EngineFailure: the job cannot work.
-            EngineCancelled: `cancelled()` was true between two steps.
-            WorkerCrashed: the process that did the work died.
+            EngineFailure: the job failed with a model error.
+            EngineCancelled: `cancelled()` returned true between two steps.
+            WorkerCrashed: the worker process died.
         """

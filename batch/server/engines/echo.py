@@ -1,8 +1,8 @@
-"""The rehearsal engine: fetches nothing, waits as long as it is told, answers with a small card.
+"""The echo engine, for rehearsals: it fetches nothing, waits for a set time and returns a small card.
 
-It is there to rehearse a batch of any size (rates, budgets, restarts) against a service of known speed, so it
-must cost next to nothing itself: a fixed card, a bitmap font, a small grey image. The card shows seed and
-prompt; its metadata carries a digest of every input but the image, so that two jobs never give equal bytes.
+A rehearsal tests rates, budgets and restarts of a batch of any size against a service of known speed. The engine must
+therefore cost almost nothing: a fixed card, a bitmap font, a small grey image. The card shows seed and prompt. Its
+metadata contains a digest of every input except the image, so two jobs never return equal bytes.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ from batch.server.engines.base import (
 __all__ = ["NOTE", "EchoEngine", "draw_card"]
 
 NOTE = "restyle rehearsal card: no model ran"
-"""Begins the JPEG comment or PNG text of every card."""
+"""Start of the JPEG comment or PNG text of every card."""
 _SLOTS = 32
 _CHECK_EVERY = 0.25
-"""Seconds between two looks at whether the job was told to stop; thousands may wait at once."""
+"""Seconds between two checks for cancellation; long enough that thousands of jobs can wait at once."""
 _WIDTH, _HEIGHT = 192, 112
 _PAPER, _CARD, _INK, _FAINT = 214, 255, 24, 120  # grey levels
 _LEFT = 12
-_LINES, _LETTERS = 4, 28  # of the prompt that fit on a card
+_LINES, _LETTERS = 4, 28  # space for the prompt: lines, and letters per line
 _GLYPH_WIDTH, _GLYPH_HEIGHT = 6, 11
 
 _Grey = NDArray[np.uint8]
 
 
-def _drawn(text: str, ink: int, paper: int) -> _Grey:
-    """A line of text as pixels; Pillow's bitmap font has letters of one width."""
+def _draw_text(text: str, ink: int, paper: int) -> _Grey:
+    """Render a line of text with Pillow's bitmap font, whose letters all have the same width."""
     line = Image.new("L", (_GLYPH_WIDTH * len(text), _GLYPH_HEIGHT), paper)
     ImageDraw.Draw(line).text((0, 0), text, fill=ink, font=ImageFont.load_default_imagefont())
     return np.asarray(line)
 
 
-_GLYPHS = np.stack([_drawn(chr(code), _INK, _CARD) for code in range(256)])
-"""Pixels of each letter of Latin-1: looked up, a line of text costs a fraction of what drawing it does."""
+_GLYPHS = np.stack([_draw_text(chr(code), _INK, _CARD) for code in range(256)])
+"""Pixels of each Latin-1 letter: a lookup costs a fraction of drawing the text."""
 
 
 def _write(card: _Grey, top: int, pixels: _Grey) -> None:
@@ -62,26 +62,26 @@ def _blank() -> _Grey:
     card[4:-4, 4:-4] = _FAINT
     card[5:-5, 5:-5] = _CARD
     card[24, _LEFT:-_LEFT] = _FAINT
-    _write(card, 10, _drawn("restyle rehearsal", _FAINT, _CARD))
+    _write(card, 10, _draw_text("restyle rehearsal", _FAINT, _CARD))
     return card
 
 
 _BLANK = _blank()
 
 
-def draw_card(asked: ImageToImageInput, seed: int) -> EngineImage:
-    """The card of one image: seed and the beginning of the prompt, `?` for letters beyond Latin-1."""
+def draw_card(inputs: ImageToImageInput, seed: int) -> EngineImage:
+    """Draw the card of one image: the seed and the start of the prompt, with `?` for letters outside Latin-1."""
     card = _BLANK.copy()
-    words = " ".join(asked.prompt[: 2 * _LINES * _LETTERS].split()).encode("latin-1", "replace")[: _LINES * _LETTERS]
+    words = " ".join(inputs.prompt[: 2 * _LINES * _LETTERS].split()).encode("latin-1", "replace")[: _LINES * _LETTERS]
     lines = [words[start : start + _LETTERS] for start in range(0, len(words), _LETTERS)]
     for number, line in enumerate([f"seed {seed}".encode(), *lines]):
         letters = np.frombuffer(line, np.uint8)
         _write(card, 30 + 14 * number, _GLYPHS[letters].transpose(1, 0, 2).reshape(_GLYPH_HEIGHT, -1))
-    data = _encoded(card, asked.output_format, f"{NOTE}; seed {seed}, input {_digest(asked, seed)}")
-    return EngineImage(data, f"image/{asked.output_format}", _WIDTH, _HEIGHT)
+    data = _encode_card(card, inputs.output_format, f"{NOTE}; seed {seed}, input {_digest(inputs, seed)}")
+    return EngineImage(data, f"image/{inputs.output_format}", _WIDTH, _HEIGHT)
 
 
-def _encoded(card: _Grey, output_format: str, note: str) -> bytes:
+def _encode_card(card: _Grey, output_format: str, note: str) -> bytes:
     image, buffer = Image.fromarray(card), io.BytesIO()
     if output_format == "png":
         text = PngImagePlugin.PngInfo()
@@ -92,26 +92,26 @@ def _encoded(card: _Grey, output_format: str, note: str) -> bytes:
     return buffer.getvalue()
 
 
-def _digest(asked: ImageToImageInput, seed: int) -> str:
-    """Of what makes this image. The source's URL is left out: an upload gets a new one at every server."""
+def _digest(inputs: ImageToImageInput, seed: int) -> str:
+    """Return a digest of the inputs. It excludes the source URL, because every server assigns its own to an upload."""
     parts = (
-        asked.prompt,
-        asked.strength,
-        asked.num_inference_steps,
-        asked.guidance_scale,
+        inputs.prompt,
+        inputs.strength,
+        inputs.num_inference_steps,
+        inputs.guidance_scale,
         seed,
-        asked.enable_safety_checker,
-        asked.acceleration,
+        inputs.enable_safety_checker,
+        inputs.acceleration,
     )
     return hashlib.blake2b(repr(parts).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
 class EchoEngine:
-    """Answers each job with cards after a set time.
+    """Returns cards after a set time.
 
     Args:
-        service_time: seconds a job takes; the drawing, about 0.1 ms a card, is in it.
-        slots: jobs at once; None: 32.
+        service_time: seconds per job, including the drawing (about 0.1 ms per card).
+        slots: concurrent jobs; None: 32.
     """
 
     def __init__(self, service_time: float = 0.0, slots: int | None = None) -> None:
@@ -119,7 +119,7 @@ class EchoEngine:
         self._slots = _SLOTS if slots is None else slots
 
     def info(self) -> EngineInfo:
-        """What this engine is."""
+        """Describe the engine."""
         return EngineInfo(
             name="echo",
             model="none (rehearsal: a card with the job's prompt and seed)",
@@ -130,30 +130,30 @@ class EchoEngine:
         )
 
     async def start(self) -> None:
-        """Nothing to start."""
+        """Do nothing."""
 
     async def aclose(self) -> None:
-        """Nothing to end."""
+        """Do nothing."""
 
     async def generate(self, job: EngineJob, on_step: OnStep, cancelled: Cancelled) -> EngineResult:
         """Wait, then draw `num_images` cards, image i with seed + i.
 
         Raises:
-            EngineCancelled: the job was told to stop; heard within 0.25 s.
+            EngineCancelled: the job was cancelled; detected within 0.25 s.
         """
         began = anyio.current_time()
         if self._service_time > 0:
-            await self._work(began + self._service_time, cancelled)
+            await self._wait(began + self._service_time, cancelled)
         elif cancelled():
             raise EngineCancelled
         seeds = range(job.seed, job.seed + job.input.num_images)
         images = tuple(draw_card(job.input, seed) for seed in seeds)
         on_step(1, 1)
-        # Nothing looked at the content, so there is nothing to say about it.
+        # The empty tuple means "not checked".
         timings = {"inference": anyio.current_time() - began}
         return EngineResult(images, job.seed, (), timings, job.input.prompt)
 
-    async def _work(self, until: float, cancelled: Cancelled) -> None:
+    async def _wait(self, until: float, cancelled: Cancelled) -> None:
         while (left := until - anyio.current_time()) > 0:
             if cancelled():
                 raise EngineCancelled

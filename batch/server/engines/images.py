@@ -1,8 +1,8 @@
-"""Image bytes in and out: what a user sent becomes RGB at output size, a result becomes JPEG or PNG. Pure.
+"""Decode source images to RGB at output size and encode results as JPEG or PNG. Pure.
 
-Owns the rules of size, rotation, colour and refusal that every engine with an image shares. Refuses to know
-where bytes come from. Errors are the endpoint's own (`image_load_error`, `image_too_small`, `image_too_large`).
-Colour profiles are not applied: numbers are read as sRGB.
+Owns the rules of size, rotation, colour and rejection that all engines with a source image share. Errors have the
+endpoint's types (`image_load_error`, `image_too_small`, `image_too_large`). Colour profiles are ignored: pixel values
+are read as sRGB.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from batch.server.engines.base import EngineFailure, EngineImage
 __all__ = ["MAX_AREA_PX", "MAX_SOURCE_PX", "MIN_SOURCE_SIDE_PX", "Size", "encode", "output_size", "read_source"]
 
 MAX_AREA_PX = 1440 * 1440
-"""Of a result, about 2 megapixels; before its sides are rounded."""
+"""Maximum area of a result before its sides are rounded: about 2 megapixels."""
 MAX_SOURCE_PX = 100_000_000
-"""Of a source image; above it the image is refused before it is decoded."""
+"""Maximum area of a source image; larger ones are rejected before decoding."""
 MIN_SOURCE_SIDE_PX = 16
-"""A source with a shorter side shows nothing that could be restyled: most often it is a tracking pixel."""
+"""Minimum side of a source image; smaller ones are usually tracking pixels."""
 
-_GRID_PX = 16  # FLUX packs 8 px latents two by two
+_GRID_PX = 16  # one latent covers 8 px, and FLUX packs 2x2 latents
 _MIN_SIDE_PX = 256
 _TURNED = range(5, 9)
-"""EXIF orientations that exchange width and height."""
+"""EXIF orientations that swap width and height."""
 
 
 class Size(NamedTuple):
@@ -41,11 +41,11 @@ class Size(NamedTuple):
 
 
 def output_size(width: int, height: int) -> Size:
-    """Size of the result for a source of this size.
+    """Return the size of the result for a source of this size.
 
-    Sources above 1440x1440 px of area are scaled down to it, those with a side under 256 up, both keeping
-    their aspect; then each side goes to the nearest multiple of 16, which may add a little to the area. A strip
-    so long that it cannot have both loses of its long side.
+    A source with an area above 1440x1440 px is scaled down, one with a side under 256 px is scaled up; both keep their
+    aspect ratio. Then each side is rounded to the nearest multiple of 16, so the area can slightly exceed the limit.
+    A strip that cannot satisfy both limits gets a shorter long side.
     """
     scale = min(1.0, math.sqrt(MAX_AREA_PX / (width * height)))
     scale = max(scale, _MIN_SIDE_PX / min(width, height))
@@ -55,10 +55,10 @@ def output_size(width: int, height: int) -> Size:
 
 
 def read_source(data: bytes, max_pixels: int = MAX_SOURCE_PX) -> Image.Image:
-    """The image in `data` as RGB at output size.
+    """Decode an image to RGB at output size.
 
-    Rotated as its EXIF says, first frame of an animation, alpha over white. `max_pixels` above Pillow's own
-    limit (about 179 million) have no effect.
+    Applies the EXIF orientation, takes the first frame of an animation and composites alpha over white. Pillow's own
+    limit of about 179 million pixels applies as well, so a larger `max_pixels` has no effect.
 
     Raises:
         EngineFailure: 422 with `image_load_error`, `image_too_small` or `image_too_large`.
@@ -67,7 +67,7 @@ def read_source(data: bytes, max_pixels: int = MAX_SOURCE_PX) -> Image.Image:
     try:
         orientation = _orientation(image)
         width, height = image.size
-        # A JPEG may decode itself at 1/2, 1/4 or 1/8 where that is still enough: less memory, less time.
+        # JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, which saves memory and time.
         image.draft(None, output_size(width, height))
         rgb = _upright(_to_rgb(image), orientation)
         width, height = (height, width) if orientation in _TURNED else (width, height)
@@ -75,36 +75,36 @@ def read_source(data: bytes, max_pixels: int = MAX_SOURCE_PX) -> Image.Image:
         return rgb if rgb.size == size else rgb.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
     except MemoryError:
         raise
-    except Exception as error:  # decoders of foreign bytes raise anything, from OSError to IndexError
+    except Exception as error:  # decoders raise anything for damaged files, from OSError to IndexError
         raise _unreadable(f"cannot be decoded ({_reason(error)})") from error
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:
-    """Read the header only, and refuse by it."""
+    """Read only the header; reject unsupported formats and sizes."""
     Image.init()
     known = [name for name in READABLE if name in Image.OPEN]
     try:
         with warnings.catch_warnings():
-            # Our own limit stands below; Pillow's warning would only repeat it.
+            # `max_pixels` is checked below, so Pillow's warning would only repeat it.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data), formats=known)
     except Image.DecompressionBombError as error:
         raise _too_large(str(error), max_pixels) from error
-    except Exception as error:  # decoders of foreign bytes raise anything
-        start = data[:12].hex(" ") if data else "no bytes at all"
-        raise _unreadable(f"is none that we can read (it starts with {start}); use JPEG, PNG or WebP") from error
+    except Exception as error:  # decoders raise anything for damaged files
+        start = f"starts with {data[:12].hex(' ')}" if data else "0 bytes"
+        raise _unreadable(f"has an unsupported format or is damaged ({start}); use JPEG, PNG or WebP") from error
     width, height = image.size
     if width * height > max_pixels:
-        raise _too_large(f"{width}x{height} px are {width * height / 1e6:.0f} megapixels", max_pixels)
+        raise _too_large(f"{width}x{height} px, {width * height / 1e6:.0f} megapixels", max_pixels)
     if min(width, height) < MIN_SOURCE_SIDE_PX:
         least = MIN_SOURCE_SIDE_PX
-        message = f"the source image is {width}x{height} px; each side must have {least} at least"
+        message = f"the source image is {width}x{height} px; each side must be at least {least} px"
         raise EngineFailure(422, "image_too_small", message, ctx={"min_width": least, "min_height": least})
     return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Decode and convert; numbers of more than 8 bits are scaled, not clipped."""
+    """Decode and convert to RGB; values of more than 8 bits are scaled, not clipped."""
     image.load()
     if image.mode in {"I", "F"} or image.mode.startswith("I;"):
         image = Image.fromarray(_eight_bits(np.asarray(image)))
@@ -116,10 +116,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(values: np.ndarray) -> np.ndarray:
-    """Grey levels of any depth to 0-255.
+    """Scale grey levels of any depth to 0-255.
 
-    The depth is not written down for floats and 32-bit integers: the narrowest usual range that holds the
-    brightest pixel is taken.
+    Files with floats or 32-bit integers do not record the depth, so the narrowest common range that contains the
+    brightest pixel is used.
     """
     levels = np.nan_to_num(values.astype(np.float64), posinf=0.0, neginf=0.0).clip(min=0)
     brightest = float(levels.max(initial=0))
@@ -131,15 +131,15 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 (upright) where there is none or it cannot be read: an image is worth more."""
+    """Return the EXIF orientation; 1 (upright) if it is missing or damaged, because the image is still usable."""
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # foreign bytes
+    except Exception:  # damaged EXIF raises anything
         return 1
 
 
 def _upright(rgb: Image.Image, orientation: int) -> Image.Image:
-    # Pillow rewrites all EXIF and XMP of an image that it turns, which fails where some of it is damaged.
+    # Pillow rewrites all EXIF and XMP data when it rotates an image and fails if some of it is damaged.
     for name in ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"):
         rgb.info.pop(name, None)
     rgb.getexif()[ExifTags.Base.Orientation] = orientation
@@ -148,7 +148,7 @@ def _upright(rgb: Image.Image, orientation: int) -> Image.Image:
 
 
 def encode(image: Image.Image, output_format: Literal["jpeg", "png"], note: str) -> EngineImage:
-    """JPEG at quality 95 or PNG at compression level 1, with `note` as JPEG comment or PNG text."""
+    """Encode as JPEG (quality 95) or PNG (compression level 1), with `note` as JPEG comment or PNG text."""
     buffer = io.BytesIO()
     if output_format == "png":
         text = PngImagePlugin.PngInfo()
@@ -165,7 +165,7 @@ def _unreadable(what: str) -> EngineFailure:
 
 def _too_large(what: str, max_pixels: int) -> EngineFailure:
     side = math.isqrt(max_pixels)
-    message = f"the source image is too large: {what}; at most {max_pixels / 1e6:g} megapixels are read"
+    message = f"the source image is too large: {what}; the maximum is {max_pixels / 1e6:g} megapixels"
     return EngineFailure(422, "image_too_large", message, ctx={"max_width": side, "max_height": side})
 
 

@@ -1,10 +1,10 @@
-"""The inside of one worker process: takes jobs from stdin, renders them one by one, answers on stdout.
+"""Main loop of a worker process: reads jobs from stdin, renders them one at a time, writes replies to stdout.
 
-Started by `batch.server.engines.process_pool` as `python -m batch.server.engines MODULE:FUNCTION JSON`. The function,
-called with the JSON object as keyword arguments, gives the renderer. Frames are pickles between a process and its
-own parent, each with its length in front; nobody else can write into these pipes.
+`batch.server.engines.process_pool` starts it as `python -m batch.server.engines MODULE:FUNCTION JSON`. It calls the
+function with the JSON object as keyword arguments to create the renderer. Each frame is a pickle with its length in
+front; unpickling is safe because only the parent and its child can write to these pipes.
 
-When the parent is gone, however it went, stdin ends and the process leaves at once.
+When the parent ends for any reason, stdin closes and the process exits immediately.
 """
 
 from __future__ import annotations
@@ -50,24 +50,24 @@ __all__ = [
 ]
 
 HEADER = struct.Struct("<Q")
-"""Length of the pickle that follows, in bytes."""
+"""Length in bytes of the pickle that follows."""
 
 
 class Renderer(Protocol):
-    """An engine's blocking work. One job at a time, always from the same thread."""
+    """The blocking part of an engine. It runs one job at a time, always in the same thread."""
 
     def render(self, job: EngineJob, on_step: OnStep, cancelled: Cancelled) -> EngineResult:
-        """Execute one job; raise `EngineCancelled` where `cancelled()` is true between two steps.
+        """Execute one job. Check `cancelled()` between steps.
 
         Raises:
-            EngineFailure: the job cannot work.
-            EngineCancelled: it was told to stop.
+            EngineFailure: the job failed with a model error.
+            EngineCancelled: `cancelled()` returned true.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class RenderJob:
-    """Parent to worker: do this job."""
+    """Parent to worker: run this job."""
 
     number: int
     job: EngineJob
@@ -75,7 +75,7 @@ class RenderJob:
 
 @dataclass(frozen=True, slots=True)
 class StopJob:
-    """Parent to worker: give up that job between two steps."""
+    """Parent to worker: stop this job before its next step."""
 
     number: int
 
@@ -87,7 +87,7 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Stepped:
-    """Worker to parent: one more step of a job is done."""
+    """Worker to parent: the job completed a step."""
 
     number: int
     done: int
@@ -96,7 +96,7 @@ class Stepped:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """Worker to parent: the job's result."""
+    """Worker to parent: the result of the job."""
 
     number: int
     result: EngineResult
@@ -104,7 +104,7 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Raised:
-    """Worker to parent: the job cannot work."""
+    """Worker to parent: the job failed."""
 
     number: int
     failure: EngineFailure
@@ -112,7 +112,7 @@ class Raised:
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """Worker to parent: the job was given up."""
+    """Worker to parent: the job was stopped."""
 
     number: int
 
@@ -121,19 +121,19 @@ Message: TypeAlias = RenderJob | StopJob | Ready | Stepped | Done | Raised | Dro
 
 
 def frame(message: Message) -> bytes:
-    """A message as it goes through a pipe."""
+    """Serialize a message for a pipe."""
     body = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
     return HEADER.pack(len(body)) + body
 
 
 class _Inbox:
-    """What the parent sends.
+    """Messages from the parent.
 
-    A thread reads it, so that a stop is heard, and the parent's end noticed, while a job runs.
+    A thread reads them, so that a stop request or the end of the parent takes effect while a job runs.
     """
 
     def __init__(self, pipe: BinaryIO) -> None:
-        self.orders: queue.SimpleQueue[RenderJob] = queue.SimpleQueue()
+        self.jobs: queue.SimpleQueue[RenderJob] = queue.SimpleQueue()
         self._pipe = pipe
         self._stopped: set[int] = set()
         threading.Thread(target=self._listen, daemon=True, name="inbox").start()
@@ -149,44 +149,44 @@ class _Inbox:
             while len(head := self._pipe.read(HEADER.size)) == HEADER.size:
                 message = pickle.loads(self._pipe.read(HEADER.unpack(head)[0]))  # noqa: S301 - our own parent wrote it
                 if isinstance(message, RenderJob):
-                    self.orders.put(message)
+                    self.jobs.put(message)
                 elif isinstance(message, StopJob):
                     self._stopped.add(message.number)
-        # No clean-up: a renderer may sit in native code for minutes, and nobody waits for it any more.
+        # Exit without cleanup: the renderer may be in native code for minutes, and its result is no longer needed.
         os._exit(0)
 
 
-def _execute(renderer: Renderer, order: RenderJob, inbox: _Inbox, answers: BinaryIO) -> Message:
-    """One job to its one last message."""
+def _execute(renderer: Renderer, request: RenderJob, inbox: _Inbox, replies: BinaryIO) -> Message:
+    """Run one job and return its final message."""
 
     def on_step(done: int, total: int) -> None:
-        answers.write(frame(Stepped(order.number, done, total)))
-        answers.flush()
+        replies.write(frame(Stepped(request.number, done, total)))
+        replies.flush()
 
     def cancelled() -> bool:
-        return inbox.is_stopped(order.number)
+        return inbox.is_stopped(request.number)
 
     try:
         if cancelled():
-            return Dropped(order.number)
-        render = partial(renderer.render, order.job, on_step, cancelled)
-        return Done(order.number, patiently(render, time.sleep))
+            return Dropped(request.number)
+        render = partial(renderer.render, request.job, on_step, cancelled)
+        return Done(request.number, patiently(render, time.sleep))
     except EngineCancelled:
-        return Dropped(order.number)
+        return Dropped(request.number)
     except EngineFailure as failure:
-        return Raised(order.number, failure)
-    except Exception as error:  # a defect in one job must not take the loaded model with it
+        return Raised(request.number, failure)
+    except Exception as error:  # a bug in one job must not end the process, which would lose the loaded model
         traceback.print_exc()
         message = f"the engine failed: {type(error).__name__}: {error}"[:500]
-        return Raised(order.number, EngineFailure(500, "internal_server_error", message, loc=("body",)))
+        return Raised(request.number, EngineFailure(500, "internal_server_error", message, loc=("body",)))
 
 
 def main(reference: str, arguments: dict[str, Any]) -> NoReturn:
-    """Serve jobs until stdin ends. `reference` is `module:function`."""
-    # The process leaves without the interpreter's clean-up, which would wait for the inbox to stop reading.
+    """Serve jobs until stdin closes. `reference` is `module:function`."""
+    # os._exit skips the interpreter's cleanup, which would wait for the inbox thread to stop reading.
     try:
         _serve(reference, arguments)
-    except BrokenPipeError:  # the parent is gone: nobody is left to answer
+    except BrokenPipeError:  # the parent has ended
         os._exit(0)
     except BaseException:
         traceback.print_exc()
@@ -195,18 +195,18 @@ def main(reference: str, arguments: dict[str, Any]) -> NoReturn:
 
 def _serve(reference: str, arguments: dict[str, Any]) -> NoReturn:
     for number in (signal.SIGINT, signal.SIGTERM):
-        # A terminal's Ctrl-C and a service manager's stop reach the whole group: the parent decides when we end.
+        # Ctrl-C and a service manager's stop signal reach the whole process group; the parent ends its workers itself.
         signal.signal(number, signal.SIG_IGN)
-    # Whatever a library prints goes to stderr: stdout belongs to the frames.
-    answers = os.fdopen(os.dup(1), "wb")
+    # Redirect the output of libraries to stderr, because stdout carries the frames.
+    replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     inbox = _Inbox(sys.stdin.buffer)
     module, _, function = reference.partition(":")
     renderer: Renderer = getattr(importlib.import_module(module), function)(**arguments)
     message: Message = Ready()
     while True:
-        answers.write(frame(message))
-        answers.flush()
-        order = inbox.orders.get()
-        message = _execute(renderer, order, inbox, answers)
-        inbox.forget(order.number)
+        replies.write(frame(message))
+        replies.flush()
+        request = inbox.jobs.get()
+        message = _execute(renderer, request, inbox, replies)
+        inbox.forget(request.number)

@@ -1,8 +1,8 @@
-"""Supervised worker processes for engines with blocking work.
+"""Pool of worker processes for engines with blocking work.
 
-Owns processes: starts them when jobs need them, hands each one job at a time, brings back its steps, passes a
-stop on, replaces those that die. What runs inside is `batch.server.engines.process`; which image comes out is
-the renderer's affair. There is no supervising task: whoever needs a worker takes an idle one or starts one.
+The pool starts processes on demand, sends each one job at a time, forwards its steps, forwards cancellation and
+replaces processes that die. `batch.server.engines.process` is the code inside a process. There is no supervising task:
+each call of `run` takes an idle worker or starts one.
 """
 
 from __future__ import annotations
@@ -38,107 +38,108 @@ from batch.types import JsonObject
 
 __all__ = ["WorkerPool", "WorkerStatistics", "usable_cores"]
 
-_GONE = (anyio.EndOfStream, anyio.IncompleteRead, anyio.BrokenResourceError, anyio.ClosedResourceError)
-"""What a pipe raises whose other end has died."""
-_GRACE = 2.0
-"""Seconds between asking a worker to leave and killing it."""
-_FIRST_REST, _LONGEST_REST = 1.0, 60.0
-"""Seconds for which a place starts no worker after one that could not get ready there; each time twice as long."""
+_PIPE_ERRORS = (anyio.EndOfStream, anyio.IncompleteRead, anyio.BrokenResourceError, anyio.ClosedResourceError)
+"""Errors that a pipe raises after its other end has died."""
+_EXIT_TIMEOUT = 2.0
+"""Seconds that a worker has to exit after its stdin is closed; then it is killed."""
+_FIRST_BACKOFF, _LONGEST_BACKOFF = 1.0, 60.0
+"""Seconds before a slot starts another worker after `NotReady`; doubles with each consecutive failure."""
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on, 1 at least."""
+    """Return the number of cores that this process may run on; at least 1."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0)) or 1
     return os.cpu_count() or 1
 
 
 class WorkerStatistics(NamedTuple):
-    """A pool at one moment."""
+    """Process counts of a pool."""
 
     idle: int
-    """Processes that wait for a job; they may still be loading."""
+    """Processes without a job; they may still be loading."""
     busy: int
-    """Processes that have a job."""
+    """Processes with a job."""
     started: int
-    """Processes started since the pool was made."""
+    """Processes started since the pool was created."""
     crashed: int
-    """Of those, how many died by themselves."""
+    """Started processes that ended unexpectedly."""
 
 
 @dataclass(slots=True, eq=False)
 class _WorkerSlot:
-    """Where one worker after the other lives, each made with the same arguments."""
+    """A position in the pool. A worker and its replacements get the same arguments."""
 
     arguments: JsonObject
-    rest: float = 0.0
-    """Seconds that it rested last."""
-    rests_until: float = -math.inf
+    backoff: float = 0.0
+    """Seconds of the last backoff; 0 after a job has succeeded."""
+    not_before: float = -math.inf
+    """Event loop time before which no worker starts here."""
 
 
 class _WorkerProcess:
     """One process and its two pipes."""
 
-    def __init__(self, process: Process, place: _WorkerSlot) -> None:
+    def __init__(self, process: Process, slot: _WorkerSlot) -> None:
         assert process.stdin is not None
         assert process.stdout is not None
         self.process = process
-        self.place = place
-        self._to = process.stdin
-        self._from = BufferedByteReceiveStream(process.stdout)
-        self._awaited: int | None = None  # length of the frame whose header has been read
-        self.finishing = False
-        """Whether it was told to stop a job and may not have noticed yet."""
+        self.slot = slot
+        self._stdin = process.stdin
+        self._stdout = BufferedByteReceiveStream(process.stdout)
+        self._body_size: int | None = None  # of the frame whose header has been read
+        self.stopping = False
+        """Whether it may still be working on a job that was stopped."""
 
     @classmethod
-    async def start(cls, reference: str, place: _WorkerSlot) -> _WorkerProcess:
-        # The worker finds modules where we find them, in the same order, whatever its directory is.
+    async def start(cls, reference: str, slot: _WorkerSlot) -> _WorkerProcess:
+        # The worker must import modules from the same places, in the same order, whatever its working directory is.
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)  # noqa: PTH109 - the import system's own ""
-        command = [sys.executable, "-P", "-m", "batch.server.engines", reference, json.dumps(place.arguments)]
-        return cls(await anyio.open_process(command, stderr=None, env={**os.environ, "PYTHONPATH": path}), place)
+        command = [sys.executable, "-P", "-m", "batch.server.engines", reference, json.dumps(slot.arguments)]
+        return cls(await anyio.open_process(command, stderr=None, env={**os.environ, "PYTHONPATH": path}), slot)
 
     @property
     def alive(self) -> bool:
         return self.process.returncode is None
 
     async def send(self, message: Message) -> None:
-        # Shielded: half a frame would spoil all that follow. Short, because the worker always reads.
+        # Shielded, because a partial frame would corrupt the stream. Short, because the worker always reads.
         with anyio.CancelScope(shield=True):
-            await self._to.send(frame(message))
+            await self._stdin.send(frame(message))
 
     async def receive(self) -> Message:
-        """The next message; when it is cancelled nothing of the stream is lost."""
-        if self._awaited is None:
-            (self._awaited,) = HEADER.unpack(await self._from.receive_exactly(HEADER.size))
-        body = await self._from.receive_exactly(self._awaited)
-        self._awaited = None
-        message: Message = pickle.loads(body)  # noqa: S301 - our own child wrote it
+        """Return the next message. Cancellation loses no data of the stream."""
+        if self._body_size is None:
+            (self._body_size,) = HEADER.unpack(await self._stdout.receive_exactly(HEADER.size))
+        body = await self._stdout.receive_exactly(self._body_size)
+        self._body_size = None
+        message: Message = pickle.loads(body)  # noqa: S301 - only the child process writes to this pipe
         return message
 
-    async def end(self, grace: float) -> str:
-        """Make sure that the process is gone, and say how it went."""
+    async def end(self, exit_timeout: float) -> str:
+        """End the process and return a phrase that says how it ended."""
         with anyio.CancelScope(shield=True):
-            await self._to.aclose()  # which ends a worker that is well
-            with anyio.move_on_after(grace):
+            await self._stdin.aclose()  # a working process exits when its stdin closes
+            with anyio.move_on_after(exit_timeout):
                 await self.process.wait()
             if self.alive:
                 self.process.kill()
             await self.process.aclose()
         code = self.process.returncode or 0
-        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"left with exit status {code}"
+        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
 
 
 class WorkerPool:
-    """Up to `size` worker processes that run one renderer each. Use it on one event loop.
+    """Up to `size` worker processes with one renderer each. Use it on one event loop.
 
     Args:
-        reference: `module:function` that makes the renderer inside each process.
-        arguments: keyword arguments of that function; JSON. A list has those of each process, which the one that
-            replaces it gets as well; `size` is then its length.
-        size: processes at most; None: one a core.
-        grace: seconds between asking a worker to leave and killing it.
-        first_rest: seconds for which a place starts no worker after one that could not get ready there.
-        longest_rest: limit of that time, which doubles with each further one.
+        reference: `module:function` that creates the renderer inside each process.
+        arguments: keyword arguments of that function, JSON-serializable. A list has one entry per process, which a
+            replacement gets as well; its length is then the size of the pool.
+        size: maximum number of processes; None: one per core.
+        exit_timeout: seconds for a worker to exit before it is killed.
+        first_backoff: seconds before the next start in a slot whose worker was not ready; doubles each time.
+        longest_backoff: maximum of these seconds.
     """
 
     def __init__(
@@ -147,20 +148,21 @@ class WorkerPool:
         arguments: JsonObject | Sequence[JsonObject] | None = None,
         size: int | None = None,
         *,
-        grace: float = _GRACE,
-        first_rest: float = _FIRST_REST,
-        longest_rest: float = _LONGEST_REST,
+        exit_timeout: float = _EXIT_TIMEOUT,
+        first_backoff: float = _FIRST_BACKOFF,
+        longest_backoff: float = _LONGEST_BACKOFF,
     ) -> None:
         if arguments is None or isinstance(arguments, dict):
             arguments = [arguments or {}] * (usable_cores() if size is None else size)
         self.size = len(arguments)
         self._reference = reference
-        self._grace, self._first_rest, self._longest_rest = grace, first_rest, longest_rest
+        self._exit_timeout = exit_timeout
+        self._first_backoff, self._longest_backoff = first_backoff, longest_backoff
         self._idle: list[_WorkerProcess] = []
         self._workers: set[_WorkerProcess] = set()
-        self._vacant = [_WorkerSlot(one) for one in arguments]
-        self._turns = anyio.Semaphore(self.size)
-        self._orders = self._started = self._crashed = 0
+        self._free_slots = [_WorkerSlot(one) for one in arguments]
+        self._limiter = anyio.Semaphore(self.size)
+        self._last_number = self._started = self._crashed = 0
         self._closed = False
 
     def __repr__(self) -> str:
@@ -176,23 +178,23 @@ class WorkerPool:
         await self.aclose()
 
     def statistics(self) -> WorkerStatistics:
-        """Counts of processes."""
+        """Return the process counts."""
         busy = len(self._workers) - len(self._idle)
         return WorkerStatistics(len(self._idle), busy, self._started, self._crashed)
 
     def pids(self) -> list[int]:
-        """Process ids of the living workers."""
+        """Return the process ids of the live workers, sorted."""
         return sorted(worker.process.pid for worker in self._workers if worker.alive)
 
     async def start(self, count: int = 1, *, loaded: bool = False) -> None:
-        """Start `count` processes side by side; the others start with the first job that finds none idle.
+        """Start `count` processes concurrently. The others start when a job finds no idle worker.
 
         Args:
-            count: processes to start now; no more than `size` ever run.
-            loaded: wait until their renderers are loaded, instead of returning while they load.
+            count: processes to start now, limited to `size`.
+            loaded: wait until their renderers are loaded.
 
         Raises:
-            WorkerCrashed: with `loaded`, a process that left before its renderer was.
+            WorkerCrashed: with `loaded`, a process exited before its renderer was loaded.
         """
 
         async def start_one() -> None:
@@ -200,8 +202,8 @@ class WorkerPool:
             if loaded:
                 try:
                     await worker.receive()
-                except _GONE:
-                    raise WorkerCrashed(await self._lose(worker)) from None
+                except _PIPE_ERRORS:
+                    raise WorkerCrashed(await self._discard_crashed(worker)) from None
             self._idle.append(worker)
 
         try:
@@ -212,21 +214,21 @@ class WorkerPool:
             raise group.exceptions[0] from None
 
     async def aclose(self) -> None:
-        """End all processes. A job that still runs raises `WorkerCrashed`."""
+        """End all processes. Running jobs raise `WorkerCrashed`."""
         self._closed = True
         async with anyio.create_task_group() as tasks:
             for worker in self._workers:
-                tasks.start_soon(worker.end, self._grace)
+                tasks.start_soon(worker.end, self._exit_timeout)
         self._workers.clear()
         self._idle.clear()
 
     async def prepare(self, job: EngineJob) -> None:
-        """Have every process of the pool execute `job`, side by side, before any other job: to see that each can work.
+        """Run `job` once in every process, concurrently, to check that each process can work. Call it before any `run`.
 
         Raises:
-            EngineFailure, WorkerCrashed: the first that failed.
+            EngineFailure, WorkerCrashed: the first failure.
         """
-        # As many turns as there are places: none can be over before each has a process of its own.
+        # `size` concurrent runs, and a worker becomes idle only after its run: each slot gets a process.
         try:
             async with anyio.create_task_group() as tasks:
                 for _ in range(self.size):
@@ -235,25 +237,25 @@ class WorkerPool:
             raise group.exceptions[0] from None
 
     async def run(self, job: EngineJob, on_step: OnStep, cancelled: Cancelled) -> EngineResult:
-        """Execute one job; waits for a free worker where all are busy.
+        """Execute one job; wait for a free worker if all are busy.
 
-        When the calling task itself is cancelled the worker is told to stop and is free for the next job at
-        once; it takes that up when it reaches the end of its present step. A worker that is `NotReady` is ended,
-        and its place rests for a while: it would otherwise fail one job after the other, sooner than any could work.
+        If the calling task is cancelled, the worker is asked to stop and becomes available at once; it begins the next
+        job when its current step ends. A worker that raises `NotReady` is ended and its slot backs off, because it
+        would otherwise fail jobs faster than the other workers can complete them.
 
         Raises:
-            EngineFailure, EngineCancelled, WorkerCrashed: as `Engine.generate` says.
+            EngineFailure, EngineCancelled, WorkerCrashed: see `Engine.generate`.
         """
-        async with self._turns:
-            worker = await self._take()
+        async with self._limiter:
+            worker = await self._acquire_worker()
             try:
                 result = await self._execute(worker, job, on_step, cancelled)
             except NotReady:
-                await self._rest(worker)
+                await self._back_off(worker)
                 raise
             finally:
-                self._give_back(worker)
-            worker.place.rest = 0.0
+                self._release_worker(worker)
+            worker.slot.backoff = 0.0
             return result
 
     async def _execute(
@@ -261,91 +263,93 @@ class WorkerPool:
     ) -> EngineResult:
         if cancelled():
             raise EngineCancelled
-        self._orders += 1
-        number = self._orders
-        worker.finishing = False
+        self._last_number += 1
+        number = self._last_number
+        worker.stopping = False
         try:
             await worker.send(RenderJob(number, job))
-            return await self._follow(worker, number, on_step, cancelled)
+            return await self._read_until_done(worker, number, on_step, cancelled)
         except EngineError:
             raise
-        except _GONE:
-            raise WorkerCrashed(await self._lose(worker)) from None
-        except BaseException:  # cancelled, or the caller's own `on_step` raised: nobody waits for the result
-            worker.finishing = True
-            with suppress(*_GONE):
+        except _PIPE_ERRORS:
+            raise WorkerCrashed(await self._discard_crashed(worker)) from None
+        except BaseException:  # the task was cancelled or `on_step` raised: the result is no longer needed
+            worker.stopping = True
+            with suppress(*_PIPE_ERRORS):
                 await worker.send(StopJob(number))
             raise
 
-    async def _follow(self, worker: _WorkerProcess, number: int, on_step: OnStep, cancelled: Cancelled) -> EngineResult:
-        told = False
+    async def _read_until_done(
+        self, worker: _WorkerProcess, number: int, on_step: OnStep, cancelled: Cancelled
+    ) -> EngineResult:
+        stop_sent = False
         while True:
             message = await worker.receive()
             match message:
-                case Stepped(number=of, done=done, total=total) if of == number:
+                case Stepped(number=of_job, done=done, total=total) if of_job == number:
                     on_step(done, total)
-                    if cancelled() and not told:
-                        told = True
+                    if cancelled() and not stop_sent:
+                        stop_sent = True
                         await worker.send(StopJob(number))
-                case Done(number=of, result=result) if of == number:
+                case Done(number=of_job, result=result) if of_job == number:
                     return result
-                case Raised(number=of, failure=failure) if of == number:
+                case Raised(number=of_job, failure=failure) if of_job == number:
                     raise failure
-                case Dropped(number=of) if of == number:
+                case Dropped(number=of_job) if of_job == number:
                     raise EngineCancelled
-                case _:  # Ready, or the rest of a job that was given up before
+                case _:  # `Ready`, or a late message of an earlier job that was stopped
                     continue
 
-    def _give_back(self, worker: _WorkerProcess) -> None:
-        """Make a worker idle again; one that has yet to notice its stop is taken last."""
+    def _release_worker(self, worker: _WorkerProcess) -> None:
+        """Make a worker idle again; one that is still stopping is taken last."""
         if worker in self._workers:
-            self._idle.insert(0 if worker.finishing else len(self._idle), worker)
+            self._idle.insert(0 if worker.stopping else len(self._idle), worker)
 
-    async def _take(self) -> _WorkerProcess:
-        """An idle worker that lives, else a new one."""
+    async def _acquire_worker(self) -> _WorkerProcess:
+        """Return a live idle worker, or start one."""
         while self._idle:
             worker = self._idle.pop()
             if worker.alive:
                 return worker
-            await self._lose(worker)
+            await self._discard_crashed(worker)
         return await self._start_worker()
 
     async def _start_worker(self) -> _WorkerProcess:
         if self._closed:
             raise WorkerCrashed("the engine is closed")
-        place = min(self._vacant, key=lambda place: place.rests_until)
-        self._vacant.remove(place)
+        slot = min(self._free_slots, key=lambda slot: slot.not_before)
+        self._free_slots.remove(slot)
         try:
-            await anyio.sleep_until(place.rests_until)
-            worker = await _WorkerProcess.start(self._reference, place)
+            await anyio.sleep_until(slot.not_before)
+            worker = await _WorkerProcess.start(self._reference, slot)
         except BaseException:
-            self._vacant.append(place)
+            self._free_slots.append(slot)
             raise
-        if self._closed:  # meanwhile
-            await worker.end(self._grace)
+        if self._closed:  # while the process started
+            await worker.end(self._exit_timeout)
             raise WorkerCrashed("the engine is closed")
         self._started += 1
         self._workers.add(worker)
         return worker
 
-    async def _lose(self, worker: _WorkerProcess) -> str:
-        """Bury a worker and count it; a sentence about its end."""
+    async def _discard_crashed(self, worker: _WorkerProcess) -> str:
+        """Remove a worker that crashed, count it and return the message for its job."""
         if self._closed:
             return "the engine was closed while the job ran"
         self._crashed += 1
-        return f"worker process {worker.process.pid} {await self._vacate(worker)}; the job may be tried again"
+        return f"worker process {worker.process.pid} {await self._end_worker(worker)}; the job can be retried"
 
-    async def _rest(self, worker: _WorkerProcess) -> None:
-        """End a worker that cannot get ready, and start none in its place for a while."""
-        place = worker.place
-        place.rest = min(max(self._first_rest, 2 * place.rest), self._longest_rest)
-        place.rests_until = anyio.current_time() + place.rest
-        await self._vacate(worker)
+    async def _back_off(self, worker: _WorkerProcess) -> None:
+        """End a worker that is not ready, and delay the next start in its slot."""
+        slot = worker.slot
+        slot.backoff = min(max(self._first_backoff, 2 * slot.backoff), self._longest_backoff)
+        slot.not_before = anyio.current_time() + slot.backoff
+        await self._end_worker(worker)
 
-    async def _vacate(self, worker: _WorkerProcess) -> str:
-        """Make sure that the worker is gone and its place is free; how it went."""
+    async def _end_worker(self, worker: _WorkerProcess) -> str:
+        """End a worker, free its slot and return a phrase that says how it ended."""
         self._workers.discard(worker)
         try:
-            return await worker.end(self._grace)
+            return await worker.end(self._exit_timeout)
         finally:
-            self._vacant.append(worker.place)
+            self._free_slots.append(worker.slot)

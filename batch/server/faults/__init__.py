@@ -1,1 +1,1 @@
-"""Faults on purpose: what the endpoint does wrong, and when."""
+"""Fault injection: what the endpoint does wrong, and when."""

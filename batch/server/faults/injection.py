@@ -1,7 +1,7 @@
-"""Injects the faults that `plan` decides on: an aiohttp middleware for the calls, a wrapper around the engine.
+"""Inject the faults that `plan` selects: an aiohttp middleware for HTTP calls, a wrapper around the engine.
 
-Owns what each fault looks like on the wire. A server without a faults file has neither middleware nor wrapper. State of
-single requests and files (expiring or odd results, refused files) is lost with the process.
+A server without a faults file has neither. State of requests and files (expiring or odd results, refused files) is lost
+when the process ends.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ __all__ = ["FaultInjection", "fault_point_of"]
 _log = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 0.1
-"""Between two looks at whether a request that is made to wait was cancelled."""
+"""Interval for checking whether a delayed request was cancelled."""
 _PIECES = 20
 """Number of pieces of a slow body."""
 _POINTS = {
@@ -78,7 +78,7 @@ _PLATFORM_ERRORS = {
 
 
 def fault_point_of(method: str, path: str, app_id: AppId) -> FaultPoint | None:
-    """Find the point of a call; None if no fault applies to it."""
+    """Return the point of an HTTP call; None if no fault applies to it."""
     if path.startswith(("/files/", "/storage/")):
         return FaultPoint.FILE if method == "GET" else FaultPoint.UPLOAD if method in {"POST", "PUT"} else None
     if path == _LISTING_PATH:
@@ -108,19 +108,19 @@ class FaultInjection:
         self._odd: dict[str, float] = {}
         """Random draw that selects the odd fields, by request id; see `_made_odd`."""
         self._refused: dict[str, _LastingFault] = {}
-        """By path."""
+        """Refused files, by path."""
         self._without_images: dict[str, _LastingFault] = {}
-        """By request id."""
+        """Results without images, by request id."""
 
     def engine(self, engine: Engine) -> Engine:
-        """Wrap an engine with the faults of the point `execute`."""
+        """Wrap an engine to inject the faults of the point `execute`."""
         return _FaultyEngine(engine, self._faults, self._expiring)
 
     def middleware(self, service: QueueService, app_id: AppId) -> Middleware:
         """Build the middleware that injects the faults of all other points."""
 
         @web.middleware
-        async def rehearse(request: web.Request, handler: Handler) -> web.StreamResponse:
+        async def inject(request: web.Request, handler: Handler) -> web.StreamResponse:
             path = _path_of(request)
             point = fault_point_of(request.method, path, app_id)
             if point is None or (point is FaultPoint.SUBMIT and proxy.is_direct(request.host)):
@@ -138,10 +138,10 @@ class FaultInjection:
                 handler = _changed(handler, lambda output: self._emptied(output, refused))
             if fault is None:
                 return await handler(request)
-            _log.info("on purpose: %s at %s %s", fault.do, request.method, path)
-            return await _commit(fault, request, handler, service)
+            _log.info("injected fault: %s at %s %s", fault.do, request.method, path)
+            return await _inject(fault, request, handler, service)
 
-        return rehearse
+        return inject
 
     def _begin(self, fault: FaultRule, path: str) -> bool:
         """Remember a fault that lasts beyond its call; False if the file or result already had this fault."""
@@ -201,13 +201,13 @@ class _LastingFault:
 
 
 def _request_id_in(path: str) -> str:
-    """The request id in a path; empty without one."""
+    """Return the request id in a path; empty without one."""
     address = protocol.parse_path(path)
     return "" if address is None else address.request_id or ""
 
 
 def _path_of(request: web.Request) -> str:
-    """The path of a call, or of the inner call of the proxy route."""
+    """Return the path of a call; for the proxy route, the path of the inner call."""
     target = request.headers.get(proxy.TARGET) if request.path == proxy.PATH else None
     found = proxy.own_path(target) if target is not None else None
     return request.path if found is None else found.path
@@ -216,12 +216,12 @@ def _path_of(request: web.Request) -> str:
 # --- calls ------------------------------------------------------------------------------------------------
 
 
-async def _commit(
+async def _inject(
     fault: FaultRule, request: web.Request, handler: Handler, service: QueueService
 ) -> web.StreamResponse:
     match fault.do:
         case FaultAction.DROP:
-            await request.read()  # unread bytes would make the kernel send a reset in place of a plain end
+            await request.read()  # unread bytes would make the kernel reset the connection
             return _hang_up(request)
         case FaultAction.ANSWER | FaultAction.REFUSE:
             await request.read()
@@ -229,22 +229,22 @@ async def _commit(
         case FaultAction.DROP_AFTER_ACCEPT | FaultAction.ANSWER_AFTER_ACCEPT:
             answer = await handler(request)
             if answer.status != 200:
-                return answer  # it was refused: nothing was accepted that could be lost
+                return answer  # rejected: no request was accepted
             return _hang_up(request) if fault.do is FaultAction.DROP_AFTER_ACCEPT else _error(fault, service)
         case FaultAction.LATE:
             answer = await handler(request)
             await asyncio.sleep(fault.seconds)
             return answer
         case FaultAction.ODD_FIELDS | FaultAction.NO_IMAGES:
-            return await handler(request)  # which answers so
+            return await handler(request)  # `_changed` applies the fault
         case _:
-            return await _maim(fault, request, handler, service)
+            return await _corrupted(fault, request, handler, service)
 
 
 def _hang_up(request: web.Request) -> web.Response:
     if request.transport is not None:
         request.transport.close()
-    return web.Response()  # never sent: the connection is gone
+    return web.Response()  # never sent: the connection is closed
 
 
 def _error(fault: FaultRule, service: QueueService) -> web.Response:
@@ -268,8 +268,10 @@ def _error(fault: FaultRule, service: QueueService) -> web.Response:
     return web.Response(status=status, body=reply.body, headers={**reply.headers, **headers})
 
 
-async def _maim(fault: FaultRule, request: web.Request, handler: Handler, service: QueueService) -> web.StreamResponse:
-    """The right answer with a body that is slow, cut off or short."""
+async def _corrupted(
+    fault: FaultRule, request: web.Request, handler: Handler, service: QueueService
+) -> web.StreamResponse:
+    """Return the correct response with a slow, cut or short body."""
     found = await _whole(fault, request, handler, service)
     if isinstance(found, web.StreamResponse):
         return found
@@ -295,7 +297,7 @@ async def _maim(fault: FaultRule, request: web.Request, handler: Handler, servic
 async def _whole(
     fault: FaultRule, request: web.Request, handler: Handler, service: QueueService
 ) -> tuple[int, dict[str, str], bytes] | web.StreamResponse:
-    """Status, headers and body of the right answer; the answer itself where it is an error or a stream."""
+    """Return status, headers and body of the correct response, or the response itself if it is an error or a stream."""
     if fault.at is FaultPoint.FILE:
         data = await service.storage.read(request.path)
         if data is None:
@@ -314,11 +316,11 @@ _ODD: Mapping[str, tuple[Json, ...]] = {
     "timings": (True, "fast", 0.5, [], [0.5], {"inference": None}, {"inference": "0.5"}, {"inference": {"s": 1}}),
     "prompt": (7, [], {"text": "a cat"}),
 }
-"""Values of wrong types. No seed among them can be mistaken for a real one."""
+"""Values of wrong types. None of the seeds is a valid one."""
 
 
 def _made_odd(output: JsonObject, way: float) -> JsonObject:
-    """The output with one to four fields absent, null or of another type; which and how is drawn from `way`, 0 to 1."""
+    """Return the output with one to four fields missing, null or of the wrong type, selected by `way` (0 to 1)."""
     chance, odd = Random(way), dict(output)
     for name in chance.sample(sorted(_ODD), chance.randint(1, len(_ODD))):
         match chance.randrange(3):
@@ -332,7 +334,7 @@ def _made_odd(output: JsonObject, way: float) -> JsonObject:
 
 
 def _changed(handler: Handler, change: Callable[[JsonObject], JsonObject]) -> Handler:
-    """Wrap a handler so that its results change; errors stay as they are."""
+    """Wrap a handler to change its results; errors are unchanged."""
 
     async def handle(request: web.Request) -> web.StreamResponse:
         answer = await handler(request)
@@ -346,7 +348,7 @@ def _changed(handler: Handler, change: Callable[[JsonObject], JsonObject]) -> Ha
 
 
 def _kept(answer: web.StreamResponse) -> dict[str, str]:
-    """The headers of an answer without its length."""
+    """Return the headers of a response without Content-Length."""
     return {name: value for name, value in answer.headers.items() if name.lower() != "content-length"}
 
 
@@ -361,15 +363,15 @@ def _phrase(status: int) -> str:
 
 
 class _SentBack(WorkerCrashed):
-    """The request returns to its queue for some time."""
+    """The request returns to the queue."""
 
     def __init__(self, seconds: float) -> None:
-        super().__init__("its runner was taken away")
+        super().__init__("requeued by fault injection")
         self.pause = seconds
 
 
 class _FaultyEngine:
-    """An engine that fails on purpose."""
+    """An engine with injected faults."""
 
     def __init__(self, engine: Engine, faults: FaultSequence, expiring: dict[str, float]) -> None:
         self._engine = engine
@@ -377,37 +379,37 @@ class _FaultyEngine:
         self._expiring = expiring
 
     def info(self) -> EngineInfo:
-        """The engine's own."""
+        """Delegate to the engine."""
         return self._engine.info()
 
     async def start(self) -> None:
-        """The engine's own."""
+        """Delegate to the engine."""
         await self._engine.start()
 
     async def aclose(self) -> None:
-        """The engine's own."""
+        """Delegate to the engine."""
         await self._engine.aclose()
 
     async def generate(self, job: EngineJob, on_step: OnStep, cancelled: Cancelled) -> EngineResult:
-        """Let the engine work, or do what the fault says.
+        """Run the engine, or inject a fault.
 
         Raises:
-            EngineFailure: a model error, the engine's own or one on purpose.
-            EngineCancelled: see the engine.
-            WorkerCrashed: the engine's own, one on purpose, or the request goes back to its queue.
+            EngineFailure: a model error, real or injected.
+            EngineCancelled: the job was cancelled.
+            WorkerCrashed: real, injected, or the request returns to the queue.
         """
         fault = self._faults.decide(FaultPoint.EXECUTE)
         if fault is not None:
-            _log.info("on purpose: %s of request %s", fault.do, job.request_id)
-            await self._commit(fault, job, cancelled)
+            _log.info("injected fault: %s of request %s", fault.do, job.request_id)
+            await self._inject(fault, job, cancelled)
         return await self._engine.generate(job, on_step, cancelled)
 
-    async def _commit(self, fault: FaultRule, job: EngineJob, cancelled: Cancelled) -> None:
+    async def _inject(self, fault: FaultRule, job: EngineJob, cancelled: Cancelled) -> None:
         match fault.do:
             case FaultAction.EXPIRE:
                 self._expiring[job.request_id] = fault.seconds
             case FaultAction.CRASH:
-                raise WorkerCrashed("killed on purpose")
+                raise WorkerCrashed("injected fault")
             case FaultAction.REQUEUE:
                 await _while_not(cancelled, fault.seconds)
                 raise _SentBack(fault.seconds)
@@ -416,16 +418,14 @@ class _FaultyEngine:
                 raise EngineFailure(422, "content_policy_violation", words, ("body", "prompt"))
             case _:
                 kind = _MODEL_ERRORS.get(fault.status, "internal_server_error")
-                raise EngineFailure(
-                    fault.status, kind, "The model failed on purpose", ("body",), retryable=fault.retryable
-                )
+                raise EngineFailure(fault.status, kind, "Injected fault", ("body",), retryable=fault.retryable)
 
 
 async def _while_not(cancelled: Cancelled, seconds: float) -> None:
-    """Wait.
+    """Wait until the time is over.
 
     Raises:
-        EngineCancelled: the job was told to stop.
+        EngineCancelled: the job was cancelled.
     """
     loop = asyncio.get_running_loop()
     end = loop.time() + seconds

@@ -1,15 +1,15 @@
-"""Decides which call or request meets which injected fault. Pure; chance is seeded.
+"""Decide which HTTP call or request gets which injected fault. Pure; random numbers are seeded.
 
-Owns the format of a faults file and the decisions. `injection` owns what a fault looks like on the wire. A file:
+Defines the format of a faults file; `injection` carries out the faults. A file:
 
     seed = 7
-    idempotency = false            # the server does not honour Idempotency-Key, as fal; left out: it does
+    idempotency = false            # ignore Idempotency-Key, as fal does; default: true
     [[fault]]
     at = "submit"                  # the point: submit, status, result, cancel, upload, file, listing, execute
-    do = "drop-after-accept"       # the action; each point has its own
-    every = 20                     # which calls at that point: every n-th, a `share` of them, or the `first` n
+    do = "drop-after-accept"       # the action; each point has its own set
+    every = 20                     # which calls: every n-th, a `share` of them, or the `first` n
 
-Each point counts its calls from 1. A call meets at most one fault: the first rule in the file that chooses it.
+Each point counts its calls from 1. A call gets at most one fault, from the first matching rule in the file.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ __all__ = [
 
 
 class FaultPoint(StrEnum):
-    """Where a fault can happen. All but `execute` are calls over HTTP."""
+    """A point where faults can be injected. All except `execute` are HTTP calls."""
 
     SUBMIT = "submit"
     STATUS = "status"
@@ -53,13 +53,13 @@ class FaultPoint(StrEnum):
     FILE = "file"
     """A client downloads a result image or an uploaded one."""
     LISTING = "listing"
-    """The platform's list of requests."""
+    """The platform API's list of requests."""
     EXECUTE = "execute"
     """The engine executes a request; a repeated execution counts again."""
 
 
 class FaultAction(StrEnum):
-    """What happens to a call or an execution."""
+    """The effect of a fault on a call or an execution."""
 
     DROP = "drop"
     """The server reads the call and closes the connection without an answer. The call has no effect."""
@@ -144,7 +144,7 @@ _GATEWAY = frozenset({502, 503, 504})
 _Seconds = Annotated[float, Field(ge=0)]
 _Count = Annotated[int, Field(ge=1)]
 _WORD = Field(strict=False)
-"""An enum's value comes as text, which strict mode does not convert."""
+"""Strict mode does not convert text to an enum."""
 
 
 class _Table(BaseModel):
@@ -173,7 +173,7 @@ class FaultRule(_Table):
     """Number of affected reads of each file or result; None: `seconds` limits the fault."""
     status: Annotated[int, Field(ge=400, le=599)] = 0
     retry_after: _Seconds | None = None
-    """The `Retry-After` header of the answer; None: no header."""
+    """The `Retry-After` header of the response; None: no header."""
     body: Annotated[Body, _WORD] = Field(
         default_factory=lambda given: Body.HTML if given.get("status") in _GATEWAY else Body.FAL
     )
@@ -198,11 +198,11 @@ class FaultRule(_Table):
             if len(self.model_fields_set.intersection(group)) != 1:
                 raise ValueError(f"{self.do} needs {'exactly one of ' * (len(group) > 1)}{', '.join(group)}")
         if self.do is FaultAction.FAIL and self.status < 500:
-            raise ValueError(f"status = {self.status} of {self.do} should be from 500 to 599")
+            raise ValueError(f"invalid status = {self.status} for {self.do}: use 500 to 599")
         return self
 
     def chooses(self, number: int, rng: Random) -> bool:
-        """Whether this rule applies to the call with this number, from 1. Draws from `rng` at most once a call."""
+        """Whether this rule matches a call. `number` counts from 1; `rng` is used at most once per call."""
         number -= self.after
         if number < 1:
             return False
@@ -230,7 +230,7 @@ class FaultSequence:
     def __init__(self, plan: FaultPlan) -> None:
         # Each fault has its own random source: decisions at one point do not depend on the calls at another.
         self._faults = [(fault, Random(f"{plan.seed}/{number}")) for number, fault in enumerate(plan.faults)]
-        self._ways = [Random(f"{plan.seed}/{number}/way") for number in range(len(plan.faults))]
+        self._variants = [Random(f"{plan.seed}/{number}/way") for number in range(len(plan.faults))]
         self._calls: Counter[FaultPoint] = Counter()
         self._happened: Counter[int] = Counter()
         self._points = frozenset(fault.at for fault in plan.faults)
@@ -253,7 +253,7 @@ class FaultSequence:
     def draw(self, fault: FaultRule) -> float:
         """Draw a number from 0 to 1 that selects among the variants of a fault."""
         index = next(index for index, (known, _) in enumerate(self._faults) if known is fault)
-        return self._ways[index].random()
+        return self._variants[index].random()
 
     def _used_up(self, index: int) -> bool:
         times = self._faults[index][0].times
@@ -284,7 +284,7 @@ def parse_faults(text: str, source: str) -> FaultPlan:
         source: the file's name, for messages.
 
     Raises:
-        ConfigError: the text is not TOML, a key is unknown, or a value is not allowed. The message lists what is.
+        ConfigError: invalid TOML, an unknown key or an invalid value. The message lists the allowed ones.
     """
     try:
         file = _FaultsFile.model_validate(tomllib.loads(text))
@@ -329,13 +329,13 @@ def read_faults(path: Path) -> FaultPlan:
     """Read a faults file.
 
     Raises:
-        ConfigError: the file cannot be read, or `parse_faults` refuses its text.
+        ConfigError: the file is unreadable or invalid.
     """
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"the faults file {path} cannot be read: {reason}; configs/faults.toml is an example"
+            f"cannot read the faults file {path}: {reason}; for an example see configs/faults.toml"
         ) from error
     return parse_faults(text, str(path))

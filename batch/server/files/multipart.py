@@ -1,8 +1,7 @@
-"""Uploads that come in parts: in any order, several at once, each as often as its sender likes.
+"""Multipart uploads: parts arrive in any order, in parallel and repeatedly.
 
-Owns `data_dir/parts`: a folder for each unfinished upload, a file for each part, named for its number and its bytes.
-What is unfinished survives a restart and takes a bounded part of the disk. Where the whole file goes is the
-storage's business.
+Owns `data_dir/parts`: one folder per unfinished upload, one file per part, named by part number and hash. Unfinished
+uploads survive a restart and use a bounded amount of disk space. The storage decides where the joined file goes.
 """
 
 from __future__ import annotations
@@ -35,24 +34,24 @@ __all__ = [
 ]
 
 PARTS = 1000
-"""The highest number of a part."""
+"""The highest part number."""
 _PART = re.compile(r"(\d{4})-([0-9a-f]{32})")
 
 
 class BadParts(ValueError):
-    """The parts that were named are not those that came. The message says which."""
+    """The listed parts are not those that were received. The message names the first one."""
 
 
 class Part(NamedTuple):
-    """A part as its sender names it at the end."""
+    """A part as listed by the client when it completes the upload."""
 
     number: int
     tag: str
-    """What its upload was answered with."""
+    """The ETag from the response to the part's upload."""
 
 
 class Parts:
-    """Unfinished uploads below `root`, each under a name."""
+    """Unfinished uploads below `root`, by name."""
 
     def __init__(self, root: Path, limits: ServerLimits) -> None:
         make_folders(root)
@@ -62,31 +61,29 @@ class Parts:
             leftover.unlink()
         self._held_bytes = sum(part.stat().st_size for part in root.glob("*/*"))
         self.joining = asyncio.Lock()
-        """Held while parts become a file: asked twice at once, it is still put together once."""
+        """Held while parts are joined, so that concurrent completions join them once."""
         self._naming = asyncio.Lock()
-        """Held while a part takes its place: the others of its file must not change while they are added up."""
+        """Held while a part is put in place, so that the sizes of its file's parts stay constant during the check."""
 
     async def put(self, name: str, number: int, chunks: AsyncIterator[bytes], announced: int | None) -> str:
-        """Write one part down; durable when it returns. Its tag.
+        """Store one part and return its tag; durable on return.
 
         Args:
-            name: of the upload.
-            number: of the part, from 1 to `PARTS`.
-            chunks: its bytes.
-            announced: how many there will be, if the sender says so.
+            name: the name of the upload.
+            number: the part number, from 1 to `PARTS`.
+            chunks: the bytes.
+            announced: the size in bytes, if the client sent it.
 
         Raises:
-            UploadTooLarge: see the limits above.
-            StorageError: the disk refused, or all unfinished uploads together take too much of it.
+            UploadTooLarge: a part or a file exceeds its limit.
+            StorageError: the write failed, or the unfinished uploads exceed their total limit.
         """
-        # Room is taken before the bytes come, so that many at once cannot go past the limits.
+        # Space is reserved before the bytes arrive, so that concurrent uploads cannot exceed the limits.
         room = self._limits.part_bytes if announced is None else announced
         if room > self._limits.part_bytes:
-            raise UploadTooLarge(f"a part may have {self._limits.part_bytes // 2**20} MiB")
+            raise UploadTooLarge(f"a part is limited to {self._limits.part_bytes // 2**20} MiB")
         if self._held_bytes + room > self._limits.unfinished_bytes:
-            raise StorageError(
-                "too many unfinished uploads are kept; finish some, or wait a day until they are removed"
-            )
+            raise StorageError("too many unfinished uploads; complete some, or wait a day until they are removed")
         self._held_bytes += room
         used = 0
         folder = self._root / name
@@ -101,7 +98,7 @@ class Parts:
                 used = await asyncio.to_thread(patiently, keep, time.sleep)
             for named in (folder, self._root):
                 await asyncio.to_thread(patiently, partial(sync, named), time.sleep)
-        except ConnectionError:  # the sender's, not the disk's
+        except ConnectionError:  # from the client, not from the disk
             raise
         except OSError as error:
             raise _unwritable(folder, error) from error
@@ -112,33 +109,33 @@ class Parts:
         return tag
 
     def started(self, name: str) -> bool:
-        """Whether parts of it are here."""
+        """Whether this upload has parts."""
         return (self._root / name).exists()
 
     async def join(self, name: str, parts: Sequence[Part], target: Path) -> None:
-        """Copy the parts into one file, in the order of their numbers; it is not synced.
+        """Copy the parts into one file, in the order of their numbers, without syncing it.
 
         Raises:
-            BadParts: none is named, one twice, or one that did not come like that.
-            StorageError: the disk refused.
+            BadParts: the list is empty, repeats a part, or names one that was not received with that tag.
+            StorageError: the write failed.
         """
         folder = self._root / name
         wanted = sorted(parts)
         if not wanted or len({part.number for part in wanted}) < len(wanted):
-            raise BadParts("name every part once")
+            raise BadParts("list every part exactly once")
         files = [folder / f"{part.number:04}-{part.tag}" for part in wanted]
         found = [_PART.fullmatch(file.name) is not None and file.is_file() for file in files]
         missing = [part.number for part, here in zip(wanted, found, strict=True) if not here]
         if missing:
-            raise BadParts(f"part {missing[0]} did not come with that etag; send it again")
+            raise BadParts(f"part {missing[0]} was not received with this etag; upload it again")
         await asyncio.to_thread(patiently, partial(_join, files, target), time.sleep)
 
     async def drop(self, name: str) -> None:
-        """Remove all its parts."""
+        """Remove all parts of an upload."""
         self._held_bytes -= await asyncio.to_thread(_drop, self._root / name)
 
     async def remove_abandoned(self, before: float) -> int:
-        """Remove the uploads to which nothing was added since an instant (Unix seconds); how many."""
+        """Remove uploads without a new part since `before` (Unix seconds); return their number."""
         found = [folder for folder in self._root.iterdir() if folder.stat().st_mtime < before]
         for folder in found:
             self._held_bytes -= await asyncio.to_thread(_drop, folder)
@@ -146,12 +143,12 @@ class Parts:
 
 
 def _keep(temporary: Path, folder: Path, name: str, size: int, limit: int) -> int:
-    """Give a part its name and remove what it replaces; by how many bytes the folder has grown."""
+    """Move a part into its folder and remove the one it replaces; return the folder's growth in bytes."""
     sizes = {part.name: part.stat().st_size for part in folder.iterdir() if _PART.fullmatch(part.name)}
     earlier = {part: sizes[part] for part in sizes if part[:5] == name[:5]}
     grown = size - sum(earlier.values())
     if sum(sizes.values()) + grown > limit:
-        raise UploadTooLarge(f"a file may have {limit // 2**20} MiB")
+        raise UploadTooLarge(f"a file is limited to {limit // 2**20} MiB")
     temporary.replace(folder / name)
     for part in earlier.keys() - {name}:
         (folder / part).unlink(missing_ok=True)
@@ -159,7 +156,7 @@ def _keep(temporary: Path, folder: Path, name: str, size: int, limit: int) -> in
 
 
 def _unwritable(place: Path, error: OSError) -> StorageError:
-    return StorageError(f"{place} cannot be written: {error}; free space or check its rights")
+    return StorageError(f"cannot write {place}: {error}; free disk space or check the permissions")
 
 
 def _join(files: Sequence[Path], target: Path) -> None:
@@ -182,22 +179,22 @@ _CHUNK = 1 << 20
 
 
 class UploadTooLarge(ValueError):
-    """More bytes came than may be stored."""
+    """More bytes than the limit."""
 
 
 class Spooled(NamedTuple):
-    """What was written."""
+    """Hash and size of a written file."""
 
     sha256: bytes
     size_bytes: int
 
 
 async def spool(chunks: AsyncIterator[bytes], place: Path, limit: int) -> Spooled:
-    """Append a stream of at most `limit` bytes to a file; it is not synced.
+    """Append a stream of at most `limit` bytes to a file, without syncing it.
 
     Raises:
-        UploadTooLarge: more came; what was written so far is left for the caller to remove.
-        OSError: the disk refused.
+        UploadTooLarge: the stream is longer; the caller removes the partial file.
+        OSError: the write failed.
     """
     digest, size, buffer = hashlib.sha256(), 0, bytearray()
     async for chunk in chunks:

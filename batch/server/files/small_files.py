@@ -1,8 +1,8 @@
 """Small files in one SQLite file, so that a thousand of them cost one fsync. Owns `small.db` and its writer thread.
 
-A small file on its own costs two fsyncs (its bytes, its folder) and a block; below about 100 KB a row is cheaper
-(measured by SQLite's authors, sqlite.org/intern-v-extern-blob.html). Names and types are `storage`'s business. It
-also remembers which files, small or large, have an end of their own.
+A separate small file costs two fsyncs (its bytes, its folder) and a block; below about 100 KB a row is cheaper
+(measured by SQLite's authors, sqlite.org/intern-v-extern-blob.html). The database also stores the expiry of files,
+small or large, that have their own.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from batch.system.sql import in_open_database
 __all__ = ["SMALL_BYTES", "SmallFile", "SmallFiles"]
 
 SMALL_BYTES = 32 * 1024
-"""Up to here a file is small."""
+"""Maximum size of a small file."""
 _REMEMBERED = 1024
-"""Files kept in memory, at most 32 MiB: a result is downloaded soon after it was made."""
+"""Files cached in memory, at most 32 MiB: a result is usually downloaded soon after it is finished."""
 VERSION = 2
 _SCHEMA = """
 CREATE TABLE small (
-    id INTEGER PRIMARY KEY,  -- so that the bytes are appended: names are hashes and would scatter them over the file
+    id INTEGER PRIMARY KEY,  -- appends rows; in the order of the names, which are hashes, they would be scattered
     name TEXT NOT NULL UNIQUE,
     data BLOB NOT NULL,
     saved_at REAL NOT NULL DEFAULT 0
@@ -43,25 +43,25 @@ CREATE INDEX life_over ON life (expires_at);
 
 
 class SmallFile(NamedTuple):
-    """A file to keep."""
+    """A file to save."""
 
     name: str
     data: bytes
     saved_at: float
     """Unix seconds."""
     expires_at: float | None = None
-    """It has an end of its own."""
+    """Unix seconds; None: the server's retention applies."""
 
 
 class SmallFiles:
-    """Bytes by name. Needs a running event loop; close it with `aclose`.
+    """Bytes by name. Requires a running event loop; close it with `aclose`.
 
     Args:
-        path: of the SQLite file.
-        now: Unix seconds; files of the first version, which knew no instants, are as of now.
+        path: the SQLite file.
+        now: Unix seconds; used as the save time of files from version 1, which did not store it.
 
     Raises:
-        InputError: the file is no database or cannot be opened.
+        InputError: the file is not a database or cannot be opened.
     """
 
     def __init__(self, path: Path, now: float) -> None:
@@ -82,29 +82,29 @@ class SmallFiles:
         self._recent: OrderedDict[str, bytes] = OrderedDict()
 
     async def aclose(self) -> None:
-        """Write what was handed in, then close."""
+        """Finish pending writes, then close."""
         await self._writer.aclose()
         self._database.close()
 
     async def save(self, file: SmallFile) -> None:
-        """Keep a file; durable when it returns. A name that is there already keeps its bytes and is as good as new.
+        """Save a file; durable on return. An existing name keeps its bytes and gets the new save time.
 
         Raises:
-            StorageError: the disk refused.
+            StorageError: the write failed.
         """
         await self._writer.put(file)
         self._remember(file.name, file.data)
 
     async def expire(self, name: str, at: float) -> None:
-        """Give a file, small or large, an end of its own.
+        """Set the expiry of a file, small or large (Unix seconds).
 
         Raises:
-            StorageError: the disk refused.
+            StorageError: the write failed.
         """
         await self._writer.call(partial(self._change, "INSERT OR REPLACE INTO life VALUES (?, ?)", (name, at)))
 
     async def find(self, name: str) -> bytes | None:
-        """The bytes, or None where there is no such file."""
+        """Return the bytes; None if there is no such file."""
         data = self._recent.get(name)
         if data is None:
             data = await self._writer.call(lambda: self._read(name))
@@ -113,15 +113,15 @@ class SmallFiles:
         return data
 
     async def old(self, before: float, limit: int) -> list[str]:
-        """Names of small files that were last saved before an instant, the oldest first."""
+        """Return the names of small files last saved before `before` (Unix seconds), oldest first."""
         query = "SELECT name FROM small WHERE saved_at < ? ORDER BY saved_at LIMIT ?"
         return await self._writer.call(lambda: self._names(query, (before, limit)))
 
     async def renew(self, names: Sequence[str], at: float) -> None:
-        """Take files as saved at an instant (Unix seconds).
+        """Set the save time of files (Unix seconds).
 
         Raises:
-            StorageError: the disk refused.
+            StorageError: the write failed.
         """
         which = "name IN (SELECT value FROM json_each(?))"
         renewed = partial(
@@ -132,12 +132,12 @@ class SmallFiles:
         await self._writer.call(renewed)
 
     async def expired(self, now: float, limit: int) -> list[str]:
-        """Names of files, small and large, whose own end has come."""
+        """Return the names of files, small and large, whose own expiry has passed."""
         query = "SELECT name FROM life WHERE expires_at <= ? ORDER BY expires_at LIMIT ?"
         return await self._writer.call(lambda: self._names(query, (now, limit)))
 
     async def remove(self, names: Sequence[str], before: float) -> int:
-        """Forget files that were not saved again since an instant, and the ends of all that are named; how many."""
+        """Remove files not saved again since `before`, and the expiry of all `names`; return the number of files."""
         for name in names:
             self._recent.pop(name, None)
         listed = orjson.dumps(names).decode()
@@ -185,12 +185,12 @@ class SmallFiles:
 
 
 def _steps(database: sqlite3.Connection, now: float) -> str:
-    """From an empty file, or from version 1, which had no version number and no instants: its files are as of now."""
+    """Return the upgrade statements for a new file, or for version 1, which had no version number and no save times."""
     if not database.execute("SELECT 1 FROM sqlite_schema WHERE name = 'small'").fetchone():
         return _SCHEMA + _SCHEMA_2
     added = "ALTER TABLE small ADD COLUMN saved_at REAL NOT NULL DEFAULT 0;"
-    return f"{added} UPDATE small SET saved_at = {now!r}; {_SCHEMA_2}"  # noqa: S608 - a number of our own
+    return f"{added} UPDATE small SET saved_at = {now!r}; {_SCHEMA_2}"  # noqa: S608 - a number, not user input
 
 
 def _unwritable(error: sqlite3.Error) -> StorageError:
-    return StorageError(f"the server's files cannot be written: {error}; free space in its data dir")
+    return StorageError(f"cannot write the server's files: {error}; free space in the data dir")

@@ -1,10 +1,9 @@
-"""The server's files: images that came in and images that were made, on disk, by content.
+"""The server's files, uploads and results, stored by content.
 
-Owns `data_dir/files` and the names in it. A file appears by rename, complete and durable or not at all; small
-results lie together in `small.db`. A file's name is a keyed hash of its SHA-256: equal bytes are kept once, and
-nobody can guess a name. A file with a life of its own shares its bytes with nobody and has a random name. Paths are
-given out as `/files/<prefix>/<name>`; the server's origin is put before them when somebody is answered, since it may
-change. When files are old enough to go is decided by `retention`.
+Owns `data_dir/files`. A file appears by rename, complete and durable or not at all; small files are rows of `small.db`.
+A file's name is a keyed hash of its SHA-256, so that equal bytes are stored once and names cannot be guessed. A file
+with its own lifetime has a random name and is never shared. Paths are `/files/<prefix>/<name>`; responses add the
+server's origin, which may change. `batch.server.queue.cleanup` decides when files are removed.
 """
 
 from __future__ import annotations
@@ -37,28 +36,28 @@ from batch.system.durable import NameSync, make_folders, sync, write_file
 __all__ = ["Reservation", "Storage", "UploadTooLarge", "content_type_of"]
 
 _PATH = re.compile(r"/files/([0-9a-f]{2})/(\1[0-9a-f]{30}(?:\.[a-z0-9]{1,8})?)")
-_TYPES = mimetypes.MimeTypes(filenames=())  # the standard library's own table: the same on every machine
-for _known in FORMATS:  # some of which it knows in later versions of Python only
+_TYPES = mimetypes.MimeTypes(filenames=())  # the standard library's table only: the same on every machine
+for _known in FORMATS:  # older versions of Python lack some of them
     _TYPES.add_type(_known.content_type, _known.suffix)
 
 
 class Reservation(NamedTuple):
-    """A name for a file that is still to come."""
+    """A reserved name for a file that is uploaded later."""
 
     path: str
-    """`/files/...`, where it will be found."""
+    """The future `/files/...` path of the file."""
     token: str
-    """Whoever knows it may write the file: a signature of the path."""
+    """Authorises the upload; a signature of the path."""
 
 
 class Storage:
     """Files by content below `root`; an async context manager.
 
     Args:
-        root: the server's data dir; `files/`, `incoming/` and `parts/` are made in it. Half-written files of an
+        root: the server's data dir; `files/`, `incoming/` and `parts/` are created in it. Partial files of an
             earlier process are removed.
-        clock: Unix seconds; a file remembers when it was last saved.
-        limits: of uploads in parts.
+        clock: Unix seconds, for the save time of each file.
+        limits: limits of multipart uploads.
     """
 
     def __init__(
@@ -85,12 +84,12 @@ class Storage:
         await self._small.aclose()
 
     async def save(self, data: bytes, content_type: str | None, life: float | None = None) -> str:
-        """Store bytes; durable when it returns. Their path.
+        """Store bytes and return their path; durable on return.
 
         Args:
             data: the bytes.
-            content_type: gives the name its suffix.
-            life: seconds after which nobody gets them any more; None: as `retention` has it.
+            content_type: determines the suffix of the name.
+            life: lifetime in seconds; None: the server's retention.
 
         Raises:
             StorageError: the disk refused.
@@ -116,18 +115,18 @@ class Storage:
         path: str | None = None,
         life: float | None = None,
     ) -> str:
-        """Store a stream of at most `limit` bytes without holding it in memory; durable when it returns.
+        """Store a stream without holding it in memory, and return its path; durable on return.
 
         Args:
             chunks: the bytes.
-            content_type: as the sender names it.
-            limit: bytes.
-            path: a reserved path; without it the content names the file.
+            content_type: the type that the client sent.
+            limit: maximum number of bytes.
+            path: a reserved path; None: the name is derived from the content.
             life: see `save`.
 
         Raises:
-            UploadTooLarge: more than `limit` bytes came; nothing is kept.
-            StorageError: the disk refused.
+            UploadTooLarge: the stream is longer than `limit`; nothing is stored.
+            StorageError: the write failed.
         """
         temporary = self._incoming / secrets.token_hex(16)
         try:
@@ -146,42 +145,42 @@ class Storage:
     async def _spool(self, chunks: AsyncIterator[bytes], temporary: Path, limit: int) -> Spooled:
         try:
             return await spool(chunks, temporary, limit)
-        except ConnectionError:  # the sender's, not the disk's
+        except ConnectionError:  # from the client, not from the disk
             raise
         except OSError as error:
             raise _unwritable(temporary, error) from error
 
     async def limit_life(self, path: str, seconds: float) -> None:
-        """Give a reserved path's file an end of its own, before its bytes come.
+        """Set the lifetime of a reserved path's file, before its bytes arrive.
 
         Raises:
-            StorageError: the disk refused.
+            StorageError: the write failed.
         """
         await self._small.expire(path, self._clock() + seconds)
 
-    # --- uploads in parts ---------------------------------------------------------------------------------
+    # --- multipart uploads --------------------------------------------------------------------------------
 
     async def receive_part(self, path: str, number: int, chunks: AsyncIterator[bytes], announced: int | None) -> str:
-        """Store one part of a reserved path's file; it replaces an earlier part of that number. Its tag.
+        """Store one part of a reserved path's file and return its tag. A repeated number replaces the earlier part.
 
         Args:
             path: a reserved path.
-            number: from 1.
+            number: the part number, >= 1.
             chunks: the bytes.
-            announced: how many there will be, if the sender says so.
+            announced: the size in bytes, if the client sent it.
 
         Raises:
-            UploadTooLarge: the part, its file or all unfinished files together become too large.
-            StorageError: the disk refused.
+            UploadTooLarge: the part or its file exceeds its limit.
+            StorageError: the write failed, or the unfinished uploads exceed their total limit.
         """
         return await self._parts.put(_name_of(path), number, chunks, announced)
 
     async def join_parts(self, path: str, parts: Sequence[Part]) -> None:
-        """Make the file of its parts; durable when it returns. Repeated after that it does nothing.
+        """Join the parts into the file; durable on return. A repeated call does nothing.
 
         Raises:
-            BadParts: they are not the ones that came.
-            StorageError: the disk refused.
+            BadParts: the listed parts are not those that were received.
+            StorageError: the write failed.
         """
         place, name = self._place(path), _name_of(path)
         async with self._parts.joining:
@@ -195,39 +194,39 @@ class Storage:
                 temporary.unlink(missing_ok=True)
             await self._parts.drop(name)
 
-    # --- what goes ----------------------------------------------------------------------------------------
+    # --- removal ------------------------------------------------------------------------------------------
 
     async def old_small(self, before: float, limit: int) -> list[str]:
-        """Paths of small files that were last saved before an instant (Unix seconds), the oldest first."""
+        """Return the paths of small files last saved before `before` (Unix seconds), oldest first."""
         return await self._small.old(before, limit)
 
     async def shelves(self) -> list[str]:
-        """The large files lie on at most 256 shelves, which are looked at one by one."""
+        """Return the names of the folders with large files, at most 256."""
         return await asyncio.to_thread(lambda: sorted(folder.name for folder in self._files.iterdir()))
 
     async def old_large(self, shelf: str, before: float) -> list[str]:
-        """Paths of the files on a shelf that were last saved before an instant (Unix seconds)."""
+        """Return the paths of a folder's files last saved before `before` (Unix seconds)."""
         names = await asyncio.to_thread(_saved_before, self._files / shelf, before)
         return [f"/files/{shelf}/{name}" for name in names]
 
     async def remove(self, paths: Sequence[str], before: float) -> int:
-        """Remove those files that were not saved again since an instant; how many went."""
+        """Remove the files that were not saved again since `before`; return their number."""
         small = await self._small.remove(paths, before)
         large = await asyncio.to_thread(self._remove_large, paths, before)
         return small + large
 
     async def renew(self, paths: Sequence[str], at: float) -> None:
-        """Take files as saved at an instant (Unix seconds)."""
+        """Set the save time of files (Unix seconds)."""
         await self._small.renew(paths, at)
         for path in paths:
             _renewed(self._place(path), at)
 
     async def expired(self, now: float, limit: int) -> list[str]:
-        """Paths of files whose own life is over."""
+        """Return the paths of files whose own expiry has passed."""
         return await self._small.expired(now, limit)
 
     async def remove_abandoned_parts(self, before: float) -> int:
-        """Remove uploads in parts that nobody has gone on with since an instant; how many."""
+        """Remove multipart uploads without a new part since `before` (Unix seconds); return their number."""
         return await self._parts.remove_abandoned(before)
 
     def _remove_large(self, paths: Sequence[str], before: float) -> int:
@@ -236,23 +235,23 @@ class Storage:
     # --- names and reads ----------------------------------------------------------------------------------
 
     def reserve(self, content_type: str | None) -> Reservation:
-        """A fresh name for an upload that is announced before its bytes are sent."""
+        """Reserve a random name for an upload whose bytes arrive later."""
         name = secrets.token_hex(16)
         path = f"/files/{name[:2]}/{name}{_suffix(content_type)}"
         return Reservation(path, self._sign(path))
 
     def derived(self, purpose: bytes) -> bytes:
-        """32 secret bytes for another purpose, named in 16 bytes at most; the same as long as the data dir lives."""
+        """Derive a 32-byte secret from the data dir's secret. `purpose`: its name, at most 16 bytes."""
         return hashlib.blake2b(key=self._secret, digest_size=32, person=purpose).digest()
 
     def may_write(self, path: str, token: str) -> bool:
-        """Whether the token belongs to that reserved path."""
+        """Whether the token authorises an upload to this reserved path."""
         return hmac.compare_digest(self._sign(path).encode(), token.encode())
 
     def path_in(self, url: str) -> str | None:
-        """The path of ours in a path or URL, or None.
+        """Return the `/files/...` path in a path or URL; None if there is no such path.
 
-        The origin of a URL does not matter: the server may have listened elsewhere when it gave it out.
+        The origin of a URL is ignored: the server's address may have changed since it returned the URL.
         """
         try:
             path = urlsplit(url).path
@@ -261,17 +260,17 @@ class Storage:
         return path if _PATH.fullmatch(path) else None
 
     async def find(self, path: str) -> Path | bytes | None:
-        """A stored file: where it lies, or its bytes where it is a small one; None where there is none."""
+        """Return a stored file: the path of a large one, the bytes of a small one; None if it does not exist."""
         if self.path_in(path) != path:
             return None
         place = self._place(path)
         return place if place.is_file() else await self._small.find(path)
 
     async def read(self, path: str, limit: float = math.inf) -> bytes | None:
-        """The bytes of a stored file, or None where there is none.
+        """Return the bytes of a stored file; None if it does not exist.
 
         Raises:
-            UploadTooLarge: there are more than `limit`.
+            UploadTooLarge: the file is larger than `limit` bytes.
         """
         found = await self.find(path)
         if found is not None and (found.stat().st_size if isinstance(found, Path) else len(found)) > limit:
@@ -291,13 +290,13 @@ class Storage:
         self._complete(temporary, place, now)
 
     def _complete(self, temporary: Path, place: Path, now: float) -> None:
-        """Put a complete temporary file in its place, durably."""
+        """Move a complete temporary file into place, durably."""
         try:
             patiently(partial(sync, temporary), time.sleep)
             os.utime(temporary, (now, now))
             try:
                 temporary.replace(place)
-            except FileNotFoundError:  # the first file on its shelf
+            except FileNotFoundError:  # the first file of its folder
                 place.parent.mkdir(exist_ok=True)
                 temporary.replace(place)
             patiently(partial(self._names.sync, place.parent), time.sleep)
@@ -316,13 +315,13 @@ class Storage:
 
 
 def content_type_of(name: str) -> str:
-    """What the name of a file or the end of its path says of its type."""
+    """Return the content type for a file name or path, by its suffix."""
     return _TYPES.guess_type(name)[0] or "application/octet-stream"
 
 
 @lru_cache(maxsize=256)
 def _suffix(content_type: str | None) -> str:
-    """The name carries the type; a type without a usual suffix is served as plain bytes."""
+    """Return the suffix for a content type; empty for an unknown one, which is served as plain bytes."""
     image = format_of_type(content_type or "")
     if image is not None:
         return image.suffix
@@ -332,22 +331,22 @@ def _suffix(content_type: str | None) -> str:
 
 
 def _secret(path: Path) -> bytes:
-    """32 random bytes that make this data dir's names unguessable; made once."""
+    """Read the data dir's 32-byte secret, which makes file names unguessable, or create it."""
     if not path.exists():
         write_file(path, secrets.token_bytes(32), path.with_suffix(".new"), mode=0o600)
     return path.read_bytes()
 
 
 def _name_of(path: str) -> str:
-    """Of the folder that holds a file's parts: letters and digits that nobody outside has chosen."""
+    """Return the name of the folder for a file's parts: the random part of the path, never chosen by a client."""
     return path.rpartition("/")[2].partition(".")[0]
 
 
 def _renewed(place: Path, now: float) -> bool:
-    """Whether the file is there already; then it is as good as saved now."""
+    """Set the save time of an existing file; False if it does not exist."""
     try:
         os.utime(place, (now, now))
-    except OSError:  # there is none, or it cannot be written anyway
+    except OSError:  # missing, or not writable
         return False
     return True
 
@@ -361,7 +360,7 @@ def _saved_before(folder: Path, before: float) -> list[str]:
 
 
 def _removed(place: Path, aside: Path, before: float) -> bool:
-    """Remove a file unless it was saved again in this very moment: it is taken aside first and looked at there."""
+    """Remove a file. It is moved aside first and put back if it was saved again in the meantime."""
     try:
         place.replace(aside)
     except FileNotFoundError:
@@ -374,4 +373,4 @@ def _removed(place: Path, aside: Path, before: float) -> bool:
 
 
 def _unwritable(place: Path, error: OSError) -> StorageError:
-    return StorageError(f"{place} cannot be written: {error}; free space or check its rights")
+    return StorageError(f"cannot write {place}: {error}; free disk space or check the permissions")

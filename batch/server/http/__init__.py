@@ -1,1 +1,1 @@
-"""The endpoint's HTTP face: routes, authentication, pages, the platform API."""
+"""The endpoint's HTTP API: routes, authentication, pages, the platform API."""

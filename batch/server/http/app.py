@@ -1,7 +1,7 @@
-"""Serves the queue over HTTP: parses a request, asks the service, answers. Owns routes, limits and error answers.
+"""Serve the queue over HTTP: parse requests, call the service, build responses.
 
-The service decides about requests; `batch.fal.protocol` and `responses` own the wire shapes. Every error answer is JSON
-with an `x-fal-request-id`: without it, the official Python client treats the error as a proxy's.
+Defines routes, limits and error responses; `batch.fal.protocol` and `responses` define the wire format. Every error
+response is JSON with an `x-fal-request-id`: without it, fal's Python client attributes the error to a proxy.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ __all__ = ["application"]
 _log = logging.getLogger(__name__)
 
 _HELD_SHARE = 0.75
-"""Share of connections that may wait for the end of a request (streams, direct calls); the rest serve short calls."""
+"""Share of connections that may wait for the end of a request (streams, direct calls)."""
 _RETRY_SECONDS = "1"
-"""The `Retry-After` of a call that found no free connection."""
+"""`Retry-After` of a call that found no free connection."""
 _TRUE = frozenset({"1", "true", "yes"})
 _READS = frozenset({"GET", "HEAD"})
 
@@ -63,20 +63,20 @@ def application(
     share: ServerShare | None = None,
     limits: ServerLimits = DEFAULT_LIMITS,
 ) -> web.Application:
-    """Build the server's application. The queue handles every path that has no route of its own.
+    """Build the server's application. The queue handles every path without a route.
 
     Args:
         service: the queue.
-        authenticator: finds the owner of a call.
+        authenticator: authenticates calls.
         permitted: the addresses that webhooks may use.
         app_id: the served endpoint.
         more: further routes.
         idempotency: whether the server honours a repeated `Idempotency-Key`.
         middleware: wraps every handler; fault injection is one.
         share: limits of open connections and files; None: no limits.
-        limits: sizes and times.
+        limits: limits of sizes and times.
     """
-    face = _QueueApi(
+    api = _QueueApi(
         service,
         app_id,
         authenticator,
@@ -87,19 +87,19 @@ def application(
     )
     app = web.Application(client_max_size=limits.body_bytes)
     known = (
-        *read_routes("/health", face.health),
-        *read_routes("/openapi.json", face.schema),
-        ("POST", "/run/{app:.+}", face.run),
+        *read_routes("/health", api.health),
+        *read_routes("/openapi.json", api.schema),
+        ("POST", "/run/{app:.+}", api.run),
         *proxy.routes(),
         *uploads.routes(service, authenticator, None if share is None else share.downloads, limits),
         *metrics.routes(service),
         *page.routes(service, app_id),
         *more,
-        ("*", r"/{path:[\s\S]*}", face.queue),
+        ("*", r"/{path:[\s\S]*}", api.queue),
     )
     for method, path, handler in known:
-        guarded = face.guarded(handler, access_of(method, path))
-        app.router.add_route(method, path, guarded, expect_handler=face.expect)
+        guarded = api.guarded(handler, access_of(method, path))
+        app.router.add_route(method, path, guarded, expect_handler=api.expect)
     if middleware is not None:
         app.middlewares.append(middleware)
     return app
@@ -127,19 +127,19 @@ class _QueueApi:
         self._limits = limits
         self._held, self._held_limit = 0, held
         """Connections that wait for the end of a request."""
-        self._crossing = CorsPolicy(keyed=authenticator.keyed)
+        self._cors = CorsPolicy(keyed=authenticator.keyed)
         self._owner, self._alias, _ = protocol.split_app(app_id)
         self._schema = b""
 
     def guarded(self, handler: Handler, access: Access = Access.KEY) -> Handler:
-        """Wrap a handler: set the owner of the call (see `owner_of`), and convert exceptions to answers."""
+        """Wrap a handler: set the owner of the call (see `owner_of`), and convert exceptions to responses."""
 
         async def handle(request: web.Request) -> web.StreamResponse:
             answer: web.StreamResponse
             try:
                 if request.method == "OPTIONS":  # a browser's preflight, which has no key
-                    return self._crossed(request, web.Response(status=204))
-                self._crossing.check(request.host)
+                    return self._with_cors(request, web.Response(status=204))
+                self._cors.check(request.host)
                 set_owner(request, self._authenticator.owner(_authorization(request), access))
                 answer = await handler(request)
             except Denied as denied:
@@ -155,28 +155,28 @@ class _QueueApi:
             except (web.RequestPayloadError, BadHttpMessage) as error:
                 answer = self._refuse(400, " ".join(f"The body cannot be read: {error}".split())[:300])
             except ConnectionError:
-                answer = self._refuse(499, "The caller hung up", "client_disconnected")  # nobody reads it
-            except Exception as error:  # the boundary between one call and the server
+                answer = self._refuse(499, "The client closed the connection", "client_disconnected")
+            except Exception as error:  # one call's failure must not stop the server
                 if lacks_descriptor(error):
                     answer = self._no_descriptor(error)
                 else:
-                    _log.exception("%s %s failed in a way that nobody foresaw", request.method, request.path)
+                    _log.exception("%s %s: unexpected error", request.method, request.path)
                     answer = self._refuse(500, "Internal Server Error", "internal_error")
-            self._crossed(request, answer)
+            self._with_cors(request, answer)
             self._service.tally.answered(request.method, request.path, answer.status)
             return answer
 
         return handle
 
     async def expect(self, request: web.Request) -> web.Response | None:
-        """Answer an `Expect` header before the handlers run; aiohttp's own answer echoes the header unescaped."""
+        """Answer an `Expect` header before the handlers run; aiohttp's default response echoes the header unescaped."""
         expected = request.headers.get("expect", "")
         if request.version < HttpVersion11:
             return None
         if expected.lower() != "100-continue":
-            return self._refuse(417, f"Expect: {expected[:100]!r} is not supported; 100-continue is")
+            return self._refuse(417, f"Expect: {expected[:100]!r} is not supported; use 100-continue")
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        request.writer.output_size = 0  # of the answer itself
+        request.writer.output_size = 0  # of the response itself
         return None
 
     async def health(self, _: web.Request) -> web.Response:
@@ -207,24 +207,24 @@ class _QueueApi:
         return web.Response(body=self._schema, headers=headers)
 
     async def queue(self, request: web.Request) -> web.StreamResponse:
-        """Handle all calls below an app id."""
+        """Handle calls to paths below an app id."""
         address = protocol.parse_path(request.path)
         if address is None:
             return self._refuse(404, f"Path {request.path} not found", **{protocol.BILLABLE_UNITS: "0"})
         allowed = {Operation.SUBMIT: {"POST"}, Operation.CANCEL: {"PUT", "POST"}}.get(address.operation, _READS)
         if request.method not in allowed:
-            return self._refuse(405, f"{request.method} is not allowed here, {' or '.join(sorted(allowed))} is")
+            return self._refuse(405, f"{request.method} is not allowed; use {' or '.join(sorted(allowed))}")
         if address.operation is Operation.SUBMIT:
             direct = proxy.is_direct(request.host)
             return await (self._run if direct else self._submit)(request, address.app)
         return await self._read(request, address)
 
     async def run(self, request: web.Request) -> web.StreamResponse:
-        """Handle a direct call by its path."""
+        """Handle a direct call below `/run`."""
         return await self._run(request, AppId(request.match_info["app"].strip("/")))
 
     async def _run(self, request: web.Request, app: AppId) -> web.StreamResponse:
-        """Answer with the output on the same connection. A lost connection does not cancel the work."""
+        """Return the output on the same connection. A lost connection does not cancel the request."""
         return await self._hold(partial(self._run_held, request, app))
 
     async def _run_held(self, request: web.Request, app: AppId) -> web.StreamResponse:
@@ -234,10 +234,10 @@ class _QueueApi:
         known = await self._service.find(accepted, expired=True)
         while known is not None and not isinstance(known.state, CompletedRequest):
             if self._service.stopping:
-                return self._refuse(503, "The server goes down; the request stays queued", "runner_disconnected")
+                return self._refuse(503, "The server is shutting down; the request stays queued", "runner_disconnected")
             await self._service.changed(accepted, self._limits.keep_alive_seconds)
             known = await self._service.find(accepted, expired=True)
-        if known is None:  # it ended and expired between two reads
+        if known is None:  # ended and expired between two reads
             return response(answers.not_found_reply(accepted))
         return await self._result(request, accepted, known)
 
@@ -250,28 +250,28 @@ class _QueueApi:
         return response(protocol.accepted_reply(base_of(request), app, accepted, self._service.position(accepted)))
 
     async def _accept(self, request: web.Request, app: AppId) -> RequestId | web.Response:
-        """Accept a request: return its id, or the answer that refuses it."""
+        """Accept a request; return its id, or an error response."""
         self._service.submit_posts += 1
         if app != self._app_id:
             return self._unknown_app(app)
         try:
-            wishes = _wishes(request, self._permitted)
+            options = _submit_options(request, self._permitted)
             if not self._idempotency:
-                wishes = wishes._replace(idempotency_key=None)
+                options = options._replace(idempotency_key=None)
             body = await _body(request, self._limits.body_seconds)
-            admission = await self._service.submit(app, body, wishes, owner_of(request))
+            admission = await self._service.submit(app, body, options, owner_of(request))
         except web.HTTPRequestEntityTooLarge:
             limit = self._limits.body_bytes // 2**20
             return self._refuse(413, f"The body is larger than {limit} MiB; upload the image and send its URL")
         except Malformed as error:
             return self._invalid("json_invalid", str(error), "body")
         except AddressRefused as refusal:
-            message = f"This webhook cannot be called: {refusal} (serve --allow-private permits loopback and private)"
+            message = f"Invalid webhook URL: {refusal} (--allow-private permits loopback and private addresses)"
             return self._invalid("url_error", message, "query", "fal_webhook")
         except QueueFull as full:
             return self._refuse(429, f"Not accepted: {full}")
         if not admission.same_input:
-            message = "This Idempotency-Key was used before with another input; use a new key for a new request"
+            message = "This Idempotency-Key was used with a different input; use a new key for a new request"
             return self._invalid("idempotency_key_reused", message, "header", "idempotency-key")
         return admission.request_id
 
@@ -288,9 +288,9 @@ class _QueueApi:
 
     async def _read(self, request: web.Request, address: Address) -> web.StreamResponse:
         request_id = address.request_id
-        assert request_id is not None, "only a submit has none"
+        assert request_id is not None, "only a submit has no request id"
         known = await self._service.find(request_id) if len(request_id) == 36 else None
-        # For another owner, a request does not exist: the answer must not reveal it.
+        # A request of another owner is reported as unknown, so that its existence is not revealed.
         owner = owner_of(request)
         if known is None or (owner and known.owner != owner):
             return response(answers.not_found_reply(self._service.new_id()))
@@ -320,7 +320,7 @@ class _QueueApi:
     async def _stream(
         self, request: web.Request, request_id: RequestId, known: RequestState | None
     ) -> web.StreamResponse:
-        """Send server-sent events: one per change, a comment in each interval without one, the end after COMPLETED."""
+        """Send server-sent events: one per change, a comment in each idle interval; ends after COMPLETED."""
         stream = web.StreamResponse(
             headers={
                 "content-type": "text/event-stream",
@@ -328,7 +328,7 @@ class _QueueApi:
                 protocol.REQUEST_ID: request_id,
             }
         )
-        await self._crossed(request, stream).prepare(request)
+        await self._with_cors(request, stream).prepare(request)
         logs, base, last = _wants_logs(request), base_of(request), b""
         while known is not None:
             body = answers.status_reply(base, known.app, request_id, known.state, logs=logs).body
@@ -342,10 +342,10 @@ class _QueueApi:
         return stream
 
     async def _hold(self, work: Callable[[], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
-        """Count a connection that waits for the end of a request, or refuse it."""
+        """Run a call that waits for the end of a request, or reject it if too many do."""
         if self._held_limit is not None and self._held >= self._held_limit:
             return self._refuse_for_now(
-                f"{self._held} connections wait for the end of a request, and no more may; submit and read its status"
+                f"{self._held} connections already wait for a result, the limit; submit the request and poll its status"
             )
         self._held += 1
         try:
@@ -358,13 +358,13 @@ class _QueueApi:
         return self._refuse_for_now("The server has too many files open; try again")
 
     def _refuse_for_now(self, message: str) -> web.Response:
-        """Refuse a correct call before the server accepts anything."""
+        """Reject a valid call with 429 before anything is accepted."""
         return self._refuse(429, message, **{"retry-after": _RETRY_SECONDS})
 
-    def _crossed(self, request: web.Request, answer: web.StreamResponse) -> web.StreamResponse:
-        """Add the CORS headers for a page of another origin."""
+    def _with_cors(self, request: web.Request, answer: web.StreamResponse) -> web.StreamResponse:
+        """Add the CORS headers if the request has an origin."""
         if (origin := request.headers.get("origin")) is not None:
-            self._crossing.allow(origin, answer)
+            self._cors.allow(origin, answer)
         return answer
 
     def _deny(self, request: web.Request, denied: Denied) -> web.Response:
@@ -385,7 +385,7 @@ class _QueueApi:
 
 
 def _authorization(request: web.Request) -> str | None:
-    """The header, if present; several headers form one list, as in HTTP."""
+    """Return the Authorization header; repeated headers are joined by commas, as in HTTP."""
     given = request.headers.getall("authorization", ())
     return ", ".join(given) if given else None
 
@@ -397,14 +397,14 @@ async def _body(request: web.Request, seconds: float) -> bytes:
         async with asyncio.timeout(seconds):
             return await request.read()
     except TimeoutError as error:
-        raise web.HTTPRequestTimeout(text=f"The body did not come within {seconds:.0f} s") from error
+        raise web.HTTPRequestTimeout(text=f"The body did not arrive within {seconds:.0f} s") from error
 
 
 def _wants_logs(request: web.Request) -> bool:
     return bool(request.query_string) and request.query.get("logs", "").lower() in _TRUE
 
 
-def _wishes(request: web.Request, permitted: AddressRule) -> SubmitOptions:
+def _submit_options(request: web.Request, permitted: AddressRule) -> SubmitOptions:
     headers, options = request.headers, protocol.options_in(request.headers)
     limit = request.query.get("fal_max_queue_length", "") if request.query_string else ""
     webhook = request.query.get("fal_webhook", "") if request.query_string else ""
@@ -414,14 +414,14 @@ def _wishes(request: web.Request, permitted: AddressRule) -> SubmitOptions:
         start_timeout=options.start_timeout,
         queue_limit=int(limit) if limit.isdecimal() and len(limit) < 20 else None,
         webhook=webhook_of(webhook, base_of(request), permitted) if webhook else None,
-        keeping=RetentionOptions(headers.get("x-fal-store-io") == "0", options.file_seconds),
+        retention=RetentionOptions(headers.get("x-fal-store-io") == "0", options.file_seconds),
         tags=options.tags,
     )
 
 
 def _text(header: str | None) -> str | None:
-    """A header with an arbitrary value.
+    """Return a header as valid Unicode.
 
-    Bytes that are not UTF-8 arrive as lone surrogates; escapes replace them, so that different values stay different.
+    Bytes that are not UTF-8 arrive as lone surrogates and are escaped, so that different values stay different.
     """
     return header if header is None or header.isascii() else header.encode("utf-8", "backslashreplace").decode()

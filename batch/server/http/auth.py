@@ -1,9 +1,9 @@
-"""Who may ask: keys, their owners, and the tokens that stand in for a key at an upload.
+"""Authentication: API keys, their owners, and tokens that replace a key for uploads.
 
-Owns the keys file, the check of the Authorization header and the table of what is open to everybody. A key is
-`name:secret`, as `FAL_KEY` holds it for the official clients; the file keeps `name:sha256(secret)`. A plain SHA-256 is
-enough here: a secret is 256 random bits, so there is no dictionary to try and nothing that a slow hash would slow down.
-Several lines of one name are several keys of one owner: that is how a key is changed.
+Defines the keys file, the check of the Authorization header and the list of public routes. A key is `name:secret`, as
+the official clients expect in `FAL_KEY`; the file contains `name:sha256(secret)`. Plain SHA-256 is sufficient, because
+secrets are 256 random bits and cannot be guessed. Several lines with the same name are keys of the same owner, which
+allows key rotation.
 """
 
 from __future__ import annotations
@@ -39,33 +39,33 @@ __all__ = [
 ]
 
 ENVIRONMENT = "FAL_SERVER_KEYS"
-"""Lines of a keys file, separated by white space or commas. Not RESTYLE_...: `restyle run` refuses names of those that
-it does not know."""
+"""Lines of a keys file, separated by white space or commas. Without the prefix RESTYLE_, because `restyle run` rejects
+unknown names with that prefix."""
 TOKEN_SECONDS = 86400.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _HASH = re.compile(r"[0-9a-f]{64}")
-_NOBODY = hashlib.sha256(b"").digest()
-"""Compared with where the name is unknown, so that it takes as long as a wrong secret."""
+_NO_KEY = hashlib.sha256(b"").digest()
+"""Compared if the name is unknown, so that the response takes as long as for a wrong secret."""
 
 
 class Access(Enum):
-    """What a route asks for."""
+    """The credentials that a route requires."""
 
     OPEN = "nothing"
     KEY = "a key"
-    UPLOAD = "a key, or a token that was given for one"
+    UPLOAD = "a key or an upload token"
 
 
 _OPEN = frozenset({"/", "/.well-known/jwks.json", "/health", "/openapi.json", "/v1/meta"})
-"""Templates that are read without a key: none of them tells anything about a request."""
+"""Routes that are readable without a key; they contain no data of requests."""
 _READS = frozenset({"GET", "HEAD"})
 
 
 def access_of(method: str, template: str) -> Access:
-    """What a route asks for, by its template as it was registered. What is not named here needs a key.
+    """Return the credentials that a route requires, by its template. The default is a key.
 
-    Files are read by whoever knows their name, as on fal; the path of an announced upload is its own permission; a
-    browser asks without a key whether it may ask with one (OPTIONS).
+    Files are public, as on fal, because their names cannot be guessed; the path of an announced upload contains a
+    token; browsers send preflight requests (OPTIONS) without a key.
     """
     if method == "OPTIONS" or template.startswith("/storage/upload/{"):
         return Access.OPEN
@@ -75,11 +75,11 @@ def access_of(method: str, template: str) -> Access:
 
 
 class Denied(Exception):
-    """The caller may not ask.
+    """The call is not authorised.
 
     Args:
         status: 401 or 403.
-        detail: as fal words it.
+        detail: the message, in fal's words.
     """
 
     def __init__(self, status: int, detail: str) -> None:
@@ -96,16 +96,16 @@ class Key:
     digest: bytes
     """SHA-256 of the secret."""
     locked: str | None = None
-    """Why its owner is locked; None: is not."""
+    """Reason why the owner is locked; None: not locked."""
 
     @property
     def line(self) -> str:
-        """As it stands in the file."""
+        """The key's line in a keys file."""
         return ":".join([self.name, self.digest.hex(), *([self.locked] if self.locked is not None else [])])
 
 
 class Keys:
-    """The keys that are good. None at all: the server is open, and has to stay on loopback."""
+    """The valid keys. Without any, the server requires no key and listens on loopback only."""
 
     def __init__(self, keys: tuple[Key, ...] = ()) -> None:
         self._of: dict[str, list[Key]] = {}
@@ -119,17 +119,17 @@ class Keys:
         return f"Keys({sorted(self._of)})"
 
     def check(self, credentials: str) -> str:
-        """The owner of a key `name:secret`. One SHA-256, and a comparison in constant time.
+        """Return the owner of a key `name:secret`, compared in constant time.
 
         Raises:
-            Denied: 401 for a wrong or malformed key, 403 for one that is locked.
+            Denied: 401 for an unknown or malformed key, 403 for a locked owner.
         """
         name, colon, secret = credentials.strip().partition(":")
         if not colon or not name or not secret:
             raise Denied(401, "Invalid Key Authorization header format. Expected '<key_id>:<key_secret>'.")
         digest, found = hashlib.sha256(_sent(secret)).digest(), None
         keys = self._of.get(name, [])
-        for key in keys or [Key("", _NOBODY)]:
+        for key in keys or [Key("", _NO_KEY)]:
             if hmac.compare_digest(key.digest, digest) and keys:
                 found = key
         if found is None:
@@ -137,10 +137,10 @@ class Keys:
         return _unlocked(found)
 
     def owner(self, name: str) -> str:
-        """The owner of that name, for a token that was given to him.
+        """Check that the owner of a token still has a valid key.
 
         Raises:
-            Denied: all his keys were taken away or are locked.
+            Denied: all keys of the owner are removed or locked.
         """
         keys = self._of.get(name, [])
         if not keys:
@@ -149,19 +149,19 @@ class Keys:
 
 
 class Token(NamedTuple):
-    """Stands in for a key at an upload."""
+    """A token that replaces a key for uploads."""
 
     text: str
     expires_at: float
 
 
 class Authenticator:
-    """Says whose a call is.
+    """Authenticates calls.
 
     Args:
-        keys: the good ones.
-        secret: tokens are signed with it; the same as long as the data dir lives, so that tokens survive a restart.
-        app_id: named to those who come without a key.
+        keys: the valid keys.
+        secret: signs tokens; constant per data dir, so that tokens survive a restart.
+        app_id: the served endpoint, for messages.
         clock: Unix seconds.
     """
 
@@ -173,18 +173,18 @@ class Authenticator:
 
     @property
     def keyed(self) -> bool:
-        """Whether a key is asked for at all."""
+        """Whether the server has keys."""
         return bool(self._keys)
 
     def owner(self, authorization: str | None, access: Access) -> str:
-        """The caller's name; empty on a server without keys, and where nothing is asked for.
+        """Return the owner of a call; empty on a server without keys and for public routes.
 
         Args:
-            authorization: the header, if there was one; several are one, joined by ", ", and so no good key.
-            access: what the route asks for.
+            authorization: the header, if any; repeated headers joined by ", ", which never form a valid key.
+            access: the credentials that the route requires.
 
         Raises:
-            Denied: see there.
+            Denied: missing, invalid or locked credentials.
         """
         if not self._keys or access is Access.OPEN:
             return ""
@@ -200,7 +200,7 @@ class Authenticator:
                 raise Denied(401, "Invalid Key Authorization header format. Expected '<key_id>:<key_secret>'.")
 
     def token(self, owner: str) -> Token:
-        """A token for the uploads of that owner, good for a day. Nothing is remembered of it."""
+        """Return a signed upload token for an owner, valid for one day. The server does not store it."""
         expires_at = self._clock() + TOKEN_SECONDS
         stem = f"{owner}.{int(expires_at)}"
         return Token(f"{stem}.{self._sign(stem)}", expires_at)
@@ -208,10 +208,10 @@ class Authenticator:
     def _name_in(self, token: str) -> str:
         stem, _, signature = token.rpartition(".")
         if not hmac.compare_digest(self._sign(stem).encode(), _sent(signature)):
-            raise Denied(401, "The token is not one of this server; ask for a new one")
+            raise Denied(401, "The token is invalid; request a new one")
         name, _, expires_at = stem.rpartition(".")
         if int(expires_at) < self._clock():
-            raise Denied(401, "The token has expired; ask for a new one")
+            raise Denied(401, "The token has expired; request a new one")
         return name
 
     def _sign(self, stem: str) -> str:
@@ -219,20 +219,20 @@ class Authenticator:
 
 
 def _sent(text: str) -> bytes:
-    """Part of a header, as its bytes were sent: those that are not UTF-8 arrive as lone surrogates."""
+    """Return the bytes of a header as sent: bytes that are not UTF-8 arrive as lone surrogates."""
     return text.encode("utf-8", "surrogateescape")
 
 
 def load_keys(path: Path | None, environment: Mapping[str, str]) -> Keys:
-    """Keys of a file and of `FAL_SERVER_KEYS`, together.
+    """Load the keys of a file and of `FAL_SERVER_KEYS`.
 
     Args:
-        path: lines `name:sha256`, or `name:sha256:reason` for a locked owner; empty ones and those that begin with #
-            are passed over. None: no file.
-        environment: variables of the process.
+        path: a file of lines `name:sha256`, or `name:sha256:reason` for a locked owner; empty lines and lines that
+            begin with # are ignored. None: no file.
+        environment: the process environment.
 
     Raises:
-        ConfigError: the file cannot be read, holds no key, or a line of it is none. No secret is repeated.
+        ConfigError: the file is unreadable or contains no key, or a line is invalid. The message contains no secret.
     """
     keys = [_read(text, ENVIRONMENT) for text in re.split(r"[\s,]+", environment.get(ENVIRONMENT, "")) if text]
     if path is not None:
@@ -240,29 +240,29 @@ def load_keys(path: Path | None, environment: Mapping[str, str]) -> Keys:
             lines = path.read_text("utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
-                f"the keys file {path} cannot be read: {error}; `restyle serve --keys {path} --new-key NAME` makes one"
+                f"cannot read the keys file {path}: {error}; create it: `restyle serve --keys {path} --new-key NAME`"
             ) from error
         numbered = [(number, line.strip()) for number, line in enumerate(lines, 1)]
         found = [_read(line, f"{path}, line {number}") for number, line in numbered if line and line[0] != "#"]
         if not found:
-            raise ConfigError(f"{path} holds no key; `restyle serve --keys {path} --new-key NAME` adds one")
+            raise ConfigError(f"{path} contains no key; add one: `restyle serve --keys {path} --new-key NAME`")
         keys += found
     return Keys(tuple(keys))
 
 
 def add_key(path: Path, name: str, secret: str) -> str:
-    """Append a key to the file, which is made with mode 0600 where there is none; the key as its owner needs it.
+    """Append a key to the file and return it as `name:secret`. A new file has mode 0600.
 
     Args:
         path: the keys file.
-        name: of the owner; it shows in webhooks and in the server's log.
-        secret: random, 256 bits or more, without a colon or white space.
+        name: the owner's name, which appears in webhooks and in the server's log.
+        secret: at least 256 random bits, without colons or white space.
 
     Raises:
-        InputError: the name cannot be one, or the file cannot be written.
+        InputError: the name is invalid, or the file cannot be written.
     """
     if not _NAME.fullmatch(name):
-        raise InputError(f"{name!r} cannot be a key's name; take up to 64 letters, digits, dots, dashes, underscores")
+        raise InputError(f"invalid key name {name!r}: use up to 64 letters, digits, dots, dashes and underscores")
     key = Key(name, hashlib.sha256(secret.encode()).digest())
     try:
         with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "r+b") as file:  # noqa: PTH123 - mode set
@@ -271,7 +271,7 @@ def add_key(path: Path, name: str, secret: str) -> str:
             file.write(f"{separator}{key.line}\n".encode())
         sync(path)
     except OSError as error:
-        raise InputError(f"the keys file {path} cannot be written: {error}; choose another with --keys") from error
+        raise InputError(f"cannot write the keys file {path}: {error}; choose another with --keys") from error
     return f"{name}:{secret}"
 
 
@@ -286,21 +286,21 @@ def _read(line: str, where: str) -> Key:
     digest, colon, reason = rest.partition(":")
     if not _NAME.fullmatch(name) or not _HASH.fullmatch(digest):
         raise ConfigError(
-            f"{where} is not a key: it has to be name:sha256, as `restyle serve --keys FILE --new-key NAME` writes it"
+            f"{where} is not a key: expected name:sha256, as written by `restyle serve --keys FILE --new-key NAME`"
         )
     return Key(name, bytes.fromhex(digest), (reason.strip() or "Admin lock") if colon else None)
 
 
-# Newer versions of aiohttp warn of keys that are plain strings, older ones have no others.
+# Newer versions of aiohttp warn about plain strings as keys; older ones have no RequestKey.
 _OWNER: Any = web.RequestKey("owner", str) if hasattr(web, "RequestKey") else "owner"
 
 
 def set_owner(request: web.Request, owner: str) -> None:
-    """Note whose the call is: his name, or nothing where nobody was asked for a key."""
+    """Set the owner of a call; empty if no key was required."""
     request[_OWNER] = owner
 
 
 def owner_of(request: web.Request) -> str:
-    """The caller's name; empty on a server without keys, and on routes that are open to everybody."""
+    """Return the authenticated owner of a request; empty on a server without keys and for public routes."""
     owner: str = request.get(_OWNER, "")
     return owner

@@ -1,7 +1,7 @@
 """The JSON bodies of the server's API as pydantic models. Pure.
 
-The OpenAPI document describes all of them. The server builds its health and upload answers from them; `batch.fal`
-builds the others, and the tests compare those answers with the document.
+The OpenAPI document describes all of them. The server builds its health and upload responses from them; `batch.fal`
+builds the others, and tests compare them with the document.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _Instant = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
 
 
 def without_nulls(schema: dict[str, Any]) -> None:
-    """Change a schema: a field that defaults to None is absent from the JSON, never null."""
+    """Change a schema in place: a field that defaults to None is absent from the JSON, never null."""
     for field in schema.get("properties", {}).values():
         if field.get("default", ...) is None:
             del field["default"]
@@ -67,13 +67,13 @@ class Body(BaseModel):
 
 
 class MetricsBody(Body):
-    """The measured times."""
+    """Measured times in seconds."""
 
     inference_time: NonNegativeFloat | None = None
 
 
 class LogLineBody(Body):
-    """A line of the log."""
+    """A log line."""
 
     message: str
     timestamp: _Instant
@@ -123,7 +123,7 @@ class CompletedBody(_RequestBody):
 
 
 class CancellationBody(Body):
-    """The cancellation is accepted."""
+    """The cancellation was accepted."""
 
     status: Literal["CANCELLATION_REQUESTED"]
 
@@ -163,7 +163,7 @@ class RequestErrorBody(Body):
 
 
 class ModelErrorEntry(Body):
-    """One problem."""
+    """One problem of an invalid or failed request."""
 
     loc: list[str | int]
     msg: str
@@ -232,14 +232,14 @@ class StoredBody(Body):
 
 
 class MultipartBody(Body):
-    """An announced upload in parts."""
+    """An announced multipart upload."""
 
     access_url: _Url
     uploadId: str  # noqa: N815 - fal's field name
 
 
 class EmptyBody(Body):
-    """An object without fields."""
+    """An empty object."""
 
 
 class PartBody(Body):
@@ -256,7 +256,7 @@ class PartListBody(Body):
 
 
 class JoinedBody(Body):
-    """A file that was sent in parts."""
+    """A file joined from its parts."""
 
     access_url: _Url
     file_url: _Url
@@ -284,7 +284,7 @@ class _PageBody(Body):
 
 
 class RequestItemBody(Body):
-    """A request of the listing."""
+    """A request in the listing."""
 
     request_id: str
     endpoint_id: str

@@ -1,8 +1,8 @@
-"""Fal's host names on this server; what browsers need of us: the client's proxy route, and calls across origins.
+"""fal's host names on this server, and the proxy route of fal's JavaScript client.
 
-The client of fal's own makes can be told to send everything to one URL, the true target in a header
-(`proxyUrl`). Here the target is ourselves: its host says which of fal's roles is meant, its path is routed as if it
-had been asked for directly. Nothing is ever sent anywhere.
+With `proxyUrl`, the client sends every request to one URL, with the real target in a header. This server handles such
+a request itself: the target's host selects one of fal's services, and its path is routed as if requested directly.
+Nothing is forwarded to another server.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _PREFIXES = {
     "v3.fal.media": "",
     "api.fal.ai": "",
 }
-"""Where the paths of fal's hosts lie on this server."""
+"""The path prefix on this server for each of fal's hosts."""
 _DIRECT = ("fal.run", "falrun.com")
-"""Hosts that run at once what is posted to them, and so does every host below them but those of the queue."""
+"""Hosts for direct calls; their subdomains count too, except those of the queue."""
 
 
 def routes() -> list[Route]:
@@ -40,7 +40,7 @@ def routes() -> list[Route]:
 
 
 def own_path(target: str) -> URL | None:
-    """Path and query on this server of a URL on one of fal's hosts; None for any other URL."""
+    """Return the path and query on this server for a URL on one of fal's hosts; None for any other URL."""
     try:
         url = URL(target)
         prefix = _PREFIXES.get(url.host or "")
@@ -55,9 +55,9 @@ async def _forward(request: web.Request) -> web.StreamResponse:
     target = request.headers.get(TARGET)
     path = own_path(target) if target else None
     if path is None:
-        said = f"{target[:200]!r} is not" if target else "none is named"
-        raise web.HTTPBadRequest(text=f"{TARGET} has to be an https URL on one of fal's hosts; {said}")
-    # Without the header: whoever asks the proxy for the proxy ends at the refusal above.
+        given = repr(target[:200]) if target else "nothing"
+        raise web.HTTPBadRequest(text=f"{TARGET} must be an https URL on one of fal's hosts, got {given}")
+    # Without the header, so that a request for the proxy route itself is rejected above, not repeated forever.
     headers = request.headers.copy()
     del headers[TARGET]
     inner = request.clone(rel_url=path, headers=headers)
@@ -69,10 +69,10 @@ async def _forward(request: web.Request) -> web.StreamResponse:
 
 @lru_cache(maxsize=64)
 def is_direct(authority: str) -> bool:
-    """Whether a `Host` header names a host by which fal runs directly what is posted to the path of an app.
+    """Whether a `Host` header selects direct calls instead of the queue.
 
-    With fal's host names led here (a hosts file, a tunnel) the unchanged clients ask `fal.run` for a direct call and
-    `queue.fal.run` for a submit, both under the same path.
+    If fal's host names resolve to this server (a hosts file, a tunnel), unmodified clients post to `fal.run` for a
+    direct call and to `queue.fal.run` for a submit, with the same path.
     """
     host = (host_of(authority) or "").lower().rstrip(".")
     below = any(host == direct or host.endswith(f".{direct}") for direct in _DIRECT)

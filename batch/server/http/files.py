@@ -1,8 +1,8 @@
-"""Uploads and downloads files over HTTP, by both official upload mechanisms, whole and in parts.
+"""Upload and download files over HTTP, with both official upload mechanisms, whole and multipart.
 
-Owns the routes below `/storage`, `/files` and `/tokens`. Files are public, as on fal, but their names
-cannot be guessed. The path of an announced upload contains its permission, because JavaScript's client sends no key
-with the bytes. An upload id is the same signature of the path, so the server stores nothing about an announcement.
+Defines the routes below `/storage`, `/files` and `/tokens`. Files are public, as on fal, but their names cannot be
+guessed. The path of an announced upload contains a token, because fal's JavaScript client sends no key with the bytes.
+The token, also used as the upload id, is a signature of the path, so that announcements need no storage.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from batch.types import JsonObject
 __all__ = ["routes"]
 
 _FILE_HEADERS = {
-    # Uploads share our origin: a browser must neither guess their type nor run them.
+    # Uploads have the server's origin: a browser must neither guess their type nor execute them.
     "x-content-type-options": "nosniff",
     "content-security-policy": "default-src 'none'; sandbox",
     "cache-control": "public, max-age=31536000, immutable",
@@ -62,7 +62,7 @@ def routes(
     downloads: int | None = None,
     limits: ServerLimits = DEFAULT_LIMITS,
 ) -> list[Route]:
-    """Build the route table; at most `downloads` large files are sent at once, others wait."""
+    """Build the route table. At most `downloads` large files are sent concurrently; others wait."""
     files = _Files(service, authenticator, downloads, limits)
     return [
         ("POST", "/storage/auth/token", files.token),
@@ -93,9 +93,9 @@ class _Files:
         self._limits = limits
 
     async def token(self, request: web.Request) -> web.Response:
-        """Return a CDN token, which Python's client requests before an upload; it replaces the caller's key."""
+        """Return an upload token, which fal's Python client requests before an upload and uses instead of the key."""
         token = self._authenticator.token(owner_of(request))
-        # With an offset, because older Pythons cannot read Z.
+        # With an offset, because Python 3.10 cannot parse Z.
         expires_at = datetime.fromtimestamp(token.expires_at, UTC).isoformat()
         base, kind = base_of(request), "Bearer"
         return self._json(TokenBody(token=token.text, token_type=kind, base_url=base, expires_at=expires_at))
@@ -115,12 +115,12 @@ class _Files:
         return self._json(ReservedBody(upload_url=upload_url, file_url=base + reserved.path))
 
     async def begin(self, request: web.Request) -> web.Response:
-        """Announce an upload in parts (Python's client)."""
+        """Announce a multipart upload (Python's client)."""
         reserved = await self._reserve(request, request.headers.get("content-type"))
         return self._json(MultipartBody(access_url=base_of(request) + reserved.path, uploadId=reserved.token))
 
     async def put(self, request: web.Request) -> web.Response:
-        """Store the bytes of an announced upload; the token in the path is the permission."""
+        """Store the bytes of an announced upload; the token in the path authorises it."""
         path = self._announced(request)
         await self._receive(request, path)
         return self._json(EmptyBody(), etag=f'"{path.rpartition("/")[2]}"')
@@ -129,12 +129,12 @@ class _Files:
         """Store one part of an announced upload. Python reads the `etag` header, JavaScript the body."""
         path, number = self._announced(request), request.match_info["number"]
         if re.fullmatch("[1-9][0-9]{0,3}", number) is None or int(number) > PARTS:
-            raise web.HTTPBadRequest(text=f"A part's number is from 1 to {PARTS}, not {number[:20]}")
+            raise web.HTTPBadRequest(text=f"Invalid part number {number[:20]}: use 1 to {PARTS}")
         chunks = _chunks(request, self._limits.silence_seconds)
         try:
             tag = await self._storage.receive_part(path, int(number), chunks, request.content_length)
         except UploadTooLarge as error:
-            raise web.HTTPRequestEntityTooLarge(0, text=f"This upload is too large: {error}") from error
+            raise web.HTTPRequestEntityTooLarge(0, text=f"The upload is too large: {error}") from error
         etag = f'"{tag}"'
         return self._json(PartBody(partNumber=int(number), etag=etag), etag=etag)
 
@@ -158,7 +158,7 @@ class _Files:
         path = request.path
         found = await self._storage.find(path)
         if found is None:
-            raise web.HTTPNotFound(text=f"There is no file {path}")
+            raise web.HTTPNotFound(text=f"File {path} not found")
         headers = {"content-type": content_type_of(path), **_FILE_HEADERS}
         if isinstance(found, Path):
             return _FileResponse(found, headers, self._sending)
@@ -179,12 +179,12 @@ class _Files:
         known = request.match_info
         path = known["path"] if "path" in known else f"/files/{known['prefix']}/{known['name']}"
         if self._storage.path_in(path) != path or not self._storage.may_write(path, known["token"]):
-            raise web.HTTPForbidden(text="This upload was not announced; POST to /storage/upload/initiate first")
+            raise web.HTTPForbidden(text="The upload was not announced; POST to /storage/upload/initiate first")
         return path
 
     async def _receive(self, request: web.Request, path: str | None) -> str:
         limit = self._limits.upload_bytes
-        too_large = f"The file is larger than {limit // 2**20} MiB; send it in parts, or a smaller one"
+        too_large = f"The file is larger than {limit // 2**20} MiB; use a multipart upload or a smaller file"
         if (request.content_length or 0) > limit:
             raise web.HTTPRequestEntityTooLarge(limit, text=too_large)
         chunks, content_type = _chunks(request, self._limits.silence_seconds), request.headers.get("content-type")
@@ -203,7 +203,7 @@ class _Files:
         except TimeoutError as error:
             raise _silent(self._limits.silence_seconds) from error
         except protocol.Malformed as error:
-            raise web.HTTPUnprocessableEntity(text=f"The body has to be a JSON object: {error}") from error
+            raise web.HTTPUnprocessableEntity(text=f"The body must be a JSON object: {error}") from error
 
     def _json(self, body: Body, **headers: str) -> web.Response:
         return response(protocol.json_reply(200, body.model_dump(), self._service.new_id(), headers))
@@ -221,7 +221,7 @@ class _FileResponse(web.FileResponse):
             return await super().prepare(request)
 
     def _make_response(self, *arguments: Any) -> Any:
-        """Open the file, in a thread. Without retries, aiohttp answers 404 if no descriptor is free."""
+        """Open the file, in a thread. Without retries, aiohttp returns 404 if no file descriptor is free."""
         return patiently(partial(super()._make_response, *arguments), time.sleep)
 
 
@@ -239,7 +239,7 @@ async def _chunks(request: web.Request, silence_seconds: float) -> AsyncIterator
 
 
 def _silent(seconds: float) -> web.HTTPRequestTimeout:
-    return web.HTTPRequestTimeout(text=f"Nothing came for {seconds:.0f} s")
+    return web.HTTPRequestTimeout(text=f"No data received for {seconds:.0f} s")
 
 
 def _parts_in(body: JsonObject) -> list[Part]:
@@ -251,5 +251,5 @@ def _parts_in(body: JsonObject) -> list[Part]:
     try:
         listed = PartListBody.model_validate(body, strict=True)
     except ValidationError as error:
-        raise BadParts('name each as {"partNumber": 1, "etag": "..."}') from error
+        raise BadParts('list each part as {"partNumber": 1, "etag": "..."}') from error
     return [Part(part.partNumber, part.etag.removeprefix("W/").strip('"')) for part in listed.parts]

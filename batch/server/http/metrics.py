@@ -1,8 +1,7 @@
-"""`GET /metrics`: the server's counts as Prometheus reads them.
+"""`GET /metrics`: the server's counters for Prometheus.
 
-Owns the names of the metrics. They are made of the tally's plain numbers when somebody looks, in a registry that
-belongs to this application alone: two servers in one process do not mix. Whatever may stand in a label is bounded:
-no path, no id, no prompt.
+Defines the names of the metrics. They are built from the counters on each scrape, in a registry per application, so
+that two servers in one process do not share metrics. Label values come from fixed sets: no paths, ids or prompts.
 """
 
 from __future__ import annotations
@@ -31,15 +30,15 @@ def routes(service: QueueService) -> list[Route]:
 
 
 class _Metrics:
-    """The handler, and the collector that the registry asks."""
+    """The handler, and the collector of its registry."""
 
     def __init__(self, service: QueueService) -> None:
         self._service = service
         self._registry: CollectorRegistry | None = None
 
     async def get(self, request: web.Request) -> web.Response:
-        """All metrics, as OpenMetrics where the reader prefers it, else as the older Prometheus text."""
-        # Imported at the first look: a run's embedded endpoint is never looked at and starts the sooner.
+        """Return all metrics as OpenMetrics if the client accepts it, else as Prometheus text."""
+        # Imported on first use, so that embedded endpoints, which are not scraped, start faster.
         from prometheus_client import CollectorRegistry
         from prometheus_client.exposition import choose_encoder
 
@@ -50,11 +49,11 @@ class _Metrics:
         return web.Response(body=encode(self._registry), headers={"content-type": content_type})
 
     def describe(self) -> list[Metric]:
-        """Nothing: the registry then need not ask for the numbers to learn the names."""
+        """Return nothing, so that the registry does not collect the metrics to learn their names."""
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """The numbers as they stand."""
+        """Yield the current metrics."""
         from prometheus_client.metrics_core import (
             CounterMetricFamily,
             GaugeMetricFamily,
@@ -65,27 +64,31 @@ class _Metrics:
         info, counts, tally = self._service.engine, self._service.statistics(), self._service.tally
         build = {"engine": info.name, "model": info.model, "revision": info.revision, "version": tool_version()}
         build["safety_checker"] = info.safety_checker or "not checked"
-        yield InfoMetricFamily("restyle_build", "What runs here", build)
+        yield InfoMetricFamily("restyle_build", "Engine, model and version of this server", build)
         yield CounterMetricFamily(
             "restyle_requests_accepted",
-            "Requests accepted since the start; repeats with the same Idempotency-Key are not counted",
+            "Requests accepted since the start, without repeated idempotency keys",
             counts.accepted - tally.accepted_before,
         )
-        ended = CounterMetricFamily("restyle_requests_ended", "Requests ended since the start", labels=["outcome"])
+        ended = CounterMetricFamily(
+            "restyle_requests_ended", "Requests that ended since the start, by outcome", labels=["outcome"]
+        )
         for outcome in EndKind:
             ended.add_metric([outcome.value], tally.outcomes[outcome])
         yield ended
-        yield GaugeMetricFamily("restyle_queue_depth", "Requests that wait", counts.waiting)
-        yield GaugeMetricFamily("restyle_requests_running", "Requests in the hands of the engine", counts.running)
-        yield GaugeMetricFamily("restyle_engine_slots", "Requests that the engine executes at once", info.slots)
+        yield GaugeMetricFamily("restyle_queue_depth", "Waiting requests", counts.waiting)
+        yield GaugeMetricFamily("restyle_requests_running", "Running requests", counts.running)
+        yield GaugeMetricFamily("restyle_engine_slots", "Maximum number of requests executed at once", info.slots)
         bounds = [*map(str, SECONDS_BOUNDS), "+Inf"]
         yield HistogramMetricFamily(
             "restyle_engine_seconds",
-            "Time that the engine took for a result",
+            "Engine time per result in seconds",
             list(zip(bounds, accumulate(tally.engine_buckets), strict=True)),
             tally.engine_seconds_total,
         )
-        answers = CounterMetricFamily("restyle_http_answers", "HTTP answers", labels=["route", "status"])
+        answers = CounterMetricFamily(
+            "restyle_http_answers", "HTTP responses, by route and status", labels=["route", "status"]
+        )
         for (route, status), count in sorted(tally.answers.items()):
             answers.add_metric([route, str(status)], count)
         yield answers

@@ -1,4 +1,4 @@
-"""The server's API as an OpenAPI 3.1 document: what `GET /openapi.json` answers. Pure.
+"""The server's API as an OpenAPI 3.1 document, served at `GET /openapi.json`. Pure.
 
 Pydantic models describe the bodies and the queries: `bodies`, `batch.fal.endpoint` and `batch.fal.platform_queries`.
 This module adds paths, headers and status codes; a test compares the document with a running server.
@@ -21,7 +21,7 @@ from batch.types import AppId, JsonObject
 __all__ = ["document"]
 
 _Object: TypeAlias = dict[str, Any]
-"""A part of the document. A model may stand for its schema; `document` replaces it with a reference."""
+"""A part of the document. It may contain models as schemas; `document` replaces them by references."""
 _Schema: TypeAlias = type[BaseModel] | _Object
 
 _REFERENCE = "#/components/schemas/{model}"
@@ -35,7 +35,7 @@ def document(app_id: AppId = APP_ID, version: str = "0") -> JsonObject:
 
     Args:
         app_id: the served endpoint.
-        version: of restyle.
+        version: restyle's version.
     """
     models: set[type[BaseModel]] = set()
     paths = _with_references({**_queue(app_id), **_files(), **_platform(), **_server()}, models)
@@ -122,7 +122,7 @@ def _queue(app_id: AppId) -> _Object:
     result = _operation(
         "queue",
         "result",
-        "Get the output of a finished request, or its error with the status from the model.",
+        "Get the output of a finished request, or its error.",
         {
             200: output,
             400: _response(bodies.RequestErrorBody, text="The request is not finished."),
@@ -133,7 +133,7 @@ def _queue(app_id: AppId) -> _Object:
     status = _operation(
         "queue",
         "status",
-        "Get the status of a request. COMPLETED includes failures; the result tells them apart.",
+        "Get the status of a request. COMPLETED includes failed requests; the result contains the error.",
         {
             202: _response(
                 bodies.InQueueBody, bodies.InProgressBody, text="The status of a waiting or running request."
@@ -146,14 +146,14 @@ def _queue(app_id: AppId) -> _Object:
     stream = _operation(
         "queue",
         "stream",
-        "Stream the status as server-sent events: one event per change, COMPLETED is the last.",
+        "Stream the status as server-sent events, one per change. The last one is COMPLETED.",
         {200: _content("The events.", "text/event-stream", _TEXT), **_errors(401, 403, 404)},
         logs,
     )
     cancel = _operation(
         "queue",
         "cancel",
-        "Remove a request from the queue, or ask the engine to stop it. The request may still finish.",
+        "Cancel a request. A running request may still finish.",
         {
             202: _response(bodies.CancellationBody),
             400: _response(bodies.AlreadyCompletedBody),
@@ -174,9 +174,19 @@ def _request_headers() -> list[_Object]:
     seconds = {"type": "number", "exclusiveMinimum": 0.1}
     life = 'Lifetime of the result files: `{"expiration_duration_seconds": 604800}`.'
     return [
-        _parameter("X-Fal-Request-Start-Timeout", "header", seconds, "Seconds to wait for the start; then 504."),
-        _parameter("X-Fal-Request-Timeout", "header", seconds, "Older name of X-Fal-Request-Start-Timeout."),
-        _parameter("X-Fal-Queue-Priority", "header", {"enum": ["normal", "low"]}, "A low request runs last."),
+        _parameter(
+            "X-Fal-Request-Start-Timeout",
+            "header",
+            seconds,
+            "Seconds within which the request must start; 504 otherwise.",
+        ),
+        _parameter("X-Fal-Request-Timeout", "header", seconds, "Deprecated name of X-Fal-Request-Start-Timeout."),
+        _parameter(
+            "X-Fal-Queue-Priority",
+            "header",
+            {"enum": ["normal", "low"]},
+            "A low-priority request runs after all normal ones.",
+        ),
         _parameter("X-Fal-Object-Lifecycle-Preference", "header", _TEXT, life),
         _parameter("X-Fal-Tags", "header", _TEXT, "Up to 10 labels for billing events: `team=design,env=prod`."),
     ]
@@ -185,7 +195,7 @@ def _request_headers() -> list[_Object]:
 def _files() -> _Object:
     announced, in_parts = "/storage/upload/{token}/files/{prefix}/{name}", "/files/{prefix}/{name}/multipart/{token}"
     file = [
-        _parameter("prefix", "path", {**_TEXT, "pattern": "^[0-9a-f]{2}$"}, "First part of the file's name."),
+        _parameter("prefix", "path", {**_TEXT, "pattern": "^[0-9a-f]{2}$"}, "First two characters of the file's name."),
         _parameter("name", "path", {**_TEXT, "pattern": "^[0-9a-f]{32}([.][a-z0-9]{1,8})?$"}, "The file's name."),
     ]
     token = _parameter("token", "path", {**_TEXT, "pattern": "^[0-9a-f]{32}$"}, "Token of the announced upload.")
@@ -205,12 +215,14 @@ def _files() -> _Object:
 
     def part(name: str, *errors: int) -> _Object:
         responses = {200: _response(bodies.PartBody), **_errors(403, 413, 503, *errors), **invalid}
-        operation = _operation("files", name, "Upload one part of an announced file.", responses, body=_BYTES)
+        operation = _operation("files", name, "Upload one part of a multipart upload.", responses, body=_BYTES)
         return {"parameters": [*file, token, number], "put": operation}
 
     def complete(name: str, *errors: int) -> _Object:
         responses = {200: _response(bodies.JoinedBody), **_errors(403, 413, 503, *errors), **invalid}
-        operation = _operation("files", name, "Join the uploaded parts.", responses, body=bodies.PartListBody)
+        operation = _operation(
+            "files", name, "Complete a multipart upload by joining its parts.", responses, body=bodies.PartListBody
+        )
         return {"parameters": [*file, token], "post": operation}
 
     put = _operation(
@@ -223,12 +235,12 @@ def _files() -> _Object:
     get = _operation(
         "files",
         "file",
-        "Download a file. The unguessable name is the permission.",
+        "Download a file. No key is required; file names cannot be guessed.",
         {
             200: _content("The file.", "*/*", {}),
             206: _content("The requested range.", "*/*", {}),
             304: {"description": "The file has not changed."},
-            416: {"description": "The file does not have the requested range."},
+            416: {"description": "The requested range is outside the file."},
             **_errors(404),
         },
         public=True,
@@ -237,12 +249,12 @@ def _files() -> _Object:
         "/storage/auth/token": post("token", "Get a token for uploads.", _response(bodies.TokenBody)),
         "/tokens/": post("realtimeToken", "Get a short-lived token.", _response(_TEXT, text="The token.")),
         "/storage/upload/initiate": announce("initiate", "Announce an upload."),
-        "/storage/upload/initiate-multipart": announce("initiateParts", "Announce an upload in parts."),
+        "/storage/upload/initiate-multipart": announce("initiateParts", "Announce a multipart upload."),
         announced: {"parameters": [*file, token], "put": put},
         f"{announced}/{{number}}": part("putPart"),
         f"{announced}/complete": complete("complete"),
         "/files/upload": post("upload", "Upload a file.", _response(bodies.StoredBody), 413, 503, body=_BYTES),
-        "/files/upload/multipart": post("begin", "Announce an upload in parts.", _response(bodies.MultipartBody), 503),
+        "/files/upload/multipart": post("begin", "Announce a multipart upload.", _response(bodies.MultipartBody), 503),
         f"{in_parts}/{{number}}": part("filePart", 401),
         f"{in_parts}/complete": complete("fileComplete", 401),
         "/files/{prefix}/{name}": {"parameters": file, "get": get},
@@ -283,9 +295,13 @@ def _server() -> _Object:
     }
 
 
-# --- their parts ------------------------------------------------------------------------------------------
+# --- parts of operations ----------------------------------------------------------------------------------
 
-_REQUEST_ID = {"schema": _TEXT, "required": True, "description": "Id of the request, or of the call."}
+_REQUEST_ID = {
+    "schema": _TEXT,
+    "required": True,
+    "description": "The request's id; for other calls, an id of the call.",
+}
 _RESULT_HEADERS: _Object = {
     protocol.BILLABLE_UNITS: {"schema": _TEXT, "description": "Billed megapixels."},
     protocol.ENGINE: {"schema": _TEXT, "description": "The engine that executed the request."},
@@ -293,11 +309,11 @@ _RESULT_HEADERS: _Object = {
 _ERRORS = {
     400: "A parameter is invalid.",
     401: "The key is missing or unknown.",
-    403: "The key or the token does not permit the call.",
+    403: "The key is locked, or the token does not permit the call.",
     404: "The request, file or endpoint does not exist.",
     413: "The body is too large.",
-    422: "The body is not a JSON object, or the Idempotency-Key was used with another input.",
-    429: "The queue is longer than the caller allows, or the server has no free connection.",
+    422: "The body is invalid, or the Idempotency-Key was used with a different input.",
+    429: "The queue exceeds fal_max_queue_length, or the server has no free connection.",
     503: "The server cannot write to its disk.",
 }
 _EITHER_ERROR = (bodies.RequestErrorBody, bodies.ModelErrorBody)

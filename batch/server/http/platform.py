@@ -1,9 +1,9 @@
-"""Serves a subset of the platform API below `/v1`: requests, billing events, prices, estimates and `meta`.
+"""Serve a subset of the platform API below `/v1`: requests, billing events, prices, estimates and `meta`.
 
-Owns the routes. Every error has the platform's own shape, `{"error": {type, message, request_id}}`. The listing:
+Errors have the platform API's format, `{"error": {type, message, request_id}}`. The listing:
 
-- `json_input` is the submitted body. An inline image appears as a data URI, up to `listed_images_bytes` per page;
-  further images appear as URLs. Bodies above 1 MiB are omitted.
+- `json_input` is the submitted body. Embedded images are data URIs, up to `listed_images_bytes` per page;
+  further images are URLs. Bodies above 1 MiB are omitted.
 - `json_output` is the result with URLs, or the body of an error; `sync_mode` results are not stored and are omitted.
 - Unfinished requests are not listed, and the listing does not lag, unless a faults file changes that.
 """
@@ -37,14 +37,14 @@ from batch.types import AppId, JsonObject
 __all__ = ["routes"]
 
 _DEFAULT_UNITS = 1.0
-"""Megapixels per call before the first call."""
+"""Megapixels per call, used before the first call."""
 _IMAGE = b'"image_url":"/files/'
 
 
 def routes(
     service: QueueService,
     app_id: AppId,
-    history: RequestLog,
+    request_log: RequestLog,
     price_usd: float = 0.0,
     clock: Callable[[], float] = time.time,
     *,
@@ -55,19 +55,19 @@ def routes(
     Args:
         service: the queue.
         app_id: the served endpoint.
-        history: the log of requests.
-        price_usd: of a megapixel.
+        request_log: the log of requests.
+        price_usd: price per megapixel.
         clock: Unix seconds.
-        limits: of what a page shows.
+        limits: limits of a page.
     """
-    face = _Platform(service, app_id, history, price_usd, clock, limits.listed_images_bytes)
+    api = _Platform(service, app_id, request_log, price_usd, clock, limits.listed_images_bytes)
     return [
-        ("GET", "/v1/models/requests/by-endpoint", face.guarded(face.requests)),
-        ("GET", "/v1/models/billing-events", face.guarded(face.charges)),
-        ("GET", "/v1/models/pricing", face.guarded(face.prices)),
-        ("POST", "/v1/models/pricing/estimate", face.guarded(face.estimate)),
-        ("GET", "/v1/meta", face.guarded(face.meta)),
-        ("*", r"/v1/{path:[\s\S]*}", face.guarded(face.nothing)),
+        ("GET", "/v1/models/requests/by-endpoint", api.guarded(api.requests)),
+        ("GET", "/v1/models/billing-events", api.guarded(api.charges)),
+        ("GET", "/v1/models/pricing", api.guarded(api.prices)),
+        ("POST", "/v1/models/pricing/estimate", api.guarded(api.estimate)),
+        ("GET", "/v1/meta", api.guarded(api.meta)),
+        ("*", r"/v1/{path:[\s\S]*}", api.guarded(api.nothing)),
     ]
 
 
@@ -78,20 +78,20 @@ class _Platform:
         self,
         service: QueueService,
         app_id: AppId,
-        history: RequestLog,
+        request_log: RequestLog,
         price_usd: float,
         clock: Callable[[], float],
         images_bytes: int,
     ) -> None:
         self._service = service
         self._app_id = app_id
-        self._history = history
+        self._request_log = request_log
         self._price_usd = price_usd
         self._clock = clock
         self._images_bytes = images_bytes
 
     def guarded(self, handler: Callable[[web.Request], Awaitable[Reply]]) -> Handler:
-        """Adapt a handler of replies to aiohttp, with errors in the platform's shape."""
+        """Adapt a handler to aiohttp, with errors in the platform API's format."""
 
         async def handle(request: web.Request) -> web.StreamResponse:
             try:
@@ -110,7 +110,7 @@ class _Platform:
         found: list[LoggedRequest] = []
         more = False
         if self._app_id in query.apps:
-            found, more = await self._history.page(query, _owner(request))
+            found, more = await self._request_log.page(query, _owner(request))
         base = base_of(request)
         images = await self._images(found)
         make = partial(_listed, base, found, images)
@@ -123,12 +123,12 @@ class _Platform:
         return await asyncio.to_thread(answer) if query.payloads else answer()
 
     async def charges(self, request: web.Request) -> Reply:
-        """Return one page of charges: the actual units at the configured price."""
+        """Return one page of charges: the measured units at the configured price."""
         query = queries.read_billing_query(list(request.query.items()), self._clock())
         found: list[LoggedCharge] = []
         more = False
         if not query.apps or self._app_id in query.apps:
-            found, more = await self._history.charges(query, _owner(request))
+            found, more = await self._request_log.charges(query, _owner(request))
         charges = [Charge(one.request_id, one.app, one.at, one.units, self._price_usd, one.tags) for one in found]
         cursor = queries.cursor_of(query.page + 1) if more else None
         return platform.billing_reply(charges, cursor, self._service.new_id())
@@ -147,7 +147,7 @@ class _Platform:
             return missing
         units = 1.0
         if kind is EstimateKind.HISTORICAL:
-            units = await self._history.units_a_call(_owner(request)) or _DEFAULT_UNITS
+            units = await self._request_log.units_a_call(_owner(request)) or _DEFAULT_UNITS
         total = sum(quantities.values()) * units * self._price_usd
         return platform.estimate_reply(kind, round(total, 9), self._service.new_id())
 
@@ -158,8 +158,8 @@ class _Platform:
         return platform.meta_reply(ranges, self._service.new_id())
 
     async def nothing(self, request: web.Request) -> Reply:
-        """Refuse every other call of the platform API."""
-        words = f"This server has no {request.method} {request.path}; /openapi.json lists what it has"
+        """Return 404 for every other path of the platform API."""
+        words = f"{request.method} {request.path} not found; see /openapi.json"
         return self._refuse(404, PlatformError.NOT_FOUND, words)
 
     def _missing(self, apps: Sequence[AppId]) -> Reply | None:
@@ -171,7 +171,7 @@ class _Platform:
         return platform.platform_error_reply(status, kind, message, self._service.new_id())
 
     async def _images(self, found: Sequence[LoggedRequest]) -> dict[str, bytes]:
-        """Read the inline images of the inputs, by stored path, up to the limit of a page."""
+        """Read the embedded images of the inputs, by stored path, up to the limit of a page."""
         images: dict[str, bytes] = {}
         left = self._images_bytes
         for past in found:
@@ -202,7 +202,7 @@ def _listed(base: str, found: Sequence[LoggedRequest], images: dict[str, bytes])
 
 
 def _input(base: str, body: bytes, images: dict[str, bytes]) -> JsonObject:
-    """Restore the submitted input."""
+    """Restore the input as submitted."""
     given: JsonObject = orjson.loads(body)
     path = given.get("image_url")
     if _IMAGE in body and isinstance(path, str):
@@ -213,5 +213,5 @@ def _input(base: str, body: bytes, images: dict[str, bytes]) -> JsonObject:
 
 
 def _owner(request: web.Request) -> str | None:
-    """The owner whose requests are visible; None on a server without keys, where all are."""
+    """Return the owner whose requests are visible; None on a server without keys, where all are visible."""
     return owner_of(request) or None

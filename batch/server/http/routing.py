@@ -1,4 +1,4 @@
-"""Types and helpers that all routes of the server share: route tables, and responses from protocol replies."""
+"""Shared types and helpers of the routes: route tables, responses from protocol replies."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Route: TypeAlias = tuple[str, str, Handler]
 
 
 def read_routes(path: str, handler: Handler) -> list[Route]:
-    """Make the routes of a path that is only read."""
+    """Return the GET and HEAD routes of a read-only path."""
     return [(method, path, handler) for method in ("GET", "HEAD")]
 
 
 def response(reply: Reply) -> web.Response:
-    """Convert a protocol reply to aiohttp's response."""
+    """Convert a protocol reply to an aiohttp response."""
     return web.Response(status=reply.status, body=reply.body, headers=reply.headers)
 
 
 def base_of(request: web.Request) -> str:
-    """Scheme and host as the caller used them, so that URLs in the answer work for that caller."""
+    """Return the scheme and host that the client used, so that URLs in the response work for that client."""
     return f"{request.scheme}://{request.host}"

@@ -1,9 +1,12 @@
-"""Forgetting: what was kept long enough goes, in small steps, while the server works.
+"""Remove expired requests and files in small steps while the server runs.
 
-Owns when something goes and in which order: a request first, its images after it, never the other way round. How
-things are removed is the store's and the storage's business. An ending stays for the retention, or as long as its
-request wished; a file stays for the retention and an hour after it was last saved, and while it is the source of a
-request that is still here; a file with an end of its own goes then; an upload that nobody finishes goes after a day.
+Decides when and in which order: a request is removed before its images, never after them. The store and the storage do
+the removing.
+
+- A result is kept for the retention, or for the shorter time that its request asked for.
+- A file is kept for the retention plus one hour after it was last saved, and while it is the source image of a stored
+  request. A file with its own expiry is removed at that time.
+- An unfinished upload is removed after one day.
 """
 
 from __future__ import annotations
@@ -25,26 +28,26 @@ _log = logging.getLogger(__name__)
 DEFAULT_SECONDS = 30 * 86400.0
 """Precedent: fal stores inputs and outputs for 30 days."""
 FILE_MARGIN_SECONDS = 3600.0
-"""A result's images are saved shortly before its ending; on a disk that refuses, a good while before."""
+"""Images are saved before their result: usually milliseconds, much longer while disk writes fail."""
 LOOK_AGAIN_SECONDS = 86400.0
-"""After an old file was found to be in use."""
+"""Delay before an old file that is still in use is checked again."""
 ABANDONED_SECONDS = 86400.0
 ROUND_SECONDS = 30.0
 FILES_SECONDS = 3600.0
-"""Between two walks over all files."""
+"""Interval between two scans of all files."""
 STEP = 200
-"""Rows or small files in one step: a few milliseconds, in which nothing else is written."""
+"""Rows or small files per step. A step blocks all other writes for a few milliseconds."""
 _PAUSE_SECONDS = 0.05
-"""Between two steps, so that callers notice nothing."""
+"""Pause between two steps, so that requests are not delayed."""
 
 
 class Cleanup:
-    """Removes what is over.
+    """Removes expired requests and files.
 
     Args:
-        store: requests.
-        storage: files.
-        seconds: how long endings and files stay, more than 0.
+        store: the requests.
+        storage: the files.
+        seconds: the retention of results and files, > 0.
         step: rows or small files in one step.
         pause: seconds between two steps.
         round_seconds: time between two rounds.
@@ -65,11 +68,11 @@ class Cleanup:
         self._seconds = seconds
         self._step, self._pause, self._round_seconds = step, pause, round_seconds
 
-    async def endings(self, now: float) -> int:
-        """Remove ended requests whose time is over; how many.
+    async def results(self, now: float) -> int:
+        """Remove expired results; return their number.
 
         Raises:
-            StorageError: the disk refused.
+            StorageError: a read or write failed.
         """
         count = 0
         while removed := await self._store.forget(now, self._seconds, self._step):
@@ -77,11 +80,11 @@ class Cleanup:
             await asyncio.sleep(self._pause)
         return count
 
-    async def short_lives(self, now: float) -> int:
-        """Remove files whose own end has come; how many.
+    async def expired_files(self, now: float) -> int:
+        """Remove files whose own expiry has passed; return their number.
 
         Raises:
-            StorageError: the disk refused.
+            StorageError: a read or write failed.
         """
         count = 0
         while paths := await self._storage.expired(now, self._step):
@@ -89,11 +92,11 @@ class Cleanup:
             await asyncio.sleep(self._pause)
         return count
 
-    async def files(self, now: float) -> int:
-        """Remove files that are old and belong to no request, and uploads that nobody finishes; how many files.
+    async def unused_files(self, now: float) -> int:
+        """Remove old files that no request uses, and abandoned uploads; return the number of files.
 
         Raises:
-            StorageError: the disk refused.
+            StorageError: a read or write failed.
         """
         await self._storage.remove_abandoned_parts(now - ABANDONED_SECONDS)
         before, count = now - self._seconds - FILE_MARGIN_SECONDS, 0
@@ -104,7 +107,7 @@ class Cleanup:
         return count
 
     async def _remove(self, paths: list[str], before: float) -> int:
-        """Those of them that no request uses; the others are looked at again in a day."""
+        """Remove the unused files of `paths`; the others are checked again in a day."""
         if not paths:
             return 0
         used = await self._store.sources(paths)
@@ -114,28 +117,28 @@ class Cleanup:
         return count
 
     async def run(self, clock: Callable[[], float]) -> None:
-        """Sweep until cancelled. A disk that refuses is tried again in the next round."""
+        """Clean up until cancelled. A failed round is retried in the next one."""
         files_at = -math.inf
         while True:
             now = clock()
             try:
-                gone = await self.endings(now), await self.short_lives(now)
+                gone = await self.results(now), await self.expired_files(now)
                 if any(gone):
-                    _log.info("removed %d results and %d files whose time was over", *gone)
+                    _log.info("removed %d expired results and %d expired files", *gone)
                 if now - files_at >= FILES_SECONDS:
-                    files_at, count = now, await self.files(now)
+                    files_at, count = now, await self.unused_files(now)
                     if count:
-                        _log.info("removed %d files that were not used any more", count)
+                        _log.info("removed %d unused files", count)
             except (StorageError, OSError) as error:
-                _log.warning("old results and files cannot be removed, trying again: %s", error)
+                _log.warning("cannot remove old results and files, retrying in %.0f s: %s", self._round_seconds, error)
             await asyncio.sleep(self._round_seconds)
 
 
 @asynccontextmanager
-async def cleaning_up(sweeper: Cleanup, clock: Callable[[], float]) -> AsyncIterator[None]:
-    """Sweep in the background while the block lasts."""
+async def cleaning_up(cleanup: Cleanup, clock: Callable[[], float]) -> AsyncIterator[None]:
+    """Run the cleanup in the background inside the `async with` block."""
     async with asyncio.TaskGroup() as tasks:
-        task = tasks.create_task(sweeper.run(clock))
+        task = tasks.create_task(cleanup.run(clock))
         try:
             yield
         finally:

@@ -1,7 +1,7 @@
-"""Executes one request: validate, fetch the source, let the engine work, keep the images.
+"""Execute one request: validate the input, fetch the source image, run the engine, store the images.
 
-Owns the way from a stored input to an outcome. Every foreseeable fault becomes a `RequestFailed`, which is what the
-request's result URL will answer; only a died worker process is left to the caller, who may try again.
+Every expected error becomes a `RequestFailed`, which the request's result URL returns. Only a crashed worker process is
+left to the caller, which may retry.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RequestFailed:
-    """The request ended without images."""
+    """A request that ended without images."""
 
     status: int
     payload: bytes
@@ -47,7 +47,7 @@ class RequestFailed:
 
     @classmethod
     def of(cls, status: int, error_type: str, detail: str) -> RequestFailed:
-        """An infrastructure error."""
+        """Return an infrastructure error."""
         return cls(status, answers.error_payload(error_type, detail), error_type)
 
 
@@ -57,12 +57,12 @@ class Rendered:
 
     result: EngineResult
     inline: bool
-    """The caller wants its images in the answer itself (`sync_mode`)."""
+    """`sync_mode`: the response contains the images as data URIs."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredResult:
-    """The result with its images on disk."""
+    """A result with its images on disk."""
 
     payload: bytes
     billable_units: float
@@ -73,20 +73,20 @@ Execution: TypeAlias = Rendered | RequestFailed
 
 
 class Executor:
-    """What stands between the queue and the engine."""
+    """Runs requests on the engine."""
 
-    def __init__(self, engine: Engine, storage: Storage, sources: SourceFetcher) -> None:
+    def __init__(self, engine: Engine, storage: Storage, source_fetcher: SourceFetcher) -> None:
         self._engine = engine
         self._storage = storage
-        self._sources = sources
+        self._source_fetcher = source_fetcher
         self._fetches_source = engine.info().fetches_source
 
     async def make(self, request_id: RequestId, body: bytes, on_step: OnStep, cancelled: Cancelled) -> Execution:
-        """Execute a request up to its images.
+        """Execute a request and return its images in memory.
 
         Raises:
-            WorkerCrashed: the engine's process died.
-            Exception: no descriptor is free (`lacks_descriptor`); nothing was done.
+            WorkerCrashed: the engine's worker process died.
+            Exception: no file descriptor is free (`lacks_descriptor`); nothing was done.
         """
         image_url = ""
         try:
@@ -94,7 +94,7 @@ class Executor:
             image_url = given.image_url
             if given.seed is None:
                 given = given.model_copy(update={"seed": _seed_of(request_id)})
-            source = await self._sources.fetch(image_url) if self._fetches_source else None
+            source = await self._source_fetcher.fetch(image_url) if self._fetches_source else None
             if cancelled():
                 return RequestFailed.of(*answers.CANCELLED)
             result = await self._engine.generate(EngineJob(request_id, given, source), on_step, cancelled)
@@ -108,18 +108,18 @@ class Executor:
             return RequestFailed.of(*answers.CANCELLED)
         except WorkerCrashed:
             raise
-        except Exception as error:  # the boundary between one request and the server: it must not end the others
+        except Exception as error:  # one request's failure must not stop the server
             if lacks_descriptor(error):
                 raise
-            _log.exception("request %s failed in a way that nobody foresaw", request_id)
+            _log.exception("request %s: unexpected error", request_id)
             return RequestFailed.of(500, "internal_error", "Internal Server Error")
         return Rendered(result, given.sync_mode)
 
     async def keep(self, made: Rendered, life: float | None = None) -> StoredResult:
-        """Store the images, for `life` seconds where that is given; durable when it returns.
+        """Store the images, for `life` seconds if given; durable on return.
 
         Raises:
-            StorageError: the disk refused.
+            StorageError: the write failed.
         """
         images = made.result.images
         if len(images) == 1:
@@ -131,5 +131,5 @@ class Executor:
 
 
 def _seed_of(request_id: RequestId) -> int:
-    """A seed for a request that came without one. Of its id: executed again after a crash it gives the same image."""
+    """Return a seed derived from the request id, so that a retry after a crash gives the same image."""
     return int.from_bytes(hashlib.blake2b(request_id.encode(), digest_size=4).digest()) >> 1

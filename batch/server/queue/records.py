@@ -1,6 +1,6 @@
-"""What the server remembers of a request: how it came in and how it ended. Pure values.
+"""Records of a request, from its submission to its result. Pure values.
 
-Instants are Unix seconds, durations seconds. Nothing here knows where a record is kept or how it is answered.
+Points in time are Unix seconds, durations are seconds.
 """
 
 from __future__ import annotations
@@ -33,55 +33,55 @@ __all__ = [
 
 
 class Priority(IntEnum):
-    """`low` waits behind every normal request. Kept by the store as these numbers."""
+    """Queue priority: a low request waits behind all normal ones. The store saves these numbers."""
 
     NORMAL = 0
     LOW = 1
 
 
 class LogLine(NamedTuple):
-    """One line of a request's log."""
+    """One log line of a request."""
 
     at: float
     level: str
-    """`INFO`, `ERROR`, ..., as the wire names them."""
+    """`INFO`, `ERROR`, ..., as in the status response."""
     message: str
 
 
 class Webhook(NamedTuple):
-    """Whom to tell when a request has ended."""
+    """The callback that a request asked for."""
 
     url: str
     host: str
-    """Of the URL: a host that does not answer must not hold up the others."""
+    """Host of the URL. Deliveries are limited per host, so that an unresponsive host does not block the others."""
     base: str
-    """Scheme and host of the server as the submitter saw it: the images' URLs are built on it."""
+    """The server's scheme and host as the submitter used them; image URLs start with it."""
 
 
 class Delivery(NamedTuple):
-    """A callback that is due."""
+    """A webhook delivery that is due."""
 
     request_id: RequestId
     webhook: Webhook
     tries: int
-    """Made so far."""
+    """Attempts made so far."""
 
 
 class DeliveryOutcome(NamedTuple):
-    """What a try at a callback left."""
+    """The outcome of a delivery attempt."""
 
     request_id: RequestId
     due_at: float | None
-    """Of the next try; None: there is nothing more to do."""
+    """Time of the next attempt; None: no further attempt."""
 
 
 class RetentionOptions(NamedTuple):
-    """What a caller wishes to be forgotten sooner than the rest."""
+    """Retention that a caller set for its own request."""
 
     brief: bool = False
-    """Input and output of the request: `X-Fal-Store-IO: 0`."""
+    """Remove the request's input and output early (`X-Fal-Store-IO: 0`)."""
     file_life: float | None = None
-    """Its result's images: seconds from its end. None: as all others."""
+    """Lifetime of the result's images, in seconds from the end of the request; None: the server's retention."""
 
 
 DEFAULT_RETENTION = RetentionOptions()
@@ -89,54 +89,54 @@ DEFAULT_RETENTION = RetentionOptions()
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """A request as it was accepted."""
+    """An accepted request."""
 
     request_id: RequestId
     app: AppId
     accepted_at: float
     body: bytes = field(repr=False)
-    """The input as JSON. Images that came inside it lie in the storage; their `/files/...` path stands here."""
+    """The input as JSON. Embedded images are saved in the storage and replaced by their `/files/...` path."""
     digest: bytes = field(default=b"", repr=False)
-    """Of app and input as they were received: what an idempotency key is compared with."""
+    """Digest of the app and the input as received; a repeated idempotency key must have the same one."""
     idempotency_key: str | None = None
     priority: Priority = Priority.NORMAL
     start_by: float | None = None
-    """If it was not started by then it ends with 504."""
+    """A request that has not started by then ends with 504."""
     owner: str = ""
-    """Whose key it came with; empty on a server without keys. His idempotency keys are his own."""
+    """Owner of the API key; empty on a server without keys. Idempotency keys are separate per owner."""
     webhook: Webhook | None = None
-    keeping: RetentionOptions = DEFAULT_RETENTION
+    retention: RetentionOptions = DEFAULT_RETENTION
     source: str | None = None
-    """`/files/...` of its source image, where that is a file of ours."""
+    """`/files/...` path of the source image if this server stores it."""
     tags: Mapping[str, str] = field(default_factory=dict)
-    """`X-Fal-Tags`: labels that its billing event shows."""
+    """Labels for the billing event (`X-Fal-Tags`)."""
 
 
 class AcceptedSubmission(NamedTuple):
-    """What became of a submission."""
+    """The result of a submission."""
 
     request_id: RequestId
-    """Its own, or that of the earlier request with the same idempotency key."""
+    """Id of the new request, or of the earlier one with the same idempotency key."""
     fresh: bool
-    """False: a repeat, nothing was added."""
+    """False: a repeat; no request was added."""
     same_input: bool = True
-    """False: the idempotency key was used before with another input."""
+    """False: the idempotency key was used before with a different input."""
 
 
 class RecoveredRequest(NamedTuple):
-    """A request that had not ended when the server stopped."""
+    """A request that was unfinished when the server stopped."""
 
     request_id: RequestId
     app: AppId
     priority: Priority
     start_by: float | None
     owner: str = ""
-    keeping: RetentionOptions = DEFAULT_RETENTION
+    retention: RetentionOptions = DEFAULT_RETENTION
 
 
 @dataclass(frozen=True, slots=True)
 class CompletedRequest:
-    """How a request ended: what its result URL answers from now on."""
+    """A finished request: what its result URL returns."""
 
     request_id: RequestId
     app: AppId
@@ -144,56 +144,56 @@ class CompletedRequest:
     status: int
     """HTTP status of the result: 200, 422, 499, 500, 504, ..."""
     payload: bytes = field(repr=False)
-    """JSON body of the result. Images stand in it as `/files/...` paths: a server may move to another port."""
+    """JSON body of the result. Image URLs are stored as `/files/...` paths, because the server's address may change."""
     started_at: float | None = None
     inference_time: float | None = None
     billable_units: float = 0.0
     error_type: str | None = None
-    """Set for infrastructure errors only; a model error names itself in its payload."""
+    """Set for infrastructure errors only; the payload of a model error contains its type."""
     retryable: bool | None = None
-    """Whether another try may help; None where that says itself."""
+    """Whether a retry may succeed; None if the status already answers that."""
     inline: bool = False
-    """`sync_mode`: images are answered as data URIs."""
+    """`sync_mode`: the response contains the images as data URIs."""
     logs: tuple[LogLine, ...] = ()
     owner: str = ""
     kept_for: float | None = None
-    """Seconds from its end that it is told; None: as long as the server keeps all others."""
+    """Seconds from the end of the request for which the result is available; None: the server's retention."""
     engine: str | None = None
-    """What executed it: a server may be started again with another one. None: nothing did."""
+    """Engine that executed the request; None if it never started. A restarted server may use another engine."""
 
 
 class StoredRequest(NamedTuple):
-    """What the store knows of a request."""
+    """A request in the store."""
 
     app: AppId
-    ending: CompletedRequest | None
-    """None: accepted, and not ended as far as the store knows."""
+    completed: CompletedRequest | None
+    """None: accepted, no result stored yet."""
     owner: str = ""
 
 
 class RequestSummary(NamedTuple):
-    """A request as a list of many shows it."""
+    """A request in a list."""
 
     request_id: RequestId
     accepted_at: float
     body: bytes | None
-    """The input as it was accepted; None for one that is too long to be listed."""
+    """The accepted input; None if it is too long for a list."""
     started_at: float | None
-    """None as long as it has not ended, too: the store hears of it at the end."""
+    """None until the request has ended: the store writes it with the result."""
     ended_at: float | None
     status: int | None
     payload: bytes | None
-    """The result's body; None for one that is too long to be listed."""
+    """The result's body; None if it is too long for a list."""
     error_type: str | None
     inference_time: float | None
     inline: bool
-    """Its images belong to the answer alone and are not for a list."""
+    """`sync_mode`: the images belong to the response and are not listed."""
 
 
 def uuid7(now: float, chance: int) -> RequestId:
-    """A UUID version 7: its first 48 bits are `now` in milliseconds, 74 bits of `chance` follow.
+    """Return a UUID version 7: 48 bits of `now` in milliseconds, then 74 bits of `chance`.
 
-    fal's own ids have been of this kind since 2026; their age can be read off them.
+    fal's request ids use version 7 since 2026; they contain their time of creation.
     """
     high = (int(now * 1000) << 16) | 0x7000 | (chance >> 62 & 0xFFF)
     digits = f"{high & (1 << 64) - 1:016x}{1 << 63 | chance & (1 << 62) - 1:016x}"
@@ -201,7 +201,7 @@ def uuid7(now: float, chance: int) -> RequestId:
 
 
 class ListingWindow(StrEnum):
-    """Which instant of a request the listing's `start` and `end` are compared with; fal does not say."""
+    """The time of a request that the listing compares with `start` and `end`; fal does not document it."""
 
     SENT_AT = "sent_at"
     ENDED_AT = "ended_at"
@@ -209,10 +209,10 @@ class ListingWindow(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ListingRules:
-    """How the platform's listing behaves where fal's behaviour is not known."""
+    """Options of the platform API's listing where fal's behaviour is unknown."""
 
     show_waiting: bool = False
-    """Whether requests that have not ended are listed."""
+    """Whether unfinished requests are listed."""
     lag: float = 0.0
-    """Seconds until the listing knows of an event."""
+    """Seconds until an event appears in the listing."""
     window: ListingWindow = ListingWindow.SENT_AT

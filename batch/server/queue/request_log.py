@@ -1,7 +1,7 @@
-"""Looks back over the server's requests: pages of them, what they cost, what they cost on average. Reads only.
+"""List past requests and their cost, read-only.
 
-Owns a connection and a thread of its own, so that a walk through a million requests holds up neither the queue nor its
-writer. What a page looks like on the wire is `batch.fal.platform`'s.
+Uses its own connection and thread, so that a scan of a million requests blocks neither the queue nor its writer.
+`batch.fal.platform` defines the wire format.
 """
 
 from __future__ import annotations
@@ -39,40 +39,40 @@ _SQL = load_statements(__file__)
 
 
 class LoggedRequest(NamedTuple):
-    """A request as the listing shows it. Instants in Unix seconds."""
+    """A request in the listing. Times are Unix seconds."""
 
     request_id: RequestId
     app: AppId
     accepted_at: float
     started_at: float | None
     ended_at: float | None
-    """None: it had not ended as far as the listing knows."""
+    """None: unfinished, as far as the listing knows."""
     status: int | None
     body: bytes | None
-    """The input as it is kept; None where payloads were not asked for."""
+    """The stored input; None if payloads were not requested."""
     payload: bytes | None
-    """The result as it is kept; None also where it was answered inline, for then nothing is kept."""
+    """The stored result; None if payloads were not requested or the request used `sync_mode`."""
 
 
 class LoggedCharge(NamedTuple):
-    """A request that cost something."""
+    """A billed request."""
 
     request_id: RequestId
     app: AppId
     at: float
     units: float
     tags: dict[str, str] | None = None
-    """None where they were not asked for."""
+    """None if tags were not requested."""
 
 
 class RequestLog:
-    """The past of one server; an async context manager.
+    """The past requests of one server; an async context manager.
 
     Args:
-        path: the store's file, which exists.
-        rules: what the listing knows, and when.
+        path: the existing file of the store.
+        rules: which requests the listing contains, and when.
         clock: Unix seconds.
-        listed_bytes: a longer input or result is not listed.
+        listed_bytes: larger inputs and results are not listed.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class RequestLog:
         self._database = sqlite3.connect(
             f"file:{quote(str(path.absolute()))}?mode=ro", uri=True, isolation_level=None, check_same_thread=False
         )
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="history")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="request_log")
 
     async def __aenter__(self) -> Self:
         return self
@@ -101,25 +101,25 @@ class RequestLog:
         self._database.close()
 
     async def page(self, query: ListingQuery, owner: str | None = None) -> tuple[list[LoggedRequest], bool]:
-        """One page of the requests of the store's app, and whether there is another.
+        """Return one page of requests, and whether there is another page.
 
         Args:
-            query: its `apps` are not looked at: a store holds one app's requests.
-            owner: only his; None: everybody's.
+            query: the filters; `apps` is ignored, because a store holds the requests of one app.
+            owner: only this owner's requests; None: all.
         """
         return await self._call(partial(self._page, query, owner))
 
     async def charges(self, query: BillingQuery, owner: str | None = None) -> tuple[list[LoggedCharge], bool]:
-        """One page of what requests cost, the newest first, and whether there is another."""
+        """Return one page of billed requests, newest first, and whether there is another page."""
         return await self._call(partial(self._charges, query, owner))
 
     async def units_a_call(self, owner: str | None = None) -> float | None:
-        """Units of a request on average over the last thousand that cost something; None where none did."""
+        """Return the average units of the last 1000 billed requests; None without any."""
         query = partial(self._database.execute, _SQL["units_a_call"], {"owner": owner})
         found = await self._call(lambda: query().fetchone())
         return None if found[0] is None else float(found[0])
 
-    # --- in the thread ------------------------------------------------------------------------------------
+    # --- run in the thread --------------------------------------------------------------------------------
 
     def _page(self, query: ListingQuery, owner: str | None) -> tuple[list[LoggedRequest], bool]:
         known = self._clock() - self._rules.lag
@@ -142,11 +142,11 @@ class RequestLog:
         seqs = [row[0] for row in found[: query.limit]]
         asked = {"seqs": orjson.dumps(seqs), "payloads": query.payloads, "most": self._listed_bytes}
         rows = {row[0]: _past(row, known) for row in self._database.execute(_SQL["rows"], asked)}
-        # A request that was removed between the two statements is missing from the second.
+        # The second statement does not find a request that was removed after the first.
         return [rows[seq] for seq in seqs if seq in rows], len(found) > query.limit
 
     def _way(self, query: ListingQuery) -> str:
-        """The statement that answers a question."""
+        """Return the name of the statement for a query."""
         if query.request_id is not None:
             return "by_id"
         if self._rules.show_waiting:

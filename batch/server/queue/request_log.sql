@@ -1,8 +1,8 @@
--- The statements of request_log.py, by name. They only read; the table is store.sql's.
--- `known` is the instant up to which the listing knows of events.
+-- Statements of request_log.py, by name. Read-only; store.sql defines the table.
+-- `known`: events after this time are not listed yet.
 
 -- name: by_end
--- Walks along the index request_ended: no sorting, and it stops at the end of the page.
+-- Follows the index request_ended: no sort, and the scan stops at the end of the page.
 SELECT seq FROM request
 WHERE ended_at >= :start AND ended_at <= :known
   AND CASE WHEN :of_ends THEN ended_at ELSE accepted_at END >= :start
@@ -23,7 +23,7 @@ ORDER BY ended_at - accepted_at DESC, ended_at DESC, seq DESC
 LIMIT :limit OFFSET :offset;
 
 -- name: with_waiting
--- Also what has not ended, first: for a rehearsal, whose stores are small. It walks through the whole table.
+-- Unfinished requests come first. Scans the whole table; used by fault injection only, where stores are small.
 SELECT seq FROM (
     SELECT seq, accepted_at, status, owner, CASE WHEN ended_at <= :known THEN ended_at END AS ended_at FROM request
     WHERE accepted_at <= :known
@@ -61,7 +61,7 @@ ORDER BY ended_at DESC, accepted_at DESC
 LIMIT :limit OFFSET :offset;
 
 -- name: tagged_charges
--- The same with each request's tags. `tags` is a JSON object: the values of a key that will do, for each key.
+-- As charges, with each request's tags. `tags` is a JSON object: for each key, the list of accepted values.
 SELECT request_id, app, accepted_at, billable_units, coalesce(t.tags, '{}') FROM request LEFT JOIN tags AS t USING (request_id)
 WHERE ended_at >= :start AND accepted_at >= :start AND accepted_at < :end AND billable_units > 0
   AND (:request_ids IS NULL OR request_id IN (SELECT value FROM json_each(:request_ids)))

@@ -1,7 +1,7 @@
-"""How requests are answered: records in, replies out, and engine results into payloads. Pure.
+"""Build replies from records, and payloads from engine results. Pure.
 
-Owns the bodies of fal's two error families and the output of the endpoint. The wire around them is
-`batch.fal.protocol`'s; sockets and storage are nobody's business here.
+Defines the bodies of fal's two error families and of the endpoint's output; `batch.fal.protocol` adds URLs, statuses
+and headers.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _OWN_URL = b'"url":"/files/'
 def status_reply(
     base: str, app: AppId, request_id: RequestId, known: LiveView | CompletedRequest, *, logs: bool
 ) -> Reply:
-    """202 while it waits or runs, 200 once it ended. `logs`: whether the caller asked for log lines."""
+    """Return 202 while the request waits or runs, 200 after it ended. `logs`: include log lines."""
     lines = [_log_json(line) for line in known.logs] if logs else []
     if isinstance(known, LiveView):
         return protocol.progress_reply(base, app, request_id, known.state, position=known.position, logs=lines)
@@ -61,37 +61,37 @@ def status_reply(
     )
 
 
-def result_reply(base: str, ending: CompletedRequest, inlined: Mapping[str, str] | None = None) -> Reply:
-    """The bare output, or the error, with the status that the model gave.
+def result_reply(base: str, completed: CompletedRequest, inlined: Mapping[str, str] | None = None) -> Reply:
+    """Return the output, or the error with its status.
 
     Args:
-        base: scheme and host of this request; the images' URLs are built on it.
-        ending: how the request ended.
-        inlined: data URIs by stored path, for an ending whose images are answered inline.
+        base: scheme and host of the HTTP request; image URLs start with it.
+        completed: the finished request.
+        inlined: data URIs by stored path, for a request with `sync_mode`.
     """
     headers = {
         "content-type": protocol.CONTENT_JSON,
-        protocol.REQUEST_ID: ending.request_id,
-        protocol.BILLABLE_UNITS: f"{ending.billable_units:.4f}" if ending.billable_units else "0",
+        protocol.REQUEST_ID: completed.request_id,
+        protocol.BILLABLE_UNITS: f"{completed.billable_units:.4f}" if completed.billable_units else "0",
     }
-    if ending.engine is not None:
-        headers[protocol.ENGINE] = ending.engine
-    if ending.error_type is not None:
-        headers[protocol.ERROR_TYPE] = ending.error_type
-    if ending.retryable is not None:
-        headers[protocol.NEEDS_RETRY] = "true" if ending.retryable else "false"
-    if ending.status == NOT_STARTED[0] and ending.error_type == NOT_STARTED[1]:
+    if completed.engine is not None:
+        headers[protocol.ENGINE] = completed.engine
+    if completed.error_type is not None:
+        headers[protocol.ERROR_TYPE] = completed.error_type
+    if completed.retryable is not None:
+        headers[protocol.NEEDS_RETRY] = "true" if completed.retryable else "false"
+    if completed.status == NOT_STARTED[0] and completed.error_type == NOT_STARTED[1]:
         headers["x-fal-request-timeout-type"] = "user"
-    return Reply(ending.status, with_urls(base, ending.payload, inlined), headers)
+    return Reply(completed.status, with_urls(base, completed.payload, inlined), headers)
 
 
 def still_running_reply(request_id: RequestId) -> Reply:
-    """400: the result was asked for too early."""
+    """Return 400: the request has no result yet."""
     return protocol.request_error_reply(400, None, "Request is still in progress", request_id)
 
 
 def not_found_reply(request_id: RequestId) -> Reply:
-    """404 for a request id that was never given out."""
+    """Return 404: the request id is unknown."""
     return Reply(
         404,
         b'{"status":"NOT_FOUND"}',
@@ -100,7 +100,7 @@ def not_found_reply(request_id: RequestId) -> Reply:
 
 
 def output_payload(result: EngineResult, paths: Sequence[str]) -> bytes:
-    """The endpoint's output as JSON; `paths` are where the images lie, in their order."""
+    """Return the endpoint's output as JSON. `paths`: the stored images, in the order of the result."""
     images = [
         {
             "url": path,
@@ -124,12 +124,12 @@ def output_payload(result: EngineResult, paths: Sequence[str]) -> bytes:
 
 
 def billable_units(result: EngineResult) -> float:
-    """Megapixels (10^6) of all result images, exact to four decimals, never rounded up to whole ones."""
+    """Return the megapixels (10^6 pixels) of all images, to four decimals, not rounded up to whole megapixels."""
     return round(sum(image.width * image.height for image in result.images) / 1e6, 4)
 
 
-def model_error(type: str, message: str, loc: Sequence[str | int], ctx: Mapping[str, Any], value: Any) -> JsonObject:  # noqa: A002 - the wire's own word
-    """One entry of a model error's `detail`."""
+def model_error(type: str, message: str, loc: Sequence[str | int], ctx: Mapping[str, Any], value: Any) -> JsonObject:  # noqa: A002 - the wire's name
+    """Return one entry of a model error's `detail`."""
     error: JsonObject = {"loc": list(loc), "msg": message, "type": type, "url": _ERRORS_PAGE + type}
     if ctx:
         error["ctx"] = dict(ctx)
@@ -139,7 +139,7 @@ def model_error(type: str, message: str, loc: Sequence[str | int], ctx: Mapping[
 
 
 def validation_payload(error: ValidationError) -> bytes:
-    """The 422 body of an input that the endpoint's schema refuses: an entry for each problem."""
+    """Return the 422 body for an invalid input, with one entry per problem."""
     details = [
         model_error(
             problem["type"],
@@ -154,27 +154,26 @@ def validation_payload(error: ValidationError) -> bytes:
 
 
 def failure_payload(failure: EngineFailure, image_url: str) -> bytes:
-    """The body of a model error that the engine, or the download of the source, raised."""
+    """Return the body of a model error from the engine or the source image's download."""
     value = _short(image_url) if failure.loc[-1:] == ("image_url",) else None
     detail = model_error(failure.type, failure.message, failure.loc, failure.ctx, value)
     return orjson.dumps({"detail": [detail]}, default=str)
 
 
 def kept_for(payload: bytes) -> float:
-    """Seconds that a result is told whose caller wants nothing stored: fal's short store, by its size."""
+    """Return the lifetime in seconds of a result with `X-Fal-Store-IO: 0`, by its size as on fal."""
     return 3600.0 if len(payload) < 10_000 else 360.0
 
 
 def error_payload(error_type: str, detail: str) -> bytes:
-    """The body of an infrastructure error."""
+    """Return the body of an infrastructure error."""
     return orjson.dumps({"detail": detail, "error_type": error_type})
 
 
 def with_urls(base: str, payload: bytes, inlined: Mapping[str, str] | None = None) -> bytes:
-    """Absolute URLs in place of stored paths.
+    """Replace stored paths by absolute URLs.
 
-    A plain replacement is safe: inside a JSON string every quote is escaped, so that the searched bytes can
-    only be a member of ours, never a part of somebody's prompt.
+    Replacing bytes is safe: quotes inside JSON strings are escaped, so that the searched bytes never occur in a prompt.
     """
     if _OWN_URL not in payload:
         return payload
@@ -183,9 +182,9 @@ def with_urls(base: str, payload: bytes, inlined: Mapping[str, str] | None = Non
     return payload.replace(_OWN_URL, b'"url":' + orjson.dumps(base)[:-1] + b"/files/")
 
 
-def _is_silent(ending: CompletedRequest) -> bool:
-    """Of a content-policy rejection fal was seen to say nothing in the status: only the result does."""
-    return ending.status == 422 and b'"type":"content_policy_violation"' in ending.payload
+def _is_silent(completed: CompletedRequest) -> bool:
+    """Whether the status omits the error, as observed on fal for content-policy rejections."""
+    return completed.status == 422 and b'"type":"content_policy_violation"' in completed.payload
 
 
 def _log_json(line: LogLine) -> JsonObject:
@@ -194,9 +193,9 @@ def _log_json(line: LogLine) -> JsonObject:
 
 
 def _short(value: Any) -> Any:
-    """What was sent, for the error's reader: an image inside it would drown the rest."""
+    """Return an invalid value shortened for an error message: it may contain a whole image."""
     if isinstance(value, str) and len(value) > 300:
         return value[:300] + "..."
     if isinstance(value, int) and value.bit_length() > 63:
-        return float(value) if value.bit_length() < 1024 else None  # JSON as orjson writes it has no such whole numbers
+        return float(value) if value.bit_length() < 1024 else None  # orjson writes 64-bit integers only
     return value if isinstance(value, str | int | float | bool) or value is None else None

@@ -1,13 +1,13 @@
-"""The queue's decisions as a state machine. Pure: no clock, no disk, no async.
+"""The queue's state machine. Pure: no clock, no disk, no async.
 
-Every method updates the queue and returns what follows from it; the caller does the work, writes it down and
-answers. A request lives here from its acceptance until its ending is durable:
+Each method updates the queue and returns the next action; the caller executes it, writes the result to the store and
+replies. A request is here from its acceptance until its result is durable:
 
     WAITING ──start──> RUNNING ──release──> ENDING ──finish──> gone
        ^  └─cancel, expire────────────────────^
-       └────crash (the first one)── RUNNING, or CANCELLING once a cancel has reached it while it ran
+       └────first crash── RUNNING, or CANCELLING after a cancel while it runs
 
-Positions cost O(log n): a line numbers its requests and keeps the numbers of those that left from its middle.
+Positions cost O(log n): a queue numbers its requests and keeps the numbers of those removed from its middle.
 """
 
 from __future__ import annotations
@@ -24,103 +24,103 @@ from batch.types import AppId, QueueState, RequestId
 __all__ = ["Cancellation", "FifoQueue", "IllegalStep", "LiveView", "Phase", "Scheduler", "SchedulerStatistics"]
 
 LOG_LINES = 64
-"""Kept of one request: a moving window, as the real service keeps one."""
+"""Log lines kept per request; older ones are dropped, as on fal."""
 STEP_LINES = 10
-"""Step messages logged of one request at most."""
+"""Maximum number of logged step messages per request."""
 CRASHES_ALLOWED = 1
-"""A request whose worker died is tried once more: the next death is called its own fault."""
+"""Retries after a worker crash. A second crash is attributed to the request."""
 
 
 class Phase(StrEnum):
-    """Where a request that has not ended durably stands."""
+    """The phase of a live request."""
 
     WAITING = "waiting"
     RUNNING = "running"
     CANCELLING = "cancelling"
-    """Runs, and was asked to stop. It may still finish."""
+    """Running, and asked to stop. It may still succeed."""
     ENDING = "ending"
-    """Has its outcome, which is not durable yet."""
+    """Has an outcome that is not durable yet."""
 
 
 class Cancellation(StrEnum):
-    """What a cancel did."""
+    """The effect of a cancel."""
 
     REMOVED = "removed"
-    """It left the queue: the caller writes its ending and then calls `finish`."""
+    """Removed from the queue: the caller stores the outcome, then calls `finish`."""
     SIGNALLED = "signalled"
-    """It runs; its engine is told."""
+    """Running: the engine is asked to stop."""
     TOO_LATE = "too late"
     UNKNOWN = "unknown"
 
 
 class IllegalStep(RuntimeError):
-    """A defect of ours: a request was moved in a way that the diagram does not allow."""
+    """An internal error: a transition that the diagram does not allow."""
 
 
 class LiveView(NamedTuple):
-    """What a status answer needs of a live request."""
+    """The state of a live request, for its status response."""
 
     state: QueueState
     position: int
-    """0-based, over all lines; 0 once it runs."""
+    """0-based, over all priorities; 0 while running."""
     logs: tuple[LogLine, ...]
 
 
 class SchedulerStatistics(NamedTuple):
-    """Counts of live requests."""
+    """Numbers of live requests, by phase."""
 
     waiting: int
     running: int
-    """In the hands of an engine, cancelled or not."""
+    """Held by the engine, cancelled or not."""
     ending: int
 
 
 class FifoQueue:
-    """First come, first served, with O(log n) positions and removal from the middle."""
+    """A FIFO queue with positions and removal from the middle in O(log n)."""
 
     __slots__ = ("_first", "_holes", "_number", "_order")
 
     def __init__(self) -> None:
         self._order: deque[RequestId | None] = deque()
-        """The line itself; who left from its middle leaves None."""
+        """The queued requests; None marks one removed from the middle."""
         self._first = 0
         """Number of the head of `_order`."""
         self._number: dict[RequestId, int] = {}
         self._holes: list[int] = []
-        """Numbers of the Nones, ascending."""
+        """Numbers of the None entries, ascending."""
 
     def __len__(self) -> int:
         return len(self._number)
 
     def append(self, request_id: RequestId) -> None:
-        """Join at the end."""
+        """Add a request at the end."""
         self._number[request_id] = self._first + len(self._order)
         self._order.append(request_id)
 
     def appendleft(self, request_id: RequestId) -> None:
-        """Go to the front: it had been there before."""
+        """Return a request to the front."""
         self._first -= 1
         self._number[request_id] = self._first
         self._order.appendleft(request_id)
 
     def popleft(self) -> RequestId:
-        """Take the first one.
+        """Remove and return the first request.
 
         Raises:
-            IndexError: nobody waits.
+            IndexError: the queue is empty.
         """
         request_id = self._order.popleft()
         self._first += 1
-        assert request_id is not None, "the head of a line is never a hole"
+        assert request_id is not None, "the head of a queue is never a hole"
         del self._number[request_id]
         self._close_up()
         return request_id
 
     def remove(self, request_id: RequestId) -> None:
-        """Leave from wherever it stands.
+        """Remove a request from any position.
 
         Raises:
-            KeyError: it does not stand here.
+            KeyError: the request is not queued.
         """
         number = self._number.pop(request_id)
         self._order[number - self._first] = None
@@ -128,16 +128,16 @@ class FifoQueue:
         self._close_up()
 
     def position(self, request_id: RequestId) -> int:
-        """How many stand before it.
+        """Return the number of requests ahead of this one.
 
         Raises:
-            KeyError: it does not stand here.
+            KeyError: the request is not queued.
         """
         number = self._number[request_id]
         return number - self._first - bisect_left(self._holes, number)
 
     def _close_up(self) -> None:
-        """Holes at the head go, so that the head is always someone."""
+        """Drop holes at the head, so that the head is always a request."""
         gone = 0
         while self._order and self._order[0] is None:
             self._order.popleft()
@@ -154,19 +154,19 @@ class _LiveRequest:
     phase: Phase = Phase.WAITING
     crashes: int = 0
     tenths: int = 0
-    """Of the steps that were logged."""
+    """Tenths of the work that were logged."""
     first_step: tuple[int, float] | None = None
-    """Steps done and the time when the first was told: what comes before it, loading say, tells nothing of the rest."""
+    """Steps done, and the time, at the first report. The time before it (loading) does not predict the rest."""
     logs: deque[LogLine] | None = field(default=None, repr=False)
 
 
 class Scheduler:
-    """All requests that have not ended durably, and who is next.
+    """All live requests, and which one runs next.
 
     Args:
-        slots: requests that the engine executes at once, from 1.
-        ending_limit: requests whose outcome may wait to be written before no new one is started; it bounds the
-            memory that finished images take on a slow disk.
+        slots: requests that the engine executes at once, >= 1.
+        ending_limit: start no request while this many outcomes wait to be written. Bounds the memory that finished
+            images use when the disk is slow.
     """
 
     def __init__(self, slots: int, ending_limit: int = 256) -> None:
@@ -178,25 +178,25 @@ class Scheduler:
         self._ending = 0
 
     def __repr__(self) -> str:
-        return f"Broker(slots={self._slots}, {self.statistics()})"
+        return f"Scheduler(slots={self._slots}, {self.statistics()})"
 
     def __contains__(self, request_id: RequestId) -> bool:
         return request_id in self._entries
 
     def statistics(self) -> SchedulerStatistics:
-        """Counts, each in O(1)."""
+        """Return the numbers of live requests in O(1)."""
         return SchedulerStatistics(sum(map(len, self._lines.values())), self._running, self._ending)
 
     def accept(self, request_id: RequestId, app: AppId, priority: Priority = Priority.NORMAL, owner: str = "") -> int:
-        """Queue a request whose acceptance is durable; its position."""
+        """Queue a request whose acceptance is durable; return its position."""
         if request_id in self._entries:
-            raise IllegalStep(f"{request_id} is in the queue already")
+            raise IllegalStep(f"{request_id} is already in the queue")
         self._entries[request_id] = _LiveRequest(app, priority, owner)
         self._lines[priority].append(request_id)
         return self._position(request_id, priority)
 
     def start(self) -> RequestId | None:
-        """The request to execute now; None where no slot is free or nobody waits. Call until None."""
+        """Return the next request to execute; None if no slot is free or none waits. Call until None."""
         if self._running >= self._slots or self._ending >= self._ending_limit:
             return None
         for line in self._lines.values():
@@ -208,7 +208,7 @@ class Scheduler:
         return None
 
     def log(self, request_id: RequestId, line: LogLine) -> None:
-        """Keep a log line; a request that is gone by now is passed over."""
+        """Append a log line; ignored if the request is not live."""
         entry = self._entries.get(request_id)
         if entry is not None:
             if entry.logs is None:
@@ -216,7 +216,7 @@ class Scheduler:
             entry.logs.append(line)
 
     def step(self, request_id: RequestId, done: int, total: int, now: float) -> bool:
-        """An engine's step; every tenth part of the work is logged. Whether a line was."""
+        """Record progress; return whether it was logged (every tenth of the work is)."""
         entry = self._entries.get(request_id)
         tenths = done * STEP_LINES // total if total > 0 else 0
         if entry is not None and entry.first_step is None:
@@ -224,23 +224,23 @@ class Scheduler:
         if entry is None or tenths <= entry.tenths:
             return False
         entry.tenths = tenths
-        self.log(request_id, LogLine(now, "INFO", f"step {done} of {total}{_to_go(entry, done, total, now)}"))
+        self.log(request_id, LogLine(now, "INFO", f"step {done} of {total}{_remaining(entry, done, total, now)}"))
         return True
 
     def release(self, request_id: RequestId) -> tuple[LogLine, ...]:
-        """The engine is done with it, whatever came of it: its slot is free. Its log lines."""
+        """Free the slot of a request that the engine has finished or failed; return its log lines."""
         entry = self._demand(request_id, Phase.RUNNING, Phase.CANCELLING)
         self._running -= 1
         return self._end(entry)
 
     def finish(self, request_id: RequestId) -> None:
-        """Its ending is durable: forget it."""
+        """Forget a request whose outcome is durable."""
         self._demand(request_id, Phase.ENDING)
         del self._entries[request_id]
         self._ending -= 1
 
     def cancel(self, request_id: RequestId) -> Cancellation:
-        """Take it out of the line, or ask its engine to stop."""
+        """Remove a waiting request, or mark a running one for the engine to stop."""
         entry = self._entries.get(request_id)
         if entry is None:
             return Cancellation.UNKNOWN
@@ -253,7 +253,7 @@ class Scheduler:
         return Cancellation.SIGNALLED
 
     def expire(self, request_id: RequestId) -> bool:
-        """Its start deadline passed. True where it still waited: the caller writes its ending, then `finish`."""
+        """End a request that still waits after its start deadline. True: store the outcome, then call `finish`."""
         entry = self._entries.get(request_id)
         if entry is None or entry.phase is not Phase.WAITING:
             return False
@@ -261,7 +261,7 @@ class Scheduler:
         return True
 
     def crash(self, request_id: RequestId) -> bool:
-        """Its worker died. True: it stands at the head of its line again. False: treat it as `release` does."""
+        """Handle a worker crash. True: the request is at the head of its queue again. False: call `release`."""
         entry = self._demand(request_id, Phase.RUNNING, Phase.CANCELLING)
         entry.crashes += 1
         if entry.phase is Phase.CANCELLING or entry.crashes > CRASHES_ALLOWED:
@@ -272,22 +272,22 @@ class Scheduler:
         return True
 
     def is_cancelled(self, request_id: RequestId) -> bool:
-        """Whether its engine shall stop."""
+        """Whether the engine must stop this request."""
         entry = self._entries.get(request_id)
         return entry is not None and entry.phase is Phase.CANCELLING
 
     def app_of(self, request_id: RequestId) -> AppId | None:
-        """The app that it was submitted to; None for a request that is not here."""
+        """Return the app of a live request; None for any other."""
         entry = self._entries.get(request_id)
         return entry.app if entry is not None else None
 
     def owner_of(self, request_id: RequestId) -> str:
-        """Whose it is; empty for a request that is not here, too."""
+        """Return the owner of a live request; empty for any other."""
         entry = self._entries.get(request_id)
         return entry.owner if entry is not None else ""
 
     def view(self, request_id: RequestId) -> LiveView | None:
-        """What its status is; None for a request that is not here."""
+        """Return the state of a live request; None for any other."""
         entry = self._entries.get(request_id)
         if entry is None:
             return None
@@ -312,13 +312,13 @@ class Scheduler:
     def _demand(self, request_id: RequestId, *phases: Phase) -> _LiveRequest:
         entry = self._entries.get(request_id)
         if entry is None or entry.phase not in phases:
-            raise IllegalStep(f"{request_id} is {entry.phase if entry else 'not here'}, not {' or '.join(phases)}")
+            raise IllegalStep(f"{request_id} is {entry.phase if entry else 'not live'}, not {' or '.join(phases)}")
         return entry
 
 
-def _to_go(entry: _LiveRequest, done: int, total: int, now: float) -> str:
-    """How long the remaining steps will take if they take as long as those so far; nothing below a second."""
-    assert entry.first_step is not None, "it was set with the first step"
+def _remaining(entry: _LiveRequest, done: int, total: int, now: float) -> str:
+    """Return the estimated remaining time as text, from the average time per step; empty below one second."""
+    assert entry.first_step is not None, "the first step sets it"
     steps, since = done - entry.first_step[0], now - entry.first_step[1]
     seconds = (total - done) * since / steps if steps > 0 else 0.0
-    return f", about {seconds:.0f} s to go" if seconds >= 1 else ""
+    return f", about {seconds:.0f} s left" if seconds >= 1 else ""

@@ -1,7 +1,7 @@
-"""The server's memory: one SQLite file that says which requests were accepted and how they ended.
+"""The server's request database: accepted requests and their results in one SQLite file.
 
-Owns the file and its one writer thread. Acceptances and endings are written in groups, one transaction and one
-fsync each, and are durable when the awaited call returns. Knows nothing of queues, HTTP or images.
+One thread writes. Acceptances and results are committed in groups, with one transaction and one fsync per group, and
+are durable when the awaited call returns.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ _STEPS = (
     ("upgrade_2", "upgrade_3"),
     ("upgrade_3",),
 )
-"""Statements that bring a file of each earlier version to this one."""
+"""Statements that upgrade a file of each earlier version; the index is the version, 0 is a new file."""
 REMEMBERED = 8192
-"""Endings kept in memory: a client that waits for its result asks within seconds of its end."""
+"""Results cached in memory: waiting clients fetch theirs within seconds."""
 KEY_SECONDS = 86400.0
-"""How long an idempotency key outlives the acceptance of a request that has ended; its answer may expire sooner."""
+"""Lifetime of an idempotency key after acceptance, if its request has ended. Its result may expire earlier."""
 
 _SQL = load_statements(__file__)
 
 
 class Store:
-    """Requests on disk. Make it with `await Store.open(path)`; it is an async context manager."""
+    """Requests on disk, an async context manager; open it with `await Store.open(path)`."""
 
     def __init__(self, database: sqlite3.Connection, retention: float, remembered: int) -> None:
         self._database = database
@@ -66,21 +66,22 @@ class Store:
         self._writer = GroupCommit(self._write, "store", attempt=in_open_database)
         self._recent: OrderedDict[RequestId, CompletedRequest] = OrderedDict()
         self.accepted: int = database.execute(_SQL["accepted"]).fetchone()[0]
-        """Submits accepted ever. Repeats with the same idempotency key are not counted."""
+        """Requests accepted since the file was created; repeated idempotency keys are not counted."""
         self.webhooks: int = database.execute(_SQL["webhooks"]).fetchone()[0]
-        """Callbacks that are owed, now or when their request ends; those that expired since the start included."""
+        """Pending callbacks, including those of unfinished requests and those that expired since the start."""
 
     @classmethod
     async def open(cls, path: Path, retention: float = math.inf, *, remembered: int = REMEMBERED) -> Self:
-        """Open or make the file.
+        """Open or create the file.
 
         Args:
             path: the file.
-            retention: seconds that an ending is told, where the request itself wished nothing else.
-            remembered: endings kept in memory.
+            retention: seconds that a result is available, unless its request set a shorter time.
+            remembered: number of latest results kept in memory.
 
         Raises:
-            InputError: it was written by a newer version, or is no database. StorageError: there is no room for it.
+            InputError: a newer version wrote the file, or it is not a database.
+            StorageError: the disk is full.
         """
         try:
             database = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=64)
@@ -95,13 +96,11 @@ class Store:
                 database.executescript(_SQL["schema_tags"])
         except sqlite3.Error as error:
             if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
-                raise StorageError(f"{path} cannot be written: {error}; make room and start again") from error
-            raise InputError(
-                f"{path} cannot be used as the server's memory: {error}; choose another data dir"
-            ) from error
+                raise StorageError(f"cannot write {path}: {error}; free disk space and restart") from error
+            raise InputError(f"cannot use {path} as the request database: {error}; change --data-dir") from error
         if version > VERSION:
             database.close()
-            raise InputError(f"{path} is of version {version}, this restyle knows {VERSION}; upgrade restyle")
+            raise InputError(f"{path} has version {version}, this restyle supports up to {VERSION}; upgrade restyle")
         return cls(database, retention, remembered)
 
     async def __aenter__(self) -> Self:
@@ -114,50 +113,50 @@ class Store:
         self._database.close()
 
     async def accept(self, submission: Submission) -> AcceptedSubmission:
-        """Write a submission down; durable when it returns.
+        """Store a submission; durable on return.
 
         Raises:
-            StorageError: the disk refused; nothing was accepted.
+            StorageError: the write failed; nothing was accepted.
         """
         admission = cast(AcceptedSubmission, await self._writer.put(submission))
         self.accepted += admission.fresh
         self.webhooks += admission.fresh and submission.webhook is not None
         return admission
 
-    async def end(self, ending: CompletedRequest) -> None:
-        """Write down how a request ended; durable when it returns. The first ending of a request stands.
+    async def end(self, completed: CompletedRequest) -> None:
+        """Store the result of a request; durable on return. Later results of the same request are ignored.
 
         Raises:
-            StorageError: the disk refused; the request has not ended.
+            StorageError: the write failed; the request is still unfinished.
         """
-        await self._writer.put(ending)
-        self._remember(ending)
+        await self._writer.put(completed)
+        self._remember(completed)
 
     def recent(self, request_id: RequestId) -> CompletedRequest | None:
-        """The ending, if it is among the latest ones; costs nothing."""
+        """Return the result from the in-memory cache; None if it is not cached."""
         return self._recent.get(request_id)
 
     async def find(self, request_id: RequestId) -> StoredRequest | None:
-        """What is known of a request; None for an id that was never given out."""
-        ending = self._recent.get(request_id)
-        if ending is not None:
-            return StoredRequest(ending.app, ending, ending.owner)
+        """Return a request; None if the id is unknown."""
+        completed = self._recent.get(request_id)
+        if completed is not None:
+            return StoredRequest(completed.app, completed, completed.owner)
         row = await self._writer.call(partial(self._row, "find", request_id))
         if row is None:
             return None
         stored = _stored(request_id, row)
-        if stored.ending is not None:
-            self._remember(stored.ending)
+        if stored.completed is not None:
+            self._remember(stored.completed)
         return stored
 
     async def body(self, request_id: RequestId) -> bytes:
-        """The input of an accepted request."""
+        """Return the input of an accepted request."""
         row = await self._writer.call(partial(self._row, "body", request_id))
         assert row is not None, f"{request_id} was accepted"
         return cast(bytes, row[0])
 
     async def to_do(self) -> list[RecoveredRequest]:
-        """Requests that have not ended, the one accepted first coming first."""
+        """Return the unfinished requests in the order of acceptance."""
         rows = await self._writer.call(lambda: self._database.execute(_SQL["to_do"]).fetchall())
         return [
             RecoveredRequest(
@@ -172,38 +171,38 @@ class Store:
         ]
 
     async def forget(self, now: float, retention: float, limit: int) -> int:
-        """Remove ended requests whose time is over, at most 2 x `limit`; how many. Durable when it returns.
+        """Remove expired requests, at most 2 x `limit`; return their number. Durable on return.
 
         Args:
             now: Unix seconds.
-            retention: seconds that an ending is told, where the request itself wished nothing else.
-            limit: keeps the step short: the writer does nothing else meanwhile.
+            retention: seconds that a result is available, unless its request set a shorter time.
+            limit: bounds the step, which blocks all other writes.
 
         Raises:
-            StorageError: the disk refused.
+            StorageError: the write failed.
         """
         return await self._writer.call(partial(self._forget, now, retention, limit))
 
     async def sources(self, paths: Sequence[str]) -> set[str]:
-        """Which of these files are source images of requests that are still here.
+        """Return those of `paths` that are source images of stored requests.
 
         Raises:
-            StorageError: the disk refused.
+            StorageError: the read failed.
         """
         rows = await self._writer.call(partial(self._rows, "sources", orjson.dumps(paths).decode()))
         return {row[0] for row in rows}
 
     async def latest(self, newest: int, around: int, ahead: int, owner: str = "") -> list[RequestSummary]:
-        """The newest requests and those around the head of the queue, the newest one first.
+        """Return the newest requests and those around the head of the queue, newest first.
 
         Args:
-            newest: how many of those accepted last.
-            around: how many of those that ended last, run, or are the next in line.
-            ahead: how many of these have not ended.
-            owner: whose; empty: everybody's.
+            newest: number of requests accepted last.
+            around: number of requests around the head of the queue: ended last, running or next to start.
+            ahead: how many of `around` are unfinished.
+            owner: only this owner's requests; empty: all.
 
         Raises:
-            StorageError: the disk refused.
+            StorageError: the read failed.
         """
         values: dict[str, int | str] = {"newest": newest, "around": around, "ahead": ahead, "owner": owner}
         rows = await self._writer.call(partial(self._latest, "latest_of" if owner else "latest", values))
@@ -212,45 +211,45 @@ class Store:
     async def webhooks_due(
         self, now: float, limit: int, *, busy_hosts: Sequence[str], under_way: Sequence[RequestId]
     ) -> list[Delivery]:
-        """Callbacks whose time has come, the one that has waited longest first, and none of those named.
+        """Return due callbacks, oldest first, except those to `busy_hosts` and those `under_way`.
 
         Raises:
-            StorageError: the disk refused.
+            StorageError: the read failed.
         """
         values = (now, orjson.dumps(busy_hosts).decode(), orjson.dumps(under_way).decode(), limit)
         rows = await self._writer.call(partial(self._rows, "webhooks_due", *values))
         return [Delivery(RequestId(row[0]), Webhook(*row[1:4]), row[4]) for row in rows]
 
     async def webhook_next(self, now: float) -> float | None:
-        """When the next callback comes due after `now`; None where none is waited for.
+        """Return when the next callback after `now` is due; None without one.
 
         Raises:
-            StorageError: the disk refused.
+            StorageError: the read failed.
         """
         rows = await self._writer.call(partial(self._rows, "webhook_next", now))
         return cast("float | None", rows[0][0])
 
-    async def settle(self, settlement: DeliveryOutcome) -> None:
-        """Write down what a try at a callback left; durable when it returns.
+    async def settle(self, outcome: DeliveryOutcome) -> None:
+        """Store the outcome of a delivery attempt; durable on return.
 
         Raises:
-            StorageError: the disk refused.
+            StorageError: the write failed.
         """
-        await self._writer.put(settlement)
-        self.webhooks -= settlement.due_at is None
+        await self._writer.put(outcome)
+        self.webhooks -= outcome.due_at is None
 
-    def _remember(self, ending: CompletedRequest) -> None:
-        self._recent[ending.request_id] = ending
+    def _remember(self, completed: CompletedRequest) -> None:
+        self._recent[completed.request_id] = completed
         if len(self._recent) > self._remembered:
             self._recent.popitem(last=False)
 
-    # --- in the writer's thread ---------------------------------------------------------------------------
+    # --- run in the writer thread -------------------------------------------------------------------------
 
     def _latest(self, statement: str, values: dict[str, int | str]) -> list[tuple[Any, ...]]:
         try:
             found = [row[0] for row in self._database.execute(_SQL[statement], values)]
         except sqlite3.Error as error:
-            raise StorageError(f"the server's memory cannot be read: {error}; check its data dir") from error
+            raise StorageError(f"cannot read the request database: {error}; check the data dir") from error
         return self._rows("listed", orjson.dumps(found).decode())
 
     def _row(self, statement: str, *values: object) -> tuple[Any, ...] | None:
@@ -260,7 +259,7 @@ class Store:
         try:
             return self._database.execute(_SQL[statement], values).fetchall()
         except sqlite3.Error as error:
-            raise StorageError(f"the server's memory cannot be read: {error}; check its data dir") from error
+            raise StorageError(f"cannot read the request database: {error}; check the data dir") from error
 
     def _write(
         self, group: list[Submission | CompletedRequest | DeliveryOutcome]
@@ -283,14 +282,14 @@ class Store:
                 self._database.execute("ROLLBACK")
             if not isinstance(error, sqlite3.Error):
                 raise
-            raise StorageError(f"the server's memory cannot be written: {error}; free space in its data dir") from error
+            raise StorageError(f"cannot write the request database: {error}; free space in the data dir") from error
 
     def _accept(self, item: Submission) -> AcceptedSubmission:
-        # A header holds no line break: no two owners' keys can come to the same.
+        # A header value contains no line break, so that the keys of two owners never collide.
         key = f"{item.owner}\n{item.idempotency_key}" if item.owner and item.idempotency_key else item.idempotency_key
         values = (item.request_id, item.app, item.accepted_at, item.body, item.digest, key, item.priority)
-        wishes = (item.start_by, item.owner, *item.keeping, item.source)
-        cursor = self._database.execute(_SQL["accept"], (*values, *wishes))
+        options = (item.start_by, item.owner, *item.retention, item.source)
+        cursor = self._database.execute(_SQL["accept"], (*values, *options))
         if cursor.rowcount == 1:
             if item.webhook is not None:
                 self._database.execute(_SQL["webhook"], (item.request_id, *item.webhook))
@@ -299,7 +298,7 @@ class Store:
             return AcceptedSubmission(item.request_id, fresh=True)
         now = item.accepted_at
         earlier = self._row("earlier", now - KEY_SECONDS, self._retention, now, now, key)
-        assert earlier is not None, "only an idempotency key can be in the way"
+        assert earlier is not None, "only an idempotency key can conflict"
         request_id, digest, is_over = earlier
         if is_over:
             self._database.execute(_SQL["free_key"], (key,))

@@ -1,6 +1,6 @@
--- The statements of store.py, by name. A request is one row from its acceptance to its end; who wants to be told of its
--- end stands beside it. Since version 3 `engine` says what executed it: the server may be given another one. Since version 4
--- an idempotency key goes with its request.
+-- Statements of store.py, by name. A request is one row; its callback is a row of `webhook`.
+-- Version 3 added `engine`, because a restarted server may use another one. Version 4 stores an idempotency key only in the
+-- row of its request.
 
 -- name: schema
 CREATE TABLE request (
@@ -8,12 +8,12 @@ CREATE TABLE request (
     request_id TEXT NOT NULL UNIQUE,
     app TEXT NOT NULL,
     accepted_at REAL NOT NULL,
-    body BLOB NOT NULL,                 -- JSON; images that came inside it lie in files/
-    digest BLOB NOT NULL,               -- of app and input as received
+    body BLOB NOT NULL,                 -- JSON; embedded images are in files/
+    digest BLOB NOT NULL,               -- digest of app and input as received
     idempotency_key TEXT UNIQUE,
     priority INTEGER NOT NULL,
     start_by REAL,
-    ended_at REAL,                      -- NULL: still to be done
+    ended_at REAL,                      -- NULL: unfinished
     status INTEGER,
     payload BLOB,
     started_at REAL,
@@ -23,11 +23,11 @@ CREATE TABLE request (
     retryable INTEGER,
     inline INTEGER,
     logs BLOB,
-    owner TEXT NOT NULL DEFAULT '',     -- from here on since version 2
-    brief INTEGER NOT NULL DEFAULT 0,   -- the caller wants its input and output forgotten soon
-    file_life REAL,                     -- seconds that its images shall live; NULL: as all others
-    source TEXT,                        -- its source image, where that is a file of ours
-    kept_for REAL,                      -- seconds from its end, where they are not those of all others
+    owner TEXT NOT NULL DEFAULT '',     -- this and the following columns: since version 2
+    brief INTEGER NOT NULL DEFAULT 0,   -- 1: remove input and output early
+    file_life REAL,                     -- lifetime of its images in seconds; NULL: the server's retention
+    source TEXT,                        -- path of its source image, if stored here
+    kept_for REAL,                      -- lifetime of the result in seconds; NULL: the server's retention
     engine TEXT
 ) STRICT;
 CREATE INDEX request_to_do ON request (seq) WHERE ended_at IS NULL;
@@ -35,7 +35,7 @@ CREATE TABLE counter (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT, WIT
 INSERT INTO counter VALUES ('accepted', 0);
 
 -- name: schema_2
-CREATE INDEX request_of ON request (owner, seq) WHERE owner != '';  -- costs nothing on a server without keys
+CREATE INDEX request_of ON request (owner, seq) WHERE owner != '';  -- empty on a server without keys
 CREATE INDEX request_ended ON request (ended_at, accepted_at, owner, status) WHERE ended_at IS NOT NULL;  -- for request_log.py
 CREATE INDEX request_brief ON request (ended_at) WHERE kept_for IS NOT NULL;
 CREATE INDEX request_source ON request (source) WHERE source IS NOT NULL;
@@ -43,8 +43,8 @@ CREATE TABLE webhook (
     request_id TEXT PRIMARY KEY,
     url TEXT NOT NULL,
     host TEXT NOT NULL,
-    base TEXT NOT NULL,                 -- origin of the server as the submitter saw it
-    due_at REAL,                        -- NULL: the request has not ended
+    base TEXT NOT NULL,                 -- origin of the server as the submitter used it
+    due_at REAL,                        -- NULL: the request is unfinished
     tries INTEGER NOT NULL DEFAULT 0
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX webhook_due ON webhook (due_at, host) WHERE due_at IS NOT NULL;
@@ -56,7 +56,7 @@ CREATE TRIGGER webhook_expires AFTER DELETE ON request BEGIN
 END;
 
 -- name: schema_tags
--- Beside the requests, and made where it is missing: servers of the versions before read the file as ever.
+-- A separate table, created if missing, so that earlier versions of restyle can still open the file.
 CREATE TABLE IF NOT EXISTS tags (
     request_id TEXT PRIMARY KEY,
     tags TEXT NOT NULL                  -- JSON object
@@ -86,8 +86,8 @@ VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT (idempotency_key) DO NOTHING;
 
 -- name: earlier
--- The request that holds an idempotency key, and whether the key is free again: the request has ended, and its key is old
--- or its answer has expired, as a whole or the images in it.
+-- The request that holds an idempotency key, and whether the key can be reused: the request has ended, and the key, the
+-- result or its images have expired.
 SELECT request_id, digest, ended_at IS NOT NULL AND (
     accepted_at < ? OR ended_at + coalesce(kept_for, ?) < ? OR (status < 400 AND ended_at + file_life < ?)
 )
@@ -137,7 +137,7 @@ SELECT body FROM request WHERE request_id = ?;
 SELECT request_id, app, priority, start_by, owner, brief, file_life FROM request WHERE ended_at IS NULL ORDER BY seq;
 
 -- name: latest
--- The newest requests, and those around the head of the queue: in a long queue it is there that something happens.
+-- The newest requests, and those around the head of the queue, where requests start and end.
 WITH head (seq) AS (
     SELECT coalesce((SELECT seq FROM request WHERE ended_at IS NULL ORDER BY seq LIMIT 1 OFFSET :ahead), 1 << 62)
 )
@@ -146,7 +146,7 @@ UNION
 SELECT seq FROM (SELECT seq FROM request WHERE seq <= (SELECT seq FROM head) ORDER BY seq DESC LIMIT :around);
 
 -- name: latest_of
--- The same for one owner; that the owner is not empty has to be said for the index's sake.
+-- The same for one owner. SQLite uses the partial index only if the query says that the owner is not empty.
 WITH head (seq) AS (
     SELECT coalesce((SELECT seq FROM request WHERE ended_at IS NULL ORDER BY seq LIMIT 1 OFFSET :ahead), 1 << 62)
 )
@@ -177,7 +177,7 @@ INSERT INTO webhook (request_id, url, host, base) VALUES (?, ?, ?, ?);
 INSERT INTO tags (request_id, tags) VALUES (?, ?);
 
 -- name: webhooks_due
--- The oldest ones first, without those that are under way and without hosts that have enough of them.
+-- Oldest first, without those in flight and without hosts at their limit.
 SELECT request_id, url, host, base, tries
 FROM webhook
 WHERE due_at <= ? AND host NOT IN (SELECT value FROM json_each(?)) AND request_id NOT IN (SELECT value FROM json_each(?))

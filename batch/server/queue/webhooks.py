@@ -1,9 +1,8 @@
-"""Callbacks: whoever asked for it with `?fal_webhook=` is told of a request's end, at least once.
+"""Webhooks: deliver the result of a request to its `?fal_webhook=` URL, at least once.
 
-Owns the sending: bodies, signatures, the pace of retries. What is owed lies in the store, written down together with
-the ending itself, so that it survives kill -9; here in memory is only what is under way. The queue does not wait for
-any of it. A callback stops being owed when it is acknowledged, when it cannot work, after 31 retries, or when the
-request's result has expired.
+Builds and signs the bodies and schedules the retries. Pending callbacks are in the store, written in the transaction of
+the result, so that they survive kill -9; memory holds only those in flight. The queue never waits for a callback. A
+callback ends when it is acknowledged, when it can never succeed, after 31 retries, or when the result expires.
 """
 
 from __future__ import annotations
@@ -56,27 +55,27 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 FIRST_SECONDS = 15.0
-"""How long the receiver may take at the first try, and at any later one. Precedent: fal's webhook page, autumn 2026."""
+"""Timeout of the first attempt; later ones have `LATER_SECONDS`. Source: fal's webhook page, autumn 2026."""
 LATER_SECONDS = 120.0
 RETRIES = 31
-"""After the first try. Precedent as above."""
+"""Retries after the first attempt. Same source."""
 BACKOFF_SECONDS = 5.0
 BACKOFF_LIMIT_SECONDS = 4 * 3600.0
 PAYLOAD_LIMIT_BYTES = 4 * 2**20
-"""Of a larger result (images as data URIs) the receiver is only told where it is."""
+"""For a larger result (images as data URIs) the callback only says to fetch it from the result URL."""
 PARALLEL = 16
 PARALLEL_PER_HOST = 4
-"""A receiver that does not answer holds up itself, not the others."""
+"""An unresponsive receiver must not block the others."""
 _PAUSE_SECONDS = 0.02
-"""Requests that end together are looked up together."""
+"""Requests that end within this time are handled in one round."""
 _DISK_SECONDS = 1.0
-"""Between two tries at a disk that refuses."""
+"""Delay before a failed read or write of the store is retried."""
 
 _Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class DeliveryVerdict(Enum):
-    """What an answer to a callback means."""
+    """The meaning of a receiver's response."""
 
     ACKNOWLEDGED = "acknowledged"
     AGAIN = "to be tried again"
@@ -84,22 +83,21 @@ class DeliveryVerdict(Enum):
 
 
 def verdict_on(status: int) -> DeliveryVerdict:
-    """Any 2xx acknowledges; a redirect is a mistake in the URL that no retry heals; everything else may pass."""
+    """Return the meaning of a status: 2xx acknowledges, 3xx never succeeds (a wrong URL), the rest is retried."""
     if 200 <= status < 300:
         return DeliveryVerdict.ACKNOWLEDGED
     return DeliveryVerdict.NEVER if 300 <= status < 400 else DeliveryVerdict.AGAIN
 
 
 def next_try(tries: int, now: float, chance: float) -> float | None:
-    """When to try again.
+    """Return the time of the next attempt.
 
-    The longest wait is 5 s after the first try and doubles up to 4 h; of it a random part is waited (full jitter), so
-    that callbacks that failed together do not come back together.
+    Exponential backoff with full jitter: the maximum delay is 5 s after the first attempt and doubles up to 4 h.
 
     Args:
-        tries: made so far, from 1.
+        tries: attempts made so far, >= 1.
         now: Unix seconds.
-        chance: from 0 to 1.
+        chance: random number from 0 to 1.
 
     Returns:
         Unix seconds, or None after `RETRIES` retries.
@@ -109,11 +107,11 @@ def next_try(tries: int, now: float, chance: float) -> float | None:
     return now + chance * min(BACKOFF_SECONDS * 2.0 ** (tries - 1), BACKOFF_LIMIT_SECONDS)
 
 
-def callback_body(ending: CompletedRequest, payload: bytes) -> bytes:
-    """What is sent. `payload` is the body that the result URL answers with."""
-    body: dict[str, object] = {"request_id": ending.request_id, "gateway_request_id": ending.request_id}
-    if ending.status >= 400:
-        body |= {"status": "ERROR", "error": f"Invalid status code: {ending.status}"}
+def callback_body(completed: CompletedRequest, payload: bytes) -> bytes:
+    """Return the body of a callback. `payload`: the body that the result URL returns."""
+    body: dict[str, object] = {"request_id": completed.request_id, "gateway_request_id": completed.request_id}
+    if completed.status >= 400:
+        body |= {"status": "ERROR", "error": f"Invalid status code: {completed.status}"}
     else:
         body["status"] = "OK"
     if len(payload) > PAYLOAD_LIMIT_BYTES:
@@ -125,25 +123,25 @@ def callback_body(ending: CompletedRequest, payload: bytes) -> bytes:
 
 
 def webhook_of(url: str, base: str, permitted: AddressRule) -> Webhook:
-    """A callback as it was asked for. What its host resolves to is judged when it is sent.
+    """Check a webhook URL. The address of its host is checked when the callback is sent.
 
     Args:
         url: the value of `fal_webhook`.
-        base: origin of the server as the caller sees it.
-        permitted: which addresses may be asked.
+        base: origin of the server as the caller uses it.
+        permitted: the rule for addresses.
 
     Raises:
-        Refused: it can never work.
+        AddressRefused: the URL is invalid or not permitted.
     """
     target = check_url(url, permitted)
     return Webhook(url, target.raw_host or "", base)
 
 
 def signing_key(path: Path) -> Ed25519PrivateKey:
-    """The key pair of this data dir; made once, for its user's eyes only (mode 0600).
+    """Read the data dir's signing key, or create it (mode 0600).
 
     Raises:
-        InputError: what lies there is no such key.
+        InputError: the file is not an Ed25519 private key.
     """
     if not path.exists():
         pem = Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
@@ -152,11 +150,11 @@ def signing_key(path: Path) -> Ed25519PrivateKey:
         key = load_pem_private_key(path.read_bytes(), None)
         if isinstance(key, Ed25519PrivateKey):
             return key
-    raise InputError(f"{path} is no Ed25519 private key; put the right file back, or remove it and a new one is made")
+    raise InputError(f"{path} is not an Ed25519 private key; restore the file, or delete it to create a new key")
 
 
 def routes(key: Ed25519PrivateKey) -> list[tuple[str, str, _Handler]]:
-    """Method, path and handler of each route: receivers fetch the public key here."""
+    """Return method, path and handler of each route. Receivers fetch the public key here."""
     body = orjson.dumps(jwks_of([key.public_key()]))
 
     async def jwks(_: web.Request) -> web.Response:
@@ -167,23 +165,23 @@ def routes(key: Ed25519PrivateKey) -> list[tuple[str, str, _Handler]]:
 
 
 class Webhooks:
-    """Sends what is owed. Made by `sending`.
+    """Sends pending callbacks; run it with `sending`.
 
     Args:
-        service: says when requests end, and completes results.
-        store: knows what is owed.
-        guard: makes the calls.
-        key: signs.
+        service: reports when requests end, and inlines images.
+        store: the pending callbacks.
+        client: makes the requests.
+        key: signs the bodies.
         clock: Unix seconds.
-        chance: a number from 0 to 1, for the pace of retries.
-        disk_seconds: time between two tries at a disk that refuses.
+        chance: returns a random number from 0 to 1, for the jitter.
+        disk_seconds: seconds between two attempts to write to the disk.
     """
 
     def __init__(
         self,
         service: QueueService,
         store: Store,
-        guard: SafeHttpClient,
+        client: SafeHttpClient,
         key: Ed25519PrivateKey,
         clock: Callable[[], float],
         chance: Callable[[], float],
@@ -192,13 +190,13 @@ class Webhooks:
     ) -> None:
         self._service = service
         self._store = store
-        self._guard = guard
+        self._client = client
         self._key = key
         self._clock = clock
         self._chance = chance
         self._disk_seconds = disk_seconds
         self._under_way: dict[RequestId, str] = {}
-        """With their hosts."""
+        """Host by request, of the callbacks in flight."""
 
     async def run(self) -> None:
         """Send until cancelled."""
@@ -207,14 +205,14 @@ class Webhooks:
                 try:
                     await self._round(tasks)
                 except StorageError as error:
-                    _log.error("webhooks wait for the disk: %s", error)
+                    _log.error("webhooks: cannot read the request database, retrying: %s", error)
                     await asyncio.sleep(self._disk_seconds)
-                except Exception:  # the boundary between the callbacks and the server
-                    _log.exception("webhooks failed in a way that nobody foresaw")
+                except Exception:  # a failure must not stop the server
+                    _log.exception("webhooks: unexpected error")
                     await asyncio.sleep(self._disk_seconds)
 
     async def _round(self, tasks: asyncio.TaskGroup) -> None:
-        """Start what is due, then wait for something to change."""
+        """Start the due callbacks, then wait for the next due time or the end of a request."""
         self._service.ended.clear()
         now = self._clock()
         while self._store.webhooks and (room := PARALLEL - len(self._under_way)) > 0:
@@ -236,18 +234,18 @@ class Webhooks:
         await asyncio.sleep(_PAUSE_SECONDS)
 
     async def _deliver(self, delivery: Delivery) -> None:
-        """One try, and what it left. One for which no descriptor was free is none."""
+        """Make one attempt and store its outcome. An attempt without a free descriptor does not count."""
         try:
-            settlement = await self._tried(delivery)
-        except Exception:  # the boundary between one callback and the others
-            _log.exception("the webhook of request %s failed in a way that nobody foresaw", delivery.request_id)
-            settlement = self._again(delivery)
+            outcome = await self._tried(delivery)
+        except Exception:  # one callback's failure must not stop the others
+            _log.exception("webhook of request %s: unexpected error", delivery.request_id)
+            outcome = self._again(delivery)
         while True:
             try:
-                await self._store.settle(settlement)
+                await self._store.settle(outcome)
                 break
             except StorageError as error:
-                _log.error("the webhook of request %s cannot be noted: %s", delivery.request_id, error)
+                _log.error("webhook of request %s: cannot store the outcome, retrying: %s", delivery.request_id, error)
                 await asyncio.sleep(self._disk_seconds)
         del self._under_way[delivery.request_id]
         self._service.ended.set()
@@ -265,9 +263,9 @@ class Webhooks:
     async def _try(self, delivery: Delivery) -> DeliveryOutcome:
         request_id, webhook, tries = delivery
         stored = await self._store.find(request_id)
-        if stored is None or stored.ending is None:
-            return DeliveryOutcome(request_id, None)  # its result has expired this very moment
-        body = await self._body(stored.ending, webhook.base)
+        if stored is None or stored.completed is None:
+            return DeliveryOutcome(request_id, None)  # the result has just expired
+        body = await self._body(stored.completed, webhook.base)
         headers = sign(
             self._key,
             request_id=request_id,
@@ -277,32 +275,32 @@ class Webhooks:
         ) | {"content-type": protocol.CONTENT_JSON}
         seconds = LATER_SECONDS if tries else FIRST_SECONDS
         try:
-            status = await self._guard.post(webhook.url, body, headers, seconds)
-            verdict, reason = verdict_on(status), f"its server answered {status}"
+            status = await self._client.post(webhook.url, body, headers, seconds)
+            verdict, reason = verdict_on(status), f"its server returned status {status}"
         except AddressRefused as refusal:
             verdict, reason = DeliveryVerdict.NEVER, str(refusal)
         except Unreachable as failure:
             verdict, reason = DeliveryVerdict.AGAIN, str(failure)
         if verdict is DeliveryVerdict.ACKNOWLEDGED:
             return DeliveryOutcome(request_id, None)
-        settlement = self._again(delivery) if verdict is DeliveryVerdict.AGAIN else DeliveryOutcome(request_id, None)
+        outcome = self._again(delivery) if verdict is DeliveryVerdict.AGAIN else DeliveryOutcome(request_id, None)
         # The URL's path and query may hold the receiver's secrets: only its host is logged.
-        outcome = "given up" if settlement.due_at is None else "tried again later"
-        _log.warning("webhook of request %s to %s: %s; %s", request_id, webhook.host, reason, outcome)
-        return settlement
+        consequence = "giving up" if outcome.due_at is None else "retrying later"
+        _log.warning("webhook of request %s to %s: %s; %s", request_id, webhook.host, reason, consequence)
+        return outcome
 
     def _again(self, delivery: Delivery) -> DeliveryOutcome:
         return DeliveryOutcome(delivery.request_id, next_try(delivery.tries + 1, self._clock(), self._chance()))
 
-    async def _body(self, ending: CompletedRequest, base: str) -> bytes:
-        inlined = await self._service.inlined(ending) if ending.inline else None
-        reply = answers.result_reply(base, ending, inlined)
-        return callback_body(ending, reply.body)
+    async def _body(self, completed: CompletedRequest, base: str) -> bytes:
+        inlined = await self._service.inlined(completed) if completed.inline else None
+        reply = answers.result_reply(base, completed, inlined)
+        return callback_body(completed, reply.body)
 
 
 @asynccontextmanager
 async def sending(webhooks: Webhooks) -> AsyncIterator[None]:
-    """Callbacks are sent while the block lasts; what is under way at its end is tried again by the next server."""
+    """Send callbacks inside the `async with` block. Those in flight at its end are retried by the next server."""
     task = asyncio.create_task(webhooks.run())
     try:
         yield

@@ -1,8 +1,8 @@
-// Does one thing with the unmodified @fal-ai/client and prints what came of it as JSON.
+// Runs one action with the unmodified @fal-ai/client and prints the outcome as JSON.
 //
 //   node client.mjs RECIPE ACTION ARGUMENTS-AS-JSON
 //
-// RECIPE says how the client is pointed at our server: "middleware" rewrites URLs, "proxy" sends all to one URL.
+// RECIPE is how the client reaches our server: "middleware" rewrites URLs, "proxy" sends everything to one URL.
 // Environment: ENDPOINT (origin of the server), CREDENTIALS (key), MODULES (folder with node_modules).
 import { createRequire } from "node:module";
 import { openAsBlob } from "node:fs";

@@ -1,4 +1,4 @@
-// The official JavaScript client, unmodified: `fal.subscribe`, so many at a time.
+// The unmodified official JavaScript client: concurrent `fal.subscribe`.
 //
 //   MODULES=folder-with-node_modules node fal_js.mjs URL JOBS AT_ONCE
 import { createRequire } from "node:module";

@@ -1,4 +1,4 @@
-"""The official Python client, unmodified: `AsyncClient.subscribe`, so many at a time, as its documentation shows.
+"""The unmodified official Python client: concurrent `AsyncClient.subscribe`, as in its documentation.
 
 python -m tests.benchmarks.peers.fal_python URL JOBS [--at-once 64]
 """

@@ -1,8 +1,8 @@
-"""The floor: a bare aiohttp loop, three requests a job, no journal, no logic. With `--files` it stores images too.
+"""The floor: a bare aiohttp loop with three requests per job, without a journal. With `--files` it also stores images.
 
     python -m tests.benchmarks.peers.floor URL JOBS [--at-once 64] [--first-poll 0] [--every 0.5] [--files DIR]
 
-Prints one JSON line. `--download-only` leaves the three requests out: GET, hash and write, nothing else.
+Prints one JSON line. `--download-only` omits the three requests and only downloads, hashes and writes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CONNECTIONS = 64
 
 
 async def job(session: aiohttp.ClientSession, given: argparse.Namespace, number: int) -> str:
-    """Submit, poll, read the result; the image's URL."""
+    """Submit, poll, read the result and return the image's URL."""
     body = orjson.dumps({"image_url": "https://images.example/a.jpg", "prompt": f"p {number}", "seed": number})
     headers = {"content-type": "application/json"}
     async with session.post(f"{given.url}/{APP}", data=body, headers=headers) as reply:
@@ -40,7 +40,7 @@ async def job(session: aiohttp.ClientSession, given: argparse.Namespace, number:
 
 
 async def keep(session: aiohttp.ClientSession, url: str, folder: Path) -> None:
-    """Download, hash and write: no check of the image, nothing synced."""
+    """Download, hash and write an image, without validation and without fsync."""
     async with session.get(url) as reply:
         data = await reply.read()
     (folder / hashlib.sha256(data).hexdigest()).write_bytes(data)

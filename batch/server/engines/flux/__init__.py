@@ -1,5 +1,5 @@
-"""The flux engine: FLUX.1 [dev] image-to-image on one's own devices, a worker process each.
+"""The flux engine: FLUX.1 [dev] image-to-image on local devices, with one worker process per device.
 
-Torch and diffusers are imported inside those processes only. In the server stay `options`, `folder`, `hub` and
-`engine`; in the workers run `loading`, `tuning`, `safety`, `trouble` and `renderer`.
+Only the workers import torch and diffusers. `options`, `folder`, `hub` and `engine` run in the server process;
+`loading`, `tuning`, `safety`, `errors`, `restyle` and `renderer` run in the workers.
 """

@@ -1,4 +1,4 @@
-"""The flux engine as the server sees it: one worker process a device, each with the whole model. Imports no torch."""
+"""The server's side of the flux engine: one worker process per device, each with the whole model. No torch here."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ __all__ = ["LIBRARIES", "PREPARATION", "FluxEngine", "open_engine"]
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
 PREPARATION = EngineJob("preparation", ImageToImageInput(image_url="data:,", prompt="", seed=0))
-"""A job without a source image: the worker loads the model and warms up, and that is all."""
+"""A job without a source image: the worker only loads the model and warms up."""
 _RENDERER = "batch.server.engines.flux.renderer:open_renderer"
 _log = logging.getLogger(__name__)
 
 
 def open_engine(options: FluxOptions) -> FluxEngine:
-    """Find the model (a hub id that is not here is downloaded, which may take an hour), check it, make the engine.
+    """Find and check the model, and create the engine. Downloads a missing hub model, which can take an hour.
 
     Raises:
-        InputError: a library is not installed, or a folder cannot be used.
+        InputError: a library is not installed, the download failed, or a folder is invalid.
     """
     missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
@@ -54,10 +54,10 @@ class FluxEngine:
     """FLUX.1 [dev] image-to-image with diffusers.
 
     Args:
-        options: see there.
-        model: its folder, checked.
-        checker: the safety checker's folder, checked; None: nothing is checked.
-        renderer: what makes the renderer inside each worker process.
+        options: the validated flags.
+        model: the model folder, checked.
+        checker: the folder of the safety checker, checked; None: images are not checked.
+        renderer: `module:function` that creates the renderer inside each worker process.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class FluxEngine:
         self._pool = WorkerPool(renderer, [self._arguments(device) for device in options.devices])
 
     def info(self) -> EngineInfo:
-        """What this engine is."""
+        """Describe the engine."""
         checker = self._checker
         return EngineInfo(
             name=f"flux {self._model.name}@{self._revision}",
@@ -82,29 +82,29 @@ class FluxEngine:
         )
 
     def statistics(self) -> WorkerStatistics:
-        """Counts of worker processes."""
+        """Return the counts of worker processes."""
         return self._pool.statistics()
 
     def pids(self) -> list[int]:
-        """Process ids of the living workers."""
+        """Return the process ids of the live workers."""
         return self._pool.pids()
 
     async def start(self) -> None:
-        """Load the model on every device and warm up; returns when all can work, which may take minutes.
+        """Load the model on every device and warm up. Returns when all workers are ready, which can take minutes.
 
         Raises:
-            InputError: one of them cannot; the sentence says why.
+            InputError: a worker failed; the message gives the cause.
         """
         info = self.info()
         _log.info("engine %s on %s", info.name, ", ".join(self._options.devices))
         if info.safety_checker is None:
-            _log.warning("no safety checker is loaded: no image is checked, and none is called safe")
+            _log.warning("no safety checker is loaded: images are not checked")
         try:
             await self._pool.prepare(PREPARATION)
         except EngineFailure as failure:
             raise InputError(failure.message) from failure
         except WorkerCrashed as crash:
-            message = f"a worker died while it loaded {self._model.path}: {crash}; the lines above may say why"
+            message = f"a worker died while it loaded {self._model.path}: {crash}; see the log lines above"
             raise InputError(message) from crash
 
     async def aclose(self) -> None:
@@ -113,11 +113,11 @@ class FluxEngine:
 
     async def generate(self, job: EngineJob, on_step: OnStep, cancelled: Cancelled) -> EngineResult:
         """Restyle one image; see `Engine.generate` for the errors."""
-        # Without a source it would be a preparation.
+        # A job with source None would only prepare the worker.
         return await self._pool.run(replace(job, source=job.source or b""), on_step, cancelled)
 
     def _arguments(self, device: str) -> JsonObject:
-        """What a worker is started with; see `batch.server.engines.flux.loading.Setup`."""
+        """Return the arguments of a worker; see `batch.server.engines.flux.loading.Setup`."""
         options, checker = self._options, self._checker
         warm_up = options.warm_up
         if warm_up is None:
@@ -135,7 +135,7 @@ class FluxEngine:
 
 
 def _precision(options: FluxOptions) -> str:
-    """Of the transformer's numbers: with another one the same seed gives a slightly other image."""
+    """Return the precision of the transformer. It is part of the revision, because it changes images slightly."""
     if options.quantize:
         return options.quantize
     return "fp32" if set(options.devices) == {"cpu"} else "bf16"

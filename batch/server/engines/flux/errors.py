@@ -1,4 +1,4 @@
-"""What an error of torch means for the request and for the worker. Runs inside a worker process."""
+"""Classify torch errors by their effect on the request and on the worker. Runs in a worker process."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ _LOST = re.compile(r"(CUDA|HIP)( driver)? error|device-side assert|CUBLAS_STATUS
 
 
 class RenderError(Enum):
-    """What follows."""
+    """The class of a torch error."""
 
     MEMORY = "memory ran out"
-    """This request fails; the worker goes on with others."""
+    """The request fails; the worker continues."""
     LOST = "the device is lost"
-    """Nothing works in this process any more: it leaves, and another one takes its place."""
+    """Every further call in this process fails: it must exit, and the pool replaces it."""
     OTHER = "something else"
-    """A defect, most likely ours."""
+    """Probably a bug in this engine."""
 
 
 def render_error_of(error: BaseException) -> RenderError:
-    """The meaning of an error. By its type where torch has one for it, else by the words that torch begins it with."""
+    """Classify an error by its type, or by the start of its message if torch has no type for it."""
     import torch
 
     text = str(error)
@@ -38,6 +38,6 @@ def render_error_of(error: BaseException) -> RenderError:
 
 
 def first_line(error: BaseException) -> str:
-    """Type and first line, 300 characters at most: torch appends pages of advice."""
+    """Return type and first line, at most 300 characters. Torch appends pages of advice."""
     text = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {text}"[:300]

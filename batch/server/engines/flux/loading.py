@@ -1,4 +1,4 @@
-"""From a checked folder to a pipeline on its device, with a line of progress for each part. In a worker process."""
+"""Load a checked folder as a pipeline on a device, and log progress per part. Runs in a worker process."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _FP8_CAPABILITY = (8, 9)
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What one worker process is to load. JSON: it comes on the process's command line."""
+    """Configuration of one worker process. It arrives as JSON on the command line."""
 
     folder: str
     label: str
-    """Name and revision, for the notes in the images' files."""
+    """Model name and revision, for the metadata of the images."""
     device: str
     checker: str | None = None
     checker_kind: str = ""
@@ -40,18 +40,19 @@ class Model(NamedTuple):
     """A loaded model."""
 
     pipeline: Any
-    """A FluxImg2ImgPipeline that is never called itself: each request calls a shallow copy."""
+    """A FluxImg2ImgPipeline. Requests call a shallow copy of it, never the pipeline itself."""
     checker: Checker | None
     device: Any
-    """torch's."""
+    """A `torch.device`."""
     tuned: bool
+    """Whether the optimizations of `batch.server.engines.flux.tuning` are active."""
 
 
 def load(setup: Setup) -> Model:
-    """Load what the setup names.
+    """Load the model and the safety checker.
 
     Raises:
-        NotReady: there is no such device, not enough memory, or the files do not load; one sentence.
+        NotReady: the device is unavailable, memory ran out, or the files cannot be loaded.
     """
     began = time.perf_counter()
     device = _device(setup.device)
@@ -63,7 +64,7 @@ def load(setup: Setup) -> Model:
         checker = None
         if setup.checker is not None:
             checker = open_checker(Path(setup.checker), setup.checker_kind, device)
-    except Exception as error:  # the boundary to torch and its friends: every fault becomes a sentence
+    except Exception as error:  # the boundary to torch, diffusers and transformers: any error becomes one message
         raise _not_ready(setup, error) from error
     gc.collect()
     _log.info("%s: %s is loaded, %.1f s", setup.device, setup.label, time.perf_counter() - began)
@@ -71,10 +72,10 @@ def load(setup: Setup) -> Model:
 
 
 def _device(name: str) -> Any:
-    """The device of that name.
+    """Return the device with that name.
 
     Raises:
-        NotReady: it is not here.
+        NotReady: it is unavailable.
     """
     import torch
 
@@ -83,19 +84,20 @@ def _device(name: str) -> Any:
         return device
     if not torch.backends.cuda.is_built():
         raise NotReady(
-            f"{name} was named, but torch {torch.__version__} has no GPU support; install torch's build for CUDA"
-            " (https://pytorch.org/get-started), or say --devices cpu"
+            f"device {name} is unavailable: torch {torch.__version__} has no GPU support; install the CUDA build of"
+            " torch (https://pytorch.org/get-started), or use --devices cpu"
         )
     count = torch.cuda.device_count()
     if count == 0:
-        raise NotReady(f"{name} was named, but no GPU is visible (nvidia-smi shows what there is); say --devices cpu")
+        raise NotReady(f"device {name} is unavailable: no GPU is visible; check nvidia-smi, or use --devices cpu")
     if device.index >= count:
-        raise NotReady(f"{name} was named, but this machine shows {count} GPUs, cuda:0 to cuda:{count - 1}")
+        raise NotReady(f"device {name} is unavailable: this machine has {count} GPUs, cuda:0 to cuda:{count - 1}")
     try:
         torch.cuda.set_device(device)
         torch.zeros(1, device=device)
     except RuntimeError as error:
-        raise NotReady(f"{name} cannot be used ({first_line(error)}); see nvidia-smi, or name other devices") from error
+        reason = first_line(error)
+        raise NotReady(f"device {name} is unavailable: {reason}; check nvidia-smi, or use other --devices") from error
     return device
 
 
@@ -105,7 +107,7 @@ def _check_fp8(name: str, device: Any) -> None:
     capability = torch.cuda.get_device_capability(device)
     if capability < _FP8_CAPABILITY:
         model = torch.cuda.get_device_name(device)
-        raise NotReady(f"{name}, a {model}, does not compute in fp8 (Ada, Hopper and newer do); leave --quantize out")
+        raise NotReady(f"{name} ({model}) does not support fp8 (Ada, Hopper or newer required); omit --quantize")
 
 
 def _pipeline(setup: Setup, device: Any, *, tuned: bool) -> Any:
@@ -120,7 +122,7 @@ def _pipeline(setup: Setup, device: Any, *, tuned: bool) -> Any:
         "vae": diffusers.AutoencoderKL,
     }
     for library in (diffusers, transformers):
-        library.utils.logging.disable_progress_bar()  # dozens a second in a log that nobody watches
+        library.utils.logging.disable_progress_bar()  # it would fill the log
     folder = Path(setup.folder)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     parts = {}
@@ -128,11 +130,11 @@ def _pipeline(setup: Setup, device: Any, *, tuned: bool) -> Any:
         size = sum(file.stat().st_size for file in (folder / part).glob("*.safetensors")) / 1e9
         _log.info("%s: loading %s (%d of %d, %.1f GB)", setup.device, part, number, len(PARTS), size)
         loaded = classes[part].from_pretrained(folder / part, local_files_only=True, dtype=dtype).eval()
-        # Part by part, so that main memory holds one at most, and a quantized one has shrunk before the next comes.
+        # Move and quantize each part before the next one is loaded: main memory then holds one part at a time.
         parts[part] = loaded.to(device) if setup.offload == "none" else loaded
         if tuned:
             tune(part, loaded, fp8=setup.quantize == "fp8")
-    # The published snapshot names FluxPipeline; the parts are the same.
+    # The published snapshot names FluxPipeline, which has the same parts.
     pipeline = diffusers.FluxImg2ImgPipeline.from_pretrained(folder, local_files_only=True, dtype=dtype, **parts)
     pipeline.set_progress_bar_config(disable=True)
     if setup.offload == "model":
@@ -148,11 +150,11 @@ def _not_ready(setup: Setup, error: Exception) -> NotReady:
             advice = "use a machine with more memory"
             if setup.device != "cpu":
                 advice = "free the GPU, or try --quantize fp8, --offload model or --offload sequential"
-            return NotReady(f"{setup.device} has not enough memory for {setup.label} ({first_line(error)}); {advice}")
+            problem = f"{setup.device} has too little memory for {setup.label} ({first_line(error)})"
         case RenderError.LOST:
-            return NotReady(
-                f"{setup.device} failed while {setup.label} was loaded ({first_line(error)}); see nvidia-smi"
-            )
+            problem = f"{setup.device} failed while it loaded {setup.label} ({first_line(error)})"
+            advice = "check nvidia-smi"
         case _:
-            what = f"{setup.folder} cannot be loaded on {setup.device} ({first_line(error)})"
-            return NotReady(f"{what}; download it again, or compare the versions of torch, diffusers and transformers")
+            problem = f"cannot load {setup.folder} on {setup.device} ({first_line(error)})"
+            advice = "download it again, or check the versions of torch, diffusers and transformers"
+    return NotReady(f"{problem}; {advice}")

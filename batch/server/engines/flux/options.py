@@ -1,4 +1,4 @@
-"""What the flux engine may be told, checked. Pure: knows neither disk nor torch."""
+"""Options of the flux engine and their validation. Pure: no disk access, no torch."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ class FluxOptions:
     """How to run FLUX.1 [dev].
 
     Raises:
-        ConfigError: a value is none, or two do not go together.
+        ConfigError: a value is invalid, or two values contradict each other.
     """
 
     model: str
-    """A folder with the model as diffusers lays it out, or a hub id: `black-forest-labs/FLUX.1-dev`."""
+    """A model folder in the layout of diffusers, or a hub id such as `black-forest-labs/FLUX.1-dev`."""
     devices: tuple[str, ...] = ("cuda:0",)
-    """`cpu` or `cuda:N`; one worker process each, with the whole model."""
+    """`cpu` or `cuda:N`; each gets one worker process with the whole model."""
     safety_checker: str | None = None
-    """A folder or a hub id; None: nothing is checked."""
+    """A folder or a hub id; None: images are not checked."""
     quantize: Literal["fp8"] | None = None
     offload: Offload = "none"
-    """What waits in main memory: `model` all parts but the one that works, `sequential` all layers but one."""
+    """Content of main memory: with `model` all parts except the active one, with `sequential` all layers except one."""
     warm_up: tuple[tuple[int, int], ...] | None = None
-    """Widths and heights rendered before the first request; None: 1024x1024 on a GPU, nothing on a CPU."""
+    """Sizes (width, height) rendered before the first request; None: 1024x1024 on a GPU, nothing on a CPU."""
 
     def __post_init__(self) -> None:
         if not self.model:
@@ -43,20 +43,20 @@ class FluxOptions:
             raise ConfigError("the engine flux needs a device: --devices cuda:0,cuda:1 or --devices cpu")
         for device in self.devices:
             if not _DEVICE.fullmatch(device):
-                raise ConfigError(f"{device!r} is no device; say for instance --devices cuda:0,cuda:1 or --devices cpu")
+                raise ConfigError(f"invalid device {device!r}: use --devices cpu, or GPUs such as cuda:0,cuda:1")
         if self.quantize not in {None, "fp8"}:
-            raise ConfigError(f"{self.quantize!r} is no quantization; there is --quantize fp8")
+            raise ConfigError(f"invalid --quantize {self.quantize!r}: use fp8")
         if self.offload not in get_args(Offload):
-            raise ConfigError(f"{self.offload!r} is no way to offload; say --offload {'|'.join(get_args(Offload))}")
+            raise ConfigError(f"invalid --offload {self.offload!r}: use {', '.join(get_args(Offload))}")
         on_cpu = "cpu" in self.devices
         if on_cpu and set(self.devices) != {"cpu"}:
-            raise ConfigError("CPU and GPU compute with other numbers and would give other images; name one kind only")
+            raise ConfigError("--devices mixes CPU and GPU, which produce different images; use only one kind")
         if on_cpu and self.offload != "none":
-            raise ConfigError(f"--offload {self.offload} saves a GPU's memory and means nothing with --devices cpu")
+            raise ConfigError(f"--offload {self.offload} has no effect with --devices cpu; omit it")
         if on_cpu and self.quantize:
-            raise ConfigError("--quantize fp8 needs a GPU that computes in fp8, and means nothing with --devices cpu")
+            raise ConfigError("--quantize fp8 needs a GPU and does not work with --devices cpu; omit it")
         if self.quantize and self.offload != "none":
-            raise ConfigError("--quantize fp8 and --offload do not go together; a quantized model needs less memory")
+            raise ConfigError(f"--quantize fp8 and --offload {self.offload} cannot be combined; omit one of them")
 
     @classmethod
     def of_flags(
@@ -68,10 +68,10 @@ class FluxOptions:
         offload: str | None = None,
         warm_up: str | None = None,
     ) -> FluxOptions | None:
-        """The options as a command line gives them, lists with commas; None where not one of them was given.
+        """Parse command line values, with lists separated by commas. Return None if no flag is set.
 
         Raises:
-            ConfigError: see there; and a flag without a model.
+            ConfigError: a value is invalid, values contradict each other, or `model` is missing.
         """
         given = (model, devices, safety_checker, quantize, offload, warm_up)
         if all(value is None for value in given):
@@ -95,5 +95,6 @@ def _size(text: str) -> tuple[int, int]:
     sides = (int(found[1]), int(found[2])) if found else (0, 0)
     least, most = _SIDES_PX
     if not all(least <= side <= most for side in sides):
-        raise ConfigError(f"{text!r} is no size from {least} to {most} px; say --warm-up 1024x1024,768x1344, or none")
+        limits = f"{least} to {most} px per side"
+        raise ConfigError(f"invalid --warm-up size {text!r}: use sizes such as 1024x1024,768x1344 ({limits}), or none")
     return sides

@@ -1,7 +1,7 @@
-"""The flux engine's blocking part: one worker process with one model on one device.
+"""The blocking part of the flux engine: one worker process with one model on one device.
 
-Owns when the model is loaded, and what an error of it means to the request and to this process. Importing it needs
-no library of the model's own.
+Decides when the model is loaded, and how an error affects the request and this process. Importing this module needs no
+torch and no diffusers.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from batch.server.engines.flux.tuning import untune
 __all__ = ["LOST", "FluxRenderer", "open_renderer"]
 
 LOST = 70
-"""Exit status of a process whose device is lost."""
+"""Exit status of a process that lost its device."""
 _log = logging.getLogger(__name__)
 
 
 class FluxRenderer:
-    """Renders requests on a model that the first of them loads.
+    """Renders requests. The first job loads the model.
 
-    The engine sends a job without a source ahead of all others: it only loads and warms up, and so tells the engine
-    whether this worker can work. A worker that replaces another loads with its first request.
+    At startup the engine sends a job without a source, which only loads the model and warms up; its result shows
+    whether this worker can work. A replacement worker loads the model with its first request.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -52,33 +52,33 @@ class FluxRenderer:
         self._model: Model | None = None
 
     def render(self, job: EngineJob, on_step: OnStep, cancelled: Cancelled) -> EngineResult:
-        """Make the images of one request, or, without a source, get ready.
+        """Render the images of one request. A job without a source only loads the model and warms up.
 
         Raises:
-            EngineFailure: the source is no usable image, or memory ran out.
-            NotReady: the model cannot be loaded, or not be used.
-            EngineCancelled: the job was told to stop.
+            EngineFailure: the source image cannot be used, memory ran out, or the model failed.
+            NotReady: the model cannot be loaded, or the warm-up failed.
+            EngineCancelled: the job was cancelled.
         """
         began, loads = time.perf_counter(), self._model is None
         model = self.model()
         loading = {"loading": time.perf_counter() - began} if loads else {}
         if job.source is None:
             return EngineResult((), job.seed, (), {"inference": 0.0, **loading}, "")
-        result = self._guarded(model, job, on_step, cancelled)
+        result = self._restyle(model, job, on_step, cancelled)
         return replace(result, timings={**result.timings, **loading})
 
     def model(self) -> Model:
-        """The loaded and warm model; loads it where it is not.
+        """Return the model; load it and warm up on the first call.
 
         Raises:
-            NotReady: it cannot be loaded, or not be used.
+            NotReady: the model cannot be loaded, or the warm-up failed.
         """
         if self._model is None:
             self._model = self._warm(load(self._setup))
         return self._model
 
     def _warm(self, model: Model) -> Model:
-        """Render each size once, for what is compiled, planned and allocated at the first image."""
+        """Render each size once, because the first image of a size triggers compilation, planning and allocation."""
         for width, height in self._setup.warm_up:
             began = time.perf_counter()
             job = _blank(width, height)
@@ -86,57 +86,59 @@ class FluxRenderer:
                 restyle(model, self._setup.label, job, lambda *_: None, lambda: False)
             except Exception as error:
                 if render_error_of(error) is not RenderError.OTHER or not model.tuned:
-                    raise NotReady(self._said(error, "the warm-up")) from error
-                # A compiler or a kernel that does not suit this machine: slower is better than not at all.
-                _log.warning("%s: without compiled blocks: %s", self._setup.device, first_line(error))
+                    raise NotReady(self._message(error, "the warm-up")) from error
+                # The compiler or a kernel does not work on this machine: continue without it, more slowly.
+                _log.warning("%s: running without compiled blocks: %s", self._setup.device, first_line(error))
                 untune(model.pipeline.transformer)
                 return self._warm(model._replace(tuned=False))
-            _log.info("%s: warm at %dx%d, %.1f s", self._setup.device, width, height, time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            _log.info("%s: warm-up at %dx%d took %.1f s", self._setup.device, width, height, seconds)
         return model
 
-    def _guarded(self, model: Model, job: EngineJob, on_step: OnStep, cancelled: Cancelled) -> EngineResult:
+    def _restyle(self, model: Model, job: EngineJob, on_step: OnStep, cancelled: Cancelled) -> EngineResult:
+        """Render one request and convert errors of torch."""
         try:
             return restyle(model, self._setup.label, job, on_step, cancelled)
         except EngineError:
             raise
-        except Exception as error:  # the boundary to torch: what it means is decided here
-            trouble = render_error_of(error)
-            if trouble is RenderError.LOST:
-                self._leave(error)
-            if trouble is RenderError.OTHER:
-                traceback.print_exc()  # a defect: its trace belongs into the log, not into the answer
-            message = self._said(error, "a request")
-        # Outside of the except block: the error's frames held what is to be freed.
+        except Exception as error:  # the boundary to torch
+            kind = render_error_of(error)
+            if kind is RenderError.LOST:
+                self._exit(error)
+            if kind is RenderError.OTHER:
+                traceback.print_exc()  # probably a bug: the traceback belongs in the log, not in the response
+            message = self._message(error, "a request")
+        # After the except block, because the frames of the error hold references to the memory to be freed.
         _free(model)
-        retryable = trouble is RenderError.MEMORY
+        retryable = kind is RenderError.MEMORY
         raise EngineFailure(500, "internal_server_error", message, loc=("body",), retryable=retryable)
 
-    def _said(self, error: Exception, what: str) -> str:
-        """The sentence that a person reads."""
+    def _message(self, error: Exception, phase: str) -> str:
+        """Describe an error of torch for users."""
         device = self._setup.device
         match render_error_of(error):
             case RenderError.MEMORY:
                 offload = device != "cpu" and self._setup.offload == "none"
-                advice = "a smaller image needs less" + (", and so does --offload model" if offload else "")
-                return f"{device} ran out of memory in {what} ({first_line(error)}); {advice}"
+                advice = "use a smaller image" + (" or --offload model" if offload else "")
+                return f"{device} ran out of memory during {phase} ({first_line(error)}); {advice}"
             case RenderError.LOST:
-                return f"{device} was lost in {what} ({first_line(error)}); see nvidia-smi"
+                return f"{device} was lost during {phase} ({first_line(error)}); check nvidia-smi"
             case _:
-                return f"the model failed in {what} ({first_line(error)})"
+                return f"the model failed during {phase} ({first_line(error)})"
 
-    def _leave(self, error: Exception) -> NoReturn:
-        """End this process: after such an error every further call fails. The pool starts another one."""
-        sys.stderr.write(f"{self._said(error, 'a request')}; this worker leaves, another one is tried\n")
+    def _exit(self, error: Exception) -> NoReturn:
+        """End this process, because every further call on a lost device fails. The pool starts another process."""
+        sys.stderr.write(f"{self._message(error, 'a request')}; this worker exits and is replaced\n")
         sys.stderr.flush()
         os._exit(LOST)
 
 
 def open_renderer(**setup: Any) -> FluxRenderer:
-    """The renderer of one worker process; see `Setup` for what it takes."""
-    # Before anything imports them. All that is needed lies on the disk: a hub that cannot be reached must not matter.
+    """Create the renderer of one worker process. The arguments are the fields of `Setup`."""
+    # Set before the libraries are imported. All files are local, so the worker must not depend on the hub.
     for name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS"):
         os.environ[name] = "1"
-    # On the CPU: MKL else rounds by how a buffer is aligned, and one seed gives one image on the next try, not on this.
+    # For the CPU: otherwise MKL's rounding depends on buffer alignment, and a seed does not reproduce its image.
     os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
     for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
@@ -155,8 +157,8 @@ def _free(model: Model) -> None:
 
 
 def _blank(width: int, height: int) -> EngineJob:
-    """A request of two steps for a grey image."""
+    """Return a request of two steps for a grey image."""
     buffer = io.BytesIO()
     Image.new("RGB", (width, height), "grey").save(buffer, "PNG")
-    asked = ImageToImageInput(image_url="data:,", prompt="", strength=0.2, num_inference_steps=10, seed=0)
-    return EngineJob("warm-up", asked, buffer.getvalue())
+    inputs = ImageToImageInput(image_url="data:,", prompt="", strength=0.2, num_inference_steps=10, seed=0)
+    return EngineJob("warm-up", inputs, buffer.getvalue())

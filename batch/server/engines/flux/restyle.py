@@ -1,7 +1,7 @@
-"""One request on a loaded model: source bytes and a prompt in, encoded images out. In a worker process.
+"""Render one request on a loaded model: source bytes and a prompt in, encoded images out. Runs in a worker process.
 
-Owns what the endpoint's inputs mean to diffusers. On a CPU and without acceleration the images are, number by
-number, those of a plain `FluxImg2ImgPipeline` called with the same values.
+Owns the mapping of the endpoint's inputs to diffusers. On a CPU and without acceleration the pixels equal those of a
+plain `FluxImg2ImgPipeline` called with the same values.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from batch.server.engines.images import encode, read_source
 __all__ = ["NOTE", "PROMPT_TOKENS", "restyle"]
 
 NOTE = "restyle flux"
-"""Begins the JPEG comment or PNG text of every image."""
+"""Start of the JPEG comment or PNG text of every image."""
 PROMPT_TOKENS = 512
-"""T5 tokens that a prompt is padded or cut to; part of the result, since the padding is attended to as well."""
+"""T5 tokens to which a prompt is padded or truncated. It affects the images, because attention includes the padding."""
 
 
 @dataclass(slots=True)
-class _Laps:
-    """Seconds by what they were spent on. A GPU is waited for at the end of each."""
+class _Timer:
+    """Seconds per phase. The end of a phase waits for the GPU."""
 
     device: Any
     seconds: dict[str, float] = field(default_factory=dict)
@@ -44,111 +44,111 @@ class _Laps:
 
 
 class _Steps:
-    """Follows one image after the other from step to step; raises where the job was told to stop."""
+    """Counts steps across the images of a request; raises `EngineCancelled` if the job is cancelled."""
 
-    def __init__(self, count: int, laps: _Laps, on_step: OnStep, cancelled: Cancelled) -> None:
+    def __init__(self, count: int, timer: _Timer, on_step: OnStep, cancelled: Cancelled) -> None:
         self._count = count
-        self._laps = laps
+        self._timer = timer
         self._on_step = on_step
         self._cancelled = cancelled
         self._done = 0
-        self._ahead: Any = None
+        self._previous_step: Any = None
 
     def __call__(self, pipeline: Any, step: int, _: Any, values: dict[str, Any]) -> dict[str, Any]:
-        """The pipeline's `callback_on_step_end`. A stop is raised: `_interrupt` would give a half-noisy image."""
-        self._keep_pace()
+        """Handle the pipeline's `callback_on_step_end`. Its `_interrupt` flag would return a half-noisy image."""
+        self._wait_for_previous_step()
         self._done += 1
-        # An image's number of steps is known only now: it depends on strength, and diffusers' rounding is the truth.
+        # The number of steps depends on strength and on diffusers' rounding, so it is known only now.
         self._on_step(self._done, pipeline.num_timesteps * self._count)
         if self._cancelled():
             raise EngineCancelled
         if step == pipeline.num_timesteps - 1:
-            self._laps.end("denoising")
+            self._timer.end("denoising")
         return values
 
-    def _keep_pace(self) -> None:
-        """Steps are queued far sooner than a GPU works them off: wait for the one before, so that a cancel is real."""
-        if self._laps.device.type != "cuda":
+    def _wait_for_previous_step(self) -> None:
+        """Wait for the previous step: steps are queued faster than a GPU runs them, which would delay cancellation."""
+        if self._timer.device.type != "cuda":
             return
         import torch
 
         event = torch.cuda.Event()
         event.record()
-        if self._ahead is not None:
-            self._ahead.synchronize()
-        self._ahead = event
+        if self._previous_step is not None:
+            self._previous_step.synchronize()
+        self._previous_step = event
 
 
 def restyle(model: Model, label: str, job: EngineJob, on_step: OnStep, cancelled: Cancelled) -> EngineResult:
-    """Make `num_images` images, image i with seed + i, each as if it were the only one.
+    """Render `num_images` images. Image i uses seed + i and equals the single image of that seed.
 
     Args:
-        model: where.
-        label: name and revision of the model, for the notes in the files.
-        job: with its source.
-        on_step: told after each denoising step of each rendered.
-        cancelled: asked after each.
+        model: the loaded model.
+        label: name and revision of the model, for the metadata of the images.
+        job: a job with a source.
+        on_step: called after each denoising step of each image.
+        cancelled: called after each of these steps.
 
     Raises:
-        EngineFailure: the source is no usable rendered.
-        EngineCancelled: the job was told to stop.
+        EngineFailure: the source image cannot be used.
+        EngineCancelled: the job was cancelled.
     """
     import torch
 
     if cancelled():
         raise EngineCancelled
-    asked = job.input
-    seeds = range(job.seed, job.seed + asked.num_images)
-    laps = _Laps(model.device)
+    inputs = job.input
+    seeds = range(job.seed, job.seed + inputs.num_images)
+    timer = _Timer(model.device)
     source = read_source(job.source or b"")
-    laps.end("reading")
-    pipeline = _for_one_request(model.pipeline)
+    timer.end("reading")
+    pipeline = _copy_with_new_scheduler(model.pipeline)
     with torch.no_grad():
-        prompt, pooled, _ = pipeline.encode_prompt(asked.prompt, prompt_2=None, max_sequence_length=PROMPT_TOKENS)
-    laps.end("prompt")
-    steps = _Steps(asked.num_images, laps, on_step, cancelled)
+        prompt, pooled, _ = pipeline.encode_prompt(inputs.prompt, prompt_2=None, max_sequence_length=PROMPT_TOKENS)
+    timer.end("prompt")
+    steps = _Steps(inputs.num_images, timer, on_step, cancelled)
     images = []
     for seed in seeds:
-        with accelerated(pipeline.transformer, asked.acceleration):
+        with accelerated(pipeline.transformer, inputs.acceleration):
             made = pipeline(
                 prompt_embeds=prompt,
                 pooled_prompt_embeds=pooled,
                 image=source,
                 width=source.width,
                 height=source.height,
-                strength=asked.strength,
-                num_inference_steps=asked.num_inference_steps,
-                guidance_scale=asked.guidance_scale,
+                strength=inputs.strength,
+                num_inference_steps=inputs.num_inference_steps,
+                guidance_scale=inputs.guidance_scale,
                 max_sequence_length=PROMPT_TOKENS,
-                # On the CPU whatever the device: the same seed then starts from the same noise everywhere.
+                # Always on the CPU, so that a seed starts from the same noise on every device.
                 generator=torch.Generator("cpu").manual_seed(seed),
                 callback_on_step_end=steps,
             )
         images.append(made.images[0])
-        laps.end("decoding")
-    model.pipeline.maybe_free_model_hooks()  # of the one that knows what is offloaded
+        timer.end("decoding")
+    model.pipeline.maybe_free_model_hooks()  # the copy does not know what is offloaded
     flags = _flags(model, job, images)
-    laps.end("checking")
-    inference = sum(seconds for name, seconds in laps.seconds.items() if name != "reading")
+    timer.end("checking")
+    inference = sum(seconds for name, seconds in timer.seconds.items() if name != "reading")
     encoded = []
     for number, (rendered, seed) in enumerate(zip(images, seeds, strict=True)):
         flagged = bool(flags) and flags[number]
-        shown = Image.new("RGB", rendered.size) if flagged else rendered
+        image = Image.new("RGB", rendered.size) if flagged else rendered
         note = f"{NOTE}: FLUX.1 [dev], {label}, seed {seed}" + ("; blackened by the safety checker" if flagged else "")
-        encoded.append(encode(shown, asked.output_format, note))
-    laps.end("encoding")
-    return EngineResult(tuple(encoded), job.seed, flags, {"inference": inference, **laps.seconds}, asked.prompt)
+        encoded.append(encode(image, inputs.output_format, note))
+    timer.end("encoding")
+    return EngineResult(tuple(encoded), job.seed, flags, {"inference": inference, **timer.seconds}, inputs.prompt)
 
 
 def _flags(model: Model, job: EngineJob, images: list[Image.Image]) -> tuple[bool, ...]:
-    """One per image; empty where nothing was looked at."""
+    """Return one flag per image; empty if no checker ran."""
     if model.checker is None or not job.input.enable_safety_checker:
         return ()
     return tuple(model.checker.flags(images))
 
 
-def _for_one_request(pipeline: Any) -> Any:
-    """A pipeline of the same parts with a scheduler of its own: that is where a request's state is. About 1 ms."""
+def _copy_with_new_scheduler(pipeline: Any) -> Any:
+    """Return a pipeline with the same parts and a new scheduler, which holds the state of a request. Takes 1 ms."""
     scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
     fresh = type(pipeline)(**{**pipeline.components, "scheduler": scheduler})
     fresh.set_progress_bar_config(disable=True)

@@ -1,7 +1,7 @@
-"""What makes the pipeline faster, each a function of its own, so that a benchmark can switch them on one by one.
+"""Optimizations of the pipeline, one function each, so that a benchmark can enable them one by one.
 
-None of them is used on a CPU. All change the last digits of an image, none what it shows, but for the first-block
-cache, which a request asks for (`acceleration`). Runs inside a worker process.
+They apply to GPUs only. They change the rounding of an image but not its content, except the first-block cache, which
+a request enables with `acceleration`. Runs in a worker process.
 """
 
 from __future__ import annotations
@@ -25,17 +25,20 @@ __all__ = [
 ]
 
 THRESHOLDS = {"regular": 0.08, "high": 0.12}
-"""Of the first-block cache: how much the first block's part may differ, relative to the step before, for the rest of
-the transformer to be left out. 0.08 and 0.12 are what the method's authors use for FLUX.1 [dev]
-(https://github.com/chengzeyi/ParaAttention); what fal uses for these words is not published."""
+"""Thresholds of the first-block cache, by `acceleration`.
+
+The remaining blocks are skipped if the residual of the first block differs from the previous step by less than this
+fraction. The authors of the method use 0.08 and 0.12 for FLUX.1 [dev] (https://github.com/chengzeyi/ParaAttention);
+fal's values are not published.
+"""
 _HOPPER = (9, 0)
-_LEAST_FP8_FEATURES = 1024
-"""Smaller linear layers (embeddings, the last one) stay as they are: little time, much of the image."""
+_MIN_FP8_FEATURES = 1024
+"""Smaller linear layers (embeddings, the last layer) are not quantized: little to gain, large effect on the image."""
 _log = logging.getLogger(__name__)
 
 
 def tune(part: str, module: Any, *, fp8: bool) -> None:
-    """Everything that suits a part of the pipeline on a GPU which holds the whole model; the order matters."""
+    """Apply all optimizations for a part of the pipeline on a GPU that holds the whole model. The order matters."""
     if part == "vae":
         channels_last(module)
     elif part == "transformer":
@@ -47,7 +50,7 @@ def tune(part: str, module: Any, *, fp8: bool) -> None:
 
 
 def untune(transformer: Any) -> None:
-    """Back to what needs neither compiler nor special kernels; fused and quantized weights stay as they are."""
+    """Disable compilation and special attention kernels; fused and quantized weights remain."""
     import torch
 
     torch.compiler.set_stance("force_eager")
@@ -56,14 +59,14 @@ def untune(transformer: Any) -> None:
 
 
 def channels_last(vae: Any) -> None:
-    """The order of numbers in memory that convolutions of the VAE like best."""
+    """Use the channels-last memory layout, which speeds up the convolutions of the VAE."""
     import torch
 
     vae.to(memory_format=torch.channels_last)
 
 
 def fuse_projections(transformer: Any) -> None:
-    """One matrix product for query, key and value instead of three; the three are then given up (4 GB)."""
+    """Compute query, key and value with one matrix product instead of three, and free the three matrices (4 GB)."""
     from diffusers.models.attention import AttentionModuleMixin
 
     transformer.fuse_qkv_projections()
@@ -72,12 +75,12 @@ def fuse_projections(transformer: Any) -> None:
             own = ("to_q", "to_k", "to_v") if hasattr(module, "to_qkv") else ()
             added = ("add_q_proj", "add_k_proj", "add_v_proj") if hasattr(module, "to_added_qkv") else ()
             for name in (*own, *added):
-                # Set, not deleted: the module's own code asks whether they are there.
+                # Set to None instead of deleted, because the module's code reads the attributes.
                 setattr(module, name, None)
 
 
 def fast_attention(transformer: Any) -> str:
-    """The fastest attention that is there; its name. FlashAttention 3 if installed, else on Hopper that of cuDNN."""
+    """Select the fastest attention and return its name: FlashAttention 3 or cuDNN on Hopper, native on older GPUs."""
     import torch
 
     if torch.cuda.get_device_capability(transformer.device) < _HOPPER:
@@ -88,19 +91,19 @@ def fast_attention(transformer: Any) -> str:
 
 
 def compile_blocks(transformer: Any, **options: Any) -> None:
-    """Compile the transformer's two kinds of blocks once each, 10 s at the first image and at the second size.
+    """Compile each of the transformer's two kinds of blocks. Takes 10 s at the first image and at the second size.
 
     Args:
-        transformer: whose.
-        options: further ones of `torch.compile`.
+        transformer: the transformer to compile in place.
+        options: additional options of `torch.compile`.
     """
     transformer.compile_repeated_blocks(fullgraph=True, **options)
 
 
 def quantize_fp8(transformer: Any) -> None:
-    """Weights and activations of the large linear layers in 8 bits, scaled by row; half the memory.
+    """Quantize weights and activations of the large linear layers to 8 bits, scaled by row. Halves their memory.
 
-    Needs torchao, and a GPU that computes in fp8 (Ada, Hopper or newer).
+    Needs torchao and a GPU with fp8 support (Ada, Hopper or newer).
     """
     import torch
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
@@ -108,7 +111,7 @@ def quantize_fp8(transformer: Any) -> None:
     def is_large(module: Any, _: str) -> bool:
         return (
             isinstance(module, torch.nn.Linear)
-            and min(module.in_features, module.out_features) >= _LEAST_FP8_FEATURES
+            and min(module.in_features, module.out_features) >= _MIN_FP8_FEATURES
             and module.weight.dtype is torch.bfloat16
         )
 
@@ -118,11 +121,11 @@ def quantize_fp8(transformer: Any) -> None:
 
 @contextlib.contextmanager
 def accelerated(transformer: Any, acceleration: Literal["none", "regular", "high"]) -> Iterator[None]:
-    """Leave out blocks that change little from step to step while one image is made; `none` leaves out nothing.
+    """Skip blocks that change little between the steps of one image; `none` skips nothing.
 
-    The cache is made anew for each image: diffusers' own reset keeps the last residual of the image before
-    (`FBCSharedBlockState.reset`, 0.42), and the first step of the next one would be compared with it. Its hooks break
-    the graphs of compiled blocks, which therefore run uncompiled meanwhile.
+    Each image gets a new cache, because the reset of diffusers 0.42 (`FBCSharedBlockState.reset`) keeps the last
+    residual of the previous image and the first step of the next image would be compared with it. The hooks of the
+    cache break the graphs of compiled blocks, which therefore run uncompiled in this context.
     """
     if acceleration == "none":
         yield

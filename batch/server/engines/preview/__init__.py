@@ -1,4 +1,4 @@
-"""The preview engine: filters that show at once, and without a model, what a batch will look like.
+"""The preview engine: filters that show quickly, without a model, roughly what a batch will look like.
 
-It adds no content, and says so everywhere: in its name, in /health, in each image's metadata.
+It adds no content to the images. Its name, /health and the metadata of each image say so.
 """

@@ -1,4 +1,4 @@
-"""Filters without randomness: smoothing that keeps edges, lines, directions, tones. cv2 and numpy only. Pure.
+"""Deterministic filters: edge-preserving smoothing, lines, directions, tones. Pure; uses only cv2 and numpy.
 
 Images are uint8 BGR, fields float32 of the same height and width.
 """
@@ -27,35 +27,35 @@ __all__ = [
 
 
 def bgr(blue: float, green: float, red: float) -> Array:
-    """A colour, each part 0 to 255."""
+    """Return a colour; each channel is 0 to 255."""
     return np.array((blue, green, red), np.float32)
 
 
 def clipped(values: Array) -> Array:
-    """Floats to an image."""
+    """Convert floats to uint8, clipped to 0-255."""
     return np.clip(values, 0, 255).astype(np.uint8)
 
 
 def grey(image: Array) -> Array:
-    """Luma as float32, 0 to 255."""
+    """Return the luma as float32, 0 to 255."""
     return cv2.cvtColor(image, cv2.COLOR_BGR2GRAY).astype(np.float32)
 
 
 def blur(field: Array, sigma_px: float) -> Array:
-    """Gaussian blur."""
+    """Apply a Gaussian blur."""
     return cv2.GaussianBlur(field, (0, 0), sigma_px)
 
 
 def over(base: Array, cover: Array, share: Array) -> Array:
-    """`cover` over `base`, where `share` (0 to 1, a field) says how much."""
+    """Blend `cover` over `base`; `share` is a field of opacities from 0 to 1."""
     weight = share[..., None]
     return np.asarray(base * (1 - weight) + cover * weight)
 
 
 def kuwahara(image: Array, radius_px: int) -> Array:
-    """Kuwahara filter: each pixel gets the mean of the calmest of the four squares around it.
+    """Apply the Kuwahara filter: each pixel gets the mean of the square around it with the lowest variance, of four.
 
-    Flattens surfaces, keeps edges. Kuwahara et al. 1976; here by box filters, so any radius costs the same.
+    It flattens surfaces and keeps edges (Kuwahara et al. 1976). Box filters make the cost independent of the radius.
     """
     side = radius_px + 1
     colours, luma = image.astype(np.float32), grey(image)
@@ -77,7 +77,7 @@ def kuwahara(image: Array, radius_px: int) -> Array:
 
 
 def oil_patches(image: Array, radius_px: int, levels: int) -> Array:
-    """The classic oil filter: mean colour of the most common brightness level around each pixel."""
+    """Apply the classic oil filter: the mean colour of the most common brightness level around each pixel."""
     level_of = (grey(image) * (levels / 256)).astype(np.int32)
     side = 2 * radius_px + 1
     most = np.zeros(level_of.shape, np.float32)
@@ -95,9 +95,9 @@ def oil_patches(image: Array, radius_px: int, levels: int) -> Array:
 
 
 def lines(image: Array, width_px: float, ink: float) -> Array:
-    """Dark lines as an inker would draw them: 0 on a line, 1 elsewhere.
+    """Draw dark contours: 0 on a line, 1 elsewhere.
 
-    Extended difference of Gaussians (Winnemoeller 2011). A larger `ink` draws fainter edges too.
+    Extended difference of Gaussians (Winnemoeller 2011). A larger `ink` also draws fainter edges.
     """
     luma = grey(image)
     difference = blur(luma, width_px) - 0.98 * blur(luma, 1.6 * width_px)
@@ -105,13 +105,13 @@ def lines(image: Array, width_px: float, ink: float) -> Array:
 
 
 def edges(image: Array) -> Array:
-    """How strong the brightness changes, in grey levels a pixel."""
+    """Return the magnitude of the brightness gradient, in grey levels per pixel."""
     luma = grey(image)
     return cv2.magnitude(cv2.Sobel(luma, cv2.CV_32F, 1, 0), cv2.Sobel(luma, cv2.CV_32F, 0, 1)) / 4
 
 
 def directions(image: Array, sigma_px: float) -> tuple[Array, Array]:
-    """Unit vectors along the shapes, from the smoothed structure tensor."""
+    """Return unit vectors along the shapes, from the smoothed structure tensor."""
     luma = grey(image)
     gx, gy = cv2.Sobel(luma, cv2.CV_32F, 1, 0), cv2.Sobel(luma, cv2.CV_32F, 0, 1)
     xx, xy, yy = (blur(product, sigma_px) for product in (gx * gx, gx * gy, gy * gy))
@@ -120,7 +120,7 @@ def directions(image: Array, sigma_px: float) -> tuple[Array, Array]:
 
 
 def saturated(image: Array, saturation: float, gain: float = 1.0, lift: float = 0.0) -> Array:
-    """Scale saturation; brightness to `gain * brightness + lift`."""
+    """Scale the saturation, and map brightness to `gain * brightness + lift`."""
     ramp = np.arange(256)
     hsv = cv2.cvtColor(image, cv2.COLOR_BGR2HSV)
     hsv[..., 1] = cv2.LUT(hsv[..., 1], clipped(ramp * saturation))
@@ -129,7 +129,7 @@ def saturated(image: Array, saturation: float, gain: float = 1.0, lift: float = 
 
 
 def soft_steps(image: Array, count: int, phase: float) -> Array:
-    """Cut brightness into `count` tones with a little slope left in each; `phase` (of a tone) shifts the cuts."""
+    """Quantize brightness into `count` tones with a small slope in each; `phase` shifts the cuts by parts of a tone."""
     ramp = np.arange(256)
     stepped = (np.floor(ramp / 256 * count + phase) + 0.5 - phase) * 256 / count
     lab = cv2.cvtColor(image, cv2.COLOR_BGR2LAB)

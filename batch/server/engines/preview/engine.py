@@ -1,4 +1,4 @@
-"""The preview engine: a pool of processes, one a core, that render previews. Imports no OpenCV itself."""
+"""The server's side of the preview engine: a pool of processes, by default one per core. Does not import OpenCV."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ _RENDERER = "batch.server.engines.preview.renderer:open_renderer"
 
 
 class PreviewEngine:
-    """Filters instead of a model; see the package.
+    """Renders previews with filters; see the package.
 
     Args:
-        slots: images rendered at once, each in a process of its own; None: one a core.
+        slots: number of processes, which each render one job at a time; None: one per core.
     """
 
     def __init__(self, slots: int | None = None) -> None:
         self._pool = WorkerPool(_RENDERER, size=slots)
 
     def info(self) -> EngineInfo:
-        """What this engine is."""
+        """Describe the engine."""
         return EngineInfo(
             name="preview",
             model="none (OpenCV filters that show how a batch will look)",
@@ -32,7 +32,7 @@ class PreviewEngine:
         )
 
     def statistics(self) -> WorkerStatistics:
-        """Counts of worker processes."""
+        """Return the counts of worker processes."""
         return self._pool.statistics()
 
     async def start(self) -> None:

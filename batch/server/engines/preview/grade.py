@@ -1,4 +1,4 @@
-"""Colour grading by scene: night, sunset, winter, ... in CIE L*a*b*, and the slight tint that a prompt leaves. Pure."""
+"""Colour grading by scene (night, sunset, winter, ...) in CIE L*a*b*, and a slight tint per prompt. Pure."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["Tint", "graded", "tint_of"]
 
 
 class Tint(NamedTuple):
-    """A small shift of colour, in units of a* and b*."""
+    """A colour shift in units of a* and b*."""
 
     a: float
     b: float
 
 
 class _Look(NamedTuple):
-    """What light does in a scene."""
+    """The grading parameters of a scene."""
 
     gain: float
     lift: float
@@ -46,14 +46,14 @@ _LOOKS = {
 
 
 def tint_of(prompt: str, rng: np.random.Generator) -> Tint:
-    """Up to 6 units by the prompt and 3 by the seed: two prompts, or two seeds, never look quite the same."""
+    """Return a tint of up to 6 units from the prompt plus 3 from the seed, so that prompts and seeds look different."""
     digest = hashlib.sha256(prompt.encode()).digest()
     by_prompt = ((byte / 255 - 0.5) * 12 for byte in digest[:2])
     return Tint(*(part + rng.uniform(-3, 3) for part in by_prompt))
 
 
 def graded(image: Array, scene: Scene | None, tint: Tint, amount: float) -> Array:
-    """The image in the light of that scene; `amount` 1 is all of it, 0 none."""
+    """Grade an image for a scene; `amount` goes from 0 (no change) to 1 (full effect)."""
     lab = cv2.cvtColor(image, cv2.COLOR_BGR2LAB).astype(np.float32)
     if scene is not None:
         _relight(lab, _LOOKS[scene], amount)
@@ -62,7 +62,7 @@ def graded(image: Array, scene: Scene | None, tint: Tint, amount: float) -> Arra
 
 
 def _relight(lab: Array, look: _Look, amount: float) -> None:
-    """In place: pull colours towards the look's own, from its shadows to its lights."""
+    """Shift the colours towards those of the look, in place, interpolated from shadows to lights."""
     weight = look.weight * amount
     light = lab[..., :1] / 255
     target = np.array(look.shadows, np.float32) * (1 - light) + np.array(look.lights, np.float32) * light

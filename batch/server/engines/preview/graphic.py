@@ -1,6 +1,7 @@
 """Styles that imitate print and screen: cartoon, pop art, pixel, mosaic, neon, blueprint. Pure.
 
-Each takes a uint8 BGR image, a generator and a power of 0 to 1, and gives a uint8 BGR image of that size.
+Each function takes a uint8 BGR image, a random generator and a power from 0 to 1, and returns a uint8 BGR image of the
+same size.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from batch.server.engines.preview.texture import Array, clouds, coordinates, gra
 
 __all__ = ["blueprint", "cartoon", "mosaic", "neon", "pixel", "popart"]
 
-# Ink, shade, tone, light; RGB as printers name them.
+# Ink, shade, tone and light of each print; RGB.
 _PRINTS = np.array(
     [
         [[22, 28, 70], [222, 40, 70], [255, 196, 40], [255, 246, 214]],
@@ -40,7 +41,7 @@ _PALETTE_COLOURS = 16
 
 
 def cartoon(image: Array, rng: np.random.Generator, power: float) -> Array:
-    """Flat bright tones with inked contours."""
+    """Render flat bright tones with inked contours."""
     flat = image
     for _ in range(2):
         flat = cv2.bilateralFilter(flat, 7, 45, 7)
@@ -51,7 +52,7 @@ def cartoon(image: Array, rng: np.random.Generator, power: float) -> Array:
 
 
 def popart(image: Array, rng: np.random.Generator, power: float) -> Array:
-    """A screen print: four inks, halftone dots where two meet, black contours."""
+    """Render a screen print: four inks, halftone dots between two inks, black contours."""
     height, width = image.shape[:2]
     luma = grey(cv2.GaussianBlur(kuwahara(image, 4), (0, 0), 1.2))
     inks = _PRINTS[int(rng.integers(len(_PRINTS)))][:, ::-1]
@@ -67,7 +68,7 @@ def popart(image: Array, rng: np.random.Generator, power: float) -> Array:
 
 
 def pixel(image: Array, rng: np.random.Generator, power: float) -> Array:
-    """Big square pixels in sixteen colours, dithered in a 4x4 pattern."""
+    """Render large square pixels in sixteen colours, dithered in a 4x4 pattern."""
     height, width = image.shape[:2]
     block = 3 + 5 * power
     shape = max(1, round(width / block)), max(1, round(height / block))
@@ -76,15 +77,15 @@ def pixel(image: Array, rng: np.random.Generator, power: float) -> Array:
     palette = _palette(points, rng)
     dither = np.tile(_BAYER, (shape[1] // 4 + 1, shape[0] // 4 + 1))[: shape[1], : shape[0]]
     wanted = points + 22 * dither.reshape(-1, 1)
-    # |w - p|^2 without the term in w alone, which is the same for every colour of the palette.
-    # By einsum, not by BLAS, whose threads may split it in other ways.
+    # |w - p|^2 without the term |w|^2, which is the same for every colour of the palette.
+    # einsum instead of BLAS, whose threads can change the order of additions and thereby the rounding.
     nearest = ((palette**2).sum(1) - 2 * np.einsum("nc,pc->np", wanted, palette)).argmin(1)
     blocks: Array = clipped(palette)[nearest].reshape(small.shape)
     return cv2.resize(blocks, (width, height), interpolation=cv2.INTER_NEAREST)
 
 
 def _palette(points: Array, rng: np.random.Generator) -> Array:
-    """The colours that serve these points best, as k-means finds them in a sample."""
+    """Return the palette that k-means finds in a sample of the points."""
     sample = points[rng.permutation(len(points))[:1500]]
     cv2.setRNGSeed(int(rng.integers(1 << 30)))
     stop = (cv2.TERM_CRITERIA_EPS + cv2.TERM_CRITERIA_MAX_ITER, 8, 1.0)
@@ -94,7 +95,7 @@ def _palette(points: Array, rng: np.random.Generator) -> Array:
 
 
 def mosaic(image: Array, rng: np.random.Generator, power: float) -> Array:
-    """Stained glass: one colour a cell, leaded joints, cells smaller where there is detail."""
+    """Render stained glass: one colour per cell, lead joints, smaller cells in detailed areas."""
     height, width = image.shape[:2]
     cell = 10 + 9 * power
     distance, label = _cells(image, rng, cell)
@@ -111,7 +112,7 @@ def mosaic(image: Array, rng: np.random.Generator, power: float) -> Array:
 
 
 def _cells(image: Array, rng: np.random.Generator, cell: float) -> tuple[Array, Array]:
-    """Distance to, and number of, the nearest of some jittered points."""
+    """Return per pixel the distance to the nearest of the jittered cell centres, and its number."""
     height, width = image.shape[:2]
     rows, columns = np.mgrid[cell / 2 : height : cell, cell / 2 : width : cell]
     seeds = [(rows, columns, cell)]
@@ -129,7 +130,7 @@ def _cells(image: Array, rng: np.random.Generator, cell: float) -> tuple[Array, 
 
 
 def neon(image: Array, rng: np.random.Generator, power: float) -> Array:
-    """A dark violet room with glowing contours in two colours, faint scan lines."""
+    """Render glowing contours in two colours on dark violet, with faint scan lines."""
     height, width = image.shape[:2]
     light = (blur(grey(image), 1) / 255)[..., None]
     base = bgr(78, 16, 34) * (1 - light) * 0.6 + (image * 0.3 + bgr(190, 70, 170) * 0.35) * light
@@ -146,7 +147,7 @@ def neon(image: Array, rng: np.random.Generator, power: float) -> Array:
 
 
 def blueprint(image: Array, rng: np.random.Generator, power: float) -> Array:
-    """White lines on blue drafting paper with a grid."""
+    """Render white lines on blue drafting paper with a grid."""
     height, width = image.shape[:2]
     calm = kuwahara(image, 4)
     thin = 1 - lines(calm, 1.1, 1.0)

@@ -1,6 +1,7 @@
-"""Styles that imitate a hand: watercolour, oil, pencil, old photograph, and plain painterly. Pure.
+"""Styles that imitate handwork: watercolour, oil, pencil, old photograph, and a plain painterly style. Pure.
 
-Each takes a uint8 BGR image, a generator and a power of 0 to 1, and gives a uint8 BGR image of that size.
+Each function takes a uint8 BGR image, a random generator and a power from 0 to 1, and returns a uint8 BGR image of the
+same size.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _WHITE_PAPER = bgr(240, 247, 250)
 
 
 def watercolor(image: Array, rng: np.random.Generator, power: float) -> Array:
-    """Flat washes with dark rims where pigment dried, blooms, paper grain, an unpainted border."""
+    """Render flat washes with dark rims of dried pigment, blooms, paper grain and an unpainted border."""
     height, width = image.shape[:2]
     wash = kuwahara(warp(image, rng, 2 + 5 * power, 14), int(4 + 5 * power))
     wash = saturated(cv2.bilateralFilter(wash, 5, 40, 5), 1.1 + 0.3 * power, 0.9, 36)
@@ -48,14 +49,14 @@ def watercolor(image: Array, rng: np.random.Generator, power: float) -> Array:
     paper = 0.5 * grain(rng, height, width, 1.6) + 0.5 * grain(rng, height, width, 3)
     pigment = 1 - 0.3 * power * rims + 0.16 * power * blooms + 0.05 * paper
     painted = wash * pigment[..., None]
-    # Where much water stood the paper shines through.
+    # The paper shows through in wet areas.
     painted = over(painted, _WHITE_PAPER, np.clip(blooms - 0.35, 0, 0.5) * 0.9 * power)
     inside = 1 - (1 - ragged_border(rng, height, width, 0.045)) * power
     return clipped(over(_WHITE_PAPER + 5 * paper[..., None], painted, inside))
 
 
 def oil(image: Array, rng: np.random.Generator, power: float) -> Array:
-    """Colour dragged along the shapes in strokes, with the relief of thick paint lit from the upper left."""
+    """Render strokes along the shapes, with the relief of thick paint lit from the upper left."""
     height, width = image.shape[:2]
     patches = saturated(oil_patches(image, int(2 + 3 * power), 10), 1.15 + 0.3 * power, 1.02, 2)
     along = _strokes(image, rng)
@@ -66,7 +67,7 @@ def oil(image: Array, rng: np.random.Generator, power: float) -> Array:
 
 
 def _strokes(image: Array, rng: np.random.Generator) -> tuple[Array, Array]:
-    """Along the shapes where there are any; in big free curves where the image is flat."""
+    """Return stroke directions as unit vectors: along the shapes, and in large curves where the image is flat."""
     height, width = image.shape[:2]
     tx, ty = directions(image, 4)
     free = clouds(rng, height, width, 4, 2) * 2.6 + np.float32(rng.uniform(0, np.pi))
@@ -77,7 +78,7 @@ def _strokes(image: Array, rng: np.random.Generator) -> tuple[Array, Array]:
 
 
 def pencil(image: Array, rng: np.random.Generator, power: float) -> Array:
-    """Contours, and up to three layers of hatching in the shades, on warm paper."""
+    """Render contours and up to three layers of hatching on warm paper."""
     height, width = image.shape[:2]
     luma = cv2.cvtColor(kuwahara(image, 2), cv2.COLOR_BGR2GRAY)
     dodged = cv2.divide(luma, 255 - cv2.GaussianBlur(255 - luma, (0, 0), 4 + 6 * power), scale=256)
@@ -96,7 +97,7 @@ def pencil(image: Array, rng: np.random.Generator, power: float) -> Array:
 
 
 def vintage(image: Array, rng: np.random.Generator, power: float) -> Array:
-    """Sepia, soft, dark in the corners, with grain, stains and scratches."""
+    """Render soft sepia with dark corners, grain, stains and scratches."""
     height, width = image.shape[:2]
     luma = np.clip(128 + (grey(image) - 120) * 1.1, 0, 255)
     sepia = luma[..., None] * bgr(0.70, 0.88, 1.0) + bgr(14, 17, 20)
@@ -116,7 +117,7 @@ def vintage(image: Array, rng: np.random.Generator, power: float) -> Array:
 
 
 def painterly(image: Array, rng: np.random.Generator, power: float) -> Array:
-    """Softly brushed, close to the source: where the prompt names no style that we know."""
+    """Render soft brush strokes close to the source; used if the prompt contains no known style."""
     height, width = image.shape[:2]
     along = _strokes(image, rng)
     colour = smear(saturated(kuwahara(image, int(3 + 4 * power)), 1.15, 1.02, 2), along, 3, 1.2)

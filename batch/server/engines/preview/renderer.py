@@ -1,8 +1,8 @@
-"""One preview: source bytes and a prompt in, encoded images out. Blocking; runs inside a worker process.
+"""Render one preview: source bytes and a prompt in, encoded images out. Blocking; runs in a worker process.
 
-The same input and seed give the same bytes (with the same versions of OpenCV and Pillow, on the same kind of
-processor), whatever was rendered before and whatever else the machine does. `num_inference_steps` and `acceleration`
-mean nothing here: there is no model that they could steer.
+The same input and seed produce the same bytes with the same versions of OpenCV and Pillow on the same kind of
+processor, independent of earlier jobs and of other load. `num_inference_steps` and `acceleration` have no effect,
+because there is no model.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from batch.server.engines.preview.wording import Style, scene_of, style_of
 __all__ = ["NOTE", "STYLES", "PreviewRenderer", "open_renderer", "restyled"]
 
 NOTE = "restyle preview: no model ran"
-"""Begins the JPEG comment or PNG text of every preview."""
+"""Start of the JPEG comment or PNG text of every preview."""
 _WORK_SIDE_PX = 768
-"""Filters work at this long side at most; larger images are scaled back up."""
+"""Maximum long side at which filters work; the results of larger images are scaled up again."""
 _FULL_STRENGTH = 0.9
-"""From here on nothing of the source shines through; FLUX too changes most of an image there."""
+"""Strength from which the source is no longer blended in. FLUX also changes most of an image from about there."""
 
 _Filter: TypeAlias = Callable[[Array, np.random.Generator, float], Array]
 STYLES: dict[Style, _Filter] = {
@@ -46,19 +46,19 @@ STYLES: dict[Style, _Filter] = {
     Style.OIL: painted.oil,
     Style.PAINTERLY: painted.painterly,
 }
-_GREY = frozenset({Style.PENCIL, Style.VINTAGE})  # a tint that colours hide would dye their paper
-_UNGRADED = frozenset({Style.BLUEPRINT})  # drafting paper is blue, whatever the weather
+_GREY = frozenset({Style.PENCIL, Style.VINTAGE})  # a full tint would be visible on their grey paper
+_UNGRADED = frozenset({Style.BLUEPRINT})  # its paper is blue in every scene
 
 
 def restyled(image: Array, prompt: str, seed: int, strength: float, guidance: float) -> Array:
-    """A uint8 BGR image in the style and light that the prompt names.
+    """Render a uint8 BGR image in the style and light that the prompt names.
 
     Args:
-        image: uint8 BGR, any size from 16 px a side.
-        prompt: its words choose style and scene; any change of it changes the tint.
-        seed: any integer; another one gives other grain, strokes and shades.
-        strength: 0 to 1; 0.01 is all but the source, from 0.9 on nothing of the source shines through.
-        guidance: 1 to 20; how strongly the scene colours the image.
+        image: uint8 BGR, at least 16 px per side.
+        prompt: its words select style and scene; any change of the prompt changes the tint.
+        seed: any integer; it changes grain, strokes and shades.
+        strength: 0 to 1; 0.01 is almost the source, and from 0.9 the source is no longer blended in.
+        guidance: 1 to 20; strength of the scene's colours.
     """
     rng = generator(seed, prompt)
     style, tint = style_of(prompt), tint_of(prompt, rng)
@@ -82,14 +82,14 @@ def restyled(image: Array, prompt: str, seed: int, strength: float, guidance: fl
 
 
 class PreviewRenderer:
-    """The preview engine's blocking part."""
+    """The blocking part of the preview engine."""
 
     def render(self, job: EngineJob, on_step: OnStep, cancelled: Cancelled) -> EngineResult:
-        """Make `num_images` previews, image i with seed + i. Steps: reading, then styling and encoding of each.
+        """Render `num_images` previews, image i with seed + i. Steps: reading, then styling and encoding of each image.
 
         Raises:
-            EngineFailure: the source is no usable image.
-            EngineCancelled: the job was told to stop.
+            EngineFailure: the source image cannot be used.
+            EngineCancelled: the job was cancelled.
         """
         began = time.perf_counter()
         total = 1 + 2 * job.input.num_images
@@ -102,25 +102,25 @@ class PreviewRenderer:
             if cancelled():
                 raise EngineCancelled
 
-        asked = job.input
+        inputs = job.input
         source = cv2.cvtColor(np.asarray(read_source(job.source or b"")), cv2.COLOR_RGB2BGR)
         step()
         images = []
-        for seed in range(job.seed, job.seed + asked.num_images):
-            result = restyled(source, asked.prompt, seed, asked.strength, asked.guidance_scale)
+        for seed in range(job.seed, job.seed + inputs.num_images):
+            result = restyled(source, inputs.prompt, seed, inputs.strength, inputs.guidance_scale)
             step()
             image = Image.fromarray(cv2.cvtColor(result, cv2.COLOR_BGR2RGB))
-            note = f"{NOTE}; style {style_of(asked.prompt)}, seed {seed}"
-            images.append(encode(image, asked.output_format, note))
+            note = f"{NOTE}; style {style_of(inputs.prompt)}, seed {seed}"
+            images.append(encode(image, inputs.output_format, note))
             step()
-        # Nothing looked at the content, so there is nothing to say about it.
-        return EngineResult(tuple(images), job.seed, (), {"inference": time.perf_counter() - began}, asked.prompt)
+        # The empty tuple means "not checked".
+        return EngineResult(tuple(images), job.seed, (), {"inference": time.perf_counter() - began}, inputs.prompt)
 
 
 def open_renderer() -> PreviewRenderer:
-    """The renderer of one worker process; OpenCV is held to one core, the pool uses the others."""
+    """Create the renderer of one worker process. OpenCV gets one thread, because the pool has one process per core."""
     cv2.setNumThreads(1)
     cv2.ocl.setUseOpenCL(False)
-    # Intel's primitives round by where a buffer lies in memory: the same preview had another byte now and then.
+    # The rounding of Intel's IPP depends on the alignment of buffers, which made some previews differ in a byte.
     cv2.ipp.setUseIPP(False)
     return PreviewRenderer()

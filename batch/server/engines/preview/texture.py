@@ -1,6 +1,6 @@
-"""Random fields: noise, grain, distance from the border. Every number comes from the generator given. Pure.
+"""Random fields: noise, grain, ragged borders. All random numbers come from the generator that the caller passes. Pure.
 
-Pixels are float32; a field has the image's height and width and no channels.
+A field is float32 with the height and width of the image and no channels.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ Array: TypeAlias = npt.NDArray[Any]
 
 
 def generator(seed: int, prompt: str) -> np.random.Generator:
-    """The same stream for the same seed and prompt, on every machine. Any integer seed."""
+    """Return a random generator that depends only on seed and prompt, on every machine. The seed is any integer."""
     digest = hashlib.sha256(f"{seed}\0{prompt}".encode()).digest()
     return np.random.Generator(np.random.Philox(key=np.frombuffer(digest[:16], np.uint64)))
 
 
 def coordinates(height: int, width: int) -> tuple[Array, Array]:
-    """Columns and rows, x and y, of each pixel; they broadcast to the whole field."""
+    """Return x as a row and y as a column, which broadcast to the whole field."""
     return np.arange(width, dtype=np.float32)[None, :], np.arange(height, dtype=np.float32)[:, None]
 
 
 def clouds(rng: np.random.Generator, height: int, width: int, cells: int, octaves: int = 1) -> Array:
-    """Smooth noise of about -1 to 1; `cells` soft spots along the long side, half their size each octave."""
+    """Return smooth noise of about -1 to 1 with `cells` spots along the long side; each octave halves their size."""
     field = np.zeros((height, width), np.float32)
     for octave in range(octaves):
         across = cells * 2**octave / max(height, width)
@@ -41,7 +41,7 @@ def clouds(rng: np.random.Generator, height: int, width: int, cells: int, octave
 
 
 def grain(rng: np.random.Generator, height: int, width: int, size_px: float) -> Array:
-    """Fine noise of -1 to 1, blurred to grains of about `size_px`."""
+    """Return fine noise of -1 to 1, blurred to grains of about `size_px`."""
     shape = (int(height / size_px) + 1, int(width / size_px) + 1)
     coarse = rng.integers(0, 256, shape, dtype=np.uint8)
     field = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_LINEAR)
@@ -49,21 +49,21 @@ def grain(rng: np.random.Generator, height: int, width: int, size_px: float) -> 
 
 
 def shift(image: Array, dx: Array, dy: Array) -> Array:
-    """Each pixel fetched from (x + dx, y + dy)."""
+    """Return the image in which each pixel comes from (x + dx, y + dy)."""
     height, width = image.shape[:2]
     x, y = coordinates(height, width)
     return cv2.remap(image, x + dx, y + dy, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
 
 
 def warp(image: Array, rng: np.random.Generator, amount_px: float, cells: int) -> Array:
-    """Bend an image by smooth noise, as a hand does."""
+    """Distort an image with smooth noise, as in a freehand drawing."""
     height, width = image.shape[:2]
     dx, dy = (amount_px * clouds(rng, height, width, cells, 2) for _ in range(2))
     return shift(image, dx, dy)
 
 
 def smear(image: Array, along: tuple[Array, Array], steps: int, step_px: float) -> Array:
-    """Average along a direction field, to both sides: strokes out of noise, brushed colour out of an image."""
+    """Average along a direction field in both directions. Turns noise into strokes and an image into brushed colour."""
     total = image.astype(np.float32)
     source = total.copy()
     for step in range(1, steps + 1):
@@ -73,7 +73,7 @@ def smear(image: Array, along: tuple[Array, Array], steps: int, step_px: float) 
 
 
 def ragged_border(rng: np.random.Generator, height: int, width: int, margin: float) -> Array:
-    """0 on the edge, 1 inside, with a ragged shore in between; `margin` as a share of the shorter side."""
+    """Return 0 on the edge and 1 inside, with a ragged transition; `margin` is a fraction of the shorter side."""
     x, y = coordinates(height, width)
     near_x, near_y = np.minimum(x, width - 1 - x), np.minimum(y, height - 1 - y)
     depth = np.minimum(near_x, near_y) / min(height, width)

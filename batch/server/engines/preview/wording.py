@@ -1,4 +1,4 @@
-"""Which style and which scene a prompt asks for, by its words. Pure; knows no image."""
+"""Select style and scene by the words of a prompt. Pure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["Scene", "Style", "scene_of", "style_of"]
 
 
 class Style(StrEnum):
-    """The looks that the preview has."""
+    """The styles of the preview."""
 
     PIXEL = "pixel"
     MOSAIC = "mosaic"
@@ -22,11 +22,11 @@ class Style(StrEnum):
     VINTAGE = "vintage"
     OIL = "oil"
     PAINTERLY = "painterly"
-    """Where the prompt names no style that we know."""
+    """The style of prompts that contain no known style."""
 
 
 class Scene(StrEnum):
-    """The moods of light and colour that the preview has."""
+    """The scenes of the preview, each with its light and colours."""
 
     NIGHT = "night"
     SUNSET = "sunset"
@@ -38,8 +38,7 @@ class Scene(StrEnum):
     MAGIC = "magic"
 
 
-# First match wins: a "pixel art cartoon" is pixel art, "ink and watercolor" is a watercolour's business only
-# where nothing more particular is named.
+# The first match wins, so more specific styles come first: a "pixel art cartoon" is pixel art.
 _STYLE_WORDS = {
     Style.PIXEL: r"pixel|(8|16).?bit|minecraft|voxel|lego",
     Style.MOSAIC: r"mosaic|stained.?glass|low.?poly|voronoi|tile[ds]?\b",
@@ -67,10 +66,10 @@ _SCENES = [(scene, re.compile(words, re.IGNORECASE)) for scene, words in _SCENE_
 
 
 def style_of(prompt: str) -> Style:
-    """The first style whose words are in the prompt; `PAINTERLY` where none is."""
+    """Return the first style whose words are in the prompt, or `PAINTERLY`."""
     return next((style for style, words in _STYLES if words.search(prompt)), Style.PAINTERLY)
 
 
 def scene_of(prompt: str) -> Scene | None:
-    """The first scene whose words are in the prompt, or None."""
+    """Return the first scene whose words are in the prompt, or None."""
     return next((scene for scene, words in _SCENES if words.search(prompt)), None)

@@ -1,1 +1,1 @@
-"""The page that a person sees at `/`: what runs here, what it does, and a form to try it."""
+"""The web page at `/`: the engine, live numbers, recent requests, and a form to send one."""

@@ -1,8 +1,7 @@
-"""The page over HTTP: one template, a few static files, and the JSON that keeps it live.
+"""The web page's routes: one template, static files, and the JSON of its live state.
 
-Owns the routes `/`, `/static/...` and `/page/state`, and what browsers are told to refuse. The page does its work
-through the public API, as any other client; only what it shows of the server comes from here. Nothing is read or made
-before somebody looks, and nothing here is on the way of a request to the queue.
+Defines `/`, `/static/...` and `/page/state`, with their security headers. The page sends requests through the public
+API like any client. Files are read and rendered on first use.
 """
 
 from __future__ import annotations
@@ -39,9 +38,9 @@ _STATIC = {
 }
 _WITHOUT_MODEL = {
     "preview": "preview: filters, no model runs",
-    "echo": "rehearsal: cards, no model runs",
+    "echo": "echo: test cards, no model runs",
 }
-"""What a person must not overlook, by engine."""
+"""Notice for engines without a model."""
 _HEADERS = {
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
@@ -72,7 +71,7 @@ class _StaticFile(NamedTuple):
 
 
 class _PageRoutes:
-    """The handlers, with what they need."""
+    """The handlers and their dependencies."""
 
     def __init__(self, service: QueueService, app_id: AppId) -> None:
         self._service = service
@@ -80,23 +79,23 @@ class _PageRoutes:
         self._read: dict[str, _StaticFile] = {}
 
     async def show(self, request: web.Request) -> web.Response:
-        """The page itself."""
+        """Return the page."""
         return _answer(request, self._document)
 
     async def static(self, request: web.Request) -> web.Response:
-        """A file that the page needs."""
+        """Return a static file of the page."""
         name = request.match_info["name"]
         if name not in _STATIC:
-            raise web.HTTPNotFound(text=f"The page has no file {name}")
+            raise web.HTTPNotFound(text=f"File {name} not found")
         if name not in self._read:
             self._read[name] = _file((_FOLDER / "static" / name).read_bytes(), _STATIC[name])
         return _answer(request, self._read[name])
 
     async def state(self, request: web.Request) -> web.Response:
-        """The numbers and the newest requests; asked for every second or two while somebody looks."""
+        """Return the numbers and the newest requests; a visible page polls this every 1.5 s."""
         if request.headers.get("sec-fetch-site", "none") not in _SAME_SITE:
-            # Another site's script in the same browser: prompts and images are none of its business.
-            raise web.HTTPForbidden(text="The page's state is for the page itself")
+            # A script of another site in the same browser must not read prompts and images.
+            raise web.HTTPForbidden(text="The page's state is only available to the page")
         latest = await self._service.latest(SHOWN_REQUESTS, owner_of(request))
         counts, path_in = self._service.statistics(), self._service.storage.path_in
         body = {
@@ -108,7 +107,7 @@ class _PageRoutes:
 
     @cached_property
     def _document(self) -> _StaticFile:
-        """What runs here does not change while it runs, so that the page is made once."""
+        """The rendered page; the server's facts are constant, so it is rendered once."""
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
         environment = Environment(

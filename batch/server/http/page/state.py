@@ -1,7 +1,7 @@
-"""What the page shows, as JSON: the numbers, and the newest requests. Pure.
+"""The page's live state as JSON: numbers and newest requests. Pure.
 
-Everything that came from somebody else (prompts, URLs, error texts) is plain text of a bounded length here; that it
-stays text is the page's part. Seeds are strings: a browser's numbers end at 2^53.
+Untrusted text (prompts, URLs, error messages) is truncated here; the page inserts it as text, never as HTML. Seeds are
+strings, because JavaScript's integers are exact only up to 2^53.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from batch.types import Json, JsonObject, QueueState
 __all__ = ["PathIn", "numbers", "request_card"]
 
 TEXT_LIMIT = 400
-"""Characters of a prompt, URL or error text."""
+"""Maximum length of a prompt, URL or error message in characters."""
 _SETTINGS = ("strength", "num_inference_steps", "guidance_scale", "output_format", "num_images")
 
 PathIn: TypeAlias = Callable[[str], str | None]
-"""The path of a file of ours in a URL, or None."""
+"""Returns the path of a file of this server in a URL, or None."""
 
 
 def numbers(tally: ServerStats, *, waiting: int, running: int, now: float) -> JsonObject:
-    """The live part: counts since the start, and what was finished in each of the last 60 seconds."""
+    """Return the counts since the start, and the requests finished in each of the last 60 seconds."""
     return {
         "now": now,
         "waiting": waiting,
@@ -39,7 +39,7 @@ def numbers(tally: ServerStats, *, waiting: int, running: int, now: float) -> Js
 
 
 def request_card(listed: RequestSummary, view: LiveView | None, path_in: PathIn) -> JsonObject:
-    """One request as the page lists it."""
+    """Return one request for the page's list."""
     given, made = _object(listed.body), _object(listed.payload)
     seed = made.get("seed", given.get("seed"))
     card: JsonObject = {
@@ -70,14 +70,14 @@ def _state(listed: RequestSummary, view: LiveView | None) -> str:
 
 
 def _source(url: Json, path_in: PathIn) -> JsonObject:
-    """Where the source image is. One on somebody else's server is named, and never fetched by the page."""
+    """Return the source image's path, or the host name for one on another server, which the page never loads."""
     if not isinstance(url, str):
         return {"image": None, "name": "no image"}
     path = path_in(url)
     if path is not None:
         return {"image": path, "name": path.rpartition("/")[2]}
     if url[:5].lower() == "data:":
-        return {"image": None, "name": "broken data URI"}
+        return {"image": None, "name": "invalid data URI"}
     return {"image": None, "name": _host(url)}
 
 

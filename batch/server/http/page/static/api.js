@@ -1,4 +1,4 @@
-// The endpoint's public API, as the page needs it. Knows no element of the page.
+// Client of the endpoint's public API. Independent of the page's elements.
 
 const KEY = "restyle-key";
 
@@ -8,7 +8,7 @@ export const key = {
   forget: () => sessionStorage.removeItem(KEY),
 };
 
-/** An answer that is no success: its HTTP status, and what the server said. */
+/** An error response: its HTTP status and the server's message. */
 export class Refused extends Error {
   constructor(status, message) {
     super(message);
@@ -16,7 +16,7 @@ export class Refused extends Error {
   }
 }
 
-/** One call of this server. Throws `Refused` for an error answer, TypeError where there is no answer. */
+/** Call the server. Throws `Refused` for an error response, TypeError without a response. */
 export async function call(path, { headers = {}, ...options } = {}) {
   const mine = key.get() === null ? {} : { authorization: `Key ${key.get()}` };
   const response = await fetch(path, { ...options, headers: { ...mine, ...headers }, redirect: "error" });
@@ -24,7 +24,7 @@ export async function call(path, { headers = {}, ...options } = {}) {
   return response;
 }
 
-/** Store a file as the JavaScript client does: announce it, then send the bytes. Gives its URL. */
+/** Upload a file as fal's JavaScript client does: announce it, then send the bytes. Returns its URL. */
 export async function upload(file) {
   const announced = await call("/storage/upload/initiate?storage_type=fal-cdn-v3", {
     method: "POST",
@@ -36,7 +36,7 @@ export async function upload(file) {
   return url;
 }
 
-/** Submit one request. `seed` is digits: a number of 64 bits does not survive in JavaScript. */
+/** Submit a request. `seed` is a string of digits: JavaScript numbers cannot hold 64-bit integers. */
 export async function submit(app, input, seed) {
   const body = JSON.stringify(input);
   const response = await call(`/${app}`, {
@@ -47,7 +47,7 @@ export async function submit(app, input, seed) {
   return response.json();
 }
 
-/** Status after status until COMPLETED; a stream that breaks off is opened again. */
+/** Yield each status until COMPLETED; reopen a stream that breaks off. */
 export async function* statuses(ticket, attempts = 10) {
   for (let failures = 0; failures < attempts; failures += 1) {
     try {
@@ -62,19 +62,19 @@ export async function* statuses(ticket, attempts = 10) {
     }
     await new Promise((resolve) => setTimeout(resolve, 1000));
   }
-  throw new Error("The server does not answer any more. The request is kept: look among the recent ones later.");
+  throw new Error("The server does not respond. The request is stored: check the recent requests later.");
 }
 
-/** The output, its seed as digits. */
+/** Get the output, with the seed as a string of digits. */
 export async function result(ticket) {
   const text = await (await call(own(ticket.response_url))).text();
-  // Inside a JSON string every quote is escaped, so that this can only be the member itself.
+  // Quotes inside JSON strings are escaped, so that only the member itself matches.
   return { ...JSON.parse(text), seed: /"seed":(\d+)/.exec(text)?.[1] ?? "" };
 }
 
 export const cancel = (ticket) => call(own(ticket.cancel_url), { method: "PUT" });
 
-/** The path of a URL that this server gave: behind a proxy its own idea of scheme and host may be another. */
+/** The path of a URL from this server: behind a proxy, its scheme and host may differ from the page's. */
 export const own = (url) => new URL(url, location.origin).pathname;
 
 async function* events(body) {
@@ -97,7 +97,7 @@ function described(text, status) {
     detail = undefined;
   }
   if (typeof detail === "string") return detail;
-  if (!Array.isArray(detail)) return `The server answered with status ${status}`;
+  if (!Array.isArray(detail)) return `The server returned status ${status}`;
   const place = (one) => (one.loc ?? []).filter((part) => part !== "body").join(".");
   return detail.map((one) => (place(one) ? `${place(one)}: ${one.msg}` : one.msg)).join("; ");
 }

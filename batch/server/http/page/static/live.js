@@ -1,4 +1,4 @@
-// The numbers that move, and the heartbeat that brings them: one small answer every 1.5 s while the tab is looked at.
+// The live numbers: polls the page's state every 1.5 s while the tab is visible.
 
 import { Refused, call, key } from "./api.js";
 
@@ -8,7 +8,7 @@ const format = new Intl.NumberFormat("en");
 
 let timer = 0;
 
-/** Keep the page alive; `show` gets the newest requests and the server's time. */
+/** Poll the state; `show` gets the newest requests and the server's time. */
 export function beat(show) {
   const tick = async () => {
     clearTimeout(timer);
@@ -26,7 +26,7 @@ export function beat(show) {
       if (locked) {
         show([], 0);
         ask(used, error.message);
-        return; // until there is a key
+        return; // until a key is entered
       }
     }
     clearTimeout(timer);
@@ -43,11 +43,11 @@ export function beat(show) {
   return tick;
 }
 
-/** The server wants a key, and this one was none. */
+/** Show the key form; if a key was sent, say why it was rejected. */
 function ask(used, why) {
   if (used !== null && used === key.get()) {
     key.forget();
-    $("key-hint").textContent = `This key was refused: ${why}`;
+    $("key-hint").textContent = `Key rejected: ${why}`;
     $("key-hint").classList.add("wrong");
   }
   if ($("key-form").hidden) {

@@ -1,4 +1,4 @@
-// Joins the parts of the page.
+// Connects the parts of the page.
 
 import { beat } from "./live.js";
 import { fill, start } from "./playground.js";

@@ -1,4 +1,4 @@
-// The form: one image in, one image out, through the same calls that any client makes.
+// The form: sends one image through the public API and shows the result.
 
 import { cancel, own, result, statuses, submit, upload } from "./api.js";
 
@@ -11,7 +11,7 @@ let file = null;
 let ticket = null;
 let busy = false;
 
-/** Wire the form up. `changed` is told when a request was sent or has ended. */
+/** Connect the form. `changed` is called when a request is sent or ends. */
 export function start(changed) {
   for (const name of SLIDERS) $(name).addEventListener("input", () => ($(`${name}-value`).textContent = $(name).value));
   $("file").addEventListener("change", () => choose($("file").files[0] ?? null));
@@ -27,7 +27,7 @@ export function start(changed) {
   for (const kind of ["dragover", "dragleave", "drop"]) $("drop").addEventListener(kind, dragged);
 }
 
-/** Fill the form with what an earlier request used. */
+/** Fill the form with the settings of an earlier request. */
 export function fill(request) {
   choose(null);
   const { image } = request.source;
@@ -70,9 +70,9 @@ async function work(changed) {
 }
 
 function missing() {
-  if (file === null && $("image_url").value.trim() === "") return { element: $("file"), text: "Choose an image, or give its URL." };
-  if ($("prompt").value.trim() === "") return { element: $("prompt"), text: "Say in the prompt what the image shall become." };
-  if (!/^\d{0,19}$/.test($("seed").value.trim())) return { element: $("seed"), text: "A seed is a whole number of at most 19 digits." };
+  if (file === null && $("image_url").value.trim() === "") return { element: $("file"), text: "Choose an image or enter its URL." };
+  if ($("prompt").value.trim() === "") return { element: $("prompt"), text: "Enter a prompt." };
+  if (!/^\d{0,19}$/.test($("seed").value.trim())) return { element: $("seed"), text: "The seed must be an integer of up to 19 digits." };
   return null;
 }
 
@@ -93,7 +93,7 @@ function begin() {
   $("progress").hidden = false;
   $("result-image").hidden = $("made").hidden = true;
   $("result-note").hidden = false;
-  $("result-note").textContent = "Under way";
+  $("result-note").textContent = "In progress";
   say("Sending…");
 }
 
@@ -107,11 +107,11 @@ function end() {
 function progress(status) {
   if (status.status === "IN_QUEUE") {
     const before = status.queue_position;
-    say(before === 0 ? "In the queue, next in line" : `In the queue, ${before} before it`);
+    say(before === 0 ? "Queued, next to run" : `Queued, ${before} ahead`);
   } else if (status.status === "IN_PROGRESS") {
-    const steps = (status.logs ?? []).map((line) => /^step (\d+) of (\d+)$/.exec(line.message)).findLast(Boolean);
+    const steps = (status.logs ?? []).map((line) => /^step (\d+) of (\d+)/.exec(line.message)).findLast(Boolean);
     if (steps) $("progress").value = steps[1] / steps[2];
-    say(steps ? `At work, step ${steps[1]} of ${steps[2]}` : "At work");
+    say(steps ? `Running, step ${steps[1]} of ${steps[2]}` : "Running");
   } else {
     $("progress").value = 1;
   }
@@ -125,7 +125,7 @@ function showResult(output, prompt) {
   $("result-note").hidden = true;
   const seconds = output.timings?.inference;
   const facts = [`${image.width} × ${image.height}`, `seed ${output.seed}`];
-  if (seconds !== undefined) facts.push(`${seconds.toFixed(2)} s in the engine`);
+  if (seconds !== undefined) facts.push(`${seconds.toFixed(2)} s engine time`);
   $("made-text").textContent = facts.join(" · ");
   $("made-link").href = own(image.url);
   $("made-link").download = image.file_name ?? "";
@@ -141,14 +141,14 @@ function choose(chosen) {
   showSource(chosen === null ? "" : URL.createObjectURL(chosen), chosen?.name);
 }
 
-/** An image on another server is not loaded: this page talks to no one but its own server. */
+/** Show the input image. One on another server is not loaded: the page only contacts its own server. */
 function showSource(url, name = "Input image") {
   const image = $("input-image");
   if (image.src.startsWith("blob:")) URL.revokeObjectURL(image.src);
   const here = url.startsWith("blob:") || url.startsWith(`${location.origin}/files/`);
   image.hidden = !here;
   $("input-note").hidden = here;
-  $("input-note").textContent = url === "" ? "Your image will be here" : "Lies on another server, which this page does not ask";
+  $("input-note").textContent = url === "" ? "No image selected" : "Image on another server, no preview";
   image.alt = name;
   if (here) image.src = url;
   else image.removeAttribute("src");

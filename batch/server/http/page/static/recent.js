@@ -1,17 +1,17 @@
-// The list of recent requests. Whatever came from others becomes text or the address of an image of this server.
+// The list of recent requests. Untrusted values become text, or the URL of an image on this server.
 
-const WORDS = { waiting: "waits", running: "runs", done: "done", failed: "failed", cancelled: "cancelled" };
+const WORDS = { waiting: "waiting", running: "running", done: "done", failed: "failed", cancelled: "cancelled" };
 const relative = new Intl.RelativeTimeFormat("en", { style: "narrow" });
 const shown = new Map();
 
-/** An element with properties and children; a string among the children becomes text. */
+/** Create an element with properties and children; strings become text nodes. */
 function el(tag, properties = {}, ...children) {
   const element = Object.assign(document.createElement(tag), properties);
   element.append(...children.filter((child) => child !== null));
   return element;
 }
 
-/** Bring the list up to date; a card whose request did not change is left alone. */
+/** Update the list; cards of unchanged requests stay as they are. */
 export function show(list, requests, now, again) {
   const ids = new Set(requests.map((request) => request.id));
   for (const [id, { card }] of shown) {
@@ -37,8 +37,8 @@ export function show(list, requests, now, again) {
 function made(request, again) {
   const accepted = new Date(request.accepted_at * 1000);
   const state = el("span", { className: `state ${request.state}` }, stateText(request));
-  const button = el("button", { type: "button", className: "again", title: "Fill the form with these settings" }, "Use again");
-  button.setAttribute("aria-label", `Use again: ${request.prompt || "no prompt"}`);
+  const button = el("button", { type: "button", className: "again", title: "Fill the form with these settings" }, "Reuse");
+  button.setAttribute("aria-label", `Reuse: ${request.prompt || "no prompt"}`);
   button.addEventListener("click", () => again(request));
   const prompt = el("p", { className: "prompt", title: request.prompt }, request.prompt || "no prompt");
   return el(
@@ -64,7 +64,7 @@ function facts({ seed, seconds }) {
 
 function stateText(request) {
   const before = request.position;
-  return request.state === "waiting" && before > 0 ? `${before} before it` : WORDS[request.state];
+  return request.state === "waiting" && before > 0 ? `${before} ahead` : WORDS[request.state];
 }
 
 function source(request) {
@@ -83,7 +83,7 @@ function outcome(request) {
 function frame(path, alt, size = {}) {
   const image = el("img", { alt, loading: "lazy", decoding: "async" });
   if (size.width) [image.width, image.height] = [size.width, size.height];
-  const missing = () => image.replaceWith(el("p", {}, "not an image that a browser shows"));
+  const missing = () => image.replaceWith(el("p", {}, "image cannot be displayed"));
   image.addEventListener("error", missing, { once: true });
   image.src = path;
   return el("a", { className: "frame", href: path, target: "_blank", rel: "noopener" }, image);
