@@ -79,6 +79,8 @@ async def embedded_endpoint(
     service_time: float,
     log_path: Path | None = None,
     faults: Path | None = None,
+    *,
+    restarts: int = RESTARTS,
 ) -> AsyncIterator[Endpoint]:
     """Run the endpoint as a child process while the block lasts.
 
@@ -89,12 +91,13 @@ async def embedded_endpoint(
         service_time: seconds that a job of `echo` takes.
         log_path: the child's log is appended here; None: `data_dir/server.log`.
         faults: file of failures to simulate.
+        restarts: maximum restarts within a minute.
 
     Raises:
         RestyleError: the child did not start; the message has the last lines of its log. InputError if it rejected its
             input.
         StorageError: it can no longer write to its disk.
-        StoppedEarly: it died more than `RESTARTS` times a minute.
+        StoppedEarly: it died more than `restarts` times a minute.
     """
     await anyio.to_thread.run_sync(make_folders, data_dir)
     command = _Command(data_dir, engine, slots, service_time, log_path or data_dir / "server.log", faults)
@@ -104,7 +107,7 @@ async def embedded_endpoint(
         failure: BaseException | None = None
         try:
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(_supervise, command, holder, endpoint, log)
+                tasks.start_soon(_supervise, command, holder, endpoint, log, restarts)
                 try:
                     yield endpoint
                 except Exception as error:  # raised by the block: the task group would wrap it
@@ -124,19 +127,19 @@ class _Holder:
     child: Process
 
 
-async def _supervise(command: _Command, holder: _Holder, endpoint: Endpoint, log: IO[bytes]) -> None:
+async def _supervise(command: _Command, holder: _Holder, endpoint: Endpoint, log: IO[bytes], restarts: int) -> None:
     """Replace a child that dies, on the same port."""
     port = int(endpoint.url.rpartition(":")[2])
-    deaths: deque[float] = deque(maxlen=RESTARTS)
+    deaths: deque[float] = deque(maxlen=restarts)
     while True:
         code = await holder.child.wait()
         await holder.child.aclose()
         if code == ExitCode.STOPPED_EARLY:
             raise StorageError(_disk_full(command.data_dir))
         now = anyio.current_time()
-        earliest = deaths[0] if len(deaths) == RESTARTS else -math.inf
+        earliest = deaths[0] if len(deaths) == restarts else -math.inf
         if now - earliest < RESTART_WINDOW_SECONDS:
-            raise StoppedEarly(_died_too_often(code, command.log_path))
+            raise StoppedEarly(_died_too_often(code, command.log_path, restarts))
         deaths.append(now)
         holder.child, replaced = await _start(command, port, log)
         endpoint.pid, endpoint.restarts = replaced.pid, endpoint.restarts + 1
@@ -202,9 +205,9 @@ async def _end(child: Process, grace: float = STOP_SECONDS) -> None:
         await child.aclose()
 
 
-def _died_too_often(code: int, log_path: Path) -> str:
+def _died_too_often(code: int, log_path: Path, restarts: int) -> str:
     return (
-        f"the embedded endpoint died {RESTARTS + 1} times within {RESTART_WINDOW_SECONDS:.0f} s, last with exit code "
+        f"the embedded endpoint died {restarts + 1} times within {RESTART_WINDOW_SECONDS:.0f} s, last with exit code "
         f"{code}; see {log_path}, then run the same command again\n{_last_lines(log_path, 0)}"
     )
 

@@ -39,7 +39,7 @@ from batch.run.context import Policy, RunContext
 from batch.run.images import ImageFolder
 from batch.run.interfaces import Observer
 from batch.run.observers import JsonLog, ObserverGroup, ProgressCounter
-from batch.run.pacing import TokenBucket
+from batch.run.pacing import bucket_for
 from batch.run.reconcile import Reconciler
 from batch.run.runner import Report, Runner
 from batch.run.verdicts import REPEAT_SECONDS, Idempotency
@@ -354,7 +354,7 @@ async def _run_jobs(
             )
             runner = Runner(
                 context,
-                polls=_bucket(plan.profile.polls_per_second),
+                polls=bucket_for(plan.profile.polls_per_second),
                 hints=hints,
                 reconciler=_reconciler(target, journal, observer, rng),
             )
@@ -412,7 +412,7 @@ def _admission(
         window=_window(limits.max_in_flight, profile),
         budget=Budget(limits.budget_usd, spent=before.spent_usd, reserved=before.reserved_usd),
         price=profile.price,
-        submits=_bucket(profile.submits_per_second),
+        submits=bucket_for(profile.submits_per_second),
         observer=observer,
         rng=rng,
     )
@@ -423,11 +423,6 @@ def _window(at_once: int | str, profile: TargetProfile) -> Window:
         return Window(at_once)
     low, high = window_bounds(at_once) or (2, profile.window_ceiling)
     return Window(max(low, min(profile.window_start, high)), floor=low, ceiling=high)
-
-
-def _bucket(rate: float | None) -> TokenBucket | None:
-    """Return a bucket with a burst of a tenth of a second."""
-    return None if rate is None else TokenBucket(rate, burst=max(1.0, rate / 10))
 
 
 def _reconciler(target: Connection, journal: JournalWriter, observer: Observer, rng: Random) -> Reconciler | None:

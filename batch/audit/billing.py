@@ -20,7 +20,7 @@ from batch.config import Settings
 from batch.errors import ConfigError
 from batch.fal.client import FalClient
 from batch.fal.errors import CallFailed, Trouble
-from batch.fal.platform import BILLING_SPAN
+from batch.fal.platform import BILLING_SPAN, BillPage
 from batch.run.retrying import reading
 from batch.targets import open_platform
 
@@ -48,21 +48,35 @@ async def gather_bills(settings: Settings, scratch: AuditTables, version: str, s
         return str(error)
     except TimeoutError:
         return "timeout while reading billing events"
+    except _BillsRefused as error:
+        return str(error)
+    except CallFailed as error:
+        return f"could not read billing events ({error.trouble.detail})"
+    return ""
+
+
+class _BillsRefused(Exception):
+    """An answer that another read would not change. The message says why."""
+
+
+async def _read_page(client: FalClient, start: float, end: float, cursor: str | None) -> BillPage:
+    try:
+        return await client.billing(start, end, cursor)
     except CallFailed as error:
         status = None if error.trouble.reply is None else error.trouble.reply.status
         if status in {401, 402, 403}:
-            return f"this key may not read billing events (HTTP {status}): they need the ADMIN scope"
+            words = f"this key may not read billing events (HTTP {status}): they need the ADMIN scope"
+            raise _BillsRefused(words) from error
         if status in {404, 405, 501}:
-            return f"the target has no billing events (HTTP {status})"
-        return f"could not read billing events ({error.trouble.detail})"
-    return ""
+            raise _BillsRefused(f"the target has no billing events (HTTP {status})") from error
+        raise
 
 
 async def _gather_span(client: FalClient, scratch: AuditTables, start: float, end: float) -> None:
     cursor: str | None = None
     seen: set[str] = set()
     while True:
-        read = partial(client.billing, start, end, cursor)
+        read = partial(_read_page, client, start, end, cursor)
         with anyio.fail_after(_BILL_PAGE_SECONDS):
             page = await reading(read, Random(), stop=stop_after_attempt(_BILL_READS), now=time.time)
         bills = [(bill.request_id, bill.at, bill.units, bill.usd) for bill in page.bills]

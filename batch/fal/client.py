@@ -75,6 +75,7 @@ class FalClient:
         *,
         connections: int = CONNECTIONS,
         download_limit_bytes: int = 64 * 2**20,
+        json_limit_bytes: int = JSON_LIMIT_BYTES,
         user_agent: str = "restyle",
         options: RequestOptions | None = None,
     ) -> None:
@@ -86,12 +87,14 @@ class FalClient:
             key: API key; None: requests are sent without one.
             connections: maximum concurrent connections. With fewer than usual, none to a foreign host is kept idle.
             download_limit_bytes: maximum size of a result image.
+            json_limit_bytes: maximum size of a JSON answer.
             user_agent: the `User-Agent` header.
             options: sent with each submit; the job's key is added to their tags as `job`, unless they have that tag.
         """
         self._origins, self._app, self._key = origins, app, key
         self._options = options or RequestOptions()
         self._download_limit_bytes = download_limit_bytes
+        self._json_limit_bytes = json_limit_bytes
         self._exchanging, self._transferring = within(EXCHANGE_SECONDS), within(TRANSFER_SECONDS, READ_TIMEOUT)
         self._own = Http(limit=connections, timeout=self._exchanging, user_agent=user_agent)
         keep = connections >= CONNECTIONS
@@ -230,7 +233,7 @@ class FalClient:
     async def _answered(
         self, phase: str, call: Call, *, key: bool, before_send: Callable[[], Awaitable[None]] | None = None
     ) -> Reply:
-        limit_bytes = JSON_LIMIT_BYTES if phase in _LONG_ANSWERS else ANSWER_LIMIT_BYTES
+        limit_bytes = self._json_limit_bytes if phase in _LONG_ANSWERS else ANSWER_LIMIT_BYTES
         if phase == "result":  # it may contain its images
             limit_bytes = max(limit_bytes, self._download_limit_bytes)
         return self._without_key(await self._request(phase, call, limit_bytes, key=key, before_send=before_send))

@@ -55,6 +55,8 @@ class WebhookReceiver:
         *,
         most: int = HINTS,
         user_agent: str = "restyle",
+        early: int = EARLY,
+        body_limit: int = BODY_LIMIT_BYTES,
     ) -> None:
         """Create the receiver; it does not listen yet.
 
@@ -65,6 +67,8 @@ class WebhookReceiver:
             now: clock, in Unix seconds.
             most: maximum concurrent connections; further ones wait.
             user_agent: sent when the keys are fetched.
+            early: maximum number of stored callbacks for unknown requests.
+            body_limit: maximum bytes of a callback.
         """
         self._acceptor = Acceptor(most)
         self._http = Http(limit=1, timeout=within(KEYS_TIMEOUT), user_agent=user_agent)
@@ -72,6 +76,7 @@ class WebhookReceiver:
         self._keys_url = target_url.rstrip("/") + KEYS_PATH
         self._keys: list[Ed25519PublicKey] = []
         self._keys_at = float("-inf")
+        self._early_limit, self._body_limit = early, body_limit
         self._fetching = anyio.Lock()  # concurrent callbacks fetch the keys once
         self._waiting: dict[str, anyio.Event] = {}
         self._early: dict[str, None] = {}
@@ -86,7 +91,7 @@ class WebhookReceiver:
 
     async def __aenter__(self) -> Self:
         host, _, port = self._bind.rpartition(":")
-        app = web.Application(client_max_size=BODY_LIMIT_BYTES)
+        app = web.Application(client_max_size=self._body_limit)
         app.router.add_route("*", "/{path:.*}", self._receive)
         self._acceptor.watch(app)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
@@ -145,7 +150,7 @@ class WebhookReceiver:
             called.set()
         else:
             self._early[request_id] = None
-            while len(self._early) > EARLY:
+            while len(self._early) > self._early_limit:
                 del self._early[next(iter(self._early))]
         return web.Response()
 

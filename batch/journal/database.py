@@ -35,6 +35,7 @@ from batch.types import JobKey, RequestId, StoredImage, Ticket
 
 __all__ = [
     "APPLICATION_ID",
+    "BUSY_SECONDS",
     "SCHEMA_VERSION",
     "AuditedJob",
     "AuditedRequest",
@@ -46,7 +47,7 @@ __all__ = [
 APPLICATION_ID = 0x52535459
 """`RSTY`, in the file header: a database of another program is refused and never written to."""
 SCHEMA_VERSION = 2
-_BUSY_SECONDS = 10.0
+BUSY_SECONDS = 10.0
 _CACHE_KIB = 16_000
 _WAL_LIMIT_BYTES = 64 * 2**20
 _ROWS_AT_ONCE = 32
@@ -132,7 +133,15 @@ class JournalDatabase:
     # --- opening and closing ----------------------------------------------------------------------------------
 
     @classmethod
-    def open(cls, path: Path, *, now: float, version: str, lost: str | None = None) -> JournalDatabase:
+    def open(
+        cls,
+        path: Path,
+        *,
+        now: float,
+        version: str,
+        lost: str | None = None,
+        busy_seconds: float = BUSY_SECONDS,
+    ) -> JournalDatabase:
         """Open for writing, create a missing file, and begin a session of this tool version.
 
         Raises:
@@ -142,7 +151,7 @@ class JournalDatabase:
         """
         if lost is not None and not path.exists():
             raise RunDirectoryError(lost)
-        connection = _connect(path, "rwc")
+        connection = _connect(path, "rwc", busy_seconds)
         try:
             with _translated(path):
                 _check_ours(connection, path, empty=lost)
@@ -458,23 +467,23 @@ def _kept(row: tuple[Any, ...]) -> AuditedJob:
 # --- SQLite specifics -------------------------------------------------------------------------------------
 
 
-def _connect(path: Path, mode: str) -> sqlite3.Connection:
+def _connect(path: Path, mode: str, busy_seconds: float = BUSY_SECONDS) -> sqlite3.Connection:
     location = path.absolute().as_uri()
     try:
-        connection = _try_connect(f"{location}?mode={mode}")
+        connection = _try_connect(f"{location}?mode={mode}", busy_seconds)
     except sqlite3.OperationalError as error:
         # A closed journal in a read-only folder: SQLite cannot create its -wal and -shm files there.
         if mode != "ro" or path.with_name(path.name + "-wal").exists():
             raise _storage_error(path, error) from error
         with _translated(path):
-            connection = _try_connect(f"{location}?mode=ro&immutable=1")
+            connection = _try_connect(f"{location}?mode=ro&immutable=1", busy_seconds)
     except sqlite3.DatabaseError as error:
         raise _foreign(path) from error
     return connection
 
 
-def _try_connect(uri: str) -> sqlite3.Connection:
-    connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=_BUSY_SECONDS)
+def _try_connect(uri: str, busy_seconds: float) -> sqlite3.Connection:
+    connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=busy_seconds)
     connection.create_function("slim_body", 1, slim_body, deterministic=True)
     connection.create_function("slim_answer", 1, without_data_uris, deterministic=True)
     try:

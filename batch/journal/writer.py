@@ -18,7 +18,7 @@ import anyio
 import anyio.to_thread
 
 from batch.errors import StorageError
-from batch.journal.database import JournalDatabase
+from batch.journal.database import BUSY_SECONDS, JournalDatabase
 from batch.journal.events import Event
 from batch.journal.records import Counts, KnownJob, OpenJob
 from batch.journal.states import State
@@ -60,7 +60,13 @@ def _late() -> StorageError:
 class JournalWriter:
     """A `batch.run.interfaces.Journal` on a file. Created by `open_journal`."""
 
-    def __init__(self, file: JournalDatabase) -> None:
+    def __init__(
+        self,
+        file: JournalDatabase,
+        *,
+        slow_seconds: float = _SLOW_SECONDS,
+        settle_seconds: float = _SETTLE_SECONDS,
+    ) -> None:
         self.file = file
         """The synchronous core, for the threads of the planner and the export."""
         self.session = file.session
@@ -70,8 +76,9 @@ class JournalWriter:
             "journal",
             limit=_LARGEST_GROUP,
             gather_seconds=_GATHER_SECONDS,
-            slow_seconds=_SLOW_SECONDS,
+            slow_seconds=slow_seconds,
         )
+        self._settle_seconds = settle_seconds
         self._refused: Exception | None = None
         self._closed = False
         self._events = self._commits = self._largest_group = 0
@@ -108,7 +115,7 @@ class JournalWriter:
         Raises:
             StorageError: the disk refused some events, or did not write them within 30 s.
         """
-        with anyio.move_on_after(_SETTLE_SECONDS) as scope:
+        with anyio.move_on_after(self._settle_seconds) as scope:
             await self._group.settled()
         if scope.cancelled_caught:
             raise _late()
@@ -149,7 +156,7 @@ class JournalWriter:
         """
         self._closed = True
         cancelled: asyncio.CancelledError | None = None
-        with anyio.CancelScope(shield=True, deadline=anyio.current_time() + _SETTLE_SECONDS) as scope:
+        with anyio.CancelScope(shield=True, deadline=anyio.current_time() + self._settle_seconds) as scope:
             is_written = False
             while not is_written:
                 try:
@@ -197,7 +204,14 @@ class JournalWriter:
 
 @asynccontextmanager
 async def open_journal(
-    path: Path, *, version: str = "", clock: Callable[[], float] = time.time, lost: str | None = None
+    path: Path,
+    *,
+    version: str = "",
+    clock: Callable[[], float] = time.time,
+    lost: str | None = None,
+    busy_seconds: float = BUSY_SECONDS,
+    slow_seconds: float = _SLOW_SECONDS,
+    settle_seconds: float = _SETTLE_SECONDS,
 ) -> AsyncIterator[JournalWriter]:
     """Open a journal for writing, create it if missing, and begin a session.
 
@@ -208,13 +222,17 @@ async def open_journal(
         version: version of the tool, stored with the session.
         clock: returns Unix seconds, for the session's start and end.
         lost: error message for a missing or empty file; None creates the file instead.
+        busy_seconds: how long a transaction waits for another process that writes.
+        slow_seconds: after a transaction that took longer, the next one takes all calls.
+        settle_seconds: how long the end waits for the disk.
 
     Raises:
         RunDirectoryError: not a restyle journal, written by a newer restyle, or missing while `lost` is given.
         StorageError: the disk refused.
     """
-    opening = partial(JournalDatabase.open, path, now=clock(), version=version, lost=lost)
-    journal = JournalWriter(await anyio.to_thread.run_sync(opening))
+    opening = partial(JournalDatabase.open, path, now=clock(), version=version, lost=lost, busy_seconds=busy_seconds)
+    file = await anyio.to_thread.run_sync(opening)
+    journal = JournalWriter(file, slow_seconds=slow_seconds, settle_seconds=settle_seconds)
     try:
         yield journal
     finally:

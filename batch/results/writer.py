@@ -46,6 +46,9 @@ def write_results(
     target: str,
     on_bad_row: OnBadRow = "fail",
     metadata: Mapping[str, str],
+    group_rows: int = _GROUP_ROWS,
+    group_bytes: int = _GROUP_BYTES,
+    slice_bytes: int = _SLICE_BYTES,
 ) -> Totals:
     """Write the results table. The old file stays unchanged until the new one is complete and on disk.
 
@@ -57,6 +60,9 @@ def write_results(
         target: the value of the column `target`.
         on_bad_row: whether the status of an invalid row is failed or skipped.
         metadata: key-value metadata of the file.
+        group_rows: of a row group, about.
+        group_bytes: of a row group in memory, about.
+        slice_bytes: in memory, of the rows that become results at once.
 
     Raises:
         StorageError: the disk refused; the old file is unchanged.
@@ -67,7 +73,9 @@ def write_results(
     cost, flagged = 0.0, 0
     examples: dict[str, tuple[int, str]] = {}
     with _collector_paused(), _appearing(path, schema) as write, _one_behind(write) as put:
-        for group in _row_groups(_tables(batches, outcomes, schema, target, on_bad_row)):
+        parts = (part for batch in batches for part in _slices(batch, slice_bytes))
+        tables = _tables(parts, outcomes, schema, target, on_bad_row)
+        for group in _row_groups(tables, group_rows, group_bytes):
             put(group)
             statuses += _tally(group["status"])
             failed = group.filter(pc.equal(group["status"], "failed"))
@@ -90,33 +98,32 @@ def write_results(
 
 
 def _tables(
-    batches: Iterable[PlannedBatch],
+    parts: Iterable[PlannedBatch],
     outcomes: Callable[[Sequence[JobKey]], Mapping[JobKey, JobOutcome]],
     schema: pa.Schema,
     target: str,
     on_bad_row: OnBadRow,
 ) -> Iterator[pa.Table]:
-    for batch in batches:
-        for part in _slices(batch):
-            known = outcomes([item.job.key for item in part.items if item.job is not None])
-            yield record_batch(part, known, schema=schema, target=target, on_bad_row=on_bad_row)
+    for part in parts:
+        known = outcomes([item.job.key for item in part.items if item.job is not None])
+        yield record_batch(part, known, schema=schema, target=target, on_bad_row=on_bad_row)
 
 
-def _slices(batch: PlannedBatch) -> Iterator[PlannedBatch]:
+def _slices(batch: PlannedBatch, slice_bytes: int) -> Iterator[PlannedBatch]:
     """Yield parts of a batch that need little memory: a sweep repeats each row, and a row may contain its image."""
     row_bytes = max(1, int(batch.frame.estimated_size()) // max(1, len(batch.frame)))
-    step = max(1, min(_SLICE_ROWS, _SLICE_BYTES // row_bytes))
+    step = max(1, min(_SLICE_ROWS, slice_bytes // row_bytes))
     for start in range(0, len(batch.items), step):
         yield PlannedBatch(batch.first_row, batch.frame, batch.items[start : start + step])
 
 
-def _row_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+def _row_groups(tables: Iterable[pa.Table], group_rows: int, group_bytes: int) -> Iterator[pa.Table]:
     waiting: list[pa.Table] = []
     rows = size = 0
     for table in tables:
         waiting.append(table)
         rows, size = rows + len(table), size + table.nbytes
-        if rows >= _GROUP_ROWS or size >= _GROUP_BYTES:
+        if rows >= group_rows or size >= group_bytes:
             yield pa.concat_tables(waiting)
             waiting.clear()
             rows = size = 0

@@ -238,7 +238,7 @@ class JsonLog(Observer):
     """
 
     FLUSH_SECONDS = 1.0
-    _LIVE = frozenset({"started", "ended", "pausing", "spent", "waiting"})
+    LIVE = frozenset({"started", "ended", "pausing", "spent", "waiting"})
     _AT_ONCE = frozenset({"paused", "resumed"})
     """Possibly the last line for an hour, and `restyle status` looks for it."""
 
@@ -267,7 +267,7 @@ class JsonLog(Observer):
 
     def happened(self, action: str, **facts: Json) -> None:
         """Append one line; events that only a live display needs are left out."""
-        if self._file is None or action in self._LIVE:
+        if self._file is None or action in self.LIVE:
             return
         line = orjson.dumps({"at": _timestamp(), "action": action, **facts}, option=orjson.OPT_APPEND_NEWLINE)
         try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from random import Random
 
-__all__ = ["Pauses", "TokenBucket"]
+__all__ = ["Pauses", "TokenBucket", "bucket_for"]
 
 
 class TokenBucket:
@@ -75,3 +75,8 @@ class Pauses:
     def left(self, now: float) -> float:
         """Return the seconds until submits may continue; 0.0 if they may now."""
         return max(0.0, self._until - now)
+
+
+def bucket_for(rate: float | None) -> TokenBucket | None:
+    """A tenth of a second's worth may go at once."""
+    return None if rate is None else TokenBucket(rate, burst=max(1.0, rate / 10))

@@ -45,6 +45,7 @@ from batch.server.files.storage import Storage
 from batch.server.http import platform as listing
 from batch.server.http.app import application
 from batch.server.http.auth import ENVIRONMENT, Authenticator, Keys
+from batch.server.limits import DEFAULT_LIMITS, ServerLimits
 from batch.server.queue import webhooks
 from batch.server.queue.cleanup import DEFAULT_SECONDS, Cleanup, cleaning_up
 from batch.server.queue.request_log import RequestLog
@@ -59,8 +60,6 @@ __all__ = ["ServeOptions", "run_server", "serve"]
 
 _log = logging.getLogger(__name__)
 
-LOCK_SECONDS = 15.0
-"""Seconds that a new server waits for the previous one to exit."""
 DRAIN_SECONDS = 2.0
 """Seconds that open calls have to finish during shutdown."""
 _DISK_LOOK_SECONDS = 0.5
@@ -100,6 +99,7 @@ class ServeOptions:
     tls_key: Path | None = None
     disk_patience: float | None = None
     """Seconds of failed writes after which the server exits; None: it waits for free space."""
+    limits: ServerLimits = DEFAULT_LIMITS
 
 
 async def serve(
@@ -134,21 +134,23 @@ async def serve(
     async with contextlib.AsyncExitStack() as stack:
         with _usable(options.data_dir):
             make_folders(options.data_dir)
-            await stack.enter_async_context(_locked(options.data_dir))
+            await stack.enter_async_context(_locked(options.data_dir, options.limits.lock_seconds))
             listener = stack.enter_context(contextlib.closing(_listen(options)))
             _check_exposure(options, listener)
             store = await stack.enter_async_context(await Store.open(options.data_dir / "server.db", options.retention))
-            storage = await stack.enter_async_context(Storage(options.data_dir))
+            storage = await stack.enter_async_context(Storage(options.data_dir, limits=options.limits))
             signer = webhooks.signing_key(options.data_dir / "webhook-key.pem")
         share, limits = _share(allowed, options, own_engine=engine is not None)
         rule = address_rule(allow_private=options.allow_private)
         client = await stack.enter_async_context(SafeHttpClient(rule, limit=share.outgoing))
-        source_fetcher = SourceFetcher(storage, client)
+        source_fetcher = SourceFetcher(storage, client, limit_bytes=options.limits.source_bytes)
         engine = engine or _engine(options, share)
         if fault_injection is not None:
             engine = fault_injection.engine(engine)
         rules = fault_injection.listing if fault_injection is not None else None
-        request_log = await stack.enter_async_context(RequestLog(options.data_dir / "server.db", rules))
+        request_log = await stack.enter_async_context(
+            RequestLog(options.data_dir / "server.db", rules, listed_bytes=options.limits.listed_bytes)
+        )
         stack.push_async_callback(engine.aclose)
         await engine.start()
         service = await stack.enter_async_context(
@@ -159,7 +161,8 @@ async def serve(
         await stack.enter_async_context(webhooks.sending(sender))
         stack.enter_context(_signals(stop))
         authenticator = Authenticator(options.keys, storage.derived(b"cdn tokens"), APP_ID, time.time)
-        more = [*listing.routes(service, APP_ID, request_log, options.price_usd), *webhooks.routes(signer)]
+        listed = listing.routes(service, APP_ID, request_log, options.price_usd, limits=options.limits)
+        more = [*listed, *webhooks.routes(signer)]
         app = application(
             service,
             authenticator,
@@ -168,6 +171,7 @@ async def serve(
             idempotency=fault_injection is None or fault_injection.idempotency,
             middleware=None if fault_injection is None else fault_injection.middleware(service, APP_ID),
             share=share,
+            limits=options.limits,
         )
         acceptor = Acceptor(share.connections, tls)
         acceptor.watch(app)
@@ -375,14 +379,14 @@ def _usable(data_dir: Path) -> Iterator[None]:
 
 
 @contextlib.asynccontextmanager
-async def _locked(data_dir: Path) -> AsyncIterator[None]:
+async def _locked(data_dir: Path, seconds: float) -> AsyncIterator[None]:
     """Lock the data dir against a second server. The kernel releases the lock when the process dies.
 
     Raises:
-        InputError: another server still holds it after `LOCK_SECONDS`.
+        InputError: another server still holds it after `seconds`.
     """
     # Without a thread: an attempt does not block, and the size of the thread pool is not set yet.
-    lock = AsyncFileLock(data_dir / "lock", timeout=LOCK_SECONDS, run_in_executor=False)
+    lock = AsyncFileLock(data_dir / "lock", timeout=seconds, run_in_executor=False)
     try:
         await lock.acquire()
     except Timeout as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sqlite3
 from dataclasses import dataclass, field
 
 import aiohttp
@@ -81,6 +82,18 @@ async def serving(data_dir, engine=None, **options):
     finally:
         stop.set()
         await task
+
+
+@contextlib.contextmanager
+def full_disk(database, statement):
+    """Within the block, the server's open database refuses a kind of statement on requests as a full disk does."""
+    with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as connection:
+        refusal = "SELECT RAISE(ROLLBACK, 'database or disk is full');"
+        connection.execute(f"CREATE TRIGGER refuse BEFORE {statement} ON request BEGIN {refusal} END")
+        try:
+            yield
+        finally:
+            connection.execute("DROP TRIGGER refuse")
 
 
 async def call(session, method, path, **options):

@@ -17,9 +17,8 @@ import pytest
 from PIL import Image
 
 from batch.server.engines.preview.engine import PreviewEngine
-from batch.server.http import app as app_module
-from batch.server.http import files as uploads_module
 from batch.server.http.auth import Key, Keys
+from batch.server.limits import ServerLimits
 from tests.edges.serving import INPUT, SUBMIT, ScriptedEngine, call, read, result, serving, submit
 
 NOBODY = "0199c0de-0000-7000-8000-000000000001"
@@ -347,17 +346,16 @@ def test_ten_thousand_headers_are_rejected_or_accepted(tmp_path):
     run(use())
 
 
-def test_a_stalled_body_times_out(tmp_path, monkeypatch):
+def test_a_stalled_body_times_out(tmp_path):
     """408 after the timeout, though the connection stays open; nothing is accepted or left behind."""
-    monkeypatch.setattr(app_module, "BODY_SECONDS", 0.2)
-    monkeypatch.setattr(uploads_module, "SILENCE_SECONDS", 0.2)
+    limits = ServerLimits(body_seconds=0.2, silence_seconds=0.2)
 
     async def stop(session, path, framing):
         start = f"POST {path} HTTP/1.1\r\nHost: localhost\r\n{framing}\r\n\r\n".encode()
         return (await raw(session, start + b'5\r\n{"a":\r\n', head_only=True))[0]
 
     async def use():
-        async with serving(tmp_path) as session:
+        async with serving(tmp_path, limits=limits) as session:
             paths = (SUBMIT, "/files/upload", "/storage/upload/initiate")
             framings = ("Content-Length: 1000", "Transfer-Encoding: chunked")
             stops = [stop(session, path, framing) for path in paths for framing in framings]
@@ -584,12 +582,13 @@ def test_every_kind_of_image_is_accepted_or_a_model_error(tmp_path):
     run(use())
 
 
-def test_a_source_above_the_limit_is_file_too_large(tmp_path, monkeypatch):
+def test_a_source_above_the_limit_is_file_too_large(tmp_path):
     """As a data URI, an upload or a download; `max_size` contains the limit."""
-    monkeypatch.setattr("batch.server.egress.source_images.SOURCE_LIMIT_BYTES", 10_000)
+    limits = ServerLimits(source_bytes=10_000)
 
     async def use():
-        async with serving(tmp_path, ScriptedEngine(fetches_source=True), allow_private=True) as session:
+        engine = ScriptedEngine(fetches_source=True)
+        async with serving(tmp_path, engine, allow_private=True, limits=limits) as session:
             _, _, upload = await call(session, "POST", "/files/upload", data=b"x" * 60_000)
             elsewhere = str(session._base_url / "openapi.json")
             for url in (upload["access_url"], "data:image/png;base64," + "A" * 80_000, elsewhere):

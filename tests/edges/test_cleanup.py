@@ -13,12 +13,11 @@ import pytest
 
 from batch.fal.endpoint import APP_ID
 from batch.server.files.storage import Storage
-from batch.server.queue import cleanup as retention_module
 from batch.server.queue.cleanup import Cleanup
 from batch.server.queue.records import CompletedRequest, RetentionOptions, Submission
 from batch.server.queue.store import Store
 from batch.types import RequestId
-from tests.edges.serving import INPUT, SUBMIT, call, completed, read, result, serving, submit
+from tests.edges.serving import INPUT, SUBMIT, call, completed, full_disk, read, result, serving, submit
 
 DAY = 86400.0
 BEGIN = 1_800_000_000.0
@@ -29,11 +28,11 @@ SMALL = b"S" * 100
 class World:
     """A store, a storage and a cleanup with a controlled clock."""
 
-    def __init__(self, store, storage, seconds):
+    def __init__(self, store, storage, seconds, **pace):
         self.now = BEGIN
         self.store = store
         self.storage = storage
-        self.sweeper = Cleanup(store, storage, seconds)
+        self.sweeper = Cleanup(store, storage, seconds, pause=0.0, **pace)
         self._numbers = itertools.count()
 
     async def request(self, *, key=None, body=b"{}", source=None, retention=None, payload=b'{"images":[]}', end=True):
@@ -69,9 +68,8 @@ class World:
         return await self.storage.find(path) is not None
 
 
-def play(tmp_path, monkeypatch, script, seconds=30 * DAY):
+def play(tmp_path, script, seconds=30 * DAY, **pace):
     """Run a script in a `World`."""
-    monkeypatch.setattr(retention_module, "_PAUSE_SECONDS", 0.0)
 
     async def use():
         world = None
@@ -79,13 +77,13 @@ def play(tmp_path, monkeypatch, script, seconds=30 * DAY):
             await Store.open(tmp_path / "server.db", seconds) as store,
             Storage(tmp_path, lambda: world.now if world else BEGIN) as storage,
         ):
-            world = World(store, storage, seconds)
+            world = World(store, storage, seconds, **pace)
             await script(world)
 
     asyncio.run(use())
 
 
-def test_a_result_is_removed_after_its_retention(tmp_path, monkeypatch):
+def test_a_result_is_removed_after_its_retention(tmp_path):
     """The retention starts at the end of a request; an unfinished one is never removed."""
 
     async def script(world):
@@ -101,14 +99,13 @@ def test_a_result_is_removed_after_its_retention(tmp_path, monkeypatch):
         assert [one is not None for one in found[1:]] == [True] * 3
         assert [one.request_id for one in await world.store.to_do()] == [waiting]
 
-    play(tmp_path, monkeypatch, script)
+    play(tmp_path, script)
     with contextlib.closing(sqlite3.connect(tmp_path / "server.db")) as database:
         assert database.execute("SELECT count(*) FROM request").fetchone() == (3,)
 
 
-def test_many_results_are_removed_in_small_steps(tmp_path, monkeypatch):
+def test_many_results_are_removed_in_small_steps(tmp_path):
     """Each step is bounded; a round removes all expired results."""
-    monkeypatch.setattr(retention_module, "STEP", 10)
 
     async def script(world):
         for _ in range(95):
@@ -117,11 +114,11 @@ def test_many_results_are_removed_in_small_steps(tmp_path, monkeypatch):
         assert await world.store.forget(world.now, 30 * DAY, 10) == 10
         assert (await world.sweep())[0] == 85
 
-    play(tmp_path, monkeypatch, script)
+    play(tmp_path, script, step=10)
 
 
 @pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
-def test_a_file_is_never_removed_before_its_result(tmp_path, monkeypatch, data):
+def test_a_file_is_never_removed_before_its_result(tmp_path, data):
     """At every hour around the expiry: as long as the result is available, its image exists."""
 
     async def script(world):
@@ -139,11 +136,11 @@ def test_a_file_is_never_removed_before_its_result(tmp_path, monkeypatch, data):
             gone = [what for what, there in (("result", told), ("file", await world.here(path))) if not there]
             assert world.now < BEGIN + 31 * DAY
 
-    play(tmp_path, monkeypatch, script)
+    play(tmp_path, script)
 
 
 @pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
-def test_a_source_image_is_kept_as_long_as_its_request(tmp_path, monkeypatch, data):
+def test_a_source_image_is_kept_as_long_as_its_request(tmp_path, data):
     """An upload older than the retention is kept if a stored or waiting request uses it."""
 
     async def script(world):
@@ -162,11 +159,11 @@ def test_a_source_image_is_kept_as_long_as_its_request(tmp_path, monkeypatch, da
         await world.sweep()
         assert not await world.here(path)
 
-    play(tmp_path, monkeypatch, script)
+    play(tmp_path, script)
 
 
 @pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
-def test_saving_bytes_again_renews_their_retention(tmp_path, monkeypatch, data):
+def test_saving_bytes_again_renews_their_retention(tmp_path, data):
     """Equal bytes are stored once, with the latest save time."""
 
     async def script(world):
@@ -182,11 +179,11 @@ def test_saving_bytes_again_renews_their_retention(tmp_path, monkeypatch, data):
         assert await world.storage.save(data, "image/png") == path
         assert await world.storage.read(path) == data
 
-    play(tmp_path, monkeypatch, script)
+    play(tmp_path, script)
 
 
 @pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
-def test_a_file_with_its_own_expiry_is_removed_then(tmp_path, monkeypatch, data):
+def test_a_file_with_its_own_expiry_is_removed_then(tmp_path, data):
     """It is not shared: the same bytes saved by another client stay."""
 
     async def script(world):
@@ -200,10 +197,10 @@ def test_a_file_with_its_own_expiry_is_removed_then(tmp_path, monkeypatch, data)
         assert (await world.sweep())[1] == 1
         assert [await world.here(path) for path in (own, again, shared)] == [False, True, True]
 
-    play(tmp_path, monkeypatch, script)
+    play(tmp_path, script)
 
 
-def test_an_idempotency_key_is_valid_for_a_day_while_its_result_is_available(tmp_path, monkeypatch):
+def test_an_idempotency_key_is_valid_for_a_day_while_its_result_is_available(tmp_path):
     """Done, failed or cancelled: the first id for 24 h, then a new request. A waiting one is never duplicated."""
 
     async def script(world):
@@ -222,7 +219,7 @@ def test_an_idempotency_key_is_valid_for_a_day_while_its_result_is_available(tmp
         assert (await world.repeat("waits"))[1] == (firsts["waits"], False, True)
         assert (await world.store.find(firsts["done"])).completed is not None
 
-    play(tmp_path, monkeypatch, script)
+    play(tmp_path, script)
 
 
 EXPIRIES = {
@@ -236,7 +233,7 @@ EXPIRIES = {
 
 @pytest.mark.parametrize("swept", [False, True], ids=["still on disk", "swept"])
 @pytest.mark.parametrize("case", EXPIRIES)
-def test_the_key_of_an_expired_result_creates_a_new_request(tmp_path, monkeypatch, case, swept):
+def test_the_key_of_an_expired_result_creates_a_new_request(tmp_path, case, swept):
     """With any input, and only once: the new request then holds the key. Before the expiry: the first id."""
     retention, ended, life, seconds = EXPIRIES[case]
 
@@ -253,10 +250,10 @@ def test_the_key_of_an_expired_result_creates_a_new_request(tmp_path, monkeypatc
         assert (await world.repeat("k", b"another"))[1] == (second, False, True)
         assert [one.request_id for one in await world.store.to_do()] == [second]
 
-    play(tmp_path, monkeypatch, script, seconds)
+    play(tmp_path, script, seconds)
 
 
-def test_a_failed_request_has_no_images_to_expire(tmp_path, monkeypatch):
+def test_a_failed_request_has_no_images_to_expire(tmp_path):
     """The lifetime of files does not release the key of a request without files."""
 
     async def script(world):
@@ -265,10 +262,10 @@ def test_a_failed_request_has_no_images_to_expire(tmp_path, monkeypatch):
         world.now += 3600
         assert (await world.repeat("k"))[1] == (first, False, True)
 
-    play(tmp_path, monkeypatch, script)
+    play(tmp_path, script)
 
 
-def test_files_of_a_version_1_storage_count_as_saved_now(tmp_path, monkeypatch):
+def test_files_of_a_version_1_storage_count_as_saved_now(tmp_path):
     """Its small files have no save times; none is removed at once."""
     with contextlib.closing(sqlite3.connect(tmp_path / "small.db")) as database:
         schema = "CREATE TABLE small (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, data BLOB NOT NULL) STRICT"
@@ -284,28 +281,26 @@ def test_files_of_a_version_1_storage_count_as_saved_now(tmp_path, monkeypatch):
         world.now += 2 * DAY
         assert (await world.sweep())[2] == 1
 
-    play(tmp_path, monkeypatch, script)
+    play(tmp_path, script)
 
 
-def test_a_failed_round_is_retried_in_the_next_one(tmp_path, monkeypatch, caplog):
+def test_a_failed_round_is_retried_in_the_next_one(tmp_path, caplog):
     """The cleanup logs the failure and goes on."""
-    monkeypatch.setattr(retention_module, "ROUND_SECONDS", 0.0)
 
     async def script(world):
         await world.request()
         world.now += 31 * DAY
-        world.store._database.execute("PRAGMA query_only = ON")
-        task = asyncio.create_task(world.sweeper.run(lambda: world.now))
-        while not caplog.records:
-            await asyncio.sleep(0.001)
-        assert "retrying" in caplog.text
-        world.store._database.execute("PRAGMA query_only = OFF")
+        with full_disk(tmp_path / "server.db", "DELETE"):
+            task = asyncio.create_task(world.sweeper.run(lambda: world.now))
+            while not caplog.records:
+                await asyncio.sleep(0.001)
+            assert "retrying" in caplog.text
         with contextlib.closing(sqlite3.connect(tmp_path / "server.db")) as database:
             while database.execute("SELECT count(*) FROM request").fetchone() != (0,):
                 await asyncio.sleep(0.001)
         task.cancel()
 
-    play(tmp_path, monkeypatch, script)
+    play(tmp_path, script, round_seconds=0.0)
 
 
 # --- over HTTP --------------------------------------------------------------------------------------------

@@ -346,9 +346,8 @@ async def test_ten_megabytes_of_headers_are_refused_early():
 
 
 @pytest.mark.parametrize("length_is_given", [True, False], ids=["with its length", "chunked"])
-async def test_an_oversize_answer_is_cut_off(monkeypatch, length_is_given):
+async def test_an_oversize_answer_is_cut_off(length_is_given):
     """It is dropped at the limit, with or without a content length."""
-    monkeypatch.setattr(module, "JSON_LIMIT_BYTES", 10_000)
     sent = []
 
     async def large(request):
@@ -361,7 +360,7 @@ async def test_an_oversize_answer_is_cut_off(monkeypatch, length_is_given):
             sent.append(2**16)
         return response
 
-    async with answering(large) as (client, received):
+    async with answering(large, json_limit_bytes=10_000) as (client, received):
         found = await trouble(client.submit(ATTEMPT))
     assert found.transport == "oversize"
     assert judge(found).action is Action.UNKNOWN

@@ -19,11 +19,13 @@ import anyio
 import pytest
 
 from batch.errors import RestyleError, RunDirectoryError, StorageError
-from batch.journal.database import _SQL, APPLICATION_ID, SCHEMA_VERSION, JournalDatabase
+from batch.journal import database as database_module
+from batch.journal.database import APPLICATION_ID, SCHEMA_VERSION, JournalDatabase
 from batch.journal.events import Accepted, Answered, FailedForGood, Finished, Intended, Lost, Retried
 from batch.journal.states import State
 from batch.journal.writer import open_journal
 from batch.manifest.types import FileFact, FileKey
+from batch.system.sql import load_statements
 from batch.types import Answer, Failed, JobKey, RequestId, Ticket
 
 KEY = JobKey("a" * 32)
@@ -152,11 +154,13 @@ def test_earlier_outcomes_stay_in_the_file(path):
 def test_open_jobs_are_found_without_reading_the_others(path):
     """Finding jobs to collect uses the small index, for a table of any size."""
     file = opened(path)
-    for name in ("open_ids", "sum_open"):
-        parameters = ['["accepted"]'] if name == "open_ids" else []
-        plan = file._connection.execute("EXPLAIN QUERY PLAN " + _SQL[name], parameters).fetchall()
-        assert any("open_jobs" in row[3] for row in plan), plan
     file.close()
+    statements = load_statements(database_module.__file__)
+    with closing(sqlite3.connect(path)) as connection:
+        for name in ("open_ids", "sum_open"):
+            parameters = ['["accepted"]'] if name == "open_ids" else []
+            plan = connection.execute("EXPLAIN QUERY PLAN " + statements[name], parameters).fetchall()
+            assert any("open_jobs" in row[3] for row in plan), plan
 
 
 def test_facts_of_local_images_are_good_until_the_file_changes(path):
@@ -359,10 +363,9 @@ async def test_full_disk_is_told_to_every_caller_and_leaves_nothing(path):
 
 
 @pytest.mark.anyio
-async def test_other_writer_is_a_sentence(path, monkeypatch):
+async def test_other_writer_is_a_sentence(path):
     """A second writer gets neither a hang nor a stack trace."""
-    monkeypatch.setattr("batch.journal.database._BUSY_SECONDS", 0.01)
-    async with open_journal(path, clock=lambda: 1.0) as journal:
+    async with open_journal(path, clock=lambda: 1.0, busy_seconds=0.01) as journal:
         other = sqlite3.connect(path, isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(StorageError, match="another process is writing"):
@@ -402,9 +405,8 @@ async def test_closing_flushes_what_is_pending(path):
 
 
 @pytest.mark.anyio
-async def test_what_comes_at_once_is_written_in_parts_and_in_order(path, monkeypatch):
+async def test_what_comes_at_once_is_written_in_parts_and_in_order(path):
     """The first of many thousand calls are durable long before the last, and the events of a job keep their order."""
-    monkeypatch.setattr("batch.journal.writer._SLOW_SECONDS", 60.0)  # a busy machine must not count as a slow disk
     settled = []
 
     async def recorded(number):
@@ -412,7 +414,11 @@ async def test_what_comes_at_once_is_written_in_parts_and_in_order(path, monkeyp
         settled.append((number, journal.statistics().commits))
         await journal.record(Accepted(intended(number).job_key, 2.0, Ticket(RequestId(str(number)))))
 
-    async with open_journal(path, clock=lambda: 5.0) as journal, anyio.create_task_group() as tasks:
+    slow = 60.0  # a busy machine must not count as a slow disk
+    async with (
+        open_journal(path, clock=lambda: 5.0, slow_seconds=slow) as journal,
+        anyio.create_task_group() as tasks,
+    ):
         for number in range(2000):
             tasks.start_soon(recorded, number)
     assert journal.statistics().largest_group <= 512
@@ -441,10 +447,9 @@ async def test_closed_journal_takes_nothing(path):
 
 
 @pytest.mark.anyio
-async def test_stuck_disk_does_not_hold_the_end_for_ever(path, monkeypatch):
+async def test_stuck_disk_does_not_hold_the_end_for_ever(path):
     """Closing has a timeout; callers that still wait get an error."""
-    monkeypatch.setattr("batch.journal.writer._SETTLE_SECONDS", 0.05)
-    disk = threading.Event()
+    disk, ended = threading.Event(), threading.Event()
     told = []
 
     async def record(journal, number):
@@ -453,9 +458,17 @@ async def test_stuck_disk_does_not_hold_the_end_for_ever(path, monkeypatch):
         except StorageError as error:
             told.append(str(error))
 
-    async with anyio.create_task_group() as tasks, open_journal(path, clock=lambda: 1.0) as journal:
-        real = journal.file.commit
-        journal.file.commit = lambda calls: (disk.wait(), real(calls))[1]
+    def commit(calls):
+        disk.wait()
+        refusals = real(calls)
+        ended.set()
+        return refusals
+
+    async with (
+        anyio.create_task_group() as tasks,
+        open_journal(path, clock=lambda: 1.0, settle_seconds=0.05) as journal,
+    ):
+        real, journal.file.commit = journal.file.commit, commit
         tasks.start_soon(record, journal, 1)
         await anyio.wait_all_tasks_blocked()
         tasks.start_soon(record, journal, 2)
@@ -463,8 +476,7 @@ async def test_stuck_disk_does_not_hold_the_end_for_ever(path, monkeypatch):
     assert len(told) == 2
     assert all("did not write" in text for text in told)
     disk.set()
-    with journal.file._lock:
-        pass
+    assert ended.wait(10.0)
     await anyio.to_thread.run_sync(journal.file.close)
 
 
@@ -485,19 +497,17 @@ async def test_what_nobody_waits_for_is_settled_all_the_same(path):
 
 
 @pytest.mark.anyio
-async def test_what_the_disk_refused_is_not_settled(path, monkeypatch):
+async def test_what_the_disk_refused_is_not_settled(path):
     """Neither are events that miss the timeout."""
-    async with open_journal(path, clock=lambda: 1.0) as journal:
+    async with open_journal(path, clock=lambda: 1.0, settle_seconds=0.5) as journal:
         disk, real = threading.Event(), journal.file.commit
         journal.file.commit = lambda calls: (disk.wait(), real(calls))[1]
-        monkeypatch.setattr("batch.journal.writer._SETTLE_SECONDS", 0.05)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(journal.record, intended(1))
             await anyio.sleep(0.02)
             tasks.cancel_scope.cancel()
         with pytest.raises(StorageError, match="did not write"):
             await journal.settled()
-        monkeypatch.undo()
         disk.set()
         await journal.settled()
 

@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -15,7 +16,6 @@ import time
 import aiohttp
 import pytest
 
-from batch import embedded as embedded_module
 from batch.embedded import embedded_endpoint
 from batch.errors import RestyleError, StoppedEarly, StorageError
 from tests.edges.serving import INPUT, SUBMIT, call, result, submit
@@ -133,12 +133,11 @@ def test_a_child_that_dies_is_replaced_on_the_same_port(tmp_path):
     run(use())
 
 
-def test_a_child_that_dies_again_and_again_ends_the_run(tmp_path, monkeypatch):
+def test_a_child_that_dies_again_and_again_ends_the_run(tmp_path):
     """Resumable, and the error has the path of the log."""
-    monkeypatch.setattr(embedded_module, "RESTARTS", 1)
 
     async def use():
-        async with embedded_endpoint(tmp_path, "echo", None, 0.0) as endpoint:
+        async with embedded_endpoint(tmp_path, "echo", None, 0.0, restarts=1) as endpoint:
             os.kill(endpoint.pid, signal.SIGKILL)
             await until(lambda: endpoint.restarts == 1)
             os.kill(endpoint.pid, signal.SIGKILL)
@@ -148,18 +147,19 @@ def test_a_child_that_dies_again_and_again_ends_the_run(tmp_path, monkeypatch):
         run(use())
 
 
-def test_a_disk_that_takes_nothing_more_ends_the_run(tmp_path, monkeypatch):
+def test_a_disk_that_takes_nothing_more_ends_the_run(tmp_path):
     """The endpoint could wait for space, but then the run would see nothing but 503."""
-    plain = embedded_module._Command.line
-
-    def limited(command, port):  # a quota that needs no rights: no file grows beyond 300 blocks
-        return ["sh", "-c", 'ulimit -f 300; exec "$0" "$@"', *plain(command, port)]
-
-    monkeypatch.setattr(embedded_module._Command, "line", limited)
     answers = set()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     async def main():
-        async with embedded_endpoint(tmp_path, "echo", 2, 0.0) as endpoint, aiohttp.ClientSession(endpoint.url) as http:
+        async with contextlib.AsyncExitStack() as stack:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, hard))  # a quota that needs no rights
+            try:  # the child inherits it
+                endpoint = await stack.enter_async_context(embedded_endpoint(tmp_path, "echo", 2, 0.0))
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            http = await stack.enter_async_context(aiohttp.ClientSession(endpoint.url))
             deadline = time.monotonic() + 60
             while time.monotonic() < deadline:
                 with contextlib.suppress(aiohttp.ClientError):

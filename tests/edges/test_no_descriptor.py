@@ -32,7 +32,6 @@ from batch.server.egress.http_client import FetchLimits, SafeHttpClient
 from batch.server.egress.ssrf import private_too
 from batch.server.engines.process_pool import WorkerPool
 from batch.server.files.storage import Storage
-from batch.server.queue import webhooks as webhooks_module
 from batch.system.descriptors import Allowance, lacks_descriptor
 from batch.types import Attempt, JobKey, LocalImage, RequestId, Ticket
 from tests.edges.serving import INPUT, SUBMIT, ScriptedEngine, call, completed, result, serving, submit
@@ -269,7 +268,7 @@ def test_another_server_is_not_called_unreachable(url):
 
     async def use():
         async with SafeHttpClient(private_too) as client:
-            await client._lookup("localhost")
+            await asyncio.get_running_loop().getaddrinfo("localhost", 80)
             with none_free(), pytest.raises(OSError, match="descriptor") as caught:
                 await client.fetch(url, FetchLimits(1000, 5.0))
             assert lacks_descriptor(caught.value)
@@ -301,7 +300,6 @@ def test_waiting_for_a_connection_is_not_part_of_a_fetchs_time():
 
 def test_a_webhook_is_sent_when_there_is_a_descriptor(tmp_path, monkeypatch):
     """A try that could not start does not count: the webhook does not wait for hours after the tenth."""
-    monkeypatch.setattr(webhooks_module, "_DISK_SECONDS", 0.01)
     post, times = SafeHttpClient.post, 10
 
     async def lacking(client, *arguments):
@@ -314,7 +312,7 @@ def test_a_webhook_is_sent_when_there_is_a_descriptor(tmp_path, monkeypatch):
     monkeypatch.setattr(SafeHttpClient, "post", lacking)
 
     async def use():
-        async with Receiver() as receiver, sender(tmp_path, chance=lambda: 1.0) as (service, store):
+        async with Receiver() as receiver, sender(tmp_path, chance=lambda: 1.0, disk_seconds=0.01) as (service, store):
             await service.submit(APP_ID, BODY, options_with(receiver.url))
             await receiver.got(1)
             await settled(store)

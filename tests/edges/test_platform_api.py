@@ -16,9 +16,8 @@ from batch.fal.client import FalClient
 from batch.fal.endpoint import APP_ID
 from batch.fal.platform_queries import cursor_of
 from batch.fal.protocol import Origins
-from batch.server.http import platform as listing_module
 from batch.server.http.auth import Key, Keys
-from batch.server.queue import request_log as history_module
+from batch.server.limits import ServerLimits
 from tests.edges.serving import INPUT, SUBMIT, ScriptedEngine, call, completed, read, result, serving, submit
 
 LISTING = "/v1/models/requests/by-endpoint"
@@ -71,7 +70,7 @@ def test_requests_are_listed_by_their_end_with_payloads(tmp_path):
     run(use())
 
 
-def test_an_embedded_image_is_listed_as_submitted(tmp_path, monkeypatch):
+def test_an_embedded_image_is_listed_as_submitted(tmp_path):
     """The data URI is identical; images beyond the page's limit are URLs that work."""
     images = [Random(n).randbytes(size) for n, size in enumerate((300, 200_000))]
     uris = [f"data:image/png;base64,{base64.b64encode(one).decode()}" for one in images]
@@ -82,7 +81,7 @@ def test_an_embedded_image_is_listed_as_submitted(tmp_path, monkeypatch):
                 await completed(session, await submit(session, image_url=uri))
             items, _ = await listed(session, expand="payloads")
             assert [item["json_input"]["image_url"] for item in items] == uris[::-1]
-            monkeypatch.setattr(listing_module, "IMAGES_BYTES", 1000)
+        async with serving(tmp_path, limits=ServerLimits(listed_images_bytes=1000)) as session:
             items, _ = await listed(session, expand="payloads")
             assert items[1]["json_input"]["image_url"] == uris[0]
             async with session.get(items[0]["json_input"]["image_url"]) as response:
@@ -103,12 +102,11 @@ def test_a_request_with_store_io_0_is_listed_without_payloads(tmp_path):
     run(use())
 
 
-def test_inline_and_large_payloads_are_not_listed(tmp_path, monkeypatch):
+def test_inline_and_large_payloads_are_not_listed(tmp_path):
     """`sync_mode` results and very large bodies are omitted, as on fal; the request is listed."""
-    monkeypatch.setattr(history_module, "LISTED_BYTES", 1000)
 
     async def use():
-        async with serving(tmp_path) as session:
+        async with serving(tmp_path, limits=ServerLimits(listed_bytes=1000)) as session:
             await completed(session, await submit(session, sync_mode=True))
             await completed(session, await submit(session, "x" * 1000))
             (huge, inline), _ = await listed(session, expand="payloads")

@@ -15,7 +15,6 @@ import pytest
 from PIL import Image
 
 from batch.fal.endpoint import ImageToImageInput
-from batch.server.engines import process_pool
 from batch.server.engines.base import EngineCancelled, EngineFailure, EngineJob, NotReady, WorkerCrashed
 from batch.server.engines.preview.engine import PreviewEngine
 from batch.server.engines.preview.renderer import open_renderer
@@ -192,10 +191,9 @@ async def test_prepare_raises_the_error_of_a_slot_that_is_not_ready(tmp_path):
     assert (caught.value.status, caught.value.type, caught.value.retryable) == (500, "internal_server_error", True)
 
 
-async def test_a_slot_that_is_not_ready_backs_off_exponentially(tmp_path, monkeypatch):
+async def test_a_slot_that_is_not_ready_backs_off_exponentially(tmp_path):
     """Its process ends; the next one starts after a backoff that doubles each time and that a success resets."""
-    monkeypatch.setattr(process_pool, "_FIRST_BACKOFF", 0.2)
-    async with WorkerPool(REFERENCE, [{"greeting": "lost"}]) as pool:
+    async with WorkerPool(REFERENCE, [{"greeting": "lost"}], first_backoff=0.2) as pool:
         began = anyio.current_time()
         for started in (1, 2, 3):
             with pytest.raises(NotReady):
@@ -211,11 +209,10 @@ async def test_a_slot_that_is_not_ready_backs_off_exponentially(tmp_path, monkey
         assert 0.2 <= anyio.current_time() - again < 1.6, "the success must reset the backoff"
 
 
-async def test_a_slot_in_backoff_does_not_block_the_others(tmp_path, monkeypatch):
+async def test_a_slot_in_backoff_does_not_block_the_others(tmp_path):
     """While one slot backs off for an hour, every job goes to the other."""
-    monkeypatch.setattr(process_pool, "_FIRST_BACKOFF", 3600)
-    monkeypatch.setattr(process_pool, "_LONGEST_BACKOFF", 3600)
-    async with WorkerPool(REFERENCE, [{"greeting": "lost"}, {"greeting": "fine"}]) as pool:
+    slots = [{"greeting": "lost"}, {"greeting": "fine"}]
+    async with WorkerPool(REFERENCE, slots, first_backoff=3600, longest_backoff=3600) as pool:
         with pytest.raises(NotReady):
             await pool.prepare(job("get_ready", str(tmp_path)))
         for _ in range(5):
@@ -404,10 +401,9 @@ async def test_closing_ends_idle_and_busy_workers(tmp_path):
         await run(pool, "greet")
 
 
-async def test_a_worker_that_does_not_exit_is_killed_when_the_pool_closes(monkeypatch):
+async def test_a_worker_that_does_not_exit_is_killed_when_the_pool_closes():
     """A process after SIGSTOP cannot exit; closing kills it after a timeout."""
-    monkeypatch.setattr(process_pool, "_EXIT_TIMEOUT", 0.05)
-    pool = WorkerPool(REFERENCE, size=1)
+    pool = WorkerPool(REFERENCE, size=1, exit_timeout=0.05)
     await pool.start(loaded=True)
     (pid,) = pool.pids()
     os.kill(pid, signal.SIGSTOP)

@@ -17,7 +17,6 @@ import pytest
 from aiohttp import web
 
 from batch.server.egress import http_client as http_client_module
-from batch.server.egress import source_images as sources_module
 from batch.server.egress.http_client import FetchLimits, ResponseTooLarge, SafeHttpClient, Unreachable
 from batch.server.egress.source_images import SourceFetcher
 from batch.server.egress.ssrf import AddressRefused, private_too, public_only
@@ -448,9 +447,8 @@ def test_a_post_follows_no_redirect_and_reads_no_body():
 # --- source images --------------------------------------------------------------------------------------
 
 
-def test_download_errors_are_fal_s_model_errors(tmp_path, monkeypatch):
+def test_download_errors_are_fal_s_model_errors(tmp_path):
     """422 with fal's type, the location, the URL and the limit, also for a redirect to metadata."""
-    monkeypatch.setattr(sources_module, "SOURCE_LIMIT_BYTES", 1000)
 
     async def handler(request):
         if request.path == "/away":
@@ -461,7 +459,7 @@ def test_download_errors_are_fal_s_model_errors(tmp_path, monkeypatch):
 
     async def use():
         async with Server(handler) as server, Storage(tmp_path) as storage, SafeHttpClient(outside_only) as client:
-            source_fetcher = SourceFetcher(storage, client)
+            source_fetcher = SourceFetcher(storage, client, limit_bytes=1000)
             for path, kind, retryable in (
                 ("/away", "file_download_error", False),
                 ("/large", "file_too_large", False),

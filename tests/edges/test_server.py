@@ -26,13 +26,12 @@ from batch.server.egress.source_images import SourceFetcher
 from batch.server.engines.base import WorkerCrashed
 from batch.server.engines.echo import EchoEngine
 from batch.server.files.storage import Storage
-from batch.server.http import app as app_module
-from batch.server.http import files as uploads_module
+from batch.server.limits import ServerLimits
 from batch.server.queue import service as service_module
 from batch.server.queue.records import CompletedRequest
 from batch.server.queue.store import Store
 from batch.server.serve import ServeOptions, serve
-from tests.edges.serving import INPUT, SUBMIT, ScriptedEngine, call, completed, read, result, serving, submit
+from tests.edges.serving import INPUT, SUBMIT, ScriptedEngine, call, completed, full_disk, read, result, serving, submit
 
 PNG = b"\x89PNG and then some"
 
@@ -387,9 +386,8 @@ def test_a_start_timeout_is_dropped_at_start_or_cancel(tmp_path):
     run(use())
 
 
-def test_a_waiting_call_leaks_nothing_per_wake_up(tmp_path, monkeypatch):
+def test_a_waiting_call_leaks_nothing_per_wake_up(tmp_path):
     """Status stream and direct call: the number of futures is constant over 100 wake-ups."""
-    monkeypatch.setattr(app_module, "KEEP_ALIVE_SECONDS", 0.002)
 
     def futures():
         gc.collect()
@@ -397,7 +395,7 @@ def test_a_waiting_call_leaks_nothing_per_wake_up(tmp_path, monkeypatch):
 
     async def use():
         engine = ScriptedEngine(slots=1)
-        async with serving(tmp_path, engine) as session:
+        async with serving(tmp_path, engine, limits=ServerLimits(keep_alive_seconds=0.002)) as session:
             await submit(session, "hold")
             direct = asyncio.create_task(call(session, "POST", f"/run{SUBMIT}", json=INPUT))
             async with session.get(read(await submit(session), "/status/stream")) as stream:
@@ -553,17 +551,16 @@ def test_both_upload_mechanisms_give_a_usable_url(tmp_path, size):
     run(use())
 
 
-def test_a_body_above_the_limit_is_413_with_the_limit(tmp_path, monkeypatch):
+def test_a_body_above_the_limit_is_413_with_the_limit(tmp_path):
     """The message contains the limit in MiB and what to do."""
-    monkeypatch.setattr(uploads_module, "UPLOAD_LIMIT_BYTES", 2**20)
-    monkeypatch.setattr(app_module, "BODY_LIMIT_BYTES", 2**20)
+    limits = ServerLimits(upload_bytes=2**20, body_bytes=2**20)
 
     async def chunks():
         for _ in range(20):
             yield b"x" * 2**17
 
     async def use():
-        async with serving(tmp_path) as session:
+        async with serving(tmp_path, limits=limits) as session:
             for path in (SUBMIT, "/files/upload"):
                 status, headers, body = await call(session, "POST", path, data=io.BytesIO(b"x" * (2**20 + 1)))
                 assert (status, "1 MiB" in body["detail"]) == (413, True)
@@ -620,9 +617,8 @@ def test_a_stopped_server_returns_running_requests_to_the_queue(tmp_path):
     run(use())
 
 
-def test_a_result_is_written_when_the_disk_has_space_again(tmp_path, monkeypatch):
+def test_a_result_is_written_when_the_disk_has_space_again(tmp_path):
     """A finished result stays in memory until the write succeeds, and is published only then."""
-    monkeypatch.setattr(service_module, "_RETRY_SECONDS", 0.01)
 
     async def use():
         engine = ScriptedEngine()
@@ -630,17 +626,19 @@ def test_a_result_is_written_when_the_disk_has_space_again(tmp_path, monkeypatch
             await Store.open(tmp_path / "server.db") as store,
             Storage(tmp_path) as storage,
             SafeHttpClient() as client,
-            service_module.queue_service(store, storage, engine, SourceFetcher(storage, client)) as service,
+            service_module.queue_service(
+                store, storage, engine, SourceFetcher(storage, client), retry_seconds=0.01
+            ) as service,
         ):
             body = orjson.dumps({**INPUT, "prompt": "hold" + "x" * 100_000})
             request_id = (await service.submit(APP_ID, body, service_module.SubmitOptions())).request_id
-            pages = store._database.execute("PRAGMA page_count").fetchone()[0]
-            store._database.execute(f"PRAGMA max_page_count = {pages}")
-            engine.go.set()
-            while service.statistics().ending == 0:
-                await service.changed(request_id, 0.01)
-            assert not isinstance((await service.find(request_id)).state, CompletedRequest)
-            store._database.execute("PRAGMA max_page_count = 1000000")
+            with full_disk(tmp_path / "server.db", "UPDATE"):
+                engine.go.set()
+                while service.statistics().ending == 0:
+                    await service.changed(request_id, 0.01)
+                while service.disk_refuses is None:
+                    await asyncio.sleep(0.01)
+                assert not isinstance((await service.find(request_id)).state, CompletedRequest)
             while not isinstance((await service.find(request_id)).state, CompletedRequest):
                 await service.changed(request_id, 1)
             assert (await service.find(request_id)).state.status == 200
@@ -667,17 +665,17 @@ def test_a_stream_ends_when_the_server_shuts_down(tmp_path):
     run(use())
 
 
-def test_a_port_or_data_dir_in_use_is_one_clear_sentence(tmp_path, monkeypatch):
+def test_a_port_or_data_dir_in_use_is_one_clear_sentence(tmp_path):
     """The InputError contains the value and what to do."""
-    monkeypatch.setattr("batch.server.serve.LOCK_SECONDS", 0.1)
 
     async def use():
         async with serving(tmp_path / "a") as session:
             options = ServeOptions(tmp_path / "b", port=session._base_url.port)
             with pytest.raises(InputError, match=rf"port {session._base_url.port} .* --port"):
                 await serve(options, ready=print, engine=ScriptedEngine())
+            options = ServeOptions(tmp_path / "a", port=0, limits=ServerLimits(lock_seconds=0.1))
             with pytest.raises(InputError, match="another server"):
-                await serve(ServeOptions(tmp_path / "a", port=0), ready=print, engine=ScriptedEngine())
+                await serve(options, ready=print, engine=ScriptedEngine())
         with pytest.raises(InputError, match="unknown engine 'magic'"):
             await serve(ServeOptions(tmp_path / "c", port=0, engine="magic"), ready=print)
 

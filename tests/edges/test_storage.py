@@ -185,12 +185,12 @@ async def web_server(handler):
         await runner.cleanup()
 
 
-def fetched(root, handler, path="/a.png"):
+def fetched(root, handler, path="/a.png", **limits):
     """Fetch a path from a server with this handler."""
 
     async def use(storage):
         async with web_server(handler) as origin, SafeHttpClient(private_too) as client:
-            return await SourceFetcher(storage, client).fetch(origin + path)
+            return await SourceFetcher(storage, client, **limits).fetch(origin + path)
 
     return in_storage(root, use)
 
@@ -223,9 +223,8 @@ def test_an_error_of_the_source_server_is_a_download_error(tmp_path, status, ret
 
 
 @pytest.mark.parametrize("announced", [True, False], ids=["with length", "without length"])
-def test_a_source_above_the_limit_is_cut_off(tmp_path, monkeypatch, announced):
+def test_a_source_above_the_limit_is_cut_off(tmp_path, announced):
     """The error is `file_too_large` with the limit, with or without a Content-Length."""
-    monkeypatch.setattr(sources_module, "SOURCE_LIMIT_BYTES", 1000)
 
     async def handler(request):
         if announced:
@@ -238,7 +237,7 @@ def test_a_source_above_the_limit_is_cut_off(tmp_path, monkeypatch, announced):
         return answer
 
     with pytest.raises(EngineFailure) as caught:
-        fetched(tmp_path, handler)
+        fetched(tmp_path, handler, limit_bytes=1000)
     assert (caught.value.type, caught.value.ctx) == ("file_too_large", {"max_size": 1000})
 
 

@@ -14,7 +14,9 @@ from batch.fal.endpoint import APP_ID
 from batch.server.queue import store as store_module
 from batch.server.queue.records import CompletedRequest, LogLine, Priority, Submission
 from batch.server.queue.store import Store
+from batch.system.sql import load_statements
 from batch.types import RequestId
+from tests.edges.serving import full_disk
 
 
 def submission(name: str, **changes) -> Submission:
@@ -27,11 +29,11 @@ def completed(name: str, **changes) -> CompletedRequest:
     return CompletedRequest(**given)
 
 
-def in_store(path, use):
+def in_store(path, use, **options):
     """Run `use(store)` with a store on `path`, like one run of a server."""
 
     async def life():
-        async with await Store.open(path) as store:
+        async with await Store.open(path, **options) as store:
             return await use(store)
 
     return asyncio.run(life())
@@ -134,9 +136,8 @@ def test_an_unknown_id_is_not_found(tmp_path):
     assert in_store(tmp_path / "server.db", use) is None
 
 
-def test_only_the_latest_results_stay_in_memory(tmp_path, monkeypatch):
+def test_only_the_latest_results_stay_in_memory(tmp_path):
     """The cache is bounded; older results are read from disk."""
-    monkeypatch.setattr(store_module, "REMEMBERED", 3)
 
     async def use(store):
         for number in range(5):
@@ -145,19 +146,16 @@ def test_only_the_latest_results_stay_in_memory(tmp_path, monkeypatch):
         assert [store.recent(RequestId(f"r{n}")) is not None for n in range(5)] == [False, False, True, True, True]
         assert (await store.find(RequestId("r0"))).completed == completed("r0")
 
-    in_store(tmp_path / "server.db", use)
+    in_store(tmp_path / "server.db", use, remembered=3)
 
 
 def test_a_full_disk_rejects_writes_until_there_is_space(tmp_path):
     """A failed group is rolled back completely, and later writes succeed."""
 
     async def use(store):
-        pages = store._database.execute("PRAGMA page_count").fetchone()[0]
-        store._database.execute(f"PRAGMA max_page_count = {pages}")
-        with pytest.raises(StorageError, match="full"):
-            await store.accept(submission("r1", body=b"x" * 100_000))
+        with full_disk(tmp_path / "server.db", "INSERT"), pytest.raises(StorageError, match="full"):
+            await store.accept(submission("r1"))
         assert store.accepted == 0
-        store._database.execute("PRAGMA max_page_count = 1000000")
         assert (await store.accept(submission("r1"))).fresh
 
     in_store(tmp_path / "server.db", use)
@@ -166,11 +164,12 @@ def test_a_full_disk_rejects_writes_until_there_is_space(tmp_path):
 @pytest.mark.parametrize("version", [2, 3])
 def test_a_file_of_an_earlier_version_is_upgraded(tmp_path, version):
     """Old rows are unchanged, and new results contain their engine."""
-    before = store_module._SQL["schema"]
+    statements = load_statements(store_module.__file__)
+    before = statements["schema"]
     if version < 3:
         before = re.sub(r",([^\n]*)\n    engine TEXT\n", r"\1\n", before)
     with contextlib.closing(sqlite3.connect(tmp_path / "server.db")) as database:
-        database.executescript(before + store_module._SQL["schema_2"])
+        database.executescript(before + statements["schema_2"])
         columns = "request_id, app, accepted_at, body, digest, priority"
         for name in ("r1", "r2"):
             database.execute(f"INSERT INTO request ({columns}) VALUES (?, 'a', 1, x'', x'', 0)", (name,))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import threading
@@ -128,21 +129,14 @@ def test_an_interrupt_at_the_very_end_is_not_lost():
     async def returns():
         return "done"
 
-    call = BlockingCall(returns, str, signals=False)
-    put = call._words.put
-
-    def interrupted_put(word):
-        if word is None:
+    class Loop(asyncio.SelectorEventLoop):
+        def close(self):
+            super().close()
             interrupt()
             time.sleep(0.05)
-        put(word)
 
-    class Words:
-        get, empty, put = call._words.get, call._words.empty, staticmethod(interrupted_put)
-
-    call._words = Words()
     with pytest.raises(KeyboardInterrupt):
-        call.result("a call", {})
+        BlockingCall(returns, str, signals=False).result("a call", {"loop_factory": Loop})
 
 
 def test_nested_calls_keep_apart():

@@ -9,8 +9,9 @@ import os
 import pytest
 
 from batch.image_formats import FORMATS
-from batch.server.files import multipart as parts_module
+from batch.server.files.multipart import BadParts, Part
 from batch.server.files.storage import Storage
+from batch.server.limits import ServerLimits
 from tests.edges.serving import ScriptedEngine, call, result, serving, submit
 
 KIND = {"content-type": "image/png"}
@@ -198,18 +199,16 @@ def test_only_announced_uploads_are_accepted(tmp_path):
     assert list((tmp_path / "parts").iterdir()) == []
 
 
-def test_parts_files_and_unfinished_uploads_are_limited(tmp_path, monkeypatch):
+def test_parts_files_and_unfinished_uploads_are_limited(tmp_path):
     """A part, a file and the total of unfinished uploads are limited; rejected bytes do not count."""
-    monkeypatch.setattr(parts_module, "PART_LIMIT_BYTES", 1000)
-    monkeypatch.setattr(parts_module, "FILE_LIMIT_BYTES", 2500)
-    monkeypatch.setattr(parts_module, "OPEN_LIMIT_BYTES", 4000)
+    limits = ServerLimits(part_bytes=1000, file_bytes=2500, unfinished_bytes=4000)
 
     async def chunks():
         for _ in range(20):
             yield b"x" * 100
 
     async def use():
-        async with serving(tmp_path) as session:
+        async with serving(tmp_path, limits=limits) as session:
             _, below = await announced(session, "python")
             assert (await call(session, "PUT", f"{below}/1", data=b"x" * 1001))[0] == 413
             assert (await call(session, "PUT", f"{below}/1", data=chunks()))[0] == 413
@@ -242,10 +241,10 @@ def test_abandoned_uploads_are_removed(tmp_path):
             os.utime(folders[paths[0]], (1000, 1000))
             assert await storage.remove_abandoned_parts(2000) == 1
             assert [folder.exists() for folder in folders.values()] == [False, True]
-            await storage.join_parts(paths[1], [parts_module.Part(1, tags[1])])
+            await storage.join_parts(paths[1], [Part(1, tags[1])])
             assert await storage.read(paths[1]) == b"data"
-            with pytest.raises(parts_module.BadParts):
-                await storage.join_parts(paths[0], [parts_module.Part(1, tags[0])])
+            with pytest.raises(BadParts):
+                await storage.join_parts(paths[0], [Part(1, tags[0])])
 
     run(use())
 

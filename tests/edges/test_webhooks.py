@@ -106,7 +106,7 @@ async def submitted(session, url, prompt="a cat", headers=None, **inputs):
 
 
 @contextlib.asynccontextmanager
-async def sender(data_dir, engine=None, chance=lambda: 0.0, permitted=private_too, clock=time.time):
+async def sender(data_dir, engine=None, chance=lambda: 0.0, permitted=private_too, clock=time.time, disk_seconds=1.0):
     """Run a queue and its webhooks without HTTP; yield (service, store). Retries are immediate."""
     key = signing_key(data_dir / "webhook-key.pem")
     async with (
@@ -114,7 +114,7 @@ async def sender(data_dir, engine=None, chance=lambda: 0.0, permitted=private_to
         Storage(data_dir) as storage,
         SafeHttpClient(permitted) as guard,
         queue_service(store, storage, engine or ScriptedEngine(), SourceFetcher(storage, guard), clock) as service,
-        sending(Webhooks(service, store, guard, key, clock, chance)),
+        sending(Webhooks(service, store, guard, key, clock, chance, disk_seconds=disk_seconds)),
     ):
         yield service, store
 
@@ -443,13 +443,12 @@ def test_a_hanging_receiver_blocks_only_itself(tmp_path):
     asyncio.run(use())
 
 
-def test_a_full_disk_delays_only_the_record_of_a_delivery(tmp_path, monkeypatch):
+def test_a_full_disk_delays_only_the_record_of_a_delivery(tmp_path):
     """A delivered callback is recorded when writes succeed again, and is not repeated."""
-    monkeypatch.setattr(webhooks_module, "_DISK_SECONDS", 0.01)
 
     async def use():
         refusals = iter([StorageError("no space"), StorageError("no space")])
-        async with Receiver() as receiver, sender(tmp_path) as (service, store):
+        async with Receiver() as receiver, sender(tmp_path, disk_seconds=0.01) as (service, store):
             settle = store.settle
 
             async def refusing(outcome):

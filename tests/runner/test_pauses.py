@@ -22,10 +22,9 @@ from batch.run.admission import Admission, StopCause
 from batch.run.context import Policy
 from batch.run.interfaces import HeldBack
 from batch.run.job import JobRun
-from batch.run.pacing import TokenBucket
+from batch.run.pacing import TokenBucket, bucket_for
 from batch.run.verdicts import Idempotency, judge
 from batch.run.window import Window
-from batch.session import _bucket
 from batch.testing.journal import MemoryJournal
 from batch.testing.observer import RecordingObserver
 from batch.testing.service import FakeService, Fault, RefusesConnection, RefusesSubmits
@@ -137,7 +136,7 @@ async def test_no_submit_leaves_in_the_time_that_a_429_asks_for(options, refused
 async def test_the_default_rate_of_fal_keeps_a_pause_too():
     """20 a second, with a burst of a tenth of a second, and far more jobs waiting."""
     noting = Noting(40, wait=30.0)
-    world = World(FakeService(service_time=5.0, faults=[noting]), window=1024, submits=_bucket(20.0))
+    world = World(FakeService(service_time=5.0, faults=[noting]), window=1024, submits=bucket_for(20.0))
     assert (await world.run(jobs(600))).done == 600
     assert noting.none_in_a_pause()
     assert within(noting.left, 20.0, 2.0)

@@ -168,7 +168,7 @@ def test_every_action_of_the_log_is_documented():
         said |= set(re.findall(r'\b(?:happened|notice)\(\s*"(\w+)"', path.read_text("utf-8")))
     from batch.run.observers import JsonLog
 
-    assert set(table(PAGES["results.md"], "Actions in `log.jsonl`")) == said - JsonLog._LIVE
+    assert set(table(PAGES["results.md"], "Actions in `log.jsonl`")) == said - JsonLog.LIVE
     assert all(f"`{action}`" in PAGES["results.md"] for action in said)
 
 

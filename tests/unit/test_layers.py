@@ -49,7 +49,7 @@ ORDER = (
     "__main__",
 )
 """Folders and loose modules of the package. Each imports only what is above it."""
-SERVER_ORDER = ("files", "engines", "egress", "queue", "http", "faults", "serve", "__main__")
+SERVER_ORDER = ("limits", "files", "engines", "egress", "queue", "http", "faults", "serve", "__main__")
 """The same within `batch/server`."""
 SHARED = ("version", "errors", "types", "image_formats", "system", "fal")
 """Folders and modules that the endpoint shares with the client side."""

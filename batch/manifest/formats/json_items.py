@@ -62,17 +62,18 @@ class Item(NamedTuple):
     """The object without line breaks."""
 
 
-def split(read: Callable[[], bytes]) -> Iterator[Item]:
+def split(read: Callable[[], bytes], *, longest: int = LONGEST) -> Iterator[Item]:
     """Yield the objects of a JSON array or of concatenated JSON objects.
 
     Args:
         read: returns the next chunk of text; empty at the end.
+        longest: maximum bytes of one object.
 
     Raises:
         BadJson: the text is malformed or incomplete.
         NotRows: the text is a single object.
     """
-    text = _Text(read)
+    text = _Text(read, longest)
     start = text.peek()
     if start == b"[":
         yield from _array(text)
@@ -113,8 +114,9 @@ def _sequence(text: _Text) -> Iterator[Item]:
 class _Text:
     """A buffered view of the text: one chunk and the rest of the previous one."""
 
-    def __init__(self, read: Callable[[], bytes]) -> None:
+    def __init__(self, read: Callable[[], bytes], longest: int) -> None:
         self._read = read
+        self._longest = longest
         self._buffer, self._at = b"", 0
         self._line, self._row = 1, 0
         self._is_over = False
@@ -150,10 +152,10 @@ class _Text:
             raise self.wrong(f"{self.shown()} is not a JSON object; each item of the list must be one")
         while (end := self._end()) is None:
             size = len(self._buffer) - self._at
-            if size >= LONGEST:
+            if size >= self._longest:
                 if is_alone:
                     raise NotRows(_first_key_of(self._buffer[self._at :]))
-                raise self._unclosed(f"the object that begins here is longer than {LONGEST >> 20} MiB")
+                raise self._unclosed(f"the object that begins here is longer than {self._longest >> 20} MiB")
             if not self._fill(size):  # double the buffer each time, so that the total scan time stays linear
                 raise self._unclosed("the object that begins here is not closed; is the file complete?")
         return self._taken(self._at, end)

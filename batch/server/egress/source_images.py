@@ -16,11 +16,10 @@ from batch.server.egress.ssrf import AddressRefused
 from batch.server.engines.base import EngineFailure
 from batch.server.files.multipart import UploadTooLarge
 from batch.server.files.storage import Storage
+from batch.server.limits import DEFAULT_LIMITS
 
-__all__ = ["SOURCE_LIMIT_BYTES", "DataUri", "SourceFetcher", "parse_data_uri"]
+__all__ = ["DataUri", "SourceFetcher", "parse_data_uri"]
 
-SOURCE_LIMIT_BYTES = 50 * 2**20
-"""Source: the default limit for images in fal's toolkit."""
 REDIRECTS = 5
 FETCH_SECONDS = 60.0
 
@@ -58,14 +57,18 @@ class SourceFetcher:
     Args:
         storage: the server's own files, recognised by path, whatever the host and port of the URL.
         client: makes the requests to other servers.
+        limit_bytes: size limit of an image.
     """
 
-    def __init__(self, storage: Storage, client: SafeHttpClient) -> None:
+    def __init__(
+        self, storage: Storage, client: SafeHttpClient, *, limit_bytes: int = DEFAULT_LIMITS.source_bytes
+    ) -> None:
         self._storage = storage
         self._client = client
+        self._limit_bytes = limit_bytes
 
     async def fetch(self, url: str) -> bytes:
-        """Fetch the bytes of a URL, at most `SOURCE_LIMIT_BYTES`.
+        """Fetch the bytes of a URL, at most `limit_bytes`.
 
         Raises:
             EngineFailure: `image_load_error` (invalid data URI), `file_too_large` or `file_download_error`.
@@ -75,36 +78,34 @@ class SourceFetcher:
                 data = parse_data_uri(url).data
             except ValueError as error:
                 raise EngineFailure(422, "image_load_error", f"The data URI cannot be read: {error}") from error
-            return _bounded(data)
+            return self._bounded(data)
         path = self._storage.path_in(url)
         try:
-            own = await self._storage.read(path, SOURCE_LIMIT_BYTES) if path is not None else None
+            own = await self._storage.read(path, self._limit_bytes) if path is not None else None
         except UploadTooLarge as error:
-            raise _too_large() from error
+            raise self._too_large() from error
         if own is not None:
             return own
         try:
-            return await self._client.fetch(url, FetchLimits(SOURCE_LIMIT_BYTES, FETCH_SECONDS, REDIRECTS))
+            return await self._client.fetch(url, FetchLimits(self._limit_bytes, FETCH_SECONDS, REDIRECTS))
         except ResponseTooLarge as error:
-            raise _too_large() from error
+            raise self._too_large() from error
         except (AddressRefused, Unreachable) as error:
             raise _unreachable(url, str(error), retryable=error.retryable) from error
 
+    def _bounded(self, data: bytes) -> bytes:
+        if len(data) > self._limit_bytes:
+            raise self._too_large()
+        return data
 
-def _bounded(data: bytes) -> bytes:
-    if len(data) > SOURCE_LIMIT_BYTES:
-        raise _too_large()
-    return data
-
-
-def _too_large() -> EngineFailure:
-    limit = f"{SOURCE_LIMIT_BYTES // 2**20} MiB"
-    return EngineFailure(
-        422,
-        "file_too_large",
-        f"The source image is larger than {limit}; send a smaller one",
-        ctx={"max_size": SOURCE_LIMIT_BYTES},
-    )
+    def _too_large(self) -> EngineFailure:
+        limit = f"{self._limit_bytes // 2**20} MiB"
+        return EngineFailure(
+            422,
+            "file_too_large",
+            f"The source image is larger than {limit}; send a smaller one",
+            ctx={"max_size": self._limit_bytes},
+        )
 
 
 def _unreachable(url: str, reason: str, *, retryable: bool = False) -> EngineFailure:

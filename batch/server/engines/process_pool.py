@@ -116,11 +116,11 @@ class _WorkerProcess:
         message: Message = pickle.loads(body)  # noqa: S301 - only the child process writes to this pipe
         return message
 
-    async def end(self) -> str:
+    async def end(self, exit_timeout: float) -> str:
         """End the process and return a phrase that says how it ended."""
         with anyio.CancelScope(shield=True):
             await self._stdin.aclose()  # a working process exits when its stdin closes
-            with anyio.move_on_after(_EXIT_TIMEOUT):
+            with anyio.move_on_after(exit_timeout):
                 await self.process.wait()
             if self.alive:
                 self.process.kill()
@@ -137,15 +137,27 @@ class WorkerPool:
         arguments: keyword arguments of that function, JSON-serializable. A list has one entry per process, which a
             replacement gets as well; its length is then the size of the pool.
         size: maximum number of processes; None: one per core.
+        exit_timeout: seconds for a worker to exit before it is killed.
+        first_backoff: seconds before the next start in a slot whose worker was not ready; doubles each time.
+        longest_backoff: maximum of these seconds.
     """
 
     def __init__(
-        self, reference: str, arguments: JsonObject | Sequence[JsonObject] | None = None, size: int | None = None
+        self,
+        reference: str,
+        arguments: JsonObject | Sequence[JsonObject] | None = None,
+        size: int | None = None,
+        *,
+        exit_timeout: float = _EXIT_TIMEOUT,
+        first_backoff: float = _FIRST_BACKOFF,
+        longest_backoff: float = _LONGEST_BACKOFF,
     ) -> None:
         if arguments is None or isinstance(arguments, dict):
             arguments = [arguments or {}] * (usable_cores() if size is None else size)
         self.size = len(arguments)
         self._reference = reference
+        self._exit_timeout = exit_timeout
+        self._first_backoff, self._longest_backoff = first_backoff, longest_backoff
         self._idle: list[_WorkerProcess] = []
         self._workers: set[_WorkerProcess] = set()
         self._free_slots = [_WorkerSlot(one) for one in arguments]
@@ -206,7 +218,7 @@ class WorkerPool:
         self._closed = True
         async with anyio.create_task_group() as tasks:
             for worker in self._workers:
-                tasks.start_soon(worker.end)
+                tasks.start_soon(worker.end, self._exit_timeout)
         self._workers.clear()
         self._idle.clear()
 
@@ -314,7 +326,7 @@ class WorkerPool:
             self._free_slots.append(slot)
             raise
         if self._closed:  # while the process started
-            await worker.end()
+            await worker.end(self._exit_timeout)
             raise WorkerCrashed("the engine is closed")
         self._started += 1
         self._workers.add(worker)
@@ -330,7 +342,7 @@ class WorkerPool:
     async def _back_off(self, worker: _WorkerProcess) -> None:
         """End a worker that is not ready, and delay the next start in its slot."""
         slot = worker.slot
-        slot.backoff = min(max(_FIRST_BACKOFF, 2 * slot.backoff), _LONGEST_BACKOFF)
+        slot.backoff = min(max(self._first_backoff, 2 * slot.backoff), self._longest_backoff)
         slot.not_before = anyio.current_time() + slot.backoff
         await self._end_worker(worker)
 
@@ -338,6 +350,6 @@ class WorkerPool:
         """End a worker, free its slot and return a phrase that says how it ended."""
         self._workers.discard(worker)
         try:
-            return await worker.end()
+            return await worker.end(self._exit_timeout)
         finally:
             self._free_slots.append(worker.slot)

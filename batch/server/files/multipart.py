@@ -19,14 +19,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from batch.errors import StorageError
+from batch.server.limits import ServerLimits
 from batch.system.descriptors import patiently
 from batch.system.durable import make_folders, sync
 
 __all__ = [
-    "FILE_LIMIT_BYTES",
-    "OPEN_LIMIT_BYTES",
     "PARTS",
-    "PART_LIMIT_BYTES",
     "BadParts",
     "Part",
     "Parts",
@@ -35,11 +33,6 @@ __all__ = [
     "spool",
 ]
 
-PART_LIMIT_BYTES = 100 * 2**20
-"""The official clients send 10 MiB."""
-FILE_LIMIT_BYTES = 2**30
-OPEN_LIMIT_BYTES = 8 * 2**30
-"""Total of all unfinished uploads."""
 PARTS = 1000
 """The highest part number."""
 _PART = re.compile(r"(\d{4})-([0-9a-f]{32})")
@@ -60,9 +53,10 @@ class Part(NamedTuple):
 class Parts:
     """Unfinished uploads below `root`, by name."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, limits: ServerLimits) -> None:
         make_folders(root)
         self._root = root
+        self._limits = limits
         for leftover in root.glob("*/*.new"):
             leftover.unlink()
         self._held_bytes = sum(part.stat().st_size for part in root.glob("*/*"))
@@ -85,10 +79,10 @@ class Parts:
             StorageError: the write failed, or the unfinished uploads exceed their total limit.
         """
         # Space is reserved before the bytes arrive, so that concurrent uploads cannot exceed the limits.
-        room = PART_LIMIT_BYTES if announced is None else announced
-        if room > PART_LIMIT_BYTES:
-            raise UploadTooLarge(f"a part is limited to {PART_LIMIT_BYTES // 2**20} MiB")
-        if self._held_bytes + room > OPEN_LIMIT_BYTES:
+        room = self._limits.part_bytes if announced is None else announced
+        if room > self._limits.part_bytes:
+            raise UploadTooLarge(f"a part is limited to {self._limits.part_bytes // 2**20} MiB")
+        if self._held_bytes + room > self._limits.unfinished_bytes:
             raise StorageError("too many unfinished uploads; complete some, or wait a day until they are removed")
         self._held_bytes += room
         used = 0
@@ -99,7 +93,7 @@ class Parts:
             spooled = await spool(chunks, temporary, room)
             tag = spooled.sha256.hex()[:32]
             await asyncio.to_thread(patiently, partial(sync, temporary), time.sleep)
-            keep = partial(_keep, temporary, folder, f"{number:04}-{tag}", spooled.size_bytes)
+            keep = partial(_keep, temporary, folder, f"{number:04}-{tag}", spooled.size_bytes, self._limits.file_bytes)
             async with self._naming:
                 used = await asyncio.to_thread(patiently, keep, time.sleep)
             for named in (folder, self._root):
@@ -148,13 +142,13 @@ class Parts:
         return len(found)
 
 
-def _keep(temporary: Path, folder: Path, name: str, size: int) -> int:
+def _keep(temporary: Path, folder: Path, name: str, size: int, limit: int) -> int:
     """Move a part into its folder and remove the one it replaces; return the folder's growth in bytes."""
     sizes = {part.name: part.stat().st_size for part in folder.iterdir() if _PART.fullmatch(part.name)}
     earlier = {part: sizes[part] for part in sizes if part[:5] == name[:5]}
     grown = size - sum(earlier.values())
-    if sum(sizes.values()) + grown > FILE_LIMIT_BYTES:
-        raise UploadTooLarge(f"a file is limited to {FILE_LIMIT_BYTES // 2**20} MiB")
+    if sum(sizes.values()) + grown > limit:
+        raise UploadTooLarge(f"a file is limited to {limit // 2**20} MiB")
     temporary.replace(folder / name)
     for part in earlier.keys() - {name}:
         (folder / part).unlink(missing_ok=True)

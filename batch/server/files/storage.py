@@ -29,6 +29,7 @@ from batch.errors import StorageError
 from batch.image_formats import FORMATS, format_of_type
 from batch.server.files.multipart import Part, Parts, Spooled, UploadTooLarge, spool
 from batch.server.files.small_files import SMALL_BYTES, SmallFile, SmallFiles
+from batch.server.limits import DEFAULT_LIMITS, ServerLimits
 from batch.system.descriptors import patiently
 from batch.system.durable import NameSync, make_folders, sync, write_file
 
@@ -56,9 +57,12 @@ class Storage:
         root: the server's data dir; `files/`, `incoming/` and `parts/` are created in it. Partial files of an
             earlier process are removed.
         clock: Unix seconds, for the save time of each file.
+        limits: limits of multipart uploads.
     """
 
-    def __init__(self, root: Path, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, root: Path, clock: Callable[[], float] = time.time, *, limits: ServerLimits = DEFAULT_LIMITS
+    ) -> None:
         self._files = root / "files"
         self._incoming = root / "incoming"
         for folder in (self._files, self._incoming):
@@ -68,7 +72,7 @@ class Storage:
             leftover.unlink()
         self._secret = _secret(root / "secret")
         self._small = SmallFiles(root / "small.db", clock())
-        self._parts = Parts(root / "parts")
+        self._parts = Parts(root / "parts", limits)
         self._clock = clock
 
     async def __aenter__(self) -> Self:

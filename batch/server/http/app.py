@@ -30,6 +30,7 @@ from batch.server.http.bodies import HealthBody
 from batch.server.http.cors import CorsPolicy
 from batch.server.http.page import routes as page
 from batch.server.http.routing import Handler, Route, base_of, read_routes, response
+from batch.server.limits import DEFAULT_LIMITS, ServerLimits
 from batch.server.queue import responses as answers
 from batch.server.queue.records import CompletedRequest, Priority, RetentionOptions
 from batch.server.queue.service import QueueFull, QueueService, RequestState, SubmitOptions
@@ -38,16 +39,10 @@ from batch.system.descriptors import ServerShare, lacks_descriptor
 from batch.types import AppId, RequestId
 from batch.version import tool_version
 
-__all__ = ["BODY_LIMIT_BYTES", "application"]
+__all__ = ["application"]
 
 _log = logging.getLogger(__name__)
 
-BODY_LIMIT_BYTES = 72 * 2**20
-"""Largest body of a submit: a source image of 50 MiB as a data URI, plus the other fields."""
-BODY_SECONDS = 300.0
-"""Time limit for the body of a submit."""
-KEEP_ALIVE_SECONDS = 5.0
-"""Interval of comments in a status stream; clients expect data every 10 s."""
 _HELD_SHARE = 0.75
 """Share of connections that may wait for the end of a request (streams, direct calls)."""
 _RETRY_SECONDS = "1"
@@ -66,6 +61,7 @@ def application(
     idempotency: bool = True,
     middleware: Middleware | None = None,
     share: ServerShare | None = None,
+    limits: ServerLimits = DEFAULT_LIMITS,
 ) -> web.Application:
     """Build the server's application. The queue handles every path without a route.
 
@@ -78,6 +74,7 @@ def application(
         idempotency: whether the server honours a repeated `Idempotency-Key`.
         middleware: wraps every handler; fault injection is one.
         share: limits of open connections and files; None: no limits.
+        limits: limits of sizes and times.
     """
     api = _QueueApi(
         service,
@@ -86,14 +83,15 @@ def application(
         permitted,
         idempotency=idempotency,
         held=None if share is None else max(1, int(share.connections * _HELD_SHARE)),
+        limits=limits,
     )
-    app = web.Application(client_max_size=BODY_LIMIT_BYTES)
+    app = web.Application(client_max_size=limits.body_bytes)
     known = (
         *read_routes("/health", api.health),
         *read_routes("/openapi.json", api.schema),
         ("POST", "/run/{app:.+}", api.run),
         *proxy.routes(),
-        *uploads.routes(service, authenticator, None if share is None else share.downloads),
+        *uploads.routes(service, authenticator, None if share is None else share.downloads, limits),
         *metrics.routes(service),
         *page.routes(service, app_id),
         *more,
@@ -119,12 +117,14 @@ class _QueueApi:
         *,
         idempotency: bool,
         held: int | None,
+        limits: ServerLimits,
     ) -> None:
         self._service = service
         self._authenticator = authenticator
         self._permitted = permitted
         self._app_id = app_id
         self._idempotency = idempotency
+        self._limits = limits
         self._held, self._held_limit = 0, held
         """Connections that wait for the end of a request."""
         self._cors = CorsPolicy(keyed=authenticator.keyed)
@@ -235,7 +235,7 @@ class _QueueApi:
         while known is not None and not isinstance(known.state, CompletedRequest):
             if self._service.stopping:
                 return self._refuse(503, "The server is shutting down; the request stays queued", "runner_disconnected")
-            await self._service.changed(accepted, KEEP_ALIVE_SECONDS)
+            await self._service.changed(accepted, self._limits.keep_alive_seconds)
             known = await self._service.find(accepted, expired=True)
         if known is None:  # ended and expired between two reads
             return response(answers.not_found_reply(accepted))
@@ -258,9 +258,10 @@ class _QueueApi:
             options = _submit_options(request, self._permitted)
             if not self._idempotency:
                 options = options._replace(idempotency_key=None)
-            admission = await self._service.submit(app, await _body(request), options, owner_of(request))
+            body = await _body(request, self._limits.body_seconds)
+            admission = await self._service.submit(app, body, options, owner_of(request))
         except web.HTTPRequestEntityTooLarge:
-            limit = BODY_LIMIT_BYTES // 2**20
+            limit = self._limits.body_bytes // 2**20
             return self._refuse(413, f"The body is larger than {limit} MiB; upload the image and send its URL")
         except Malformed as error:
             return self._invalid("json_invalid", str(error), "body")
@@ -335,7 +336,7 @@ class _QueueApi:
             if isinstance(known.state, CompletedRequest) or self._service.stopping:
                 break
             last = body
-            await self._service.changed(request_id, KEEP_ALIVE_SECONDS)
+            await self._service.changed(request_id, self._limits.keep_alive_seconds)
             known = await self._service.find(request_id, expired=True)
         await stream.write_eof()
         return stream
@@ -389,14 +390,14 @@ def _authorization(request: web.Request) -> str | None:
     return ", ".join(given) if given else None
 
 
-async def _body(request: web.Request) -> bytes:
+async def _body(request: web.Request, seconds: float) -> bytes:
     if request.content.is_eof():
         return await request.read()
     try:
-        async with asyncio.timeout(BODY_SECONDS):
+        async with asyncio.timeout(seconds):
             return await request.read()
     except TimeoutError as error:
-        raise web.HTTPRequestTimeout(text=f"The body did not arrive within {BODY_SECONDS:.0f} s") from error
+        raise web.HTTPRequestTimeout(text=f"The body did not arrive within {seconds:.0f} s") from error
 
 
 def _wants_logs(request: web.Request) -> bool:

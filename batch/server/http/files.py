@@ -38,16 +38,13 @@ from batch.server.http.bodies import (
     TokenBody,
 )
 from batch.server.http.routing import Route, base_of, read_routes, response
+from batch.server.limits import DEFAULT_LIMITS, ServerLimits
 from batch.server.queue.service import QueueService
 from batch.system.descriptors import patiently
 from batch.types import JsonObject
 
-__all__ = ["UPLOAD_LIMIT_BYTES", "routes"]
+__all__ = ["routes"]
 
-UPLOAD_LIMIT_BYTES = 100 * 2**20
-"""The official clients use multipart uploads for larger files."""
-SILENCE_SECONDS = 60.0
-"""Timeout for the next bytes of an upload."""
 _FILE_HEADERS = {
     # Uploads have the server's origin: a browser must neither guess their type nor execute them.
     "x-content-type-options": "nosniff",
@@ -59,9 +56,14 @@ _FILE_HEADERS = {
 _PATH = "{path:/files/[^/]+/[^/]+}"
 
 
-def routes(service: QueueService, authenticator: Authenticator, downloads: int | None = None) -> list[Route]:
+def routes(
+    service: QueueService,
+    authenticator: Authenticator,
+    downloads: int | None = None,
+    limits: ServerLimits = DEFAULT_LIMITS,
+) -> list[Route]:
     """Build the route table. At most `downloads` large files are sent concurrently; others wait."""
-    files = _Files(service, authenticator, downloads)
+    files = _Files(service, authenticator, downloads, limits)
     return [
         ("POST", "/storage/auth/token", files.token),
         ("POST", "/tokens/", files.realtime_token),
@@ -81,11 +83,14 @@ def routes(service: QueueService, authenticator: Authenticator, downloads: int |
 class _Files:
     """The handlers and their dependencies."""
 
-    def __init__(self, service: QueueService, authenticator: Authenticator, downloads: int | None) -> None:
+    def __init__(
+        self, service: QueueService, authenticator: Authenticator, downloads: int | None, limits: ServerLimits
+    ) -> None:
         self._sending = nullcontext() if downloads is None else asyncio.Semaphore(downloads)
         self._service = service
         self._authenticator = authenticator
         self._storage = service.storage
+        self._limits = limits
 
     async def token(self, request: web.Request) -> web.Response:
         """Return an upload token, which fal's Python client requests before an upload and uses instead of the key."""
@@ -103,7 +108,7 @@ class _Files:
 
     async def initiate(self, request: web.Request) -> web.Response:
         """Announce an upload: return the URL for the bytes and the URL of the file (JavaScript's client)."""
-        content_type = (await _object_in(request)).get("content_type")
+        content_type = (await self._object_in(request)).get("content_type")
         reserved = await self._reserve(request, content_type if isinstance(content_type, str) else None)
         base = base_of(request)
         upload_url = f"{base}/storage/upload/{reserved.token}{reserved.path}"
@@ -125,7 +130,7 @@ class _Files:
         path, number = self._announced(request), request.match_info["number"]
         if re.fullmatch("[1-9][0-9]{0,3}", number) is None or int(number) > PARTS:
             raise web.HTTPBadRequest(text=f"Invalid part number {number[:20]}: use 1 to {PARTS}")
-        chunks = _chunks(request)
+        chunks = _chunks(request, self._limits.silence_seconds)
         try:
             tag = await self._storage.receive_part(path, int(number), chunks, request.content_length)
         except UploadTooLarge as error:
@@ -137,7 +142,7 @@ class _Files:
         """Join all parts of an announced upload into the file."""
         path = self._announced(request)
         try:
-            await self._storage.join_parts(path, _parts_in(await _object_in(request)))
+            await self._storage.join_parts(path, _parts_in(await self._object_in(request)))
         except BadParts as error:
             raise web.HTTPBadRequest(text=f"The upload cannot be completed: {error}") from error
         url = base_of(request) + path
@@ -178,17 +183,27 @@ class _Files:
         return path
 
     async def _receive(self, request: web.Request, path: str | None) -> str:
-        too_large = (
-            f"The file is larger than {UPLOAD_LIMIT_BYTES // 2**20} MiB; use a multipart upload or a smaller file"
-        )
-        if (request.content_length or 0) > UPLOAD_LIMIT_BYTES:
-            raise web.HTTPRequestEntityTooLarge(UPLOAD_LIMIT_BYTES, text=too_large)
-        chunks, content_type = _chunks(request), request.headers.get("content-type")
+        limit = self._limits.upload_bytes
+        too_large = f"The file is larger than {limit // 2**20} MiB; use a multipart upload or a smaller file"
+        if (request.content_length or 0) > limit:
+            raise web.HTTPRequestEntityTooLarge(limit, text=too_large)
+        chunks, content_type = _chunks(request, self._limits.silence_seconds), request.headers.get("content-type")
         life = protocol.lifetime_in(request.headers) if path is None else None
         try:
-            return await self._storage.receive(chunks, content_type, UPLOAD_LIMIT_BYTES, path, life)
+            return await self._storage.receive(chunks, content_type, limit, path, life)
         except UploadTooLarge as error:
-            raise web.HTTPRequestEntityTooLarge(UPLOAD_LIMIT_BYTES, text=too_large) from error
+            raise web.HTTPRequestEntityTooLarge(limit, text=too_large) from error
+
+    async def _object_in(self, request: web.Request) -> JsonObject:
+        """Read the JSON object in the body; an empty body is an empty object."""
+        try:
+            async with asyncio.timeout(self._limits.silence_seconds):
+                body = await request.read()
+            return protocol.read_object(body or b"{}")
+        except TimeoutError as error:
+            raise _silent(self._limits.silence_seconds) from error
+        except protocol.Malformed as error:
+            raise web.HTTPUnprocessableEntity(text=f"The body must be a JSON object: {error}") from error
 
     def _json(self, body: Body, **headers: str) -> web.Response:
         return response(protocol.json_reply(200, body.model_dump(), self._service.new_id(), headers))
@@ -210,33 +225,21 @@ class _FileResponse(web.FileResponse):
         return patiently(partial(super()._make_response, *arguments), time.sleep)
 
 
-async def _chunks(request: web.Request) -> AsyncIterator[bytes]:
+async def _chunks(request: web.Request, silence_seconds: float) -> AsyncIterator[bytes]:
     """Yield the body in chunks as they arrive."""
     while True:
         try:
-            async with asyncio.timeout(SILENCE_SECONDS):
+            async with asyncio.timeout(silence_seconds):
                 chunk = await request.content.readany()
         except TimeoutError as error:
-            raise _silent() from error
+            raise _silent(silence_seconds) from error
         if not chunk:
             return
         yield chunk
 
 
-def _silent() -> web.HTTPRequestTimeout:
-    return web.HTTPRequestTimeout(text=f"No data received for {SILENCE_SECONDS:.0f} s")
-
-
-async def _object_in(request: web.Request) -> JsonObject:
-    """Read the JSON object in the body; an empty body is an empty object."""
-    try:
-        async with asyncio.timeout(SILENCE_SECONDS):
-            body = await request.read()
-        return protocol.read_object(body or b"{}")
-    except TimeoutError as error:
-        raise _silent() from error
-    except protocol.Malformed as error:
-        raise web.HTTPUnprocessableEntity(text=f"The body must be a JSON object: {error}") from error
+def _silent(seconds: float) -> web.HTTPRequestTimeout:
+    return web.HTTPRequestTimeout(text=f"No data received for {seconds:.0f} s")
 
 
 def _parts_in(body: JsonObject) -> list[Part]:

@@ -2,8 +2,8 @@
 
 Errors have the platform API's format, `{"error": {type, message, request_id}}`. The listing:
 
-- `json_input` is the submitted body. Embedded images are data URIs, up to `IMAGES_BYTES` per page; further
-  images are URLs. Bodies above 1 MiB are omitted.
+- `json_input` is the submitted body. Embedded images are data URIs, up to `listed_images_bytes` per page;
+  further images are URLs. Bodies above 1 MiB are omitted.
 - `json_output` is the result with URLs, or the body of an error; `sync_mode` results are not stored and are omitted.
 - Unfinished requests are not listed, and the listing does not lag, unless a faults file changes that.
 """
@@ -28,15 +28,14 @@ from batch.fal.protocol import Malformed, Reply
 from batch.server.files.storage import content_type_of
 from batch.server.http.auth import owner_of
 from batch.server.http.routing import Handler, Route, base_of, response
+from batch.server.limits import DEFAULT_LIMITS, ServerLimits
 from batch.server.queue import responses as answers
 from batch.server.queue.request_log import LoggedCharge, LoggedRequest, RequestLog
 from batch.server.queue.service import QueueService
 from batch.types import AppId, JsonObject
 
-__all__ = ["IMAGES_BYTES", "routes"]
+__all__ = ["routes"]
 
-IMAGES_BYTES = 32 * 2**20
-"""Maximum total size of the data URIs on one page."""
 _DEFAULT_UNITS = 1.0
 """Megapixels per call, used before the first call."""
 _IMAGE = b'"image_url":"/files/'
@@ -48,6 +47,8 @@ def routes(
     request_log: RequestLog,
     price_usd: float = 0.0,
     clock: Callable[[], float] = time.time,
+    *,
+    limits: ServerLimits = DEFAULT_LIMITS,
 ) -> list[Route]:
     """Build the route table.
 
@@ -57,8 +58,9 @@ def routes(
         request_log: the log of requests.
         price_usd: price per megapixel.
         clock: Unix seconds.
+        limits: limits of a page.
     """
-    api = _Platform(service, app_id, request_log, price_usd, clock)
+    api = _Platform(service, app_id, request_log, price_usd, clock, limits.listed_images_bytes)
     return [
         ("GET", "/v1/models/requests/by-endpoint", api.guarded(api.requests)),
         ("GET", "/v1/models/billing-events", api.guarded(api.charges)),
@@ -79,12 +81,14 @@ class _Platform:
         request_log: RequestLog,
         price_usd: float,
         clock: Callable[[], float],
+        images_bytes: int,
     ) -> None:
         self._service = service
         self._app_id = app_id
         self._request_log = request_log
         self._price_usd = price_usd
         self._clock = clock
+        self._images_bytes = images_bytes
 
     def guarded(self, handler: Callable[[web.Request], Awaitable[Reply]]) -> Handler:
         """Adapt a handler to aiohttp, with errors in the platform API's format."""
@@ -169,7 +173,7 @@ class _Platform:
     async def _images(self, found: Sequence[LoggedRequest]) -> dict[str, bytes]:
         """Read the embedded images of the inputs, by stored path, up to the limit of a page."""
         images: dict[str, bytes] = {}
-        left = IMAGES_BYTES
+        left = self._images_bytes
         for past in found:
             if past.body is None or _IMAGE not in past.body:
                 continue

@@ -48,12 +48,25 @@ class Cleanup:
         store: the requests.
         storage: the files.
         seconds: the retention of results and files, > 0.
+        step: rows or small files in one step.
+        pause: seconds between two steps.
+        round_seconds: time between two rounds.
     """
 
-    def __init__(self, store: Store, storage: Storage, seconds: float) -> None:
+    def __init__(
+        self,
+        store: Store,
+        storage: Storage,
+        seconds: float,
+        *,
+        step: int = STEP,
+        pause: float = _PAUSE_SECONDS,
+        round_seconds: float = ROUND_SECONDS,
+    ) -> None:
         self._store = store
         self._storage = storage
         self._seconds = seconds
+        self._step, self._pause, self._round_seconds = step, pause, round_seconds
 
     async def results(self, now: float) -> int:
         """Remove expired results; return their number.
@@ -62,9 +75,9 @@ class Cleanup:
             StorageError: a read or write failed.
         """
         count = 0
-        while removed := await self._store.forget(now, self._seconds, STEP):
+        while removed := await self._store.forget(now, self._seconds, self._step):
             count += removed
-            await asyncio.sleep(_PAUSE_SECONDS)
+            await asyncio.sleep(self._pause)
         return count
 
     async def expired_files(self, now: float) -> int:
@@ -74,9 +87,9 @@ class Cleanup:
             StorageError: a read or write failed.
         """
         count = 0
-        while paths := await self._storage.expired(now, STEP):
+        while paths := await self._storage.expired(now, self._step):
             count += await self._storage.remove(paths, math.inf)
-            await asyncio.sleep(_PAUSE_SECONDS)
+            await asyncio.sleep(self._pause)
         return count
 
     async def unused_files(self, now: float) -> int:
@@ -87,7 +100,7 @@ class Cleanup:
         """
         await self._storage.remove_abandoned_parts(now - ABANDONED_SECONDS)
         before, count = now - self._seconds - FILE_MARGIN_SECONDS, 0
-        while paths := await self._storage.old_small(before, STEP):
+        while paths := await self._storage.old_small(before, self._step):
             count += await self._remove(paths, before)
         for shelf in await self._storage.shelves():
             count += await self._remove(await self._storage.old_large(shelf, before), before)
@@ -100,7 +113,7 @@ class Cleanup:
         used = await self._store.sources(paths)
         await self._storage.renew(sorted(used), before + LOOK_AGAIN_SECONDS)
         count = await self._storage.remove([path for path in paths if path not in used], before)
-        await asyncio.sleep(_PAUSE_SECONDS)
+        await asyncio.sleep(self._pause)
         return count
 
     async def run(self, clock: Callable[[], float]) -> None:
@@ -117,8 +130,8 @@ class Cleanup:
                     if count:
                         _log.info("removed %d unused files", count)
             except (StorageError, OSError) as error:
-                _log.warning("cannot remove old results and files, retrying in %.0f s: %s", ROUND_SECONDS, error)
-            await asyncio.sleep(ROUND_SECONDS)
+                _log.warning("cannot remove old results and files, retrying in %.0f s: %s", self._round_seconds, error)
+            await asyncio.sleep(self._round_seconds)
 
 
 @asynccontextmanager

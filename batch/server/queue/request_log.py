@@ -20,14 +20,13 @@ from urllib.parse import quote
 import orjson
 
 from batch.fal.platform_queries import BillingQuery, ListingQuery, RequestOutcome, SortBy
+from batch.server.limits import DEFAULT_LIMITS
 from batch.server.queue.records import ListingRules, ListingWindow
 from batch.system.sql import in_open_database, load_statements
 from batch.types import AppId, RequestId
 
 __all__ = ["LoggedCharge", "LoggedRequest", "RequestLog"]
 
-LISTED_BYTES = 2**20
-"""Larger inputs and results are not listed: fal does not keep them either."""
 _STATUSES = {
     RequestOutcome.SUCCESS: (200, 299),
     RequestOutcome.USER_ERROR: (400, 499),
@@ -73,6 +72,7 @@ class RequestLog:
         path: the existing file of the store.
         rules: which requests the listing contains, and when.
         clock: Unix seconds.
+        listed_bytes: larger inputs and results are not listed.
     """
 
     def __init__(
@@ -80,9 +80,12 @@ class RequestLog:
         path: Path,
         rules: ListingRules | None = None,
         clock: Callable[[], float] = time.time,
+        *,
+        listed_bytes: int = DEFAULT_LIMITS.listed_bytes,
     ) -> None:
         self._rules = rules or ListingRules()
         self._clock = clock
+        self._listed_bytes = listed_bytes
         self._database = sqlite3.connect(
             f"file:{quote(str(path.absolute()))}?mode=ro", uri=True, isolation_level=None, check_same_thread=False
         )
@@ -137,7 +140,7 @@ class RequestLog:
         }
         found = self._database.execute(_SQL[self._way(query)], values).fetchall()
         seqs = [row[0] for row in found[: query.limit]]
-        asked = {"seqs": orjson.dumps(seqs), "payloads": query.payloads, "most": LISTED_BYTES}
+        asked = {"seqs": orjson.dumps(seqs), "payloads": query.payloads, "most": self._listed_bytes}
         rows = {row[0]: _past(row, known) for row in self._database.execute(_SQL["rows"], asked)}
         # The second statement does not find a request that was removed after the first.
         return [rows[seq] for seq in seqs if seq in rows], len(found) > query.limit

@@ -113,6 +113,7 @@ class QueueService:
         tasks: asyncio.TaskGroup,
         clock: Callable[[], float],
         retention: float,
+        retry_seconds: float,
     ) -> None:
         self.storage = storage
         self.engine = info
@@ -129,6 +130,7 @@ class QueueService:
         self._tasks = tasks
         self._clock = clock
         self._retention = retention
+        self._retry_seconds = retry_seconds
         self._retention_options: dict[RequestId, RetentionOptions] = {}
         """Live requests with retention options."""
         self._start_by: dict[RequestId, float] = {}
@@ -407,7 +409,7 @@ class QueueService:
                     continue
                 self.disk_refused(error)
                 _log.error("request %s: cannot store the result, retrying: %s", request_id, error)
-                await asyncio.sleep(_RETRY_SECONDS)
+                await asyncio.sleep(self._retry_seconds)
         self.tally.ended(completed)
         self._scheduler.finish(request_id)
         self._bodies.pop(request_id, None)
@@ -495,12 +497,14 @@ async def queue_service(
     source_fetcher: SourceFetcher,
     clock: Callable[[], float] = time.time,
     retention: float = math.inf,
+    *,
+    retry_seconds: float = _RETRY_SECONDS,
 ) -> AsyncIterator[QueueService]:
     """Run a queue inside the `async with` block. Requests that run at its end are executed by the next server."""
     info = engine.info()
     async with asyncio.TaskGroup() as tasks:
         executor = Executor(engine, storage, source_fetcher)
-        service = QueueService(store, storage, executor, info.slots, info, tasks, clock, retention)
+        service = QueueService(store, storage, executor, info.slots, info, tasks, clock, retention, retry_seconds)
         count = await service.recover()
         if count:
             _log.info("resumed %d unfinished requests", count)

@@ -58,9 +58,10 @@ _SQL = load_statements(__file__)
 class Store:
     """Requests on disk, an async context manager; open it with `await Store.open(path)`."""
 
-    def __init__(self, database: sqlite3.Connection, retention: float) -> None:
+    def __init__(self, database: sqlite3.Connection, retention: float, remembered: int) -> None:
         self._database = database
         self._retention = retention
+        self._remembered = remembered
         self._writer: GroupCommit[Submission | CompletedRequest | DeliveryOutcome, AcceptedSubmission | None]
         self._writer = GroupCommit(self._write, "store", attempt=in_open_database)
         self._recent: OrderedDict[RequestId, CompletedRequest] = OrderedDict()
@@ -70,12 +71,13 @@ class Store:
         """Pending callbacks, including those of unfinished requests and those that expired since the start."""
 
     @classmethod
-    async def open(cls, path: Path, retention: float = math.inf) -> Self:
+    async def open(cls, path: Path, retention: float = math.inf, *, remembered: int = REMEMBERED) -> Self:
         """Open or create the file.
 
         Args:
             path: the file.
             retention: seconds that a result is available, unless its request set a shorter time.
+            remembered: number of latest results kept in memory.
 
         Raises:
             InputError: a newer version wrote the file, or it is not a database.
@@ -99,7 +101,7 @@ class Store:
         if version > VERSION:
             database.close()
             raise InputError(f"{path} has version {version}, this restyle supports up to {VERSION}; upgrade restyle")
-        return cls(database, retention)
+        return cls(database, retention, remembered)
 
     async def __aenter__(self) -> Self:
         return self
@@ -238,7 +240,7 @@ class Store:
 
     def _remember(self, completed: CompletedRequest) -> None:
         self._recent[completed.request_id] = completed
-        if len(self._recent) > REMEMBERED:
+        if len(self._recent) > self._remembered:
             self._recent.popitem(last=False)
 
     # --- run in the writer thread -------------------------------------------------------------------------

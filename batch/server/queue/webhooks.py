@@ -174,6 +174,7 @@ class Webhooks:
         key: signs the bodies.
         clock: Unix seconds.
         chance: returns a random number from 0 to 1, for the jitter.
+        disk_seconds: seconds between two attempts to write to the disk.
     """
 
     def __init__(
@@ -184,6 +185,8 @@ class Webhooks:
         key: Ed25519PrivateKey,
         clock: Callable[[], float],
         chance: Callable[[], float],
+        *,
+        disk_seconds: float = _DISK_SECONDS,
     ) -> None:
         self._service = service
         self._store = store
@@ -191,6 +194,7 @@ class Webhooks:
         self._key = key
         self._clock = clock
         self._chance = chance
+        self._disk_seconds = disk_seconds
         self._under_way: dict[RequestId, str] = {}
         """Host by request, of the callbacks in flight."""
 
@@ -202,10 +206,10 @@ class Webhooks:
                     await self._round(tasks)
                 except StorageError as error:
                     _log.error("webhooks: cannot read the request database, retrying: %s", error)
-                    await asyncio.sleep(_DISK_SECONDS)
+                    await asyncio.sleep(self._disk_seconds)
                 except Exception:  # a failure must not stop the server
                     _log.exception("webhooks: unexpected error")
-                    await asyncio.sleep(_DISK_SECONDS)
+                    await asyncio.sleep(self._disk_seconds)
 
     async def _round(self, tasks: asyncio.TaskGroup) -> None:
         """Start the due callbacks, then wait for the next due time or the end of a request."""
@@ -242,7 +246,7 @@ class Webhooks:
                 break
             except StorageError as error:
                 _log.error("webhook of request %s: cannot store the outcome, retrying: %s", delivery.request_id, error)
-                await asyncio.sleep(_DISK_SECONDS)
+                await asyncio.sleep(self._disk_seconds)
         del self._under_way[delivery.request_id]
         self._service.ended.set()
 
@@ -254,7 +258,7 @@ class Webhooks:
                 if not lacks_descriptor(error):
                     raise
                 self._service.lacked_descriptor(error)
-            await asyncio.sleep(_DISK_SECONDS)
+            await asyncio.sleep(self._disk_seconds)
 
     async def _try(self, delivery: Delivery) -> DeliveryOutcome:
         request_id, webhook, tries = delivery
