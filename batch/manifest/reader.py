@@ -58,6 +58,7 @@ _LINE_BREAK = re.compile(r"\r\n|\r|\n")
 _FIELD_CHARACTERS = 64 * 2**20
 _ANY = Dialect()
 _SEPARATORS = {"csv": ",", "tsv": "\t"}
+_JSON = {"json": open_json, "jsonl": Jsonl}
 
 
 def _unpack_zstd(path: Path) -> BinaryIO:
@@ -195,8 +196,7 @@ def _content(found: FoundManifest, rows: int | None, dialect: Dialect) -> tuple[
     if name in _SEPARATORS:
         content = _Csv(path, unpack, _SEPARATORS[name], rows, encoding, dialect)
         return content, (*content.notes, *_noted(encoding))
-    read = open_json if name == "json" else Jsonl
-    return read(path, as_utf8(unpack, encoding), rows), _noted(encoding)
+    return _JSON[name](path, as_utf8(unpack, encoding), rows), _noted(encoding)
 
 
 def _partitions(paths: Sequence[Path], folder: Path) -> list[Mapping[str, str | None]]:

@@ -48,22 +48,22 @@ async def accepted_by(session):
     return (await call(session, "GET", "/health"))[2]["accepted"]
 
 
-async def path_for(session, moment):
+async def path_for(session, point):
     """Return method and path of a successful call at this point."""
-    if moment is FaultPoint.SUBMIT:
+    if point is FaultPoint.SUBMIT:
         return "POST", SUBMIT
-    if moment is FaultPoint.UPLOAD:
+    if point is FaultPoint.UPLOAD:
         return "POST", UPLOAD
-    if moment is FaultPoint.LISTING:
+    if point is FaultPoint.LISTING:
         return "GET", LISTING
     request_id = await submit(session)
     await completed(session, request_id)
-    if moment is FaultPoint.FILE:
+    if point is FaultPoint.FILE:
         async with session.post(UPLOAD, data=b"x" * 1000, headers={"content-type": "image/png"}) as response:
             return "GET", orjson.loads(await response.read())["access_url"]
-    if moment is FaultPoint.CANCEL:
+    if point is FaultPoint.CANCEL:
         return "PUT", read(request_id, "/cancel")
-    return "GET", read(request_id, "/status" if moment is FaultPoint.STATUS else "")
+    return "GET", read(request_id, "/status" if point is FaultPoint.STATUS else "")
 
 
 async def raw(session, method, path):
@@ -76,16 +76,16 @@ async def raw(session, method, path):
 
 # --- faults of calls --------------------------------------------------------------------------------------
 
-CALLS = [moment for moment in FaultPoint if moment is not FaultPoint.EXECUTE]
+CALLS = [point for point in FaultPoint if point is not FaultPoint.EXECUTE]
 
 
-@pytest.mark.parametrize("moment", CALLS)
-def test_a_dropped_call_has_no_response_and_no_effect(tmp_path, moment):
+@pytest.mark.parametrize("point", CALLS)
+def test_a_dropped_call_has_no_response_and_no_effect(tmp_path, point):
     """The connection is closed cleanly, nothing is executed, and the next call works."""
 
     async def use():
-        async with injecting(tmp_path, fault(moment, "drop")) as session:
-            method, path = await path_for(session, moment)
+        async with injecting(tmp_path, fault(point, "drop")) as session:
+            method, path = await path_for(session, point)
             before = await accepted_by(session)
             with pytest.raises(aiohttp.ServerDisconnectedError):
                 await raw(session, method, path)
@@ -129,17 +129,17 @@ def test_a_rejected_submit_stays_rejected(tmp_path, do):
     run(use())
 
 
-@pytest.mark.parametrize("moment", [FaultPoint.SUBMIT, FaultPoint.RESULT, FaultPoint.LISTING])
-def test_a_late_response_is_correct(tmp_path, moment):
+@pytest.mark.parametrize("point", [FaultPoint.SUBMIT, FaultPoint.RESULT, FaultPoint.LISTING])
+def test_a_late_response_is_correct(tmp_path, point):
     """It is the correct response, `seconds` late."""
 
     async def use():
-        async with injecting(tmp_path, fault(moment, "late", seconds=0.2)) as session:
-            method, path = await path_for(session, moment)
+        async with injecting(tmp_path, fault(point, "late", seconds=0.2)) as session:
+            method, path = await path_for(session, point)
             began = time.monotonic()
             assert (await raw(session, method, path))[0] == 200
             assert time.monotonic() - began >= 0.2
-            if moment is FaultPoint.SUBMIT:
+            if point is FaultPoint.SUBMIT:
                 assert await accepted_by(session) == 1
 
     run(use())
@@ -157,23 +157,23 @@ def test_a_late_submit_is_accepted(tmp_path):
     run(use())
 
 
-@pytest.mark.parametrize("moment", CALLS)
-def test_an_error_has_the_service_s_body(tmp_path, moment):
+@pytest.mark.parametrize("point", CALLS)
+def test_an_error_has_the_service_s_body(tmp_path, point):
     """JSON with a request id, in the platform API's format for its calls; nothing is executed."""
     words = {401: "No user found", 403: "User is locked", 429: "not accepted", 500: "Internal"}
     kinds = {401: "authorization_error", 403: "authorization_error", 429: "rate_limited", 500: "server_error"}
 
     async def use():
-        text = "".join(fault(moment, "answer", status=status, first=n) for n, status in enumerate(words, 1))
+        text = "".join(fault(point, "answer", status=status, first=n) for n, status in enumerate(words, 1))
         async with injecting(tmp_path, text) as session:
-            method, path = await path_for(session, moment)
+            method, path = await path_for(session, point)
             before = await accepted_by(session)
             for status, said in words.items():
                 found, headers, body = await raw(session, method, path)
                 assert (found, headers["content-type"]) == (status, "application/json")
                 assert headers["x-fal-request-id"]
                 assert "retry-after" not in headers
-                if moment is FaultPoint.LISTING:
+                if point is FaultPoint.LISTING:
                     assert orjson.loads(body)["error"]["type"] == kinds[status]
                 else:
                     assert said in orjson.loads(body)["detail"]
@@ -227,14 +227,14 @@ def test_a_gateway_error_can_look_like_a_model_error(tmp_path):
     run(use())
 
 
-@pytest.mark.parametrize("moment", [FaultPoint.FILE, FaultPoint.RESULT, FaultPoint.STATUS, FaultPoint.LISTING])
-def test_a_body_can_be_slow_cut_or_short(tmp_path, moment):
+@pytest.mark.parametrize("point", [FaultPoint.FILE, FaultPoint.RESULT, FaultPoint.STATUS, FaultPoint.LISTING])
+def test_a_body_can_be_slow_cut_or_short(tmp_path, point):
     """`slow` is complete; `cut` ends before its Content-Length; `short` is incomplete with a matching one."""
-    text = fault(moment, "slow", seconds=0.2) + fault(moment, "cut", first=2) + fault(moment, "short", first=3)
+    text = fault(point, "slow", seconds=0.2) + fault(point, "cut", first=2) + fault(point, "short", first=3)
 
     async def use():
         async with injecting(tmp_path, text) as session:
-            method, path = await path_for(session, moment)
+            method, path = await path_for(session, point)
             began = time.monotonic()
             status, headers, whole = await raw(session, method, path)
             assert (status, int(headers["content-length"])) == (200, len(whole))
@@ -250,7 +250,7 @@ def test_a_body_can_be_slow_cut_or_short(tmp_path, moment):
             assert len(short) < len(whole)
             status, headers, right = await raw(session, method, path)
             assert (status, len(right)) == (200, len(whole))
-            if moment is FaultPoint.FILE:
+            if point is FaultPoint.FILE:
                 assert (whole, short) == (right, right[: len(right) // 2])
 
     run(use())
@@ -523,7 +523,7 @@ def test_an_invalid_faults_file_prevents_the_start(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "moment"),
+    ("method", "path", "point"),
     [
         ("POST", SUBMIT, FaultPoint.SUBMIT),
         ("POST", "/fal-ai/other", None),
@@ -545,9 +545,9 @@ def test_an_invalid_faults_file_prevents_the_start(tmp_path):
         ("GET", "/", None),
     ],
 )
-def test_each_call_belongs_to_its_point(method, path, moment):
+def test_each_call_belongs_to_its_point(method, path, point):
     """Health, prices, direct calls and the page have no faults."""
-    assert fault_point_of(method, path, APP_ID) is moment
+    assert fault_point_of(method, path, APP_ID) is point
 
 
 def test_the_example_file_shows_every_fault():

@@ -106,10 +106,10 @@ class Kind(NamedTuple):
 
 def kinds() -> Iterator[Kind]:
     """Return all faults of the server's table, each with every relevant set of options."""
-    for moment, deeds in faults._DEEDS.items():
-        for deed in sorted(deeds):
-            for options in _ANSWERS[moment] if deed is FaultAction.ANSWER else _OPTIONS.get(deed, ("",)):
-                yield Kind(moment, deed, options)
+    for point, actions in faults.ACTIONS.items():
+        for action in sorted(actions):
+            for options in _ANSWERS[point] if action is FaultAction.ANSWER else _OPTIONS.get(action, ("",)):
+                yield Kind(point, action, options)
 
 
 @dataclass(frozen=True)
@@ -133,9 +133,9 @@ class Case:
             entries.append(Kind(FaultPoint.SUBMIT, FaultAction.DROP_AFTER_ACCEPT).entry(0.2))
         return "\n".join([f"idempotency = {str(self.keys).lower()}", *entries])
 
-    def has(self, moment: FaultPoint) -> bool:
+    def has(self, point: FaultPoint) -> bool:
         """Whether one of its faults is at this point."""
-        return any(kind.at is moment for kind in self.faults)
+        return any(kind.at is point for kind in self.faults)
 
 
 def together(share: float, *, keys: bool) -> Case:

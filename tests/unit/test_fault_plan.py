@@ -7,14 +7,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batch.errors import ConfigError
-from batch.server.faults.plan import Body, FaultAction, FaultPlan, FaultPoint, FaultRule, FaultSequence, parse_faults
+from batch.server.faults.plan import (
+    ACTIONS,
+    Body,
+    FaultAction,
+    FaultPlan,
+    FaultPoint,
+    FaultRule,
+    FaultSequence,
+    parse_faults,
+)
 from batch.server.queue.records import ListingRules, ListingWindow
+from tests.faults.matrix import kinds
 
 
-def met(text, moment, calls):
+def met(text, point, calls):
     """Return the numbers of the calls at a point that get a fault, with its action."""
     faults = FaultSequence(parse_faults(text, "f.toml"))
-    found = [faults.decide(moment) for _ in range(calls)]
+    found = [faults.decide(point) for _ in range(calls)]
     return {number: fault.do for number, fault in enumerate(found, 1) if fault is not None}
 
 
@@ -188,3 +198,8 @@ def test_an_error_contains_place_value_and_allowed_values(text, words):
         parse_faults(text, "f.toml")
     assert str(caught.value).startswith("f.toml")
     assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_the_fault_matrix_has_every_action():
+    """The matrix of tests/faults is generated from the table of actions; each action is in it."""
+    assert {kind.do for kind in kinds()} == {action for actions in ACTIONS.values() for action in actions}

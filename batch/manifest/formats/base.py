@@ -52,7 +52,10 @@ class Chunk(NamedTuple):
 
 
 class Format(Protocol):
-    """The contents of a manifest; `chunks` can be called repeatedly."""
+    """The contents of a manifest; `chunks` can be called repeatedly.
+
+    An optional attribute `has_lines` says whether rows have line numbers; without it the kind of file decides.
+    """
 
     schema: pl.Schema
     rows: int

@@ -237,8 +237,10 @@ async def _inject(
             return answer
         case FaultAction.ODD_FIELDS | FaultAction.NO_IMAGES:
             return await handler(request)  # `_changed` applies the fault
-        case _:
+        case FaultAction.SLOW | FaultAction.CUT | FaultAction.SHORT:
             return await _corrupted(fault, request, handler, service)
+        case _:
+            raise AssertionError(f"the fault {fault.do} has no effect on a call; add a case here")
 
 
 def _hang_up(request: web.Request) -> web.Response:
@@ -416,9 +418,11 @@ class _FaultyEngine:
             case FaultAction.CONTENT_POLICY:
                 words = "The content could not be processed because it contained material flagged by a content checker."
                 raise EngineFailure(422, "content_policy_violation", words, ("body", "prompt"))
-            case _:
+            case FaultAction.FAIL:
                 kind = _MODEL_ERRORS.get(fault.status, "internal_server_error")
                 raise EngineFailure(fault.status, kind, "Injected fault", ("body",), retryable=fault.retryable)
+            case _:
+                raise AssertionError(f"the fault {fault.do} has no effect on an execution; add a case here")
 
 
 async def _while_not(cancelled: Cancelled, seconds: float) -> None:

@@ -31,6 +31,7 @@ from batch.errors import ConfigError
 from batch.server.queue.records import ListingRules, ListingWindow
 
 __all__ = [
+    "ACTIONS",
     "Body",
     "FaultAction",
     "FaultPlan",
@@ -108,7 +109,7 @@ class Body(StrEnum):
 
 _ANSWERS = frozenset({FaultAction.DROP, FaultAction.ANSWER, FaultAction.LATE})
 _BODIES = frozenset({FaultAction.SLOW, FaultAction.CUT, FaultAction.SHORT})
-_ACTIONS: Mapping[FaultPoint, frozenset[FaultAction]] = {
+ACTIONS: Mapping[FaultPoint, frozenset[FaultAction]] = {
     FaultPoint.SUBMIT: _ANSWERS | {FaultAction.DROP_AFTER_ACCEPT, FaultAction.ANSWER_AFTER_ACCEPT},
     FaultPoint.STATUS: _ANSWERS | _BODIES,
     FaultPoint.RESULT: _ANSWERS | _BODIES | {FaultAction.ODD_FIELDS, FaultAction.NO_IMAGES},
@@ -183,7 +184,7 @@ class FaultRule(_Table):
     @classmethod
     def _action_fits_the_point(cls, value: Any, info: ValidationInfo) -> Any:
         at = info.data.get("at")
-        known = [action for action in FaultAction if at is None or action in _ACTIONS[at]]
+        known = [action for action in FaultAction if at is None or action in ACTIONS[at]]
         if value not in known:
             raise ValueError(f"unknown do {value!r} at {at}{_nearest(str(value), known)}")
         return value
