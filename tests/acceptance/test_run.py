@@ -419,7 +419,7 @@ def test_failed_rows_are_taken_up_again_for_money_only_with_a_yes(tmp_path):
     (directory / "run.json").write_text(json.dumps(facts))
     ended = restyle(*command, "--target", "fal", "--retry-failed", env={"FAL_KEY": "id:secret"})
     assert ended.code == 2, ended.text
-    assert "this run would cost about $0.13 (at most $0.18) for 2 jobs; say --yes" in ended.err
+    assert "this run would cost about $0.13 (at most $0.18) for 2 jobs; add --yes" in ended.err
 
 
 # --- the lock ---------------------------------------------------------------------------------------------

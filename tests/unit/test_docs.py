@@ -124,6 +124,14 @@ def test_every_flag_in_the_settings_table_sets_its_key():
     assert said == true | {"--no-download": "output.download"}
 
 
+@pytest.mark.parametrize("name", sorted(set(ImageToImageInput.model_fields) - {"sync_mode", "image_url"}))
+def test_every_input_is_a_column_a_key_and_documented(name):
+    """A new input of the endpoint also needs a results column, a key of `[input]` and its place on three pages."""
+    assert name in OWN_SCHEMA.names, "batch/results/schema.py"
+    assert name in InputSettings.model_fields, "batch/config/settings.py"
+    assert all(f"`{name}`" in PAGES[page] for page in ("results.md", "manifest.md")), name
+
+
 def test_every_exit_code_is_in_recovery():
     """Code by code, no other."""
     codes = {str(int(code)) for code in ExitCode}
