@@ -100,7 +100,7 @@ def test_a_tag_that_holds_the_api_key_is_refused(tmp_path):
         ended = restyle(*command(tmp_path, target, 'tags = {who = "a-long-secret"}'), env={"FAL_KEY": KEY})
         assert not submits(target)
     assert ended.code == 2, ended.text
-    assert "the tag 'who' holds FAL_KEY" in ended.text
+    assert "the tag 'who' contains FAL_KEY" in ended.text
     assert "a-long-secret" not in ended.text
 
 
