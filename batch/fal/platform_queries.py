@@ -156,12 +156,12 @@ _Tags = Annotated[
 # --- query strings ----------------------------------------------------------------------------------------
 
 
-class _Model(BaseModel):
+class _Query(BaseModel):
     # Deferred to the first call of the platform API, so that the server starts faster.
     model_config = ConfigDict(frozen=True, defer_build=True)
 
 
-class _Window(_Model):
+class _TimeWindow(_Query):
     """A page of a time window. Times are Unix seconds."""
 
     now: SkipJsonSchema[float]
@@ -178,7 +178,7 @@ class _Window(_Model):
         return (self.page - 1) * self.limit
 
 
-class ListingQuery(_Window):
+class ListingQuery(_TimeWindow):
     """The parameters of the request listing."""
 
     apps: _Ids[AppId] = Field(alias="endpoint_id", description="Only these endpoints.")
@@ -195,7 +195,7 @@ class ListingQuery(_Window):
     limit: _Limit = Field(PAGE_LIMIT // 2, le=PAGE_LIMIT, description="Requests per page.")
 
 
-class BillingQuery(_Window):
+class BillingQuery(_TimeWindow):
     """The parameters of the billing events."""
 
     apps: _Ids[AppId] = Field(default_factory=tuple, alias="endpoint_id", description="Only these endpoints.")
@@ -228,7 +228,7 @@ class BillingQuery(_Window):
         return self
 
 
-class PricingQuery(_Model):
+class PricingQuery(_Query):
     """The parameters of the prices."""
 
     apps: _Ids[AppId] = Field(alias="endpoint_id", description="Only these endpoints.")
@@ -282,13 +282,13 @@ class EstimateKind(StrEnum):
     """A number of calls at the average cost of earlier calls."""
 
 
-class UnitQuantity(_Model):
+class UnitQuantity(_Query):
     """A number of billing units."""
 
     quantity: Annotated[float, Field(alias="unit_quantity", strict=True, ge=1e-6, le=1e15)]
 
 
-class CallQuantity(_Model):
+class CallQuantity(_Query):
     """A number of calls."""
 
     quantity: Annotated[
@@ -297,14 +297,14 @@ class CallQuantity(_Model):
     ]
 
 
-class UnitEstimate(_Model):
+class UnitEstimate(_Query):
     """A query for the cost of billing units."""
 
     estimate_type: Literal["unit_price"]
     endpoints: dict[AppId, UnitQuantity]
 
 
-class CallEstimate(_Model):
+class CallEstimate(_Query):
     """A query for the cost of calls."""
 
     estimate_type: Literal["historical_api_price"]

@@ -38,7 +38,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from batch.fal.endpoint import ImageToImageInput
 from batch.server.engines.base import EngineJob
 from batch.server.engines.flux import tuning
-from batch.server.engines.flux.loading import Model
+from batch.server.engines.flux.loading import LoadedModel
 from batch.server.engines.flux.restyle import PROMPT_TOKENS, restyle
 from tests.flux import tiny
 
@@ -206,7 +206,7 @@ def _stage(
     width, height = inputs.get("size", size)
     job = _job(width, height, inputs.get("acceleration", "none"))
     source = _source(width, height)
-    model = Model(pipeline, None, device, tuned=False)
+    model = LoadedModel(pipeline, None, device, tuned=False)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     whole: list[float] = []

@@ -10,7 +10,7 @@ from batch.server.engines.base import NotReady
 from batch.server.engines.flux import renderer as renderer_module
 from batch.server.engines.flux import tuning
 from batch.server.engines.flux.errors import RenderError, render_error_of
-from batch.server.engines.flux.loading import Model, Setup
+from batch.server.engines.flux.loading import LoadedModel, Setup
 from batch.server.engines.flux.renderer import FluxRenderer
 from tests.flux import tiny
 from tests.flux.rendering import job, pixels, rendered
@@ -31,7 +31,7 @@ def pipeline():
 @pytest.fixture
 def tuned(pipeline, monkeypatch):
     """A renderer that treats this pipeline as tuned for a GPU."""
-    model = Model(pipeline, None, torch.device("cpu"), tuned=True)
+    model = LoadedModel(pipeline, None, torch.device("cpu"), tuned=True)
     monkeypatch.setattr(renderer_module, "load", lambda _: model)
     return FluxRenderer(Setup("nowhere", "tiny, revision 1", "cpu", warm_up=((256, 256),)))
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from batch.errors import ConfigError
 from batch.server.faults.plan import (
     ACTIONS,
-    Body,
+    ErrorBodyKind,
     FaultAction,
     FaultPlan,
     FaultPoint,
@@ -143,9 +143,9 @@ def test_all_keys_are_read():
     assert plan.listing == ListingRules(show_waiting=True, lag=2.0, window=ListingWindow.ENDED_AT)
     first, second, third, fourth, fifth, sixth, seventh = plan.faults
     assert (first.status, first.retry_after, first.every, first.times, first.after) == (429, 2.0, 5, 3, 1)
-    assert (first.body, second.body, third.body) == (Body.FAL, Body.HTML, Body.EMPTY)
+    assert (first.body, second.body, third.body) == (ErrorBodyKind.FAL, ErrorBodyKind.HTML, ErrorBodyKind.EMPTY)
     assert (fourth.status, fourth.retryable, fifth.seconds) == (500, False, 1.5)
-    assert (sixth.status, sixth.reads, sixth.retry_after, sixth.body) == (403, 3, 1.0, Body.FAL)
+    assert (sixth.status, sixth.reads, sixth.retry_after, sixth.body) == (403, 3, 1.0, ErrorBodyKind.FAL)
     assert (seventh.status, seventh.reads, seventh.seconds) == (404, None, 2.5)
 
 

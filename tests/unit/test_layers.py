@@ -11,6 +11,7 @@ import importlib
 import re
 import subprocess
 import sys
+from collections import Counter
 from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -243,3 +244,11 @@ def test_every_module_lists_its_surface(name):
 
 def _order(name: str) -> tuple[int, str]:
     return (0 if name.isupper() else 1 if name[0].isupper() else 2, name)
+
+
+def test_no_class_name_is_in_two_modules():
+    """A name means one thing, private names included."""
+    names = Counter(
+        node.name.lstrip("_") for name in SOURCES for node in ast.walk(tree_of(name)) if isinstance(node, ast.ClassDef)
+    )
+    assert {name for name, count in names.items() if count > 1} == set()

@@ -32,7 +32,7 @@ from batch.server.engines.base import (
     OnStep,
     WorkerCrashed,
 )
-from batch.server.faults.plan import Body, FaultAction, FaultPlan, FaultPoint, FaultRule, FaultSequence
+from batch.server.faults.plan import ErrorBodyKind, FaultAction, FaultPlan, FaultPoint, FaultRule, FaultSequence
 from batch.server.files.storage import content_type_of
 from batch.server.http import fal_proxy as proxy
 from batch.server.http.routing import response
@@ -252,9 +252,9 @@ def _hang_up(request: web.Request) -> web.Response:
 def _error(fault: FaultRule, service: QueueService) -> web.Response:
     headers = {} if fault.retry_after is None else {"retry-after": f"{fault.retry_after:g}"}
     status, reason = fault.status, _phrase(fault.status)
-    if fault.body is Body.EMPTY:
+    if fault.body is ErrorBodyKind.EMPTY:
         return web.Response(status=status, headers=headers)
-    if fault.body is Body.HTML:
+    if fault.body is ErrorBodyKind.HTML:
         page = (
             f"<html>\r\n<head><title>{status} {reason}</title></head>\r\n<body>\r\n"
             f"<center><h1>{status} {reason}</h1></center>\r\n<hr><center>nginx</center>\r\n</body>\r\n</html>\r\n"

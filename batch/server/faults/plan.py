@@ -32,7 +32,7 @@ from batch.server.queue.records import ListingRules, ListingWindow
 
 __all__ = [
     "ACTIONS",
-    "Body",
+    "ErrorBodyKind",
     "FaultAction",
     "FaultPlan",
     "FaultPoint",
@@ -97,7 +97,7 @@ class FaultAction(StrEnum):
     """The engine's worker dies. The request executes again after the first time and fails after the second."""
 
 
-class Body(StrEnum):
+class ErrorBodyKind(StrEnum):
     """Body of an error answer."""
 
     FAL = "fal"
@@ -175,8 +175,8 @@ class FaultRule(_Table):
     status: Annotated[int, Field(ge=400, le=599)] = 0
     retry_after: _Seconds | None = None
     """The `Retry-After` header of the response; None: no header."""
-    body: Annotated[Body, _WORD] = Field(
-        default_factory=lambda given: Body.HTML if given.get("status") in _GATEWAY else Body.FAL
+    body: Annotated[ErrorBodyKind, _WORD] = Field(
+        default_factory=lambda given: ErrorBodyKind.HTML if given.get("status") in _GATEWAY else ErrorBodyKind.FAL
     )
     retryable: bool = True
 

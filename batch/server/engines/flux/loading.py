@@ -15,7 +15,7 @@ from batch.server.engines.flux.folder import PARTS
 from batch.server.engines.flux.safety import Checker, open_checker
 from batch.server.engines.flux.tuning import tune
 
-__all__ = ["Model", "Setup", "load"]
+__all__ = ["LoadedModel", "Setup", "load"]
 
 _log = logging.getLogger(__name__)
 _FP8_CAPABILITY = (8, 9)
@@ -36,7 +36,7 @@ class Setup:
     warm_up: tuple[tuple[int, int], ...] = ()
 
 
-class Model(NamedTuple):
+class LoadedModel(NamedTuple):
     """A loaded model."""
 
     pipeline: Any
@@ -48,7 +48,7 @@ class Model(NamedTuple):
     """Whether the optimizations of `batch.server.engines.flux.tuning` are active."""
 
 
-def load(setup: Setup) -> Model:
+def load(setup: Setup) -> LoadedModel:
     """Load the model and the safety checker.
 
     Raises:
@@ -68,7 +68,7 @@ def load(setup: Setup) -> Model:
         raise _not_ready(setup, error) from error
     gc.collect()
     _log.info("%s: %s is loaded, %.1f s", setup.device, setup.label, time.perf_counter() - began)
-    return Model(pipeline, checker, device, tuned)
+    return LoadedModel(pipeline, checker, device, tuned)
 
 
 def _device(name: str) -> Any:

@@ -29,7 +29,7 @@ from batch.server.engines.base import (
     OnStep,
 )
 from batch.server.engines.flux.errors import RenderError, first_line, render_error_of
-from batch.server.engines.flux.loading import Model, Setup, load
+from batch.server.engines.flux.loading import LoadedModel, Setup, load
 from batch.server.engines.flux.restyle import restyle
 from batch.server.engines.flux.tuning import untune
 
@@ -49,7 +49,7 @@ class FluxRenderer:
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
-        self._model: Model | None = None
+        self._model: LoadedModel | None = None
 
     def render(self, job: EngineJob, on_step: OnStep, cancelled: Cancelled) -> EngineResult:
         """Render the images of one request. A job without a source only loads the model and warms up.
@@ -67,7 +67,7 @@ class FluxRenderer:
         result = self._restyle(model, job, on_step, cancelled)
         return replace(result, timings={**result.timings, **loading})
 
-    def model(self) -> Model:
+    def model(self) -> LoadedModel:
         """Return the model; load it and warm up on the first call.
 
         Raises:
@@ -77,7 +77,7 @@ class FluxRenderer:
             self._model = self._warm(load(self._setup))
         return self._model
 
-    def _warm(self, model: Model) -> Model:
+    def _warm(self, model: LoadedModel) -> LoadedModel:
         """Render each size once, because the first image of a size triggers compilation, planning and allocation."""
         for width, height in self._setup.warm_up:
             began = time.perf_counter()
@@ -95,7 +95,7 @@ class FluxRenderer:
             _log.info("%s: warm-up at %dx%d took %.1f s", self._setup.device, width, height, seconds)
         return model
 
-    def _restyle(self, model: Model, job: EngineJob, on_step: OnStep, cancelled: Cancelled) -> EngineResult:
+    def _restyle(self, model: LoadedModel, job: EngineJob, on_step: OnStep, cancelled: Cancelled) -> EngineResult:
         """Render one request and convert errors of torch."""
         try:
             return restyle(model, self._setup.label, job, on_step, cancelled)
@@ -147,7 +147,7 @@ def open_renderer(**setup: Any) -> FluxRenderer:
     return FluxRenderer(Setup(**setup, warm_up=sizes))
 
 
-def _free(model: Model) -> None:
+def _free(model: LoadedModel) -> None:
     model.pipeline.maybe_free_model_hooks()
     gc.collect()
     if model.device.type == "cuda":

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from batch.server.engines.base import Cancelled, EngineCancelled, EngineJob, EngineResult, OnStep
-from batch.server.engines.flux.loading import Model
+from batch.server.engines.flux.loading import LoadedModel
 from batch.server.engines.flux.tuning import accelerated
 from batch.server.engines.images import encode, read_source
 
@@ -79,7 +79,7 @@ class _Steps:
         self._previous_step = event
 
 
-def restyle(model: Model, label: str, job: EngineJob, on_step: OnStep, cancelled: Cancelled) -> EngineResult:
+def restyle(model: LoadedModel, label: str, job: EngineJob, on_step: OnStep, cancelled: Cancelled) -> EngineResult:
     """Render `num_images` images. Image i uses seed + i and equals the single image of that seed.
 
     Args:
@@ -140,7 +140,7 @@ def restyle(model: Model, label: str, job: EngineJob, on_step: OnStep, cancelled
     return EngineResult(tuple(encoded), job.seed, flags, {"inference": inference, **timer.seconds}, inputs.prompt)
 
 
-def _flags(model: Model, job: EngineJob, images: list[Image.Image]) -> tuple[bool, ...]:
+def _flags(model: LoadedModel, job: EngineJob, images: list[Image.Image]) -> tuple[bool, ...]:
     """Return one flag per image; empty if no checker ran."""
     if model.checker is None or not job.input.enable_safety_checker:
         return ()
